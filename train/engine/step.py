@@ -7,9 +7,10 @@
 `Trainee.step` is these four, in this order. From the view on a step is in `_work`, which a GPU may have recorded and
 then replays (`replay.py`).
 
-On a GPU no step waits for the device, but for the selection of a dictionary that is split by latents and for the
-batch's largest where processes share its rows: the host looks every LOOK_EVERY steps only. Until then a loss that is
-not finite freezes the weights on the device, and the list of dead latents is that of the last look.
+On a GPU the host looks every LOOK_EVERY steps only, and no other step waits for the device. Until a look a loss that
+is not finite freezes the weights on the device, and the list of dead latents is that of the last look. What waits all
+the same: the selection of a dictionary that is split by latents; the batch's largest where processes share its rows;
+a step in which latents of treesae change parents; one in which those of `tiered` move, and the next; a refit of pca.
 
 Nothing here names a variant, and no step reads global random state: an SAE in a fleet trains to the same
 bits as alone.

@@ -21,7 +21,7 @@ from saemill.train.disk.places import places_told
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid
-from saemill.train.export import export, largest_difference, main
+from saemill.train.export import _require_alike, export, largest_difference, main
 from saemill.train.sae.shapes.masks import HardMask
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
 
@@ -55,6 +55,31 @@ def test_there_and_back(architecture, kind, tmp_path):
         return
     WRITERS[kind](tmp_path, plain, {"layers": [3], "model_name": "m"})
     assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+def test_an_export_that_does_not_rebuild_the_same_is_refused_and_gone(tmp_path, monkeypatch, architecture):
+    plain, write = make_plain(architecture), WRITERS["dictionary_learning"]
+    WRITERS["sae_lens"](tmp_path / "a", plain, {"layers": [3]})
+
+    def write_another(folder, plain, metadata):
+        write(folder, replace(plain, tensors=plain.tensors | {"b_dec": 1.1 * plain.tensors["b_dec"]}), metadata)
+
+    monkeypatch.setitem(WRITERS, "dictionary_learning", write_another)
+    words = [str(tmp_path / "a"), "--to", "dictionary_learning", "--out", str(tmp_path / "b")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and not (tmp_path / "b").exists()
+    assert len(result.output.splitlines()) == 1 and "expected what was written to rebuild" in result.output
+
+
+def test_of_rows_whose_latents_are_near_a_tie_a_few_may_differ():
+    x_hat = torch.ones(40, D)
+    found = x_hat.clone()
+    found[:3] *= 1.5
+    _require_alike(x_hat, found, may_flip=True)
+    for other, may_flip in ((found, False), (1.01 * x_hat, True), (torch.nan * x_hat, True)):
+        with pytest.raises(SaeInvalid, match="of 40 random rows"):
+            _require_alike(x_hat, other, may_flip)
 
 
 FULL = (OSError(28, "No space left on device"), SafetensorError("No space left on device"))
