@@ -46,11 +46,19 @@ class KeptRows:
         return KeptRows(packed, torch.cat([part.kept_mass for part in parts]))
 
 
+def require_context(context: int) -> None:
+    """Positions can be written down."""
+    if context > MAX_CONTEXT:
+        raise ContextTooLong(
+            f"attention to {context} keys: at most {MAX_CONTEXT} can be stored, lower the context (--context), or keep "
+            "no attention (--attention-layers none)"
+        )
+
+
 def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
     """Keep of each row of attention probabilities what `spec` asks for; a mass of 1 keeps all but zeros."""
     context = probs_WHQT.shape[-1]
-    if context > MAX_CONTEXT:
-        raise ContextTooLong(f"attention to {context} keys: at most {MAX_CONTEXT} can be stored, lower the context")
+    require_context(context)
     if spec.averaged:
         probs_WHQT = probs_WHQT.mean(1, keepdim=True, dtype=torch.float32)
     probs_WHQT = probs_WHQT.half()
