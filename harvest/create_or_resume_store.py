@@ -22,6 +22,7 @@ from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files, read_if_there
 from ..cache_schema.layout import ROOT
 from ..cache_schema.manifest import PART, require_same
+from ..cache_schema.shard_claims import no_locks
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
 from .corpus.source import Corpus, part_of
@@ -71,6 +72,8 @@ def require_place(files: Files) -> None:
     """Refuse an --out that could not be written to, before anything is downloaded or tokenised for it."""
     if not isinstance(files, LocalFiles):
         return
+    if not files.root.resolve().name:
+        raise SettingInvalid(f"--out {files.url}: expected a folder or a place for one, not the root. Give a folder")
     _require_folder(files.root.absolute(), files.url)
     if not files.exists(ROOT):
         _require_folder(spool_folder(files), files.url)
@@ -171,7 +174,7 @@ def wait_for_tokens(files: Files, watch: Watch) -> None:
 
 def _require_own(folder: Path) -> None:
     """Where all users write, another may have made it: to be read as tokens, or with links to what will be emptied."""
-    if folder.parent != Path(tempfile.gettempdir()):
+    if folder.parent.resolve() != Path(tempfile.gettempdir()).resolve():
         return
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
@@ -196,8 +199,10 @@ def _locked(folder: Path) -> Iterator[None]:
     fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(fd)
+        if not isinstance(error, BlockingIOError):
+            raise no_locks(error, folder / LOCK_FILE) from error
         raise StoreBusy(
             f"another process is tokenising into {folder}: let it end, then run this command again"
         ) from None

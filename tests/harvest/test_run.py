@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from saemill.cache_schema import (
     StoreError,
     StoreFull,
     StoreMismatch,
+    StoreUnreachable,
     StoreWriter,
     to_float32,
 )
@@ -867,6 +869,27 @@ def test_a_disk_that_fills_while_tokenising_is_named_and_what_was_read_is_kept(m
         harvest(make_config())
     monkeypatch.undo()
     assert harvest(make_config()).committed == 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(make_config: Make, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(create_or_resume_store.fcntl, "flock", refuse)
+    with pytest.raises(StoreUnreachable, match=r"while locking \S+spool/lock: expected a disk whose file system has"):
+        harvest(make_config())
+
+
+def test_tokens_of_a_store_behind_a_link_lie_on_its_disk(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "store").symlink_to(tmp_path / "large" / "store")
+    assert spool_folder(LocalFiles(tmp_path / "small" / "store")) == tmp_path / "large" / "store.spool"
+
+
+def test_the_root_of_the_disk_is_no_place_for_a_store(make_config: Make):
+    with pytest.raises(SettingInvalid, match="--out /: expected a folder .* not the root"):
+        harvest(make_config(out="/"))
 
 
 def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypatch):
