@@ -182,7 +182,7 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
         print_json(document_of(estimate))
     else:
         Console().print(render(estimate))
-    require_space(config.out, estimate.free_bytes, estimate.least_bytes)
+    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=estimate.work.is_begun)
 
 
 @contextmanager

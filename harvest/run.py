@@ -147,7 +147,8 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
     if not is_bound_to_fit(writer.files, manifest, pending):  # all workers fill the same disk
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
-        require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(sizes_of(cost, manifest, pending)))
+        needed = needed_bytes(sizes_of(cost, manifest, pending))
+        require_space(writer.files.url, writer.files.free_bytes(), needed, is_begun=True)
     sizes: list[int] = []
     elsewhere: list[int] = []
     written, undone, is_first_look = 0, len(shards), True

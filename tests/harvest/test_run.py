@@ -784,10 +784,12 @@ def test_what_the_model_cannot_give_is_refused_before_anything_is_written(make_c
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_shard(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 2**20)
-    with pytest.raises(StoreFull, match=r"needs .* MB.*--codec zstd"):
+    with pytest.raises(StoreFull, match=r"needs .* MB.*Or remove the store first, .*--codec zstd"):
         harvest(make_config())
     with Store.open(make_config().out) as store:
         assert not store.committed.any()
+    with pytest.raises(StoreMismatch, match="codec"):  # as long as it is there
+        harvest(make_config(codec="zstd"))
 
 
 def test_a_disk_must_hold_the_shards_of_all_workers(make_config: Make, monkeypatch):
