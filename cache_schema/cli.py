@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import StoreError
-from .import_from_others import ImportSettings, import_store
+from .import_from_others import ImportSettings, cuts_documents, import_store
 from .in_words import counted
 from .info import describe, render
 from .layout import BEGINNING
@@ -267,6 +267,15 @@ def import_command(
     click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
     sizes = {name: stop - start for name, (start, stop) in manifest.splits.items()}
     click.echo(f"windows: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}")
+    if source.left_out:
+        click.echo(f"left out: {source.left_out}")
+    if cuts_documents(source, manifest):
+        click.echo(
+            "warning: windows of one document are in two splits, as there are too few documents for each split to have "
+            "its own: what is held out is then easier than it looks. Import more of them into another folder, or with "
+            "--validation 0 --test 0",
+            err=True,
+        )
     for name, asked in (("validation", validation), ("test", test)):
         if sizes[name] > 2 * asked * manifest.windows:
             click.echo(

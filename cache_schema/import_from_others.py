@@ -70,6 +70,12 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
         return writer.manifest
 
 
+def cuts_documents(source: Source, manifest: Manifest) -> bool:
+    """Whether a document has windows in two splits, as there were too few to give each split one."""
+    borders = {start for start, stop in manifest.splits.values() if 0 < start < stop}
+    return any(source.document_of[border - 1] == source.document_of[border] for border in borders)
+
+
 def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Manifest:
     hooks = by_hook(source.sites)
     return Manifest(
@@ -104,7 +110,7 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
         raise ImportInvalid(f"expected shares of at least 0 that leave some windows to train on, found {shares}")
     validation, test = (round(windows * share) for share in shares)
     starts = np.unique(source.document_of, return_index=True)[1]
-    if len(starts) <= (validation > 0) + (test > 0):  # too few for all splits: documents are cut
+    if len(starts) <= (validation > 0) + (test > 0):  # too few for all splits: they are cut, see `cuts_documents`
         starts = np.arange(windows)
 
     def border(left: int, behind: int, before: int) -> int:

@@ -88,7 +88,7 @@ def _links(store: Store, layer: int) -> dict[str, float] | None:
 def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
     """None where what is stored is damaged; `verify` says how."""
     try:
-        found = measure_massive(store, layer, MULTIPLE)
+        found = measure_massive(store, layer, MULTIPLE, with_mean=False)
     except ShardCorrupt:
         return None
     return {

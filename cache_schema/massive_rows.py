@@ -43,7 +43,7 @@ class Massive:
     rms_norm: float  # of all rows
     shards: int  # that were looked at
     shards_in_store: int
-    ordinary: Moments  # of the other rows; norms by position are not measured
+    ordinary: Moments  # of the other rows; norms by position are not measured, and the mean only where it is wanted
 
     @property
     def bound(self) -> float:
@@ -79,8 +79,8 @@ def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) 
     return norms if scales is None else np.multiply(norms, scales, out=norms)
 
 
-def measure_massive(store: Store, layer: Place, multiple: float) -> Massive:
-    """The massive rows of a layer, and the moments of the others."""
+def measure_massive(store: Store, layer: Place, multiple: float, *, with_mean: bool = True) -> Massive:
+    """The massive rows of a layer, and the moments of the others, whose mean takes reading all once more."""
     manifest = store.manifest
     spans = sample(manifest, layer, store.committed)
     norms = [norms_of(store, layer, span) for span in spans]
@@ -101,7 +101,7 @@ def measure_massive(store: Store, layer: Place, multiple: float) -> Massive:
         shards_in_store=manifest.shards,
         ordinary=Moments(
             count=len(ordinary),
-            mean=_sum_of_ordinary(store, layer, spans, multiple * median) / count,
+            mean=_sum_of_ordinary(store, layer, spans, multiple * median) / count if with_mean else np.zeros(0),
             mean_norm=float(ordinary.sum()) / count,
             mean_square_norm=float(squares[~massive].sum()) / count,
             windows=0,

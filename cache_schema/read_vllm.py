@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ImportInvalid
+from .in_words import counted
 from .sites import RESID, Site
 from .sources import as_tokens
 
@@ -93,6 +94,7 @@ class VllmSource:
             raise ImportInvalid(
                 f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"
             )
+        self.left_out = _say_left_out(lengths, self.context)
         self._place = {Site(RESID, layer): at for at, layer in enumerate(layers)}
         self.sites = tuple(sorted(self._place))
 
@@ -102,6 +104,15 @@ class VllmSource:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return as_tokens(np.stack([one.tokens.read(window) for one, window in self._windows[start:stop]]))
+
+
+def _say_left_out(lengths: Sequence[int], context: int) -> str:
+    rest = sum(length % context for length in lengths)
+    if not rest:
+        return ""
+    short = sum(length < context for length in lengths)
+    told = f"; {short:,} of {counted(len(lengths), 'request')} are shorter than one" if short else ""
+    return f"{rest:,} of {counted(sum(lengths), 'token')}, as they fill no window of {context:,}{told}"
 
 
 def _read(path: Path) -> _Sequence:

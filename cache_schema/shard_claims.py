@@ -83,6 +83,15 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
         os.close(fd)
 
 
+def no_locks(error: OSError, path: Path) -> StoreUnreachable:
+    """What to raise where a lock fails though nobody holds it."""
+    return StoreUnreachable(
+        error.errno,
+        f"{error.strerror} while locking {path}: expected a disk whose file system has locks (NFS 4, Lustre with "
+        "-o flock, CephFS, GPFS). Put the store on one, or into an object store",
+    )
+
+
 class LockClaims:
     """Byte-range locks that belong to the open file, so that two writers in one process also exclude each other."""
 
@@ -134,11 +143,7 @@ class LockClaims:
         except (BlockingIOError, PermissionError):  # held
             raise
         except OSError as error:
-            raise StoreUnreachable(
-                error.errno,
-                f"{error.strerror} while locking {self._path}: expected a disk whose file system has locks (NFS 4, "
-                "Lustre with -o flock, CephFS, GPFS). Put the store on one, or into an object store",
-            ) from error
+            raise no_locks(error, self._path) from error
 
     def _ask_kernel(self, kind: int, number: int, wait: bool) -> None:
         if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: locks of the process are the next best

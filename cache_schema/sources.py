@@ -28,6 +28,7 @@ class Source(Protocol):
     sites: tuple[Site, ...]
     has_tokens: bool
     document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
+    left_out: str  # for a person: what is in no window; empty where all is in one
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
@@ -35,6 +36,8 @@ class Source(Protocol):
 
 class NumpySource:
     """`.npy` files: activations [W, T, D] for each site and, where there are any, tokens [W, T]."""
+
+    left_out = ""
 
     def __init__(self, acts: dict[Site, Path], tokens: Path | None) -> None:
         self._acts = {site: _load(path, 3) for site, path in acts.items()}
@@ -62,6 +65,8 @@ class SaelensSource:
     """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook, and token_ids
     where it was asked for them; else tokens [W, T] may come from a file."""
 
+    left_out = ""
+
     def __init__(self, folder: Path, layer: int | None, tokens: Path | None = None) -> None:
         from datasets import Dataset, load_from_disk  # only this import needs it
 
@@ -88,7 +93,7 @@ class SaelensSource:
         self.document_of = np.arange(self.windows, dtype=np.uint32)
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
-        values = np.asarray(self._rows[start:stop][self._hook], STORED_AS[self.dtype])
+        values = np.asarray(self._read(self._hook, start, stop), STORED_AS[self.dtype])
         return values.reshape(stop - start, self.context, self.d_model)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -96,7 +101,11 @@ class SaelensSource:
             return np.zeros((stop - start, self.context), np.uint32)
         if self._tokens is not None:
             return as_tokens(self._tokens[start:stop])
-        return as_tokens(np.asarray(self._rows[start:stop]["token_ids"]))
+        return as_tokens(np.asarray(self._read("token_ids", start, stop)))
+
+    def _read(self, column: str, start: int, stop: int) -> Any:
+        """Of this column alone: rows are decoded whole, and the tokens of all windows are read at once."""
+        return self._rows.select_columns(column)[start:stop][column]
 
 
 def _load(path: Path, ndim: int) -> np.ndarray:

@@ -49,7 +49,9 @@ Examples:
 )
 @click.option("--resid-layers", metavar="LAYERS", help="And after these: 17..20, or -2..+1 counted from --layer.")
 @click.option(
-    "--attention-layers", metavar="LAYERS", default=ATTENTION_AROUND, show_default=True, help="Likewise, or none."
+    "--attention-layers",
+    metavar="LAYERS",
+    help=f"Likewise, or none.  [default: {ATTENTION_AROUND}, as far as the model has them]",
 )
 @click.option(
     "--hooks",
@@ -180,7 +182,7 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
         print_json(document_of(estimate))
     else:
         Console().print(render(estimate))
-    require_space(config.out, estimate.free_bytes, estimate.least_bytes)
+    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=estimate.work.is_begun)
 
 
 @contextmanager

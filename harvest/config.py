@@ -48,7 +48,8 @@ class HarvestConfig:
     layer: int | None = None
     resid_layers: tuple[int, ...] | str = "none"
     """As text: layers beside `layer`, in the words of `parse_layers`."""
-    attention_layers: tuple[int, ...] | str = ATTENTION_AROUND
+    attention_layers: tuple[int, ...] | str | None = None
+    """None: `ATTENTION_AROUND`, as far as the model has these layers."""
     hooks: Mapping[str, tuple[int, ...]] | str = field(default_factory=dict)
     """Hook to layers, beside the residual stream. As text: all that is kept, in the words of `parse_hooks`."""
     attention_mass: float = 0.95
@@ -69,7 +70,8 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         # what cannot be read is refused before a model is looked for
-        resid, attention = (read_layers(layers, None) for layers in (self.resid_layers, self.attention_layers))
+        resid = read_layers(self.resid_layers, None)
+        keeps_attention = self.attention_layers is None or read_layers(self.attention_layers, None)
         kept = read_hooks(self.hooks, None, (ANY_LAYER,)).get(RESID, ())
         if resid and ANY_LAYER not in kept:
             found = "those of other layers: leave out one of the two" if kept else f"none: add {RESID}"
@@ -87,7 +89,7 @@ class HarvestConfig:
                 f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}), as no "
                 "batch is larger than its shard. Lower it or leave it out, or give larger shards"
             )
-        for name in () if attention else ("attention_mass", "attention_topk", "attention_heads", "leave_out"):
+        for name in () if keeps_attention else ("attention_mass", "attention_topk", "attention_heads", "leave_out"):
             if getattr(self, name) != getattr(HarvestConfig, name):
                 option = name.replace("_", "-")
                 raise SettingInvalid(f"--{option}: no --attention-layers are asked for: name some, or leave it out")

@@ -87,12 +87,18 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
     return Cost(_bytes_per_token(records, manifest), TIMED_BATCHES * batch * manifest.context / seconds)
 
 
-def require_space(url: str, free: int | None, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold; None of an object store is as much as it takes."""
+def require_space(url: str, free: int | None, needed: int, *, is_begun: bool = False) -> None:
+    """Refuse what the disk cannot hold; None of an object store is as much as it takes. A store that is begun keeps its
+    settings."""
     if free is not None and needed > free:
+        remedy = "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
+        if is_begun:
+            remedy = (
+                "Free some space and run the same command again: it goes on where it stopped. Or remove the store "
+                "first, then ask for fewer --tokens or layers, or try --codec zstd; or give another --out"
+            )
         raise StoreFull(
-            f"the harvest needs {say_size(needed)}, but the disk of {url} has {say_size(free)} free. "
-            "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
+            f"the harvest needs {say_size(needed)}, but the disk of {url} has {say_size(free)} free. {remedy}"
         )
 
 

@@ -173,7 +173,7 @@ class _Collector:
             stored = acts.view(torch.uint16) if acts.dtype == torch.bfloat16 else acts
             torch.from_numpy(self.acts[site])[rows].copy_(stored, non_blocking=True)
         for layer, kept in batch.captured.attention.items():
-            self.attention[layer].append(to_csr(layer, kept, first))
+            self.attention[layer].append(to_csr(layer, kept, first, self.harvester.manifest.model.dtype))
 
 
 def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.ndarray:

@@ -63,7 +63,7 @@ def say_overflow(dtype: str) -> str:
     if dtype == "float32":
         return "the model itself gives them in float32: look at its weights"
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
-    return f"the model overflows in {dtype}, harvest with --dtype {wider}"
+    return f"the model overflows in {dtype}, harvest with --dtype {wider} into another --out"
 
 
 def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype, first: int | None) -> None:

@@ -10,16 +10,17 @@ import numpy as np
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from ..cache_schema.layout import find_too_large
-from ..cache_schema.manifest import PART, seal
+from ..cache_schema.manifest import MOST_SHARDS, PART, seal
 from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
-from .config import HarvestConfig, read_hooks, read_layers
+from .config import ATTENTION_AROUND, HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, SMALL_TOKENS, STDLIB, DatasetOptions
 from .errors import SettingInvalid, TokenizerUnsuitable
 from .model.load_and_truncate import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
+from .sparsify_attention import require_context
 
 DEFAULT_TOKENS = 10_000_000
 TEST = "test_per_mille"
@@ -97,6 +98,8 @@ def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None 
     facts = read_facts(source.folder)
     wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
+    if wanted.attention_layers:
+        require_context(config.context)
     plan = Plan(config, source, facts, wanted, load_encoder(source.folder), choice)
     _require_known(plan.encoder.bos_token, "the BOS token", facts)
     _require_chunks_that_fit(plan)
@@ -120,6 +123,12 @@ def require_known_tokens(packed: np.ndarray, facts: ModelFacts) -> None:
 
 def _require_chunks_that_fit(plan: Plan) -> None:
     """Else the writer would find out, when the corpus has been tokenised and the model is loaded."""
+    shards = -(-plan.windows // plan.config.shard_windows)
+    if shards > MOST_SHARDS:
+        raise SettingInvalid(
+            f"--tokens {plan.tokens}: {shards:,} shards of {plan.config.shard_windows} windows, and a store has "
+            f"at most {MOST_SHARDS:,}. Lower it, or raise --shard-windows"
+        )
     manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
     if array := find_too_large(manifest):
         topk = f" or --attention-topk ({manifest.attention.topk})" if array.path.startswith("attention/") else ""
@@ -136,7 +145,12 @@ def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
     if not isinstance(config.resid_layers, tuple):
         resid = tuple(sorted({layer, *resid}))
     kept = read_hooks(config.hooks, layer, resid)
-    wanted = Wanted(kept.pop(RESID, ()), read_layers(config.attention_layers, layer), kept)
+    if config.attention_layers is None:  # nobody has named these: the first layer and the last lack some
+        around = read_layers(ATTENTION_AROUND, layer)
+        attention = tuple(each for each in around if 0 <= each < facts.num_layers)
+    else:
+        attention = read_layers(config.attention_layers, layer)
+    wanted = Wanted(kept.pop(RESID, ()), attention, kept)
     wanted.validate(facts)
     return wanted
 

@@ -20,13 +20,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, sync
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_failure, name_full_disk, sync
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
 from .corpus.source import Corpus, State
 from .cut_windows import Packer, Packing
@@ -82,6 +83,10 @@ class Spool:
 
     def resume(self) -> dict[str, Any] | None:
         """Go back to the last checkpoint of the same job; the state of the corpus there, or None."""
+        with self._named():
+            return self._resume()
+
+    def _resume(self) -> dict[str, Any] | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = self._read_checkpoint()
         if checkpoint is None:
@@ -106,14 +111,15 @@ class Spool:
         windows = self._packers[split].pack(texts, numbers)
         wanted = min(len(windows), self.quotas[split] - self.counts[split])
         for array, values in zip(ARRAYS, (windows.tokens, windows.documents), strict=True):
-            with self._path(split, array).open("ab") as file:
+            with self._named(), self._path(split, array).open("ab") as file:
                 file.write(values[:wanted].tobytes())
         self.counts[split] += wanted
 
     def checkpoint(self, corpus_state: dict[str, Any]) -> None:
         """Make what was appended so far the point from which a later start goes on."""
-        for split, array in self._keys():
-            sync(self._path(split, array))
+        with self._named():
+            for split, array in self._keys():
+                sync(self._path(split, array))
         rows = {name: [packer.tokens.tolist(), packer.documents.tolist()] for name, packer in self._packers.items()}
         document = {
             "fingerprint": self._fingerprint,
@@ -137,11 +143,19 @@ class Spool:
 
     def _joined(self, array: str, windows: int) -> np.ndarray:
         path = self.folder / f"{array}.u32"
-        with path.open("wb") as out:
-            for split in self.quotas:
-                with self._path(split, array).open("rb") as part:
-                    shutil.copyfileobj(part, out, 1 << 24)
-        return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
+        with self._named():
+            with path.open("wb") as out:
+                for split in self.quotas:
+                    with self._path(split, array).open("rb") as part:
+                        shutil.copyfileobj(part, out, 1 << 24)
+            return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What the disk answers, by what was being done."""
+        doing = f"tokenising into {self.folder}"
+        with name_failure(doing), name_full_disk(doing):
+            yield
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """None as well where it is damaged, or files are shorter than it says: what lacks would become zeros."""
@@ -167,9 +181,9 @@ class Spool:
 
 
 def spool_folder(files: Files) -> Path:
-    """Beside a local store; in the folder for temporary files where the store is remote."""
+    """Beside a local store, on its disk; in the folder for temporary files where the store is remote."""
     if isinstance(files, LocalFiles):
-        root = files.root.absolute()
+        root = files.root.resolve()  # of a link what it leads to, which may be another disk
         return root.with_name(f"{root.name}.spool")
     name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"

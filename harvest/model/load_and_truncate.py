@@ -29,6 +29,7 @@ from ..errors import (
     LayerOutOfRange,
     ModelUnavailable,
     SettingInvalid,
+    UnsupportedArchitecture,
     WeightsIncomplete,
 )
 from .architectures import architecture_of, cut, require_parts
@@ -218,7 +219,14 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     """The model type is looked at first: transformers asks to run downloaded code for types it does not know."""
-    architecture_of(_read_json(folder / CONFIG_FILE).get("model_type"))
+    said = _read_json(folder / CONFIG_FILE)
+    architecture_of(said.get("model_type"))
+    if quantised := said.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedArchitecture(
+            f"{folder / CONFIG_FILE}: its weights are quantised (quantization_config: {method or 'of no name'}), which "
+            "takes code of others to run. Name the model that they were made from, or a GGUF file, which is converted"
+        )
     from transformers import AutoConfig  # here: it takes seconds to import
 
     try:
@@ -259,6 +267,10 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
             )
     except SafetensorError as error:
         raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
+    except (ImportError, *UNREADABLE) as error:
+        raise ModelUnavailable(
+            f"{folder}: transformers cannot load it ({error}); install what it asks for, or fetch the model again"
+        ) from error
     validate_report(report, folder)
     return stack
 

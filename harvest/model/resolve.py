@@ -52,6 +52,7 @@ DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 FILES = [*DESCRIPTION, *WEIGHTS]
 OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
+SNAPSHOTS = "snapshots"  # of a model's folder in the hub's cache: its folders are called by their commits
 KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, where a hub does not say
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -113,13 +114,31 @@ def fetch(choice: Choice) -> ModelSource:
 
 def fetch_recorded(model: ModelSpec, override: str | None) -> ModelSource:
     """The files of the model that a store was made with, down to the revision; `override` says where to look."""
+    if override is not None and (snapshot := _snapshot_at(override, model)):
+        return snapshot
     source = fetch(Choice(override or model.id, _commit_of(model) if override in (None, model.id) else None))
     if model.revision is not None and source.revision != model.revision:
         raise ModelDiffers(
             f"expected {model.id} at {model.revision}, with which the store was made, found {source.id} at "
-            f"{source.revision}"
+            f"{source.revision}{_where_a_commit_lies(model)}"
         )
     return source
+
+
+def _snapshot_at(name: str, model: ModelSpec) -> ModelSource | None:
+    """The folder of the recorded commit in a cache of the hub, which calls it by the commit, wherever that lies."""
+    folder = Path(os.path.expanduser(name)).absolute()
+    if not folder.is_dir() or (folder.parent.name, folder.name) != (SNAPSHOTS, model.revision):
+        return None
+    _weights_of(folder, name)
+    return ModelSource(model.id, folder.name, folder)
+
+
+def _where_a_commit_lies(model: ModelSpec) -> str:
+    """What to add for a person: of a folder it is not known which commit of the hub it is, but of the hub's own."""
+    if (commit := _commit_of(model)) is None or commit.startswith(GGUF):
+        return ""
+    return f". Set HF_HOME to where the hub's cache has it, or name its folder there, .../{SNAPSHOTS}/{commit}"
 
 
 def _commit_of(model: ModelSpec) -> str | None:

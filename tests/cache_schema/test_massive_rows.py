@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from saemill.cache_schema import Store, from_float32, massive_rows, to_float32
+from saemill.cache_schema import Span, Store, from_float32, massive_rows, to_float32
 from saemill.cache_schema.cli import main
+from saemill.cache_schema.info import describe
 from saemill.cache_schema.massive_rows import count_ordinary, default_multiple, is_massive, measure_massive, row_norms
 
 PLANTED = ((3, 7), (700, 0), (1249, 5))
@@ -67,6 +68,15 @@ def test_info_tells_both_numbers(imported):
     assert facts["rms_norm"] > 1.5 * facts["rms_norm_of_others"]
     said = CliRunner().invoke(main, ["info", str(url)], env={"COLUMNS": "200"}).output
     assert "norm beyond 10 times the median" in said and "3 (0.030%)" in said
+
+
+def test_info_reads_each_shard_of_a_layer_once(imported, monkeypatch):
+    url, _ = imported()
+    read, seen = Store.read, []
+    monkeypatch.setattr(Store, "read", lambda store, request, span: seen.append(span) or read(store, request, span))
+    with Store.open(url) as store:
+        describe(store)
+        assert seen == [Span(shard, *store.manifest.shard_range(shard)) for shard in range(5)]
 
 
 def test_an_import_can_ask_that_every_row_counts(imported):

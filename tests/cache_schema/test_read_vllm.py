@@ -68,6 +68,18 @@ def test_a_request_is_a_document_and_in_one_split(tmp_path: Path) -> None:
     assert np.array_equal(found, np.repeat(expected[:, None], 4, axis=1))
 
 
+def test_requests_and_tokens_that_fill_no_window_are_counted(tmp_path: Path) -> None:
+    """Fifty of 52 requests are shorter than a window: the two others alone would look like a whole import."""
+    write_requests(tmp_path / "states", [3] * 50 + [110, 108])
+    words = ("--vllm", tmp_path / "states", "--layer", 19, "--layer", 3, "--model", "m")
+    said = run("import", tmp_path / "store", *words, "--context", 4)
+    expected = "152 of 368 tokens, as they fill no window of 4; 50 of 52 requests are shorter than one"
+    assert "54 windows" in said and f"left out: {expected}\n" in said
+    whole = run("import", tmp_path / "whole", *words, "--context", 1)
+    cut = "windows of one document are in two splits"
+    assert "left out" not in whole and cut not in whole and cut in said
+
+
 def test_what_cannot_become_a_store_is_named(tmp_path: Path) -> None:
     states, word = tmp_path / "states", ("--layer", 1, "--layer", 2, "--model", "m")
 
@@ -142,7 +154,8 @@ def test_a_context_without_vllm_is_refused(tmp_path: Path) -> None:
             [(0, 100), (100, 200), (200, 300)],
             ["33% of the windows are for validation", "33% of the windows"],
         ),
-        ([400], [(0, 90), (90, 95), (95, 100)], []),
+        ([400], [(0, 90), (90, 95), (95, 100)], ["windows of one document are in two splits"]),
+        ([200, 200], [(0, 90), (90, 95), (95, 100)], ["windows of one document are in two splits"]),
         ([4, 4, 392], [(0, 1), (1, 2), (2, 100)], ["98% of the windows are for test, and 5% were asked for"]),
     ],
 )

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,6 +269,21 @@ def test_import_of_a_saelens_folder(
     refused = run(*words, *beside)
     assert refused.exit_code == 1
     assert ("holds token_ids: leave out --tokens" if holds_tokens else "expected tokens of shape") in refused.output
+
+
+def test_tokens_of_a_saelens_folder_are_read_without_its_activations(tmp_path: Path) -> None:
+    """Those of all windows are read at once, and their activations may be larger than memory."""
+    acts, tokens = np.zeros((64, 16, 256), np.float32), np.arange(1024).reshape(64, 16)
+    write_saelens(tmp_path / "cache", "blocks.12.hook_resid_post", acts, tokens)
+    source = sources.SaelensSource(tmp_path / "cache", None)
+    source.tokens(0, 1)  # imports what it takes
+    tracemalloc.start()
+    try:
+        found = source.tokens(0, 64)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found, tokens) and peak < acts.nbytes / 4
 
 
 def test_import_of_a_saelens_folder_of_bfloat16_bits(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_layers, parse_worker
 from saemill.harvest.corpus.source import DatasetOptions
-from saemill.harvest.errors import SettingInvalid
+from saemill.harvest.errors import LayerOutOfRange, SettingInvalid
 from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted
 from saemill.harvest.store_plan import wanted_layers
 
@@ -152,11 +152,22 @@ def test_what_a_corpus_would_not_heed_is_refused(dataset, beside):
         ({"layer": 4}, (4,), (2, 3, 4, 5)),
         ({"layer": 4, "resid_layers": "+2", "attention_layers": "none"}, (4, 6), ()),
         ({"resid_layers": (2,), "attention_layers": (3,)}, (2,), (3,)),
+        ({"layer": 0}, (0,), (0, 1)),
+        ({"layer": 1}, (1,), (0, 1, 2)),
+        ({"layer": 29}, (29,), (27, 28, 29)),
     ],
 )
 def test_layers_are_counted_from_the_models_own_unless_one_is_named(changes, resid, attention):
     facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
     assert wanted_layers(HarvestConfig(out="store", **changes), facts) == Wanted(resid, attention)
+
+
+def test_only_the_usual_layers_of_attention_are_clipped_to_the_models():
+    facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
+    with pytest.raises(LayerOutOfRange, match="attention of layer -2: the model has layers 0 to 29"):
+        wanted_layers(HarvestConfig("store", layer=0, attention_layers="-2..+1"), facts)
+    with pytest.raises(LayerOutOfRange, match="residual of layer 99: the model has layers 0 to 29"):
+        wanted_layers(HarvestConfig("store", layer=99), facts)
 
 
 def test_layers_in_any_order_ask_for_the_same():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from saemill.harvest import estimate_cost, run
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run, render
-from saemill.harvest.errors import DeviceFull
+from saemill.harvest.errors import ContextTooLong, DeviceFull, SettingInvalid
 from saemill.harvest.estimate_cost import bytes_by_array, manifest_before, tokens_per_second
 from saemill.harvest.model.load_and_truncate import load_model
 from saemill.harvest.model.resolve import Choice, ModelSource
@@ -47,6 +48,22 @@ def watched() -> tuple[Watch, io.StringIO]:
 
 def plan_of(config: HarvestConfig, source: ModelSource) -> Plan:
     return make_plan(config, source)
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 20 * 10**9 * 8, "shard_windows": 8}, {"tokens": 10**15}])
+def test_more_shards_than_a_store_has_are_refused_before_anything_is_done(make_config: Make, described, changes):
+    with pytest.raises(
+        SettingInvalid, match=r"--tokens \d+: .* at most 100,000,000. Lower it, or raise --shard-windows"
+    ):
+        plan_of(make_config(**changes), described)
+
+
+def test_a_context_that_attention_cannot_be_kept_of_is_refused_before_anything_is_done(make_config: Make, described):
+    file = described.folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 2**20}))
+    with pytest.raises(ContextTooLong, match="at most 32768 can be stored.*--attention-layers none"):
+        plan_of(make_config(context=32769, tokens=10**6), described)
+    plan_of(make_config(context=32769, tokens=10**6, attention_layers=()), described)
 
 
 def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from saemill.cache_schema import (
     StoreError,
     StoreFull,
     StoreMismatch,
+    StoreUnreachable,
     StoreWriter,
     to_float32,
 )
@@ -782,10 +784,12 @@ def test_what_the_model_cannot_give_is_refused_before_anything_is_written(make_c
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_shard(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 2**20)
-    with pytest.raises(StoreFull, match=r"needs .* MB.*--codec zstd"):
+    with pytest.raises(StoreFull, match=r"needs .* MB.*Or remove the store first, .*--codec zstd"):
         harvest(make_config())
     with Store.open(make_config().out) as store:
         assert not store.committed.any()
+    with pytest.raises(StoreMismatch, match="codec"):  # as long as it is there
+        harvest(make_config(codec="zstd"))
 
 
 def test_a_disk_must_hold_the_shards_of_all_workers(make_config: Make, monkeypatch):
@@ -836,6 +840,17 @@ def test_a_corpus_that_ends_early_says_what_its_tests_cost(asked, filled, told):
     assert re.fullmatch(f"the corpus fills {filled:,} windows of the {asked:,} asked for{told}", said)
 
 
+def test_files_of_a_folder_that_are_no_text_are_told(make_config: Make, text_file, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    shutil.copy(text_file, tmp_path / "texts" / "a.jsonl.gz")
+    for number, text in enumerate(text_file.read_text().split("\n\n")):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    config = make_config(corpus=DatasetOptions(str(tmp_path / "texts")))
+    run.harvest(config)
+    assert "warning: 1 file of" in capsys.readouterr().err
+    assert harvest(config).committed == 8
+
+
 def test_a_short_corpus_is_told(make_config: Make, monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr(create_or_resume_store, "tell_shortage", lambda *numbers: f"short: {numbers}")
@@ -867,6 +882,27 @@ def test_a_disk_that_fills_while_tokenising_is_named_and_what_was_read_is_kept(m
         harvest(make_config())
     monkeypatch.undo()
     assert harvest(make_config()).committed == 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(make_config: Make, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(create_or_resume_store.fcntl, "flock", refuse)
+    with pytest.raises(StoreUnreachable, match=r"while locking \S+spool/lock: expected a disk whose file system has"):
+        harvest(make_config())
+
+
+def test_tokens_of_a_store_behind_a_link_lie_on_its_disk(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "store").symlink_to(tmp_path / "large" / "store")
+    assert spool_folder(LocalFiles(tmp_path / "small" / "store")) == tmp_path / "large" / "store.spool"
+
+
+def test_the_root_of_the_disk_is_no_place_for_a_store(make_config: Make):
+    with pytest.raises(SettingInvalid, match="--out /: expected a folder .* not the root"):
+        harvest(make_config(out="/"))
 
 
 def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypatch):

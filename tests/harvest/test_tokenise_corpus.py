@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from saemill.cache_schema import StoreUnreachable
 from saemill.cache_schema.splits import split_of
 from saemill.harvest import tokenise_corpus
 from saemill.harvest.cut_windows import Packer
@@ -241,3 +243,22 @@ def test_too_few_documents_for_three_splits_are_refused(tmp_path):
     texts = [text for text in make_texts(50) if split_of(text) == "train"]
     with pytest.raises(SplitEmpty, match="in validation and test"):
         pack(ListCorpus(texts), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(os, "truncate"), (Path, "open"), (tokenise_corpus, "sync"), (shutil, "copyfileobj")]
+)
+def test_a_disk_that_fails_is_named(tmp_path, monkeypatch, owner, name):
+    """What it says of an open file names none: without more it would be a traceback."""
+    if name == "truncate":  # of what an earlier start left
+        pack(ListCorpus(make_texts(400)), tmp_path)
+    real = getattr(owner, name)
+
+    def fail(*args, **options):
+        if name == "open" and args[1:] != ("ab",):
+            return real(*args, **options)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(StoreUnreachable, match=f"Input/output error while tokenising into {tmp_path}"):
+        pack(ListCorpus(make_texts(400)), tmp_path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from saemill.cache_schema import Site
 from saemill.harvest.capture import run
@@ -238,6 +240,29 @@ def test_weights_that_a_configuration_names_are_not_loaded_in_place_of_those_tha
     (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     stack = load_model(tmp_path, RESID_2, torch.float32).stack
     assert torch.equal(stack.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"), [({"quant_method": "gptq", "bits": 4}, "gptq"), ("awq", "awq"), (None, None)]
+)
+def test_quantised_weights_are_refused_by_their_configuration_alone(broken, said, name):
+    """transformers would ask for packages of others, after the corpus was tokenised."""
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    for file in broken.glob("*.safetensors"):
+        file.unlink()
+    with nullcontext() if name is None else pytest.raises(UnsupportedArchitecture, match=f"quantised .*: {name}"):
+        read_facts(broken)
+
+
+@pytest.mark.parametrize("error", [ImportError("it takes another package"), ValueError("of no such kind")])
+def test_what_transformers_raises_over_weights_names_the_folder(broken, monkeypatch, error):
+    def refuse(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", refuse)
+    with pytest.raises(ModelUnavailable, match=re.escape(f"{broken}: transformers cannot load it ({error})")):
+        load_model(broken, RESID_2)
 
 
 def test_a_truncated_weights_file(broken):

@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 
 from saemill.cache_schema import ModelSpec
 from saemill.cache_schema.info import BUNDLED
-from saemill.harvest.errors import ModelUnavailable
+from saemill.harvest.errors import ModelDiffers, ModelUnavailable
 from saemill.harvest.model import resolve
-from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch, look
+from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch, fetch_recorded, look
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -233,6 +233,27 @@ def test_a_name_means_for_a_store_the_commit_it_was_begun_with(name, revision, c
     found = ModelSpec(id=name, d_model=1, dtype="float32", revision=revision)
     assert choose_again(name, found) == Choice(name, commit)
     assert choose_again("another/model", found) is None
+
+
+def test_a_model_of_the_hub_may_lie_in_any_snapshot_of_its_commit(hub, make_model, tmp_path):
+    """A folder's revision is a hash of what is in it: no copy of a commit would ever be taken for that."""
+    model = ModelSpec(id="somebody/model", d_model=1, dtype="float32", revision=COMMIT)
+    snapshots = tmp_path / "copied" / "models--somebody--model" / "snapshots"
+    make_model("gemma2").save_pretrained(snapshots / COMMIT)
+    shutil.copytree(snapshots / COMMIT, snapshots / COMMIT[::-1])
+    shutil.copytree(snapshots / COMMIT, tmp_path / COMMIT)
+    found = fetch_recorded(model, str(snapshots / COMMIT))
+    assert (found.id, found.revision, found.folder) == ("somebody/model", COMMIT, snapshots / COMMIT)
+    for other in (snapshots / COMMIT[::-1], tmp_path / COMMIT):
+        with pytest.raises(ModelDiffers, match=rf"expected somebody/model at .*HF_HOME .*\.\.\./snapshots/{COMMIT}"):
+            fetch_recorded(model, str(other))
+    of_a_folder = ModelSpec(id="tiny", d_model=1, dtype="float32", revision="sha256-0")
+    with pytest.raises(ModelDiffers, match=r"found \w+ at sha256-\w+$"):
+        fetch_recorded(of_a_folder, str(snapshots / COMMIT))
+    (snapshots / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailable, match="complete safetensors weights"):
+        fetch_recorded(model, str(snapshots / COMMIT))
+    assert hub.calls == []
 
 
 def test_a_folder_without_weights(tmp_path):
