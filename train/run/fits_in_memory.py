@@ -10,7 +10,10 @@ import torch
 
 from ..config.run_config import Member
 from ..disk.module_form import built_of_shapes
+from ..engine.assembly import Assembly
+from ..engine.schedules import Constant
 from ..errors import MemoryTooSmall, name_sae
+from ..terms.auxk import AuxK
 
 Widths = Callable[[str], int]  # of a hook's activations: those of keys are narrower than the residual, and z's wider
 COPIES = 4  # weights, gradients, two moments, all in float32
@@ -69,8 +72,7 @@ def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
 
 def _beside_tables(member: Member, widths: Widths) -> int:
     """Numbers in the matrices beside encoder and decoder: encoders of ranges, what tiers are composed of."""
-    with name_sae(member.label):  # nothing is built before: what its config refuses, it refuses here
-        assembly = built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
+    assembly = _built(member, widths)
     if assembly is None:
         return 0
     named = [pair for part in (assembly.sae, *assembly.extras.values()) for pair in part.named_parameters()]
@@ -79,11 +81,24 @@ def _beside_tables(member: Member, widths: Widths) -> int:
     )
 
 
+def _built(member: Member, widths: Widths) -> Assembly | None:
+    with name_sae(member.label):  # nothing is built before: what its config refuses, it refuses here
+        return built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
+
+
 def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
-    """As many tables [B, F] as the variant says it holds at once, and a handful of the residual's width."""
+    """As many tables [B, F] as the variant says it holds at once, a handful of the residual's width, and the rows of
+    dead latents that the auxiliary loss copies: at worst of all latents, what they write and what they read."""
     inputs, outputs = _widths(member, widths)
-    tables = member.config.step_tables()
-    return batch_tokens * int(4 * tables * -(-member.config.width // parts) + 4 * 4 * (inputs + outputs))
+    latents = -(-member.config.width // parts)
+    copied = latents * (inputs + outputs) if _has_aux(member, widths) else 0
+    return batch_tokens * int(4 * member.config.step_tables() * latents + 4 * 4 * (inputs + outputs)) + 4 * copied
+
+
+def _has_aux(member: Member, widths: Widths) -> bool:
+    assembly = _built(member, widths)
+    terms = () if assembly is None else assembly.terms
+    return any(isinstance(term.fn, AuxK) and term.weight != Constant(0.0) for term in terms)
 
 
 def end_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:

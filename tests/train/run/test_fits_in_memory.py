@@ -73,6 +73,29 @@ def test_a_step_needs_what_is_measured(battery, variant):
     assert 0.3 * estimate < peak_of(profiler) - gradients < estimate
 
 
+@pytest.mark.parametrize("variant", ["topk", "gated", "clt"])
+def test_rows_of_dead_latents_are_counted(battery, variant):
+    """All are dead, of a dictionary that is large beside the batch."""
+    rows, width, d_model = 16, 1024, 128
+    words = [f"width={width}", "dead_after_tokens=1000000", "optim.start=drawn"]
+    words += ["layers=0,1,2,3", "hook=mlp_in", "to_hook=mlp_out"] if variant == "clt" else []
+    one = member(*words, variant=variant)
+    trainee, needs = Trainee("one", one.config.build(d_model), 10), one.config.needs()
+    x = torch.randn(rows, d_model * len(needs.inputs), generator=torch.Generator().manual_seed(0))
+    trainee.step(Batch(x, x if needs.targets else None))
+    trainee.counters.tokens_since_fired.fill_(10**9)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainee.step(Batch(x, x if needs.targets else None))
+    estimate = fits_in_memory.step_bytes(one, lambda _: d_model, rows)
+    gradients = 4 * sum(parameter.numel() for parameter in trainee.sae.parameters())
+    assert 0.3 * estimate < peak_of(profiler) - gradients < estimate
+
+
+def test_without_an_auxiliary_loss_none_are_copied():
+    found = [fits_in_memory.step_bytes(member("width=1000", *words), of_64, 1) for words in ([], ["aux_weight=0"])]
+    assert found[0] - found[1] == 1000 * 64 * 2 * 4
+
+
 def peak_of(profiler):
     """The most bytes that were allocated at once."""
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -82,7 +105,7 @@ def peak_of(profiler):
 def test_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     fits_in_memory.require_room([member("width=1000")], of_64, 512, 10**6, 1, CPU)
-    with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
+    with pytest.raises(MemoryTooSmall, match=r"expected 4\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
         fits_in_memory.require_room([member("width=200000")], lambda _: 512, 512, 10**6, 1, CPU)
 
 
