@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .commits import decode_json
-from .disk_and_cloud_files import Files
+from .disk_and_cloud_files import Files, read_if_there
 from .errors import ManifestInvalid, StoreMismatch, StoreMissing
 from .identity import cache_id
 from .layout import ROOT, ArrayLayout, array_document_key, arrays_of, parse_array_document
@@ -40,6 +40,12 @@ def require_writable(url: str, root: Root) -> None:
             f"{url}: {', '.join(paths)} is cut or packed otherwise than here: such a store is read, not written. "
             "Harvest or import into another folder"
         )
+
+
+def has_root(files: Files) -> bool:
+    """Whether there is a store. It is read to find out: asked whether an object exists, some of fsspec's file systems
+    say no whatever went wrong, and a beginning would be written over the store that is there."""
+    return read_if_there(files, ROOT) is not None
 
 
 def read_root(files: Files) -> Root:

@@ -51,7 +51,7 @@ from .layout import (
 from .manifest import Manifest, require_same
 from .moments import Moments, merge
 from .reader import Store
-from .root import read_root, require_writable
+from .root import has_root, read_root, require_writable
 from .shard_claims import CREATION, open_claims
 from .sites import RESID, Site
 from .summary import LayerSummary, Summary, read_summary, summarise, write_summary
@@ -186,7 +186,7 @@ class StoreWriter:
                 f"{self.if_killed}"
             )
         try:
-            if self.files.exists(ROOT):
+            if has_root(self.files):
                 root = read_root(self.files)
                 require_same(self.files.url, root.manifest, self.manifest)
                 require_writable(self.files.url, root)

@@ -19,13 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files, read_if_there
-from ..cache_schema.layout import ROOT
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.manifest import PART, require_same
+from ..cache_schema.root import has_root
 from ..cache_schema.shard_claims import no_locks
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
-from .corpus.source import Corpus, part_of
+from .corpus.source import Corpus, left_alone_by, part_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
@@ -50,7 +50,7 @@ WORTH_TELLING = 10  # per mille of the documents: so many more than needed are f
 def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
     """The store's writer, once all tokens are written."""
     files = open_files(plan.config.out)
-    if process.is_first and not files.exists(ROOT):
+    if process.is_first and not has_root(files):
         return _create(plan, files, watch)
     wait_for_tokens(files, watch)
     writer = StoreWriter.open(plan.config.out)
@@ -75,7 +75,7 @@ def require_place(files: Files) -> None:
     if not files.root.resolve().name:
         raise SettingInvalid(f"--out {files.url}: expected a folder or a place for one, not the root. Give a folder")
     _require_folder(files.root.absolute(), files.url)
-    if not files.exists(ROOT):
+    if not has_root(files):
         _require_folder(spool_folder(files), files.url)
 
 
@@ -97,6 +97,8 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
         watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}); the store says so")
+    if left := left_alone_by(corpus):
+        watch.say(f"warning: {left}")
     context, total = plan.config.context, plan.windows * plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing, spec.settings.get(TEST, PER_MILLE["test"]))
     doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
@@ -158,11 +160,11 @@ def _names_another_commit(revision: str | None, recorded: str | None) -> bool:
 
 def wait_for_tokens(files: Files, watch: Watch) -> None:
     """Until the first worker has written them all."""
-    if read_if_there(files, ROOT) is not None:
+    if has_root(files):
         return
     watch.say(f"waiting for worker 1 to write the tokens of {files.url}")
     end, pause = time.monotonic() + WAIT_SECONDS, POLL_SECONDS
-    while read_if_there(files, ROOT) is None:
+    while not has_root(files):
         if time.monotonic() > end:
             raise TokensMissing(
                 f"waited {WAIT_SECONDS // 3600} hours for the first worker to write the tokens of {files.url}. "

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..cache_schema import Manifest, Store
 from ..cache_schema.disk_and_cloud_files import Files, open_files
 from ..cache_schema.in_words import counted, say_size, say_time
-from ..cache_schema.layout import ROOT
+from ..cache_schema.root import has_root
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
@@ -98,7 +98,7 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     require_place(files)
     with open_process(config.device, config.worker) as process:
         plan = decide(config, watch)
-        is_begun = files.exists(ROOT)
+        is_begun = has_root(files)
         if process.is_first and not is_begun:
             announce_tokens(plan, files, watch, refuses=False)
         if plan.source.to_download is None:

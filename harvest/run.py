@@ -23,8 +23,7 @@ from ..cache_schema.commits import CommitRecord, read_devices
 from ..cache_schema.disk_and_cloud_files import Files, open_files
 from ..cache_schema.in_words import counted, say_size
 from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
-from ..cache_schema.layout import ROOT
-from ..cache_schema.root import read_root
+from ..cache_schema.root import has_root, read_root
 from .config import HarvestConfig
 from .create_or_resume_store import begin_store, require_place, wait_for_tokens
 from .errors import HarvestError, ModelDiffers, ModelUnavailable
@@ -57,7 +56,7 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
         if config.model == AUTO and not process.is_first:
             wait_for_tokens(files, watch)  # the first worker decides for all
         plan = decide(config, watch)
-        if not files.exists(ROOT):
+        if not has_root(files):
             if process.is_first:
                 announce(plan, process.device, files, watch)
             plan = with_weights(plan)
@@ -75,7 +74,7 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
     """Which model it is, and whether it can give what is wanted. That is decided once for a store, the commit too."""
     files = open_files(config.out)
-    begun = choose_again(config.model, read_root(files).manifest.model) if files.exists(ROOT) else None
+    begun = choose_again(config.model, read_root(files).manifest.model) if has_root(files) else None
     choice = begun or choose(config.model)
     watch.say(choice.banner)
     return make_plan(config, look(choice), choice)

@@ -172,7 +172,7 @@ class _Collector:
             self.moments[site].append(measure(site.layer, acts, special, site.hook, first))
             torch.from_numpy(self.acts[site])[rows].copy_(_as_stored(acts), non_blocking=True)
         for layer, kept in batch.captured.attention.items():
-            self.attention[layer].append(to_csr(layer, kept, first))
+            self.attention[layer].append(to_csr(layer, kept, first, self.harvester.manifest.model.dtype))
 
 
 def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.ndarray:

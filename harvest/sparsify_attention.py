@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..cache_schema import AttentionCsr, AttentionSpec
 from ..cache_schema.csr import index_dtype
-from .errors import ContextTooLong, NonFiniteAttention, name_window
+from .errors import ContextTooLong, NonFiniteAttention, name_window, say_overflow
 
 MAX_CONTEXT = 1 << 15  # a position shares an int32 with the 16 bits of a float16
 DROPPED = (1 << 31) - 1  # sorts behind every kept entry; its low half is a NaN, so no entry equals it
@@ -92,11 +92,11 @@ def sinks(spec: AttentionSpec, context: int, device: torch.device | str = "cpu")
     return found
 
 
-def to_csr(layer: int, rows: KeptRows, first: int | None = None) -> AttentionCsr:
+def to_csr(layer: int, rows: KeptRows, first: int | None = None, dtype: str | None = None) -> AttentionCsr:
     """The rows of one layer on the host, of whose windows the store counts the first as `first`; stops where
-    probabilities were not numbers."""
+    probabilities were not numbers, and says what to do about that in the model's `dtype`."""
     kept_mass = rows.kept_mass.cpu().numpy()
-    _validate_mass(layer, kept_mass, first)
+    _validate_mass(layer, kept_mass, first, dtype)
     packed = rows.packed.cpu().numpy().reshape(kept_mass.size, -1)
     is_kept = packed != DROPPED
     indptr = np.zeros(kept_mass.size + 1, np.uint32)
@@ -130,12 +130,12 @@ def _ascending(packed: Tensor) -> Tensor:
     return packed.sort(-1).values
 
 
-def _validate_mass(layer: int, kept_mass: np.ndarray, first: int | None) -> None:
+def _validate_mass(layer: int, kept_mass: np.ndarray, first: int | None, dtype: str | None) -> None:
     """A row that is not of numbers is an overflow."""
     is_number = np.isfinite(kept_mass)
     if not is_number.all():
         window, _, query = np.argwhere(~is_number)[0]
         raise NonFiniteAttention(
-            f"layer {layer}: the attention of {name_window(window, first)}, query {query}, is not finite; "
-            "if the model overflows in its dtype, harvest with a wider one (--dtype bfloat16 or float32)"
+            f"layer {layer}: the attention of {name_window(window, first)}, query {query}, is not finite"
+            + (f"; {say_overflow(dtype)}" if dtype else "")
         )

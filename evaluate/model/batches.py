@@ -154,7 +154,8 @@ def run_windows(
         blocks[layer].append(sparsify(probs_WHTT, attention))
 
     resid = model.resid(tokens_WT, layers, valid_WT, {layer: partial(keep, layer) for layer in blocks})
-    rows = {layer: to_csr(layer, KeptRows.concat(parts)) for layer, parts in blocks.items()}
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows = {layer: to_csr(layer, KeptRows.concat(parts), dtype=dtype) for layer, parts in blocks.items()}
     return Windows(
         tokens=tokens_WT,
         keep=valid_WT & ~is_special(tokens_WT, model.special),

@@ -3,7 +3,7 @@
 A text file that stands alone, whatever its suffix, holds documents with blank lines between them, or, where it has no
 blank line, one document a line; one whose suffix says rows or packed is refused. In a folder each text file is one
 document. jsonl and parquet files hold one document a row. A folder's files are read in the order of their names; other
-files in it are left alone.
+files in it are left alone, and those whose suffix says rows or packed are counted for the user.
 
 The identity is a hash of the bytes, never the path.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.in_words import counted
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
 from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text
 
@@ -48,11 +50,26 @@ class LocalCorpus(InOrder):
     def files(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
-        found = sorted(self._path.rglob("*"), key=lambda file: file.relative_to(self._path).as_posix())
-        files = [file for file in found if file.is_file() and file.suffix.lower() in FILE_SUFFIXES]
+        files = self._files_of(FILE_SUFFIXES)
         if not files:
-            raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)})")
+            more = f"; {self.left_alone}" if self.left_alone else ""
+            raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)}){more}")
         return files
+
+    @cached_property
+    def left_alone(self) -> str:
+        """How many files of a folder are not read whose names say rows or packed, and what to do."""
+        suffixes = Counter(file.suffix.lower() for file in self._files_of(tuple(NO_TEXT)))
+        if not suffixes:
+            return ""
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
+        remedies = ". ".join(dict.fromkeys(NO_TEXT[suffix] for suffix in sorted(suffixes)))
+        return f"{counted(suffixes.total(), 'file')} of {self._path} left alone ({kinds}). To have one read: {remedies}"
+
+    def _files_of(self, suffixes: tuple[str, ...]) -> list[Path]:
+        """Those under a folder, in the order of their names."""
+        found = [file for file in self._path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
+        return sorted(found, key=lambda file: file.relative_to(self._path).as_posix())
 
     @property
     def revision(self) -> str:

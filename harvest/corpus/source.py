@@ -52,7 +52,8 @@ class Corpus(Protocol):
 
     `id`, `revision` and `settings` decide the text and name no path of this machine: they go into the manifest and
     the cache id, so two corpora that agree in them have the same documents. One that can read only a part of what its
-    id names says which in `part`; stores then say so too.
+    id names says which in `part`; stores then say so too. What it passes over, though there may be text in it, it
+    says in `left_alone`.
     """
 
     @property
@@ -125,6 +126,11 @@ class Source:
 def part_of(corpus: Corpus) -> str | None:
     """Of what the corpus's id names, the part that can be read; None: all of it."""
     return getattr(corpus, "part", None)
+
+
+def left_alone_by(corpus: Corpus) -> str:
+    """What a corpus passes over that may hold text, and how to have it read; empty: nothing."""
+    return getattr(corpus, "left_alone", "")
 
 
 def checked_text(value: object, where: str) -> str:

@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, Span, Store, StoreBusy, StoreError, StoreUnreachable, StoreWriter
+from saemill.cache_schema import (
+    Request,
+    Span,
+    Store,
+    StoreBusy,
+    StoreError,
+    StoreMismatch,
+    StoreUnreachable,
+    StoreWriter,
+)
 from saemill.cache_schema import disk_and_cloud_files as files_module
 from saemill.cache_schema import shard_claims as claims_module
 from saemill.cache_schema import writer as writer_module
@@ -427,3 +436,14 @@ def test_a_disk_that_fails_while_it_is_read_is_named(synthetic, material, tmp_pa
         with pytest.raises(StoreUnreachable, match="while reading zarr.json"):
             Store(files)
     tell("1 store, read", faults)
+
+
+def test_a_store_that_a_file_system_wrongly_says_is_not_there_is_not_begun_again(synthetic, monkeypatch):
+    """fsspec's own `exists` is False of whatever goes wrong while it looks."""
+    manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
+    corpus = synthetic.write_store(url, manifest)
+    before = synthetic.objects_of(url)
+    monkeypatch.setattr(RemoteFiles, "exists", lambda *_: False)
+    with pytest.raises(StoreMismatch, match="codec"):
+        StoreWriter.create(url, synthetic.replace(manifest, codec="zstd"), corpus.tokens, corpus.documents)
+    assert synthetic.objects_of(url) == before

@@ -840,6 +840,17 @@ def test_a_corpus_that_ends_early_says_what_its_tests_cost(asked, filled, told):
     assert re.fullmatch(f"the corpus fills {filled:,} windows of the {asked:,} asked for{told}", said)
 
 
+def test_files_of_a_folder_that_are_no_text_are_told(make_config: Make, text_file, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    shutil.copy(text_file, tmp_path / "texts" / "a.jsonl.gz")
+    for number, text in enumerate(text_file.read_text().split("\n\n")):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    config = make_config(corpus=DatasetOptions(str(tmp_path / "texts")))
+    run.harvest(config)
+    assert "warning: 1 file of" in capsys.readouterr().err
+    assert harvest(config).committed == 8
+
+
 def test_a_short_corpus_is_told(make_config: Make, monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr(create_or_resume_store, "tell_shortage", lambda *numbers: f"short: {numbers}")

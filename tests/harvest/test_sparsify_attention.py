@@ -196,6 +196,20 @@ def test_the_last_key_that_can_be_packed_is_kept():
     assert (packed[0, 0, 0, 0].item() >> 16, (packed != sparsify_module.DROPPED).sum().item()) == (32767, 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        ("float16", "overflows in float16, harvest with --dtype bfloat16 or float32 into another --out$"),
+        ("bfloat16", "overflows in bfloat16, harvest with --dtype float32 into another --out$"),
+        ("float32", "the model itself gives them in float32: look at its weights$"),
+    ],
+)
+def test_attention_that_is_not_finite_names_a_dtype_that_is_wider(dtype, said):
+    probs = torch.full((1, 1, 2, 2), torch.nan)
+    with pytest.raises(NonFiniteAttention, match=said):
+        to_csr(17, sparsify(probs, AttentionSpec()), dtype=dtype)
+
+
 @pytest.mark.parametrize("left_out", [(), ("bos", "self")])
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
 def test_attention_that_is_not_finite_names_its_layer(value, left_out):

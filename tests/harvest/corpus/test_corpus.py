@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from saemill.harvest.corpus import open_corpus
 from saemill.harvest.corpus.local import LocalCorpus
-from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.corpus.source import DatasetOptions, left_alone_by
 from saemill.harvest.corpus.stdlib import StdlibCorpus
 from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
 
@@ -134,6 +135,20 @@ def test_a_folder_without_text_is_empty(tmp_path):
     write(tmp_path / "a.bin", b"x")
     with pytest.raises(CorpusEmpty, match="no file with text"):
         read(tmp_path)
+
+
+def test_packed_files_and_those_of_other_rows_in_a_folder_are_counted(tmp_path):
+    """Of a folder of packed text and one README the README alone would be the corpus."""
+    for name in ("a.jsonl.gz", "deep/b.TXT.GZ", "c.json", "picture.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "text")
+    said = f"3 files of {tmp_path} left alone (2 .gz, 1 .json). To have one read: Unpack it first. Write its rows into"
+    with pytest.raises(CorpusEmpty, match=re.escape("holds no file with text (.txt, .md") + ".*" + re.escape(said)):
+        read(tmp_path)
+    write(tmp_path / "README.md", "text")
+    assert read(tmp_path) == ["text"]
+    assert left_alone_by(LocalCorpus(tmp_path)).startswith(said)
+    assert left_alone_by(LocalCorpus(tmp_path / "README.md")) == left_alone_by(StdlibCorpus()) == ""
 
 
 @pytest.mark.parametrize(
