@@ -98,3 +98,11 @@ class DeviceFull(HarvestError, MemoryError):
 def name_window(window: int, first: int | None) -> str:
     """For a person: of the store, or of the batch where no store is made."""
     return f"window {window} of the batch" if first is None else f"window {first + window} of the store"
+
+
+def say_overflow(dtype: str) -> str:
+    """What to do where a model's numbers are none."""
+    if dtype == "float32":
+        return "the model itself gives them in float32: look at its weights"
+    wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+    return f"the model overflows in {dtype}, harvest with --dtype {wider} into another --out"

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..cache_schema import AttentionCsr, AttentionSpec
 from ..cache_schema.csr import index_dtype
-from .errors import ContextTooLong, NonFiniteAttention, name_window
-from .stats import say_overflow
+from .errors import ContextTooLong, NonFiniteAttention, name_window, say_overflow
 
 MAX_CONTEXT = 1 << 15  # a position shares an int32 with the 16 bits of a float16
 DROPPED = (1 << 31) - 1  # sorts behind every kept entry; its low half is a NaN, so no entry equals it

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache_schema import Moments
 from ..cache_schema.sites import RESID
-from .errors import NonFiniteResidual, name_window
+from .errors import NonFiniteResidual, name_window, say_overflow
 
 BLOCK_TOKENS = 1024  # converted to float64 at a time: small enough to stay in a CPU's cache
 
@@ -56,14 +56,6 @@ def _norms_and_sum(resid_WTD: Tensor, counted_WT: Tensor) -> tuple[Tensor, Tenso
         norm_WT[block] = torch.linalg.vector_norm(resid64, dim=-1)
         sum_D += counted_WT[block].flatten() @ resid64.flatten(0, 1)
     return norm_WT, sum_D
-
-
-def say_overflow(dtype: str) -> str:
-    """What to do where a model's numbers are none."""
-    if dtype == "float32":
-        return "the model itself gives them in float32: look at its weights"
-    wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
-    return f"the model overflows in {dtype}, harvest with --dtype {wider} into another --out"
 
 
 def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype, first: int | None) -> None:
