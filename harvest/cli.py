@@ -101,7 +101,12 @@ Examples:
     help="This is the I-th of N processes; after its share it takes what others have left.",
 )
 @click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
-@click.option("--dry-run", "is_dry_run", is_flag=True, help="Say what it would cost, and write nothing.")
+@click.option(
+    "--dry-run",
+    "is_dry_run",
+    is_flag=True,
+    help="Say what it would cost, and write no store. A GGUF file is converted for that, once.",
+)
 @as_json()
 def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
     """Run a language model over a corpus once; keep residuals, attention and tokens in a store.

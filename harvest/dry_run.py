@@ -1,6 +1,7 @@
-"""A harvest without writing anything: what it would cost in bytes and in time.
+"""A harvest without writing a store: what it would cost in bytes and in time.
 
-Where the model's weights are here, a few batches of the corpus are harvested; else its configuration has to do.
+Where the model's weights are here, a few batches of the corpus are harvested; else its configuration has to do. A GGUF
+file is converted for that, once, as for a harvest.
 """
 
 from __future__ import annotations

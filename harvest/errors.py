@@ -80,7 +80,7 @@ class NetworkLost(HarvestError, ConnectionError):
 
 
 class TokenizerUnsuitable(HarvestError, ValueError):
-    """A tokenizer that cannot make windows: without BOS, or without a fast implementation."""
+    """A tokenizer that cannot make windows: without BOS or a fast implementation, or whose rules are not known."""
 
 
 class TokensMissing(HarvestError, TimeoutError):

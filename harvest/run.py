@@ -77,7 +77,7 @@ def decide(config: HarvestConfig, watch: Watch) -> Plan:
     begun = choose_again(config.model, read_root(files).manifest.model) if has_root(files) else None
     choice = begun or choose(config.model)
     watch.say(choice.banner)
-    return make_plan(config, look(choice), choice)
+    return make_plan(config, look(choice, watch.say), choice)
 
 
 def with_weights(plan: Plan) -> Plan:

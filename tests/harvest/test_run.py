@@ -341,11 +341,11 @@ def chosen(model_folder, monkeypatch) -> list[Choice]:
     """What was fetched; every model has the files of the tiny one."""
     choices: list[Choice] = []
 
-    def fetch(choice: Choice) -> ModelSource:
+    def look(choice: Choice, _: object) -> ModelSource:
         choices.append(choice)
         return ModelSource(choice.name, "c0ffee", model_folder)
 
-    monkeypatch.setattr(run, "look", fetch)
+    monkeypatch.setattr(run, "look", look)
     return choices
 
 
@@ -396,7 +396,7 @@ def test_a_model_of_the_hub_stays_at_the_commit_of_the_store(make_config: Make, 
 @pytest.mark.usefixtures("share_only")
 def test_weights_are_not_fetched_to_be_told_that_settings_differ(make_config: Make, model_folder, monkeypatch):
     """Nor for a dry run, nor where nothing is left to harvest."""
-    monkeypatch.setattr(run, "look", lambda choice: ModelSource(choice.name, "c0ffee", model_folder, to_download=7))
+    monkeypatch.setattr(run, "look", lambda choice, _: ModelSource(choice.name, "c0ffee", model_folder, to_download=7))
     monkeypatch.setattr(run, "fetch", lambda choice: ModelSource(choice.name, "c0ffee", model_folder))
     config = make_config(model="somebody/model")
     harvest(replace(config, worker=Worker(0, 2)))

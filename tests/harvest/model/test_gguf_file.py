@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,16 +18,21 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from rich.console import Console
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from saemill.cache_schema import Store, StoreFull
-from saemill.cache_schema.verify_and_repair import digest
+from saemill.cache_schema import Store, StoreFull, StoreMismatch
+from saemill.cache_schema.verify_and_repair import digest, repair
+from saemill.evaluate.context.context import find_model
+from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import HarvestError, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from saemill.harvest.model import gguf_file
-from saemill.harvest.model.gguf_file import convert, find_smollm2
+from saemill.harvest.model.gguf_file import convert, find_converted, find_smollm2
 from saemill.harvest.model.load_and_truncate import find_weights
 from saemill.harvest.model.resolve import Choice, fetch
 from saemill.harvest.model.tokenizer import load_encoder
+from saemill.harvest.progress import Watch
 from saemill.harvest.run import harvest, reharvest
 
 from ... import mutations
@@ -42,7 +49,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def write_gguf(
-    tokenizer: Any, model: Any, file: Path, fields: dict[str, Any] | None = None, extra: int = 0
+    tokenizer: Any,
+    model: Any,
+    file: Path,
+    fields: dict[str, Any] | None = None,
+    extra: int = 0,
+    split: str | None = "gpt-2",
+    vocabulary: str = "gpt2",
 ) -> dict[str, torch.Tensor]:
     """A model as llama.cpp would write it, feed-forward weights quantised; returns the weights that it then has."""
     config, kind = model.config, model.config.model_type
@@ -56,9 +69,13 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
+    writer.add_tokenizer_model(vocabulary)
+    if split is not None:
+        writer.add_tokenizer_pre(split)
     _write_tokenizer(writer, tokenizer)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for name, value in (fields or {}).items():
-        writer.add_uint32(name, value)
+        add[type(value)](name, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     weights = {}
     for name, weight in model.state_dict().items():
@@ -89,7 +106,6 @@ def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
     tokens = sorted(rules["vocab"], key=rules["vocab"].get)
     tokens += [f"<unused{number}>" for number in range(300 - len(tokens))]
     special = dict.fromkeys(("<pad>", "<eos>", "<bos>"), gguf.TokenType.CONTROL)
-    writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([special.get(token, gguf.TokenType.NORMAL) for token in tokens])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in rules["merges"]])
@@ -140,6 +156,65 @@ def test_the_tokenizer_is_the_models(tiny, tokenizer, text_file):
     encoder, text = load_encoder(convert(tiny)[1]), [text_file.read_text()[:2000], "\n  don't 12345 <eos> é"]
     assert encoder.encode(text) == [tokenizer.encode(one, add_special_tokens=False) for one in text]
     assert encoder.bos_token == 2 and {1, 2} <= set(encoder.special_tokens)
+
+
+@pytest.fixture
+def digits(make_model: Callable[..., Any], write: Write, tmp_path: Path) -> Path:
+    """A file that says that digits stand alone."""
+    write(make_model("llama", **LLAMA), tmp_path / "digits.gguf", split="smollm")
+    return tmp_path / "digits.gguf"
+
+
+def convert_as_before(patch: pytest.MonkeyPatch) -> None:
+    """As the first version did, by GPT-2's rule."""
+    patch.setattr(gguf_file, "CONVERTER", 1)
+    patch.setitem(gguf_file.OWN_SPLITS, "smollm", pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def pieces(folder: Path, text: str) -> list[str]:
+    """The text as it is split before merges."""
+    return [piece for piece, _ in load_encoder(folder).backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_text_is_split_by_the_files_rule(digits, tiny, make_model, write, tmp_path):
+    write(make_model("llama", **LLAMA), tmp_path / "llama3.gguf", split="llama-bpe")
+    text = "in  1234 it's"
+    found = [pieces(convert(file)[1], text) for file in (digits, tiny, tmp_path / "llama3.gguf")]
+    assert found == [
+        ["in", "ĠĠ", "1", "2", "3", "4", "Ġit", "'s"],
+        ["in", "Ġ", "Ġ1234", "Ġit", "'s"],
+        ["in", "Ġ", "Ġ", "123", "4", "Ġit", "'s"],
+    ]
+
+
+def test_what_an_earlier_version_converted_is_made_anew(digits, monkeypatch):
+    with monkeypatch.context() as patch:
+        convert_as_before(patch)
+        digest, folder = convert(digits)
+        assert pieces(folder, "  12") == ["Ġ", "Ġ12"] and find_converted(digest[:16]) == folder
+        weights = (folder / "model.safetensors").read_bytes()
+    assert find_converted(digest[:16]) is None
+    assert convert(digits) == (digest, folder) and find_converted(digest[:16]) == folder
+    assert pieces(folder, "  12") == ["ĠĠ", "1", "2"] and (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_a_store_of_before_keeps_its_model_and_is_not_gone_on_with(digits, make_config, monkeypatch):
+    """Its tokens are there and the weights are the same; more text would be split otherwise."""
+    config = make_config(model=str(digits), dtype="float32")
+    with monkeypatch.context() as patch:
+        convert_as_before(patch)
+        harvest(config)
+    with Store.open(config.out) as store:
+        manifest, before = store.manifest, digest(store)
+    source = find_model(manifest, str(digits))
+    assert (source.revision, source.folder) == (manifest.model.revision, convert(digits)[1])
+    reharvest(config.out, [0], model=str(digits), undo=partial(repair, config.out, [0]))
+    with Store.open(config.out) as store:
+        assert digest(store) == before
+    with pytest.raises(
+        StoreMismatch, match=r":\n  model\.tokenizer: the store has 'sha256:\w+', asked for 'sha256:\w+'\n[^ ]"
+    ):
+        harvest(config)
 
 
 def test_a_store_names_the_file_and_goes_on_from_it(tiny, make_config):
@@ -242,6 +317,18 @@ def without_bos(file: Path, tiny: Path) -> None:
     file.write_bytes(tiny.read_bytes().replace(b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.bop_token_id"))
 
 
+def of_split(file: Path, tiny: Path) -> None:
+    file.write_bytes(tiny.read_bytes().replace(b"gpt-2", b"bloom"))
+
+
+def without_split(file: Path, tiny: Path) -> None:
+    file.write_bytes(tiny.read_bytes().replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prx"))
+
+
+def not_in_utf8(file: Path, tiny: Path) -> None:
+    file.write_bytes(tiny.read_bytes().replace(b"gpt-2", b"gpt-\xff"))
+
+
 BAD: list[tuple[Callable[[Path, Path], object], type[HarvestError], str]] = [
     (lambda file, _: None, ModelUnavailable, "no such GGUF file"),
     (lambda file, _: file.write_bytes(b"PK\3\4 something"), ModelUnavailable, "does not begin as one does"),
@@ -251,6 +338,13 @@ BAD: list[tuple[Callable[[Path, Path], object], type[HarvestError], str]] = [
     (of_quantisation(24), ModelUnavailable, "quantised as I8, which the package gguf cannot read"),
     (of_quantisation(200), ModelUnavailable, "its quantisation is not known"),
     (without_bos, TokenizerUnsuitable, "no tokenizer with a BOS token"),
+    (
+        of_split,
+        TokenizerUnsuitable,
+        r"the rule 'bloom' \(tokenizer.ggml.pre\); GGUF files of gpt-2, .*smollm",
+    ),
+    (without_split, TokenizerUnsuitable, "text split by the rule None"),
+    (not_in_utf8, ModelUnavailable, r"damaged \(tokenizer.ggml.pre: 'utf-8' codec"),
 ]
 
 
@@ -299,6 +393,70 @@ def test_a_part_and_a_model_that_would_lose_weights_are_refused(make_model, writ
     write(make_model("llama", **LLAMA), tmp_path / "bad.gguf", **changes)
     with pytest.raises(HarvestError, match=r"one of 2 parts: join|holds 49 tensors .* of 48 tensors"):
         convert(tmp_path / "bad.gguf")
+
+
+ROPE = "llama.rope"
+LINEAR = {f"{ROPE}.scaling.type": "linear", f"{ROPE}.scaling.factor": 8.0}
+SCALED = {
+    "linear": LINEAR,
+    "by another name": {f"{ROPE}.scale_linear": 2.0},
+    "yarn": {f"{ROPE}.scaling.type": "yarn", f"{ROPE}.scaling.factor": 4.0},
+    "factor alone": {f"{ROPE}.scaling.factor": 8.0},
+    "type alone": {f"{ROPE}.scaling.type": "longrope"},
+}
+PLAIN = {
+    "none": {f"{ROPE}.scaling.type": "none"},
+    "none of 8": LINEAR | {f"{ROPE}.scaling.type": "none"},
+    "factor 1": LINEAR | {f"{ROPE}.scaling.factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("fields", SCALED.values(), ids=SCALED)
+def test_positions_that_are_scaled_by_metadata_are_refused(make_model, write, tmp_path, fields):
+    write(make_model("llama", **LLAMA), tmp_path / "bad.gguf", fields=fields)
+    with pytest.raises(UnsupportedArchitecture, match=r"has scaled rotary positions .*Take its safetensors"):
+        gguf_file.read_header(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize("fields", PLAIN.values(), ids=PLAIN)
+def test_positions_that_are_scaled_by_nothing_are_taken(make_model, write, tmp_path, fields):
+    write(make_model("llama", **LLAMA), tmp_path / "good.gguf", fields=fields)
+    assert gguf_file.read_header(tmp_path / "good.gguf").config.rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("split", ["default", "deepseek-llm", "command-r"])
+def test_a_rule_of_splitting_that_is_not_known_is_refused_by_name(make_model, write, tmp_path, split):
+    """llama.cpp's default is not GPT-2's rule."""
+    write(make_model("llama", **LLAMA), tmp_path / "bad.gguf", split=split)
+    with pytest.raises(TokenizerUnsuitable, match=f"the rule '{split}'"):
+        gguf_file.read_header(tmp_path / "bad.gguf")
+
+
+def test_a_vocabulary_that_is_not_byte_level_needs_no_rule(make_model, write, tmp_path):
+    write(make_model("llama", **LLAMA), tmp_path / "good.gguf", split=None, vocabulary="llama")
+    assert gguf_file.read_header(tmp_path / "good.gguf").split is None
+
+
+def test_a_version_of_transformers_without_rules_has_none(tiny, tmp_path, monkeypatch):
+    """It would take GPT-2's for all."""
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf.gguf_tokenizer_mapping", None)
+    assert gguf_file.read_header(tiny).split == "gpt-2"
+    (tmp_path / "bad.gguf").write_bytes(tiny.read_bytes().replace(b"gpt-2", b"qwen2"))
+    with pytest.raises(TokenizerUnsuitable, match="the rule 'qwen2'"):
+        gguf_file.read_header(tmp_path / "bad.gguf")
+
+
+def test_a_dry_run_says_that_a_file_is_converted_once(tiny, make_config, kept):
+    config = make_config(model=str(tiny), dtype="float32")
+
+    def said() -> str:
+        page = io.StringIO()
+        dry_run(config, Watch(Console(file=page, width=500)))
+        return page.getvalue()
+
+    assert re.search(rf"converting tiny\.gguf, once: [\d.,]+ kB of float32 weights into {re.escape(str(kept))}", said())
+    assert "converting" not in said()
+    assert not Path(config.out).exists()
 
 
 def test_without_the_package_gguf_there_is_a_message(tiny, monkeypatch):
