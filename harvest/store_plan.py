@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
+from ..cache_schema.in_words import counted
 from ..cache_schema.layout import find_too_large
 from ..cache_schema.manifest import MOST_SHARDS, PART, seal
 from ..cache_schema.sites import RESID
@@ -125,9 +126,10 @@ def _require_chunks_that_fit(plan: Plan) -> None:
     """Else the writer would find out, when the corpus has been tokenised and the model is loaded."""
     shards = -(-plan.windows // plan.config.shard_windows)
     if shards > MOST_SHARDS:
+        of = counted(plan.config.shard_windows, "window")
         raise SettingInvalid(
-            f"--tokens {plan.tokens}: {shards:,} shards of {plan.config.shard_windows} windows, and a store has "
-            f"at most {MOST_SHARDS:,}. Lower it, or raise --shard-windows"
+            f"--tokens {plan.tokens}: {shards:,} shards of {of}, and a store has at most {MOST_SHARDS:,}. Lower it, or "
+            "raise --shard-windows"
         )
     manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
     if array := find_too_large(manifest):
