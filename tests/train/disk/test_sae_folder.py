@@ -22,6 +22,8 @@ from saemill.train.run.find_sae import rebuild
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 
+from ... import mutations
+
 D, WIDTH = 24, 64
 IN_THE_FORMAT = ["topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "p_anneal", "abstopk", "tsae"]
 
@@ -187,7 +189,7 @@ def test_a_damaged_folder_is_named(damage, message, tmp_path, battery):
     ],
 )
 def test_settings_that_are_not_those_of_the_weights_are_named_and_take_no_memory(
-    variant, change, message, tmp_path, battery, mutations
+    variant, change, message, tmp_path, battery
 ):
     save(tmp_path, variant, battery)
     config = json.loads((tmp_path / CONFIG).read_text())
