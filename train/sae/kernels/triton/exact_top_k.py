@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 CHUNK = 2048  # latents that a program looks at together
 GROUPS = 16  # for each entry that is wanted of a row, at least
@@ -315,7 +316,7 @@ def _built_in(width: int) -> int | tl.constexpr:
     """A dictionary's width is part of what is compiled. The number of dead latents, among which AuxK chooses, changes
     every few steps: it is an argument, or each number would be compiled by itself, for seconds. (The interpreter takes
     no argument as the end of a range.)"""
-    return tl.constexpr(width) if width % 1024 == 0 or triton.knobs.runtime.interpret else width
+    return tl.constexpr(width) if width % 1024 == 0 or knobs.runtime.interpret else width
 
 
 def _warps(block: int) -> int:
