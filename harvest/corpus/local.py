@@ -50,25 +50,26 @@ class LocalCorpus(InOrder):
     def files(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
-        files = self._files_of(FILE_SUFFIXES)
+        files = [file for file in self._found if file.suffix.lower() in FILE_SUFFIXES]
         if not files:
             more = f"; {self.left_alone}" if self.left_alone else ""
             raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)}){more}")
         return files
 
-    @cached_property
+    @property
     def left_alone(self) -> str:
         """How many files of a folder are not read whose names say rows or packed, and what to do."""
-        suffixes = Counter(file.suffix.lower() for file in self._files_of(tuple(NO_TEXT)))
+        suffixes = Counter(file.suffix.lower() for file in self._found if file.suffix.lower() in NO_TEXT)
         if not suffixes:
             return ""
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
         remedies = ". ".join(dict.fromkeys(NO_TEXT[suffix] for suffix in sorted(suffixes)))
         return f"{counted(suffixes.total(), 'file')} of {self._path} left alone ({kinds}). To have one read: {remedies}"
 
-    def _files_of(self, suffixes: tuple[str, ...]) -> list[Path]:
-        """Those under a folder, in the order of their names."""
-        found = [file for file in self._path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
+    @cached_property
+    def _found(self) -> list[Path]:
+        """Files under a folder that hold text or may, in the order of their names."""
+        found = [f for f in self._path.rglob("*") if f.suffix.lower() in (*FILE_SUFFIXES, *NO_TEXT) and f.is_file()]
         return sorted(found, key=lambda file: file.relative_to(self._path).as_posix())
 
     @property

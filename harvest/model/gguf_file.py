@@ -241,12 +241,12 @@ def _convert(file: Path, digest: str, folder: Path, header: Header) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     empty = _empty_model(header.config)
-    require_room(file.name, header.weight_bytes, folder)
     made, alone = folder.with_suffix(".part"), folder.with_suffix(".in")
     for scratch in (made, alone, folder):
         shutil.rmtree(scratch, ignore_errors=True)
-        if scratch is not folder:
-            scratch.mkdir(parents=True)
+    require_room(file.name, header.weight_bytes, folder)  # which a conversion of before may have taken
+    for scratch in (made, alone):
+        scratch.mkdir(parents=True)
     (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads what lies beside it
     tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
     if header.split in OWN_SPLITS:

@@ -269,7 +269,8 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
         raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
     except (ImportError, *UNREADABLE) as error:
         raise ModelUnavailable(
-            f"{folder}: transformers cannot load it ({error}); install what it asks for, or fetch the model again"
+            f"{folder}: transformers cannot load it ({error}). If it lacks a package, install that; if memory, "
+            "free some; else look after the disk, or fetch the model again"
         ) from error
     validate_report(report, folder)
     return stack

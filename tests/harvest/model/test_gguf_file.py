@@ -465,6 +465,15 @@ def test_without_the_package_gguf_there_is_a_message(tiny, monkeypatch):
         convert(tiny)
 
 
+def test_the_room_of_a_conversion_of_before_is_there_for_the_new_one(tiny, monkeypatch):
+    _, folder = convert(tiny)
+    was_there = []
+    monkeypatch.setattr(gguf_file, "CONVERTER", gguf_file.CONVERTER + 1)
+    monkeypatch.setattr(gguf_file, "require_room", lambda _, __, where: was_there.append(where.exists()))
+    assert convert(tiny)[1] == folder and folder.is_dir()
+    assert was_there == [False]
+
+
 def test_a_full_disk_is_told_before_and_during_the_work(tiny, monkeypatch, kept):
     usage = shutil.disk_usage(kept.parents[2])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000, total=usage.total))
