@@ -9,19 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from held_out_text import held_out_documents, is_held_out, without_repeats, write_held_out
+from make_tokenizer import BOS
+from pocket_model import make_config
+from pocket_quality import join_documents, measure, unigram_entropy
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from saemill.harvest.pocket import MODEL_FOLDER, load_model, load_tokenizer
-from saemill.harvest.pocket.make_tokenizer import BOS
-from saemill.harvest.pocket.pocket_model import make_config
-from saemill.harvest.pocket.quality import join_documents, measure, unigram_entropy
-from saemill.harvest.pocket.text import (
-    held_out_documents,
-    is_held_out,
-    stdlib_documents,
-    without_repeats,
-    write_held_out,
-)
+from saemill.harvest.pocket.text import stdlib_documents
 
 PACKAGE = MODEL_FOLDER.parent
 RECORD = json.loads((PACKAGE / "training_curve.json").read_text())
@@ -67,7 +62,7 @@ def test_it_loads_as_it_lies_in_bfloat16() -> None:
 def test_what_travels_is_small_and_plain() -> None:
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".xz", ".txt"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
 
 
 def test_sliding_layers_do_slide(model: Gemma2ForCausalLM) -> None:

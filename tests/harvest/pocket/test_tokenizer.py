@@ -1,14 +1,14 @@
 """The bundled tokenizer: every text comes back, every byte is a token."""
 
 import pytest
+from held_out_text import held_out_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_tokenizer import SPECIAL_TOKENS, VOCABULARY, train_tokenizer, wrap_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from saemill.harvest.pocket import MODEL_FOLDER, load_tokenizer
-from saemill.harvest.pocket.make_tokenizer import SPECIAL_TOKENS, VOCABULARY, train_tokenizer, wrap_tokenizer
-from saemill.harvest.pocket.text import held_out_documents
 
 TOKENIZER = load_tokenizer()
 

@@ -4,15 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pocket_model
 import pytest
 import torch
+import trainer as trainer_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from saemill.harvest.pocket import pocket_model
-from saemill.harvest.pocket import trainer as trainer_module
-from saemill.harvest.pocket.pocket_model import load_checkpoint, save_checkpoint
-from saemill.harvest.pocket.trainer import (
+from pocket_model import load_checkpoint, save_checkpoint
+from trainer import (
     CYCLE,
     DECAY_FROM,
     WARMUP_STEPS,

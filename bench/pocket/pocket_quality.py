@@ -8,7 +8,7 @@ Shapes: N windows, T tokens in a window.
 3. The yardstick is the unigram entropy of the very same targets: what the best
    guess without context would pay.
 
-`python -m saemill.harvest.pocket.quality` measures the bundled model.
+`python bench/pocket/pocket_quality.py` measures the bundled model.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from held_out_text import held_out_documents
+from make_tokenizer import BOS
 
-from . import MODEL_FOLDER, load_model, load_tokenizer
-from .make_tokenizer import BOS
-from .text import held_out_documents
+from saemill.harvest.pocket import MODEL_FOLDER, load_model, load_tokenizer
 
 CONTEXTS = (128, 512, 1024)
 

@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from held_out_text import is_held_out
+from make_tokenizer import BOS, train_tokenizer
+from pocket_model import make_model
+from pocket_quality import join_documents, measure
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .make_tokenizer import BOS, train_tokenizer
-from .pocket_model import make_model
-from .quality import join_documents, measure
-from .text import is_held_out, stdlib_documents, text_digest
+from saemill.harvest.pocket.text import stdlib_documents, text_digest
 
 CYCLE = (128,) * 7 + (512,) + (128,) * 7 + (1024,)  # the context of each step, again and again
 MATRIX_RATE = 6e-3

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_tokenizer import BOS, EOS, PAD, VOCABULARY
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
-
-from .make_tokenizer import BOS, EOS, PAD, VOCABULARY
 
 LAYERS = 26
 WIDTH = 128

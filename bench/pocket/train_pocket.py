@@ -1,7 +1,7 @@
 """Train the pocket model on the standard library of the Python that runs this.
 
 \b
-    python -m saemill.harvest.pocket.train --out DIR --minutes 75
+    python bench/pocket/train_pocket.py --out DIR --minutes 75
 
 1. Read the text, set whole documents aside, learn the tokenizer from the rest.
 
@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import click
+from pocket_model import load_checkpoint, save_checkpoint
 from rich.console import Console
-
-from .pocket_model import load_checkpoint, save_checkpoint
-from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Trainer, context_of, learning_rate, read_corpus
+from trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Trainer, context_of, learning_rate, read_corpus
 
 LONGEST_STEP = 15.0  # seconds; what goes beyond is a pause
 STEPS_PER_LINE = 10

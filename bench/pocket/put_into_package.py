@@ -1,8 +1,8 @@
-"""Put a trained pocket model into the package, with what it was held against.
+"""Put a trained pocket model into the package; keep what it was held against.
 
 1. Round the checkpoint's master weights to bfloat16; save model and tokenizer as
    an ordinary Hugging Face folder.
-2. Keep the held-out documents and the curve of the training beside it.
+2. Keep the curve of the training beside it, and the held-out documents beside this file.
 3. Measure the folder as it now lies on disk, and write that down too.
 """
 
@@ -14,14 +14,16 @@ from typing import Any
 
 import click
 import torch
+from held_out_text import HELD_OUT_FILE, is_held_out, without_repeats, write_held_out
+from make_tokenizer import wrap_tokenizer
+from pocket_model import CONTEXT, load_checkpoint, make_model
+from pocket_quality import Quality, measure_folder
 from tokenizers import Tokenizer
 
-from .make_tokenizer import wrap_tokenizer
-from .pocket_model import CONTEXT, load_checkpoint, make_model
-from .quality import Quality, measure_folder
-from .text import HELD_OUT_FILE, is_held_out, stdlib_documents, text_digest, without_repeats, write_held_out
+from saemill.harvest.pocket import MODEL_FOLDER
+from saemill.harvest.pocket.text import stdlib_documents, text_digest
 
-HERE = Path(__file__).parent
+PACKAGE = MODEL_FOLDER.parent
 
 
 def save_model(tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -62,8 +64,10 @@ def _count(documents: list[tuple[str, str]]) -> dict[str, int]:
 
 
 @click.command(help=__doc__)
-@click.option("--run", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of train.py's --out.")
-@click.option("--to", type=click.Path(path_type=Path), default=HERE, show_default=True, help="Folder to write into.")
+@click.option(
+    "--run", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of train_pocket.py's --out."
+)
+@click.option("--to", type=click.Path(path_type=Path), default=PACKAGE, show_default=True, help="Folder to write into.")
 def main(run: Path, to: Path) -> None:
     found = load_checkpoint(run)
     if found is None:
@@ -76,7 +80,7 @@ def main(run: Path, to: Path) -> None:
     save_tokenizer(run / "tokenizer.json", to / "model")
     trained = [document for document in documents if not is_held_out(document[1])]
     held_out = without_repeats((document for document in documents if is_held_out(document[1])), trained)
-    write_held_out(held_out, to / HELD_OUT_FILE.name)
+    write_held_out(held_out, HELD_OUT_FILE if to == PACKAGE else to / HELD_OUT_FILE.name)
     description = describe(record, trained, held_out, measure_folder(to / "model", held_out))
     (to / "training_curve.json").write_text(json.dumps(description, indent=1) + "\n")
     for one in description["quality"]:

@@ -1,0 +1,47 @@
+"""The documents that the pocket model was not trained on, kept beside this file.
+
+Another Python version has the same library slightly changed, so a file that is held out by its text there may have been
+trained on here. The documents that were held out in training are therefore kept, as compressed JSON, less those that
+only repeat what other documents say.
+"""
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+
+HELD_OUT_PER_MILLE = 40
+HELD_OUT_FILE = Path(__file__).parent / "held_out.json.xz"
+
+
+def is_held_out(text: str) -> bool:
+    """Whole documents, chosen by a hash of their text."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
+
+
+def without_repeats(held_out: Iterable[tuple[str, str]], trained: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The held-out documents of whose lines at most half stand in a trained document too."""
+    known = {line for _, text in trained for line in _telling_lines(text)}
+    return [(name, text) for name, text in held_out if _share_known(text, known) <= 0.5]
+
+
+def held_out_documents(file: Path = HELD_OUT_FILE) -> list[tuple[str, str]]:
+    """(name, text) of every held-out document, in the order of the library."""
+    return [(name, text) for name, text in json.loads(lzma.decompress(file.read_bytes()))]
+
+
+def write_held_out(documents: Iterable[tuple[str, str]], file: Path = HELD_OUT_FILE) -> None:
+    raw = json.dumps(list(documents), ensure_ascii=False).encode("utf-8")
+    file.write_bytes(lzma.compress(raw, preset=9))
+
+
+def _telling_lines(text: str) -> list[str]:
+    """Lines long enough that two documents hardly share one by chance."""
+    return [line.strip() for line in text.splitlines() if len(line.strip()) >= 30]
+
+
+def _share_known(text: str, known: set[str]) -> float:
+    lines = _telling_lines(text)
+    return sum(line in known for line in lines) / max(1, len(lines))
