@@ -231,7 +231,9 @@ class Ask:
         known = _keys(config)
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
-        draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
+        shared = self.recipe.settings if self.recipe else {}
+        of_recipe = {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
+        draft = with_settings(config, of_recipe | asked, sae.label)
         instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
         if held:
             instead |= stored_layer(draft, asked, held)
@@ -239,10 +241,6 @@ class Ask:
         with name_sae(sae.label):
             require_bounds(config)
         return Member(_label(sae.label, spread), sae.variant, config)
-
-    def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:
-        shared = self.recipe.settings if self.recipe else {}
-        return {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
 
     def _of(self, head: str) -> dict[str, Any]:
         said = {**(self.recipe.settings if self.recipe else {}), **self.settings}

@@ -114,7 +114,9 @@ class Plan:
     def steps_in(self, epochs: int) -> int:
         """Steps in the first `epochs` epochs."""
         while len(self._starts) <= epochs:
-            self._starts.append(self._starts[-1] + sum(self._deal_steps(len(self._starts) - 1)))
+            dealt = deal(len(self.pieces), self.num_blocks, self.seed, len(self._starts) - 1)
+            steps = sum(int(self._piece_tokens[members].sum()) // self.batch_tokens for members in dealt)
+            self._starts.append(self._starts[-1] + steps)
         return self._starts[epochs]
 
     def locate(self, step: int) -> tuple[BlockPlan, int]:
@@ -159,10 +161,6 @@ class Plan:
     def is_one_block(self) -> bool:
         """Whether the whole split fits into the pool, so that it is read once for all epochs."""
         return self.num_blocks == 1
-
-    def _deal_steps(self, epoch: int) -> list[int]:
-        dealt = deal(len(self.pieces), self.num_blocks, self.seed, epoch)
-        return [int(self._piece_tokens[members].sum()) // self.batch_tokens for members in dealt]
 
     def _make_blocks(self, epoch: int) -> tuple[BlockPlan, ...]:
         first_step = self.steps_in(epoch)

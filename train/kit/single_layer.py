@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from ..terms.reconstruction import reconstruction
 from .build import require, require_hook, require_least, stats_or_unit, topk_optim
 from .contract import Variant
 
-T = TypeVar("T")
 DecoderBias = Literal["mean", "zero"]
 
 RECONSTRUCTION = Term("reconstruction", reconstruction, Constant(1.0))
@@ -83,19 +82,6 @@ class WithPenalty:
     def penalise(self, name: str, fn: Callable[[View], Tensor]) -> Term:
         require_least(self, penalty=0)
         return Term(name, fn, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction))
-
-
-@dataclass_transform(frozen_default=True)
-def settings(order: str) -> Callable[[type[T]], type[T]]:
-    """A frozen dataclass whose fields, inherited ones too, stand in this order in config.json."""
-
-    def make(cls: type[T]) -> type[T]:
-        made: Any = dataclass(frozen=True)(cls)
-        fields = made.__dataclass_fields__
-        made.__dataclass_fields__ = {name: fields[name] for name in (*order.split(), *fields)}
-        return made
-
-    return make
 
 
 def build_plain(

@@ -126,7 +126,8 @@ def _of_core(core: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     metrics, ours = _object(core, "eval_result_metrics"), _object(core, "saemill_metrics")
     edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
     losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
-    own = f", {_of_split(core)}"
+    settings = _object(_object(core, "saemill"), "settings")
+    own = f", {plain(_object(settings, 'config').get('split', 'test'))} split"
     yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
     yield f"explained variance with massive rows{own}", ours.get("explained_variance_with_massive"), None
     yield f"massive rows{own}", massive.get("tokens"), None
@@ -137,11 +138,6 @@ def _of_core(core: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield f"KL divergence score{own}", losses.get("kl_div_score"), edges.get("kl_div_score")
     if kept.get("tokens"):
         yield f"cross entropy score, massive rows left as they are{own}", kept.get("ce_loss_score"), None
-
-
-def _of_split(core: Mapping[str, Any]) -> str:
-    settings = _object(_object(core, "saemill"), "settings")
-    return f"{plain(_object(settings, 'config').get('split', 'test'))} split"
 
 
 def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:

@@ -98,7 +98,7 @@ class TierGradients(Constraint):
         tiers = sae.extras[TIERS]
         assert isinstance(tiers, Tiers)
         tables = [table.grad for table in (sae.W_enc, sae.b_enc, sae.W_dec) if table.grad is not None]
-        squares_F = sum(_row_squares(table) for table in tables)
+        squares_F = sum(table.square() if table.ndim == 1 else torch.linalg.vecdot(table, table) for table in tables)
         assert isinstance(squares_F, Tensor)
         tiers.notes_grad_norm = True
         tiers.grad_norm.copy_(index_sum(squares_F, tiers.membership, tiers.num_tiers).sqrt())
@@ -134,8 +134,3 @@ class GradientNoise(Constraint):
         seed = int(torch.randint(2**62, (), generator=self.generator))
         own = torch.Generator(parameter.device).manual_seed(seed)
         return torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)
-
-
-def _row_squares(table: Tensor) -> Tensor:
-    """[F], each latent's part of the squared norm."""
-    return table.square() if table.ndim == 1 else torch.linalg.vecdot(table, table)

@@ -6,15 +6,17 @@ signed SAEs, get the same as a top-k one with two latents for each of these.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import require_sparsity, topk_optim
-from ..kit.single_layer import RECONSTRUCTION, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, build_plain
 from ..sae.gates import AbsTopK
 from . import topk
 
 
-@settings("layer width k seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+@dataclass(frozen=True)
 class Config(topk.Config):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)

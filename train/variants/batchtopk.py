@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import EARLY_DEAD_PART, require_sparsity, topk_optim
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain
 from ..sae.gates import BatchTopK
 from ..sae.kernels.linear import Product
 
 
-@settings("layer width k threshold_decay seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+@dataclass(frozen=True)
 class Config(WithAux, SingleLayer):
     k: float = 64.0
     """Mean number of active latents per token."""

@@ -7,6 +7,8 @@ batch. With the same hook on both sides it is the weakly causal crosscoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ...cache_schema.sites import RESID
@@ -14,7 +16,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import require, require_layers, require_sparsity, stats_or_unit, write_hook
-from ..kit.single_layer import Dictionary, WithAux, assemble_mapping, settings
+from ..kit.single_layer import Dictionary, WithAux, assemble_mapping
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
 from ..sae.kernels.linear import Product
@@ -22,7 +24,7 @@ from ..sae.model import tied_weights
 from ..terms.constraints import WritesOnward
 
 
-@settings("layers width k seed aux_weight aux_k threshold_decay dead_after_tokens decoder_bias encoder_product optim")
+@dataclass(frozen=True)
 class Config(WithAux, Dictionary):
     layers: tuple[int, ...] = (17, 18, 19, 20)
     k: float = 64.0

@@ -9,6 +9,7 @@ reads one layer only, and writes to it and to all later ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from ...cache_schema.sites import RESID
@@ -16,17 +17,14 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
-from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain
 from ..sae.gates import BatchTopK, Relu
 from ..sae.kernels.linear import Product
 from ..terms.sparsity import LayerNormsL1
 from .clt import build_cross_layer
 
 
-@settings(
-    "layers width gate k penalty penalty_warmup_fraction seed aux_weight aux_k threshold_decay dead_after_tokens "
-    "decoder_bias encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(WithPenalty, WithAux, Dictionary):
     layers: tuple[int, ...] = (17, 18, 19, 20)
     hook: str = RESID

@@ -6,20 +6,19 @@ sees the reconstruction alone, so it does not shrink.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import relu_optim
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Gated
 from ..terms.reconstruction import reconstruction_by_gate
 from ..terms.sparsity import gate_l1
 
 
-@settings(
-    "layer width seed penalty penalty_warmup_fraction aux_weight aux_k dead_after_tokens decoder_bias "
-    "encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(WithPenalty, WithAux, SingleLayer):
     def step_tables(self) -> float:
         return 10.0

@@ -15,7 +15,6 @@ from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import require, require_sparsity
-from ..kit.single_layer import settings
 from ..sae.kernels.hardware import constants
 from ..sae.kernels.nested_prefixes import group_errors
 from ..sae.step_view import View, once
@@ -43,7 +42,7 @@ class EachBudget:
         return group_errors(codes, sae.W_dec, sae.b_dec, view.target, budget_N, len(self.budgets))
 
 
-@settings("layer width k budgets seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+@dataclass(frozen=True)
 class Config(topk.Config):
     budgets: tuple[int, ...] | None = None
     """Numbers of active latents that reconstruct on their own, rising to k; None: the powers of two, and k."""

@@ -8,22 +8,20 @@ penalty has gradients to all parameters and no target: how many latents fire fol
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp
 from ..kit.build import EARLY_DEAD_PART, read_with, relu_optim, require_least, require_positive, require_sparsity
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder
 from ..terms.sparsity import Frequency, TanhL0, TargetL0, dead_thresholds
 
 
-@settings(
-    "layer width target_l0 seed penalty penalty_warmup_fraction initial_threshold bandwidth dead_penalty "
-    "dead_after_tokens decoder_bias encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(WithPenalty, SingleLayer):
     target_l0: float = 64.0
     penalty: float = 1.0

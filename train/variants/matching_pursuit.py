@@ -8,6 +8,7 @@ k rounds of one latent are the published form; each round costs a dense product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import require_least
-from ..kit.single_layer import settings
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.linear import Product
 from ..sae.kernels.products_with_gradients import affine, decode_at
@@ -56,7 +56,7 @@ class Pursuit(SparseAutoencoder):
         return Codes(torch.cat(values, dim=1).reshape(-1), support, len(x), self.num_latents)
 
 
-@settings("layer width k rounds seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+@dataclass(frozen=True)
 class Config(topk.Config):
     encoder_product: Product = "float32"
     rounds: int = 4

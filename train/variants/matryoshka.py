@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import ends_of, require
-from ..kit.single_layer import settings
 from ..terms.reconstruction import NestedReconstruction
 from . import batchtopk
 
 
-@settings(
-    "layer width k prefix_fractions prefix_weights seed aux_weight aux_k threshold_decay dead_after_tokens "
-    "decoder_bias encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(batchtopk.Config):
     prefix_fractions: tuple[float, ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
     """Shares of the dictionary that reconstruct on their own, rising to 1."""

@@ -16,7 +16,6 @@ from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Every
 from ..kit.build import require, require_least
-from ..kit.single_layer import settings
 from ..sae.step_view import View
 from . import batchtopk
 
@@ -41,7 +40,7 @@ def _nearest_cosine(rows: Tensor) -> Tensor:
     return torch.linalg.vecdot(rows, rows[nearest]).clamp_min(0.0)
 
 
-@settings("layer width k overlap_weight chunk every_steps threshold_decay seed aux_weight aux_k dead_after_tokens")
+@dataclass(frozen=True)
 class Config(batchtopk.Config):
     overlap_weight: float = 0.25
     chunk: int = 8192

@@ -6,19 +6,18 @@ the running coefficient is the gate's buffer `penalty_scale`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..engine.schedules import Ahead, Ramp
 from ..kit.build import relu_optim, require
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import AnnealedRelu
 from ..terms.sparsity import lp
 
 
-@settings(
-    "layer width seed penalty penalty_warmup_fraction p_start p_end anneal_begin_fraction aux_weight aux_k "
-    "dead_after_tokens decoder_bias encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(WithPenalty, WithAux, SingleLayer):
     p_start: float = 1.0
     p_end: float = 0.2

@@ -18,7 +18,7 @@ from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..engine.optim import Optim
 from ..kit.build import require_sparsity, topk_optim
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain
 from ..sae.extra_modules import Extra
 from ..sae.gates import TopK
 from ..sae.model import SparseAutoencoder
@@ -60,7 +60,7 @@ def take_components(sae: SparseAutoencoder, covariance_DD: Tensor) -> None:
     sae.b_enc.zero_()
 
 
-@settings("layer width k seed dead_after_tokens decoder_bias encoder_product optim")
+@dataclass(frozen=True)
 class Config(SingleLayer):
     is_baseline: ClassVar[bool] = True
 

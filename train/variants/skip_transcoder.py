@@ -6,18 +6,18 @@ SAE adds it by itself (`sae(x)`); `decode` alone is what the latents write.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.single_layer import settings
 from ..sae.model import SparseAutoencoder
 from . import transcoder
 
 
-@settings("layer to_layer width k gate seed aux_weight aux_k dead_after_tokens encoder_product optim")
+@dataclass(frozen=True)
 class Config(transcoder.Config):
     gate: Literal["topk", "batchtopk"] = "batchtopk"
 

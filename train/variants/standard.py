@@ -6,18 +6,17 @@ value means the same at every width of the residual stream.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import relu_optim
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Relu
 from ..terms.sparsity import l1
 
 
-@settings(
-    "layer width seed penalty penalty_warmup_fraction aux_weight aux_k dead_after_tokens decoder_bias "
-    "encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(WithPenalty, WithAux, SingleLayer):
     width: int = 2304
 

@@ -7,7 +7,7 @@ belongs to the other place; the encoder's bias starts so that it is.
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from ..engine.assembly import Assembly
 from ..engine.optim import Optim
 from ..kit.build import require, require_sparsity, stats_or_unit, write_hook
 from ..kit.contract import Variant
-from ..kit.single_layer import WithAux, assemble_mapping, settings
+from ..kit.single_layer import WithAux, assemble_mapping
 from ..sae.gates import BatchTopK, TopK
 from ..sae.kernels.linear import Product
 from ..sae.model import SparseAutoencoder, tied_weights
@@ -27,7 +27,7 @@ from ..sae.model import SparseAutoencoder, tied_weights
 RESID_TO_LAYER = 20
 
 
-@settings("layer to_layer width k seed aux_weight aux_k dead_after_tokens encoder_product optim")
+@dataclass(frozen=True)
 class Config(WithAux, Variant):
     layer: int = 19
     to_layer: int | None = None

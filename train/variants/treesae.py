@@ -24,7 +24,6 @@ from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..errors import SaeInvalid
 from ..kit.build import ends_of, require, require_positive
-from ..kit.single_layer import settings
 from ..sae.extra_modules import Extra
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.linear import Product, linear
@@ -168,10 +167,7 @@ class Moving:
         return MOVE if 0 < step < until and step % every == 0 else STAY
 
 
-@settings(
-    "layer width k layer_fractions k_shares move_every_fraction move_until_fraction seed aux_weight aux_k "
-    "dead_after_tokens decoder_bias encoder_product optim"
-)
+@dataclass(frozen=True)
 class Config(topk.Config):
     encoder_product: Product = "float32"
     layer_fractions: tuple[float, ...] = (0.25, 1.0)

@@ -18,7 +18,6 @@ from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import require_least, require_positive
-from ..kit.single_layer import settings
 from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
 from . import matryoshka
@@ -46,7 +45,7 @@ class Contrast:
         return torch.where(held, lost, 0.0).sum() / view.side.ranks.share(held.sum())
 
 
-@settings("layer width k prefix_fractions prefix_weights contrast_weight temperature seed aux_weight aux_k")
+@dataclass(frozen=True)
 class Config(matryoshka.Config):
     prefix_fractions: tuple[float, ...] = (0.2, 1.0)
     contrast_weight: float = 0.1
