@@ -18,7 +18,7 @@ class TrainError(Exception):
 
 
 class ConfigInvalid(TrainError, ValueError):
-    """A setting is out of range, or two settings contradict each other."""
+    """A setting is out of range or names what is not there, or two settings contradict each other."""
 
 
 @contextmanager
@@ -28,14 +28,6 @@ def name_sae(label: str) -> Iterator[None]:
         yield
     except ConfigInvalid as error:
         raise ConfigInvalid(f"{label}: {error}") from None
-
-
-class UnknownVariant(TrainError, LookupError):
-    """A variant was asked for that has no file in the folder of variants."""
-
-
-class UnknownRecipe(TrainError, LookupError):
-    """A recipe was asked for that no file in the folder of recipes has."""
 
 
 class SideInputMissing(TrainError, LookupError):
@@ -76,11 +68,7 @@ class StateInvalid(TrainError, ValueError):
 
 
 class NothingToTrain(TrainError, ValueError):
-    """The run would have no step, or the split no token."""
-
-
-class StoreTooShort(TrainError, ValueError):
-    """The budget is larger than the tokens that the store has, and reading them again was not asked for."""
+    """The run would have no step, or has taken its last, or the split has no token."""
 
 
 class MemoryTooSmall(TrainError, MemoryError):
@@ -97,10 +85,6 @@ class RunMissing(TrainError, FileNotFoundError):
 
 class RunTaken(TrainError, FileExistsError):
     """A run of this name exists already."""
-
-
-class RunFinished(TrainError, ValueError):
-    """A finished run was to be resumed."""
 
 
 class CheckpointDamaged(TrainError, ValueError):

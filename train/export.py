@@ -137,11 +137,6 @@ def _outputs_of_set(saes: Sequence[SparseAutoencoder], target: Path) -> tuple[Te
     return own, x_hat
 
 
-def largest_difference(one: PlainSae, other: PlainSae, coded: PlainSae | None = None) -> float:
-    """Between reconstructions, and between codes, for which `coded` stands in for the first; relative to their size."""
-    return max(_largest(*pair) for pair in _outputs(one, other, coded))
-
-
 def _largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
 

@@ -17,7 +17,7 @@ from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume_command
 from .kit.registry import names
-from .parallel.processes import Solo, join
+from .parallel.processes import SOLO, join
 from .run.checkpoint_times import catch_signals
 from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
@@ -40,7 +40,7 @@ def open_process(device: str, console: Console, spread: bool = False, is_watched
     group, place = join(device)
     if spread and group.size == 1:
         console.print("--spread deals SAEs out over several processes, and this is one: start it by torchrun")
-    process = Process(group, Solo() if spread and group.size > 1 else group, place, console, is_watched)
+    process = Process(group, SOLO if spread and group.size > 1 else group, place, console, is_watched)
     try:
         yield process
     finally:

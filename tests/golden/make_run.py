@@ -17,7 +17,7 @@ from rich.console import Console
 
 from saemill.cache_schema import Store
 from saemill.train.config.run_config import Ask
-from saemill.train.parallel.processes import Solo
+from saemill.train.parallel.processes import SOLO
 from saemill.train.run.metrics import Watch
 from saemill.train.run.process import Process
 from saemill.train.run.settle_config import settle
@@ -32,8 +32,7 @@ STOPS_AT = 7
 
 
 def process() -> Process:
-    alone = Solo()
-    return Process(alone, alone, torch.device("cpu"), Console(file=io.StringIO()))
+    return Process(SOLO, SOLO, torch.device("cpu"), Console(file=io.StringIO()))
 
 
 def write(cache: str, folder: Path) -> None:

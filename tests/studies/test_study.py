@@ -27,7 +27,7 @@ from saemill.studies.run_results import Line, read_lines
 from saemill.studies.study import Course, call, training_commands
 from saemill.studies.tables import MEASURES, seeded_rows, spread, write_tables
 from saemill.train.config.recipe import Recipe
-from saemill.train.errors import UnknownRecipe
+from saemill.train.errors import ConfigInvalid
 from saemill.train.run.folder import RunFolder
 from saemill.train.study_recipes import find_recipes, own_evals, runs_of, studies
 
@@ -333,7 +333,7 @@ def test_what_a_run_is_selected_by_is_measured_in_it():
 def test_the_run_that_decides_is_asked_for_by_name():
     assert "decisive" not in [one.name for one in study.choose("tiered", None)]
     assert [one.name for one in study.choose("tiered", "run_1, decisive")] == ["run_1", "decisive"]
-    with pytest.raises(UnknownRecipe, match="did you mean 'decisive'"):
+    with pytest.raises(ConfigInvalid, match="did you mean 'decisive'"):
         study.choose("tiered", "decisiv")
 
 
@@ -502,7 +502,7 @@ def test_the_base_of_a_run_that_compares_can_be_asked_for_alone():
     (whole,) = find_recipes("tiered/decisive")
     assert [sae.label for sae in half.saes] == ["base"] and half.seeds == whole.seeds
     assert half.settings == whole.settings and half.saes[0] in whole.saes
-    with pytest.raises(UnknownRecipe):
+    with pytest.raises(ConfigInvalid):
         find_recipes("tiered/run_0_half")
 
 

@@ -29,7 +29,7 @@ from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Report, Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
-from saemill.train.parallel.ranks import Alone
+from saemill.train.parallel.ranks import ALONE
 from saemill.train.sae.gates import AbsTopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
@@ -135,13 +135,13 @@ def attention_of(windows: int, generator: torch.Generator, context: int = SPAN +
 
 def view_of(trainee: Trainee, batch: Batch) -> View:
     """What the terms of its next step would see of this batch."""
-    side = trainee.assembly.side(batch.side, trainee.step_index, trainee.total_steps, Alone())
+    side = trainee.assembly.side(batch.side, trainee.step_index, trainee.total_steps, ALONE)
     return trainee._view(batch, side)
 
 
 def side_for(assembly: Assembly, batch: Batch) -> Side:
     """What the module reads of a batch in the middle of a run."""
-    return assembly.side(batch.side, STEPS // 2, STEPS, Alone())
+    return assembly.side(batch.side, STEPS // 2, STEPS, ALONE)
 
 
 def train(

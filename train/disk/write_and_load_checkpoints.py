@@ -29,7 +29,7 @@ from torch import Tensor
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, resume_command
-from ..parallel.processes import Group, Solo, all_or_none
+from ..parallel.processes import SOLO, Group, all_or_none
 from .atomic_files import read_json, write_json
 
 KEPT = 2
@@ -73,10 +73,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]], group: Group | None = None
+    folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]], group: Group = SOLO
 ) -> None:
     """Write a checkpoint into `folder` and drop those before the last two; a collective call of a group."""
-    group = group or Solo()
     final = folder / f"step_{standing.step:09d}"
     temporary = folder / f".{final.name}.tmp"
     with all_or_none(group, FILE_ERRORS, NOT_WRITTEN_ELSEWHERE):
@@ -114,7 +113,7 @@ class Writer:
     A group writes one together: messages of this writer's thread alone may go through it.
     """
 
-    def __init__(self, folder: Path, group: Group | None = None) -> None:
+    def __init__(self, folder: Path, group: Group = SOLO) -> None:
         self._folder, self._group = folder, group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saemill-checkpoint")
         self._writing: tuple[int, Future[None]] | None = None

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
-from ..parallel.ranks import Alone, BatchRanks, Ranks, Reduction, share_batch
+from ..parallel.ranks import ALONE, BatchRanks, Ranks, Reduction, share_batch
 from ..parallel.split_latents import Latents, SomeLatents
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
@@ -99,7 +99,7 @@ class Trainee:
         assembly: Assembly,
         total_steps: int,
         device: torch.device | str = "cpu",
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         split: Ranks | None = None,
     ) -> None:
         """`ranks` share out the rows of a batch; the processes of `split` see all rows and hold some latents each."""
@@ -107,7 +107,7 @@ class Trainee:
         self.assembly = assembly
         self.total_steps = total_steps
         self.device = torch.device(device)
-        self.ranks: Ranks = ranks or Alone()
+        self.ranks = ranks
         self.sae = assembly.sae
         self.sae.extras.update(dict(assembly.extras))
         self.latents = Latents(self.sae.num_latents)

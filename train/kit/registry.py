@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigInvalid, UnknownVariant
+from ..errors import ConfigInvalid
 from ..file_registry import file_names, import_file, require_known
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def names() -> tuple[str, ...]:
 
 def module(name: str) -> ModuleType:
     """The file of a variant."""
-    require_known(name, names(), "variant", UnknownVariant)
+    require_known(name, names(), "variant", ConfigInvalid)
     return import_file(PACKAGE, name)
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,47 +19,35 @@ from torch import Tensor
 
 from ...cache_schema import StoreError
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
-from .ranks import Alone, Ranks
+from .ranks import Ranks
 
 _REST_SECONDS = 0.2
 PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
 
 
-class Group(Ranks, Protocol):
-    """The processes, and what a loop needs of them beyond a step's sums."""
+class Group(Ranks):
+    """The processes, and what a loop needs of them beyond a step's sums; here too one, but for subclasses."""
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process; a collective call."""
-        ...
-
-    def texts(self, value: str) -> list[str]:
-        """The value of each process, in rank order; a collective call."""
-        ...
-
-    def beside(self) -> Group:
-        """The same processes, for messages of a thread beside this one's; a collective call."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Solo(Alone):
-    """One process."""
-
-    def any(self, flag: bool) -> bool:
         return flag
 
     def texts(self, value: str) -> list[str]:
+        """The value of each process, in rank order; a collective call."""
         return [value]
 
     def beside(self) -> Group:
+        """The same processes, for messages of a thread beside this one's; a collective call."""
         return self
 
     def close(self) -> None:
         pass
 
 
-class Processes:
+SOLO = Group()
+
+
+class Processes(Group):
     """Several processes over torch.distributed."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -176,7 +163,7 @@ def all_or_none(
 def join(device: str) -> tuple[Group, torch.device]:
     """This process's group and device; `auto` takes an accelerator where there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Solo(), choose_device(device)
+        return SOLO, choose_device(device)
     from accelerate import PartialState
 
     chosen = choose_device(device)

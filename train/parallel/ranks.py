@@ -13,89 +13,58 @@ they never wait for different ones; and sums of the same buffers give the same b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Ranks(Protocol):
-    """The processes of a run. Every process makes the same calls in the same order; arguments are left unchanged."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, without gradient."""
-        ...
-
-    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to sum into the tensor itself; calling what this returns waits for the end."""
-        ...
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of each rank, in rank order; lengths may differ."""
-        ...
-
-    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """The parts of all ranks one after the other, as long as these, to the first rank; to others nothing."""
-        ...
-
-
-class BatchRanks(Ranks, Protocol):
-    """The processes during one step, weighted by how many rows each has."""
-
-    @property
-    def weight(self) -> float:
-        """This rank's rows over the mean of all ranks' rows."""
-        ...
-
-    def rows(self, own: int) -> int:
-        """Rows of the global batch, of which `own` are this rank's."""
-        ...
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all rows, from each rank's mean over its own rows."""
-        ...
-
-    def share(self, count: Tensor) -> Tensor:
-        """The divisor of this rank's sum: the weighted mean over ranks of the quotients is total / count."""
-        ...
-
-
-class Alone:
-    """One process."""
+class Ranks:
+    """The processes of a run: one, where a subclass does not make them several. Every process makes the same calls in
+    the same order; arguments are left unchanged."""
 
     rank = 0
     size = 1
-    weight = 1.0
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, without gradient."""
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to sum into the tensor itself; calling what this returns waits for the end."""
         return lambda: None
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each rank, in rank order; lengths may differ."""
         return [tensor]
 
     def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """The parts of all ranks one after the other, as long as these, to the first rank; to others nothing."""
         return part
 
+
+class BatchRanks(Ranks):
+    """The processes during one step, weighted by how many rows each has."""
+
+    weight = 1.0
+    """This rank's rows over the mean of all ranks' rows."""
+
     def rows(self, own: int) -> int:
+        """Rows of the global batch, of which `own` are this rank's."""
         return own
 
     def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all rows, from each rank's mean over its own rows."""
         return tensor
 
     def share(self, count: Tensor) -> Tensor:
+        """The divisor of this rank's sum: the weighted mean over ranks of the quotients is total / count."""
         return count.clamp_min(1)
 
 
-class Shares:
+ALONE = BatchRanks()
+
+
+class Shares(BatchRanks):
     """Several processes, and how the rows of one batch are shared out among them."""
 
     def __init__(self, ranks: Ranks, own: int) -> None:
@@ -129,7 +98,7 @@ class Shares:
 
 def share_batch(ranks: Ranks, own: int) -> BatchRanks:
     """The ranks of a step in which this one has `own` rows."""
-    return Shares(ranks, own) if ranks.size > 1 else Alone()
+    return Shares(ranks, own) if ranks.size > 1 else ALONE
 
 
 BUCKET_BYTES = 25 * 2**20

@@ -15,6 +15,7 @@ from ..config.run_config import CourseConfig
 from ..disk.write_and_load_checkpoints import Standing, Writer
 from ..engine.fleet_of_saes import Fleet
 from ..errors import RunInterrupted, resume_command
+from ..parallel.processes import SOLO
 from .metrics import Watch
 from .process import Process
 
@@ -54,7 +55,7 @@ class Saver:
     """Saves checkpoints of a run: rank 0 does, and where SAEs are spread each process writes its own into the same."""
 
     def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process) -> None:
-        self._writer = Writer(folder, process.group.beside() if process.is_spread else None)
+        self._writer = Writer(folder, process.group.beside() if process.is_spread else SOLO)
         self._folder, self._course = folder, course
         self._fleet, self._watch, self._group, self._team = fleet, watch, process.group, process.team
         self._saved_at = time.perf_counter()

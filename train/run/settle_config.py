@@ -18,7 +18,7 @@ from ..config.recipe import Recipe
 from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from ..config.sanity_baselines import with_baselines
 from ..data.mixing_order import Plan, measure_split
-from ..errors import ConfigInvalid, NothingToTrain, StoreTooShort
+from ..errors import ConfigInvalid, NothingToTrain
 from ..kit.contract import Variant
 from .folder import RunFolder, provenance
 from .init_from_trained_sae import Source, source_of, without_start
@@ -143,7 +143,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
         )
     if course.tokens > plan.sizes.tokens * epochs:
         needed = -(-course.tokens // (available * plan.batch_tokens))
-        raise StoreTooShort(
+        raise ConfigInvalid(
             f"a budget of {course.tokens:,} tokens, but the train split of {where} has {plan.sizes.tokens:,} "
             f"in an epoch{f', {plan.sizes.tokens * epochs:,} in {epochs}' if epochs > 1 else ''}: "
             f"give --epochs {needed} to read it again, or fewer --tokens"

@@ -29,8 +29,8 @@ from ..data.feed import Feed
 from ..data.mixing_order import Plan
 from ..disk.write_and_load_checkpoints import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
-from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, RunFinished
-from ..parallel.processes import Solo, all_or_none
+from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, NothingToTrain
+from ..parallel.processes import SOLO, all_or_none
 from .after_run import Onlookers
 from .checkpoint_times import Saver
 from .fits_in_memory import weight_bytes
@@ -88,7 +88,7 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
     """A run from its last whole checkpoint."""
     if folder.is_finished:
         command = shlex.join(["sae-eval", str(folder.path)])
-        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: {command}")
+        raise NothingToTrain(f"{folder.path} is finished: nothing to resume. Evaluate it with: {command}")
     settled = settle_again(folder, store)
     fleet = make_fleet(settled, store, process)
     standing = _load_checkpoint(folder, fleet, process)
@@ -120,7 +120,7 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
         # By the largest amount since then, a recording of steps tells what they need.
         torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1
-    rows, split = (Solo(), process.team) if is_split else (process.team, None)
+    rows, split = (SOLO, process.team) if is_split else (process.team, None)
     with all_or_none(process.group), _tell_memory(process):
         members = members_of(settled.config, store.manifest.model.d_model, process)
         stats = check(settled, store, members, rows.size, 1 if split is None else split.size, process.device)

@@ -17,7 +17,7 @@ from ..data.drawn_rows import Draw
 from ..engine.fleet_of_saes import Fleet
 from ..engine.step import Trainee
 from ..errors import TrainingDiverged
-from ..parallel.ranks import Alone
+from ..parallel.ranks import ALONE
 
 ROUNDING = 1e-12  # share of the squares that a difference of sums in float64 may be wrong by
 
@@ -85,7 +85,7 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
 
 
 def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
-    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, Alone())
+    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, ALONE)
     acts = trainee.sae.encode(batch.x, side)
     active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
     return active, trainee.sae.skip(batch.x, trainee.sae.decode(acts))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SideInputMissing
-from ..parallel.ranks import Alone, BatchRanks
+from ..parallel.ranks import ALONE, BatchRanks
 from ..parallel.split_latents import ALL_LATENTS, Latents
 
 
@@ -22,12 +22,12 @@ class Side:
         self,
         inputs: Mapping[str, Any] | None = None,
         knobs: Mapping[str, float] | None = None,
-        ranks: BatchRanks | None = None,
+        ranks: BatchRanks = ALONE,
         latents: Latents = ALL_LATENTS,
     ) -> None:
         self._inputs = dict(inputs or {})
         self.knobs = dict(knobs or {})
-        self.ranks: BatchRanks = ranks or Alone()
+        self.ranks = ranks
         self.latents = latents
 
     def __getitem__(self, name: str) -> Any:

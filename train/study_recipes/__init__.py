@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...cache_schema.strict_json import nearest
 from ..config.recipe import HALF, Recipe, half_of
-from ..errors import UnknownRecipe
+from ..errors import ConfigInvalid
 from ..file_registry import file_names, import_file, require_known
 
 
@@ -17,7 +17,7 @@ def studies() -> tuple[str, ...]:
 
 def runs_of(study: str) -> tuple[Recipe, ...]:
     """The runs of a study."""
-    require_known(study, studies(), "study", UnknownRecipe)
+    require_known(study, studies(), "study", ConfigInvalid)
     runs: tuple[Recipe, ...] = import_file(__name__, study).RUNS
     return tuple(replace(run, study=study, evals=("core", *own_evals(study), *run.evals)) for run in runs)
 
@@ -36,5 +36,5 @@ def find_recipes(name: str) -> tuple[Recipe, ...]:
     found = tuple(recipe for recipe in runs if recipe.name == run)
     found += tuple(half_of(recipe) for recipe in runs if recipe.against and recipe.name + HALF == run)
     if not found:
-        raise UnknownRecipe(f"unknown run {run!r} of {study}{nearest(run, [recipe.name for recipe in runs])}")
+        raise ConfigInvalid(f"unknown run {run!r} of {study}{nearest(run, [recipe.name for recipe in runs])}")
     return found

@@ -21,11 +21,16 @@ from saemill.train.disk.places import places_told
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid
-from saemill.train.export import _require_alike, export, largest_difference, main
+from saemill.train.export import _largest, _outputs, _require_alike, export, main
 from saemill.train.sae.shapes.masks import HardMask
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
 
 D, F = 6, 20
+
+
+def largest_difference(one, other):
+    """Between codes, and between reconstructions, relative to their size."""
+    return max(_largest(*pair) for pair in _outputs(one, other, None))
 
 
 def make_plain(architecture, centres_input=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saemill.train.engine.optim import Optim
-from saemill.train.errors import ConfigInvalid, UnknownVariant
+from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import wrapping
 from saemill.train.kit.registry import config_type, names
 from saemill.train.kit.wrapping import base_needs, build_base
@@ -84,7 +84,7 @@ def test_what_cannot_be_wrapped_is_refused(config, message):
 
 
 def test_an_unknown_base_names_its_neighbour():
-    with pytest.raises(UnknownVariant, match="topk"):
+    with pytest.raises(ConfigInvalid, match="topk"):
         build_base(Wrapping(base="topkk"), D)
 
 

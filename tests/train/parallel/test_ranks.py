@@ -10,7 +10,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, StoppedElsewhere
 from saemill.train.kit.registry import config_type, names
 from saemill.train.parallel import ranks as ranks_module
-from saemill.train.parallel.processes import Solo, all_or_none
+from saemill.train.parallel.processes import Group, all_or_none
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
@@ -131,7 +131,7 @@ def test_of_equal_values_no_more_are_kept_than_by_one_rank(threads):
 def test_who_failed_says_why_where_the_others_have_left_already():
     """The one that was told first is gone before this one hears what it said itself."""
 
-    class Left(Solo):
+    class Left(Group):
         def any(self, flag: bool) -> bool:
             raise StoppedElsewhere("another process of the run is gone")
 

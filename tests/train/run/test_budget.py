@@ -5,7 +5,7 @@ import pytest
 
 from saemill.train.config.run_config import CourseConfig
 from saemill.train.data.mixing_order import Plan, SplitSizes
-from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
+from saemill.train.errors import ConfigInvalid, NothingToTrain
 from saemill.train.run.settle_config import settle_budget
 
 
@@ -29,7 +29,7 @@ def test_small_stores_are_read_again_and_it_is_said():
 
 
 def test_too_short_a_store_names_the_remedy():
-    with pytest.raises(StoreTooShort, match=r"2,500 tokens, .* 1,000 in an epoch: give --epochs 3"):
+    with pytest.raises(ConfigInvalid, match=r"2,500 tokens, .* 1,000 in an epoch: give --epochs 3"):
         settle_budget(CourseConfig(tokens=2500), plan(), "s")
 
 

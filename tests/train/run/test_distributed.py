@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from saemill.cache_schema import Store
 from saemill.train.config.run_config import CourseConfig
 from saemill.train.errors import CheckpointDamaged
-from saemill.train.parallel.processes import Solo
+from saemill.train.parallel.processes import SOLO, Group
 from saemill.train.run.checkpoint_times import Saver
 from saemill.train.run.folder import MetricsLog, RunFolder
 from saemill.train.run.process import Process
@@ -279,7 +279,7 @@ from dataclasses import replace
 from rich.console import Console
 from saemill.train.cli import main
 from saemill.train.command import tell_errors
-from saemill.train.parallel.processes import Solo
+from saemill.train.parallel.processes import SOLO
 from saemill.train.start_runs import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params
@@ -291,7 +291,7 @@ with open_process("cpu", Console(soft_wrap=True)) as process:
         split = (*words["set"], "course.shard_width=true")
         list(train_all({**words, "variant": ("tiered",), "set": split}, process))
     with tell_errors():
-        list(train_all(resumed, replace(process, team=Solo())))
+        list(train_all(resumed, replace(process, team=SOLO)))
 """
 
 
@@ -315,7 +315,7 @@ def test_what_one_process_is_refused_ends_both(big, spawn, sae_train, quick, rew
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mine", "begun"}
 
 
-class Unequal(Solo):
+class Unequal(Group):
     """Two processes of which the other has come to step 100."""
 
     size = 2
@@ -327,7 +327,7 @@ class Unequal(Solo):
 def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewind, tmp_path):
     sae_train(*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "begun")
     rewind(tmp_path / "runs/begun")
-    process = Process(Unequal(), Solo(), torch.device("cpu"), Console(file=io.StringIO()))
+    process = Process(Unequal(), SOLO, torch.device("cpu"), Console(file=io.StringIO()))
     with Store.open(big["path"]) as store, pytest.raises(CheckpointDamaged, match="found those after steps 15, 100"):
         resume_run(RunFolder(tmp_path / "runs/begun"), store, process).__enter__()
 

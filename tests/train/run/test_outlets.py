@@ -12,7 +12,7 @@ from rich.console import Console
 from saemill.train.data.device_copies import take_device
 from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
-from saemill.train.parallel.processes import Solo, choose_device
+from saemill.train.parallel.processes import SOLO, choose_device
 from saemill.train.run.folder import MetricsLog
 from saemill.train.run.metrics import Watch
 from saemill.train.run.progress import Progress, Trackers, require_trackers
@@ -140,8 +140,7 @@ def test_trackers_that_are_not_there_are_refused(monkeypatch):
 
 
 def test_one_process_is_a_group():
-    group = Solo()
-    assert (group.rank, group.size, group.any(True), group.texts("x")) == (0, 1, True, ["x"])
+    assert (SOLO.rank, SOLO.size, SOLO.any(True), SOLO.texts("x")) == (0, 1, True, ["x"])
 
 
 def test_devices(monkeypatch):

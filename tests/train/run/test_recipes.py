@@ -8,7 +8,7 @@ from saemill.train import study_recipes
 from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.config.recipe import Recipe, Sae
 from saemill.train.config.run_config import Ask, DataConfig
-from saemill.train.errors import ConfigInvalid, UnknownRecipe
+from saemill.train.errors import ConfigInvalid
 
 PROBE = """
 from saemill.train.config.recipe import Recipe, Sae
@@ -138,5 +138,5 @@ def test_runs_have_distinct_names():
     for study in study_recipes.studies():
         names = [recipe.name for recipe in study_recipes.runs_of(study)]
         assert len(set(names)) == len(names) > 0
-    with pytest.raises(UnknownRecipe):
+    with pytest.raises(ConfigInvalid):
         study_recipes.find_recipes("nothing/run_1")

@@ -31,8 +31,8 @@ from saemill.cache_schema import Store
 from saemill.train import start_runs
 from saemill.train.config.run_config import Ask
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
-from saemill.train.errors import ConfigInvalid, RunFinished, RunMissing, RunNotWritten
-from saemill.train.parallel.processes import Solo
+from saemill.train.errors import ConfigInvalid, NothingToTrain, RunMissing, RunNotWritten
+from saemill.train.parallel.processes import SOLO
 from saemill.train.run import checkpoint_times as checkpoints_module
 from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.metrics import Watch
@@ -96,12 +96,11 @@ class Facts:
         self.places[place] += 1
         cpu, console = torch.device("cpu"), Console(file=io.StringIO())
         if place == "alone":
-            alone = Solo()
-            work(Process(alone, alone, cpu, console))
+            work(Process(SOLO, SOLO, cpu, console))
             return
         ranks, run = make_ranks(2)
         is_spread = place == "an SAE each"
-        run(lambda at: work(Process(ranks[at], Solo() if is_spread else ranks[at], cpu, console)))
+        run(lambda at: work(Process(ranks[at], SOLO if is_spread else ranks[at], cpu, console)))
 
 
 class RunMachine(RuleBasedStateMachine):
@@ -262,7 +261,7 @@ class RunMachine(RuleBasedStateMachine):
         if self.is_begun and not self.is_finished:
             return
         self.facts.rules += 1
-        with pytest.raises((RunFinished, RunMissing)):
+        with pytest.raises((NothingToTrain, RunMissing)):
             self.facts.go_on("alone", self.runs, self.cache, self.look)
 
 

@@ -13,7 +13,7 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.fitted_start import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import names
-from saemill.train.parallel.ranks import Alone
+from saemill.train.parallel.ranks import ALONE
 from saemill.train.study_recipes import runs_of, studies
 
 D = 32
@@ -68,7 +68,7 @@ def test_rows_keep_their_length_and_pre_activations_are_lowered(battery, variant
     before = {name: tensor.detach().clone() for name, tensor in trainee.sae.named_parameters()}
     (batch,) = battery.batches(battery.config_of(variant, width=16 * D), 1)
     batch = batch if batch.target is None else dataclasses.replace(batch, target=batch.x)
-    fit_start(trainee.assembly, batch, battery.STEPS, Alone())
+    fit_start(trainee.assembly, batch, battery.STEPS, ALONE)
     assert torch.equal(trainee.sae.W_enc, before["W_enc"])
     lowered = before["b_enc"] - trainee.sae.b_enc.detach()
     torch.testing.assert_close(lowered, lowered[:1].expand(len(lowered)))
@@ -100,7 +100,7 @@ def test_where_no_scale_rebuilds_the_target_the_start_stays_as_drawn(battery):
     before = {name: tensor.detach().clone() for name, tensor in trainee.sae.named_parameters()}
     (batch,) = battery.batches(battery.config_of("transcoder", width=16 * D), 1)
     batch = dataclasses.replace(batch, target=torch.zeros_like(batch.x))  # there is nothing to rebuild
-    fit_start(trainee.assembly, batch, battery.STEPS, Alone())
+    fit_start(trainee.assembly, batch, battery.STEPS, ALONE)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.sae.named_parameters())
     assert float(trainee.sae.codes(batch.x).l0) == pytest.approx(battery.config_of("transcoder").k)
 
