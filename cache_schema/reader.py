@@ -1,10 +1,8 @@
 """Read a store: open it, ask for arrays, get them shard by shard.
 
-1. `Store.open` reads the root document and the commit index, nothing else.
-2. `spans(request)` cuts what is asked for at shard borders; only committed shards can be read.
-3. `read` fills preallocated memory, all chunks in flight at once, every checksum verified.
-4. `stream` does that for many spans and reads ahead, so that a consumer never waits for a disk that
-   is fast enough.
+Opening reads the root document and the commit index, nothing else. Memory is filled where it was allocated, all chunks
+in flight at once, every checksum verified; `stream` reads ahead, so that a consumer never waits for a disk that is fast
+enough.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
 """Write a store: tokens first and whole, then shards in any order, each committed by its record.
 
-1. `StoreWriter.create` writes all array documents, tokens and documents, and the root document last:
-   without the root there is no store. On a store that exists already it checks that the settings
-   are the same, and goes on.
-2. `claim` takes a shard, so that no other writer does.
-3. `write_shard` writes every chunk and flushes it, then the record: a kill at any instant leaves
-   either the whole shard or none of it.
-4. `close` brings the index and the summary of a finished store up to date.
-
-Nothing that is written depends on who writes it, when, or in which order.
+The root document comes last of the beginning: without it there is no store. A shard's record is written once its chunks
+are flushed: a kill at any instant leaves either the whole shard or none of it. Nothing that is written depends on who
+writes it, when, or in which order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """One forward pass over a batch of windows: wanted residuals, hooks and sparsified attention, nothing else.
 
-1. Hooks on the wanted layers and on their modules keep a reference to each activation; nothing is copied.
-2. The attention function hands each block of dense probabilities to `sparsify` and forgets it.
-3. The pass ends where the model was cut.
+Of activations references are kept, nothing is copied; dense probabilities are forgotten block by block.
 """
 
 from dataclasses import dataclass

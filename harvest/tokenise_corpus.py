@@ -1,14 +1,9 @@
 """All windows of a corpus, on disk, before the first forward pass: resumable, in bounded memory.
 
-1. Read documents in batches; each belongs to a split by its text alone.
-2. Documents of splits that are full are counted and passed over; the others are tokenised and packed,
-   each split by itself.
-3. Full windows are appended to the split's files; every few seconds, and when the network is lost, a
-   checkpoint says how much of the files counts, and where the corpus stands. A later start cuts the files
-   there and goes on.
-4. When all splits are full, or the corpus ends, the splits are joined: train, validation, test.
-
-The windows do not depend on the batches, nor on where a run was stopped.
+A document belongs to a split by its text alone; those of splits that are full are counted and passed over. Every few
+seconds, and when the network is lost, a checkpoint says how much of the splits' files counts, and where the corpus
+stands: a later start cuts the files there and goes on. The windows do not depend on the batches, nor on where a run was
+stopped.
 """
 
 from __future__ import annotations

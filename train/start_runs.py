@@ -92,12 +92,7 @@ def _go_on(folder: RunFolder, cache: str | None, process: Process) -> Outcome | 
 
 
 def train(run: Run) -> Outcome | None:
-    """From the fleet's step to the last, then the end of the run; rank 0 returns the results.
-
-    1. Draw the step's batch; every SAE of the fleet takes its step on it.
-    2. Measure and show; save when it is time; stop when a signal asks for it.
-    3. After the last step: validate on held-out text, save the SAEs, write the results.
-    """
+    """From the fleet's step to the last, then the end of the run; rank 0 returns the results."""
     try:
         run.watch.begin()
         with catch_signals() as caught:

@@ -1,12 +1,8 @@
 """Load a causal language model and cut it down to what a harvest asks for.
 
-1. Read the facts (layers, width, context) from the configuration alone, and refuse what it does not have.
-2. Load the decoder stack with no more layers than needed: the layers above, the final norm and the vocabulary
-   projection are neither computed nor kept in memory.
-3. Where the attention of a layer is wanted but not its residual, leave of that layer its input norm and the
-   projections to queries and keys.
-
-All that runs is transformers' own code; `architectures` says where its parts are found, `hooks` reads them.
+The layers above, the final norm and the vocabulary projection are neither computed nor kept in memory. Of a last layer
+whose attention alone is wanted, its input norm and the projections to queries and keys are left. All that runs is
+transformers' own code; `architectures` says where its parts are found, `hooks` reads them.
 """
 
 from __future__ import annotations

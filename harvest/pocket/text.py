@@ -1,17 +1,9 @@
 """The running Python's own standard library, read as a corpus of documents.
 
-Every machine that can run the project has this text, so a demo, a test and the
-pocket model need no download. What builds generate, sites install or container
-images drop is left out, so that the same Python gives the same text; where a
-distribution patched a file after all, `text_digest` shows it.
-
-1. Walk the library folder in sorted order and keep `.py` files.
-2. Leave out tests, graphical tools, packaging helpers, generated tables and
-   anything a site installed.
-3. Decode a file as the interpreter itself would; skip what does not decode or
-   holds a zero byte.
-4. One file is one document, but for the language reference of `pydoc`, whose
-   topics are documents of plain English of their own.
+Every machine that can run the project has this text, so a demo, a test and the pocket model need no download. What
+builds generate, sites install or container images drop is left out, so that the same Python gives the same text; where
+a distribution patched a file after all, `text_digest` shows it. One file is one document, but for the language
+reference of `pydoc`, whose topics are documents of plain English of their own.
 """
 
 import ast

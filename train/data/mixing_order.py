@@ -1,14 +1,9 @@
 """The read order: which tokens make up step s, as a pure function of sizes, seed, epoch and step.
 
-1. The split is cut into pieces: whole chunks, never across a shard.
-2. Each epoch shuffles the pieces and deals them out into blocks of about `pool_tokens` tokens. A block
-   is what lies in memory at a time, drawn from all over the split.
-3. Inside a block the trainable tokens are shuffled; its steps take them one batch after the other.
-   Window-wise variants shuffle the block's windows instead and spread them over the same steps, so that
-   both kinds read the same blocks at the same steps.
-4. A step is found again by arithmetic on counts; nothing before its block is ever read.
-
-What is left of a block after its last whole batch is left out for this epoch, another part in each.
+A block is what lies in memory at a time: pieces from all over the split, dealt anew in each epoch. Its steps take its
+shuffled tokens one batch after the other, or its shuffled windows spread over the same steps, so that both kinds of
+variants read the same blocks at the same steps. A step is found again by arithmetic on counts; nothing before its
+block is ever read. What is left of a block after its last whole batch is left out for this epoch, another part in each.
 
 `SplitSizes` says what a split holds before anything trains: counts of trainable tokens fix the order, shares say how
 often two tokens or windows of an ideal batch would share a document (`ShuffleQuality`). Special tokens are in

@@ -1,11 +1,6 @@
 """One training step of one SAE, and all the state that it leaves behind.
 
-1. Rate, weights and knobs of this step from their schedules; the view of the batch. The first step fits the start.
-2. Every term, weighted and summed; a loss that is not finite stops here.
-3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
-4. Running statistics of the gate and of extras, firing counters, step count.
-`Trainee.step` is these four, in this order. From the view on a step is in `_work`, which a GPU may have recorded and
-then replays (`replay.py`).
+From the view of the batch on, a step is in `_work`, which a GPU may have recorded and then replays (`replay.py`).
 
 On a GPU the host looks every LOOK_EVERY steps only, and no other step waits for the device. Until a look a loss that
 is not finite freezes the weights on the device, and the list of dead latents is that of the last look. What waits all
@@ -142,7 +137,6 @@ class Trainee:
         if self._looks_late and self.step_index % LOOK_EVERY == 0:
             self.look()
             self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae, knobs))
-        # 1. What the schedules say at this step, and all that terms may see of the batch.
         ranks = share_batch(self.ranks, batch.x.shape[0])
         if self.step_index == 0 and self.assembly.optim.start == "fitted":
             fit_start(self.assembly, batch, self.total_steps, ranks, self.latents)
@@ -188,7 +182,7 @@ class Trainee:
     ) -> Measured:
         """The step from its view on. Where it is recorded, nothing in it is of the host's but what its key holds."""
         view = self._view(batch, Side(batch.side, knobs, ranks, self.latents))
-        # 2. Losses. What is reported is measured here, before the weights move.
+        # What is reported is measured here, before the weights move.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
         own_loss = loss = _weighted_sum(losses, weights)
@@ -202,12 +196,11 @@ class Trainee:
             measured["explained_variance"] = 1.0 - unexplained
             measured["dead_share"] = self.latents.sum(view.dead.double().sum()) / self.latents.total
             measured["l0"] = self.latents.sum(view.codes.l0)
-        # 3. Gradients and weights. A rank with more rows counts more; alone the weight is 1 and changes no bit.
+        # A rank with more rows counts more; alone the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
         own_loss.backward(torch.full_like(own_loss, ranks.weight))
         grad_norm = self._update()
-        # 4. Everybody who keeps statistics is told.
         with torch.no_grad():
             self.sae.gate.observe(view.codes, view.side)
             self.counters.update(view.fired, ranks.rows(view.x.shape[0]))

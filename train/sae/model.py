@@ -3,14 +3,10 @@
 B rows, D_in and D_out widths (equal unless a transcoder), F latents. Both weight tables are [F, D],
 row-major: the sparse products read and write whole latent rows.
 
-Training (`codes`), in four steps:
-1. one dense product gives the pre-activations, without gradient; in bfloat16 or TF32 where that is asked for
-   and the hardware has it;
-2. the gate chooses the support, or none where its codes are dense;
-3. pre-activations at the support are computed anew in float32 when the product was in bfloat16, with gradient;
-   without a support they are that product's, and all dense products of the step, backward too, are of its kind;
-4. the gate opens them.
-Inference (`encode`) is dense and float32 throughout.
+In training (`codes`) one dense product without gradient, in bfloat16 or TF32 where that is asked for and the hardware
+has it, says where the gate may open. Pre-activations there are computed anew in float32 when the product was in
+bfloat16, with gradient; of a gate with dense codes they are that product's, and all dense products of the step,
+backward too, are of its kind. Inference (`encode`) is dense and float32 throughout.
 """
 
 from __future__ import annotations
