@@ -80,7 +80,7 @@ def main(run: Path, to: Path) -> None:
     save_tokenizer(run / "tokenizer.json", to / "model")
     trained = [document for document in documents if not is_held_out(document[1])]
     held_out = without_repeats((document for document in documents if is_held_out(document[1])), trained)
-    write_held_out(held_out, HELD_OUT_FILE if to == PACKAGE else to / HELD_OUT_FILE.name)
+    write_held_out(held_out, HELD_OUT_FILE if to.resolve() == PACKAGE.resolve() else to / HELD_OUT_FILE.name)
     description = describe(record, trained, held_out, measure_folder(to / "model", held_out))
     (to / "training_curve.json").write_text(json.dumps(description, indent=1) + "\n")
     for one in description["quality"]:
