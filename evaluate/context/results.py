@@ -146,12 +146,13 @@ def _has_settings(document: Mapping[str, Any]) -> bool:
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
-    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number."""
-    for place, missing in ((document["eval_result_metrics"], UNMEASURED), (document, None)):
-        value = _at(place, metric)
-        if isinstance(value, (int, float)):
-            return None if value == missing else float(value)
-    return None
+    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number. In
+    our results a number that really is -1 is written as -1.0; SAEBench's own say no number that way too."""
+    value = _at(document["eval_result_metrics"], metric)
+    if value == UNMEASURED and (isinstance(value, int) or not ours_in(document)):
+        return None
+    value = value if isinstance(value, (int, float)) else _at(document, metric)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _at(place: Any, path: str) -> Any:

@@ -47,6 +47,11 @@ def logits_of(model: LanguageModel, hidden_ND: Tensor) -> LogitsOf:
     return lambda start, stop: model.head(hidden_ND[start:stop])
 
 
+def rows_of_logits(model: LanguageModel, say: Callable[[str], None]) -> PieceSize:
+    """How many rows have logits at once; made once for all batches, since it remembers what did not fit."""
+    return PieceSize(chunk_rows(model.facts.vocab_size), "rows of logits", say)
+
+
 def chunk_rows(vocab_size: int) -> int:
     return max(LEAST_ROWS, CHUNK_ELEMENTS // vocab_size)
 

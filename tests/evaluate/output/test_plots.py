@@ -260,6 +260,17 @@ def test_tables_and_plots_show_one_explained_variance():
     assert Record("a", "run_1", "a", outcome={"explained_variance": 0.7}).held_out("explained_variance") == 0.7
 
 
+def test_a_number_that_really_is_minus_one_is_one():
+    """As JSON has it: an absent one of ours is written as -1, SAEBench's as either."""
+    metrics = {"specialisation": {"fidelity": -1.0, "retention": -1}}
+    for ours, found in (({"saemill": {"label": "a"}}, -1.0), ({}, None)):
+        document = json.loads(json.dumps({"eval_result_metrics": metrics, "own": {"share": -1}, **ours}))
+        record = Record("a", "run_1", "a", documents={"position": document})
+        assert record.metric("position", "specialisation.fidelity") == found
+        assert record.metric("position", "specialisation.retention") is None
+        assert record.metric("position", "own.share") == -1
+
+
 def test_no_global_state_is_touched(make_run):
     before = dict(rcParams)
     records = read_records([make_run(labels=("standard", "temporal"))], print)
