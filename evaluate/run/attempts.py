@@ -133,13 +133,9 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
 
 
 def _comparable(settings: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with the result's own data revision unless both name one: results of before name none, and where the
-    store is gone nobody knows which data were meant."""
-    found = settings_in(document)
-    if DATA in found and DATA in settings:
-        return dict(settings)
-    rest = {name: value for name, value in settings.items() if name != DATA}
-    return rest | ({DATA: found[DATA]} if DATA in found else {})
+    """The same, with the result's own data revision where these name none: where the store is gone nobody knows which
+    data were meant."""
+    return {name: value for name, value in settings_in(document).items() if name == DATA} | dict(settings)
 
 
 def crash_path(subject: LoadedSae, eval_id: str) -> Path:
