@@ -1,8 +1,7 @@
 """Cross entropy and KL divergence of next-token distributions, without ever holding all logits.
 
-1. Logits are asked for in chunks of rows; nothing of the size rows x vocabulary outlives its chunk.
-2. The clean chunk is normalised once and serves every other distribution.
-3. Inside a chunk the elementwise work goes in blocks that stay in the processor's cache.
+Nothing of the size rows x vocabulary outlives a chunk of rows, whose elementwise work goes in blocks that stay in the
+processor's cache.
 
 All arithmetic after the logits is float32. `kl_published` is SAEBench's formula to the letter, the
 logarithm of a softmax: not a number where a probability underflows, which `kl` does not mind.
