@@ -119,8 +119,8 @@ class LoadedSae:
     @property
     def together(self) -> int:
         """How many windows are encoded at once at least: two by the control, which reads the other one's attention."""
-        is_control = self.metadata.get("training_architecture_details", {}).get("shuffle_attention")
-        return 2 if is_control and self.needs >= {"attention", "row_of"} else 1
+        reads = self.needs >= {"attention", "row_of"}
+        return 2 if reads and self.metadata.get("training_architecture_details", {}).get("shuffle_attention") else 1
 
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
