@@ -105,7 +105,7 @@ def read_lines(
                 problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
                 continue
             if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
-                problems.append(f"{eval_id} is left out: its result is of weights or codes that the SAE no longer has")
+                problems.append(f"{eval_id} is left out: its result is of weights that the SAE no longer has")
                 continue
             if other := of_other_settings(eval_id, document, (asked or {}).get(eval_id)):
                 problems.append(f"{eval_id} is left out: its result is of {other}")

@@ -41,7 +41,9 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     parts = []
     for title, head, rows in _tables(results):
         console.print(_table(title, head, rows))
-        parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
+        ruler = ["---", "---", *("--:" for _ in head[2:])]
+        markdown = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
+        parts.append(f"**{title}**\n\n{markdown}")
     remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select] + remarks_of(every)
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
@@ -162,8 +164,3 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", "---", *("--:" for _ in head[2:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))

@@ -27,7 +27,6 @@ from ..errors import NotApplicable
 from ..model.batches import Windows
 from ..model.smaller_pieces import whole
 
-READS_THE_OTHER = 3  # of `encoding_of`
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 
@@ -120,7 +119,8 @@ class LoadedSae:
     @property
     def together(self) -> int:
         """How many windows are encoded at once at least: two by the control, which reads the other one's attention."""
-        return 2 if encoding_of(self.config) == READS_THE_OTHER else 1
+        reads = self.needs >= {"attention", "row_of"}
+        return 2 if reads and self.metadata.get("training_architecture_details", {}).get("shuffle_attention") else 1
 
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
@@ -162,18 +162,6 @@ def is_massive(norms: Tensor, bounds: Tensor | float) -> Tensor:
     """bool, like `norms`. One that is not finite is no massive one: numbers show it, where leaving it out would hide
     it."""
     return (norms > bounds) & norms.isfinite()
-
-
-def encoding_of(config: Mapping[str, Any]) -> int:
-    """Raised where the same weights give other codes than before: 2 reads no massive rows along attention, 3 is the
-    control that reads the attention of the window beside."""
-    needs, metadata = config.get("needs_side"), config.get("metadata")
-    if not isinstance(needs, list) or "row_of" not in needs:
-        return 1
-    told = metadata.get("training_architecture_details") if isinstance(metadata, Mapping) else None
-    if isinstance(told, Mapping) and told.get("shuffle_attention") and "attention" in needs:
-        return READS_THE_OTHER
-    return 2 if bounds_in(config) else 1
 
 
 def bounds_in(config: Mapping[str, Any]) -> Mapping[str, float]:

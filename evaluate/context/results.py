@@ -25,7 +25,7 @@ from ...train.run.find_sae import list_saes
 from ...train.run.folder import provenance
 from ...train.run.init_from_trained_sae import files_of, source_of
 from ..errors import ResultFromLater, ResultInvalid
-from .loaded_sae import LoadedSae, encoding_of
+from .loaded_sae import LoadedSae
 
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not say it until there is another
@@ -79,7 +79,6 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The whole document."""
     subject = result.subject
-    made, encoding = provenance(), encoding_of(subject.config)
     return {
         "eval_type_id": eval_id,
         "eval_config": dict(result.eval_config),
@@ -100,12 +99,11 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "run": subject.run,
             "label": subject.label,
             "variant": subject.variant,
-            **({} if encoding == 1 else {"encoding": encoding}),
             "sha256": subject.sha256,
             "missing": result.missing,
             "remark": result.remark,
             "measured_on": result.measured_on,
-            "provenance": made,
+            "provenance": provenance(),
         },
     }
 
@@ -146,12 +144,13 @@ def _has_settings(document: Mapping[str, Any]) -> bool:
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
-    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number."""
-    for place, missing in ((document["eval_result_metrics"], UNMEASURED), (document, None)):
-        value = _at(place, metric)
-        if isinstance(value, (int, float)):
-            return None if value == missing else float(value)
-    return None
+    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number. In
+    our results a number that really is -1 is written as -1.0; SAEBench's own say no number that way too."""
+    value = _at(document["eval_result_metrics"], metric)
+    if value == UNMEASURED and (isinstance(value, int) or not ours_in(document)):
+        return None
+    value = value if isinstance(value, (int, float)) else _at(document, metric)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _at(place: Any, path: str) -> Any:
@@ -170,12 +169,6 @@ def short_name(metric: str, among: Iterable[str] = ()) -> str:
 def heading(metric: str, among: Iterable[str] = ()) -> str:
     """Its short name in words that can stand below each other."""
     return short_name(metric, among).replace(".", " ").replace("_", " ")
-
-
-def is_of_other_codes(document: Mapping[str, Any]) -> bool:
-    """Whether its SAE is encoded in another way by now."""
-    config = document.get("sae_cfg_dict")
-    return ours_in(document).get("encoding", 1) != encoding_of(config if isinstance(config, Mapping) else {})
 
 
 def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -221,11 +214,10 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
-    """Whether a result is of the SAE that is there now, and of codes as they are made now. Without a folder it is the
-    one that the result's place says."""
+    """Whether a result is of the SAE that is there now. Without a folder it is the one that the result's place says."""
     home, label = path.parents[2], path.name.removesuffix(RESULTS)
     folder = folder or (home if list_saes(home) == [home] else home / label)
-    return not _is_of_other_files(document, path, folder) and not is_of_other_codes(document)
+    return not _is_of_other_files(document, path, folder)
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -244,23 +236,13 @@ def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any
 
 
 def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What decided a result besides the SAE; results of before also name a folder of the machine there."""
-    settings = ours_in(document).get("settings", {})
-    config = settings.get("config")
-    return {**settings, "config": deciding(config)} if isinstance(config, Mapping) else settings
-
-
-def settings_of_each(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Flat, to be held against each other: results of before do not name their text, and pass for the same."""
-    found = [flatten(settings_in(document)) for document in documents]
-    if all(DATA in one for one in found):
-        return found
-    return [{key: value for key, value in one.items() if key != DATA} for one in found]
+    """What decided a result besides the SAE."""
+    return ours_in(document).get("settings", {})
 
 
 def differing(documents: Iterable[Mapping[str, Any]]) -> str:
     """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
-    all_of = settings_of_each(documents)
+    all_of = [flatten(settings_in(document)) for document in documents]
     keys = sorted({key for one in all_of for key in one})
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
@@ -288,7 +270,7 @@ def _places_in(config: Any) -> list[Any]:
 
 def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
     """Whether another SAE has taken the place of the one measured. They are read for it only where one was written,
-    moved or copied since; of results of before, which say no digest, times alone tell."""
+    moved or copied since; of results that say no digest, as SAEBench's own, times alone tell."""
     files = [file.stat() for file in files_of(folder)]
     measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
     if told is None:

@@ -68,6 +68,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     seen = {subject: Seen(Explained.none(len(layers), context.device)) for subject in subjects}
     never, missing = obstacles(context, subjects)
     able = {subject for subject in subjects if missing is None and subject not in never}
+    means = {at: mean_of_rows(context, at).to(context.device, torch.float32) for at in {one.layer for one in able}}
     windows = 0
     for batch in read_windows(
         context, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
@@ -79,11 +80,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             rows = ordinary_rows(context, subject, batch)
             seen[subject].explained += explain(acts, averaged, rows, batch.documents)
             if subject in able:
-                replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
+                given = {"sae": x_hat, "mean_ablation": means[subject.layer]}
+                replace(context, subject, batch, rows, given, stored[subject.layer + 1], seen[subject])
             share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
             if subject in able and len(share):
                 links = stored[subject.layer + 1][: len(share)]
-                seen[subject].traced += trace(context, subject, share, acts[: len(share)], links, config)
+                part = rows[: len(share)], acts[: len(share)]
+                seen[subject].traced += trace(context, subject, share, *part, links, config)
         windows += len(batch)
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
@@ -112,27 +115,35 @@ def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[Loa
 
 
 def replace(
-    context: Context, subject: LoadedSae, batch: Windows, x_hat_WTD: Tensor, stored_WHTT: Tensor, seen: Seen
+    context: Context,
+    subject: LoadedSae,
+    batch: Windows,
+    rows_WT: Tensor,
+    given: Mapping[str, Tensor],
+    stored_WHTT: Tensor,
+    seen: Seen,
 ) -> None:
-    """The attention of the next layer from the true residual, the reconstruction and two ablations."""
+    """The attention of the next layer from the true residual, from what is given in its place, and from zeros."""
     true = batch.resid[subject.layer].float()
-    mean = mean_of_rows(context, subject.layer).to(true.device, torch.float32)
     left_out = sinks(context.manifest.attention, batch.context, true.device)
-    given = {"true": true, "sae": x_hat_WTD, "mean_ablation": mean.expand_as(true), "zero_ablation": true * 0}
-    rows = ordinary_rows(context, subject, batch)
-    seen.rows += int(rows.sum()) * stored_WHTT.shape[1]
-    for name, resid in given.items():
-        replaced = torch.where(rows[:, :, None], resid, true)
+    seen.rows += int(rows_WT.sum()) * stored_WHTT.shape[1]
+    for name, resid in {"true": true, **given, "zero_ablation": torch.zeros_like(true)}.items():
+        replaced = torch.where(rows_WT[:, :, None], resid, true)
         found = next_attention(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
-        seen.compare(name, stored_WHTT, found.masked_fill(left_out, 0), rows)
+        seen.compare(name, stored_WHTT, found.masked_fill(left_out, 0), rows_WT)
 
 
 def trace(
-    context: Context, subject: LoadedSae, batch: Windows, acts_WTF: Tensor, stored_WHTT: Tensor, config: Config
+    context: Context,
+    subject: LoadedSae,
+    batch: Windows,
+    rows_WT: Tensor,
+    acts_WTF: Tensor,
+    stored_WHTT: Tensor,
+    config: Config,
 ) -> Traced:
     """Along the strongest links between tokens that are neither special nor massive."""
-    rows = ordinary_rows(context, subject, batch)
-    pairs = choose_pairs(stored_WHTT.mean(1), rows, config.trace_pairs, batch.documents)
+    pairs = choose_pairs(stored_WHTT.mean(1), rows_WT, config.trace_pairs, batch.documents)
     return trace_pairs(subject, batch, acts_WTF, pairs, lambda resid: context.model.attention(resid, subject.layer))
 
 

@@ -197,11 +197,15 @@ def order_probes(
     sample: Sample, rows_WPF: Tensor, context: int, config: Config, sizes: Sequence[int | None]
 ) -> dict[str, float]:
     """Test accuracy by number of columns (None: all, of the residual); no document is on both sides."""
-    positions_WP, (train, test) = torch.cat(sample.positions), sample.sides()
+    positions_WP, documents_WP, (train, test) = torch.cat(sample.positions), torch.cat(sample.documents), sample.sides()
     bucket = equal_shares(context, config.ranges).to(positions_WP.device)[positions_WP]
     tasks = {
         "range": (rows_WPF, bucket, train, test),
-        "first": (*came_first(rows_WPF, positions_WP), in_pairs(train), in_pairs(test)),
+        "first": (
+            *came_first(rows_WPF, positions_WP),
+            in_pairs(train, documents_WP),
+            in_pairs(test, documents_WP),
+        ),
     }
     found: dict[str, float] = {}
     for name, (rows, labels, seen, unseen) in tasks.items():
@@ -222,10 +226,11 @@ def came_first(acts_WPF: Tensor, positions_WP: Tensor) -> tuple[Tensor, Tensor]:
     return left - right, (positions_WP[:, :pairs] < positions_WP[:, pairs : 2 * pairs]).long()
 
 
-def in_pairs(chosen_WP: Tensor) -> Tensor:
-    """bool: the pairs of which both tokens are chosen."""
+def in_pairs(chosen_WP: Tensor, documents_WP: Tensor) -> Tensor:
+    """bool: the pairs of which both tokens are chosen, and of one document: across two, the document tells."""
     pairs = chosen_WP.shape[1] // 2
-    return chosen_WP[:, :pairs] & chosen_WP[:, pairs : 2 * pairs]
+    left, right = slice(pairs), slice(pairs, 2 * pairs)
+    return chosen_WP[:, left] & chosen_WP[:, right] & (documents_WP[:, left] == documents_WP[:, right])
 
 
 EVALUATION = Evaluation(
@@ -235,6 +240,6 @@ EVALUATION = Evaluation(
     summary=("specialisation.retention", "specialisation.fidelity", "order.range_top_5", "order.first_top_5"),
     least={"ranges": 1, "probe_k": 1, "probe_tokens": 1},
     # 2: order probes see no massive rows, which are long at places of their own and gave them away; 3: the place of BOS
-    # is no silent one of the first range
-    revision=3,
+    # is no silent one of the first range; 4: pairs of tokens are of one document
+    revision=4,
 )

@@ -28,7 +28,7 @@ from ...train.run.validation import Tally
 from ..context.stored_windows import read_windows, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
-from ..model.divergence import chunk_rows, next_tokens
+from ..model.divergence import next_tokens, rows_of_logits
 from ..model.smaller_pieces import PieceSize
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .core.quality import NAN, ratio
@@ -86,9 +86,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             found[subject] = Seen()
     if not found:
         return
-    subjects, size = list(found), config.batch_windows
+    subjects, size, rows = list(found), config.batch_windows, rows_of_logits(context.model, context.say)
     for batch in read_windows(context, subjects, "replacement", config.windows, size, layers=()):
-        _add_batch(context, found, batch)
+        _add_batch(context, found, batch, rows)
     for subject, seen in found.items():
         yield Result(subject, to_json(config), {"replacement": seen.metrics()})
 
@@ -126,12 +126,11 @@ def _require_place(context: Context, subject: LoadedSae) -> None:
 
 
 @torch.inference_mode()
-def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -> None:
+def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows, rows: PieceSize) -> None:
     kept: dict[Site, Tensor] = {}
     sites = {site for subject in found for site in (*sites_read(subject), *sites_written(subject))}
     with context.model.tapped({site: partial(_keep, kept, site) for site in sites}):
         clean = context.model.hidden(batch.tokens)
-    rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
     skipped: dict[tuple[tuple[Site, ...], tuple[Site, ...]], Tensor] = {}
     for subject, seen in found.items():
         read, written = sites_read(subject), sites_written(subject)

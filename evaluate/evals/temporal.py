@@ -80,7 +80,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             seen[subject].take(subject.encode(batch) * rows[:, :, None], batch, rows)
     for subject, one in seen.items():
         metrics = {"consistency": consistency_scores(one), "stability": stability(one, config)}
-        yield Result(subject, to_json(config), metrics, unstructured=patterns(one, config))
+        yield Result(subject, to_json(config), metrics, unstructured=patterns(one, config), remark=too_short(one))
 
 
 def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Config) -> dict[LoadedSae, Tensor]:
@@ -107,6 +107,15 @@ def consistency_scores(seen: Seen) -> dict[str, float]:
         if seen.consistency[ALL].pairs[number] > 0
     }
     return found | {f"tcs_own_{scale}": value for scale, value in own.items()}
+
+
+def too_short(seen: Seen) -> str | None:
+    """Which scales have no numbers, and why."""
+    absent = [scale for scale, pairs in zip(SCALES, seen.consistency[ALL].pairs.tolist(), strict=True) if not pairs]
+    if not absent:
+        return None
+    farther = SCALES[absent[0]][0]
+    return f"no numbers of {' and '.join(absent)} lags: no two tokens of a window and a document are {farther} apart"
 
 
 def stability(seen: Seen, config: Config) -> dict[str, float]:

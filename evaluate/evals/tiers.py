@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved_composition, tiers_of
-from .measures.splice_effects import Effect, Tracer, make_tracers
+from .measures.splice_effects import Effect, Tracer, Tracers
 from .measures.tiers import (
     EXPLAINED,
     Activity,
@@ -75,16 +75,21 @@ class Seen:
     """What a pass over windows gathers of one SAE."""
 
     tiers: Assignment
-    composed: Tensor  # bool [F]
+    by_few: Tensor  # [F], R^2 of each latent's row by few of the tier below; NaN where there is none below
     activity: Activity = field(init=False)
     dominant: list[Tensor] = field(default_factory=list)
     strongest: Strongest = field(init=False)
     alone: tuple[int, ...] = ()  # latents that are traced one by one
 
     def __post_init__(self) -> None:
-        nothing = self.composed.new_zeros(0, len(self.composed))
+        nothing = self.by_few.new_zeros(0, len(self.by_few))
         self.activity = tier_activity(nothing, self.tiers.of_latent, self.tiers.count)
-        self.strongest = Strongest.none(KEPT, len(self.composed), self.composed.device)
+        self.strongest = Strongest.none(KEPT, len(self.by_few), self.by_few.device)
+
+    @cached_property
+    def composed(self) -> Tensor:
+        """bool [F]: of the first tier, or made up by few of the tier below."""
+        return self.tiers.members(0) | (self.by_few >= EXPLAINED)
 
     def take(self, acts_NF: Tensor, places_N: Tensor) -> None:
         self.activity += tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
@@ -94,25 +99,27 @@ class Seen:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     composition = {subject: compose(subject, config) for subject in subjects}
-    seen = {subject: Seen(tiers_of(subject, config.tiers), composed) for subject, (_, composed) in composition.items()}
+    seen = {subject: Seen(tiers_of(subject, config.tiers), by_few) for subject, (_, by_few) in composition.items()}
     effects: dict[LoadedSae, dict[str, Effect]] = {subject: {} for subject in subjects}
     never, missing = obstacles(context, config)
     words = Wording(context)
-    traced = [subject for subject in subjects if subject.is_single_layer and not (never or missing)]
+    is_traced = config.trace_windows > 0 and not (never or missing)
+    traced = [subject for subject in subjects if is_traced and subject.is_single_layer]
+    tracers = Tracers(context, traced) if traced else None
     tokens = windows = 0
-    if config.trace_windows > 0 and traced:
+    if traced:
         choose_alone(context, {subject: seen[subject] for subject in traced}, config)
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
         share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
-        tracers = make_tracers(context, share, traced) if traced and len(share) else {}
+        at_layer = tracers.of(share) if tracers and len(share) else {}
         for subject in subjects:
             acts = subject.encode(batch)
             rows = ordinary_rows(context, subject, batch)
             seen[subject].take(acts[rows], tokens + rows[batch.keep].nonzero().view(-1))
-            if tracers and subject.is_single_layer:
+            if at_layer and subject.is_single_layer:
                 total = effects[subject]
-                for name, effect in trace(tracers[subject.layer], subject, acts[: len(share)], seen[subject]).items():
+                for name, effect in trace(at_layer[subject.layer], subject, acts[: len(share)], seen[subject]).items():
                     total[name] = total.get(name, Effect()) + effect
         tokens, windows = tokens + int(batch.keep.sum()), windows + len(batch)
     for subject in subjects:
@@ -147,24 +154,23 @@ def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Confi
 
 
 def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tensor]:
-    """Coverage of each tier but the first, and which latents a few of the tier below make up."""
+    """Coverage of each tier but the first, and R^2 [F] of each latent's row by few of the tier below."""
     tiers, W_dec = tiers_of(subject, config.tiers), subject.sae.W_dec.detach()
     generator = torch.Generator().manual_seed(config.seed)
-    composed = tiers.members(0).clone()
+    by_few = W_dec.new_full((len(W_dec),), torch.nan)
     metrics: dict[str, float] = {}
     for tier in range(1, tiers.count):
         mine, atoms = tiers.members(tier), W_dec[tiers.members(tier - 1)]
         if not mine.any() or not len(atoms):
             continue
-        few = explained_by_few(W_dec[mine], atoms, config.parts)
-        composed[mine] = few >= EXPLAINED
+        by_few[mine] = few = explained_by_few(W_dec[mine], atoms, config.parts)
         found = coverage(W_dec[every(mine, config.fitted_rows)], atoms, config.parts, generator)
         found |= {"coverage_few": _share(few), "r_squared_few": float(few.mean())}
         learned = saved_composition(subject, tier, int(mine.sum()), len(atoms))
         if learned is not None:
             found["coverage_learned"] = _share(explained_by(learned, W_dec[mine], atoms))
         metrics |= {f"{name}_{tier + 1}": value for name, value in found.items()}
-    return metrics, composed
+    return metrics, by_few
 
 
 def coverage(rows_RD: Tensor, atoms_AD: Tensor, parts: int, generator: torch.Generator) -> dict[str, float]:
@@ -272,16 +278,9 @@ def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> li
     listed = []
     for latent in seen.alone:
         effect, every_one = effects[f"without_latent_{latent}"], effects["all"]
-        listed.append(
-            {
-                "latent": latent,
-                "tier": int(seen.tiers.of_latent[latent]) + 1,
-                "fired_share": float(seen.activity.fired[latent] / max(seen.activity.tokens, 1)),
-                "kl_increase": effect.kl - every_one.kl,
-                "loss_increase": effect.loss - every_one.loss,
-                "tokens": [words.token(place) for _, place in seen.strongest.of(latent)],
-            }
-        )
+        lost = {"kl_increase": effect.kl - every_one.kl, "loss_increase": effect.loss - every_one.loss}
+        tokens = [words.token(place) for _, place in seen.strongest.of(latent)]
+        listed.append(_told(seen, latent) | lost | {"tokens": tokens})
     return listed
 
 
@@ -290,17 +289,16 @@ def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str
     mass = torch.where(seen.composed, 0.0, seen.activity.mass)
     chosen = mass.topk(min(config.listed, len(mass))).indices.tolist()
     return [
-        {
-            "latent": latent,
-            "tier": int(seen.tiers.of_latent[latent]) + 1,
-            "fired_share": float(seen.activity.fired[latent] / max(seen.activity.tokens, 1)),
-            "tokens": [
-                {"token": words.token(place), "activation": value} for value, place in seen.strongest.of(latent)
-            ],
-        }
+        _told(seen, latent)
+        | {"tokens": [{"token": words.token(place), "activation": value} for value, place in seen.strongest.of(latent)]}
         for latent in chosen
         if mass[latent] > 0
     ]
+
+
+def _told(seen: Seen, latent: int) -> dict[str, Any]:
+    share = float(seen.activity.fired[latent] / max(seen.activity.tokens, 1))
+    return {"latent": latent, "tier": int(seen.tiers.of_latent[latent]) + 1, "fired_share": share}
 
 
 def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
@@ -311,8 +309,7 @@ def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Co
         mine = (seen.tiers.members(tier) & (seen.activity.fired.to(W_dec.device) > 0)).nonzero().view(-1)
         if not len(mine) or not len(below):
             continue
-        explained_M = explained_by_few(W_dec[mine], W_dec[below], config.parts)
-        best = explained_M.topk(min(config.listed, len(mine)))
+        best = seen.by_few[mine].topk(min(config.listed, len(mine)))
         chosen, weights = fit_few(W_dec[mine[best.indices]], W_dec[below], config.parts)
         for row, latent in enumerate(mine[best.indices].tolist()):
             parts = sorted(zip(weights[row].tolist(), below[chosen[row]].tolist(), strict=True), reverse=True)
@@ -350,5 +347,7 @@ EVALUATION = Evaluation(
         "causal.loss_increase_without_3",
     ),
     least={"tiers": 1, "trace_latents": 0, "parts": 1, "fitted_rows": 1, "listed": 0},
-    revision=3,  # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as were asked for
+    # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as were asked for; 4: as many tiers
+    # as were saved, and no empty ones
+    revision=4,
 )

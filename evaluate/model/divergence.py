@@ -1,8 +1,7 @@
 """Cross entropy and KL divergence of next-token distributions, without ever holding all logits.
 
-1. Logits are asked for in chunks of rows; nothing of the size rows x vocabulary outlives its chunk.
-2. The clean chunk is normalised once and serves every other distribution.
-3. Inside a chunk the elementwise work goes in blocks that stay in the processor's cache.
+Nothing of the size rows x vocabulary outlives a chunk of rows, whose elementwise work goes in blocks that stay in the
+processor's cache.
 
 All arithmetic after the logits is float32. `kl_published` is SAEBench's formula to the letter, the
 logarithm of a softmax: not a number where a probability underflows, which `kl` does not mind.
@@ -45,6 +44,11 @@ class Losses:
 def logits_of(model: LanguageModel, hidden_ND: Tensor) -> LogitsOf:
     """Of hidden states behind the final norm."""
     return lambda start, stop: model.head(hidden_ND[start:stop])
+
+
+def rows_of_logits(model: LanguageModel, say: Callable[[str], None]) -> PieceSize:
+    """How many rows have logits at once; made once for all batches, since it remembers what did not fit."""
+    return PieceSize(chunk_rows(model.facts.vocab_size), "rows of logits", say)
 
 
 def chunk_rows(vocab_size: int) -> int:

@@ -20,6 +20,7 @@ from ...harvest.model.architectures import architecture_of
 from ...harvest.model.load_and_truncate import find_weights, read_facts
 from ...harvest.model.products import matmul
 from ..errors import ModelMissing
+from .smaller_pieces import NO_ROOM, is_out_of_memory
 
 TABLES = {True: ("embed_tokens", "embed_in"), False: ("lm_head", "embed_out")}  # by whether input and output share one
 
@@ -59,7 +60,9 @@ def load_head(folder: Path, device: torch.device) -> Head:
         if weight is None or not found:
             raise KeyError(f"of {', '.join(names)} there are {[*tables]}")
         return Head(norm_of(architecture.norm, config, weight, bias), found[0])
-    except (HarvestError, SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
+    except (HarvestError, SafetensorError, OSError, KeyError, RuntimeError, ValueError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ModelMissing(f"{folder}: its unembedding does not fit into memory ({error}). {NO_ROOM}") from error
         raise ModelMissing(f"{folder}: no final norm and unembedding ({error}); fetch the model again") from error
 
 

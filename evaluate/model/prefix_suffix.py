@@ -1,15 +1,10 @@
 """A causal language model in the parts that evaluations run: prefix, suffix, head.
 
-1. `resid` runs the layers 0..L and stops there.
-2. `suffix` runs the layers above L from a residual: the model's own, a reconstruction, an ablation.
-3. `head` gives logits of chosen rows; whoever calls it takes them in chunks.
-4. `hidden` runs the whole model; while `tapped`, with something else put in on the way.
+Prefix followed by suffix is the whole model to the bit, because a layer neither knows nor cares who called it. Full
+windows share one mask and the harvest's function, so that a stored residual is exactly what the model computes here;
+a padded batch has a mask for each row.
 
-Prefix followed by suffix is the whole model to the bit, because a layer neither knows nor cares who
-called it. Shape suffixes: W windows, T positions, D residual width, V vocabulary, N rows.
-
-Full windows share one mask and the harvest's function, so that a stored residual is exactly what the
-model computes here. A padded batch has a mask for each row.
+W windows, T positions, D residual width, V vocabulary, N rows.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +38,11 @@ from ..context.results import (
     write_result,
 )
 from ..errors import EvalError, NotRun, ResultFromLater, ResultInvalid
+from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
+
+BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once, where they change no number
 
 Keep = Literal["none", "same", "any"]
 """Which results that are there are taken: none, those of the same settings, or all of the same SAE and store."""
@@ -130,13 +133,9 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
 
 
 def _comparable(settings: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with the result's own data revision unless both name one: results of before name none, and where the
-    store is gone nobody knows which data were meant."""
-    found = settings_in(document)
-    if DATA in found and DATA in settings:
-        return dict(settings)
-    rest = {name: value for name, value in settings.items() if name != DATA}
-    return rest | ({DATA: found[DATA]} if DATA in found else {})
+    """The same, with the result's own data revision where these name none: where the store is gone nobody knows which
+    data were meant."""
+    return {name: value for name, value in settings_in(document).items() if name == DATA} | dict(settings)
 
 
 def crash_path(subject: LoadedSae, eval_id: str) -> Path:
@@ -229,6 +228,8 @@ class _Attempts:
         """A line for the table; for what nobody expected, the whole traceback beside the results."""
         if isinstance(error, EXPECTED):
             return Row(subject, self._eval_id, "failed", str(error))
+        if is_out_of_memory(error):
+            return Row(subject, self._eval_id, "failed", self._no_room(error))
         path, said = crash_path(subject, self._eval_id), f"{type(error).__name__}: {error}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,3 +237,10 @@ class _Attempts:
         except OSError as obstacle:  # a full or read-only disk, which may be the very error
             return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be kept: {obstacle})")
         return Row(subject, self._eval_id, "failed", f"{said} (all of it in {path})")
+
+    def _no_room(self, error: Exception) -> str:
+        """What to do about it: how large batches are is a setting of most evaluations."""
+        sizes = {field.name: getattr(self._config, field.name) for field in fields(self._config)}
+        smaller = [f"{self._eval_id}.{name}=N, less than {sizes[name]}" for name in BATCHES if sizes.get(name, 1) > 1]
+        advice, said = "".join(f"Make batches smaller by --set {setting}. " for setting in smaller), str(error)
+        return f"out of memory ({said.splitlines()[0] if said else type(error).__name__}). {advice}{NO_ROOM}"

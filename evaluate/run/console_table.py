@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...cache_schema.strict_json import flatten
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import REACH, Row, heading, lines_of_each, metric_of, ours_in, reach_of, settings_of_each
+from ..context.results import REACH, Row, heading, lines_of_each, metric_of, ours_in, reach_of, settings_in
 from ..errors import Incomparable
 
 MISSING = "-"
@@ -141,8 +142,7 @@ def require_comparable(rows: Sequence[Row]) -> None:
     names_of = shown_names(row.subject for row in rows)
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
         found = {row.subject: row.document for row in rows if row.eval_id == eval_id and row.document is not None}
-        names = (names_of[subject] for subject in found)
-        _require_equal(eval_id, dict(zip(names, settings_of_each(found.values()), strict=True)))
+        _require_equal(eval_id, {names_of[one]: flatten(settings_in(document)) for one, document in found.items()})
 
 
 def _require_equal(eval_id: str, settings: Mapping[str, Mapping[str, Any]]) -> None:

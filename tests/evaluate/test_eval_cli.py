@@ -26,6 +26,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.results import Row, result_path, sae_config
 from saemill.evaluate.errors import Incomparable, WidthMismatch
+from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
@@ -643,10 +644,6 @@ def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, s
     call = ("--evals", "second")
     sae_eval("run_1", *call, options=[])
     assert results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]["config"] == {"pairs": 5}
-    path = run_1 / "evals" / "second" / "small_eval_results.json"
-    old = json.loads(path.read_text())
-    old["saemill"]["settings"]["config"]["cache"] = "/on/another/machine"  # as results of before have it
-    path.write_text(json.dumps(old))
     elsewhere = ("--set", 'second.cache="/else/where"')
     sae_eval("run_1", *call, *elsewhere, "--resume", options=[])
     assert "its result is of" not in sae_eval("run_1", *call, *elsewhere, "--compare", options=[])
@@ -666,14 +663,10 @@ def test_a_result_of_an_earlier_revision_is_done_again(run_1, sae_eval, second_e
 
 
 def test_a_result_of_other_text_is_done_again(run_1, sae_eval, second_eval):
-    """Results of before name no text, and count."""
+    """Where nobody knows by now which text was meant, it counts."""
     call = ("--evals", "second")
-    for text in (None, "sha256:old", "sha256:old"):
-        second_eval.data_revision = lambda context, config, text=text: text
-        sae_eval("run_1", *call, "--resume", options=[])
-    assert len(second_eval.asked) == 1
-    sae_eval("run_1", *call, options=[])
-    for text, times in (("sha256:old", 2), ("sha256:new", 3), ("sha256:new", 3), (None, 3)):
+    told = ((None, 1), (None, 1), ("sha256:old", 2), ("sha256:old", 2), ("sha256:new", 3), ("sha256:new", 3), (None, 3))
+    for text, times in told:
         second_eval.data_revision = lambda context, config, text=text: text
         sae_eval("run_1", *call, "--resume", options=[])
         assert len(second_eval.asked) == times
@@ -700,6 +693,21 @@ def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, se
     output = sae_eval("run_1", "--evals", "second,core", code=1)
     assert output.count("failed: second") == 2  # once for each SAE, which has its own traceback
     assert len(results(run_1)) == 2
+
+
+@pytest.mark.parametrize("batch", [16, 1])
+def test_out_of_memory_is_told_with_the_setting_that_takes_less(batch, run_1, sae_eval, second_eval):
+    """And no traceback: nothing is wrong with the evaluation."""
+
+    def evaluate(context, subjects, config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    second_eval.evaluate, second_eval.config = evaluate, tiers.Config
+    options = ["--set", f"second.batch_windows={batch}"]
+    said = " ".join(sae_eval("run_1", "--evals", "second", *options, code=1, options=[]).split())
+    assert "out of memory (CUDA out of memory. Tried to allocate). " in said and "Free some memory" in said
+    assert ("Make batches smaller by --set second.batch_windows=N, less than 16." in said) == (batch > 1)
+    assert not list(run_1.glob("evals/*/*_crash.txt"))
 
 
 def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):

@@ -154,13 +154,13 @@ def test_results_of_an_earlier_sae_are_left_out(tmp_path):
     (sae / "cfg.json").write_text("{}")
     os.utime(sae / "cfg.json", (ahead, ahead))
     (line,) = read_lines(folder, ["core"])
-    assert line.problems == ["core is left out: its result is of weights or codes that the SAE no longer has"]
+    assert line.problems == ["core is left out: its result is of weights that the SAE no longer has"]
 
 
-def test_results_that_do_not_name_their_text_pass_for_the_same(tmp_path):
-    """Those of before; where all name it, it must be one."""
+def test_results_of_one_run_are_of_one_text(tmp_path):
+    """One that names none is of a data set that does not change."""
     folder = write_run(tmp_path / "run_0", labels=("one", "two"))
-    for texts, problems in (((None, "a"), 0), (("a", "a"), 0), (("a", "b"), 1)):
+    for texts, problems in (((None, None), 0), ((None, "a"), 1), (("a", "a"), 0), (("a", "b"), 1)):
         for label, text in zip(("one", "two"), texts, strict=True):
             write_core(tmp_path / "run_0", label, {"config": {}} | ({} if text is None else {"data_revision": text}))
         assert [len(line.problems) for line in read_lines(folder, ["core"])] == [problems, problems]

@@ -23,7 +23,7 @@ from ....cache_schema.disk_and_cloud_files import Files, open_files
 from ...context.context import Context
 from ...context.disk_cache import decided_by
 from ...model.batches import Windows
-from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, logits_of, next_tokens
+from ...model.divergence import LogitsOf, Losses, compare, logits_of, next_tokens, rows_of_logits
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .blocks import Block
 
@@ -50,7 +50,7 @@ class Baselines:
         self._context, self._layer, self._ablations = context, layer, tuple(ablations)
         self._mean_D = mean_D.to(context.device, context.model.dtype)
         self._size = PieceSize(block.batch_windows, "windows", context.say)
-        self._rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
+        self._rows = rows_of_logits(context.model, context.say)
         assert block.first % block.batch_windows == 0, "a batch is kept by its number in the split"
         self._first = block.first // block.batch_windows
         self._files = files_of(context, layer, block, self._ablations)

@@ -1,13 +1,8 @@
 """core: how well an SAE reconstructs, how sparse it is, and what the model loses when it is spliced in.
 
-SAEBench 0.6.0's core evaluation on the store's held-out windows.
-
-1. Losses of the model on the first block of rows: clean, with the reconstruction, ablated.
-2. Sparsity and variance on the second block; needs no model.
-3. Bias, norms and cosines of each latent, from the weights.
-
-Metrics under SAEBench's keys are SAEBench's formulas exactly. `saemill_metrics` adds the centred
-explained variance, scores against mean and resample ablation, and confidence intervals over documents.
+SAEBench 0.6.0's core evaluation on the store's held-out windows: metrics under its keys are its formulas exactly.
+`saemill_metrics` adds the centred explained variance, scores against mean and resample ablation, and confidence
+intervals over documents.
 """
 
 from __future__ import annotations

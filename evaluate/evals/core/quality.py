@@ -1,11 +1,7 @@
 """The second block of rows: how sparse SAEs are and how well they reconstruct, by SAEBench's measures from sums.
 
-Beside them stands the variance explained as it should be. Needs no model.
-
-1. `Tokens` holds what is computed of each kept token of one batch, whatever pieces it came in.
-2. `Tally` adds batches up. Means are over all tokens, but where SAEBench means over batches it does too,
-   and where it divides by the tokens of a batch the batch is the one of the settings.
-3. `Firing` counts for each latent in how many tokens and in how many windows it fires.
+Beside them stands the variance explained as it should be. Needs no model. Means are over all tokens, but where SAEBench
+means over batches it does too, and where it divides by the tokens of a batch the batch is the one of the settings.
 
 Sums are float64; all SAEs share each batch. W windows, T positions, N kept tokens, D width, F latents.
 """

@@ -51,13 +51,13 @@ def saved_composition(subject: LoadedSae, tier: int, rows: int, columns: int) ->
 
 
 def tiers_of(subject: LoadedSae, count: int) -> Assignment:
-    """The tier of each latent, 0 the lowest."""
-    return _saved_or_equal(subject, TIERS, count)
+    """The tier of each latent, 0 the lowest: as many tiers as were saved, or `count` of equal shares."""
+    return _saved_or_equal(subject, TIERS, count, least=1)
 
 
 def groups_of(subject: LoadedSae, count: int) -> Assignment:
     """The temporal group of each latent: short, medium, long, free."""
-    return _saved_or_equal(subject, GROUPS, count)
+    return _saved_or_equal(subject, GROUPS, count, least=count)
 
 
 def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None:
@@ -79,10 +79,11 @@ def is_bound(assignment: Assignment) -> Tensor:
     return assignment.of_latent != ANYWHERE
 
 
-def _saved_or_equal(subject: LoadedSae, name: str, count: int) -> Assignment:
+def _saved_or_equal(subject: LoadedSae, name: str, count: int, least: int) -> Assignment:
+    """`least`: how many are told apart of what was saved, where its last ones are empty."""
     membership = saved(subject, name)
     if membership is not None:
-        return Assignment(membership.long(), max(count, int(membership.max()) + 1), "saved")
+        return Assignment(membership.long(), max(least, int(membership.max()) + 1), "saved")
     return Assignment(equal_shares(subject.width, count).to(subject.sae.W_dec.device), count, "equal shares")
 
 

@@ -1,24 +1,14 @@
 """Attention and codes: what attention says about which tokens share codes, and what an SAE does to attention.
 
+Contribution by layer: the similarity of a token's code to those of earlier ones, s_ij = cos(f_i, f_j), is explained by
+least squares from the stored attention of layers from i to j. Nearness, 1 / (i - j), is always in: near tokens attend
+to each other and are alike anyhow. All is centred within its row i: which tokens are alike, not how alike they are on
+the whole. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value).
+
+Causal tracing: what a latent writes at a token is taken out of the residual there, the layer above is run, and the same
+SAE reads a later token again, whose own residual is never touched: what changes of it has come by attention.
+
 W windows, H heads, T context, L layers, S regressors, P pairs per window, D width.
-
-Contribution by layer, in four steps:
-1. s_ij = cos(f_i, f_j) for earlier j; regressors are the stored attention of each layer from i to j, and
-   1 / (i - j), because near tokens attend to each other and are alike anyhow.
-2. Everything is centred within its row i: which tokens are alike, not how alike they are on the whole.
-3. Least squares of s on every subset of layers, with nearness always in; R^2 of each.
-4. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value), so
-   contributions add up to what all layers explain beyond nearness. Of more than 10 layers there are too many
-   subsets: the mean is over 256 orders, drawn the same each time, and contributions still add up.
-
-Causal tracing of single latents along attention: what a latent at one token does to the same latent at another.
-
-1. A pair is a token and the earlier one that the layer above attends to most from it. Of each window the strongest
-   pairs are taken, and of each pair the latent that makes the two codes most alike: the largest product of activations.
-2. What the latent writes at the earlier token is taken out of the residual there, the layer above is run, and the
-   same SAE reads the later token again.
-3. The control takes the same vector out at the earlier token that is attended to least from there.
-The later token's own residual is never touched: what changes of it has come by attention.
 """
 
 from __future__ import annotations

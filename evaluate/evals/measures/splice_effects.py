@@ -17,7 +17,7 @@ from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
 from ...context.stored_windows import mean_of_rows, ordinary_rows
 from ...model.batches import Sums, Windows
-from ...model.divergence import chunk_rows, compare, logits_of, next_tokens
+from ...model.divergence import compare, logits_of, next_tokens, rows_of_logits
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize
 
@@ -84,11 +84,18 @@ class Tracer:
         return self._model.suffix(resid_WTD, self._layer, self._batch.valid)[self._batch.keep]
 
 
-def make_tracers(context: Context, batch: Windows, subjects: Iterable[LoadedSae]) -> dict[int, Tracer]:
-    """A tracer for each layer of single-layer SAEs, so that all SAEs of a layer share its clean pass."""
-    rows, tracers = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say), {}
-    for layer, subject in {subject.layer: subject for subject in subjects}.items():
-        mean = mean_of_rows(context, layer).to(context.device, torch.float32)
-        ordinary = replace(batch, keep=ordinary_rows(context, subject, batch))
-        tracers[layer] = Tracer(context.model, ordinary, layer, mean, rows)
-    return tracers
+class Tracers:
+    """Tracers of batch after batch: one for each layer of single-layer SAEs, whose SAEs share its clean pass."""
+
+    def __init__(self, context: Context, subjects: Iterable[LoadedSae]) -> None:
+        self._context, self._rows = context, rows_of_logits(context.model, context.say)
+        self._at = {subject.layer: subject for subject in subjects}
+        self._means = {layer: mean_of_rows(context, layer).to(context.device, torch.float32) for layer in self._at}
+
+    def of(self, batch: Windows) -> dict[int, Tracer]:
+        """By layer."""
+        tracers = {}
+        for layer, subject in self._at.items():
+            ordinary = replace(batch, keep=ordinary_rows(self._context, subject, batch))
+            tracers[layer] = Tracer(self._context.model, ordinary, layer, self._means[layer], self._rows)
+        return tracers

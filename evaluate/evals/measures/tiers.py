@@ -1,14 +1,10 @@
 """How tiers of a dictionary fire, what the firing of one says about another's, and what they are composed of.
 
-N tokens, F latents, K kept, M tiers, F_t latents of tier t. A tier is a set of latents; an SAE without tiers gets
-equal shares of its dictionary in the order of its latents.
+Composition: is a decoder row a sum, with weights C >= 0, of decoder rows of the tier below? Where those are more than
+twice as many as the width, almost any row is; so there is a fit of few parts as well (matching pursuit), and both are
+to be held against rows that point anywhere.
 
-Composition: is a decoder row a sum of decoder rows of the tier below? R rows, A atoms, D width, P parts. C >= 0
-throughout: parts are added, never taken away.
-
-Where the atoms are more than twice the width, almost any row is a non-negative sum of all of them; so
-there is a fit of few parts as well (matching pursuit: add the atom that points most along what is left,
-solve again for all chosen), and both are to be held against rows that point anywhere.
+N tokens, F latents, K kept, M tiers; R rows, A atoms, D width, P parts.
 """
 
 from __future__ import annotations
@@ -55,7 +51,7 @@ def tier_activity(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Activity
     """What fired on a batch of tokens."""
     fired = acts_NF > 0
     awake = torch.stack([fired[:, membership_F == tier].any(1).sum() for tier in range(tiers)])
-    return Activity(len(acts_NF), fired.sum(0).double(), acts_NF.double().sum(0), awake.double())
+    return Activity(len(acts_NF), fired.sum(0).double(), acts_NF.sum(0, dtype=torch.float64), awake.double())
 
 
 @dataclass(frozen=True, eq=False)

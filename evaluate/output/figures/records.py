@@ -99,6 +99,36 @@ class Record:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
 
 
+@dataclass(frozen=True)
+class Column:
+    """A number of a table: a heading, what it means in a few words, and where it comes from."""
+
+    heading: str
+    meaning: str
+    value: Callable[[Record], float | None]
+    evaluation: str = ""
+    metric: str = ""
+    form: str = ".4g"
+
+
+def measured(heading: str, meaning: str, evaluation: str, path: str) -> Column:
+    return Column(heading, meaning, lambda record: record.metric(evaluation, path), evaluation, path)
+
+
+def held_out(heading: str, meaning: str, name: str) -> Column:
+    return Column(heading, meaning, lambda record: record.held_out(name), "core", CORE[name])
+
+
+COLUMNS = {  # those that every table of SAEs has
+    "l0": held_out("L0", "active latents per token", "l0"),
+    "explained_variance": held_out("explained variance", "of held-out residuals, centred", "explained_variance"),
+    "ce_score": held_out("CE score", "cross entropy restored: 1 clean, 0 zero ablation", "ce_score"),
+    "kl_score": held_out("KL score", "predictions restored: 1 clean, 0 zero ablation", "kl_score"),
+    "probing": measured("probing", "test accuracy, k = 5", "sparse_probing", "sae.sae_top_5_test_accuracy"),
+    "attention": measured("attention fidelity", "1 true, 0 mean ablation", "attention", "fidelity.score"),
+}
+
+
 def read_records(
     runs: Sequence[RunFolder], say: Say, known: Documents | None = None, only_known: bool = False
 ) -> list[Record]:

@@ -1,7 +1,8 @@
 """The registry: every file of this folder is a plot, and its name is the picture's.
 
-A file has `draw(records) -> Figure | None`, where None says that none of the SAEs has what it shows. No
-global state of matplotlib is touched: figures are objects that are drawn to files and dropped.
+A file has `draw(records) -> Figure | None`, where None says that none of the SAEs has what it shows; one of several
+plots has `PLOTS`, such functions by the pictures' names. No global state of matplotlib is touched: figures are objects
+that are drawn to files and dropped.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ KINDS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}  # with i
 Draw = Callable[[Sequence[Record]], Figure | None]
 
 
-def names() -> tuple[str, ...]:
-    """All plots, sorted."""
-    return file_names(__path__)
-
-
-def draw_of(name: str) -> Draw:
-    """The function of a plot."""
-    return import_file(__name__, name).draw
+def all_plots() -> dict[str, Draw]:
+    """By their names, sorted."""
+    found: dict[str, Draw] = {}
+    for name in file_names(__path__):
+        file = import_file(__name__, name)
+        found |= getattr(file, "PLOTS", None) or {name: file.draw}
+    return dict(sorted(found.items()))
 
 
 def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
@@ -38,8 +38,8 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in names():
-        figure = draw_of(name)(records)
+    for name, draw in all_plots().items():
+        figure = draw(records)
         path = out / f"{name}.png"
         if figure is None:
             for kind in KINDS:

@@ -5,61 +5,35 @@ An evaluation that no column here is of has one for each metric of its summary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from ... import evals
 from ...context.results import REACH, differing, heading, lines_of_each, reach_of
-from ..figures.records import CORE, Record
+from ..figures.records import COLUMNS as SHARED
+from ..figures.records import CORE, Column, Record, held_out, measured
 from .markup import Html, element, joined
 
 MISSING = "\N{EN DASH}"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading, what it means, and where the number comes from."""
-
-    heading: str
-    meaning: str
-    value: Callable[[Record], float | None]
-    evaluation: str = ""
-    metric: str = ""
-    form: str = ".4g"
-
-    def reach(self, record: Record) -> float | None:
-        """To the farther end of the number's interval, where its evaluation gives one."""
-        if self.evaluation not in record.documents:
-            return None
-        return reach_of(record.documents[self.evaluation], evals.load(self.evaluation).intervals, self.metric)
-
-
-def measured(heading: str, meaning: str, evaluation: str, path: str) -> Column:
-    return Column(heading, meaning, lambda record: record.metric(evaluation, path), evaluation, path)
-
-
-def held_out(heading: str, meaning: str, name: str) -> Column:
-    return Column(heading, meaning, lambda record: record.held_out(name), "core", CORE[name])
 
 
 COLUMNS = (
     Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
     Column("asked L0", "k, or a target", lambda r: r.asked_l0),
     Column("penalty", "coefficient", lambda r: r.setting("penalty")),
-    held_out("L0", "active latents per token", "l0"),
-    held_out("explained variance", "of held-out residuals", "explained_variance"),
+    SHARED["l0"],
+    SHARED["explained_variance"],
     held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
-    held_out("CE score", "1 clean, 0 ablated", "ce_score"),
-    held_out("KL score", "1 clean, 0 ablated", "kl_score"),
+    SHARED["ce_score"],
+    SHARED["kl_score"],
     Column("dead", "share of latents", lambda r: r.outcome.get("dead_share")),
-    measured("probing", "test accuracy, k = 5", "sparse_probing", "sae.sae_top_5_test_accuracy"),
+    SHARED["probing"],
     measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
     measured("composed", "share of tier 2, of few", "tiers", "composition.coverage_few_2"),
     measured("retention", "activation inside range", "position", "specialisation.retention"),
     measured("TCS short", "lags 1 to 4", "temporal", "consistency.tcs_short"),
     measured("FSM", "median latent", "temporal", "stability.fsm_median"),
     measured("lifetime", "tokens", "temporal", "stability.lifetime_mean"),
-    measured("attention fidelity", "1 true, 0 mean ablation", "attention", "fidelity.score"),
+    SHARED["attention"],
 )
 
 
@@ -98,7 +72,7 @@ def variant(record: Record) -> list[Html]:
 def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     """What the numbers are of, and what they are not about."""
     told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
-    if any(column.reach(one) is not None for column in columns for one in records):
+    if any(reach(column, one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
     for name in dict.fromkeys(column.evaluation for column in columns if column.evaluation):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
@@ -116,8 +90,15 @@ def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     return [element("p", line, class_="faint") for line in (*told, *massive)]
 
 
+def reach(column: Column, record: Record) -> float | None:
+    """To the farther end of the number's interval, where its evaluation gives one."""
+    if column.evaluation not in record.documents:
+        return None
+    return reach_of(record.documents[column.evaluation], evals.load(column.evaluation).intervals, column.metric)
+
+
 def cells(record: Record, columns: Sequence[Column]) -> list[Html]:
-    return [element("td", *_cell(column.value(record), column.form, column.reach(record))) for column in columns]
+    return [element("td", *_cell(column.value(record), column.form, reach(column, record))) for column in columns]
 
 
 def _cell(value: float | None, form: str, reach: float | None) -> list[str]:

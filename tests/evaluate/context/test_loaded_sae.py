@@ -102,27 +102,6 @@ def test_no_row_reads_one_that_is_massive(builder, batch, name, bound):
     assert torch.equal(read, expected)
 
 
-@pytest.mark.parametrize(
-    ("config", "stands"),
-    [
-        ({"metadata": {NORM_BOUNDS: {"2": 5.0}}}, True),
-        ({"needs_side": ["attention", "row_of"], "metadata": {NORM_BOUNDS: {}}}, True),
-        ({"needs_side": ["attention", "row_of"], "metadata": {"largest_norms": {"2": 5.0}}}, False),
-    ],
-    ids=["reads no other row", "trained on every row", "read massive rows"],
-)
-def test_results_of_other_codes_do_not_stand(builder, tmp_path, config, stands):
-    """Neither for --resume nor on the page."""
-    plain = builder.subject(builder.make_sae())
-    subject = replace(plain, folder=tmp_path / "sae", home=tmp_path, config={**plain.config, **config})
-    document, path = write_result(Result(subject, {}, {}), "core", {}), result_path(subject, "core")
-    assert standing_result(subject, "core") == document
-    document["saemill"].pop("encoding", None)
-    path.write_text(json.dumps(document))
-    assert (standing_result(subject, "core") is not None) == stands
-    assert bool(read_documents(tmp_path / "evals", print, {})) == stands
-
-
 @pytest.mark.parametrize("home", [".", "sae"], ids=["of a run", "of its own"])
 def test_results_of_an_earlier_sae_do_not_stand(builder, tmp_path, home):
     """Neither for --resume nor on the page, whatever the times of files say: a copy has its own, or those of before."""
@@ -137,7 +116,7 @@ def test_results_of_an_earlier_sae_do_not_stand(builder, tmp_path, home):
 
     os.utime(weights, (now + 60, now + 60))
     assert stands()
-    document["saemill"].pop("sha256")  # as results of before are
+    document["saemill"].pop("sha256")  # as SAEBench's own have none
     path.write_text(json.dumps(document))
     assert not stands()
     write_result(Result(subject, {}, {}), "core", {})

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saemill.evaluate.context.stored_windows import read_windows
 from saemill.evaluate.errors import MemoryTooSmall
+from saemill.evaluate.evals import replacement
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.evals.measures.splice_effects import Tracers
 from saemill.evaluate.model.smaller_pieces import PieceSize, in_pieces, is_out_of_memory
 
 OUT = [
@@ -70,3 +73,29 @@ def test_core_says_that_it_halves_and_gives_the_same_numbers(world, open_context
     assert any("going on with 1 windows" in line for line in said)
     for group, values in whole.metrics.items():
         assert halved.metrics[group] == pytest.approx(values, rel=1e-5), group
+
+
+def replace(context, subject):
+    list(replacement.evaluate(context, [subject], replacement.Config(windows=4, batch_windows=2)))
+
+
+def trace(context, subject):
+    tracers = Tracers(context, [subject])
+    for batch in read_windows(context, [subject], "t", windows=4, batch_windows=2):
+        tracers.of(batch)
+
+
+@pytest.mark.parametrize("work", [replace, trace])
+def test_what_did_not_fit_in_one_batch_is_not_tried_in_the_next(work, world, open_context, builder, monkeypatch):
+    context, said = open_context(world), []
+    head = context.model.head
+
+    def tight(hidden):
+        if len(hidden) > 15:
+            raise MemoryError("tight")
+        return head(hidden)
+
+    monkeypatch.setattr(context, "say", said.append)
+    monkeypatch.setattr(context.model, "head", tight)
+    work(context, builder.subject(builder.make_sae()))
+    assert said and len(said) == len(set(said))

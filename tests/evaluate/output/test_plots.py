@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from saemill.evaluate.output import plots
 from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.figures.style import COLOURS, look, new_figure, shades, shown
-from saemill.evaluate.output.plots import draw_of, make_plots, names, pareto
+from saemill.evaluate.output.plots import all_plots, make_plots, pareto
 from saemill.train.disk.atomic_files import write_json
 from saemill.train.run.folder import RunFolder
 
@@ -92,7 +92,7 @@ def make_run(tmp_path):
 
 
 def test_the_folder_is_the_registry():
-    assert set(names()) == ALL
+    assert set(all_plots()) == ALL
 
 
 def test_runs_of_one_name_are_told_by_their_paths(make_run, tmp_path):
@@ -118,7 +118,7 @@ def test_two_that_draw_the_same_at_once_do_not_take_each_others_files(tmp_path):
 def test_no_panel_is_empty(make_run, name):
     """Whatever a run lacks, what is drawn has data in it, a title or a caption, and named axes."""
     for record in read_records([make_run()], print):
-        figure = draw_of(name)([record])
+        figure = all_plots()[name]([record])
         if figure is None:
             continue
         for axis in panels_of(figure):
@@ -152,7 +152,7 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
 def test_one_sae_by_itself_has_no_bars_and_no_points(make_run):
     """A bar or a point that nothing stands beside says no more than its number."""
     (record,) = read_records([make_run(labels=("standard",))], print)
-    titles = [axis.get_title() for name in names() if (drawn := draw_of(name)([record])) for axis in drawn.axes]
+    titles = [axis.get_title() for draw in all_plots().values() if (drawn := draw([record])) for axis in drawn.axes]
     assert "Total loss" in titles and "Learning rate over training" in titles
     assert not {"Learning rate", "Final reconstruction", "Training steps completed", "Residual"} & set(titles)
 
@@ -174,7 +174,7 @@ def test_nothing_to_draw_draws_nothing(tmp_path):
 
 def test_panels_are_those_that_the_sae_has_data_for(make_run):
     records = {record.name: record for record in read_records([make_run()], print)}
-    draw = draw_of("training_metrics")
+    draw = all_plots()["training_metrics"]
     tiered, temporal = draw([records["tiered"]]), draw([records["temporal"]])
     assert tiered is not None and temporal is not None
     assert {"Tier 1 activity", "Tier 3 activity", "Composition loss"} <= {axis.get_title() for axis in tiered.axes}
@@ -185,7 +185,7 @@ def test_panels_are_those_that_the_sae_has_data_for(make_run):
 def test_several_runs_share_a_figure_and_names_say_which(make_run):
     records = read_records([make_run("run_1", ("topk",)), make_run("run_2", ("topk",))], print)
     assert [record.name for record in records] == ["run_1/topk", "run_2/topk"]
-    figure = draw_of("training_metrics")(records)
+    figure = all_plots()["training_metrics"](records)
     assert figure is not None
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["run_1/topk", "run_2/topk"]
@@ -194,7 +194,7 @@ def test_several_runs_share_a_figure_and_names_say_which(make_run):
 
 def test_an_sae_has_one_colour_throughout(make_run):
     records = read_records([make_run()], print)
-    figure = draw_of("training_metrics")(records)
+    figure = all_plots()["training_metrics"](records)
     assert figure is not None
     for axis in figure.axes:
         if axis.get_title() == "Tier 1 activity":
@@ -209,7 +209,7 @@ def test_a_layer_looks_alike_in_every_panel(name, prefix):
     """Whichever other layers an SAE logged."""
     logs = ([17, 18, 19], [18], [19, 18])
     rows = [[{"step": step, **{f"{prefix}{layer}": 0.1 for layer in layers}} for step in (0, 1)] for layers in logs]
-    figure = draw_of(name)([Record(f"sae_{n}", "run", "", log=log) for n, log in enumerate(rows)])
+    figure = all_plots()[name]([Record(f"sae_{n}", "run", "", log=log) for n, log in enumerate(rows)])
     assert figure is not None
     lines = [line for axis in figure.axes for line in axis.lines]
     looks = {
@@ -260,10 +260,21 @@ def test_tables_and_plots_show_one_explained_variance():
     assert Record("a", "run_1", "a", outcome={"explained_variance": 0.7}).held_out("explained_variance") == 0.7
 
 
+def test_a_number_that_really_is_minus_one_is_one():
+    """As JSON has it: an absent one of ours is written as -1, SAEBench's as either."""
+    metrics = {"specialisation": {"fidelity": -1.0, "retention": -1}}
+    for ours, found in (({"saemill": {"label": "a"}}, -1.0), ({}, None)):
+        document = json.loads(json.dumps({"eval_result_metrics": metrics, "own": {"share": -1}, **ours}))
+        record = Record("a", "run_1", "a", documents={"position": document})
+        assert record.metric("position", "specialisation.fidelity") == found
+        assert record.metric("position", "specialisation.retention") is None
+        assert record.metric("position", "own.share") == -1
+
+
 def test_no_global_state_is_touched(make_run):
     before = dict(rcParams)
     records = read_records([make_run(labels=("standard", "temporal"))], print)
-    assert all(draw_of(name)(records) is not None for name in ("training_metrics", "transition_matrix", "pareto"))
+    assert all(all_plots()[name](records) is not None for name in ("training_metrics", "transition_matrix", "pareto"))
     assert dict(rcParams) == before
 
 
@@ -272,7 +283,3 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_line(make_run):
     assert len(record.log) == STEPS
     assert record.last("loss") == pytest.approx(line("standard", STEPS - 1)["loss"])
     assert record.last("nothing") is None
-
-
-def test_every_plot_says_what_it_is_for():
-    assert all(plots.draw_of(name).__module__.endswith(name) for name in names())

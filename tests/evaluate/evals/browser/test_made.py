@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
-from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, ResultInvalid, SettingInvalid
+from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import evaluation, firing_counts, latents, reading, top_firings, write_pages
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
@@ -436,6 +436,17 @@ def test_promotion_is_what_the_norm_and_the_unembedding_make_of_a_direction():
     assert torch.equal(alone, head_of(whole.model).promotes(rows))
     normed = whole.model.base_model.norm(rows)
     assert alone == pytest.approx(whole.model.get_output_embeddings()(normed).numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no")])
+def test_a_head_that_has_no_room_is_not_told_to_be_fetched_again(error, monkeypatch):
+    def no_room(folder, modules):
+        raise error
+
+    monkeypatch.setattr("saemill.evaluate.model.head.read_tables", no_room)
+    with pytest.raises(ModelMissing, match="does not fit into memory .* Free some memory") as told:
+        load_head(MODEL_FOLDER, torch.device("cpu"))
+    assert "fetch" not in str(told.value)
 
 
 def test_promoted_tokens_go_through_the_models_head(made, open_context, world):

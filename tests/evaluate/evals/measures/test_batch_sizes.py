@@ -17,24 +17,26 @@ from saemill.train.disk.sae_folder import save_sae
 from saemill.train.variants import attention as reading
 
 
-def counting(monkeypatch, module, name: str, place: int) -> list[int]:
+def counting(monkeypatch, where, name: str, place: int) -> list[int]:
     """How many windows each call of a function is given."""
-    counts, call = [], getattr(module, name)
+    counts, call = [], getattr(where, name)
 
     def counted(*args):
         counts.append(len(args[place]))
         return call(*args)
 
-    monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(where, name, counted)
     return counts
 
 
 @pytest.mark.parametrize("batch_windows", [2, 5, 12])
-@pytest.mark.parametrize(("module", "name", "place"), [(tiers, "make_tracers", 1), (attention, "trace", 2)])
+@pytest.mark.parametrize(
+    ("module", "where", "name", "place"), [(tiers, tiers.Tracers, "of", 1), (attention, attention, "trace", 2)]
+)
 def test_as_many_windows_are_traced_as_were_asked_for(
-    module, name, place, batch_windows, world, builder, open_context, monkeypatch
+    module, where, name, place, batch_windows, world, builder, open_context, monkeypatch
 ):
-    counts = counting(monkeypatch, module, name, place)
+    counts = counting(monkeypatch, where, name, place)
     config = module.Config(windows=12, trace_windows=4, batch_windows=batch_windows)
     list(module.evaluate(open_context(world), [builder.subject(builder.make_sae(k=None))], config))
     assert sum(counts) == 4

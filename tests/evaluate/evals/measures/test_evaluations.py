@@ -18,7 +18,7 @@ from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import Assignment, every, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.attention import Explained, Pairs, choose_pairs, trace_pairs
-from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
+from saemill.evaluate.evals.measures.splice_effects import Effect, Tracers
 from saemill.evaluate.evals.measures.tiers import Wording, tier_activity
 from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.train.sae.gates import AbsTopK, Relu
@@ -85,7 +85,7 @@ def test_an_sae_of_several_layers_is_measured_as_far_as_it_can_be(module, make_w
     assert found[plain].metrics == one(module, context, plain).metrics
     assert lookup(found[wide].metrics, module.EVALUATION.summary[0]) is not None
     assert found[wide].missing is None  # nothing that could be had
-    assert (found[wide].remark is not None) == (module in (tiers, attention))
+    assert (found[wide].remark != found[plain].remark) == (module in (tiers, attention))
 
 
 @EVERY
@@ -272,19 +272,31 @@ def test_single_latents_are_traced(world, builder, open_context):
 
 def test_a_tier_with_nothing_in_it_does_nothing(world, builder, open_context):
     subject = builder.subject(identity(builder))
-    silent = torch.zeros(2 * builder.D, dtype=torch.int64)
-    subject.sae.extras_tensors = {"tiers.membership": silent}
+    membership = torch.zeros(2 * builder.D, dtype=torch.int64)
+    membership[0] = 2
+    subject.sae.extras_tensors = {"tiers.membership": membership}
     found = one(tiers, open_context(world), subject).metrics
     assert found["causal"]["kl_without_2"] == pytest.approx(found["causal"]["kl_sae"])
-    assert found["causal"]["restored_by_1"] == pytest.approx(1.0)
     assert found["tier_activity"]["latents_2"] == 0
+
+
+def test_an_sae_has_the_tiers_that_it_was_saved_with(world, builder, open_context):
+    """Three is for SAEs without: a third one of zeros would stand in the tables beside real ones."""
+    subject = builder.subject(identity(builder))
+    for count in (1, 2):
+        subject.sae.extras_tensors = {"tiers.membership": torch.arange(2 * builder.D) % count}
+        found = one(tiers, open_context(world), subject).metrics
+        ends = {name.rpartition("_")[2] for group in found.values() for name in group}
+        assert {int(end) for end in ends if end.isdigit()} == set(range(1, count + 1))
+        if count == 1:
+            assert found["causal"]["restored_by_1"] == pytest.approx(1.0)
 
 
 def test_effects_are_those_of_the_whole_model(world, builder, open_context):
     """KL and loss of a spliced reconstruction, and of the store's mean, against a plain forward of all layers."""
     context, subject = open_context(world), builder.subject(builder.make_sae())
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
-    tracer = make_tracers(context, batch, [subject])[builder.LAYER]
+    tracer = Tracers(context, [subject]).of(batch)[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
     found = {**tracer.given, **tracer.effects({"sae": lambda: x_hat})}
     clean = predictions(context.model, batch)
@@ -302,7 +314,7 @@ def test_massive_rows_keep_theirs_and_do_not_count(make_world, builder, open_con
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
     rows, mean = ordinary_rows(context, subject, batch), mean_of_rows(context, builder.LAYER).float()
     assert int(batch.keep.sum() - rows.sum()) == 1
-    tracer = make_tracers(context, batch, [subject])[builder.LAYER]
+    tracer = Tracers(context, [subject]).of(batch)[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
     other = torch.where(rows[..., None], x_hat, 9.0)
     found = tracer.effects({"sae": lambda: x_hat, "other": lambda: other, "mean": lambda: mean.expand_as(x_hat)})
@@ -336,7 +348,7 @@ def test_what_a_tier_carries_is_what_is_lost_without_it():
         "restored_by_2": pytest.approx(1 / 7),
     }
     activity = tier_activity(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1]), 2)
-    seen = tiers.Seen(Assignment(torch.tensor([0, 1]), 2, "saved"), torch.tensor([True, False]))
+    seen = tiers.Seen(Assignment(torch.tensor([0, 1]), 2, "saved"), torch.tensor([torch.nan, 0.4]))
     seen.activity += activity
     assert tiers.uncomposed(seen, effects) == {
         "latents": 1,
@@ -371,14 +383,17 @@ def test_words_are_counted_over_the_batches_in_which_they_were_read(world, open_
 
 
 def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_context):
+    """And a scale that no window is long enough for has no number, and says why."""
     nothing = torch.zeros(4, builder.D)
     steady = SparseAutoencoder(nothing, torch.eye(builder.D)[:4], Relu(), b_enc=torch.ones(4))
-    found = one(temporal, open_context(world), builder.subject(steady)).metrics
+    result = one(temporal, open_context(world), builder.subject(steady))
+    found = result.metrics
     assert found["consistency"]["cosine_short"] == pytest.approx(1.0, abs=1e-5)
     assert found["consistency"]["tcs_short"] == pytest.approx(0.0, abs=1e-5)
     assert found["stability"]["fsm_mean"] == pytest.approx(1.0)
     assert found["stability"]["lifetime_mean"] > 3
-    assert "tcs_long" not in found["consistency"]  # no window is so long
+    assert "tcs_long" not in found["consistency"]
+    assert result.remark == "no numbers of long lags: no two tokens of a window and a document are 17 apart"
 
 
 def test_masks_that_were_trained_are_taken(world, builder, open_context):
@@ -474,6 +489,12 @@ def test_no_document_is_on_both_sides_of_a_probe(length, windows, make_world, bu
     assert bool(result.metrics["order"]) == bool(windows) == (result.remark is None)
 
 
+def test_pairs_of_an_order_probe_lie_in_one_document():
+    kept = torch.tensor([[True, True, True, True, False, True]])  # pairs of places 0 and 3, 1 and 4, 2 and 5
+    documents = torch.tensor([[7, 7, 7, 8, 7, 7]])
+    assert position.in_pairs(kept, documents).tolist() == [[False, False, True]]
+
+
 def test_a_split_without_windows_is_not_applicable(make_world, builder, open_context):
     world = make_world(splits=(20, 40))
     with pytest.raises(NotApplicable, match="test split has no windows"):
@@ -490,8 +511,8 @@ def test_a_number_of_windows_that_is_none_is_the_settings_fault(module, windows,
 
 def test_fewer_than_no_windows_to_trace_are_none(world, builder, open_context):
     config, subject = replace(CONFIGS[tiers], trace_windows=-1), builder.subject(builder.make_sae())
-    (result,) = tiers.evaluate(open_context(world), [subject], config)
-    assert result.metrics["causal"] == {} and result.missing is None
+    (result,) = tiers.evaluate(open_context(world, model_name="/no/such/model"), [subject], config)
+    assert result.metrics["causal"] == {} and result.missing is None  # nor is the model asked for
 
 
 def test_an_assignment_is_found_beside_the_weights_or_in_the_module(builder):
@@ -504,7 +525,9 @@ def test_an_assignment_is_found_beside_the_weights_or_in_the_module(builder):
     assert found is not None and found.source == "saved centres"
     assert (found.of_latent.diff() >= 0).all() and set(found.of_latent.tolist()) == {0, 1, 2, 3}
     subject.sae.extras_tensors = {"tiers.membership": torch.arange(builder.F) // 6}
-    assert tiers_of(subject, 3).count == 4
+    assert tiers_of(subject, 3).count == tiers_of(subject, 9).count == 4
+    subject.sae.extras_tensors = {"temporal.group": torch.arange(builder.F) % 2}
+    assert groups_of(subject, 4).count == 4  # each has its scale
 
 
 @pytest.mark.parametrize(("module", "name"), [(tiers, "tiers.membership"), (temporal, "temporal.group")])
@@ -540,5 +563,6 @@ def test_special_tokens_keep_their_residual(world, builder, open_context):
     layers = (builder.LAYER + 1,)
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4, attention_layers=layers))
     x_hat = torch.where(batch.keep[:, :, None], batch.x(subject.layers), 99.0)
-    attention.replace(context, subject, batch, x_hat, attention.dense_rows(batch.attention[layers[0]]), seen)
+    given, rows = {"sae": x_hat}, ordinary_rows(context, subject, batch)
+    attention.replace(context, subject, batch, rows, given, attention.dense_rows(batch.attention[layers[0]]), seen)
     assert seen.divergence["sae"] == seen.divergence["true"] < seen.divergence["zero_ablation"]

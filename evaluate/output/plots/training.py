@@ -1,14 +1,13 @@
-"""Losses, tiers and time over training, and the reconstruction in the end."""
+"""Training: what was set differently, losses and tiers on the way, and how far it came."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
 from ..figures.panels import Bars, Lines, draw_panels, first_series, series_of
 from ..figures.records import Record
 
+PENALTIES = ("weight/l1", "weight/lp", "weight/l0", "weight/gate_l1")
 SCALES = ("short", "medium", "long")
 TIERS = (1, 2, 3)
 TERMS = {"guidance": "Guidance loss", "consistency": "Consistency loss", "composition": "Composition loss"}
@@ -24,7 +23,19 @@ def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
     return sorted(steps), [steps[step] for step in sorted(steps)]
 
 
-PANELS = (
+def trained(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record.log or record.steps is not None]
+
+
+HYPERPARAMETERS = (
+    Bars("Learning rate", "peak of its schedule", lambda r: max(r.series("lr")[1], default=None), "{:.2e}"),
+    Bars("Sparsity penalty", "coefficient", lambda r: r.setting("penalty")),
+    Bars("Sparsity target", "active latents per token", lambda r: r.asked_l0),
+    Lines("Learning rate over training", "learning rate", series_of("lr")),
+    Lines("Sparsity penalty over training", "coefficient", first_series(PENALTIES)),
+)
+
+METRICS = (
     Lines("Reconstruction loss", "share of variance unexplained", series_of("loss/reconstruction")),
     Lines("Sparsity loss", "mean per token, before its weight", first_series(("loss/l1", "loss/l0", "loss/sparsity"))),
     Lines("Total loss", "weighted sum of all terms", series_of("loss")),
@@ -53,6 +64,16 @@ PANELS = (
     ),
 )
 
+PROGRESS = (
+    Bars("Training steps completed", "steps", lambda r: None if r.steps is None else float(r.steps), "{:,.0f}"),
+    Bars("Final training loss", "weighted sum of all terms", lambda r: r.last("loss"), may_be_log=True),
+    Lines("Mask coefficient", "0 no mask, 1 full mask", series_of("mask/coefficient"), (-0.03, 1.03)),
+    Lines("Specialisation retention", "% of activation inside its range", series_of("mask/retention", 100), (0, 103)),
+    Lines("Adapter gate", "mean gate", series_of("adapter/gate")),
+)
 
-def draw(records: Sequence[Record]) -> Figure | None:
-    return draw_panels(PANELS, records, "Training")
+PLOTS = {
+    "hyperparameters": lambda records: draw_panels(HYPERPARAMETERS, records, "Hyperparameters"),
+    "training_metrics": lambda records: draw_panels(METRICS, records, "Training"),
+    "training_progression": lambda records: draw_panels(PROGRESS, trained(records), "Progress of training"),
+}
