@@ -79,27 +79,32 @@ class OfModel:
     corrected: Memo[Probed] = field(default_factory=Memo)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one task says of one SAE, as SAEBench does it and without its faults."""
+
+    official: Perturbed
+    corrected: Perturbed
+
+
 def perturb(
     pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: OfModel
-) -> Perturbed:
-    """As SAEBench does it."""
-    resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
-    probed = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
-    latents = pool.of_latents(subject, task.train)
-    leaky = pool.of_leaky_latents(subject, task.test)
-    tests = Ablatable(resid[1], leaky, subject.sae.W_dec.detach(), probed.probes)
-    return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: generator))
-
-
-def perturb_corrected(pool: Pool, subject: LoadedSae, task: Task, setup: Setup, of_model: OfModel) -> Perturbed:
-    """The same without what is wrong in it; draws nothing from SAEBench's generator."""
+) -> Outcome:
+    """Both ways; what is corrected draws nothing from SAEBench's generator."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
-    probed = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))
+    official = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
+    corrected = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))
     latents = pool.of_latents(subject, task.train)
-    masked = pool.of_latents(subject, task.test)
-    tests = Ablatable(resid[1], masked, subject.sae.W_dec.detach(), probed.probes)
-    return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: seeded(setup.seed)))
+
+    def off(probed: Probed, tests: Features, new_generator: NewGenerator) -> Perturbed:
+        ablatable = Ablatable(resid[1], tests, subject.sae.W_dec.detach(), probed.probes)
+        return Perturbed(probed.clean, switch_off(latents, ablatable, setup, new_generator))
+
+    return Outcome(
+        off(official, pool.of_leaky_latents(subject, task.test), lambda: generator),
+        off(corrected, pool.of_latents(subject, task.test), lambda: seeded(setup.seed)),
+    )
 
 
 def probe_model(train: Features, test: Features, setup: Setup, generator: torch.Generator) -> Probed:
@@ -149,14 +154,6 @@ def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict
     return found
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one task says of one SAE, as SAEBench does it and without its faults."""
-
-    official: Perturbed
-    corrected: Perturbed
-
-
 def evaluate_able(
     context: Context,
     subjects: Sequence[LoadedSae],
@@ -189,10 +186,8 @@ def perturb_all(
         of_model = {subject.layers: OfModel() for subject in subjects}
         with context.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
             for subject in subjects:
-                shared = of_model[subject.layers]
-                outcomes[subject][task.name] = Outcome(
-                    perturb(pool, subject, task, setup, generators[subject], shared),
-                    perturb_corrected(pool, subject, task, setup, shared),
+                outcomes[subject][task.name] = perturb(
+                    pool, subject, task, setup, generators[subject], of_model[subject.layers]
                 )
                 advance(1)
     yield from outcomes.items()
