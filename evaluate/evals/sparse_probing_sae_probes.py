@@ -183,7 +183,8 @@ def read_prompts(
     """Run the model on prompts of like length together, and put its activations back into their order."""
     rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
-    size = batch_size_for(subjects, length, batch_size)
+    dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
+    size = batch_size_for(dense, max(map(len, rows)), batch_size) if dense else batch_size
     reader = Reader(context.model, subjects, attention_of(context, subjects), size, context.say)
     with context.watch.stage(title, len(rows), "prompts") as advance:
         read = reader.read([Spot(rows[row], -1) for row in order], advance)
