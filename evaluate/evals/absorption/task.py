@@ -113,7 +113,9 @@ def make_spots(prompts: Sequence[Prompt], classes: WordClasses, model: LanguageM
 
 def word_position(model: LanguageModel, template: str) -> int:
     """Where the word ends in a prompt, counted from its end; -6 for SAEBench's template and Gemma's tokens."""
-    return -len(model.tokenizer.encode([template.split("{word}")[1]])[0]) - 1
+    tail = template.split("{word}")[1]
+    word, line = model.tokenizer.encode(["A", f"A{tail}"])  # some tokenizers begin every text with a space
+    return len(word) - len(line) - 1
 
 
 def split_words(words: Sequence[str], train_share: float, draw: random.Random) -> tuple[list[str], list[str]]:
