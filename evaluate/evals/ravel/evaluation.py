@@ -79,6 +79,11 @@ class Findings:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    if not 0 < config.train_test_split < 1:
+        raise SettingInvalid(
+            "ravel.train_test_split: expected more than 0 and less than 1, the share of pairs that masks learn from, "
+            f"found {config.train_test_split}"
+        )
     is_stdlib = context.takes_library(config.data)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
@@ -234,5 +239,8 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score"),
+    least=dict.fromkeys(
+        ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "n_generated_tokens", "llm_batch_size"), 1
+    ),
     data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
 )

@@ -184,7 +184,8 @@ def read_corpus(file: Path) -> list[str]:
             "names, and give its place with --set unlearning.forget_corpus=FILE"
         )
     try:
-        texts = [str(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines also cuts where a text has U+2028
+        texts = [str(json.loads(line)["text"]) for line in lines if line]
     except (ValueError, KeyError, TypeError) as error:
         raise DataMissing(f"{file}: expected a JSON object with 'text' on each line, found {error!r}") from error
     long_enough = [text for text in texts if len(text) > MIN_CHARACTERS]
