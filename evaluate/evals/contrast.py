@@ -100,7 +100,7 @@ def effects(features: Features) -> np.ndarray:
 def _effects(matrix: csc_matrix, sizes: Sequence[int]) -> np.ndarray:
     """Values are sorted once for all pairs, and zeros, which are most, are one value of many texts. Of K classes; V
     counts the different values of all features, one feature after the other."""
-    width, classes = matrix.shape[1], len(sizes)
+    width, classes = len(matrix.indptr) - 1, len(sizes)
     feature = np.repeat(np.arange(width), np.diff(matrix.indptr))
     class_of = np.repeat(np.arange(classes), sizes)[matrix.indices]
     stored_FK = np.bincount(feature * classes + class_of, minlength=width * classes).reshape(width, classes)

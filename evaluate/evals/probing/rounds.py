@@ -20,16 +20,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
-from ...context.results import Failure, Result
 from ...context.usable_saes import split_fitting
+from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .pooling import Pool, pool_task
 from .scores import Ablated, Accuracies, on_data
-from .settings import Settings, filled
-from .sources import Source, find_source
+from .settings import LEAST_PERTURBED, Settings, filled
+from .sources import Source, data_revision, find_source
 from .texts import OPPOSITES, Task
 from .train_probes import LinearProbe, Training, probe_every_class
 
@@ -154,18 +152,22 @@ def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict
     return found
 
 
-def evaluate_able(
-    context: Context,
-    subjects: Sequence[LoadedSae],
-    config: Settings,
-    evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
-) -> Iterator[Result | Failure]:
-    """A Failure for each SAE that cannot be evaluated, then the results that `evaluate` gives for the others."""
-    able, unable = split_fitting(context, subjects, context.model)
-    yield from unable
-    if able:
-        source = find_source(context, config.data)
-        yield from evaluate(context, able, source, filled(config, source, source.perturbed))
+Measure = Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]]
+
+
+def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Settings]:
+    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` gives for the others."""
+
+    def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
+        able, unable = split_fitting(context, subjects, context.model)
+        yield from unable
+        if able:
+            source = find_source(context, config.data)
+            yield from measure(context, able, source, filled(config, source, source.perturbed))
+
+    return Evaluation(
+        Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=data_revision
+    )
 
 
 def perturb_all(

@@ -127,7 +127,7 @@ def make_material(
 ) -> Material:
     """Material of two lists of texts."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    drawn = [draw.sample(list(texts), min(TEXTS, len(texts))) for texts in (inside, outside)]
+    drawn = [sampled_texts(texts, TEXTS, draw) for texts in (inside, outside)]
     length = min(MAX_LENGTH, model.facts.max_context)
     forget, retain = ([_rows(model, part, length, generator) for part in _set_aside(texts)] for texts in drawn)
     papers = [

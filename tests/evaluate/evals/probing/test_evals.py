@@ -105,7 +105,7 @@ def test_saes_of_another_model_are_named_and_cost_no_text(module, context, build
     wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
     high = builder.subject(builder.make_sae(), "high", layers=(9,))
     both = builder.subject(builder.make_sae(), "both", layers=(1, 2))
-    failures = list(module.evaluate(context, [wide, high, both], module.EVALUATION.config(data="stdlib")))
+    failures = list(module.EVALUATION.evaluate(context, [wide, high, both], module.EVALUATION.config(data="stdlib")))
     assert [failure.subject for failure in failures] == [wide, high, both]
     of_one_layer = module in (scr, tpp)
     assert [type(failure.error) for failure in failures[:2]] == [WidthMismatch, WidthMismatch]
