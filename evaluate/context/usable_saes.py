@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...cache_schema import AttentionSpec
+from ...cache_schema.strict_json import to_json
 from ..errors import DataMissing, NotRun, WidthMismatch
 from ..model.prefix_suffix import LanguageModel
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of
-from .results import Failure
+from .results import Failure, deciding
 
 Require = Callable[[LoadedSae, LanguageModel], None]
 
@@ -63,3 +65,10 @@ def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSp
 def model_name_of(context: Context) -> str:
     """The model's name as results give it."""
     return context.model_name or (context.manifest.model.id if context.opened else "")
+
+
+def official_config(context: Context, config: Any, **fixed: Any) -> dict[str, Any]:
+    """The settings of a result under SAEBench's keys, with ours beside them; `fixed` are those that a `Config` does not
+    hold, or holds otherwise."""
+    dtype = str(context.model.dtype).removeprefix("torch.")
+    return {**deciding(to_json(config)), "model_name": model_name_of(context), "llm_dtype": dtype, **fixed}

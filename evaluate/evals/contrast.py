@@ -19,7 +19,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.sparse import csc_matrix
 
 from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
@@ -30,7 +30,7 @@ from .probing.settings import LEAST, DataSettings, filled, of_data
 from .probing.sources import data_revision, find_source, load_all
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
-LATENTS_AT_ONCE = 4096
+AT_ONCE = 1024  # features, at most what 16 bits can number
 NO_LATENTS = "no latent is in as many training texts as one must be to be measured (contrast.least_texts)"
 NO_OTHERS = "every two contrasts share a class: independence is not known"
 
@@ -73,9 +73,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         pool = pool_task(context, subjects, task, config.context_length, config.llm_batch_size)
         for layers, found in channels.items():
             found.append(effects_of(task.name, *(pool.of_model(layers, part) for part in (task.train, task.test))))
-        for subject in subjects:
-            own = (pool.of_latents(subject, part) for part in (task.train, task.test))
-            latents[subject].append(effects_of(task.name, *own))
+        with context.watch.stage(f"{task.name}: contrasts", len(subjects), "SAEs") as advance:
+            for subject in subjects:
+                own = (pool.of_latents(subject, part) for part in (task.train, task.test))
+                latents[subject].append(effects_of(task.name, *own))
+                advance(1)
     settings = {**to_json(replace(config, dataset_names=tuple(task.name for task in tasks))), **of_data(source)}
     for subject in subjects:
         yield make_result(
@@ -85,24 +87,39 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 def effects_of(name: str, train: Features, test: Features) -> Effects:
     """The effect of every feature at each pair of classes of a data set."""
-    pairs = tuple(combinations(train.spans, 2))
-    return Effects(
-        tuple((name, one, other) for one, other in pairs),
-        *(np.stack([effect(part, one, other) for one, other in pairs]) for part in (train, test)),
-        texts=np.diff(train.matrix.indptr).astype(np.int64),
+    contrasts = tuple((name, one, other) for one, other in combinations(train.spans, 2))
+    return Effects(contrasts, effects(train), effects(test), np.diff(train.matrix.indptr).astype(np.int64))
+
+
+def effects(features: Features) -> np.ndarray:
+    """float64 [pairs, F]: 2 AUC - 1 of each pair of classes; of two equal values each is half above the other."""
+    blocks = [features.matrix[:, start : start + AT_ONCE] for start in range(0, features.width, AT_ONCE)]
+    return np.concatenate([_effects(block, [len(span) for span in features.spans.values()]) for block in blocks], 1)
+
+
+def _effects(matrix: csc_matrix, sizes: Sequence[int]) -> np.ndarray:
+    """Values are sorted once for all pairs, and zeros, which are most, are one value of many texts. Of K classes; V
+    counts the different values of all features, one feature after the other."""
+    width, classes = len(matrix.indptr) - 1, len(sizes)
+    feature = np.repeat(np.arange(width), np.diff(matrix.indptr))
+    class_of = np.repeat(np.arange(classes), sizes)[matrix.indices]
+    stored_FK = np.bincount(feature * classes + class_of, minlength=width * classes).reshape(width, classes)
+    values, feature = np.append(matrix.data, np.zeros(width, np.float32)), np.append(feature, np.arange(width))
+    order = np.argsort(values)
+    order = order[np.argsort(feature[order].astype(np.uint16), kind="stable")]  # by counting, as 16 bits are few
+    values, feature = values[order], feature[order]
+    first = np.flatnonzero((np.diff(values, prepend=np.nan) != 0) | (np.diff(feature, prepend=-1) != 0))
+    of_V, texts_KV, below_KV = feature[first], [], []
+    for number, size in enumerate(sizes):
+        texts_V = np.add.reduceat(np.append(class_of == number, size - stored_FK[:, number])[order], first)
+        texts_KV.append(texts_V)
+        below_KV.append(texts_V.cumsum() - texts_V / 2 - of_V * size)  # less those of the features before
+    return np.stack(
+        [
+            2 * np.bincount(of_V, texts_KV[one] * below_KV[other], width) / (sizes[one] * sizes[other]) - 1
+            for one, other in combinations(range(classes), 2)
+        ]
     )
-
-
-def effect(features: Features, one: str, other: str) -> np.ndarray:
-    """[F]: 2 AUC - 1, from the ranks of all texts of both classes; equal values share their rank."""
-    first, second = (features.spans[name] for name in (one, other))
-    both = features.matrix[[*first, *second]]
-    parts = []
-    for start in range(0, features.width, LATENTS_AT_ONCE):
-        ranks_NF = rankdata(both[:, start : start + LATENTS_AT_ONCE].toarray(), axis=0)
-        below_F = ranks_NF[: len(first)].sum(0) - len(first) * (len(first) + 1) / 2
-        parts.append(2 * below_F / (len(first) * len(second)) - 1)
-    return np.concatenate(parts)
 
 
 def joined(parts: Sequence[Effects]) -> Effects:

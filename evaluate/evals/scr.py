@@ -11,16 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.rounds import Outcome, evaluate_able, perturb_all
+from .contract import Context, LoadedSae, Result
+from .probing.rounds import Outcome, evaluation_of, perturb_all
 from .probing.scores import mean_scores, scr_scores
-from .probing.settings import LEAST_PERTURBED, Settings, official_config
-from .probing.sources import Source, data_revision, load_all
+from .probing.settings import Settings, config_of_round
+from .probing.sources import Source, load_all
 from .probing.texts import OPPOSITES, Task, spurious
-
-
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
-    return evaluate_able(context, subjects, config, free_probes)
 
 
 def free_probes(
@@ -30,7 +26,7 @@ def free_probes(
     tasks, missing = load_all(settings.dataset_names, lambda name: load_pairs(source, name, settings))
     used = [name for name in settings.dataset_names if any(task.name.startswith(f"{name}_scr_") for task in tasks)]
     pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
-    config_json = official_config(settings, context, source, "absolute", used, pairs)
+    config_json = config_of_round(settings, context, source, "absolute", used, pairs)
     for subject, outcomes in perturb_all(context, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
         yield make_result(subject, config_json, outcomes, missing)
 
@@ -68,11 +64,4 @@ def make_result(
     )
 
 
-EVALUATION = Evaluation(
-    Settings,
-    evaluate,
-    needs=Needs(model=True),
-    summary=("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50"),
-    least=LEAST_PERTURBED,
-    data_revision=data_revision,
-)
+EVALUATION = evaluation_of(free_probes, ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50"))

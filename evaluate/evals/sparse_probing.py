@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from ...cache_schema.strict_json import to_json
-from ..context.usable_saes import model_name_of, require_reading, split_fitting
+from ..context.usable_saes import official_config, require_reading, split_fitting
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.pooling import Pool, pool_task
@@ -85,7 +84,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                     pool, subject, task, config, state.generator, of_model[subject.layers], context.device
                 )
                 advance(1)
-    settings = official_config(replace(config, dataset_names=tuple(task.name for task in tasks)), context, source)
+    config = replace(config, dataset_names=tuple(task.name for task in tasks))
+    settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **of_data(source))
     for subject in subjects:
         yield make_result(subject, settings, progress[subject].results, missing)
 
@@ -172,25 +172,6 @@ def make_result(
         extra={"validated": {key.replace("_validated", ""): value for key, value in validated.items()}},
         missing=missing,
     )
-
-
-def official_config(config: Config, context: Context, source: Source) -> dict[str, Any]:
-    """SAEBench's settings under its keys, then ours."""
-    raw = to_json(config)
-    return {
-        "random_seed": raw["random_seed"],
-        "dataset_names": raw["dataset_names"],
-        "probe_train_set_size": raw["probe_train_set_size"],
-        "probe_test_set_size": raw["probe_test_set_size"],
-        "context_length": raw["context_length"],
-        "sae_batch_size": 125,
-        "llm_batch_size": raw["llm_batch_size"],
-        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
-        "model_name": model_name_of(context),
-        "k_values": raw["k_values"],
-        "lower_vram_usage": False,
-        **of_data(source),
-    }
 
 
 def _load(source: Source, name: str, config: Config) -> Task:

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from ...cache_schema.strict_json import to_json
 from ..context.loaded_sae import batch_size_for
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
-from ..context.usable_saes import attention_of, model_name_of, require_reading, split_fitting
+from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing import collection, installed
@@ -77,7 +76,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                     found[subject].llm[data.name] = baselines[subject.layers]
                 advance(1)
     names = tuple(data.name for data in sets)
-    settings = official_config(replace(config, dataset_names=names), context, source)
+    fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
+    settings = official_config(context, replace(config, dataset_names=names), **fixed, **of_data(source))
     for subject in subjects:
         yield make_result(subject, settings, found[subject], missing)
 
@@ -136,26 +136,6 @@ def make_result(subject: LoadedSae, settings: Mapping[str, Any], found: _Found, 
     )
 
 
-def official_config(config: Config, context: Context, source: Source) -> dict[str, Any]:
-    """SAEBench's settings under its keys, then ours."""
-    raw = to_json(config)
-    return {
-        "model_name": model_name_of(context),
-        "random_seed": raw["random_seed"],
-        "dataset_names": raw["dataset_names"],
-        "reg_type": raw["reg_type"],
-        "setting": "normal",
-        "ks": raw["ks"],
-        "binarize": raw["binarize"],
-        "results_path": "",
-        "model_cache_path": None,
-        "include_llm_baseline": raw["include_llm_baseline"],
-        "baseline_method": "logreg",
-        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
-        **of_data(source),
-    }
-
-
 def _scores(rows: np.ndarray, data: BinarySet, split: Split, penalty: Penalty, seed: int) -> Scores:
     train, test = split.train, split.test
     return tuned_scores(rows[train], data.labels[train], rows[test], data.labels[test], penalty, seed)
@@ -183,7 +163,8 @@ def read_prompts(
     """Run the model on prompts of like length together, and put its activations back into their order."""
     rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
-    size = batch_size_for(subjects, length, batch_size)
+    dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
+    size = batch_size_for(dense, max(map(len, rows)), batch_size) if dense else batch_size
     reader = Reader(context.model, subjects, attention_of(context, subjects), size, context.say)
     with context.watch.stage(title, len(rows), "prompts") as advance:
         read = reader.read([Spot(rows[row], -1) for row in order], advance)

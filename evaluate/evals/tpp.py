@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.rounds import Outcome, evaluate_able, perturb_all
+from .contract import Context, LoadedSae, Result
+from .probing.rounds import Outcome, evaluation_of, perturb_all
 from .probing.scores import mean_scores, tpp_scores
-from .probing.settings import LEAST_PERTURBED, Settings, official_config
-from .probing.sources import Source, data_revision, load_all
-
-
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
-    return evaluate_able(context, subjects, config, disturb_probes)
+from .probing.settings import Settings, config_of_round
+from .probing.sources import Source, load_all
 
 
 def disturb_probes(
@@ -28,7 +24,7 @@ def disturb_probes(
     load = source.load_task
     tasks, missing = load_all(settings.dataset_names, lambda name: [load(name, *settings.sizes, settings.random_seed)])
     names = [task.name for task in tasks]
-    config_json = official_config(settings, context, source, "positive", names, {})
+    config_json = config_of_round(settings, context, source, "positive", names, {})
     for subject, outcomes in perturb_all(context, subjects, tasks, settings, "positive", lambda task: list(task.train)):
         yield make_result(subject, config_json, outcomes, missing)
 
@@ -51,11 +47,6 @@ def make_result(
     )
 
 
-EVALUATION = Evaluation(
-    Settings,
-    evaluate,
-    needs=Needs(model=True),
-    summary=("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),
-    least=LEAST_PERTURBED,
-    data_revision=data_revision,
+EVALUATION = evaluation_of(
+    disturb_probes, ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric")
 )

@@ -147,9 +147,13 @@ def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
     `ALMOST_ONE`, is left as it is, and so is a top-k SAE, whose choice hangs on them."""
     if not sae.is_plain or isinstance(sae.gate, TopK | AbsTopK):
         return sae
-    lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
-    is_other = ((lengths - 1).abs() > ALMOST_ONE) & (lengths > 0)
-    return _again(sae, in_raw_units(sae)) if bool(is_other.any()) else sae
+    return _again(sae, in_raw_units(sae)) if bool((row_lengths(sae.W_dec.detach()) != 1).any()) else sae
+
+
+def row_lengths(W_dec: Tensor) -> Tensor:
+    """[F]: of decoder rows; exactly 1 where it is one to `ALMOST_ONE`, and for rows of zeros, which have no other."""
+    lengths = torch.linalg.vector_norm(W_dec, dim=1)
+    return torch.where(((lengths - 1).abs() > ALMOST_ONE) & (lengths > 0), lengths, 1.0)
 
 
 def in_raw_units(sae: SparseAutoencoder) -> PlainSae:

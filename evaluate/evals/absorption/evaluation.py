@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ...context.prompt_positions import Reader
-from ...context.usable_saes import attention_of, model_name_of, split_fitting
+from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -130,7 +130,16 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
     is_official = task.classes.names == FIRST_LETTER.names
     return Result(
         subject,
-        official_config(context, task, config, needed),
+        official_config(
+            context,
+            config,
+            prompt_template=task.classes.template,
+            prompt_token_pos=word_position(context.model, task.classes.template),  # -6 with Gemma's tokenizer
+            k_sparse_probe_batch_size=config.batch_size(context),
+            min_feats_for_eval=needed,
+            eval_k_sparse_probe_batch_size=24,  # decides nothing but memory in the official package
+            precalc_k_sparse_probe_sae_acts=False,
+        ),
         {"mean": mean_metrics(results)},
         details=[result.to_json() for result in results],
         extra={
@@ -147,29 +156,6 @@ def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) 
         "words": len(task.train.words) + len(task.test.words),
         "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
         "split_latents": {result.letter: list(result.latents) for result in results},
-    }
-
-
-def official_config(context: Context, task: Task, config: Config, needed: int) -> dict[str, Any]:
-    """What was done, under SAEBench's keys."""
-    return {
-        "model_name": model_name_of(context),
-        "random_seed": config.random_seed,
-        "f1_jump_threshold": config.f1_jump_threshold,
-        "max_k_value": config.max_k_value,
-        "prompt_template": task.classes.template,
-        "prompt_token_pos": word_position(
-            context.model, task.classes.template
-        ),  # as the tokenizer writes it; -6 with Gemma's
-        "llm_batch_size": config.llm_batch_size,
-        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
-        "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
-        "k_sparse_probe_batch_size": config.batch_size(context),
-        "k_sparse_probe_num_epochs": config.k_sparse_probe_num_epochs,
-        "min_GT_probe_f1": config.min_GT_probe_f1,
-        "min_feats_for_eval": needed,
-        "eval_k_sparse_probe_batch_size": 24,  # decides nothing but memory in the official package
-        "precalc_k_sparse_probe_sae_acts": False,
     }
 
 

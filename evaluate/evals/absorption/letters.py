@@ -1,7 +1,7 @@
 """Absorption of one SAE: its latents for each letter, and how much of a word's letter other latents carry.
 
 A latent's part in the letter is its activation times the cosine between its decoder row and the letter's probe;
-decoder rows have length one. The whole is the residual's projection on the probe.
+activations are in multiples of the row's length. The whole is the residual's projection on the probe.
 N words, B words of a batch, F latents, D width.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ....train.disk.plain_form import row_lengths
 from ...context.loaded_sae import LoadedSae
 from .probe import LetterLatents, Training, choose_latents, fit_probe, ranked_latents
 from .task import Task
@@ -120,7 +121,7 @@ def letter_latents(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> dict[int, LetterLatents]:
     """The latents that stand for each letter."""
-    train = task.train
+    train, lengths = task.train, row_lengths(subject.sae.W_dec)
     rows = torch.arange(len(train.words), device=train.labels.device)
     probe = fit_probe(
         rows[:, None].to(torch.float32),
@@ -128,11 +129,21 @@ def letter_latents(
         len(task.classes.names),
         sparse.training,
         generator,
-        encode=lambda numbers: train.reading.acts_of(subject, numbers.view(-1).long()),
+        encode=lambda numbers: train.reading.acts_of(subject, numbers.view(-1).long()) * lengths,
         width=subject.width,
     )
     ranked = ranked_latents(probe, min(sparse.max_k, subject.width))
-    return {letter: _choose(task, subject, ranked[letter], letter, sparse.jump) for letter in letters}
+    latents, halves = ranked[list(letters)].unique(), (task.train, task.test)
+    columns = [(half.reading.columns_of(subject, latents) * lengths[latents]).cpu().numpy() for half in halves]
+
+    def choose(letter: int) -> LetterLatents:
+        places = torch.searchsorted(latents, ranked[letter]).cpu().numpy()
+        (train_NK, is_train), (test_NK, is_test) = (
+            (table[:, places], half.is_of(letter)) for table, half in zip(columns, halves, strict=True)
+        )
+        return choose_latents(ranked[letter].tolist(), train_NK, is_train, test_NK, is_test, sparse.jump)
+
+    return {letter: choose(letter) for letter in letters}
 
 
 def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
@@ -148,17 +159,12 @@ def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
     return means | deviations
 
 
-def _choose(task: Task, subject: LoadedSae, ranked: Tensor, letter: int, jump: float) -> LetterLatents:
-    train_NK, test_NK = (half.reading.columns_of(subject, ranked).cpu().numpy() for half in (task.train, task.test))
-    is_train, is_test = (half.is_of(letter) for half in (task.train, task.test))
-    return choose_latents(ranked.tolist(), train_NK, is_train, test_NK, is_test, jump)
-
-
 def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], found: Tensor) -> LetterResult:
     probe, again = task.probes[subject.layer], task.again[subject.layer]
     places = (probe.found.cumsum(0) - 1)[found]
     direction = probe.probe.weights[letter]
     x_BD = again.x[subject.layer][places]
     with torch.no_grad():
-        each = absorption(again.acts_of(subject, places), x_BD, subject.sae.W_dec, direction, own)
+        W_dec = subject.sae.W_dec
+        each = absorption(again.acts_of(subject, places) * row_lengths(W_dec), x_BD, W_dec, direction, own)
     return LetterResult(task.classes.names[letter], own, len(found), float(each.fraction.sum()), int(each.full.sum()))

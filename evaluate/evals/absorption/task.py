@@ -53,18 +53,13 @@ class WordClasses:
 def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> list[str]:
     """The text of every alphabetic token, in the order given; `to_text` is the tokenizer's decoder of one token."""
     words = (word_of(token, to_text) for token in tokens)
-    return [word for word in words if is_alphabetic(word)]
+    return [word for word in words if (letters := word.removeprefix(" ")).isascii() and letters.isalpha()]
 
 
 def word_of(token: str, to_text: Callable[[str], str]) -> str:
     """A token as it reads, with its leading space: some decoders drop that of a first token."""
     text = to_text(token)
     return f" {text}" if token.startswith(SPACE_MARK) and not text.startswith(" ") else text
-
-
-def is_alphabetic(word: str) -> bool:
-    letters = word.removeprefix(" ")
-    return bool(letters) and letters.isascii() and letters.isalpha()
 
 
 def letter_index(word: str) -> int:
@@ -113,7 +108,9 @@ def make_spots(prompts: Sequence[Prompt], classes: WordClasses, model: LanguageM
 
 def word_position(model: LanguageModel, template: str) -> int:
     """Where the word ends in a prompt, counted from its end; -6 for SAEBench's template and Gemma's tokens."""
-    return -len(model.tokenizer.encode([template.split("{word}")[1]])[0]) - 1
+    tail = template.split("{word}")[1]
+    word, line = model.tokenizer.encode(["A", f"A{tail}"])  # some tokenizers begin every text with a space
+    return len(word) - len(line) - 1
 
 
 def split_words(words: Sequence[str], train_share: float, draw: random.Random) -> tuple[list[str], list[str]]:

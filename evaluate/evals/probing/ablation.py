@@ -69,7 +69,8 @@ class Ablatable:
         """What the probes say when the latents `off` are switched off."""
         table = self._untouched
         if off is not None:
-            table = table - self.latents.matrix[:, off] @ (self._decoder[off] @ self._weights)
+            W_dec = self.W_dec[torch.from_numpy(off)].double().cpu().numpy()
+            table = table - self.latents.matrix[:, off] @ (W_dec @ self._weights)
         return Logits(table, list(self.probes), self.resid.spans)
 
     @cached_property
@@ -85,10 +86,6 @@ class Ablatable:
     @cached_property
     def _biases(self) -> np.ndarray:
         return torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
-
-    @cached_property
-    def _decoder(self) -> np.ndarray:
-        return self.W_dec.double().cpu().numpy()
 
 
 def effects_of_classes(

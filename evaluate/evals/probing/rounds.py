@@ -20,16 +20,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
-from ...context.results import Failure, Result
 from ...context.usable_saes import split_fitting
+from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .pooling import Pool, pool_task
 from .scores import Ablated, Accuracies, on_data
-from .settings import Settings, filled
-from .sources import Source, find_source
+from .settings import LEAST_PERTURBED, Settings, filled
+from .sources import Source, data_revision, find_source
 from .texts import OPPOSITES, Task
 from .train_probes import LinearProbe, Training, probe_every_class
 
@@ -79,27 +77,32 @@ class OfModel:
     corrected: Memo[Probed] = field(default_factory=Memo)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one task says of one SAE, as SAEBench does it and without its faults."""
+
+    official: Perturbed
+    corrected: Perturbed
+
+
 def perturb(
     pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: OfModel
-) -> Perturbed:
-    """As SAEBench does it."""
-    resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
-    probed = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
-    latents = pool.of_latents(subject, task.train)
-    leaky = pool.of_leaky_latents(subject, task.test)
-    tests = Ablatable(resid[1], leaky, subject.sae.W_dec.detach(), probed.probes)
-    return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: generator))
-
-
-def perturb_corrected(pool: Pool, subject: LoadedSae, task: Task, setup: Setup, of_model: OfModel) -> Perturbed:
-    """The same without what is wrong in it; draws nothing from SAEBench's generator."""
+) -> Outcome:
+    """Both ways; what is corrected draws nothing from SAEBench's generator."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
-    probed = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))
+    official = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
+    corrected = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))
     latents = pool.of_latents(subject, task.train)
-    masked = pool.of_latents(subject, task.test)
-    tests = Ablatable(resid[1], masked, subject.sae.W_dec.detach(), probed.probes)
-    return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: seeded(setup.seed)))
+
+    def off(probed: Probed, tests: Features, new_generator: NewGenerator) -> Perturbed:
+        ablatable = Ablatable(resid[1], tests, subject.sae.W_dec.detach(), probed.probes)
+        return Perturbed(probed.clean, switch_off(latents, ablatable, setup, new_generator))
+
+    return Outcome(
+        off(official, pool.of_leaky_latents(subject, task.test), lambda: generator),
+        off(corrected, pool.of_latents(subject, task.test), lambda: seeded(setup.seed)),
+    )
 
 
 def probe_model(train: Features, test: Features, setup: Setup, generator: torch.Generator) -> Probed:
@@ -149,26 +152,22 @@ def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict
     return found
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one task says of one SAE, as SAEBench does it and without its faults."""
-
-    official: Perturbed
-    corrected: Perturbed
+Measure = Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]]
 
 
-def evaluate_able(
-    context: Context,
-    subjects: Sequence[LoadedSae],
-    config: Settings,
-    evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
-) -> Iterator[Result | Failure]:
-    """A Failure for each SAE that cannot be evaluated, then the results that `evaluate` gives for the others."""
-    able, unable = split_fitting(context, subjects, context.model)
-    yield from unable
-    if able:
-        source = find_source(context, config.data)
-        yield from evaluate(context, able, source, filled(config, source, source.perturbed))
+def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Settings]:
+    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` gives for the others."""
+
+    def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
+        able, unable = split_fitting(context, subjects, context.model)
+        yield from unable
+        if able:
+            source = find_source(context, config.data)
+            yield from measure(context, able, source, filled(config, source, source.perturbed))
+
+    return Evaluation(
+        Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=data_revision
+    )
 
 
 def perturb_all(
@@ -189,10 +188,8 @@ def perturb_all(
         of_model = {subject.layers: OfModel() for subject in subjects}
         with context.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
             for subject in subjects:
-                shared = of_model[subject.layers]
-                outcomes[subject][task.name] = Outcome(
-                    perturb(pool, subject, task, setup, generators[subject], shared),
-                    perturb_corrected(pool, subject, task, setup, shared),
+                outcomes[subject][task.name] = perturb(
+                    pool, subject, task, setup, generators[subject], of_model[subject.layers]
                 )
                 advance(1)
     yield from outcomes.items()

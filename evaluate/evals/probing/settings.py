@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ....cache_schema.strict_json import to_json
 from ...context.context import Context
-from ...context.usable_saes import model_name_of
+from ...context.usable_saes import official_config
 from .ablation import Kind
 from .sources import DataName, Source
 from .train_probes import Training
@@ -80,33 +79,20 @@ def filled(settings: S, source: Source, names: Sequence[str], most: int | None =
     )
 
 
-def official_config(
+def config_of_round(
     settings: Settings, context: Context, source: Source, kind: Kind, names: Sequence[str], pairs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """SAEBench's settings under its keys, then ours."""
-    raw = to_json(settings)
-    return {
-        "random_seed": raw["random_seed"],
-        "dataset_names": list(names),
-        "perform_scr": kind == "absolute",
-        "early_stopping_patience": raw["early_stopping_patience"],
-        "train_set_size": raw["train_set_size"],
-        "test_set_size": raw["test_set_size"],
-        "context_length": raw["context_length"],
-        "probe_train_batch_size": raw["probe_train_batch_size"],
-        "probe_test_batch_size": TEST_BATCH,
-        "probe_epochs": raw["probe_epochs"],
-        "probe_lr": raw["probe_lr"],
-        "probe_l1_penalty": raw["probe_l1_penalty"],
-        "sae_batch_size": 125,
-        "llm_batch_size": raw["llm_batch_size"],
-        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
-        "lower_vram_usage": False,
-        "model_name": model_name_of(context),
-        "n_values": raw["n_values"],
-        "column1_vals_lookup": pairs,
+    """Those of scr and tpp as their results give them."""
+    return official_config(
+        context,
+        replace(settings, dataset_names=tuple(names)),
+        perform_scr=kind == "absolute",
+        probe_test_batch_size=TEST_BATCH,
+        sae_batch_size=125,
+        lower_vram_usage=False,
+        column1_vals_lookup=pairs,
         **of_data(source),
-    }
+    )
 
 
 def of_data(source: Source) -> dict[str, Any]:

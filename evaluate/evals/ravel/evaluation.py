@@ -13,14 +13,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.evaluation_data_sets import library_revision
 from ...context.prompt_positions import Reader
-from ...context.usable_saes import attention_of, model_name_of, split_fitting
+from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
@@ -79,6 +79,11 @@ class Findings:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    if not 0 < config.train_test_split < 1:
+        raise SettingInvalid(
+            "ravel.train_test_split: expected more than 0 and less than 1, the share of pairs that masks learn from, "
+            f"found {config.train_test_split}"
+        )
     is_stdlib = context.takes_library(config.data)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
@@ -181,7 +186,15 @@ def make_result(
     ours = mean_scores([mean_scores(list(scores.values())) for scores in found.ours.values()])
     return Result(
         subject,
-        official_config(context, selection, config),
+        official_config(
+            context,
+            config,
+            entity_attribute_selection={entity: list(attributes) for entity, attributes in selection.items()},
+            top_n_templates=90,  # declared by SAEBench, and never used
+            full_dataset_downsample=None,
+            force_dataset_recompute=False,
+            train_mdas=False,
+        ),
         {
             "ravel": {
                 "disentanglement_score": total.disentangle,
@@ -208,31 +221,13 @@ def by_class(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, 
     }
 
 
-def official_config(context: Context, selection: Mapping[str, Sequence[str]], config: Config) -> dict[str, Any]:
-    """What was done, under SAEBench's keys."""
-    return {
-        "entity_attribute_selection": {entity: list(attributes) for entity, attributes in selection.items()},
-        "top_n_entities": config.top_n_entities,
-        "top_n_templates": 90,  # declared by SAEBench, and never used
-        "full_dataset_downsample": None,
-        "num_pairs_per_attribute": config.num_pairs_per_attribute,
-        "train_test_split": config.train_test_split,
-        "force_dataset_recompute": False,
-        "model_name": model_name_of(context),
-        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
-        "llm_batch_size": config.llm_batch_size,
-        "learning_rate": config.learning_rate,
-        "num_epochs": config.num_epochs,
-        "train_mdas": False,
-        "n_generated_tokens": config.n_generated_tokens,
-        "random_seed": config.random_seed,
-    }
-
-
 EVALUATION = Evaluation(
     Config,
     evaluate,
     needs=Needs(model=True),
     summary=("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score"),
+    least=dict.fromkeys(
+        ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "n_generated_tokens", "llm_batch_size"), 1
+    ),
     data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
 )

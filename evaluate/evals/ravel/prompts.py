@@ -72,8 +72,9 @@ def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encod
         if attribute in facts
     ]
     texts = encode([template.replace(SLOT, entity, 1) for entity, _, template in filled])
-    tails = encode([template.split(SLOT)[1] for _, template in asked])
-    tail_of = {template: len(tail) for (_, template), tail in zip(asked, tails, strict=True)}
+    name = next(iter(entities.facts), "")
+    bare, *ended = encode([name, *(f"{name}{template.split(SLOT)[1]}" for _, template in asked)])
+    tail_of = {template: len(each) - len(bare) for (_, template), each in zip(asked, ended, strict=True)}
     return [
         Prompt(
             text=template.replace(SLOT, entity, 1),

@@ -170,5 +170,6 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     summary=("unlearning.unlearning_score",),
+    least={"dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
     data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
 )

@@ -127,7 +127,7 @@ def make_material(
 ) -> Material:
     """Material of two lists of texts."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    drawn = [draw.sample(list(texts), min(TEXTS, len(texts))) for texts in (inside, outside)]
+    drawn = [sampled_texts(texts, TEXTS, draw) for texts in (inside, outside)]
     length = min(MAX_LENGTH, model.facts.max_context)
     forget, retain = ([_rows(model, part, length, generator) for part in _set_aside(texts)] for texts in drawn)
     papers = [
@@ -184,7 +184,8 @@ def read_corpus(file: Path) -> list[str]:
             "names, and give its place with --set unlearning.forget_corpus=FILE"
         )
     try:
-        texts = [str(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines also cuts where a text has U+2028
+        texts = [str(json.loads(line)["text"]) for line in lines if line]
     except (ValueError, KeyError, TypeError) as error:
         raise DataMissing(f"{file}: expected a JSON object with 'text' on each line, found {error!r}") from error
     long_enough = [text for text in texts if len(text) > MIN_CHARACTERS]

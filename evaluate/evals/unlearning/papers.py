@@ -102,8 +102,9 @@ def letter_sheets(rows: Sequence[list[int]], answers: Sequence[int], pad: int, b
     """Sheets of prompts that are answered after their last token."""
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
+        longest = max(map(len, batch))
         yield Sheet(
-            tokens=padded_right(batch, pad),
+            tokens=torch.tensor([row + [pad] * (longest - len(row)) for row in batch]),
             rows=torch.arange(len(batch)),
             positions=torch.tensor([len(row) - 1 for row in batch]),
             answers=torch.tensor(answers[start : start + batch_size]),
@@ -119,12 +120,6 @@ def next_token_sheets(rows_WT: Tensor, special: Sequence[int], batch_size: int) 
         yield Sheet(tokens, rows, positions, targets[rows, positions])
 
 
-def padded_right(rows: Sequence[list[int]], pad: int) -> Tensor:
-    """int64 [rows, longest]."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-
-
 @dataclass(frozen=True)
 class Question:
     """A question of a data set, its four choices and the index of the right one."""
@@ -138,10 +133,6 @@ class Question:
         """The prompt with the choices in this order."""
         listed = "".join(f"\n{letter}. {self.choices[i]}" for letter, i in zip(LETTERS, order, strict=True))
         return TEMPLATE.format(body=INTRODUCTION.format(subject=self.subject) + self.text + listed)
-
-    def right_letter(self, order: Sequence[int] = AS_WRITTEN) -> int:
-        """Which letter stands for the right choice in this order."""
-        return order.index(self.answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +157,7 @@ class ChoicePaper:
     def _exam(self, questions: Sequence[Question], orders: Sequence[Sequence[int]]) -> Exam:
         asked = [(question, order) for question in questions for order in orders]
         rows = self.model.tokenizer.encode([question.prompt(order) for question, order in asked])
-        answers = [question.right_letter(order) for question, order in asked]
+        answers = [order.index(question.answer) for question, order in asked]
         sheets = letter_sheets(rows, answers, self.model.pad, self.batch_size)
         return Exam(self.name, tuple(sheets), letters_chosen(letter_tokens(self.model), self.model.dtype))
 

@@ -2,8 +2,8 @@
 
 The intervention: firing latents of the topic are set to a negative value. SAEBench decodes codes twice, as they are
 (f) and clamped (f'), and keeps the error of the first: x' = decode(f') + x - decode(f). A decoder is linear, so this
-is x + (f' - f) W_dec, and only the K clamped latents differ. Position 0 (BOS) is encoded as zeros in both, so it
-stays as it is.
+is x + (f' - f) W_dec, and only the K clamped latents differ. Decoder rows are taken to length one, and codes with
+them. Position 0 (BOS) is encoded as zeros in both, so it stays as it is.
 
 W rows, T tokens, D width, F latents, K clamped latents, N questions.
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ....cache_schema import AttentionSpec
+from ....train.disk.plain_form import row_lengths
 from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.loaded_sae import LoadedSae, layers_of, together
 from ...model.batches import Sums, Windows, run_windows
@@ -140,11 +141,12 @@ def _essence(setting: Setting) -> Essence:
 
 
 def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor:
-    """What clamping adds to the residual: [W, T, D]. The value is -multiplier, whatever the latent's scale."""
-    fires = acts_WTK > 0
+    """What clamping adds to the residual: [W, T, D]. Each latent comes to write -multiplier times its row's direction,
+    whatever its scale."""
+    fires, lengths_K = acts_WTK > 0, row_lengths(W_dec_KD)
     fires[:, 0] = False
-    change_WTK = torch.where(fires, -multiplier - acts_WTK, torch.zeros_like(acts_WTK))
-    return change_WTK @ W_dec_KD
+    change_WTK = torch.where(fires, -multiplier - acts_WTK * lengths_K, torch.zeros_like(acts_WTK))
+    return change_WTK @ (W_dec_KD / lengths_K[:, None])
 
 
 def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from saemill.evaluate.evals.absorption.task import (
 from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
-from saemill.train.sae.gates import Relu
+from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.model import SparseAutoencoder
 
 LETTERS, WORDS, ABSORBED = 2, 40, 10
@@ -50,15 +51,18 @@ def planted_residuals() -> tuple[torch.Tensor, torch.Tensor]:
     return x, labels
 
 
-def planted_sae(absorbs: bool) -> SparseAutoencoder:
-    """A latent for each letter and one for each special word; with `absorbs` the letter's is silent on those words."""
+def planted_sae(absorbs: bool, lengths: torch.Tensor | None = None) -> SparseAutoencoder:
+    """A latent for each letter and one for each special word; with `absorbs` the letter's is silent on those words.
+    With `lengths` its decoder rows have these, and its gate is one that takes no other codes for them."""
     W_enc, W_dec = torch.eye(D), torch.eye(D)
     if absorbs:
         W_enc[0, LETTERS:] = -2.0
         W_enc[LETTERS:, 0], W_enc[LETTERS:] = 0.0, W_enc[LETTERS:] * 1.25 / 0.75
         W_dec[LETTERS:] *= 0.6
         W_dec[LETTERS:, 0] = 0.8
-    return SparseAutoencoder(W_enc, W_dec, Relu())
+    if lengths is None:
+        return SparseAutoencoder(W_enc, W_dec, Relu())
+    return SparseAutoencoder(W_enc / lengths[:, None], W_dec * lengths[:, None], TopK(D))
 
 
 def planted_task() -> Task:
@@ -83,6 +87,26 @@ def test_planted_absorption_is_found_to_the_word(builder, absorbs, share):
     assert means["std_dev_full_absorption_score"] == pytest.approx(share / 2**0.5)
 
 
+def test_an_sae_is_absorbed_as_far_whatever_the_lengths_of_its_decoder_rows(builder):
+    """Those of a top-k SAE from elsewhere stay as they are."""
+    found, stretched = [], torch.full((D,), 0.25)
+    stretched[[1, 3]] = 8.0  # of the other letter, and of a word
+    for name, lengths in (("unit", torch.ones(D)), ("stretched", stretched)):
+        subject = builder.subject(planted_sae(True, lengths), name, layers=(1,))
+        torch.testing.assert_close(subject.sae.W_dec.norm(dim=1), lengths / lengths.mean())
+        found.append(measure_letters(planted_task(), subject, [0, 1], SPARSE, torch.Generator().manual_seed(0)))
+    assert [(one.latents, one.full) for one in found[0]] == [(one.latents, one.full) for one in found[1]]
+    assert [one.fraction_sum for one in found[0]] == pytest.approx([one.fraction_sum for one in found[1]], abs=1e-4)
+
+
+def test_words_are_encoded_once_for_the_latents_of_all_letters(builder, monkeypatch):
+    asked, columns_of = [], Reading.columns_of
+    monkeypatch.setattr(Reading, "columns_of", lambda *given: asked.append(given[2].tolist()) or columns_of(*given))
+    subject = builder.subject(planted_sae(False), layers=(1,))
+    measure_letters(planted_task(), subject, [0, 1], SPARSE, torch.Generator().manual_seed(0))
+    assert len(asked) == 2 and asked[0] == asked[1] == sorted(set(asked[0]))  # of training and of test words
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, world) -> LanguageModel:
     """A random model with the pocket model's tokenizer."""
@@ -98,6 +122,8 @@ def test_a_prompt_is_read_at_its_words_last_token(tiny):
         assert tiny.tokenizer.backend.decode([spot.tokens[spot.position]]).strip() == prompt.word.strip()
         assert spot.tokens[0] == tiny.bos
     assert word_position(tiny, FIRST_LETTER.template) == -6  # as with Gemma's tokenizer
+    spaced = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda texts: [list(f" {text}") for text in texts]))
+    assert word_position(spaced, "{word} is:") == -5  # one that begins every text with a space
 
 
 def test_words_of_the_vocabulary_are_whole_tokens_in_the_order_of_their_ids(tiny):

@@ -8,7 +8,7 @@ import torch
 
 from saemill.evaluate.evals.probing.ablation import Ablatable, effects, top_effects
 from saemill.evaluate.evals.probing.features import Draw, Features, seeded
-from saemill.evaluate.evals.probing.rounds import OfModel, Setup, perturb, perturb_corrected
+from saemill.evaluate.evals.probing.rounds import OfModel, Setup, perturb
 from saemill.evaluate.evals.probing.scores import mean_scores, scr_scores, tpp_scores
 from saemill.evaluate.evals.probing.texts import OPPOSITES
 from saemill.evaluate.evals.probing.train_probes import Training, fresh_probe
@@ -106,10 +106,8 @@ def test_tpp_finds_the_one_latent_of_each_class():
     made, subject = make_task("planted", parts), make_subject(identity_sae(width))
     pool = made.pool(subject, leaky=True)
     setup = Setup("positive", list("abc"), (2,), PROBES, 0)
-    for outcome in (
-        perturb(pool, subject, made.task, setup, seeded(0), OfModel()),
-        perturb_corrected(pool, subject, made.task, setup, OfModel()),
-    ):
+    both = perturb(pool, subject, made.task, setup, seeded(0), OfModel())
+    for outcome in (both.official, both.corrected):
         scores, by_class = tpp_scores(outcome.ablated, outcome.clean)
         assert scores["tpp_threshold_2_intended_diff_only"] > 0.3
         assert scores["tpp_threshold_2_total_metric"] > 0.15  # every probe leans on the others' latents too
@@ -137,7 +135,8 @@ def test_scr_frees_a_probe_of_the_attribute():
 
     made, subject = make_task("planted", {"train": groups(), "test": groups()}), make_subject(identity_sae(width))
     setup = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0)
-    outcome = perturb_corrected(made.pool(subject), subject, made.task, setup, OfModel())
+    pool = made.pool(subject, leaky=True)
+    outcome = perturb(pool, subject, made.task, setup, seeded(0), OfModel()).corrected
     scores = scr_scores(outcome.ablated, outcome.clean)
     assert scores["scr_dir1_threshold_2"] > 0.6
     assert scores["scr_metric_threshold_2"] == scores["scr_dir1_threshold_2"]  # there the probe did worse
@@ -161,7 +160,15 @@ def test_corrected_scores_compare_the_same_rows(official):
     made = official.probing[maker.PROBING[0]]
     setup = Setup("positive", list(made.task.train), (0,), PROBES, 0)
     pool = made.pool(official.subject, leaky=True)
-    official_way = perturb(pool, official.subject, made.task, setup, seeded(42), OfModel())
-    corrected = perturb_corrected(pool, official.subject, made.task, setup, OfModel())
-    assert all(by_n[0] == corrected.clean for by_n in corrected.ablated.values())
-    assert any(by_n[0] != official_way.clean for by_n in official_way.ablated.values())
+    both = perturb(pool, official.subject, made.task, setup, seeded(42), OfModel())
+    assert all(by_n[0] == both.corrected.clean for by_n in both.corrected.ablated.values())
+    assert any(by_n[0] != both.official.clean for by_n in both.official.ablated.values())
+
+
+def test_both_ways_choose_latents_from_the_same_table_of_the_training_texts(official, monkeypatch):
+    """Cutting it out of all texts was done for each."""
+    made, pool = official.scr, official.scr.pool(official.subject, leaky=True)
+    setup, cut, of_latents = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0), [], pool.of_latents
+    monkeypatch.setattr(pool, "of_latents", lambda *given: cut.append(given[1]) or of_latents(*given))
+    perturb(pool, official.subject, made.task, setup, seeded(0), OfModel())
+    assert cut == [made.task.train, made.task.test]

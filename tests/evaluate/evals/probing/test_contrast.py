@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from saemill.evaluate.evals.contrast import NO_LATENTS, Config, effect, effects_of, joined, make_result, summarise
+from saemill.evaluate.evals import contrast
+from saemill.evaluate.evals.contrast import NO_LATENTS, Config, effects, effects_of, joined, make_result, summarise
 from saemill.evaluate.evals.probing.features import Features
 
 CLASSES = ("a", "b", "c", "d")
@@ -24,11 +27,17 @@ def of(planted):
     return joined([effects_of("set", features(0, planted), features(1, planted))])
 
 
-def test_the_effect_is_the_rank_biserial_correlation():
-    found = features(0, lambda n, g: np.maximum(g.normal(size=(TEXTS, 3)) + 0.3 * n, 0))
-    one, other = (found.matrix[list(found.spans[name])].toarray() for name in ("a", "c"))
-    expected = 2 * mannwhitneyu(one, other, axis=0).statistic / TEXTS**2 - 1
-    assert effect(found, "a", "c") == pytest.approx(expected) and (expected < 0).all()
+@pytest.mark.parametrize("least", [0, -9], ids=["latents", "channels"])
+@pytest.mark.parametrize("at_once", [2, 1024])
+def test_the_effect_is_the_rank_biserial_correlation(least, at_once, monkeypatch):
+    """With values that many texts share, and a feature that is zero everywhere."""
+    monkeypatch.setattr(contrast, "AT_ONCE", at_once)
+    fires = np.array([1, 1, 0, 1, 1])
+    found = features(0, lambda n, g: np.maximum((g.normal(size=(TEXTS, 5)) + 0.3 * n).round(1), least) * fires)
+    of_class = [found.matrix[list(span)].toarray().astype(float) for span in found.spans.values()]
+    wins = np.array([mannwhitneyu(*pair, axis=0).statistic for pair in combinations(of_class, 2)])
+    assert effects(found) == pytest.approx(2 * wins / TEXTS**2 - 1)
+    assert (effects(found)[1, fires == 1] < 0).all() and (effects(found)[:, 2] == 0).all()
 
 
 def test_a_latent_that_means_one_thing_one_that_means_nothing_and_one_that_is_everywhere():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
+from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
 from saemill.evaluate.evals.probing import installed, saebench_texts
@@ -104,7 +105,7 @@ def test_saes_of_another_model_are_named_and_cost_no_text(module, context, build
     wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
     high = builder.subject(builder.make_sae(), "high", layers=(9,))
     both = builder.subject(builder.make_sae(), "both", layers=(1, 2))
-    failures = list(module.evaluate(context, [wide, high, both], module.EVALUATION.config(data="stdlib")))
+    failures = list(module.EVALUATION.evaluate(context, [wide, high, both], module.EVALUATION.config(data="stdlib")))
     assert [failure.subject for failure in failures] == [wide, high, both]
     of_one_layer = module in (scr, tpp)
     assert [type(failure.error) for failure in failures[:2]] == [WidthMismatch, WidthMismatch]
@@ -180,6 +181,29 @@ def test_prompts_are_read_at_their_last_token(context, builder):
         np.testing.assert_allclose(found.resid[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
         acts = subject.sae.encode(torch.from_numpy(found.resid[subject.layers][number]))
         np.testing.assert_allclose(found.latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("needs", "rows"), [((), [3]), (("position",), [2, 1])])
+def test_prompts_are_read_by_few_only_where_their_whole_rows_are_encoded(needs, rows, context, builder, monkeypatch):
+    """Room is for the codes of two rows of the longest prompt, which has a fiftieth of the tokens that it may have."""
+    prompts = ["one two three", "four", "a b c d"]
+    subject = builder.subject(builder.make_sae(), "sae")
+    monkeypatch.setattr(subject.sae, "needs_side", needs)
+    monkeypatch.setattr(loaded_sae, "MOST_CODES", 2 * 5 * builder.F)
+    read, resid = [], context.model.resid
+    monkeypatch.setattr(context.model, "resid", lambda tokens, *rest: read.append(len(tokens)) or resid(tokens, *rest))
+    read_prompts(context, [subject], "prompts", prompts, 250, batch_size=3)
+    assert read == rows
+
+
+def test_contrasts_tell_how_far_they_have_come(context, builder, monkeypatch):
+    stages, stage = [], context.watch.stage
+    monkeypatch.setattr(context.watch, "stage", lambda title, *rest: stages.append(title) or stage(title, *rest))
+    config = contrast.Config(
+        data="stdlib", dataset_names=("stdlib/kind",), train_set_size=8, test_set_size=8, context_length=8
+    )
+    (result,) = contrast.evaluate(context, [builder.subject(builder.make_sae())], config)
+    assert stages == ["stdlib/kind: texts", "stdlib/kind: contrasts"] and len(result.details) == 1
 
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(run, context, monkeypatch):

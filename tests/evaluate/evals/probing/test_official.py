@@ -10,7 +10,7 @@ from saemill.evaluate.evals import scr, sparse_probing, tpp
 from saemill.evaluate.evals.probing import saebench_texts
 from saemill.evaluate.evals.probing.features import seeded
 from saemill.evaluate.evals.probing.regression_of_sae_probes import rank_latents, split_rows, tuned_scores
-from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, perturb
+from saemill.evaluate.evals.probing.rounds import OfModel, Setup, perturb
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.train_probes import Training
 
@@ -57,8 +57,7 @@ def test_sparse_probing(official):
 
 def perturbed(official, made, setup):
     pool = made.pool(official.subject, leaky=True)
-    outcome = perturb(pool, official.subject, made.task, setup, seeded(SEED), OfModel())
-    return {made.task.name: Outcome(outcome, outcome)}
+    return {made.task.name: perturb(pool, official.subject, made.task, setup, seeded(SEED), OfModel())}
 
 
 def test_tpp(official):

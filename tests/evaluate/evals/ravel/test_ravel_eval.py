@@ -13,7 +13,7 @@ import torch
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.ravel import evaluation as ravel
-from saemill.evaluate.evals.ravel.prompts import EntityClass, count_identifiers, load_facts
+from saemill.evaluate.evals.ravel.prompts import EntityClass, count_identifiers, load_facts, make_prompts
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -131,6 +131,18 @@ def test_a_selection_that_the_data_do_not_have_is_named(context, builder, config
     settings = dataclasses.replace(config(), entity_attribute_selection=selection, data=data)
     with pytest.raises(SettingInvalid, match=r"expected of thing \(Colour, Size\), found"):
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], settings))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, float("nan")])
+def test_a_split_without_pairs_on_either_side_is_refused(context, builder, config, share):
+    with pytest.raises(SettingInvalid, match=f"train_test_split: expected more than 0 and less .*found {share}"):
+        list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config(train_test_split=share)))
+
+
+def test_an_entity_is_found_by_tokenizers_that_begin_every_text_with_a_space():
+    things = EntityClass("thing", {"cat": {"Colour": "red"}}, {"Colour": ("the %s is",)})
+    (prompt,) = make_prompts(things, ["Colour"], lambda texts: [list(f" {text}") for text in texts], BOS)
+    assert prompt.tokens[: prompt.entity_position + 1][-3:] == tuple("cat")
 
 
 class Notes:

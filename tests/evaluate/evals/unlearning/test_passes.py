@@ -23,10 +23,14 @@ def test_the_shift_is_what_two_decodes_make(latents, multiplier):
     generator = torch.Generator().manual_seed(len(latents))
     x = torch.randn(2, 4, 6, generator=generator)
     acts = torch.randn(2, 4, 8, generator=generator).relu()
-    W_dec, b_dec = torch.randn(8, 6, generator=generator), torch.randn(6, generator=generator)
+    W_dec = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=1)
+    b_dec = torch.randn(6, generator=generator)
     expected = as_the_protocol_writes_it(x, acts, W_dec, b_dec, latents, multiplier)
     shifted = x + clamp_shift(acts[..., latents], W_dec[latents], multiplier)
     torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-3)
+    lengths = torch.linspace(0.25, 4, 8)  # a foreign top-k SAE has rows of any lengths
+    stretched = x + clamp_shift((acts / lengths)[..., latents], (W_dec * lengths[:, None])[latents], multiplier)
+    torch.testing.assert_close(stretched, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_bos_and_silent_latents_stay_as_they_are():

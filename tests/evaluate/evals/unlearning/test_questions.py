@@ -33,7 +33,7 @@ def test_the_prompt_letter_for_letter():
 def test_the_right_letter_moves_with_the_choices():
     assert len(set(ALL_ORDERS)) == 24
     for order in ALL_ORDERS:
-        letter = "ABCD"[QUESTION.right_letter(order)]
+        letter = "ABCD"[order.index(QUESTION.answer)]
         assert f"\n{letter}. three" in QUESTION.prompt(order)
 
 

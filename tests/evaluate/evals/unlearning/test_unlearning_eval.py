@@ -195,8 +195,9 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"no": 1}\n')
     with pytest.raises(DataMissing, match="expected a JSON object with 'text'"):
         material_file.read_corpus(tmp_path / "bad.jsonl")
-    (tmp_path / "good.jsonl").write_text('{"text": "%s"}\n{"text": "short"}\n' % ("long " * 20))
-    assert material_file.read_corpus(tmp_path / "good.jsonl") == ["long " * 20]
+    words = "long \u2028\x85" * 20  # which end a line of text, and none of JSON
+    (tmp_path / "good.jsonl").write_text(f'{{"text": "{words}"}}\r\n\n{{"text": "short"}}\n', encoding="utf-8")
+    assert material_file.read_corpus(tmp_path / "good.jsonl") == [words]
 
 
 @pytest.mark.parametrize("text", ["", '{"text": "short"}\n'])
