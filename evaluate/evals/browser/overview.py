@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ....train.disk.atomic_files import replace_file
 from ...context.results import INTERVALS, interval_of
 from ...output.figures.records import CORE, Record, thinned
-from .write_pages import NAME, write_data
+from .write_pages import NAME, as_data
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
 
@@ -86,7 +87,7 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
         "columns": [[column.key, column.heading, column.meaning, column.is_fidelity] for column in COLUMNS],
         "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
     }
-    write_data(browser, "numbers", value)
+    replace_file(browser / "data" / "numbers.js", as_data("numbers", value))  # the page that shows them is there
 
 
 def refresh(home: Path, records: Sequence[Record]) -> None:

@@ -149,8 +149,12 @@ def write_page(path: Path, build: str) -> None:
 def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> Path:
     path = folder / "data" / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"saemill({json.dumps(name)},{script_json(value, packed)});\n", encoding="ascii")
+    path.write_bytes(as_data(name, value))
     return path
+
+
+def as_data(name: str, value: Mapping[str, Any]) -> bytes:
+    return f"saemill({json.dumps(name)},{script_json(value, packed)});\n".encode("ascii")
 
 
 def read_data(folder: Path, name: str) -> dict[str, Any] | None:
