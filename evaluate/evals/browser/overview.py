@@ -87,7 +87,7 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
         "columns": [[column.key, column.heading, column.meaning, column.is_fidelity] for column in COLUMNS],
         "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
     }
-    replace_file(browser / "data" / "numbers.js", as_data("numbers", value))  # the page that shows them is there
+    replace_file(browser / "data" / "numbers.js", as_data("numbers", value).encode())  # the page is there already
 
 
 def refresh(home: Path, records: Sequence[Record]) -> None:
