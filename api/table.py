@@ -18,7 +18,10 @@ class Table:
     """What `sae-eval` prints. `pandas.DataFrame(table.rows)` is a frame."""
 
     def __init__(self, results: Sequence[Row]) -> None:
-        self._results = results
+        text = io.StringIO()
+        console = Console(file=text, width=PIPE_WIDTH, markup=False, highlight=False, soft_wrap=True)
+        print_results(console, results)
+        self._text = text.getvalue().rstrip()  # now: rows hold the weights of their SAEs
         self.results = [row.document for row in results if row.document is not None]
         """Everything that was measured, as it is on disk."""
         self._attempts = document_of(results, [])["results"]
@@ -40,9 +43,7 @@ class Table:
         return list(dict.fromkeys(missing + warnings))
 
     def __repr__(self) -> str:
-        text = io.StringIO()
-        print_results(Console(file=text, width=PIPE_WIDTH), self._results)
-        return text.getvalue().rstrip()
+        return self._text
 
     def _repr_html_(self) -> str:
         columns = dict.fromkeys(column for row in self.rows for column in row)

@@ -351,13 +351,15 @@ def _reharvest(
 
 @contextmanager
 def _report() -> Iterator[None]:
-    """An error of the store is one line for a person, not a traceback."""
+    """An error of the store is one line for a person, not a traceback; a stop has the status of one."""
     try:
         with tell_files():
             yield
     except StoreError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextmanager

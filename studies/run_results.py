@@ -111,7 +111,7 @@ def read_lines(
                 problems.append(f"{eval_id} is left out: its result is of {other}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
-            values |= {short_name(metric, found): value for metric, value in found.items()}
+            values |= {column_of(eval_id, metric, eval_ids): value for metric, value in found.items()}
             problems += untrained_traits(document)
             remarks += absences(eval_id, document, found)
             if eval_id == CORE:
@@ -121,6 +121,24 @@ def read_lines(
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks, model))
     return lines
+
+
+def column_of(eval_id: str, metric: str, among: Sequence[str]) -> str:
+    """The short name of a metric; with its evaluation's where core or another of these has the same."""
+    name = short_name(metric, evals.load(eval_id).summary)
+    others = [evals.load(other).summary for other in {CORE, *among} - {eval_id}]
+    is_shared = any(name == short_name(other, summary) for summary in others for other in summary)
+    return f"{eval_id}.{name}" if is_shared and eval_id != CORE else name
+
+
+def titles_of(eval_ids: Sequence[str]) -> dict[str, str]:
+    """How columns are headed whose name does not say of which evaluation they are; core's go without."""
+    columns = ((eval_id, metric) for eval_id in eval_ids if eval_id != CORE for metric in evals.load(eval_id).summary)
+    return {
+        column_of(eval_id, metric, eval_ids): f"{eval_id}: {name}"
+        for eval_id, metric in columns
+        if not (name := short_name(metric, evals.load(eval_id).summary)).startswith(eval_id)
+    }
 
 
 def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:
@@ -134,7 +152,7 @@ def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | No
 
 
 def model_of(document: Mapping[str, Any]) -> str | None:
-    return document.get("sae_cfg_dict", {}).get("model_name")
+    return (document.get("sae_cfg_dict") or {}).get("model_name")
 
 
 def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:

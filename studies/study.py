@@ -4,9 +4,9 @@
 2. Runs that compare, such as `headline`, once for each of several seeds: comparisons stand on more than one.
 3. Of the run that decides, its base once more at half the length: `growth` in the table, whether the budget counts.
 4. Evaluation: core, the study's own measures, and what else a run asks for.
-5. table.md and table.json, with the differences of SAEs from their base and controls, their intervals, and a
-   correction for how many there are; a list of everything wrong, and a non-zero exit if there is anything: a run
-   without steps, NaN, scores no better than those of an SAE that was never trained.
+5. table.md and table.json of all runs of the study that have ended, with the differences of SAEs from their base and
+   controls, their intervals, and a correction for how many there are; a list of everything wrong, and a non-zero exit
+   if there is anything: a run without steps, NaN, scores no better than those of an SAE that was never trained.
 
 The run `decisive`, five seeds at equal sparsity, is longer than all others together: `--only decisive` asks for it.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..cache_schema.errors import StoreError
 from ..cache_schema.reader import Store
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
+from ..evaluate.context.results import RESULTS
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
@@ -39,7 +40,7 @@ from ..train.disk.atomic_files import read_json, write_json
 from ..train.run.folder import RunFolder
 from ..train.study_recipes import find_recipes, runs_of, studies
 from .decision_rule import DECISIVE
-from .run_results import Line, Results, curve_by_label, families, read_lines
+from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
 from .tables import rows_of, write_tables
 
 AS_OFTEN = ("--epochs", "1000")
@@ -109,11 +110,14 @@ def main(
     with errors_told(lambda message: refuse(f"--eval-set: {message.removeprefix('error: ')}")):
         make_configs(evals.ALL, evaluation)  # refuses what no evaluation has, before anything is trained
     told = []
-    with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # of what it runs, too
-        chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
-        for study, recipes in chosen.items():
-            course = Course(cache, out / study, tuple(options), seeds, baselines, words)
-            told.append((course, carry_out(recipes, course, make_console())))
+    try:
+        with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # of what it runs, too
+            chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
+            for study, recipes in chosen.items():
+                course = Course(cache, out / study, tuple(options), seeds, baselines, words)
+                told.append((course, carry_out(recipes, course, make_console())))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
     problems = [
         f"{of.out.name}/{line.run}/{line.label}: {p}" for of, lines in told for line in lines for p in line.problems
     ]
@@ -176,12 +180,24 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
     folders = {recipe.name: RunFolder(course.out / recipe.name) for recipe in recipes}
-    all_evals = list(dict.fromkeys(eval_id for recipe in recipes for eval_id in recipe.evals))
+    every = [*recipes, *of_before(recipes, course.out)]
+    all_evals = list(dict.fromkeys(eval_id for recipe in every for eval_id in recipe.evals))
     asked = make_configs(",".join(all_evals), settings_of(course.evaluation, all_evals)[1::2]) if all_evals else {}
-    results = [(recipe, read_lines(folders[recipe.name], recipe.evals, recipe.costs, asked)) for recipe in recipes]
-    write_tables(results, course.out, console)
+    read = [(one, read_lines(RunFolder(course.out / one.name), one.evals, one.costs, asked)) for one in every]
+    write_tables(read, course.out, console)
+    results = read[: len(recipes)]
     draw_pictures(results, folders, course.out / "plots", console)
     return [line for _, lines in results for line in lines]
+
+
+def of_before(recipes: Sequence[Recipe], out: Path) -> Iterator[Recipe]:
+    """The other runs of the study that have ended here, with those of their evaluations that they have."""
+    named = [recipe.name for recipe in recipes]
+    for recipe in runs_of(recipes[0].study):
+        folder = RunFolder(out / recipe.name)
+        if recipe.name not in named and folder.is_finished:
+            has = (eval_id for eval_id in recipe.evals if any((folder.path / "evals" / eval_id).glob(f"*{RESULTS}")))
+            yield replace(recipe, evals=tuple(has))
 
 
 def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:
@@ -200,8 +216,9 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
             points = curve_by_label(folders[recipe.name])
             for line in lines:
                 curves.setdefault(line.family, []).append(points.get(line.label, []))
-            title = f"{recipe.study}: {recipe.name}"
-            written = draw_bands(recipe.name, title, families(lines), recipe.against[0], curves, out)
+            title, titles = f"{recipe.study}: {recipe.name}", titles_of(recipe.evals)
+            named = [replace(one, values={titles.get(n, n): v for n, v in one.values.items()}) for one in lines]
+            written = draw_bands(recipe.name, title, families(named), recipe.against[0], curves, out)
             console.print(f"plots: {', '.join(str(path) for path in written)}", markup=False, soft_wrap=True)
 
 
@@ -282,12 +299,16 @@ def _training_words(recipe: Recipe, course: Course, options: Sequence[str], besi
 
 
 def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
-    """Run a command of this package and print it as one would type it; a failure ends the study."""
+    """Run a command of this package and print it as one would type it; a failure ends the study, and a stop as it
+    ended the command."""
     console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
     try:
         command.main(list(words), prog_name=name, standalone_mode=False)
     except SystemExit as end:
-        if (end.code or 0) not in may_end:
+        status = end.code or 0
+        if isinstance(status, int) and status > 128:
+            raise
+        if status not in may_end:
             raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file
 from .comparisons import Difference, compare
 from .decision_rule import DECISIVE, Finding, is_baseline, judge, methods_of, why_outside
-from .run_results import Line, Results, families
+from .run_results import Line, Results, families, titles_of
 
 MEASURES = (
     "explained_variance",
@@ -44,9 +44,11 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
         ruler = ["---", "---", *("--:" for _ in head[2:])]
         markdown = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
         parts.append(f"**{title}**\n\n{markdown}")
-    remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select] + remarks_of(every)
+    remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select]
+    remarks += told_of(every, lambda line: line.remarks)
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
+    remarks += [f"failed: {problem}" for problem in told_of(every, lambda line: line.problems)]  # for who reads files
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
@@ -58,13 +60,13 @@ def rows_of(lines: Iterable[Line]) -> list[dict[str, Any]]:
     return without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
 
 
-def remarks_of(lines: Iterable[Line]) -> list[str]:
+def told_of(lines: Iterable[Line], said: Callable[[Line], Iterable[str]]) -> list[str]:
     """Each once, with whom it is about: the seeds of an SAE are one name, and all SAEs of a run are the run."""
     about: dict[tuple[str, str], list[str]] = {}
     everybody: dict[str, set[str]] = {}
     for line in lines:
         everybody.setdefault(line.run, set()).add(line.label)
-        for remark in line.remarks:
+        for remark in said(line):
             about.setdefault((line.run, remark), []).append(line.label)
     told = []
     for (run, remark), labels in about.items():
@@ -89,32 +91,35 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
     if alone:
         columns = _columns(alone)
         cells = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
-        yield f"{results[0][0].study}: runs", ["run", "SAE", *columns], cells
+        eval_ids = dict.fromkeys(eval_id for recipe, _ in results if recipe.seeds == 1 for eval_id in recipe.evals)
+        titles = titles_of(list(eval_ids))
+        yield f"{results[0][0].study}: runs", ["run", "SAE", *(titles.get(one, one) for one in columns)], cells
     for recipe, lines in results:
         if recipe.seeds == 1 or not lines:
             continue
-        columns = _columns(lines)
+        columns, titles = _columns(lines), titles_of(recipe.evals)
         title = f"{recipe.study}: {recipe.name}"
         seeds = len({line.seed for line in lines if not is_baseline(line.family)})
-        yield f"{title}, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], seeded_rows(lines, columns)
+        head = ["SAE", "seeds", *(titles.get(one, one) for one in columns)]
+        yield f"{title}, mean ± standard deviation over seeds", head, seeded_rows(lines, columns)
+        found = differences(recipe, lines)
         rows = [
-            [d.label, d.against, d.measure, interval_of(d, seeds), f"{d.p_corrected:.2g}", d.verdict]
-            for d in differences(recipe, lines)
+            [d.label, d.against, d.measure, interval_of(d, seeds), f"{d.p_corrected:.2g}", d.verdict] for d in found
         ]
         if rows:
             head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
             yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
         if rows and recipe.name == DECISIVE:
-            cells = [[one.label, one.verdict, one.why] for one in ruled(recipe, lines, seeds)]
+            cells = [[one.label, one.verdict, one.why] for one in ruled(recipe, lines, seeds, found)]
             yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
 
 
-def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int) -> list[Finding]:
+def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int, found: Sequence[Difference]) -> list[Finding]:
     """What the rule says, of a run that it is about."""
     values, outside = families(lines), why_outside({line.model for line in lines}, seeds)
     if outside is not None:
         return [Finding(label, "not asked", outside) for label in methods_of(values, recipe.against)]
-    return judge(values, recipe.against, differences(recipe, lines), MEASURES)
+    return judge(values, recipe.against, found, MEASURES)
 
 
 def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:

@@ -210,6 +210,8 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
     document = read_result(path) if path.is_file() else None
     if document is None or not still_stands(document, path, subject.folder):
         return None
+    if ours_in(document).get("sha256") not in (None, subject.sha256):  # times do not tell of an earlier revision
+        return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 
@@ -275,8 +277,9 @@ def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) ->
     measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
     if told is None:
         return any(file.st_mtime > measured for file in files)
-    is_touched = any(max(file.st_mtime, file.st_ctime) > measured for file in files)
-    return is_touched and source_of(folder).sha256 != told
+    times = [time for file in files for time in (file.st_mtime, file.st_ctime)]
+    times += [folder.stat().st_ctime] if files else []  # all that tells of a folder that was moved
+    return any(time > measured for time in times) and source_of(folder).sha256 != told
 
 
 def without_nan(value: Any, instead: Any) -> Any:

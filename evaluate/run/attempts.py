@@ -86,7 +86,8 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     if document is None:
         return None
     settings, store = _comparable(settings, document), settings_in(document).get("cache_id")
-    if settings["cache_id"] not in (None, store) or (store and subject.cache_id not in (None, store)):  # of another one
+    meant = settings["cache_id"] or subject.cache_id
+    if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # of another one
         return None
     is_gone = is_of_store_now_gone(document, settings)
     if keep == "same" or is_gone:
@@ -199,6 +200,8 @@ class _Attempts:
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
+        told = (item.measured_on, self._other_store(item.subject))
+        item = replace(item, measured_on="; ".join(filter(None, told)) or None)
         try:
             document = write_result(item, self._eval_id, self._settings)
         except OSError as error:  # of the disk, and no reason to measure anything again
@@ -220,6 +223,13 @@ class _Attempts:
         if self._settings["from_tokens"]:
             return f"{said}; here they are computed anew from tokens"
         return f"{said}; --from-tokens computes them anew" if needs.from_tokens else said
+
+    def _other_store(self, subject: LoadedSae) -> str | None:
+        """What a result says that is of another store than its SAE was trained on."""
+        opened = self._context.opened
+        if opened is None or not self._evaluation.needs.store or subject.cache_id in (None, opened.manifest.cache_id):
+            return None
+        return f"on the store with cache id {opened.manifest.cache_id}, trained on another one ({subject.cache_id})"
 
     def _not_run(self, subject: LoadedSae, reason: str) -> Row:
         return Row(subject, self._eval_id, "not run", reason)

@@ -120,7 +120,7 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
 
 def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: Mapping[str, Any]) -> list[Row]:
     """All that was asked for, of all SAEs that were found."""
-    if options["compare"]:
+    if options["compare"] and not options["cache"]:
         require_one_store(subjects)
     device = find_device(options["device"])
     take_device(device)
@@ -248,7 +248,7 @@ class Session:
         fitting = []
         for subject in subjects:
             try:
-                require_fit(subject, context.opened)
+                require_fit(subject, context.opened, is_named=self.cache is not None)
             except EvalError as error:
                 rows += self._refused(subject, error)
             else:
@@ -298,8 +298,30 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
         ) from error
 
 
-def require_fit(subject: LoadedSae, store: Store | None) -> None:
-    """The store is the one that the SAE was trained on, as far as the SAE knows, and has its width."""
+def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:
+    """Another store than the one that an SAE was trained on was named for it, and is of the same model and of no
+    positions that it was not trained at. Layers and hooks that the store does not keep evaluations tell."""
+    name, revision, context = (subject.metadata.get(key) for key in ("model_name", "model_revision", "context_size"))
+    manifest, model = store.manifest, store.manifest.model
+    if name is None or str(name).split("/")[-1] != model.id.split("/")[-1]:
+        why = f", of the model {model.id} and not of {name or 'one that the SAE names'}"
+    elif None not in (revision, model.revision) and revision != model.revision:
+        why = f", of revision {model.revision} of {model.id} and not of {revision}"
+    elif isinstance(context, int) and context < manifest.context:
+        why = f", whose windows have {manifest.context} tokens and not at most {context}"
+    elif is_named:
+        return
+    else:
+        why = ""
+    raise CacheIdMismatch(
+        f"{subject.name} was trained on the store with cache id {subject.cache_id}, found {manifest.cache_id} at "
+        f"{store.url}{why}. Give the place of its own store by --cache, or a store of the same model and context"
+    )
+
+
+def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = False) -> None:
+    """The store is the one that the SAE was trained on, as far as the SAE knows, or one that was named for it and is of
+    the same model; and it has the SAE's width."""
     if store is None:
         return
     manifest = store.manifest
@@ -309,11 +331,8 @@ def require_fit(subject: LoadedSae, store: Store | None) -> None:
             f"{subject.name} is about layer {highest}, but the model of {store.url} ({manifest.model.id}) has {depth} "
             "layers, counted from 0"
         )
-    if subject.cache_id is not None and subject.cache_id != manifest.cache_id:
-        raise CacheIdMismatch(
-            f"{subject.name} was trained on the store with cache id {subject.cache_id}, "
-            f"found {manifest.cache_id} at {store.url}. Give the place of its own store by --cache"
-        )
+    if subject.cache_id not in (None, manifest.cache_id):
+        require_stand_in(subject, store, is_named)
     hook = subject.hooks[0]
     if hook != RESID and hook not in manifest.hooks:
         return  # of what the store does not keep; evaluations that read it say so

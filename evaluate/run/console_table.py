@@ -134,7 +134,10 @@ def require_one_store(subjects: Iterable[LoadedSae]) -> None:
             by_id.setdefault(subject.cache_id, []).append(name)
     if len(by_id) > 1:
         listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())
-        raise Incomparable(f"--compare is for SAEs of one store, found cache ids {listed}. Compare those of one id")
+        raise Incomparable(
+            f"--compare is for SAEs of one store, found cache ids {listed}. Compare those of one "
+            "id, or name by --cache one store to measure all of them on"
+        )
 
 
 def require_comparable(rows: Sequence[Row]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def find_all(
     `layer` is for SAEs that do not say theirs; `cache` is the store that what is missing would be trained on.
     """
     found: dict[Path, LoadedSae] = {}
+    homes: dict[Path, Path] = {}  # one run is one, by whatever paths it was named
     problems: list[Problem] = []
     for target in targets:
         try:
@@ -57,7 +59,9 @@ def find_all(
         home = runs / "hub" / target.replace("/", "--") if is_of_hub(target, runs) else None
         for folder, run in places:
             try:
-                found.setdefault(folder.resolve(), make_subject(folder, run, layer, home))
+                subject = make_subject(folder, run, layer, home)
+                first = homes.setdefault(subject.home.resolve(), subject.home)
+                found.setdefault(folder.resolve(), replace(subject, home=first))
             except (EvalError, TrainError) as error:
                 problems.append(error)
     return list(found.values()), problems

@@ -151,6 +151,7 @@ def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
     assert any(note.startswith("incomplete: core of run_1/topk_k2") for note in table.notes)  # nobody has that model
     assert '<th title="decoder_cosine.mean">mean</th>' in table._repr_html_()  # as short as a terminal has it
     assert "decoder_cosine: " in repr(table) and "run_1/topk_k4" in repr(table)
+    assert "LoadedSae" not in repr(vars(table))  # whose weights a notebook would hold
     (one,) = evaluate("run_1/topk_k2", evals="decoder_cosine", resume=True, plots=False, device="cpu").rows
     assert one["sae"] == "run_1/topk_k2"
 
@@ -185,7 +186,7 @@ def test_they_show_themselves_and_names_are_text(run: Any, path: Path) -> None:
         assert "&lt;script&gt;alert(&#x27;model&#x27;)" in page and "5,760" in page
         assert repr(store).startswith(f"Store({str(path)!r}): ")
     evaluated = evaluate(run, evals="decoder_cosine", plots=False, device="cpu")
-    (hostile,) = (Path("runs") / "<img src=x>",)
+    (hostile,) = (Path("runs") / "<img src=x>[k=32]",)
     run.path.rename(hostile)
     moved = type(run)(hostile)
     pages = (
@@ -198,6 +199,7 @@ def test_they_show_themselves_and_names_are_text(run: Any, path: Path) -> None:
         tags = {tag.strip("/").split()[0] for tag in re.findall(r"<([^>]*)>", text)}
         assert "table" in tags and tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
         assert text.count("<td") == text.count("</td>")
+    assert f"\n{hostile.name}/topk_k2" in repr(evaluate(moved, evals="decoder_cosine", plots=False, device="cpu"))
     assert "&lt;img src=x&gt;" in pages[1] and "&lt;img src=x&gt;" in pages[3]
 
 

@@ -37,6 +37,14 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
 
 
+def test_a_stop_has_the_status_of_one(monkeypatch, tmp_path):
+    def stopped(url):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "open", stopped)
+    assert run("info", tmp_path).exit_code == 130
+
+
 def import_files(folder: Path, store: Path) -> Result:
     """The .npy files of a folder, as `imported` has them."""
     files = ["--resid", folder / "resid.npy", "--tokens", folder / "tokens.npy", "--layer", 4]

@@ -132,7 +132,13 @@ def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, m
 def test_a_path_a_single_sae_and_the_same_one_twice(run_1, sae_eval, builder):
     assert "run_1/large" not in sae_eval(run_1 / "small", "run_1/small")
     assert set(results(run_1)) == {"small_eval_results.json"}
-    assert len(find_subjects(["run_1", str(run_1), "run_1/small"], builder.root / "runs")) == 2
+    found = find_subjects(["run_1/small", "run_1", str(run_1)], builder.root / "runs")
+    assert len(found) == 2
+
+
+def test_one_run_by_several_paths_has_one_page(run_1, builder, monkeypatch):
+    monkeypatch.chdir(builder.root)
+    assert len({one.home for one in find_subjects(["run_1/small", "run_1"], Path("runs"))}) == 1
 
 
 def test_a_run_comes_before_a_folder_of_its_name(world, builder, monkeypatch):
@@ -881,3 +887,38 @@ def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, bui
     (folder / "cfg.json").write_text(json.dumps(config))
     (subject,) = find_subjects([str(folder)], builder.root)
     assert (subject.layers, subject.hooks) == ((3,), ("mlp_in", "mlp_out"))
+
+
+def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, run_1, builder, sae_eval):
+    """As one of the Hub, whose store nobody here has."""
+    told = {"cache_id": "f00d", "model_name": str(world.model)}
+    folder = builder.subject(builder.make_sae(), "elsewhere", **told).folder
+    words = (folder, "--cache", world.store)
+    with Store.open(world.store) as store:
+        own = store.manifest.cache_id
+    said = f"on the store with cache id {own}, trained on another one (f00d)"
+    assert said in " ".join(sae_eval(*words).split())
+    before = results(folder)
+    (document,) = before.values()
+    assert document["saemill"]["cache_id"] == own and said in document["saemill"]["measured_on"]
+    output = sae_eval(run_1, *words, "--compare")
+    assert "run_1/small" in output and said in output
+    assert said in sae_eval(*words, "--resume") and results(folder) == before
+    assert "trained on another one" not in sae_eval(run_1)
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"model_name": "lab/other"}, "and not of lab/other"),
+        ({"model_name": None}, "and not of one that the SAE names"),
+        ({"context_size": 8}, "whose windows have 12 tokens and not at most 8"),
+        ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layers [1]"),
+    ],
+    ids=["another model", "no model", "more positions", "another layer"],
+)
+def test_a_store_that_is_unlike_an_saes_own_does_not_stand_in_for_it(world, builder, sae_eval, told, why):
+    told = {"cache_id": "f00d", "model_name": str(world.model)} | told
+    folder = builder.save(builder.root / "elsewhere", builder.make_sae(), **told)
+    assert why in sae_eval(folder, "--cache", world.store, code=1)
+    assert not results(folder)

@@ -269,6 +269,61 @@ def test_a_command_that_fails_ends_the_study():
         call(command, "sae-train", ["--status", "3"], Console(quiet=True))
 
 
+@pytest.mark.parametrize(
+    ("stop", "status"), [(SystemExit(130), 130), (SystemExit(143), 143), (KeyboardInterrupt(), 130)]
+)
+def test_a_stop_ends_the_study_as_it_ended_the_command(tmp_path, monkeypatch, stop, status):
+    def command(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(study, "sae_train", SimpleNamespace(main=command))
+    words = ["tiered", "--only", "run_0", "--cache", "./store", "--out", str(tmp_path)]
+    assert CliRunner().invoke(study.main, words).exit_code == status
+
+
+def test_a_table_is_of_all_runs_that_ended(tmp_path, monkeypatch):
+    """Whichever were asked for last; and it says what is wrong with them."""
+    wanted, other, stopped, *_ = (one.name for one in runs_of("tiered"))
+    for name in (wanted, other):
+        write_run(tmp_path / "tiered" / name, steps=0 if name == other else 100)
+    (tmp_path / "tiered" / stopped).mkdir()
+    monkeypatch.setattr(study, "call", lambda *_, **__: None)
+    words = ["tiered", "--only", wanted, "--evals", "core", "--cache", "./store", "--out", str(tmp_path)]
+    result = CliRunner().invoke(study.main, words)
+    assert "made no step" not in result.output  # of a run that was not asked for
+    text = (tmp_path / "tiered/table.md").read_text()
+    assert f"- failed: {other}: it made no step" in text
+    rows = json.loads((tmp_path / "tiered/table.json").read_text())
+    assert [row["run"] for row in rows] == [wanted, other]
+
+
+def test_columns_name_their_evaluation_where_their_name_does_not(tmp_path):
+    """The explained variance of `replacement` is another one than core's."""
+    run = write_run(tmp_path / "run_0")
+    for eval_id, metrics in (("replacement", {"replacement": {"explained_variance": 0.3}}), ("decoder_cosine", {})):
+        (run.path / "evals" / eval_id).mkdir()
+        told = {"eval_result_metrics": metrics, "sae_cfg_dict": None, "saemill": {}}
+        (run.path / "evals" / eval_id / "one_eval_results.json").write_text(json.dumps(told))
+    eval_ids = ("core", "replacement", "decoder_cosine", "tpp")
+    (line,) = read_lines(run, eval_ids)
+    assert line.values["explained_variance"] == 0.8 and line.values["replacement.explained_variance"] == 0.3
+    for seeds, name in ((1, "run_0"), (3, "headline")):
+        one = replace(recipe(name, seeds), evals=eval_ids)
+        write_tables([(one, [line])], tmp_path, Console(quiet=True))
+        head = [cell.strip() for cell in (tmp_path / "table.md").read_text().splitlines()[2].split("|")]
+        assert {"explained_variance", "replacement: explained_variance", "decoder_cosine: mean"} <= set(head)
+        assert "mean" not in head
+    titles = set(study.titles_of(eval_ids).values())
+    assert not any(title.startswith("tpp: ") for title in titles)  # tpp_threshold_10_total_metric says it
+
+
+def test_a_result_that_names_no_sae_has_no_model(tmp_path):
+    run = write_run(tmp_path / "run_0")
+    (run.path / "evals/core/one_eval_results.json").write_text(json.dumps(document() | {"sae_cfg_dict": None}))
+    (line,) = read_lines(run, ["core"])
+    assert line.model is None
+
+
 def test_every_study_has_measures_of_its_own_and_compares_with_saes_that_it_trains():
     for name in studies():
         assert own_evals(name) and set(own_evals(name)) <= set(evals.names())
@@ -470,7 +525,7 @@ def test_seeds_of_baselines_are_seeds():
 def test_a_remark_is_told_once_and_of_whom():
     lines = [Line("a", f"{name}_seed{n}", {}, [], ["short"]) for name in ("base", "guided") for n in (0, 1)]
     lines += [Line("b", "base_seed0", {}, [], ["short"]), Line("b", "other_seed0", {}, [])]
-    assert tables.remarks_of(lines) == ["a: short", "b/base: short"]
+    assert tables.told_of(lines, lambda line: line.remarks) == ["a: short", "b/base: short"]
 
 
 def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_path):

@@ -77,6 +77,8 @@ def save_sae(
         wrapped = module_form(sae, stats, target_stats, knobs or {})
         tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
     make_folder(folder)
+    for left in folder.glob(".*.tmp"):  # by a process that was killed: one at a time writes an SAE
+        left.unlink(missing_ok=True)
     written = _config_of(form, variant, metadata, config)
     replace_written(folder / WEIGHTS, lambda path: save_file(tensors, path))
     extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}

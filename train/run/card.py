@@ -17,9 +17,11 @@ from typing import Any
 
 from ..disk.atomic_files import read_json
 from ..disk.sae_folder import TENSORS, TRANSCODERS, read_config
+from .init_from_trained_sae import source_of
 
 LIBRARY, TAGS = "saemill", ("sparse-autoencoder", "saemill")
 LONGEST = 200  # characters of a name
+FORMAT = 1  # of results, which do not say it until there is another
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,15 @@ def describe(folder: Path, place: str) -> Described:
     """What cfg.json, the run's result.json and its core evaluation say of an SAE."""
     result, core = folder.parent / "result.json", f"evals/core/{folder.name}_eval_results.json"
     saes = _object(read_json(result), "saes") if result.is_file() else {}
-    found = [home / core for home in (folder.parent, folder) if (home / core).is_file()]
-    return Described(place, read_config(folder), _object(saes, folder.name), read_json(found[0]) if found else {})
+    found = (read_json(home / core) for home in (folder.parent, folder) if (home / core).is_file())
+    own = next((one for one in found if _is_of(folder, one)), {})
+    return Described(place, read_config(folder), _object(saes, folder.name), own)
+
+
+def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
+    """Whether a result is of these very weights, and not of a format to come."""
+    ours = _object(core, "saemill")
+    return ours.get("format", FORMAT) == FORMAT and ours.get("sha256") == source_of(folder).sha256
 
 
 def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
@@ -103,7 +112,7 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
 
 def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
     """Held-out numbers of the run, and of the core evaluation with its intervals."""
-    for name, value, edges in (*_of_training(sae), *_of_core(sae.core)):
+    for name, value, edges in (*_of_training(sae), *_of_core(sae)):
         if _is_number(value):
             yield name, _number(value), " to ".join(map(_number, edges)) if _is_interval(edges) else ""
 
@@ -122,12 +131,12 @@ def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     yield "dead latents", result.get("dead_latents"), None
 
 
-def _of_core(core: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+    core = sae.core
     metrics, ours = _object(core, "eval_result_metrics"), _object(core, "saemill_metrics")
     edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
     losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
-    settings = _object(_object(core, "saemill"), "settings")
-    own = f", {plain(_object(settings, 'config').get('split', 'test'))} split"
+    own = f", {_of_split(sae)}"
     yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
     yield f"explained variance with massive rows{own}", ours.get("explained_variance_with_massive"), None
     yield f"massive rows{own}", massive.get("tokens"), None
@@ -138,6 +147,13 @@ def _of_core(core: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield f"KL divergence score{own}", losses.get("kl_div_score"), edges.get("kl_div_score")
     if kept.get("tokens"):
         yield f"cross entropy score, massive rows left as they are{own}", kept.get("ce_loss_score"), None
+
+
+def _of_split(sae: Described) -> str:
+    settings = _object(_object(sae.core, "saemill"), "settings")
+    split, own = _object(settings, "config").get("split", "test"), sae.metadata.get("cache_id")
+    store = settings.get("cache_id") or own
+    return f"{plain(split)} split" if own in (None, store) else f"{plain(split)} split of the store {plain(store)}"
 
 
 def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:

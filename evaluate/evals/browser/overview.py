@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ....train.disk.atomic_files import replace_file
 from ...context.results import INTERVALS, interval_of
 from ...output.figures.records import COLUMNS, Record, thinned
-from .write_pages import NAME, write_data
+from .write_pages import NAME, as_data
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
 SPARSITY = "l0"  # what the others are drawn against
@@ -23,7 +24,7 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
         "columns": [[key, column.heading, column.meaning, key != SPARSITY] for key, column in COLUMNS.items()],
         "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
     }
-    write_data(browser, "numbers", value)
+    replace_file(browser / "data" / "numbers.js", as_data("numbers", value).encode())  # the page is there already
 
 
 def refresh(home: Path, records: Sequence[Record]) -> None:

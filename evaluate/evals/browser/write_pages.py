@@ -149,8 +149,12 @@ def write_page(path: Path, build: str) -> None:
 def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> Path:
     path = folder / "data" / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"saemill({json.dumps(name)},{script_json(value, packed)});\n", encoding="ascii")
+    path.write_text(as_data(name, value), encoding="ascii")
     return path
+
+
+def as_data(name: str, value: Mapping[str, Any]) -> str:
+    return f"saemill({json.dumps(name)},{script_json(value, packed)});\n"
 
 
 def read_data(folder: Path, name: str) -> dict[str, Any] | None:

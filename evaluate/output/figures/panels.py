@@ -129,13 +129,16 @@ def first_series(names: Iterable[str]) -> Callable[[Record], tuple[list[float], 
     return values
 
 
-def draw_panels(panels: Sequence[Panel], records: Sequence[Record], title: str) -> Figure | None:
+def draw_panels(
+    panels: Sequence[Panel], records: Sequence[Record], title: str, among: Sequence[Record] = ()
+) -> Figure | None:
     """All panels that anyone has numbers for, and one legend for all; None where there is nothing to draw. A bar by
-    itself says no more than its number, which stands in the table."""
+    itself says no more than its number, which stands in the table. Where these are a part of the SAEs, `among` are all
+    of them."""
     drawn = [panel for panel in panels if panel.finds(records) and (len(records) > 1 or not isinstance(panel, Bars))]
     if not drawn:
         return None
-    looks = looks_of(records)
+    looks = looks_of(among or records)
     has_bars = any(isinstance(panel, Bars) for panel in drawn)
     tall = 1.2 + 0.24 * len(records) if has_bars else 0.0
     figure, axes = new_figure(len(drawn), columns=2 if len(drawn) in (2, 4) else 3, height=max(3.1, tall))

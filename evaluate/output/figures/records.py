@@ -201,7 +201,15 @@ def read_documents(
             continue
         if still_stands(document, path):
             found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = document
-    return found
+    return {label: of_one_sae(documents) for label, documents in found.items()}
+
+
+def of_one_sae(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Without results of other weights than the newest one's: where an SAE is not here, as one of the Hub, nothing
+    else tells its revisions apart."""
+    told = {name: found for name, one in documents.items() if (found := ours_in(one).get("sha256"))}
+    newest = max(told, key=lambda name: documents[name].get("datetime_epoch_millis", 0), default="")
+    return {name: one for name, one in documents.items() if told.get(name) in (None, told.get(newest))}
 
 
 def web_file(name: str) -> str:

@@ -26,6 +26,7 @@ def draw(records: Sequence[Record]) -> Figure | None:
         draw_layers(axis, record, WEIGHT, layers, "mixing weight (sum 1)")
     if has_temperature:
         temperature.draw(axes[-1], mixed, looks_of(records))
-        axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False)
+        for text in axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False).get_texts():
+            text.set_parse_math(False)
     figure.suptitle("Mixing of attention layers", fontsize=12, color=INK)
     return figure

@@ -126,6 +126,33 @@ def test_results_of_an_earlier_sae_do_not_stand(builder, tmp_path, home):
     assert not stands()
 
 
+def test_a_result_does_not_stand_for_a_folder_that_was_moved_to_its_sae(builder, tmp_path):
+    """That changes no time of the files in it."""
+    one, other = (replace(builder.subject(builder.make_sae(seed=n), f"sae_{n}"), home=tmp_path) for n in (0, 1))
+    time.sleep(0.05)
+    document = write_result(Result(one, {}, {}), "core", {})
+    assert standing_result(one, "core") == document
+    time.sleep(0.05)
+    one.folder.rename(tmp_path / "aside")
+    other.folder.rename(one.folder)
+    assert standing_result(one, "core") is None
+    assert not read_documents(tmp_path / "evals", print, {})
+    earlier = replace(builder.subject(builder.make_sae(seed=2), "at_0"), home=tmp_path, label=one.label)
+    time.sleep(0.05)
+    write_result(Result(replace(one, folder=tmp_path / "aside"), {}, {}), "core", {})
+    assert standing_result(earlier, "core") is None  # a revision of before: all its times are
+
+
+def test_results_of_another_revision_of_an_sae_that_is_not_here_are_left_out(builder, tmp_path):
+    """As of the Hub, whose weights lie in a cache."""
+    home = tmp_path / "runs/hub/owner--name"
+    for n, eval_id in enumerate(("core", "tpp", "scr")):
+        subject = replace(builder.subject(builder.make_sae(seed=min(n, 1)), f"at_{n}"), home=home, label=home.name)
+        write_result(Result(subject, {}, {}), eval_id, {})
+        time.sleep(0.002)  # results say when they were made to a thousandth of a second
+    assert set(read_documents(home / "evals", print, {})[home.name]) == {"tpp", "scr"}
+
+
 def test_several_layers_lie_side_by_side(batch, builder):
     other = {builder.LAYER: batch.resid[builder.LAYER], 7: 2 * batch.resid[builder.LAYER]}
     x = replace(batch, resid=other).x((7, builder.LAYER))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from matplotlib import rcParams
@@ -228,17 +229,29 @@ def test_thirty_names_leave_the_panels_their_height(tmp_path):
     assert all(axis.get_position().height * figure.get_figheight() > 1.5 for axis in figure.axes)
 
 
+def test_quality_against_sparsity_mixes_no_splits():
+    """Where core measured some of the SAEs, training's own numbers of the others are of the validation split."""
+    outcome = {"l0": 32.0, "explained_variance": 0.7}
+    measured = documents() | {"core": documents()["core"] | {"saemill_metrics": {"explained_variance": 0.8}}}
+    records = [Record(f"sae_{n}", "run", "", outcome=outcome, documents=measured if n else {}) for n in range(3)]
+    for drawn, looks in ((records, [1, 2]), ([replace(one, documents={}) for one in records], [0, 1, 2])):
+        axis = pareto.draw(drawn).axes[0]
+        assert [line.get_color() for line in axis.lines] == [look(place).colour for place in looks]
+
+
 def test_looks_differ_for_as_many_saes_as_anyone_compares():
     looks = [(look(place).colour, look(place).line) for place in range(4 * len(COLOURS))]
     assert len(set(looks)) == len(looks)
     assert len(set(shades(6))) == 6
 
 
-def test_hostile_text_is_drawn_as_text(make_run, tmp_path):
+@pytest.mark.parametrize("compares", [False, True])
+def test_hostile_text_is_drawn_as_text(make_run, tmp_path, compares):
     """A run with everything has every plot, as PNG and SVG, whatever formulas do not parse, glyphs no font has and
     control characters stand in its names and tokens: warnings are errors here."""
     run = make_run(name="run_$x$", labels=("standard", *NOTES, "a$\\frac$b_c^d"), token=HOSTILE)
-    written = make_plots(read_records([run], print), tmp_path / "plots")
+    runs = [run, make_run(name="a$\\frac{$b", labels=("attention", "tiered"))][: 2 if compares else 1]
+    written = make_plots(read_records(runs, print), tmp_path / "plots")
     assert {path.stem for path in written} == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert all(b"<svg" in path.with_suffix(".svg").read_bytes() for path in written)

@@ -95,6 +95,12 @@ def test_what_is_written_may_be_of_another_width_than_what_is_read(variant, tmp_
     torch.testing.assert_close(read_sae(tmp_path, rebuild)(x / 0.5) * 2.0, trainee.sae(x), rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_process_left_that_was_killed_while_it_saved_goes(tmp_path, battery):
+    (tmp_path / f".{WEIGHTS}.12345.tmp").touch()
+    save(tmp_path, "topk", battery)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
 def test_a_skip_transcoder_is_what_sae_lens_makes_of_it(tmp_path, rng, battery):
     """By its formulas: x W_skip^T beside the decoder, and no bias taken off x; begun from its folder it is the same."""
     sae, assembly = save(tmp_path, "skip_transcoder", battery)

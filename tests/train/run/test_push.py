@@ -33,6 +33,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import RunMissing
 from saemill.train.export import main
 from saemill.train.run.card import plain
+from saemill.train.run.init_from_trained_sae import source_of
 
 D = 32
 SHARE = Path(__file__).parents[3] / "docs" / "share.md"
@@ -238,8 +239,13 @@ def run(tmp_path, battery, stats):
     (home / "config.json").write_text("{}")
     core = home / "evals" / "core" / "topk_eval_results.json"
     core.parent.mkdir(parents=True)
-    core.write_text(json.dumps(CORE))
+    core.write_text(json.dumps(core_of(home)))
     return home
+
+
+def core_of(home, **changes):
+    """Its result, of the weights that are there."""
+    return {**CORE, "saemill": {"sha256": source_of(home / "topk").sha256}, **changes}
 
 
 @pytest.fixture
@@ -362,10 +368,18 @@ def test_the_card_says_what_it_is_and_how_well_it_does(hub, push):
 def test_without_a_licence_none_is_written_and_the_card_follows_new_results(hub, run, push):
     push()
     assert set(header_of(hub)) == {"library_name", "tags"}
-    CORE_THEN = {**CORE, "saemill_metrics": {"explained_variance": 0.5151}}
-    (run / "evals" / "core" / "topk_eval_results.json").write_text(json.dumps(CORE_THEN))
-    push()
-    assert b"0.5151" in hub.files("me/saes")["README.md"] and hub.commits == 2
+    for changes, said in (
+        ({}, b"explained variance, test split | 0.5151"),
+        ({"saemill": core_of(run)["saemill"] | {"settings": {"cache_id": "f00d"}}}, b"test split of the store f00d |"),
+        ({"saemill": core_of(run)["saemill"] | {"format": 2}}, None),
+        ({"saemill": {"sha256": "of other weights"}}, None),
+        ({"saemill": {}}, None),
+    ):
+        then = core_of(run, saemill_metrics={"explained_variance": 0.5151}, **changes)
+        (run / "evals" / "core" / "topk_eval_results.json").write_text(json.dumps(then))
+        push()
+        card = hub.files("me/saes")["README.md"]
+        assert said in card if said else b"test split" not in card
 
 
 def test_plots_of_a_run_are_on_its_card(hub, run, push):

@@ -754,7 +754,12 @@ def test_the_overview_has_what_was_measured(made):
     }
     core["saemill_metrics"]["confidence_95"]["l0"] = [3.0, 3.5]  # of ordinary rows, and the number of all
     log = [{"sae": "a", "step": step, "loss": 1.0 / (step + 1)} for step in range(1000)]
+    before, beside = home / "browser/data/numbers.js", home.parent / "before.js"
+    beside.hardlink_to(before)
+    old = before.read_bytes()
     refresh(home, [Record("a", "run_1", "a", log=log, documents={"core": core})])
+    assert beside.read_bytes() == old != before.read_bytes()  # replaced: a kill leaves one or the other, whole
+    beside.unlink()
     numbers = data_of(home, "numbers")["saes"]["a"]
     assert numbers["numbers"]["explained_variance"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     assert numbers["numbers"]["l0"] == {"value": 4.0, "low": None, "high": None}
