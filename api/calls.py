@@ -18,8 +18,8 @@ from ..harvest.progress import Watch
 from ..train.cli import folder_of
 from ..train.errors import ConfigInvalid
 from ..train.run.after_run import after_run
-from ..train.start_runs import open_process, train_all
 from ..train.study_recipes import find_recipes
+from ..train.train_runs import open_process, train_all
 from .command_words import words_of
 from .run import Run
 from .store import Store

@@ -20,10 +20,10 @@ import torch
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec, Request, ShardContent, Store
 from saemill.cache_schema.chunk_codec import encode
-from saemill.cache_schema.content import lay_out
 from saemill.cache_schema.info import LinkCounts, count_links
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import is_special
+from saemill.cache_schema.shard_content import lay_out
 from saemill.harvest.capture import run
 from saemill.harvest.model.load_and_truncate import Wanted, load_model
 from saemill.harvest.sparsify_attention import KeptRows, sparsify, to_csr

@@ -21,10 +21,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from ratios import Row, Speeds, compare, conclude, gather_facts, take_turns
 from safetensors.torch import save_file
-from talk import Worker
+from timing_and_tables import Row, Speeds, compare, conclude, gather_facts, take_turns
 from torch.nn import functional
+from worker_pipe import Worker
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.context import find_model

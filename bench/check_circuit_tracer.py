@@ -19,8 +19,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from talk import Worker
 from torch import Tensor
+from worker_pipe import Worker
 
 from saemill import Store, harvest, train
 from saemill.cache_schema import Request

@@ -20,9 +20,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from talk import Worker
 from torch import Tensor
 from torch.nn.functional import normalize
+from worker_pipe import Worker
 
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch, Needs

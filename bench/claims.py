@@ -20,15 +20,15 @@ from typing import Any
 
 import click
 import torch
-from ratios import gather_facts, write_rows
 from rich.console import Console
 from rich.table import Table
+from timing_and_tables import gather_facts, write_rows
 from torch import Tensor
 from torch.nn import functional
 
 from saemill import Store, train
 from saemill.api.run import Run
-from saemill.evaluate.evals.core.metrics import max_cosine
+from saemill.evaluate.evals.core.saebench_keys import max_cosine
 from saemill.studies.tables import spread
 from saemill.train.run.folder import RunFolder
 from saemill.train.sae.model import SparseAutoencoder

@@ -22,10 +22,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from safetensors.torch import save_file
-from talk import Worker
+from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from transformers import Gemma2ForCausalLM
+from worker_pipe import Worker
 
 from harvest import gemma
 from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, Site, StoreWriter

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from talk import serve
+from worker_pipe import serve
 
 ROWS = 2048  # of a batch
 FEWER_ROWS = 512  # of one of cross-layer transcoders, whose steps cost a peer most

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import click
 import torch
-from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
+from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
-from saemill.train.data.feed import Feed
 from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
+from saemill.train.data.training_stream import Feed
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.ranks import ALONE

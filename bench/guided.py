@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 import click
 import torch
-from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from stepping import sparse_bias
+from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from torch.profiler import ProfilerActivity, profile
 
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from ratios import (
+from timing_and_tables import (
     ROUNDS,
     Row,
     Speeds,
@@ -32,10 +32,10 @@ from ratios import (
     speeds_of,
     take_turns,
 )
-from talk import Worker
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+from worker_pipe import Worker
 
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, ShardContent, Store, StoreWriter
 from saemill.cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks

@@ -16,7 +16,7 @@ from time import process_time
 import click
 import numpy as np
 import torch
-from ratios import ROUNDS, Row, conclude, gather_facts, speeds_of, take_turns
+from timing_and_tables import ROUNDS, Row, conclude, gather_facts, speeds_of, take_turns
 
 from harvest import CONTEXT, LAYER, Bare, harvest_once, make_manifest
 from saemill.cache_schema import HookSpec, Manifest, ShardContent, StoreWriter

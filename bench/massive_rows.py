@@ -23,9 +23,9 @@ import click
 import numpy as np
 import torch
 from quality import CONTESTANTS, SEEDS, Contestants, Fit, Results, best_of, from_to, last_scores, write_rows_of
-from ratios import gather_facts
 from rich.console import Console
 from rich.table import Table
+from timing_and_tables import gather_facts
 from torch import Tensor
 from torch.nn import functional
 

@@ -37,10 +37,10 @@ from typing import Any
 import click
 import numpy as np
 from fitting import CROSS_LAYER, TRANSCODERS
-from ratios import gather_facts, revision_of, write_rows
 from rich.console import Console
 from rich.table import Table
-from talk import Worker
+from timing_and_tables import gather_facts, revision_of, write_rows
+from worker_pipe import Worker
 
 from saemill import Store
 from saemill.cache_schema.sites import RESID

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ratios import HERE, take_turns
-from talk import Worker, WorkerFailed
+from timing_and_tables import HERE, take_turns
+from worker_pipe import Worker, WorkerFailed
 
 TOP_K = ("topk", "batchtopk", "matryoshka")
 VARIANTS = (*TOP_K, "standard", "jumprelu", "gated", "p_anneal")

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import click
 import fsspec
 import numpy as np
-from ratios import Row, conclude, gather_facts
 from store import CONTEXT, make_manifest
+from timing_and_tables import Row, conclude, gather_facts
 
 from saemill.cache_schema import commits, shard_claims, writer
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord

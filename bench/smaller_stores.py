@@ -21,7 +21,7 @@ import click
 import numpy as np
 import store as stores
 import torch
-from ratios import Row, compare, conclude, gather_facts, speeds_of, take_turns
+from timing_and_tables import Row, compare, conclude, gather_facts, speeds_of, take_turns
 
 from saemill import Store, harvest, train
 from saemill.cache_schema import Request, ShardContent, StoreWriter, from_float32
@@ -34,8 +34,8 @@ from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import metric_of
 from saemill.evaluate.evals.core.evaluation import Config
-from saemill.evaluate.run.attempts import run_evals
 from saemill.evaluate.run.find_saes import find_subjects
+from saemill.evaluate.run.run_evals import run_evals
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches import Batches
 from saemill.train.data.mixing_order import Plan, measure_split

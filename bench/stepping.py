@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from talk import serve
+from worker_pipe import serve
 
 Step = Callable[[torch.Tensor], object]
 PRECISIONS = ("float32", "tf32", "bfloat16")

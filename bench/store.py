@@ -24,8 +24,8 @@ from typing import Any
 import click
 import numpy as np
 import zarr
-from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
-from talk import Worker
+from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
+from worker_pipe import Worker
 
 from saemill.cache_schema import (
     CorpusSpec,
@@ -264,7 +264,7 @@ def bench_memory(bench: Bench) -> list[Row]:
     """Peak growth of a fresh process that streams the whole store, against the buffers it says it holds."""
     code = """
 import sys
-from ratios import resident
+from timing_and_tables import resident
 from saemill.cache_schema import Request, Store, shard_memory
 request = Request(layers=(19,))
 with Store.open(sys.argv[1]) as store:

@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 from racing import PEERS, TOP_K, VARIANTS, Contest, Entrant, Outcome, make_batches
-from ratios import ROUNDS, Speeds, gather_facts, has_bfloat16, write_rows
 from rich.console import Console
 from rich.table import Table
+from timing_and_tables import ROUNDS, Speeds, gather_facts, has_bfloat16, write_rows
 
 PRECISIONS = ("float32", "bfloat16")
 

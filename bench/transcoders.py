@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 from racing import Contest, Entrant, make_batches
-from ratios import ROUNDS, Row, compare, conclude, gather_facts, revision_of, speeds_of
+from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, revision_of, speeds_of
 
 OURS = "ours"
 PEERS = {"clt": ("CLT-Forge", 2.0), "transcoder": ("sparsify", None)}

@@ -1,6 +1,5 @@
 """The store: what is on disk, who may write it, and what a reader may ask. Imports numpy and zarr, never torch."""
 
-from .content import ShardContent
 from .csr import AttentionCsr
 from .errors import (
     AddressInvalid,
@@ -24,6 +23,7 @@ from .manifest import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .moments import Moments
 from .reader import Store, shard_memory
 from .request import Request, ShardArrays, Span
+from .shard_content import ShardContent
 from .sites import Site
 from .stored_dtypes import from_float32, to_float32
 from .writer import StoreWriter

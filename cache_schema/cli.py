@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import StoreError
 from .import_from_others import ImportSettings, cuts_documents, import_store
+from .import_sources import NumpySource, SaelensSource, Source
 from .in_words import counted
 from .info import describe, render
 from .layout import BEGINNING
@@ -27,7 +28,6 @@ from .manifest import Codec, Manifest
 from .read_vllm import VllmSource
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
-from .sources import NumpySource, SaelensSource, Source
 from .stored_dtypes import SmallDtype
 from .strict_json import nearest, to_json
 from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_derived, repair, verify_shards

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .content import ShardContent, array_digest
 from .errors import ImportInvalid, StoreBusy
+from .import_sources import Source
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_rows import KEEP
 from .moments import is_special, measure
+from .shard_content import ShardContent, array_digest
 from .sites import RESID, Site, by_hook
-from .sources import Source
 from .stored_dtypes import SmallDtype, to_float32
 from .writer import StoreWriter
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .counts import trainable
 from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments
@@ -23,6 +22,7 @@ from .reader import Store
 from .request import Request, ShardArrays, Span
 from .sites import Place, Site, site_of
 from .stored_dtypes import FP8_VALUES
+from .token_counts import trainable
 
 MULTIPLE = 10.0
 """Of the median norm, where nothing else is asked for."""

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from .errors import ImportInvalid
+from .import_sources import as_tokens
 from .in_words import counted
 from .sites import RESID, Site
-from .sources import as_tokens
 
 _HEADER_BYTES = 2**20
 _TYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8"}

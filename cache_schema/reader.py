@@ -18,19 +18,19 @@ from functools import cached_property, partial
 import numpy as np
 import zarr
 
-from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
-from .counts import Counts, SplitCounts, count_split, read_counts
 from .csr import AttentionCsr
 from .disk_and_cloud_files import Files, LocalFiles, open_files
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .layout import BEGINNING, arrays_of, attention_path, is_line, moments_length, moments_path, scales_path
 from .manifest import Manifest
 from .moments import Moments, from_line, merge
+from .open_and_check_root import read_root
+from .read_chunks import plan_reads, read_chunk, read_with_zarr
 from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
-from .root import read_root
 from .sites import RESID, Site, by_hook
-from .summary import read_summary
+from .stats_summary import read_summary
+from .token_counts import Counts, SplitCounts, count_split, read_counts
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
 GONE = (

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
-from .content import digests_by_path, totals_of
-from .counts import count_all, read_counts
 from .disk_and_cloud_files import open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
 from .layout import (
@@ -25,11 +23,13 @@ from .layout import (
 )
 from .manifest import Manifest
 from .moments import to_line
+from .open_and_check_root import read_root, require_writable
 from .reader import Store, shard_memory
 from .request import Request, ShardArrays, Span
-from .root import read_root, require_writable
 from .shard_claims import open_claims
-from .summary import read_summary
+from .shard_content import digests_by_path, totals_of
+from .stats_summary import read_summary
+from .token_counts import count_all, read_counts
 from .writer import derive_summary, refresh
 
 Memory = dict[Request, dict[str, np.ndarray]]  # used again for shard after shard

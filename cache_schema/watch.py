@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .commits import find_committed
 from .disk_and_cloud_files import open_files
 from .in_words import say_time
-from .root import read_root
+from .open_and_check_root import read_root
 from .shard_claims import find_held
 
 LOOK_BACK_SECONDS = 300.0  # the rate is of these: workers come and go

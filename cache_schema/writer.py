@@ -25,8 +25,6 @@ from .commits import (
     write_device,
     write_record,
 )
-from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
-from .counts import count_all, write_counts
 from .disk_and_cloud_files import Files, open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
 from .layout import (
@@ -43,11 +41,13 @@ from .layout import (
 )
 from .manifest import Manifest, require_same, seal
 from .moments import Moments, merge
+from .open_and_check_root import has_root, read_root, require_writable
 from .reader import Store
-from .root import has_root, read_root, require_writable
 from .shard_claims import CREATION, open_claims
+from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .sites import RESID, Site
-from .summary import LayerSummary, Summary, read_summary, summarise, write_summary
+from .stats_summary import LayerSummary, Summary, read_summary, summarise, write_summary
+from .token_counts import count_all, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 COMPACT_EVERY = 64  # the index is brought up to date with one shard of so many, whoever writes it

@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..cache_schema.cli import as_json
-from ..train import command
+from ..train import cli_support
 from . import evals
 from .evals import ALL
 
@@ -36,7 +36,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=command.runs)
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=cli_support.runs)
 @click.option(
     "--evals",
     default="core",
@@ -46,7 +46,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     help=f"all, or of {', '.join(evals.names())}. browser makes pages to look at all latents.",
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
-@click.option("--runs", default=command.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--runs", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option(
     "--layer", type=click.IntRange(0), metavar="L", help="The layer of an SAE that does not say which it reads."
 )

@@ -14,8 +14,8 @@ from ..cache_schema.stored_dtypes import SmallDtype
 from ..cache_schema.strict_json import nearest
 from .corpus import require_heeded
 from .corpus.source import DatasetOptions
-from .cut_windows import Packing
 from .errors import SettingInvalid
+from .pack_windows import Packing
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Heads = Literal["mean", "all"]

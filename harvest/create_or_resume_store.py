@@ -21,7 +21,7 @@ from pathlib import Path
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.manifest import PART, require_same
-from ..cache_schema.root import has_root
+from ..cache_schema.open_and_check_root import has_root
 from ..cache_schema.shard_claims import no_locks
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of

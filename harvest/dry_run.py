@@ -19,12 +19,11 @@ from rich.table import Table
 from ..cache_schema import Manifest, Store
 from ..cache_schema.disk_and_cloud_files import Files, open_files
 from ..cache_schema.in_words import counted, say_size, say_time
-from ..cache_schema.root import has_root
+from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
 from .create_or_resume_store import require_ours, require_place
-from .cut_windows import Packer
 from .errors import CorpusEmpty
 from .estimate_cost import (
     Cost,
@@ -38,6 +37,7 @@ from .estimate_cost import (
     tell_splits,
     tokens_in,
 )
+from .pack_windows import Packer
 from .process import open_process
 from .progress import Watch
 from .run import decide, make_harvester

@@ -25,9 +25,9 @@ import numpy as np
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_failure, name_full_disk, sync
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
 from .corpus.source import Corpus, State
-from .cut_windows import Packer, Packing
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
 from .model.tokenizer import TextEncoder
+from .pack_windows import Packer, Packing
 
 BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0

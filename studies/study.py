@@ -34,7 +34,7 @@ from ..evaluate.context.results import RESULTS
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
-from ..train.command import beginning_with
+from ..train.cli_support import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.atomic_files import read_json, write_json
 from ..train.run.folder import RunFolder

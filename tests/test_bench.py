@@ -22,7 +22,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {bench!r})
 print("a library says hello")
-from talk import serve
+from worker_pipe import serve
 def answer(request):
     print("and goes on talking")
     if request.get("fails"):
@@ -312,35 +312,35 @@ def test_what_cannot_be_compared_is_told_before_anything_is_read(bench, asked, s
 def test_turns_are_taken_in_another_order_each_round(bench):
     seen: list[str] = []
     jobs = {name: (lambda name=name: (seen.append(name), 0.25)[1]) for name in "abcd"}
-    seconds = bench("ratios").take_turns(4, jobs)
+    seconds = bench("timing_and_tables").take_turns(4, jobs)
     rounds = [tuple(seen[at : at + 4]) for at in range(0, 16, 4)]
     assert all(sorted(turn) == list("abcd") for turn in rounds) and len(set(rounds)) > 1
     assert seconds == {name: [0.25] * 4 for name in "abcd"}
 
 
 def test_a_worker_that_fails_says_why_and_answers_the_next_request(bench, tmp_path):
-    talk = bench("talk")
+    pipe = bench("worker_pipe")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(bench=str(ROOT / "bench")))
-    worker = talk.Worker("it", [sys.executable, script])
+    worker = pipe.Worker("it", [sys.executable, script])
     assert worker.ask(30, value=1) == 2
-    with pytest.raises(talk.WorkerFailed, match="no such luck"):
+    with pytest.raises(pipe.WorkerFailed, match="no such luck"):
         worker.ask(30, fails=True)
     assert worker.ask(30, value=2) == 3
-    with pytest.raises(talk.WorkerFailed, match="out of everything"):
+    with pytest.raises(pipe.WorkerFailed, match="out of everything"):
         worker.ask(30, ends=True)
     worker.close()
 
 
 def test_a_worker_that_does_not_answer_in_time_is_ended(bench, tmp_path):
-    talk = bench("talk")
+    pipe = bench("worker_pipe")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(bench=str(ROOT / "bench")))
-    worker = talk.Worker("it", [sys.executable, script])
+    worker = pipe.Worker("it", [sys.executable, script])
     assert worker.ask(30, value=1) == 2
-    with pytest.raises(talk.WorkerFailed, match="no answer within"):
+    with pytest.raises(pipe.WorkerFailed, match="no answer within"):
         worker.ask(0.2, sleeps=True)
-    with pytest.raises(talk.WorkerFailed, match="has ended"):
+    with pytest.raises(pipe.WorkerFailed, match="has ended"):
         worker.ask(1, value=1)
 
 

@@ -21,7 +21,7 @@ from saemill.evaluate.run.command import make_configs
 from saemill.harvest.cli import make_config
 from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.kit import registry
-from saemill.train.start_runs import find_asks
+from saemill.train.train_runs import find_asks
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -25,11 +25,11 @@ ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
         "in_words keep_freed_memory errors sites splits stored_dtypes strict_json",
-        "csr disk_and_cloud_files manifest sources",
+        "csr disk_and_cloud_files manifest import_sources",
         "layout read_vllm request",
         "chunk_codec commits moments shard_claims",
-        "chunks counts root summary",
-        "content reader",
+        "read_chunks token_counts open_and_check_root stats_summary",
+        "shard_content reader",
         "massive_rows",
         "info watch writer",
         "__init__ import_from_others verify_and_repair",
@@ -37,7 +37,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     ),
     "harvest": (
         "__init__ errors",
-        "cut_windows network pocket progress",
+        "pack_windows network pocket progress",
         "corpus model sparsify_attention stats",
         "capture config tokenise_corpus",
         "process store_plan shards",
@@ -57,7 +57,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "kit",
         "config variants",
         "run study_recipes",
-        "command start_runs",
+        "cli_support train_runs",
         "__init__ cli export",
     ),
     "evaluate": (
@@ -84,17 +84,17 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network pocket progress sparsify_attention stats",
-        "train": "config command data disk errors file_registry kit run sae sae/kernels start_runs study_recipes",
+        "train": "cli_support config data disk errors file_registry kit run sae sae/kernels study_recipes train_runs",
     },
     "studies": {
         "cache_schema": "cli errors reader strict_json",
-        "train": "config cli command disk run study_recipes",
+        "train": "cli cli_support config disk run study_recipes",
         "evaluate": "cli context evals output/figures output/plots run",
     },
     "api": {
         "cache_schema": ALL,
         "harvest": "cli progress run",
-        "train": "config cli data disk errors parallel run sae start_runs study_recipes",
+        "train": "config cli data disk errors parallel run sae study_recipes train_runs",
         "evaluate": "cli context output run",
     },
 }

@@ -13,8 +13,8 @@ from rich.table import Table
 from ..cache_schema.cli import as_json, print_json, read_count
 from ..cache_schema.in_words import counted
 from ..cache_schema.strict_json import to_json
-from . import command
-from .command import tell_errors
+from . import cli_support
+from .cli_support import tell_errors
 from .kit.registry import names
 from .study_recipes import studies
 
@@ -49,17 +49,17 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 @click.option(
     "--variant",
     multiple=True,
-    shell_complete=command.variants,
+    shell_complete=cli_support.variants,
     help=f"Which SAE; again for a fleet. One of: {', '.join(names())}.",
 )
 @click.option(
     "--recipe",
     metavar="STUDY[/RUN]",
-    shell_complete=command.recipes,
+    shell_complete=cli_support.recipes,
     help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}.",
 )
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
-@click.option("--out", default=command.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--out", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
@@ -93,7 +93,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     help="Train sanity baselines beside them: decoder frozen, nearly frozen, encoder frozen, principal components.",
 )
 @click.option(
-    "--resume", metavar="NAME", shell_complete=command.runs, help="Go on with a run from its last checkpoint."
+    "--resume", metavar="NAME", shell_complete=cli_support.runs, help="Go on with a run from its last checkpoint."
 )
 @click.option(
     "--plots/--no-plots",
@@ -110,7 +110,7 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
     """
     console = Console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
     with tell_errors():
-        from .start_runs import open_process, train_all  # late: --help and completion must not wait for torch
+        from .train_runs import open_process, train_all  # late: --help and completion must not wait for torch
 
         outcomes = []
         with open_process(device, console, spread, is_watched=plots) as process:
@@ -187,7 +187,7 @@ def folder_of(outcome: Outcome) -> Path:
 def evaluated_as(outcome: Outcome) -> str:
     """What to call the run at the next command: its name where that looks, else its path."""
     folder = folder_of(outcome)
-    return shlex.quote(outcome.run if folder == Path(command.RUNS, outcome.run) else str(folder))
+    return shlex.quote(outcome.run if folder == Path(cli_support.RUNS, outcome.run) else str(folder))
 
 
 if __name__ == "__main__":

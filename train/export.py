@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..cache_schema.cli import as_json, print_json
-from . import command
-from .command import tell_errors
+from . import cli_support
+from .cli_support import tell_errors
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
-from .disk.places import places_told, require_places, told_of
+from .disk.hook_metadata import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
@@ -43,7 +43,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("source", shell_complete=command.runs)
+@click.argument("source", shell_complete=cli_support.runs)
 @click.option("--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="Whose folder to write.")
 @click.option("--out", "target", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload with a model card instead.")

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from ratios import gather_facts, processor
+from timing_and_tables import gather_facts, processor
 
 
 def facts_of(peers_python: str = "") -> dict[str, Any]:

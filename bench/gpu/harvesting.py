@@ -22,10 +22,10 @@ import click
 import numpy as np
 import torch
 from limits import wait
-from ratios import take_turns
 from records import record, record_failure, shares, tell
-from talk import WorkerFailed
+from timing_and_tables import take_turns
 from transformers import Gemma2ForCausalLM
+from worker_pipe import WorkerFailed
 
 from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, gemma, harvest_once, make_manifest, save_tokenizer
 from saemill.harvest.capture import run

@@ -28,7 +28,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels.hardware import has_triton
 from saemill.train.sae.kernels.sparse_support import support_from_topk
-from saemill.train.sae.kernels.triton import bag_sums, exact_top_k, row_update
+from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products
 
 D, K, B = 2304, 64, 4096
 HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues all that is timed
@@ -91,7 +91,9 @@ def measure(width: int) -> None:
     for name, source in (("float32", W), ("bfloat16", low_W)):
         tell(
             f"F {width}: decode from {name}",
-            milliseconds(lambda source=source: bag_sums.bag_sum(source, support.latents, support.offsets, values)),
+            milliseconds(
+                lambda source=source: sparse_products.bag_sum(source, support.latents, support.offsets, values)
+            ),
             gathered,
         )
     bag = torch.nn.functional.embedding_bag
@@ -108,7 +110,9 @@ def measure(width: int) -> None:
         tell(
             f"F {width}: pair dots by latent, rows {name}",
             milliseconds(
-                lambda source=source: bag_sums.pair_dots(W, by_latent.latents, source, by_latent.rows, by_latent.order)
+                lambda source=source: sparse_products.pair_dots(
+                    W, by_latent.latents, source, by_latent.rows, by_latent.order
+                )
             ),
             gathered,
         )

@@ -16,8 +16,8 @@ from pathlib import Path
 import click
 import torch
 from limits import wait
-from ratios import take_turns
 from records import record
+from timing_and_tables import take_turns
 
 from saemill.cache_schema import Request, Store
 from saemill.train.data.mixing_order import Plan, measure_split

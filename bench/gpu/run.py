@@ -50,7 +50,7 @@ class Part:
 
     @property
     def table(self) -> Path | None:
-        """Of bench/ratios.py, whose rows are kept too; its exit status 1 is a target that was missed."""
+        """Of bench/timing_and_tables.py, whose rows are kept too; its exit status 1 is a target that was missed."""
         return Path(self.command[-1]) if "--json" in self.command else None
 
 

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hooked_gemma import make_config
-from talk import serve
+from worker_pipe import serve
 
 COMMIT = "0" * 40
 CPU = torch.device("cpu")

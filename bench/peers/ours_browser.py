@@ -11,8 +11,8 @@ from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ratios import resident
-from talk import serve
+from timing_and_tables import resident
+from worker_pipe import serve
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks

@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ratios import resident
-from talk import serve
+from timing_and_tables import resident
+from worker_pipe import serve
 
 BATCH, WINDOWS = 128, 32
 

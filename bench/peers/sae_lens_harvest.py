@@ -22,7 +22,7 @@ from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig, cache
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from talk import serve
+from worker_pipe import serve
 
 STORED_AS = {"float32": ("float32", 4), "bfloat16": ("float16", 2)}  # its Arrow files know no bfloat16
 

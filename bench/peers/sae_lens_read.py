@@ -21,7 +21,7 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from talk import serve
+from worker_pipe import serve
 
 HOOK = "blocks.19.hook_resid_post"
 ROWS_AT_ONCE = 64

@@ -20,7 +20,7 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from talk import serve
+from worker_pipe import serve
 
 FLAGS = {  # what the evaluation is asked for: everything
     "compute_kl": True,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from talk import serve
+from worker_pipe import serve
 
 STEPS, ROWS = 60, 512
 Request = dict[str, Any]

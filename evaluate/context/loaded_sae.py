@@ -20,7 +20,7 @@ from ...cache_schema.strict_json import from_json
 from ...train.disk.sae_folder import NORM_BOUNDS
 from ...train.kit import registry
 from ...train.run.init_from_trained_sae import source_of
-from ...train.sae.kernels.second_look import Affine
+from ...train.sae.kernels.bfloat16_then_float32 import Affine
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable

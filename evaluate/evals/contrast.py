@@ -24,10 +24,10 @@ from scipy.sparse import csc_matrix
 from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .probing.choose_source import data_revision, find_source, load_all
 from .probing.features import Features
 from .probing.pooling import pool_task
 from .probing.settings import LEAST, DataSettings, filled, of_data
-from .probing.sources import data_revision, find_source, load_all
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
 AT_ONCE = 1024  # features, at most what 16 bits can number

@@ -22,7 +22,7 @@ from ...train.disk.sae_folder import read_config
 from ...train.errors import TrainError
 from ...train.run.find_sae import list_saes, read_folder
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
-from .core.metrics import max_cosine
+from .core.saebench_keys import max_cosine
 
 ALONE = "an SAE of one latent has no pair of latents to compare"
 ONE_SEED = "its run has no SAE that differs by its seed alone"

@@ -31,7 +31,7 @@ from ..model.batches import Windows
 from ..model.divergence import next_tokens, rows_of_logits
 from ..model.smaller_pieces import PieceSize
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .core.quality import NAN, ratio
+from .core.sparsity_and_variance import NAN, ratio
 from .measures.splice_effects import Effect, effects_of
 
 

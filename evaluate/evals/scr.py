@@ -2,7 +2,7 @@
 
 A probe is trained where a concept (profession, category) and an attribute (gender, rating) always go
 together; then the latents of the attribute are switched off and it is tested where they are independent.
-Every pair of concepts is one task. `probing/rounds.py` has SAEBench's steps and says
+Every pair of concepts is one task. `probing/switch_latents_off.py` has SAEBench's steps and says
 what `corrected` leaves out of it.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .contract import Context, LoadedSae, Result
-from .probing.rounds import Outcome, evaluation_of, perturb_all
+from .probing.choose_source import Source, load_all
+from .probing.draw_classes import OPPOSITES, Task, spurious
 from .probing.scores import mean_scores, scr_scores
 from .probing.settings import Settings, config_of_round
-from .probing.sources import Source, load_all
-from .probing.texts import OPPOSITES, Task, spurious
+from .probing.switch_latents_off import Outcome, evaluation_of, perturb_all
 
 
 def free_probes(

@@ -22,12 +22,12 @@ from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing import collection, installed
-from .probing.collection import BinarySet
-from .probing.regression_of_sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
+from .probing import sae_probes_data, stdlib_tasks
+from .probing.choose_source import DataName, Source, data_revision, find_source, load_all
+from .probing.sae_probes_data import BinarySet
+from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scores import mean_scores
 from .probing.settings import of_data
-from .probing.sources import DataName, Source, data_revision, find_source, load_all
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]
@@ -85,9 +85,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
     """The data sets asked for, and why the rest is missing."""
     if source.name == "stdlib":
-        names = config.dataset_names or installed.BINARY_NAMES
-        return load_all(names, lambda name: [installed.load_binary(name, config.random_seed)])
-    return load_all(config.dataset_names or collection.names(), lambda name: [collection.load(name)])
+        names = config.dataset_names or stdlib_tasks.BINARY_NAMES
+        return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
+    return load_all(config.dataset_names or sae_probes_data.names(), lambda name: [sae_probes_data.load(name)])
 
 
 def score_residuals(read: LastTokens, data: BinarySet, split: Split, config: Config) -> dict[tuple[int, ...], Scores]:

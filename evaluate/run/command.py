@@ -20,7 +20,7 @@ from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load_and_truncate import find_device
 from ...harvest.progress import Watch
-from ...train.command import RUNS
+from ...train.cli_support import RUNS
 from ...train.config.parse_settings import parse_settings, split_key, with_settings
 from ...train.data.device_copies import take_device
 from ...train.errors import RunInterrupted, TrainError
@@ -33,10 +33,10 @@ from ..evals.browser.write_pages import LATENT_BYTES
 from ..evals.browser.write_pages import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, within
 from ..output.pictures import draw
-from .attempts import Keep, run_evals, standing_rows
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
 from .find_saes import Problem, find_all
 from .offer_training import offer_training
+from .run_evals import Keep, run_evals, standing_rows
 
 FAILED, NOT_RUN = 1, 3
 Complain = Callable[[str], None]

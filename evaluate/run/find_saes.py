@@ -16,7 +16,7 @@ from typing import Any
 
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
-from ...train.disk.places import UNTOLD, Told, places_told
+from ...train.disk.hook_metadata import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command

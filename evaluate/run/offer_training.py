@@ -19,8 +19,8 @@ from ...train.config.run_config import Ask
 from ...train.errors import TrainError
 from ...train.run.settle_config import settle
 from ...train.run.start_or_resume import estimate_seconds
-from ...train.start_runs import open_process, start
 from ...train.study_recipes import find_recipes
+from ...train.train_runs import open_process, start
 from ..errors import EvalError, TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console

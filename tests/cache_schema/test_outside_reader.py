@@ -31,10 +31,10 @@ from saemill.cache_schema import (
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunk_codec import decode, encode
-from saemill.cache_schema.chunks import plan_reads, read_chunk
 from saemill.cache_schema.disk_and_cloud_files import open_files
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.manifest import Codec, seal
+from saemill.cache_schema.read_chunks import plan_reads, read_chunk
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 
 CODECS = get_args(Codec)

@@ -23,7 +23,7 @@ from saemill.cache_schema import (
     Store,
     StoreWriter,
     import_from_others,
-    sources,
+    import_sources,
     to_float32,
 )
 from saemill.cache_schema import verify_and_repair as verify_module
@@ -283,7 +283,7 @@ def test_tokens_of_a_saelens_folder_are_read_without_its_activations(tmp_path: P
     """Those of all windows are read at once, and their activations may be larger than memory."""
     acts, tokens = np.zeros((64, 16, 256), np.float32), np.arange(1024).reshape(64, 16)
     write_saelens(tmp_path / "cache", "blocks.12.hook_resid_post", acts, tokens)
-    source = sources.SaelensSource(tmp_path / "cache", None)
+    source = import_sources.SaelensSource(tmp_path / "cache", None)
     source.tokens(0, 1)  # imports what it takes
     tracemalloc.start()
     try:
@@ -315,13 +315,13 @@ def test_import_of_a_saelens_folder_of_bfloat16_bits(tmp_path: Path) -> None:
     ],
 )
 def test_a_saelens_column_is_of_the_place_that_its_name_says(name: str, layer: int | None, site: Site) -> None:
-    assert sources._site_of(name, layer) == site
+    assert import_sources._site_of(name, layer) == site
 
 
 @pytest.mark.parametrize("name", ["blocks.12.hook_resid_mid", "model.layers.12.mlp", "acts", "layer2"])
 def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> None:
     with pytest.raises(ImportInvalid, match=f"the name '{name}' .* give --layer L"):
-        sources._site_of(name, None)
+        import_sources._site_of(name, None)
 
 
 @pytest.mark.parametrize(
@@ -333,13 +333,13 @@ def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> N
 )
 def test_a_layer_that_contradicts_a_saelens_column_is_refused(name: str, layer: int, said: str) -> None:
     with pytest.raises(ImportInvalid, match=f"{said} --layer {layer}"):
-        sources._site_of(name, layer)
+        import_sources._site_of(name, layer)
 
 
 @pytest.mark.parametrize("layer", [None, 0])
 def test_a_saelens_column_of_the_embedding_has_no_place(layer: int | None) -> None:
     with pytest.raises(ImportInvalid, match="hook_resid_pre is the embedding, before the first layer"):
-        sources._site_of("blocks.0.hook_resid_pre", layer)
+        import_sources._site_of("blocks.0.hook_resid_pre", layer)
 
 
 def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
@@ -554,7 +554,7 @@ def test_the_fingerprint_of_an_import_is_of_its_values_and_not_of_its_shards(sto
 
 
 def importer_source(folder: Path) -> import_from_others.Source:
-    from saemill.cache_schema.sources import NumpySource
+    from saemill.cache_schema.import_sources import NumpySource
 
     return NumpySource({Site("resid", 4): folder / "resid.npy"}, folder / "tokens.npy")
 

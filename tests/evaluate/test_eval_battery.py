@@ -24,10 +24,10 @@ from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid, SettingInvalid
 from saemill.evaluate.evals.contract import Evaluation
-from saemill.evaluate.evals.probing import installed
+from saemill.evaluate.evals.probing import stdlib_tasks
 from saemill.evaluate.evals.unlearning import material
 from saemill.evaluate.model.prefix_suffix import load_language_model
-from saemill.evaluate.run.attempts import run_evals
+from saemill.evaluate.run.run_evals import run_evals
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
 
@@ -84,7 +84,7 @@ def pocket():
 def few_texts(monkeypatch):
     monkeypatch.setattr(material, "TEXT_ROWS", 12)
     monkeypatch.setattr(material, "EXAM_ROWS", 6)
-    monkeypatch.setattr(installed, "BINARY_ROWS", 140)
+    monkeypatch.setattr(stdlib_tasks, "BINARY_ROWS", 140)
 
 
 @pytest.fixture(scope="module")

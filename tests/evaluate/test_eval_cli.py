@@ -32,9 +32,9 @@ from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import divergence
 from saemill.evaluate.run import command
-from saemill.evaluate.run.attempts import settings_of
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
+from saemill.evaluate.run.run_evals import settings_of
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_sae import find_sae

@@ -18,11 +18,11 @@ from rich.console import Console
 from saemill.cache_schema import Store
 from saemill.train.config.run_config import Ask
 from saemill.train.parallel.processes import SOLO
-from saemill.train.run.metrics import Watch
+from saemill.train.run.log_metrics import Watch
 from saemill.train.run.process import Process
 from saemill.train.run.settle_config import settle
 from saemill.train.run.start_or_resume import Run, begin_run
-from saemill.train.start_runs import train
+from saemill.train.train_runs import train
 
 FOLDER = Path(__file__).parent / "runs_1"
 SETTINGS = {"layer": 3, "width": 8, "k": 2, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}

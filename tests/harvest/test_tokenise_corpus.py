@@ -17,8 +17,8 @@ import pytest
 from saemill.cache_schema import StoreUnreachable
 from saemill.cache_schema.splits import split_of
 from saemill.harvest import tokenise_corpus
-from saemill.harvest.cut_windows import Packer
 from saemill.harvest.errors import CorpusEmpty, DocumentInvalid, NetworkLost, SplitEmpty
+from saemill.harvest.pack_windows import Packer
 from saemill.harvest.tokenise_corpus import PackedCorpus, PackingJob, Spool, spool_corpus
 
 CONTEXT = 8

@@ -25,8 +25,8 @@ from saemill.cache_schema import (
 )
 from saemill.train.data.batch import AttentionRows, Batch, Needs
 from saemill.train.disk.sae_folder import CONFIG, WEIGHTS
-from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Report, Trainee
+from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
 from saemill.train.parallel.ranks import ALONE

@@ -1,7 +1,7 @@
 """A store's activations for anyone's trainer: an iterator of tensors, and a data set of torch that keeps its place.
 
-The order, the reading ahead and the batches are those of our own runs (`mixing_order.py`, `feed.py`): step s of seed 0
-holds the tokens that step s of `sae-train` with `data.seed=0` trains on.
+The order, the reading ahead and the batches are those of our own runs (`mixing_order.py`, `training_stream.py`): step s
+of seed 0 holds the tokens that step s of `sae-train` with `data.seed=0` trains on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ...cache_schema import Store
 from ...cache_schema.sites import RESID, Place
 from ..errors import ConfigInvalid, StateInvalid
 from .batch import Needs
-from .feed import Feed, joint_request
 from .mixing_order import Plan
 from .scaling import Stats, bounds_of
+from .training_stream import Feed, joint_request
 
 
 class Batches(IterableDataset[Tensor]):

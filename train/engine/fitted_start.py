@@ -29,7 +29,7 @@ from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
-from .assembly import Assembly
+from .terms_and_constraints import Assembly
 
 LEAST_SHARE = 0.01  # of the target's squares that the best scale must explain
 CLOSE = 0.01  # how near a search comes to its goal, as a share of it

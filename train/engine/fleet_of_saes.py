@@ -22,8 +22,8 @@ from ..data.drawn_rows import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
 from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StateInvalid, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
-from .assembly import Assembly, Buildable
 from .step import LOOK_EVERY, Report, Trainee
+from .terms_and_constraints import Assembly, Buildable
 
 SHOWN = 8  # windows that a message lists
 DIVERGED = "their activations are finite: training diverged"

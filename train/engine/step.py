@@ -32,11 +32,11 @@ from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import View
-from .assembly import Assembly, cut, require_splittable, split_parameters, split_state
 from .count_dead_latents import LatentCounters
 from .fitted_start import fit_start
 from .optim import Adam
 from .replay import Measured, Replays
+from .terms_and_constraints import Assembly, cut, require_splittable, split_parameters, split_state
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs a wait, and the list of the dead another
 RECORDS = {"cuda"}  # kinds of devices whose launches can be recorded

@@ -49,7 +49,7 @@ from typing import ClassVar, Self
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
+from ..engine.terms_and_constraints import Assembly
 
 
 class Variant(ABC):

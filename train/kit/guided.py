@@ -15,13 +15,13 @@ import torch
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Ramp, Schedule
+from ..engine.terms_and_constraints import Assembly, Term
 from ..sae.attention.attention_links import LinkKind, require_head
 from ..sae.attention.encoder import AttendedSae
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing, Noted
 from ..terms.attention_guidance import Consistency, Guidance, Objective
-from .build import read_with, require, require_least, require_positive
+from .check_settings import read_with, require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from those of the bases

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Constraint, Term
 from ..engine.optim import Optim
 from ..engine.schedules import Constant, Ramp, Schedule
+from ..engine.terms_and_constraints import Assembly, Constraint, Term
 from ..sae.gates import Gate
 from ..sae.kernels.linear import Product
 from ..sae.model import SparseAutoencoder, tied_weights
@@ -22,7 +22,7 @@ from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction
-from .build import require, require_hook, require_least, stats_or_unit, topk_optim
+from .check_settings import require, require_hook, require_least, stats_or_unit, topk_optim
 from .contract import Variant
 
 DecoderBias = Literal["mean", "zero"]

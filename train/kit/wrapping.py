@@ -14,11 +14,11 @@ from ...cache_schema import Manifest
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
 from ..engine.optim import Optim
+from ..engine.terms_and_constraints import Assembly
 from ..sae.kernels.linear import Product
 from . import registry
-from .build import require
+from .check_settings import require
 from .contract import Variant, most_active
 
 BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional; wrapping variants only pass them on

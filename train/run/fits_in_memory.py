@@ -10,8 +10,8 @@ import torch
 
 from ..config.run_config import Member
 from ..disk.module_form import built_of_shapes
-from ..engine.assembly import Assembly
 from ..engine.schedules import Constant
+from ..engine.terms_and_constraints import Assembly
 from ..errors import MemoryTooSmall, name_sae
 from ..terms.auxk import AuxK
 

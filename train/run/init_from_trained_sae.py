@@ -19,12 +19,12 @@ from ...cache_schema import Manifest, ModelSpec
 from ...cache_schema.sites import say_place
 from ..config.run_config import Member
 from ..data.batch import Needs
-from ..disk.places import places_told
+from ..disk.hook_metadata import places_told
 from ..disk.plain_form import begin_as
 from ..disk.sae_folder import WEIGHT_SUFFIXES
 from ..engine.fleet_of_saes import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
-from ..kit.build import require
+from ..kit.check_settings import require
 from .find_sae import read_folder
 
 SETTINGS = ("cfg.json", "config.json")

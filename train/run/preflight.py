@@ -14,8 +14,8 @@ from ...cache_schema.request import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
-from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
+from ..data.training_stream import joint_request
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fits_in_memory import require_room
 from .progress import require_trackers

@@ -11,8 +11,8 @@ from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
 from ..data.batch import Needs
-from ..data.feed import held_out
 from ..data.scaling import bounds_of
+from ..data.training_stream import held_out
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest
 from ..parallel.processes import all_or_none

@@ -25,8 +25,8 @@ from ...cache_schema import Store
 from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ..config.run_config import Member, RunConfig
 from ..data.device_copies import take_device
-from ..data.feed import Feed
 from ..data.mixing_order import Plan
+from ..data.training_stream import Feed
 from ..disk.write_and_load_checkpoints import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, NothingToTrain
@@ -36,7 +36,7 @@ from .checkpoint_times import Saver
 from .fits_in_memory import weight_bytes
 from .folder import MetricsLog, RunFolder
 from .init_from_trained_sae import begin_fleet_as, require_unchanged
-from .metrics import Watch
+from .log_metrics import Watch
 from .preflight import check
 from .process import Process
 from .progress import Progress, Trackers

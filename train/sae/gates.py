@@ -15,7 +15,7 @@ from .kernels.select_latents import marked, positive, support_of_batch, support_
 from .kernels.sparse_support import Support, support_from_flat
 from .kernels.straight_through import heaviside_ste, jump_ste
 from .side_inputs import Side
-from .split_select import split_batch, split_topk
+from .split_top_k import split_batch, split_topk
 
 FLOOR = 1e-4
 DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)

@@ -18,7 +18,7 @@ from ..sae.attention.reading import Attention, has_links, link_weights, mixture,
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_support import index_sum
-from ..sae.kernels.windows import window_gram
+from ..sae.kernels.window_gram import window_gram
 from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]

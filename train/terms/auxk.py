@@ -23,7 +23,7 @@ from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.linear import Product, linear, product_on
 from ..sae.kernels.products_with_gradients import affine, squared_error
 from ..sae.kernels.select_latents import support_topk
-from ..sae.split_select import lowest_of_topk, split_topk
+from ..sae.split_top_k import lowest_of_topk, split_topk
 from ..sae.step_view import View, split
 
 LEAST_SPREAD = 1e-3  # of the squared error: one vector in all rows has no spread to divide by

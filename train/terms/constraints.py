@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.assembly import Constraint
+from ..engine.terms_and_constraints import Constraint
 from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_support import index_sum

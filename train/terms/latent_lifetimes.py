@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.assembly import Constraint
+from ..engine.terms_and_constraints import Constraint
 from ..sae.extra_modules import StepCounter
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side

@@ -23,7 +23,7 @@ from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.products_with_gradients import affine
 from ..sae.kernels.sparse_support import Support, starts
-from ..sae.kernels.windows import Places, other_window
+from ..sae.kernels.window_gram import Places, other_window
 from ..sae.side_inputs import Side
 from ..sae.step_view import View, once
 from .latent_lifetimes import Dynamics, rows_before

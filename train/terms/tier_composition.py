@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.assembly import Constraint
+from ..engine.terms_and_constraints import Constraint
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View, once

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
+from ..engine.terms_and_constraints import Assembly
 from ..kit.guided import Guided, build_guided, request_guided
 
 

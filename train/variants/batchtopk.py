@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
-from ..kit.build import EARLY_DEAD_PART, require_sparsity, topk_optim
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import EARLY_DEAD_PART, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain
 from ..sae.gates import BatchTopK
 from ..sae.kernels.linear import Product

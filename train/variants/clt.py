@@ -14,8 +14,8 @@ import torch
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
-from ..kit.build import require, require_layers, require_sparsity, stats_or_unit, write_hook
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import require, require_layers, require_sparsity, stats_or_unit, write_hook
 from ..kit.single_layer import Dictionary, WithAux, assemble_mapping
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK

@@ -15,8 +15,8 @@ from typing import Literal
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
-from ..kit.build import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain
 from ..sae.gates import BatchTopK, Relu
 from ..sae.kernels.linear import Product

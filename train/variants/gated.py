@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import relu_optim
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Gated
 from ..terms.reconstruction import reconstruction_by_gate

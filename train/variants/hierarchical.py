@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
 from ..engine.schedules import Constant, ExponentialApproach, Schedule
-from ..kit.build import read_with, require, require_least, require_positive
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import read_with, require, require_least, require_positive
 from ..kit.guided import Guided, build_guided, request_guided
 from ..sae.attention.reading import Mixing
 from ..terms.attention_guidance import Objective

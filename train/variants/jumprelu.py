@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp
-from ..kit.build import EARLY_DEAD_PART, read_with, relu_optim, require_least, require_positive, require_sparsity
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import (
+    EARLY_DEAD_PART,
+    read_with,
+    relu_optim,
+    require_least,
+    require_positive,
+    require_sparsity,
+)
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
-from ..kit.build import require_least
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import require_least
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.linear import Product
 from ..sae.kernels.products_with_gradients import affine, decode_at

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import ends_of, require
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import ends_of, require
 from ..terms.reconstruction import NestedReconstruction
 from . import batchtopk
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..data.device_copies import send
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Every
-from ..kit.build import require, require_least
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import require, require_least
 from ..sae.step_view import View
 from . import batchtopk
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
 from ..engine.schedules import Ahead, Ramp
-from ..kit.build import relu_optim, require
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import relu_optim, require
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import AnnealedRelu
 from ..terms.sparsity import lp

@@ -19,9 +19,9 @@ from torch.nn.functional import normalize
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Product, Ramp, SigmoidRamp
-from ..kit.build import read_with, require, require_least, require_positive
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
+from ..engine.terms_and_constraints import Assembly
 from ..sae.model import SparseAutoencoder
 from . import transcoder
 

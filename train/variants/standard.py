@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly
-from ..kit.build import relu_optim
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Relu
 from ..terms.sparsity import l1

@@ -15,16 +15,16 @@ from typing import ClassVar
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp, Switch
-from ..kit.build import read_with, require, require_least, require_positive
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise
 from ..terms.constraints import TierGradients
+from ..terms.move_idle_latents import Moves, Structure
 from ..terms.reconstruction import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling
-from ..terms.structure import Moves, Structure
 from ..terms.tier_composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
 from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name, tier_residual
 

@@ -15,9 +15,9 @@ import torch
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats, unit_stats
-from ..engine.assembly import Assembly
 from ..engine.optim import Optim
-from ..kit.build import require, require_sparsity, stats_or_unit, write_hook
+from ..engine.terms_and_constraints import Assembly
+from ..kit.check_settings import require, require_sparsity, stats_or_unit, write_hook
 from ..kit.contract import Variant
 from ..kit.single_layer import WithAux, assemble_mapping
 from ..sae.gates import BatchTopK, TopK

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
+from ..engine.terms_and_constraints import Assembly, Term
 from ..errors import SaeInvalid
-from ..kit.build import ends_of, require, require_positive
+from ..kit.check_settings import ends_of, require, require_positive
 from ..sae.extra_modules import Extra
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.linear import Product, linear

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import require_least, require_positive
+from ..engine.terms_and_constraints import Assembly, Term
+from ..kit.check_settings import require_least, require_positive
 from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
 from . import matryoshka

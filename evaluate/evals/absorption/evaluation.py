@@ -20,7 +20,7 @@ from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .letters import LetterResult, Sparse, mean_metrics, measure_letters
+from .measure_absorption import LetterResult, Sparse, mean_metrics, measure_letters
 from .probe import Training
 from .task import (
     FIRST_LETTER,

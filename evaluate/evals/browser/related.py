@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ....train.sae.kernels.second_look import Affine, largest_products
+from ....train.sae.kernels.bfloat16_then_float32 import Affine, largest_products
 from .firing_counts import Table
 from .top_firings import largest
 

@@ -25,7 +25,7 @@ from ...context.disk_cache import decided_by
 from ...model.batches import Windows
 from ...model.divergence import LogitsOf, Losses, compare, logits_of, next_tokens, rows_of_logits
 from ...model.smaller_pieces import PieceSize, in_pieces
-from .blocks import Block
+from .choose_rows import Block
 
 FORMAT = 1
 ABLATIONS = ("zero", "mean", "resample")

@@ -16,10 +16,10 @@ from ...context.usable_saes import model_name_of
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablations import ABLATIONS
-from .blocks import Rows, rows_of
 from .bootstrap import said
-from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
-from .quality import Sparsity, measure_sparsity
+from .choose_rows import Rows, rows_of
+from .saebench_keys import latent_details, latent_metrics, official_metrics, own_metrics
+from .sparsity_and_variance import Sparsity, measure_sparsity
 from .spliced_ce_and_kl import LossSums, measure_losses, splice_layer
 
 

@@ -21,10 +21,10 @@ from ...model.batches import Windows
 from ...model.divergence import Losses, next_tokens
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .ablations import ABLATIONS, Baselines, Clean
-from .blocks import Block, read_block
 from .bootstrap import DocumentSums
+from .choose_rows import Block, read_block
 from .encoding import encode_kept
-from .quality import piece_size
+from .sparsity_and_variance import piece_size
 
 
 @dataclass

@@ -26,8 +26,8 @@ from ...context.usable_saes import attention_of
 from ...model.batches import Windows, make_rows, run_windows
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
+from .draw_classes import Classes, Task
 from .features import Features, spans_of
-from .texts import Classes, Task
 
 
 @dataclass(frozen=True, eq=False)

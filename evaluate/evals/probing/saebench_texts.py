@@ -18,7 +18,7 @@ from ....harvest.corpus.source import DatasetOptions
 from ....harvest.errors import HarvestError
 from ....harvest.network import NETWORK_ERRORS, load_dataset
 from ...errors import DataMissing
-from .texts import Classes, Table, Task, balanced, by_class
+from .draw_classes import Classes, Table, Task, balanced, by_class
 
 T = TypeVar("T")
 LOAD_ERRORS = (*NETWORK_ERRORS, ValueError, RuntimeError, HarvestError)  # no access, no such split, a script

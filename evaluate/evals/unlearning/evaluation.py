@@ -19,8 +19,8 @@ from ...context.evaluation_data_sets import library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
+from .exams import Exam
 from .material import Material, load_topic, load_wmdp
-from .papers import Exam
 from .passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 

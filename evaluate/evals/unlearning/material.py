@@ -30,7 +30,7 @@ from ...context.context import Context, find_model
 from ...context.evaluation_data_sets import load_rows
 from ...errors import DataMissing, NotApplicable
 from ...model.prefix_suffix import LanguageModel, load_language_model
-from .papers import ChoicePaper, Paper, Question, TextPaper
+from .exams import ChoicePaper, Paper, Question, TextPaper
 from .sweep import Sweep
 
 CHUNKS = 20

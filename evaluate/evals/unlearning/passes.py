@@ -31,7 +31,7 @@ from ...context.loaded_sae import LoadedSae, layers_of, together
 from ...model.batches import Sums, Windows, run_windows
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
-from .papers import ChoicePaper, Choose, Exam, Paper, Sheet
+from .exams import ChoicePaper, Choose, Exam, Paper, Sheet
 from .sweep import Outcome, Setting
 
 CHUNK = 256

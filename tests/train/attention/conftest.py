@@ -12,7 +12,7 @@ from torch import Tensor
 from saemill.train.data.batch import AttentionRows
 from saemill.train.data.scaling import unit_stats
 from saemill.train.sae.gates import Gate, TopK
-from saemill.train.sae.kernels.windows import Places
+from saemill.train.sae.kernels.window_gram import Places
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View

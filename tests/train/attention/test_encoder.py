@@ -12,8 +12,8 @@ from torch import Tensor
 from saemill.cache_schema.strict_json import from_json, to_json
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import read_sae, save_sae
-from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
+from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.attention.attention_links import LinkKind

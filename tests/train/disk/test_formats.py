@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from saemill.cache_schema import Site
 from saemill.train import load_sae
 from saemill.train.disk.formats import FILES, WRITERS, read
-from saemill.train.disk.places import places_told
+from saemill.train.disk.hook_metadata import places_told
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid

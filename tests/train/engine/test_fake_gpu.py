@@ -29,7 +29,7 @@ from saemill.train.terms.tiers import Tiers
 
 pytest.importorskip("triton")
 
-from saemill.train.sae.kernels.triton import bag_sums, row_update
+from saemill.train.sae.kernels.triton import row_update, sparse_products
 
 from .test_no_waits import CASES, warmed
 
@@ -80,9 +80,9 @@ def shapes_of_kernels(monkeypatch, quick_selection):
     monkeypatch.setattr(hardware, "has_triton", lambda device: True)
     monkeypatch.setattr(linear, "has_fast_bfloat16", lambda kind: True)
     for module, kernel in (
-        (bag_sums, bag_sum),
-        (bag_sums, pair_dots),
-        (bag_sums, segment_sum),
+        (sparse_products, bag_sum),
+        (sparse_products, pair_dots),
+        (sparse_products, segment_sum),
         (row_update, update_rows),
     ):
         monkeypatch.setattr(module, kernel.__name__, kernel)

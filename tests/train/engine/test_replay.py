@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map
 from saemill.train.data import device_copies
 from saemill.train.data.batch import Batch
 from saemill.train.engine import replay, step
-from saemill.train.engine.assembly import Term
 from saemill.train.engine.optim import Optim
 from saemill.train.engine.schedules import Constant
 from saemill.train.engine.step import Trainee
+from saemill.train.engine.terms_and_constraints import Term
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
 from saemill.train.sae import gates

@@ -14,7 +14,7 @@ from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.split_latents import SomeLatents
 from saemill.train.sae.gates import BatchTopK
-from saemill.train.sae.split_select import first_of_equals, split_batch, split_topk
+from saemill.train.sae.split_top_k import first_of_equals, split_batch, split_topk
 
 STEPS = 12
 SPLIT = ["topk", "batchtopk", "jumprelu", "standard", "gated", "p_anneal", "transcoder", "crosscoder"]

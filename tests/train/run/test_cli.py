@@ -359,7 +359,7 @@ def test_a_device_without_room_for_the_run_is_told_before_there_is_one(big, sae_
     def allocate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Yes. No.")
 
-    for where in ("saemill.train.data.feed.Loader", "saemill.train.run.start_or_resume.Fleet"):
+    for where in ("saemill.train.data.training_stream.Loader", "saemill.train.run.start_or_resume.Fleet"):
         with monkeypatch.context() as patch:
             patch.setattr(where, allocate)
             output = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, code=1).output

@@ -177,9 +177,9 @@ SPREAD = """
 import os, signal, sys
 from rich.console import Console
 from saemill.train.cli import main
-from saemill.train.command import tell_errors
+from saemill.train.cli_support import tell_errors
 from saemill.train.engine.fleet_of_saes import Fleet
-from saemill.train.start_runs import open_process, train_all
+from saemill.train.train_runs import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params
 take_step = Fleet.step
@@ -278,9 +278,9 @@ from contextlib import suppress
 from dataclasses import replace
 from rich.console import Console
 from saemill.train.cli import main
-from saemill.train.command import tell_errors
+from saemill.train.cli_support import tell_errors
 from saemill.train.parallel.processes import SOLO
-from saemill.train.start_runs import open_process, train_all
+from saemill.train.train_runs import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params
 resumed = main.make_context("sae-train", ["--resume", "begun", "--out", words["out"]]).params

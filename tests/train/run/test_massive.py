@@ -10,9 +10,9 @@ import torch
 from saemill.cache_schema import Store, massive_rows
 from saemill.cache_schema.massive_rows import measure_massive
 from saemill.train.data.batch import Kind, Needs
-from saemill.train.data.feed import Feed
 from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_of_ordinary
+from saemill.train.data.training_stream import Feed
 
 TRAIN = [(3, 11, 2), (3, 400, 7), (4, 400, 7), (4, 801, 1)]
 HELD_OUT = [(3, 930, 3), (3, 941, 4)]

@@ -28,18 +28,18 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from rich.console import Console
 
 from saemill.cache_schema import Store
-from saemill.train import start_runs
+from saemill.train import train_runs
 from saemill.train.config.run_config import Ask
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.errors import ConfigInvalid, NothingToTrain, RunMissing, RunNotWritten
 from saemill.train.parallel.processes import SOLO
 from saemill.train.run import checkpoint_times as checkpoints_module
 from saemill.train.run.folder import RunFolder, cache_of
-from saemill.train.run.metrics import Watch
+from saemill.train.run.log_metrics import Watch
 from saemill.train.run.process import Process
 from saemill.train.run.settle_config import settle
 from saemill.train.run.start_or_resume import Run, begin_run, resume_run
-from saemill.train.start_runs import train
+from saemill.train.train_runs import train
 
 from ... import shaky_disk
 from ...thread_ranks import make as make_ranks
@@ -202,7 +202,7 @@ class RunMachine(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints_module.Writer, "finish", noting)
             patch.setattr(Watch, "observe", dying)
-            patch.setattr(start_runs, "catch_signals", lambda: nullcontext(checkpoints_module.Caught()))  # of threads
+            patch.setattr(train_runs, "catch_signals", lambda: nullcontext(checkpoints_module.Caught()))  # of threads
             yield
 
     @rule(place=places, end=ends, seed=st.none() | seeds)

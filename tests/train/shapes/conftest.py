@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from saemill.train.cli import main
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
-from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
+from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.sae.gates import Gate, TopK
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side

@@ -11,7 +11,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.terms.constraints import GradientNoise, TierGradients
-from saemill.train.terms.structure import Moves, Structure, changes, reallocated, weighted_loss
+from saemill.train.terms.move_idle_latents import Moves, Structure, changes, reallocated, weighted_loss
 from saemill.train.terms.tier_composition import Composition, NonNegative, composition_l1, composition_loss
 from saemill.train.terms.tiers import TIERS, TieredReconstruction, Tiers, importance_loss, switch_name, tier_losses
 

@@ -14,8 +14,8 @@ from saemill.train.config.parse_settings import with_settings
 from saemill.train.config.run_config import Ask
 from saemill.train.data.scaling import joined_stats, unit_stats
 from saemill.train.disk.sae_folder import read_sae, save_sae
-from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
+from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from saemill.train.kit.registry import config_type, names
 from saemill.train.run.find_sae import rebuild

@@ -18,7 +18,7 @@ from torch import Tensor
 from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
 from ..atomic_files import read_json, write_json
-from ..places import told_of
+from ..hook_metadata import told_of
 from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write_tensors
 from ..sae_folder import read_tensors
 

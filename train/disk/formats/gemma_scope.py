@@ -21,7 +21,7 @@ import torch
 from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
 from ..atomic_files import read_json
-from ..places import told_of
+from ..hook_metadata import told_of
 from ..plain_form import Metadata, PlainSae, make_plain
 
 PARAMS, PLACE = "params.npz", "cfg.json"

@@ -34,7 +34,7 @@ from ...data.batch import AttentionRows
 from ...errors import ConfigInvalid
 from ..kernels.hardware import reads_at_once
 from ..kernels.sparse_support import group_offsets, index_sum
-from ..kernels.windows import other_window
+from ..kernels.window_gram import other_window
 from ..side_inputs import Side
 
 LinkKind = Literal["attention", "nearest", "same_token"]

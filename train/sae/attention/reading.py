@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..extra_modules import Extra
-from ..kernels.windows import Places
+from ..kernels.window_gram import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from ..step_view import View, once

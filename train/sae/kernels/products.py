@@ -29,9 +29,9 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
     if runs_triton(table):
-        from .triton import bag_sums
+        from .triton import sparse_products
 
-        return bag_sums.bag_sum(table.contiguous(), indices, offsets, weights.contiguous())
+        return sparse_products.bag_sum(table.contiguous(), indices, offsets, weights.contiguous())
     return functional.embedding_bag(
         indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -54,10 +54,10 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
         return rows_BD.new_zeros(0)
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
     if runs_triton(rows_BD):
-        from .triton import bag_sums
+        from .triton import sparse_products
 
         turned = support.by_latent  # the larger table is read once, the rows stay in cache
-        return bag_sums.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
+        return sparse_products.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
     if rows_BD.device.type != "cpu":
         return _bag_dots(support, rows_BD, W_FD)
     return _sampled_dots(support, rows_BD, W_FD)
@@ -96,9 +96,9 @@ def latent_count(support: Support, mask: Tensor) -> Tensor:
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     if runs_triton(values):
-        from .triton import bag_sums
+        from .triton import sparse_products
 
-        return bag_sums.segment_sum(values.contiguous(), offsets)
+        return sparse_products.segment_sum(values.contiguous(), offsets)
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)
 
 

@@ -15,7 +15,7 @@ from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.results import Failure, Result
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.absorption import evaluation as absorption
-from saemill.evaluate.evals.absorption.letters import Sparse, mean_metrics, measure_letters
+from saemill.evaluate.evals.absorption.measure_absorption import Sparse, mean_metrics, measure_letters
 from saemill.evaluate.evals.absorption.probe import Probe, Training
 from saemill.evaluate.evals.absorption.task import (
     FIRST_LETTER,

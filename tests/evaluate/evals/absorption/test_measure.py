@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.evaluate.evals.absorption.letters import absorption
+from saemill.evaluate.evals.absorption.measure_absorption import absorption
 
 DIRECTION = torch.tensor([1.0, 0.0, 0.0])
 # Latent 0 is the letter's own; 1 is a word that also points along the letter; 2 points elsewhere.

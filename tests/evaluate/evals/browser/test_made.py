@@ -44,7 +44,7 @@ from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
-from saemill.train.sae.kernels import second_look
+from saemill.train.sae.kernels import bfloat16_then_float32
 from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
@@ -393,7 +393,7 @@ def test_neighbours_by_direction():
 @pytest.mark.parametrize("looks_twice", [False, True])
 def test_neighbours_by_direction_of_many(monkeypatch, looks_twice):
     """Twins, of which a row may find more than it asks for before itself, and latents that write nothing."""
-    monkeypatch.setattr(second_look, "has_fast_bfloat16", lambda device: looks_twice)
+    monkeypatch.setattr(bfloat16_then_float32, "has_fast_bfloat16", lambda device: looks_twice)
     rows = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0))
     rows[10:20], rows[30:33] = rows[10].clone(), 0
     near = by_direction(rows, rows, 3, is_same=True)

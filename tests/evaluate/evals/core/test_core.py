@@ -11,9 +11,9 @@ import torch
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import without_nan
 from saemill.evaluate.errors import DataMissing, SettingInvalid
-from saemill.evaluate.evals.core import blocks
+from saemill.evaluate.evals.core import choose_rows
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.evals.core.metrics import against, loss_statistics, official_losses
+from saemill.evaluate.evals.core.saebench_keys import against, loss_statistics, official_losses
 from saemill.evaluate.evals.core.spliced_ce_and_kl import LossSums
 from saemill.evaluate.model.batches import store_batches
 from saemill.train.sae.gates import Relu
@@ -159,7 +159,7 @@ def test_the_blocks_of_rows_follow_each_other(world, open_context, builder, monk
             read.append([(world.tokens == row).all(1).nonzero().item() for row in batch.tokens])
             yield batch
 
-    monkeypatch.setattr(blocks, "store_batches", watched)
+    monkeypatch.setattr(choose_rows, "store_batches", watched)
     context = open_context(world)
     result = run(context, [builder.subject(builder.make_sae())], core.Config(4, 1, 3))["sae"]
     first = context.manifest.splits["test"][0]

@@ -5,8 +5,8 @@ import pytest
 from saemill.evaluate.errors import SettingInvalid
 from saemill.evaluate.evals.browser import evaluation as browser
 from saemill.evaluate.evals.core import evaluation
-from saemill.evaluate.run.attempts import settings_of
 from saemill.evaluate.run.command import parse_multiple
+from saemill.evaluate.run.run_evals import settings_of
 
 PLANTED = [(21, 3), (37, 4), (38, 8), (2, 6)]  # of windows 20 to 39, which are the test split; one trains
 

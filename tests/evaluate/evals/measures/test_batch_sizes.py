@@ -9,7 +9,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.evals import attention, temporal, tiers
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.evals.core import quality
+from saemill.evaluate.evals.core import sparsity_and_variance
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.run.find_saes import make_subject
 from saemill.train.data.scaling import unit_stats
@@ -90,7 +90,7 @@ def test_room_changes_no_number_of_what_reads_other_windows(reads_others, world,
     found = []
     for room in (1 << 27, 1):
         monkeypatch.setattr(loaded_sae, "MOST_CODES", room)
-        monkeypatch.setattr(quality, "PIECE_BYTES", room)
+        monkeypatch.setattr(sparsity_and_variance, "PIECE_BYTES", room)
         configs = {temporal: temporal.Config(windows=12, batch_windows=6), core: core.Config(6, 1, 2, resamples=0)}
         for module, config in configs.items():
             (result,) = module.evaluate(open_context(world), [reads_others], config)

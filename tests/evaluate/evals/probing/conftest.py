@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from saemill.evaluate.context.loaded_sae import LoadedSae
+from saemill.evaluate.evals.probing.draw_classes import Task
 from saemill.evaluate.evals.probing.pooling import Pool, make_pool, read_piece
-from saemill.evaluate.evals.probing.texts import Task
 from saemill.evaluate.model.batches import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder

@@ -15,12 +15,12 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
-from saemill.evaluate.evals.probing import installed, saebench_texts
+from saemill.evaluate.evals.probing import saebench_texts, stdlib_tasks
+from saemill.evaluate.evals.probing.choose_source import HUB
 from saemill.evaluate.evals.probing.settings import Settings
-from saemill.evaluate.evals.probing.sources import HUB
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
-from saemill.evaluate.run.attempts import run_evals
+from saemill.evaluate.run.run_evals import run_evals
 from saemill.harvest.model.tokenizer import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("global_random_state_stays")
@@ -147,7 +147,7 @@ def test_missing_data_is_told_and_the_rest_is_evaluated(run, monkeypatch):
     def load(name, *sizes):
         if name != saebench_texts.NEWS:
             raise DataMissing(f"{name}: log in")
-        return installed.load_task("stdlib/kind", *sizes)
+        return stdlib_tasks.load_task("stdlib/kind", *sizes)
 
     monkeypatch.setattr(sparse_probing, "find_source", lambda *_: dataclasses.replace(HUB, load_task=load))
     config = sparse_probing.Config(data="hub", probe_train_set_size=40, probe_test_set_size=20, k_values=(1,))

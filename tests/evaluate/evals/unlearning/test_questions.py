@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.unlearning.material import joined_rows, sampled_texts, shuffled_rows
-from saemill.evaluate.evals.unlearning.papers import (
+from saemill.evaluate.evals.unlearning.exams import (
     ALL_ORDERS,
     Exam,
     Question,
@@ -18,6 +17,7 @@ from saemill.evaluate.evals.unlearning.papers import (
     most_likely,
     next_token_sheets,
 )
+from saemill.evaluate.evals.unlearning.material import joined_rows, sampled_texts, shuffled_rows
 
 QUESTION = Question("human aging", "How old?", ("one", "two", "three", "four"), answer=2)
 

@@ -17,8 +17,8 @@ from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import material as material_file
 from saemill.evaluate.evals.unlearning import passes
+from saemill.evaluate.evals.unlearning.exams import ChoicePaper, Question, TextPaper
 from saemill.evaluate.evals.unlearning.material import Material
-from saemill.evaluate.evals.unlearning.papers import ChoicePaper, Question, TextPaper
 from saemill.evaluate.evals.unlearning.passes import known_questions, remembered_questions
 from saemill.evaluate.evals.unlearning.sweep import Sweep
 from saemill.harvest.progress import Watch

@@ -9,7 +9,7 @@ from torch import Tensor
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.kernels.products_with_gradients import affine, decode_at
 from saemill.train.sae.kernels.sparse_support import Support, support_from_topk
-from saemill.train.sae.kernels.triton import bag_sums, exact_top_k, row_update
+from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"  # interpreted, all of what is cut here would take minutes
@@ -153,14 +153,14 @@ def test_products_are_those_of_the_dense_formula(support, rng, width):
     x, W = normal(support.num_rows, width, rng=rng), normal(support.num_latents, width, rng=rng)
     acts, turned = dense(support, values), support.by_latent
     close = {"rtol": 1e-5, "atol": 1e-5}
-    decoded = bag_sums.bag_sum(W, support.latents, support.offsets, values)
+    decoded = sparse_products.bag_sum(W, support.latents, support.offsets, values)
     torch.testing.assert_close(decoded.double(), acts @ W.double(), **close)
-    gradient = bag_sums.bag_sum(x, turned.rows, turned.offsets, values[turned.order])
+    gradient = sparse_products.bag_sum(x, turned.rows, turned.offsets, values[turned.order])
     torch.testing.assert_close(gradient.double(), acts.t() @ x.double(), **close)
-    dots = bag_sums.pair_dots(W, turned.latents, x, turned.rows, turned.order)
+    dots = sparse_products.pair_dots(W, turned.latents, x, turned.rows, turned.order)
     expected = (x.double() @ W.double().t())[support.rows.long(), support.latents.long()]
     torch.testing.assert_close(dots.double(), expected, **close)
-    sums = bag_sums.segment_sum(values[turned.order], turned.offsets)
+    sums = sparse_products.segment_sum(values[turned.order], turned.offsets)
     torch.testing.assert_close(sums.double(), acts.sum(0), **close)
 
 

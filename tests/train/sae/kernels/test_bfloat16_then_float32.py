@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saemill.train.sae.kernels import second_look
-from saemill.train.sae.kernels.second_look import Affine, largest_products, products_above
+from saemill.train.sae.kernels import bfloat16_then_float32
+from saemill.train.sae.kernels.bfloat16_then_float32 import Affine, largest_products, products_above
 
 ROWS, WIDTH, LATENTS, K = 40, 24, 2048, 9
 
@@ -14,7 +14,7 @@ ROWS, WIDTH, LATENTS, K = 40, 24, 2048, 9
 @pytest.fixture(autouse=True)
 def _in_bfloat16(monkeypatch):
     """Any processor computes it, if slowly."""
-    monkeypatch.setattr(second_look, "has_fast_bfloat16", lambda kind: True)
+    monkeypatch.setattr(bfloat16_then_float32, "has_fast_bfloat16", lambda kind: True)
 
 
 def numbers(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def test_what_may_be_as_large_passes_the_bound():
     number = 1 + torch.arange(3072) / 1024
     reached = number.to(torch.bfloat16).float()
     for both in torch.arange(1, 200) / 2048:
-        bound = second_look.bits(second_look.lowest_beside(reached, both / 2))
+        bound = bfloat16_then_float32.bits(bfloat16_then_float32.lowest_beside(reached, both / 2))
         assert ((number - both).to(torch.bfloat16).view(torch.int16).numpy() >= bound).all()
 
 

@@ -11,8 +11,8 @@ from typing import Literal, Protocol, TypeVar
 
 from ...context.context import Context
 from ...errors import DataMissing
-from . import installed, saebench_texts, stdlib
-from .texts import Table, Task
+from . import saebench_texts, stdlib_snippets, stdlib_tasks
+from .draw_classes import Table, Task
 
 T = TypeVar("T")
 DataName = Literal["auto", "hub", "stdlib"]
@@ -101,19 +101,21 @@ HUB = Source(
 
 STDLIB = Source(
     name="stdlib",
-    probing=installed.NAMES,
-    perturbed=(installed.LIBRARY,),
+    probing=stdlib_tasks.NAMES,
+    perturbed=(stdlib_tasks.LIBRARY,),
     pairs={
-        installed.LIBRARY: Pairs(
-            (("asyncio", "email"), ("email", "xml")), stdlib.KINDS, {name: name for name in stdlib.LIBRARIES}
+        stdlib_tasks.LIBRARY: Pairs(
+            (("asyncio", "email"), ("email", "xml")),
+            stdlib_snippets.KINDS,
+            {name: name for name in stdlib_snippets.LIBRARIES},
         )
     },
-    load_task=installed.load_task,
-    load_table=lambda _name, is_test: installed.load_table(is_test),
+    load_task=stdlib_tasks.load_task,
+    load_table=lambda _name, is_test: stdlib_tasks.load_table(is_test),
     train_size=320,
     test_size=160,
     context=48,
-    revision=stdlib.revision,
+    revision=stdlib_snippets.revision,
 )
 
 

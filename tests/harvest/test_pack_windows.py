@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.harvest.cut_windows import Packer
+from saemill.harvest.pack_windows import Packer
 
 BOS = 2
 tokens = st.lists(st.integers(0, 6), max_size=25)  # BOS itself among them

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.kernels.sparse_support import support_from_flat
-from saemill.train.sae.kernels.windows import Places, window_gram
+from saemill.train.sae.kernels.window_gram import Places, window_gram
 from saemill.train.terms.attention_guidance import columns_of
 
 

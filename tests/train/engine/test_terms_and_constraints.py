@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from saemill.train.data.batch import Batch, Needs
-from saemill.train.engine.assembly import Term
 from saemill.train.engine.schedules import Constant, Ramp
 from saemill.train.engine.step import Trainee
+from saemill.train.engine.terms_and_constraints import Term
 from saemill.train.errors import SideInputMissing
 from saemill.train.sae.extra_modules import Extra
 from saemill.train.sae.kernels.codes import Codes

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from saemill.cache_schema import AttentionCsr, Store, to_float32
-from saemill.cache_schema.counts import pair_share
 from saemill.cache_schema.stored_dtypes import SmallDtype, to_codes
+from saemill.cache_schema.token_counts import pair_share
 from saemill.train.data.batch import Kind, Needs
-from saemill.train.data.feed import Feed, held_out
 from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
+from saemill.train.data.training_stream import Feed, held_out
 from saemill.train.run.preflight import layer_stats
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
 from ...context.stored_windows import ordinary_rows
 from ...model.batches import Windows
 from ...model.smaller_pieces import PieceSize, in_pieces
-from .blocks import Block, read_block
 from .bootstrap import DocumentSums
+from .choose_rows import Block, read_block
 from .encoding import encode_kept
 
 NAN = float("nan")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..data.drawn_rows import Draw
-from ..data.feed import Feed
 from ..data.mixing_order import ShuffleQuality
+from ..data.training_stream import Feed
 from ..disk.write_and_load_checkpoints import Standing
 from ..engine.step import Report
 from .after_run import Onlookers

@@ -20,9 +20,9 @@ from ....train.sae.gates import Gated
 from ....train.sae.kernels.linear import linear
 from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
-from .blocks import Rows
 from .bootstrap import Statistic, intervals
-from .quality import NAN, Sparsity, explained_variance_of, ratio, summarise_density
+from .choose_rows import Rows
+from .sparsity_and_variance import NAN, Sparsity, explained_variance_of, ratio, summarise_density
 from .spliced_ce_and_kl import LossSums
 
 DECIMALS = 10

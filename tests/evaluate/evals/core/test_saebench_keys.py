@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
-from saemill.evaluate.evals.core import encoding, metrics
-from saemill.evaluate.evals.core.blocks import choose_rows
+from saemill.evaluate.evals.core import encoding, saebench_keys
 from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resampled
-from saemill.evaluate.evals.core.metrics import max_cosine, weight_metrics
-from saemill.evaluate.evals.core.quality import Firing, summarise_density
+from saemill.evaluate.evals.core.choose_rows import choose_rows
+from saemill.evaluate.evals.core.saebench_keys import max_cosine, weight_metrics
+from saemill.evaluate.evals.core.sparsity_and_variance import Firing, summarise_density
 from saemill.evaluate.model import divergence
 from saemill.evaluate.model.batches import Windows
 from saemill.evaluate.model.divergence import compare, kl_as_published, next_tokens
 from saemill.evaluate.model.smaller_pieces import PieceSize
 from saemill.train.sae.gates import BatchTopK, JumpRelu
-from saemill.train.sae.kernels import second_look
+from saemill.train.sae.kernels import bfloat16_then_float32
 from saemill.train.sae.kernels.select_latents import largest_of_rows
 
 
@@ -157,7 +157,7 @@ def test_the_nearest_other_row(block):
 def test_a_lone_latent_has_no_neighbour(builder):
     found = weight_metrics(builder.make_sae(width=1, k=1))
     assert found["max_decoder_cosine_sim"].tolist() == [-math.inf]
-    assert metrics.BLOCK > 1
+    assert saebench_keys.BLOCK > 1
 
 
 @pytest.mark.parametrize(("piece", "share"), [(24, 0.0), (24, 1.0), (24 * 5, 0.06), (1 << 20, 0.0), (1 << 20, 0.06)])
@@ -166,7 +166,7 @@ def test_a_lone_latent_has_no_neighbour(builder):
 def test_sparse_readings_are_the_dense_activations(golden, tmp_path, monkeypatch, looks_twice, kind, piece, share):
     """In pieces of any size, by sparse and by dense products, by one look and by two."""
     name = {"relu": "standard"}.get(kind, kind)
-    monkeypatch.setattr(second_look, "has_fast_bfloat16", lambda device: looks_twice)
+    monkeypatch.setattr(bfloat16_then_float32, "has_fast_bfloat16", lambda device: looks_twice)
     monkeypatch.setattr(encoding, "CPU_PIECE", piece)
     monkeypatch.setattr(encoding, "DENSE_SHARE", share)
     subject = golden.subject(name, tmp_path)
@@ -186,7 +186,7 @@ def test_sparse_readings_are_the_dense_activations(golden, tmp_path, monkeypatch
 @pytest.mark.parametrize("gate", ["topk", "batchtopk", "jumprelu"])
 def test_a_wide_sae_chooses_what_its_gate_would(builder, monkeypatch, gate, looks_twice):
     """Wide enough for groups; a massive row and one without positive products among the others."""
-    monkeypatch.setattr(second_look, "has_fast_bfloat16", lambda device: looks_twice)
+    monkeypatch.setattr(bfloat16_then_float32, "has_fast_bfloat16", lambda device: looks_twice)
     made = torch.Generator().manual_seed(1)
     sae, x = builder.make_sae(width=2048, d_in=256, k=9), torch.randn(30, 256, generator=made)
     x[4] *= 100
@@ -198,9 +198,11 @@ def test_a_wide_sae_chooses_what_its_gate_would(builder, monkeypatch, gate, look
     if gate == "jumprelu":
         sae.gate = JumpRelu(2048, 0.3, 0.01)
         sae.gate.raw_threshold.data += torch.rand(2048, generator=made) * 0.2
-    subject = cast(LoadedSae, SimpleNamespace(sae=sae, encoder=second_look.Affine(sae.W_enc.data, sae.b_enc.data)))
-    looks, again = [], second_look.Affine.look_again
-    monkeypatch.setattr(second_look.Affine, "look_again", lambda *at: looks.append(at) or again(*at))
+    subject = cast(
+        LoadedSae, SimpleNamespace(sae=sae, encoder=bfloat16_then_float32.Affine(sae.W_enc.data, sae.b_enc.data))
+    )
+    looks, again = [], bfloat16_then_float32.Affine.look_again
+    monkeypatch.setattr(bfloat16_then_float32.Affine, "look_again", lambda *at: looks.append(at) or again(*at))
     with torch.no_grad():
         codes, expected = encoding.encode(subject, x), sae.encode(x)
     assert codes.support is not None and len(looks) == looks_twice

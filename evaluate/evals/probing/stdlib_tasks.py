@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...errors import DataMissing
-from .collection import BinarySet
-from .stdlib import KINDS, LIBRARIES, Kind, Snippet, snippets
-from .texts import Classes, Table, Task, balanced, by_class
+from .draw_classes import Classes, Table, Task, balanced, by_class
+from .sae_probes_data import BinarySet
+from .stdlib_snippets import KINDS, LIBRARIES, Kind, Snippet, snippets
 
 Groups = dict[str, list[str]]
 
