@@ -12,7 +12,7 @@ from ..cache_schema.massive_rows import default_multiple
 from ..cache_schema.request import Request, validate_request
 from ..cache_schema.sites import RESID, place_of, site_of
 from ..train.config.run_config import DataConfig
-from ..train.data.batches import Batches
+from ..train.data.batches_for_others import Batches
 from ..train.data.mixing_order import Plan, measure_split
 from ..train.parallel.processes import choose_device
 from ..train.run.preflight import layer_stats

@@ -32,7 +32,7 @@ from saemill.train.disk.sae_folder import read_config, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.export import export
-from saemill.train.kit.registry import config_type, names
+from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.run.find_sae import read_folder
 
 D, WIDTH, K, SCALE, STEPS, ROWS = 64, 256, 8, 0.05, 60, 512

@@ -22,7 +22,7 @@ from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.training_stream import Feed
 from saemill.train.engine.fleet_of_saes import Fleet
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.parallel.ranks import ALONE
 
 TOTAL_STEPS = 10_000

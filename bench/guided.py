@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.kernels.linear import Product
 

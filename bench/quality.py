@@ -44,7 +44,7 @@ from worker_pipe import Worker
 
 from saemill import Store
 from saemill.cache_schema.sites import RESID
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 
 HERE = Path(__file__).parent
 CONTESTANTS = ("ours", "sae_lens", "dictionary_learning")

@@ -32,12 +32,12 @@ from saemill.cache_schema.manifest import AttentionSpec
 from saemill.cache_schema.sites import Place
 from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.results import metric_of
+from saemill.evaluate.context.result_files import metric_of
 from saemill.evaluate.evals.core.evaluation import Config
 from saemill.evaluate.run.find_saes import find_subjects
 from saemill.evaluate.run.run_evals import run_evals
 from saemill.harvest.progress import Watch
-from saemill.train.data.batches import Batches
+from saemill.train.data.batches_for_others import Batches
 from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import Stats
 from saemill.train.run.preflight import layer_stats

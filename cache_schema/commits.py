@@ -37,7 +37,7 @@ T = TypeVar("T")
 class ArrayRecord:
     """One array's share of a shard."""
 
-    digest: str  # of the values, see `content.array_digest`
+    digest: str  # of the values, see `shard_content.array_digest`
     bytes: int  # on disk
 
 

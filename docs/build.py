@@ -37,7 +37,7 @@ from saemill.studies.study import main as study
 from saemill.train.cli import main as train
 from saemill.train.config.run_config import CourseConfig, DataConfig
 from saemill.train.export import main as export
-from saemill.train.kit import registry
+from saemill.train.kit import variant_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, click.Command] = {
@@ -154,8 +154,8 @@ def _described(command: click.Command) -> Iterator[str]:
 def variants_page() -> str:
     intro = "A setting is `--set NAME=VALUE`, or `--set VARIANT.NAME=VALUE` for one of several; lists as `a,b`."
     parts = ["# Every setting of every variant", f"{intro} What shows no default follows from the others."]
-    for name in registry.names():
-        parts += _settings(name, registry.config_type(name), registry.module(name).__doc__)
+    for name in variant_registry.names():
+        parts += _settings(name, variant_registry.config_type(name), variant_registry.module(name).__doc__)
     shared = "They are one for all SAEs of a run."
     parts += _settings("data", DataConfig, f"Of the stream: `--set data.NAME=VALUE`. {shared}")
     parts += _settings("course", CourseConfig, f"Of the run: `--set course.NAME=VALUE`. {shared}")

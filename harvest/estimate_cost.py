@@ -36,7 +36,7 @@ from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
 from .shards import Harvester, harvest_shards
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
-from .tokenise_corpus import BYTES_PER_TOKEN, spool_folder
+from .tokenise_and_pack import BYTES_PER_TOKEN, spool_folder
 
 TIMED_BATCHES = 3
 RESERVE_BYTES = 64 * 2**20  # beside the arrays: records, index and the file system's own

@@ -20,7 +20,7 @@ from saemill.evaluate import evals
 from saemill.evaluate.run.command import make_configs
 from saemill.harvest.cli import make_config
 from saemill.train.config.parse_settings import parse_grid, parse_settings
-from saemill.train.kit import registry
+from saemill.train.kit import variant_registry
 from saemill.train.train_runs import find_asks
 
 ROOT = Path(__file__).parent.parent
@@ -153,7 +153,7 @@ def test_every_link_leads_to_a_page_a_heading_or_a_file():
 def test_the_site_has_every_setting_and_its_links_lead_to_files(tmp_path):
     BUILD.main(str(tmp_path))
     variants = (tmp_path / "docs/settings_variants.html").read_text()
-    assert all(f'<h2 id="{name}">' in variants for name in registry.names())
+    assert all(f'<h2 id="{name}">' in variants for name in variant_registry.names())
     assert "Peak learning rate" in variants
     evaluations = (tmp_path / "docs/settings_evaluations.html").read_text()
     assert all(f'<h2 id="{name}">' in evaluations for name in evals.names())

@@ -39,7 +39,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "__init__ errors",
         "pack_windows network pocket progress",
         "corpus model sparsify_attention stats",
-        "capture config tokenise_corpus",
+        "capture config tokenise_and_pack",
         "process store_plan shards",
         "create_or_resume_store estimate_cost",
         "run",

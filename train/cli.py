@@ -15,7 +15,7 @@ from ..cache_schema.in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
 from .cli_support import tell_errors
-from .kit.registry import names
+from .kit.variant_registry import names
 from .study_recipes import studies
 
 if TYPE_CHECKING:

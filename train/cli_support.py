@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from ..cache_schema import StoreError
 from ..cache_schema.cli import tell_files
 from .errors import RunInterrupted, TrainError
-from .kit.registry import names
+from .kit.variant_registry import names
 from .run.folder import RUNS, run_names
 from .study_recipes import runs_of, studies
 

@@ -16,7 +16,7 @@ from .config.parse_settings import parse_grid, parse_settings
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume_command
-from .kit.registry import names
+from .kit.variant_registry import names
 from .parallel.processes import SOLO, join
 from .run.checkpoint_times import catch_signals
 from .run.find_sae import find_sae

@@ -25,7 +25,7 @@ from records import record
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.kernels.hardware import has_triton
 from saemill.train.sae.kernels.sparse_support import support_from_topk
 from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products

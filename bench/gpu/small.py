@@ -287,12 +287,12 @@ def main() -> None:
     from saemill.harvest import run as harvest_run  # noqa: F401
     from saemill.harvest.cli import main as sae_harvest
     from saemill.train.cli import main as sae_train
-    from saemill.train.kit import registry
+    from saemill.train.kit import variant_registry
 
     first = list(dict.fromkeys((*ON_BOTH, *EVALUATED)))
-    others = [name for name in sorted(registry.names()) if name not in first]
-    for name in registry.names():
-        registry.module(name)
+    others = [name for name in sorted(variant_registry.names()) if name not in first]
+    for name in variant_registry.names():
+        variant_registry.module(name)
     if asked.job is None:
         jobs.keep("imports", "ok", time.monotonic() - start, f"torch {torch.__version__}")
         on_device = Job("device in a fork", 40, lambda: print(torch.zeros(1, device=device).add(1)))

@@ -30,7 +30,7 @@ from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 
 PENALTY = ("standard", "gated", "p_anneal")
 

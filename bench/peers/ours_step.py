@@ -18,7 +18,7 @@ from stepping import LONG, Settings, Step, serve_steps, sparse_bias, split_pairs
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.gates import JumpRelu
 from saemill.train.sae.kernels.hardware import has_triton
 

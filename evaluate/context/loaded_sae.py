@@ -18,7 +18,7 @@ from torch import Tensor
 from ...cache_schema.sites import RESID, Site
 from ...cache_schema.strict_json import from_json
 from ...train.disk.sae_folder import NORM_BOUNDS
-from ...train.kit import registry
+from ...train.kit import variant_registry
 from ...train.run.init_from_trained_sae import source_of
 from ...train.sae.kernels.bfloat16_then_float32 import Affine
 from ...train.sae.model import SparseAutoencoder
@@ -90,7 +90,7 @@ class LoadedSae:
         if "attention" not in self.needs:
             return ()
         settings = self.metadata["training_architecture_details"]
-        return from_json(registry.config_type(self.variant), settings).needs().attention_layers
+        return from_json(variant_registry.config_type(self.variant), settings).needs().attention_layers
 
     @property
     def is_single_layer(self) -> bool:

@@ -2,7 +2,7 @@
 
 The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on 113 binary data sets:
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
-2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`regression_of_sae_probes`).
+2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`sae_probes_regression`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
 Every draw is seeded for itself, so that neither SAEs nor values of k bear on one another. A prompt
 that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.

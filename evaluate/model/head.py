@@ -18,7 +18,7 @@ from torch.nn import functional
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ...harvest.model.load_and_truncate import find_weights, read_facts
-from ...harvest.model.products import matmul
+from ...harvest.model.products_in_16_bits import matmul
 from ..errors import ModelMissing
 from .smaller_pieces import NO_ROOM, is_out_of_memory
 

@@ -26,7 +26,7 @@ from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.hooks import kept, tapped
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, read_facts, without_report
-from ...harvest.model.products import widen_products
+from ...harvest.model.products_in_16_bits import widen_products
 from ...harvest.model.tokenizer import TextEncoder, load_tokenizer, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
 from .smaller_pieces import is_out_of_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.run.folder import RunFolder
-from ..context.results import Row
+from ..context.result_files import Row
 
 Say = Callable[[str], None]
 Documents = Mapping[Path, Mapping[str, Any]]

@@ -27,7 +27,7 @@ from ...train.errors import RunInterrupted, TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae, layers_of
-from ..context.results import Row
+from ..context.result_files import Row
 from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
 from ..evals.browser.write_pages import LATENT_BYTES
 from ..evals.browser.write_pages import NAME as BROWSER

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ...cache_schema.strict_json import nearest
 from ..errors import HookMissing, UnsupportedArchitecture
-from .products import linear
+from .products_in_16_bits import linear
 
 LAYERS, INPUT_NORM = "layers", "input_layernorm"
 

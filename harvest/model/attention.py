@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .products import matmul
+from .products_in_16_bits import matmul
 
 ATTENTION = "saemill"
 

@@ -30,7 +30,7 @@ from ..errors import (
 )
 from .architectures import architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
-from .products import widen_products
+from .products_in_16_bits import widen_products
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

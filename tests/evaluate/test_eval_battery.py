@@ -25,7 +25,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid, SettingInvalid
 from saemill.evaluate.evals.contract import Evaluation
 from saemill.evaluate.evals.probing import stdlib_tasks
-from saemill.evaluate.evals.unlearning import material
+from saemill.evaluate.evals.unlearning import texts_and_exams
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.run.run_evals import run_evals
 from saemill.harvest.pocket import MODEL_FOLDER
@@ -82,8 +82,8 @@ def pocket():
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch):
-    monkeypatch.setattr(material, "TEXT_ROWS", 12)
-    monkeypatch.setattr(material, "EXAM_ROWS", 6)
+    monkeypatch.setattr(texts_and_exams, "TEXT_ROWS", 12)
+    monkeypatch.setattr(texts_and_exams, "EXAM_ROWS", 6)
     monkeypatch.setattr(stdlib_tasks, "BINARY_ROWS", 140)
 
 

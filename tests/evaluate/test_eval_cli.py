@@ -24,7 +24,7 @@ from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
-from saemill.evaluate.context.results import Row, result_path, sae_config
+from saemill.evaluate.context.result_files import Row, result_path, sae_config
 from saemill.evaluate.errors import Incomparable, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core

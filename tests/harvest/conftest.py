@@ -27,7 +27,7 @@ from saemill.cache_schema.verify_and_repair import digest, verify_shards
 from saemill.harvest import run
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.source import DatasetOptions
-from saemill.harvest.model.products import is_widened
+from saemill.harvest.model.products_in_16_bits import is_widened
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 

@@ -23,7 +23,7 @@ from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import HookMissing, LayerOutOfRange, NonFiniteResidual, SettingInvalid
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.load_and_truncate import Wanted, truncate
-from saemill.harvest.model.products import linear
+from saemill.harvest.model.products_in_16_bits import linear
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import reharvest
 

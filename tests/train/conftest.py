@@ -27,7 +27,7 @@ from saemill.train.data.batch import AttentionRows, Batch, Needs
 from saemill.train.disk.sae_folder import CONFIG, WEIGHTS
 from saemill.train.engine.step import Report, Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
 from saemill.train.parallel.ranks import ALONE
 from saemill.train.sae.gates import AbsTopK

@@ -18,7 +18,7 @@ from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest, to_json
 from ..data.batch import Needs
 from ..errors import ConfigInvalid, name_sae
-from ..kit import registry
+from ..kit import variant_registry
 from ..kit.check_settings import require, require_bounds, require_least
 from ..kit.contract import Variant
 from .parse_settings import split_key, with_settings
@@ -109,7 +109,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
         if outside:
             raise ConfigInvalid(f"{where}: expected labels of SAEs that are names of folders, found {outside[0]!r}")
         members = [
-            Member(label, sae["variant"], from_json(registry.config_type(sae["variant"]), sae["config"], label))
+            Member(label, sae["variant"], from_json(variant_registry.config_type(sae["variant"]), sae["config"], label))
             for label, sae in raw["saes"].items()
         ]
         return RunConfig(
@@ -145,7 +145,7 @@ class Ask:
     ) -> Ask:
         """Variants at their defaults, each once."""
         for name in names:
-            registry.module(name)  # an unknown name is the first error
+            variant_registry.module(name)  # an unknown name is the first error
         return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings or {}, grid)
 
     def stream(self, defaults: DataConfig) -> DataConfig:
@@ -202,7 +202,7 @@ class Ask:
         for (one, point, first), (other, there, second) in itertools.combinations(made, 2):
             if point != there or first.config != second.config:
                 continue
-            known = _keys(registry.config_type(one.variant)())
+            known = _keys(variant_registry.config_type(one.variant)())
             asked = _own({**self.settings, **point}, one.variant, known)
             over = [key for key in asked if one.settings.get(key) != other.settings.get(key)]
             if over:
@@ -227,7 +227,7 @@ class Ask:
                 )
 
     def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, held: Held) -> Member:
-        config = registry.config_type(sae.variant)()
+        config = variant_registry.config_type(sae.variant)()
         known = _keys(config)
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
@@ -249,7 +249,7 @@ class Ask:
     def _require_known(self, keys: Iterable[str]) -> None:
         """Refuse a key that no SAE of the run has."""
         names = dict.fromkeys(sae.variant for sae in self.saes)
-        by_variant = {name: list(flatten(to_json(registry.config_type(name)()))) for name in names}
+        by_variant = {name: list(flatten(to_json(variant_registry.config_type(name)()))) for name in names}
         everything = {key for keys in by_variant.values() for key in keys}
         for key in keys:
             head, rest = split_key(key)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from ...cache_schema.sites import RESID
 from ..errors import ConfigInvalid
-from ..kit import registry
+from ..kit import variant_registry
 from ..kit.wrapping import Wrapping
 from .recipe import Recipe
 from .run_config import Limits, Member, smaller_defaults
@@ -49,7 +49,7 @@ def _is_compared_with(member: Member, recipe: Recipe) -> bool:
 
 
 def _frozen(member: Member) -> Iterator[Member]:
-    config_type: Any = registry.config_type(FROZEN)
+    config_type: Any = variant_registry.config_type(FROZEN)
     known = {field.name for field in dataclasses.fields(config_type)} - {"base", "part", "cosine"}
     config: Any = member.config
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -57,7 +57,7 @@ def _frozen(member: Member) -> Iterator[Member]:
     base = values.get("base", member.variant)
     if "base" not in values:  # what a variant on a base has besides is what is compared
         _require_kept(member, values, settings)
-    for part in get_args(registry.module(FROZEN).Part):
+    for part in get_args(variant_registry.module(FROZEN).Part):
         yield Member(f"{member.label}_frozen_{part}", FROZEN, config_type(base=base, part=part, **settings))
 
 
@@ -74,13 +74,13 @@ def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, 
 
 def _components(member: Member, limits: Limits) -> Iterator[Member]:
     config = member.config
-    base: Any = registry.config_type(config.base)() if isinstance(config, Wrapping) else config
+    base: Any = variant_registry.config_type(config.base)() if isinstance(config, Wrapping) else config
     base = dataclasses.replace(base, **smaller_defaults(base, limits(config)))  # as a base is built
     found = (getattr(one, name, None) for one in (config, base) for name in ("k", "target_l0"))
     wanted, layer = next((number for number in found if number), None), getattr(config, "layer", None)
     if wanted is None or layer is None:  # a penalty fixes no number
         return
-    config_type: Any = registry.config_type(PCA)
+    config_type: Any = variant_registry.config_type(PCA)
     hook = config.needs().hook
     pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))

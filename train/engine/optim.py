@@ -1,8 +1,8 @@
 """Adam with its settings, its state as plain named tensors.
 
-One fused call updates all parameters, except tables that a GPU's kernel updates one row at a time. The step
-count, the two moments and nothing else is state, so a checkpoint is a flat dictionary of tensors and a resumed
-run goes on to the same bits.
+One fused call updates all parameters, except tables that a GPU's kernel updates one row at a time, which keeps rows of
+length one as well; elsewhere `UnitDecoder` (`terms/constraints.py`) does that. The step count, the two moments and
+nothing else is state, so a checkpoint is a flat dictionary of tensors and a resumed run goes on to the same bits.
 """
 
 from __future__ import annotations

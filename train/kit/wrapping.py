@@ -17,7 +17,7 @@ from ..data.scaling import Stats
 from ..engine.optim import Optim
 from ..engine.terms_and_constraints import Assembly
 from ..sae.kernels.linear import Product
-from . import registry
+from . import variant_registry
 from .check_settings import require
 from .contract import Variant, most_active
 
@@ -49,7 +49,7 @@ class Wrapping(Variant):
         return _base_config(self, None).step_tables() + self.own_tables
 
     def dead_part(self) -> int:
-        return registry.config_type(self.base)().dead_part()
+        return variant_registry.config_type(self.base)().dead_part()
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def base_needs(config: Wrapping) -> Needs:
 
 
 def _base_config(config: Wrapping, d_model: int | None) -> Variant:
-    cls: Any = registry.config_type(config.base)
+    cls: Any = variant_registry.config_type(config.base)
     known = {field.name for field in dataclasses.fields(cls)}
     require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}

@@ -15,7 +15,7 @@ from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
 from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
 from ..errors import RunMissing, SaeInvalid, resume_command
-from ..kit import registry
+from ..kit import variant_registry
 from ..sae.model import SparseAutoencoder
 from .folder import is_run, places_of, run_names
 
@@ -45,7 +45,7 @@ def read_folder(folder: Path) -> SparseAutoencoder:
 def rebuild(variant: str, settings: Mapping[str, Any], d_in: int, d_out: int) -> SparseAutoencoder:
     """The module that a variant builds, as it is before training."""
     try:
-        config = from_json(registry.config_type(variant), dict(settings), variant)
+        config = from_json(variant_registry.config_type(variant), dict(settings), variant)
     except StrictError as error:
         raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
     needs = config.needs()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .kernels.codes import Codes
 from .kernels.select_latents import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.sparse_support import Support, support_from_flat
-from .kernels.straight_through import heaviside_ste, jump_ste
+from .kernels.threshold_gradients import heaviside_ste, jump_ste
 from .side_inputs import Side
 from .split_top_k import split_batch, split_topk
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.guided import Guided, build_guided, request_guided
+from ..kit.attention_guided import Guided, build_guided, request_guided
 
 
 @dataclass(frozen=True)

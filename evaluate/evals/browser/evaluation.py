@@ -40,7 +40,7 @@ from .firing_counts import lower_edges
 from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
-from .reading import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
+from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
 from .write_pages import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...context.results import INTERVALS
+from ...context.result_files import INTERVALS
 from ...context.usable_saes import model_name_of
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

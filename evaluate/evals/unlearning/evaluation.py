@@ -20,9 +20,9 @@ from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
-from .material import Material, load_topic, load_wmdp
-from .passes import SharedPasses, remembered_questions
+from .model_passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
+from .texts_and_exams import Material, load_topic, load_wmdp
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.model.tokenizer import TextEncoder
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 
 
 class Numbers:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate import evals
-from saemill.evaluate.context.results import heading
+from saemill.evaluate.context.result_files import heading
 from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.report import numbers
 from saemill.evaluate.output.report.markup import Html, element, text

@@ -14,7 +14,7 @@ from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.attention.attention_links import LinkKind
 from saemill.train.sae.attention.encoder import AttendedSae

@@ -13,7 +13,7 @@ from torch.nn import functional
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.attention.reading import mixing_of
 

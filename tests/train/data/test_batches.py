@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from saemill.cache_schema import RequestInvalid, Store, to_float32
 from saemill.train.data.batch import Needs
-from saemill.train.data.batches import Batches
+from saemill.train.data.batches_for_others import Batches
 from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.training_stream import Feed

@@ -16,7 +16,7 @@ from saemill.train.disk.formats import circuit_tracer
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.export import export_set, main
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.run.find_sae import read_folder
 
 D, F, L = 6, 20, 3

@@ -17,7 +17,7 @@ from saemill.train.disk.plain_form import begin_as
 from saemill.train.disk.sae_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load_plain_sae, read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
-from saemill.train.kit.registry import names
+from saemill.train.kit.variant_registry import names
 from saemill.train.run.find_sae import rebuild
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE, Side

@@ -11,7 +11,7 @@ from saemill.train.engine import step
 from saemill.train.engine.optim import Adam, Optim
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 

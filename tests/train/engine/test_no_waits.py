@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import names
+from saemill.train.kit.variant_registry import names
 from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.kernels import hardware
 

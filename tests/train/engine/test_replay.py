@@ -21,7 +21,7 @@ from saemill.train.engine.schedules import Constant
 from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Term
 from saemill.train.errors import NonFiniteLoss
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae import gates
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.kernels.sparse_support import Support

@@ -11,7 +11,7 @@ import torch
 from saemill.train.engine.optim import Optim
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import wrapping
-from saemill.train.kit.registry import config_type, names
+from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.kit.wrapping import base_needs, build_base
 from saemill.train.sae.gates import TopK
 from saemill.train.sae.kernels.codes import Codes

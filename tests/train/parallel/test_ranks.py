@@ -8,7 +8,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, StoppedElsewhere
-from saemill.train.kit.registry import config_type, names
+from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.parallel import ranks as ranks_module
 from saemill.train.parallel.processes import Group, all_or_none
 from saemill.train.parallel.ranks import share_batch

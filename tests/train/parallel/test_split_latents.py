@@ -11,7 +11,7 @@ from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.parallel.split_latents import SomeLatents
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.split_top_k import first_of_equals, split_batch, split_topk

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from saemill.cache_schema import to_float32
 from saemill.train import load_sae
 from saemill.train.cli import main
-from saemill.train.kit.registry import config_type, names
+from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.sae.side_inputs import Side
 
 

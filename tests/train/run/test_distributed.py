@@ -42,16 +42,16 @@ def launch(spawn, words, codes=(0, 0), **options):
 
 
 TWICE = """
-from saemill.train import start_runs
+from saemill.train import train_runs
 from saemill.train.cli import main
 
-train_all = start_runs.train_all
+train_all = train_runs.train_all
 
 def twice(words, process):
     yield from train_all({**words, "name": "two"}, process)
     yield from train_all({**words, "name": "split", "set": (*words["set"], "course.shard_width=true")}, process)
 
-start_runs.train_all = twice
+train_runs.train_all = twice
 main()
 """
 
@@ -99,7 +99,7 @@ from saemill.train.data.batch import Batch
 from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.parallel.processes import Processes
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.disk.plain_form import begin_as
 
 dist.init_process_group("gloo")

@@ -10,7 +10,7 @@ from saemill.cache_schema import Store
 from saemill.train import load_sae
 from saemill.train.data.scaling import unit_stats
 from saemill.train.data.training_stream import held_out
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.side_inputs import Side
 
 GUIDED = ["--variant", "hierarchical", "--set", "offsets=[0,1]", "--width", "32", "--tokens", "1280"]

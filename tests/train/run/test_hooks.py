@@ -19,7 +19,7 @@ from saemill.train import load_sae
 from saemill.train.disk.sae_folder import is_of_one_place, read_config
 from saemill.train.errors import StateInvalid
 from saemill.train.export import main as sae_export
-from saemill.train.kit import registry
+from saemill.train.kit import variant_registry
 
 from ...write_shards import write_shards
 
@@ -101,7 +101,7 @@ def test_a_transcoder_finds_the_planted_map(planted, sae_train, tmp_path):
 
 
 def test_a_variant_of_one_layer_trains_on_any_hook(planted, sae_train, tmp_path):
-    assert replace(registry.config_type("attention")(base="topk"), hook="mlp_out").needs().hook == "mlp_out"
+    assert replace(variant_registry.config_type("attention")(base="topk"), hook="mlp_out").needs().hook == "mlp_out"
     sizes = ["--set", "width=48", "--set", "k=2", "--epochs", 12, "--set", "optim.lr=0.01"]
     sae_train("--variant", "topk", "--set", "hook=mlp_out", *sizes, "--cache", planted[0], *WORDS)
     folder = tmp_path / "runs/run_1/topk"
@@ -156,7 +156,7 @@ def test_all_hooks_that_are_missing_come_in_one_message(written, sae_train):
 
 
 def test_old_settings_of_a_transcoder_mean_what_they_meant():
-    config = registry.config_type("transcoder")
+    config = variant_registry.config_type("transcoder")
     needs = config().needs()
     assert (needs.inputs, needs.targets, needs.layers) == ((19,), (20,), (19, 20))
     assert config(layer=3, to_layer=4).needs().layers == (3, 4)

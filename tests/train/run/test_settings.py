@@ -8,7 +8,7 @@ from saemill.train.config.parse_settings import parse_grid, parse_settings, pars
 from saemill.train.config.recipe import Sae
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.errors import ConfigInvalid
-from saemill.train.kit import registry
+from saemill.train.kit import variant_registry
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_limits_bound_defaults_and_not_wishes():
     (member,) = members(["k=50"], "topk", limits={"k": 8, "width": 256})
     assert (member.config.k, member.config.width) == (50, 256)
     (member,) = members([], "topk", limits={"k": 10**9})
-    assert member.config.k == registry.config_type("topk")().k
+    assert member.config.k == variant_registry.config_type("topk")().k
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_two_saes_of_one_label_are_refused():
         Ask((Sae("one", "topk"), Sae("one", "standard"))).members(lambda _: {})
 
 
-@pytest.mark.parametrize("variant", registry.names())
+@pytest.mark.parametrize("variant", variant_registry.names())
 def test_every_variants_run_is_written_and_read(variant):
     """Found by the folder: the record survives JSON."""
     config = RunConfig(DataConfig(), CourseConfig(), members([], variant, grid=["seed=0,1"]))

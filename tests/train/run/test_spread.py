@@ -6,7 +6,7 @@ import pytest
 
 from saemill.train.config.run_config import Member
 from saemill.train.errors import ConfigInvalid
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.parallel.processes import require_own_devices
 from saemill.train.run.start_or_resume import deal_members, members_of
 

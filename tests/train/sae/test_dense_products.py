@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.kernels import linear as products
 from saemill.train.sae.kernels.linear import multiply, product_on
 from saemill.train.sae.side_inputs import NO_SIDE

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saemill.train.kit.registry import config_type, names
+from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.sae import gates
 from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import AbsTopK, JumpRelu, Relu, TopK

@@ -17,7 +17,7 @@ from saemill.train.disk.sae_folder import read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
-from saemill.train.kit.registry import config_type, names
+from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.run.find_sae import rebuild
 from saemill.train.sae.kernels import linear
 from saemill.train.sae.side_inputs import Side

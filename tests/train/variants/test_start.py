@@ -12,7 +12,7 @@ from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
 from saemill.train.engine.fitted_start import fit_start
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.registry import names
+from saemill.train.kit.variant_registry import names
 from saemill.train.parallel.ranks import ALONE
 from saemill.train.study_recipes import runs_of, studies
 

@@ -10,7 +10,7 @@ import torch
 
 from saemill.train import variants
 from saemill.train.errors import ConfigInvalid
-from saemill.train.kit import registry
+from saemill.train.kit import variant_registry
 from saemill.train.sae.side_inputs import NO_SIDE
 
 from . import test_battery
@@ -28,10 +28,10 @@ def add_variant(tmp_path, monkeypatch):
 
     def add(code: str) -> None:
         (tmp_path / f"{NAME}.py").write_text(code)
-        monkeypatch.delitem(sys.modules, f"{registry.PACKAGE}.{NAME}", raising=False)
+        monkeypatch.delitem(sys.modules, f"{variant_registry.PACKAGE}.{NAME}", raising=False)
 
     yield add
-    sys.modules.pop(f"{registry.PACKAGE}.{NAME}", None)
+    sys.modules.pop(f"{variant_registry.PACKAGE}.{NAME}", None)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def add_variant(tmp_path, monkeypatch):
 )
 def test_the_template_passes_the_battery(check, file, add_variant, template, request):
     add_variant(template(f"train/variants/{file}.py"))
-    assert NAME in registry.names()
+    assert NAME in variant_registry.names()
     others = [name for name in inspect.signature(CHECKS[check]).parameters if name != "variant"]
     CHECKS[check](variant=NAME, **{name: request.getfixturevalue(name) for name in others})
 
@@ -54,7 +54,7 @@ def test_the_template_can_be_wrapped(add_variant, template, battery):
 def test_the_template_of_a_gate_keeps_the_largest_of_each_group(add_variant, template):
     """Seven latents of three groups, 0 3 6, 1 4 and 2 5; nothing of the last is above zero."""
     add_variant(template("train/variants/one_of_each.py"))
-    gate = registry.module(NAME).OneOfEach(3)
+    gate = variant_registry.module(NAME).OneOfEach(3)
     pre = torch.tensor([[1.0, 2.0, -1.0, 3.0, 1.0, -2.0, 4.0]])
     assert gate.infer(pre, torch.zeros(7)).tolist() == [[0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 4.0]]
     assert sorted(gate.choose(pre, NO_SIDE).latents.tolist()) == [1, 2, 6]
@@ -63,4 +63,4 @@ def test_the_template_of_a_gate_keeps_the_largest_of_each_group(add_variant, tem
 def test_a_file_without_a_config_is_named(add_variant):
     add_variant("class Config: pass\n")
     with pytest.raises(ConfigInvalid, match=rf"{NAME}\.py: expected a class Config that extends Variant"):
-        registry.config_type(NAME)
+        variant_registry.config_type(NAME)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
-from saemill.evaluate.evals.browser import evaluation, reading, top_firings, write_pages
+from saemill.evaluate.evals.browser import evaluation, read_and_encode, top_firings, write_pages
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.run.find_saes import find_subjects
 from saemill.train.run.init_from_trained_sae import source_of
@@ -37,7 +37,7 @@ class Bench:
         self.run, self._open, self._world, self._patch = run, open_context, world, monkeypatch
         self._encoded, self.said, self._stop = [], [], None
         self._number: dict[int, int] = {}  # of each batch of a build
-        encode, read = reading.encode_codes, reading.read_windows
+        encode, read = read_and_encode.encode_codes, read_and_encode.read_windows
 
         def count(subject, batch):
             if self._stop and self._stop[:2] == (self._number[id(batch)], subject.label):
@@ -51,8 +51,8 @@ class Bench:
                 self._held.append(batch)
                 yield batch
 
-        monkeypatch.setattr(reading, "encode_codes", count)
-        monkeypatch.setattr(reading, "read_windows", numbered)
+        monkeypatch.setattr(read_and_encode, "encode_codes", count)
+        monkeypatch.setattr(read_and_encode, "read_windows", numbered)
 
     @property
     def encoded(self) -> int:
@@ -63,7 +63,7 @@ class Bench:
         """What a build, saved behind every batch, says of its SAEs."""
         home = home or self.run
         self._encoded, self.said, self._number, self._held = [], [], {}, []
-        self._patch.setattr(reading, "EVERY", every)
+        self._patch.setattr(read_and_encode, "EVERY", every)
         context = self._open(self._world, **settings)
         self._patch.setattr(context.watch, "say", self.said.append)
         subjects = [one for one in find_subjects([str(home)], home.parent) if one.label in labels]
@@ -94,9 +94,9 @@ def bench(world, builder, open_context, monkeypatch):
     """A run of two SAEs, one sparse, read by two workers; files and what waits are so short that all are met."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    monkeypatch.setattr(reading, "SHARE", 0)
-    monkeypatch.setattr(reading, "TEXT_TOKENS", 5 * builder.CONTEXT)
-    monkeypatch.setattr(reading, "ATTENTION_TOKENS", 4 * builder.CONTEXT)
+    monkeypatch.setattr(read_and_encode, "SHARE", 0)
+    monkeypatch.setattr(read_and_encode, "TEXT_TOKENS", 5 * builder.CONTEXT)
+    monkeypatch.setattr(read_and_encode, "ATTENTION_TOKENS", 4 * builder.CONTEXT)
     monkeypatch.setattr(top_firings, "WAITING", 40)
     run = builder.run(world, "run_1", {"a": builder.make_sae(k=4, seed=1), "b": builder.make_sae(k=None, seed=2)})
     yield Bench(run, open_context, world, monkeypatch)
@@ -132,7 +132,7 @@ def test_killed_on_the_way_it_goes_on_to_the_same_bytes(bench, tmp_path, monkeyp
     def keep_what_lies_there(moment: str) -> None:
         shutil.copytree(home, tmp_path / "killed" / moment / home.name)
 
-    write, rename, save = Path.write_text, Path.rename, reading.save_checkpoint
+    write, rename, save = Path.write_text, Path.rename, read_and_encode.save_checkpoint
 
     def watched_write(path, text, **words):
         moment = str(path.relative_to(home / ".browser.making" / "browser"))
@@ -157,7 +157,7 @@ def test_killed_on_the_way_it_goes_on_to_the_same_bytes(bench, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", watched_write)
         patch.setattr(Path, "rename", watched_rename)
-        patch.setattr(reading, "save_checkpoint", watched_save)
+        patch.setattr(read_and_encode, "save_checkpoint", watched_save)
         assert bench.build(config=config) == results and taken(home) == whole
     for moment, batches in KILLED.items():
         killed = tmp_path / "killed" / moment / home.name
@@ -275,7 +275,7 @@ def test_what_is_refused_for_want_of_room_costs_no_save(bench, monkeypatch):
 
 def let_saves_fail(monkeypatch, *numbers: int) -> None:
     """Those of these numbers, when the disk has taken a part of them."""
-    made, save = itertools.count(1), reading.save_checkpoint
+    made, save = itertools.count(1), read_and_encode.save_checkpoint
 
     def full(path, *args):
         if next(made) not in numbers:
@@ -283,7 +283,7 @@ def let_saves_fail(monkeypatch, *numbers: int) -> None:
         (path / ".step_000000099.tmp").mkdir(parents=True)
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(reading, "save_checkpoint", full)
+    monkeypatch.setattr(read_and_encode, "save_checkpoint", full)
 
 
 def test_a_disk_that_takes_no_saves_may_take_the_browser(bench, monkeypatch):
@@ -344,9 +344,9 @@ def test_a_store_that_goes_away_is_named_as_it_is(bench):
 def test_saving_takes_a_small_share_of_the_time(bench, monkeypatch, seconds, saves):
     """By a clock on which each batch takes half a minute and each save so many seconds."""
     clock, saved = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(reading, "SHARE", 20)
-    meet = reading.Vocabulary.meet
+    monkeypatch.setattr(read_and_encode, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(read_and_encode, "SHARE", 20)
+    meet = read_and_encode.Vocabulary.meet
 
     def slow_meet(words, ids):  # once for each batch, before it may be saved
         clock.now += 30
@@ -356,8 +356,8 @@ def test_saving_takes_a_small_share_of_the_time(bench, monkeypatch, seconds, sav
         clock.now += seconds
         saved.append(clock.now)
 
-    monkeypatch.setattr(reading.Vocabulary, "meet", slow_meet)
-    monkeypatch.setattr(reading, "save_checkpoint", slow_save)
+    monkeypatch.setattr(read_and_encode.Vocabulary, "meet", slow_meet)
+    monkeypatch.setattr(read_and_encode, "save_checkpoint", slow_save)
     bench.build(every=30)
     assert len(saved) == saves
 

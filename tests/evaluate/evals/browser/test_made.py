@@ -25,13 +25,13 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, firing_counts, latents, reading, top_firings, write_pages
+from saemill.evaluate.evals.browser import evaluation, firing_counts, latents, read_and_encode, top_firings, write_pages
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.for_report import pattern
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.overview import refresh
-from saemill.evaluate.evals.browser.reading import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
+from saemill.evaluate.evals.browser.read_and_encode import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
 from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
@@ -274,7 +274,9 @@ def firings_of(entries) -> Firings:
 def test_every_worker_works_on_the_device_that_was_asked_for(monkeypatch):
     """A thread has a GPU of its own, which is the first where nobody says another."""
     taken = []
-    monkeypatch.setattr(reading, "take_device", lambda device: taken.append((device, threading.current_thread().name)))
+    monkeypatch.setattr(
+        read_and_encode, "take_device", lambda device: taken.append((device, threading.current_thread().name))
+    )
     with side_by_side(torch.device("cpu"), []) as (_, pool):
         names = {pool.submit(lambda: threading.current_thread().name).result()}
     assert ("cpu", names) == (taken[0][0].type, {name for _, name in taken})

@@ -17,7 +17,7 @@ from saemill.evaluate.evals.unlearning.exams import (
     most_likely,
     next_token_sheets,
 )
-from saemill.evaluate.evals.unlearning.material import joined_rows, sampled_texts, shuffled_rows
+from saemill.evaluate.evals.unlearning.texts_and_exams import joined_rows, sampled_texts, shuffled_rows
 
 QUESTION = Question("human aging", "How old?", ("one", "two", "three", "four"), answer=2)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.evaluate.evals.unlearning.passes import FiringCounts
+from saemill.evaluate.evals.unlearning.model_passes import FiringCounts
 from saemill.evaluate.evals.unlearning.sweep import (
     Outcome,
     Setting,

@@ -12,15 +12,14 @@ import torch
 
 from saemill.evaluate.context import evaluation_data_sets
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.results import Failure
+from saemill.evaluate.context.result_files import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.evals.unlearning import material as material_file
-from saemill.evaluate.evals.unlearning import passes
+from saemill.evaluate.evals.unlearning import model_passes, texts_and_exams
 from saemill.evaluate.evals.unlearning.exams import ChoicePaper, Question, TextPaper
-from saemill.evaluate.evals.unlearning.material import Material
-from saemill.evaluate.evals.unlearning.passes import known_questions, remembered_questions
+from saemill.evaluate.evals.unlearning.model_passes import known_questions, remembered_questions
 from saemill.evaluate.evals.unlearning.sweep import Sweep
+from saemill.evaluate.evals.unlearning.texts_and_exams import Material
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -168,7 +167,7 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     paper = ChoicePaper("quiz", QUESTIONS, model, batch_size=5)
     assert known_questions(model, paper) == [0, 2]  # "bias" is right with the choices as they are written, but by luck
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
-    monkeypatch.setattr(passes, "known_questions", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(model_passes, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
 
@@ -191,21 +190,21 @@ def test_what_is_asked_otherwise_is_asked_again(tmp_path, change):
 
 def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
     with pytest.raises(DataMissing, match="bio-forget-corpus.jsonl by the form"):
-        material_file.read_corpus(tmp_path / "nowhere.jsonl")
+        texts_and_exams.read_corpus(tmp_path / "nowhere.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"no": 1}\n')
     with pytest.raises(DataMissing, match="expected a JSON object with 'text'"):
-        material_file.read_corpus(tmp_path / "bad.jsonl")
+        texts_and_exams.read_corpus(tmp_path / "bad.jsonl")
     words = "long \u2028\x85" * 20  # which end a line of text, and none of JSON
     (tmp_path / "good.jsonl").write_text(f'{{"text": "{words}"}}\r\n\n{{"text": "short"}}\n', encoding="utf-8")
-    assert material_file.read_corpus(tmp_path / "good.jsonl") == [words]
+    assert texts_and_exams.read_corpus(tmp_path / "good.jsonl") == [words]
 
 
 @pytest.mark.parametrize("text", ["", '{"text": "short"}\n'])
 def test_a_forget_corpus_without_a_long_text_is_refused_before_the_model_is_loaded(text, tmp_path, monkeypatch):
     corpus, asked = tmp_path / "empty.jsonl", []
     corpus.write_text(text)
-    monkeypatch.setattr(material_file, "load_rows", lambda *words: asked.append(words) or [])
-    monkeypatch.setattr(material_file, "load_instructed", lambda *words: asked.append(words))
+    monkeypatch.setattr(texts_and_exams, "load_rows", lambda *words: asked.append(words) or [])
+    monkeypatch.setattr(texts_and_exams, "load_instructed", lambda *words: asked.append(words))
     config = unlearning.Config(data="wmdp", forget_corpus=str(corpus))
     with pytest.raises(DataMissing, match="more than 50 characters, found .* none so long: .*forget_corpus=FILE"):
         unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
@@ -220,7 +219,7 @@ def test_a_forget_corpus_at_a_home_that_nobody_has_is_not_there():
 
 def test_a_base_model_is_not_asked_questions(context):
     with pytest.raises(NotApplicable, match="not an instruction-tuned Gemma"):
-        material_file.load_instructed(context, "google/gemma-2-2b")
+        texts_and_exams.load_instructed(context, "google/gemma-2-2b")
 
 
 def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPatch):
@@ -240,8 +239,8 @@ def test_questions_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch):
         return [{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}]
 
     loader: Callable[..., object] = rows_of
-    monkeypatch.setattr(material_file, "load_rows", loader)
-    (bio,), (aging,) = material_file.read_questions("wmdp-bio"), material_file.read_questions("human_aging")
+    monkeypatch.setattr(texts_and_exams, "load_rows", loader)
+    (bio,), (aging,) = texts_and_exams.read_questions("wmdp-bio"), texts_and_exams.read_questions("human_aging")
     assert (bio.subject, aging.subject) == ("biology", "human aging")
     assert bio.choices[bio.answer] == "d"
     assert asked == [("cais/wmdp", "wmdp-bio", "test"), ("cais/mmlu", "human_aging", "test")]

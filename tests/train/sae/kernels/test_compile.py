@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from saemill.train.sae.kernels.sparse_support import support_from_topk
-from saemill.train.sae.kernels.triton import bag_sums, row_update, exact_top_k
+from saemill.train.sae.kernels.triton import sparse_products, row_update, exact_top_k
 
 SHARED = 99 * 1024  # bytes that a program of any card since 2020 may have
 SPILLED = 64  # bytes of a thread that may be kept in memory for want of registers: a number or two
@@ -82,16 +82,16 @@ support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
 for width in (2304, *((1, 5, 64, 768, 4096, 9216, 16384) if is_long else ())):
     x, W = torch.zeros(2, width), torch.zeros(11, width)
-    bag_sums.bag_sum(W, support.latents, support.offsets, values)
-    bag_sums.pair_dots(W, turned.latents, x, turned.rows, turned.order)
-    bag_sums.segment_sum(values, support.offsets)
+    sparse_products.bag_sum(W, support.latents, support.offsets, values)
+    sparse_products.pair_dots(W, turned.latents, x, turned.rows, turned.order)
+    sparse_products.segment_sum(values, support.offsets)
     moments, copy = (torch.zeros_like(W), torch.zeros_like(W)), torch.zeros_like(W, dtype=torch.bfloat16)
     lr, bias = torch.zeros(2, 4)[1], torch.zeros(2, dtype=torch.float64)
     adam = row_update.AdamStep(lr, bias, 0.9, 0.999, 1e-8, 0.0)
     entries = turned.offsets, turned.latents, turned.rows, values, x
     row_update.update_rows(W, moments, entries, adam, low=copy, unit=True)
     read = x.bfloat16()
-    bag_sums.pair_dots(W, turned.latents, read, turned.rows, turned.order)
+    sparse_products.pair_dots(W, turned.latents, read, turned.rows, turned.order)
     row_update.update_rows(W, moments, (*entries[:4], read), adam, low=copy)
     row_update.update_rows(W, moments, (*entries[:4], read), adam, unit=True)
     row_update.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=copy, unit=width == 2304)

@@ -13,9 +13,9 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.evals.unlearning import material
-from saemill.evaluate.evals.unlearning.material import EXAM_ROWS, load_topic, make_material
+from saemill.evaluate.evals.unlearning import texts_and_exams
 from saemill.evaluate.evals.unlearning.sweep import Sweep
+from saemill.evaluate.evals.unlearning.texts_and_exams import EXAM_ROWS, load_topic, make_material
 from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
@@ -89,7 +89,7 @@ def echo(tiny) -> LanguageModel:
 
 
 def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
-    monkeypatch.setattr(material, "stdlib_documents", repetitive_documents)
+    monkeypatch.setattr(texts_and_exams, "stdlib_documents", repetitive_documents)
     context = Context(None, model_name="echo", watch=Watch(is_quiet=True))
     context.use(echo)
     subject = builder.subject(builder.make_sae(k=None))
@@ -115,8 +115,8 @@ def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, m
     def load_rows(name: str, _part: str, _split: str) -> list[dict[str, object]]:
         return [{"text": "plain " * 40}, {"text": "short"}] * 8 if "wikitext" in name else [question] * 3
 
-    monkeypatch.setattr(material, "load_rows", load_rows)
-    monkeypatch.setattr(material, "load_instructed", lambda context, name: tiny)
+    monkeypatch.setattr(texts_and_exams, "load_rows", load_rows)
+    monkeypatch.setattr(texts_and_exams, "load_instructed", lambda context, name: tiny)
     config = unlearning.Config(data="wmdp", forget_corpus=str(corpus), dataset_size=10, seq_len=16)
     made = unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
     assert made.forget_rows.shape == (10, 16)

@@ -9,16 +9,16 @@ import pytest
 
 from saemill import train
 from saemill.train.errors import ConfigInvalid
-from saemill.train.kit import registry
+from saemill.train.kit import variant_registry
 
 
 def test_the_registry_is_the_folder():
     files = {path.stem for path in (Path(train.__path__[0]) / "variants").glob("*.py")} - {"__init__"}
-    assert set(registry.names()) == files
+    assert set(variant_registry.names()) == files
     assert {"standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "p_anneal"} <= files
 
 
-@pytest.mark.parametrize("variant", registry.names())
+@pytest.mark.parametrize("variant", variant_registry.names())
 def test_the_page_says_what_a_variant_does(variant):
     page = (Path(train.__path__[0]).parent / "docs" / "train.md").read_text()
     assert re.search(rf"^\| `{variant}` \| \S", page, re.MULTILINE), f"the table of docs/train.md lacks {variant}"
@@ -26,7 +26,7 @@ def test_the_page_says_what_a_variant_does(variant):
 
 def test_an_unknown_variant_names_its_neighbours():
     with pytest.raises(ConfigInvalid, match=r"'topkk' .did you mean.*'topk'"):
-        registry.config_type("topkk")
+        variant_registry.config_type("topkk")
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def test_an_unknown_variant_names_its_neighbours():
 )
 def test_settings_that_contradict_are_refused(variant, settings, message):
     with pytest.raises(ConfigInvalid, match=message):
-        registry.config_type(variant)(**settings).build(8)
+        variant_registry.config_type(variant)(**settings).build(8)
 
 
 def test_requests_that_contradict_are_refused():
     with pytest.raises(ConfigInvalid, match="another layer"):
-        registry.config_type("transcoder")(layer=3, to_layer=3).needs()
+        variant_registry.config_type("transcoder")(layer=3, to_layer=3).needs()
     with pytest.raises(ConfigInvalid, match="distinct"):
-        registry.config_type("crosscoder")(layers=(3, 3)).needs()
+        variant_registry.config_type("crosscoder")(layers=(3, 3)).needs()
