@@ -31,12 +31,14 @@ from ..cache_schema.reader import Store
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.result_files import RESULTS
+from ..evaluate.errors import EvalError
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
 from ..train.cli_support import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.atomic_files import read_json, write_json
+from ..train.errors import TrainError
 from ..train.run.folder import RunFolder
 from ..train.study_recipes import find_recipes, runs_of, studies
 from .decision_rule import DECISIVE
@@ -183,11 +185,21 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     every = [*recipes, *of_before(recipes, course.out)]
     all_evals = list(dict.fromkeys(eval_id for recipe in every for eval_id in recipe.evals))
     asked = make_configs(",".join(all_evals), settings_of(course.evaluation, all_evals)[1::2]) if all_evals else {}
-    read = [(one, read_lines(RunFolder(course.out / one.name), one.evals, one.costs, asked)) for one in every]
+    read = [(one, _lines_of(one, course.out, asked, is_asked=one in recipes)) for one in every]
     write_tables(read, course.out, console)
     results = read[: len(recipes)]
     draw_pictures(results, folders, course.out / "plots", console)
     return [line for _, lines in results for line in lines]
+
+
+def _lines_of(recipe: Recipe, out: Path, asked: Mapping[str, Any], *, is_asked: bool) -> list[Line]:
+    """Of a run; one of before that cannot be read costs the others no table."""
+    try:
+        return read_lines(RunFolder(out / recipe.name), recipe.evals, recipe.costs, asked)
+    except (EvalError, TrainError) as error:
+        if is_asked:
+            raise
+        return [Line(recipe.name, recipe.saes[0].label, {}, [str(error)])]
 
 
 def of_before(recipes: Sequence[Recipe], out: Path) -> Iterator[Recipe]:

@@ -40,6 +40,7 @@ from .measures.position import (
 
 STATIC = "static slicing"
 UNPROBED = "order is not probed: the test windows have no text left over from the documents that probes learn on"
+UNPAIRED = "which of two tokens came first is not probed: too few windows hold two chosen tokens of one document"
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         order = order_probes(samples[places], samples[places].of(subject), length, config, config.probe_k)
         order |= resid[places, subject.layers]
         metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
-        said, remark = {"ranges": ranges.source}, None if order else UNPROBED
+        said = {"ranges": ranges.source}
+        remark = UNPROBED if not order else UNPAIRED if "first_chance" not in order else None
         yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark)
 
 

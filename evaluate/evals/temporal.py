@@ -115,7 +115,7 @@ def too_short(seen: Seen) -> str | None:
     if not absent:
         return None
     farther = SCALES[absent[0]][0]
-    return f"no numbers of {' and '.join(absent)} lags: no two tokens of a window and a document are {farther} apart"
+    return f"no numbers of {', '.join(absent)} lags: no two tokens of a window and a document are {farther} apart"
 
 
 def stability(seen: Seen, config: Config) -> dict[str, float]:

@@ -248,7 +248,7 @@ class Session:
         fitting = []
         for subject in subjects:
             try:
-                require_fit(subject, context.opened, is_named=self.cache is not None)
+                require_fit(subject, context.opened, is_named=self.cache is not None and not has_store(subject))
             except EvalError as error:
                 rows += self._refused(subject, error)
             else:
@@ -296,6 +296,14 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
             f"the store of {subjects[0].name} was at {url}, and there is none now. "
             "Give its new place by --cache, or harvest it again"
         ) from error
+
+
+def has_store(subject: LoadedSae) -> bool:
+    """Whether the store that an SAE of a run was trained on is here: its results are of that one."""
+    try:
+        return subject.cache_url is not None and Store.open(subject.cache_url).manifest.cache_id == subject.cache_id
+    except StoreError:
+        return False
 
 
 def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:

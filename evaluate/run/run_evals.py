@@ -42,7 +42,7 @@ from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
-BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once, where they change no number
+BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once
 
 Keep = Literal["none", "same", "any"]
 """Which results that are there are taken: none, those of the same settings, or all of the same SAE and store."""
@@ -252,5 +252,6 @@ class _Attempts:
         """What to do about it: how large batches are is a setting of most evaluations."""
         sizes = {field.name: getattr(self._config, field.name) for field in fields(self._config)}
         smaller = [f"{self._eval_id}.{name}=N, less than {sizes[name]}" for name in BATCHES if sizes.get(name, 1) > 1]
-        advice, said = "".join(f"Make batches smaller by --set {setting}. " for setting in smaller), str(error)
+        learns = ", which changes its numbers, since it learns by them" if "learning_rate" in sizes else ""
+        advice, said = "".join(f"Make batches smaller by --set {setting}{learns}. " for setting in smaller), str(error)
         return f"out of memory ({said.splitlines()[0] if said else type(error).__name__}). {advice}{NO_ROOM}"

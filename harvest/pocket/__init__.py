@@ -1,7 +1,7 @@
 """The bundled pocket model: a 26-layer Gemma-2 small enough to travel with the package.
 
 `MODEL_FOLDER` is an ordinary Hugging Face folder; MODEL_CARD.md says what the model
-is good for. Both are made by the scripts in `bench/pocket/`.
+is good for. The folder is made by the scripts in `bench/pocket/`.
 """
 
 from __future__ import annotations

@@ -575,10 +575,11 @@ def test_compare_takes_no_result_of_another_store(world, make_world, builder, sa
     assert found[1] == found[2]
 
 
-def test_compare_refuses_other_stores(make_world, run_1, builder, sae_eval):
-    builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
+def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
+    other = builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
     assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
-    assert not results(run_1)
+    assert "own store by --cache" in sae_eval("run_2", "--cache", world.store, code=1)  # which is here
+    assert not results(run_1) and not results(other)
 
 
 def test_an_sae_that_knows_no_store_compares_with_those_of_the_store_it_is_given(world, run_1, builder, sae_eval):
@@ -713,6 +714,9 @@ def test_out_of_memory_is_told_with_the_setting_that_takes_less(batch, run_1, sa
     said = " ".join(sae_eval("run_1", "--evals", "second", *options, code=1, options=[]).split())
     assert "out of memory (CUDA out of memory. Tried to allocate). " in said and "Free some memory" in said
     assert ("Make batches smaller by --set second.batch_windows=N, less than 16." in said) == (batch > 1)
+    second_eval.config = ravel.Config
+    said = " ".join(sae_eval("run_1", "--evals", "second", code=1, options=[]).split())
+    assert "--set second.llm_batch_size=N, less than 8, which changes its numbers" in said
     assert not list(run_1.glob("evals/*/*_crash.txt"))
 
 

@@ -295,6 +295,10 @@ def test_a_table_is_of_all_runs_that_ended(tmp_path, monkeypatch):
     assert f"- failed: {other}: it made no step" in text
     rows = json.loads((tmp_path / "tiered/table.json").read_text())
     assert [row["run"] for row in rows] == [wanted, other]
+    damaged = tmp_path / "tiered" / other / "evals/core/one_eval_results.json"
+    damaged.write_text(damaged.read_text()[:-3])
+    assert CliRunner().invoke(study.main, words).exit_code == result.exit_code
+    assert f"- failed: {other}: {damaged}" in (tmp_path / "tiered/table.md").read_text()
 
 
 def test_columns_name_their_evaluation_where_their_name_does_not(tmp_path):

@@ -26,7 +26,8 @@ PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alo
 
 
 class Group(Ranks):
-    """The processes, and what a loop needs of them beyond a step's sums; here too one, but for subclasses."""
+    """The processes, and what a loop needs of them beyond a step's sums; one, where a subclass does not make them
+    several."""
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process; a collective call."""

@@ -96,7 +96,7 @@ def make_result(
     latents = latent_metrics(subject, sparsity)
     return Result(
         subject,
-        official_config(context, rows, losses is not None),
+        settings_by_saebench(context, rows, losses is not None),
         official_metrics(sparsity, losses, latents, rows, context.manifest.context),
         details=latent_details(latents),
         unstructured={},
@@ -111,7 +111,7 @@ def measured_on(split: str, sparsity: Sparsity, losses: LossSums | None) -> str:
     return line if losses is None else f"{line}; CE and KL on {said(losses.documents.table())}"
 
 
-def official_config(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:
+def settings_by_saebench(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:
     """SAEBench's settings as they were used."""
     return {
         "model_name": model_name_of(context) if has_losses else context.manifest.model.id,

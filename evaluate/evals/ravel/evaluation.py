@@ -230,4 +230,5 @@ EVALUATION = Evaluation(
         ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "n_generated_tokens", "llm_batch_size"), 1
     ),
     data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
+    revision=2,  # a template's tail is counted behind a word
 )

@@ -121,7 +121,7 @@ def make_result(
     )
     return Result(
         subject,
-        official_config(config, material),
+        settings_by_saebench(config, material),
         {"unlearning": {"unlearning_score": score}},
         unstructured=None,
         extra={
@@ -145,7 +145,7 @@ def run_to_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def official_config(config: Config, material: Material) -> dict[str, Any]:
+def settings_by_saebench(config: Config, material: Material) -> dict[str, Any]:
     """What was done, under SAEBench's keys: the sizes are those of the rows that were read."""
     sweep = config.sweep(material.sweep)
     return {
@@ -172,4 +172,5 @@ EVALUATION = Evaluation(
     summary=("unlearning.unlearning_score",),
     least={"dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
     data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
+    revision=2,  # top-k SAEs with decoder rows of any length are as if of length one
 )
