@@ -90,6 +90,7 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> Corpus:
     return Corpus("digest", tokens, tokens[:2048])
 
 
+@pytest.mark.slow
 def test_two_steps_and_two_more_are_four(tmp_path: Path, corpus: Corpus) -> None:
     straight = Trainer(corpus, seed=3, is_compiled=False)
     losses = [straight.advance(step, 0.5) for step in range(4)]

@@ -610,16 +610,17 @@ def test_a_static_server_shows_it_too(site, open_page):
             thread.join()
 
 
-def test_65k_latents_are_shown_to_the_last(tmp_path, open_page):
+@pytest.mark.parametrize("width", [8192, pytest.param(65_536, marks=pytest.mark.slow)])
+def test_latents_are_shown_to_the_last(tmp_path, open_page, width):
     """Of which only those on the screen are made."""
-    write_wide(tmp_path / "browser", 65_536)
+    write_wide(tmp_path / "browser", width)
     page = open_page(tmp_path, "#/sae/wide")
     page.wait_for_selector(".r")
     assert len(listed(page)) < 60
     page.evaluate("rows.scrollTop = rows.scrollHeight")
-    wait(page, "document.querySelector('.r[aria-posinset=\"65536\"]')")
-    page.evaluate("showSae('wide', 40000, null)")
-    assert page.locator("#detail").get_attribute("data-latent") == "40000"
+    wait(page, f"document.querySelector('.r[aria-posinset=\"{width}\"]')")
+    page.evaluate(f"showSae('wide', {width - 100}, null)")
+    assert page.locator("#detail").get_attribute("data-latent") == str(width - 100)
 
 
 @pytest.mark.slow
