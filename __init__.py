@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api.calls import evaluate, harvest, train
     from .api.store import Store
-    from .train.run.find_sae import load_sae
+    from .train.run.find_and_load_sae import load_sae
 
 __all__ = ["Store", "evaluate", "harvest", "load_sae", "train"]
 __version__ = "0.1.0"
 
-_PLACES = {"Store": ".api.store", "load_sae": ".train.run.find_sae"}
+_PLACES = {"Store": ".api.store", "load_sae": ".train.run.find_and_load_sae"}
 
 
 def __getattr__(name: str) -> Any:

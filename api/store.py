@@ -8,15 +8,15 @@ from typing import Literal
 
 from ..cache_schema import Store as StoredArrays
 from ..cache_schema.info import describe_lines, facts
-from ..cache_schema.massive_rows import default_multiple
-from ..cache_schema.request import Request, validate_request
+from ..cache_schema.massive_activations import default_multiple
+from ..cache_schema.requests_and_spans import Request, validate_request
 from ..cache_schema.sites import RESID, place_of, site_of
 from ..train.config.run_config import DataConfig
 from ..train.data.batches_for_others import Batches
 from ..train.data.mixing_order import Plan, measure_split
 from ..train.parallel.processes import choose_device
+from ..train.run.fill_config_from_store import with_pool
 from ..train.run.preflight import layer_stats
-from ..train.run.settle_config import with_pool
 from . import notebook_html
 
 

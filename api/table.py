@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluate.context.result_files import Row, heading
+from ..evaluate.context.write_and_read_results import Row, heading
 from ..evaluate.run.console_table import PIPE_WIDTH, document_of, print_results
 from . import notebook_html
 

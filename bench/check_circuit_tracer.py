@@ -28,7 +28,7 @@ from saemill.cache_schema.sites import Site
 from saemill.harvest.model.load_and_truncate import read_facts
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.export import export_set
-from saemill.train.run.find_sae import find_saes, read_folder
+from saemill.train.run.find_and_load_sae import find_saes, read_folder
 from saemill.train.sae.model import SparseAutoencoder
 
 HERE = Path(__file__).parent

@@ -33,7 +33,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.export import export
 from saemill.train.kit.variant_registry import config_type, names
-from saemill.train.run.find_sae import read_folder
+from saemill.train.run.find_and_load_sae import read_folder
 
 D, WIDTH, K, SCALE, STEPS, ROWS = 64, 256, 8, 0.05, 60, 512
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
-from saemill.train.sae.kernels.linear import Product
+from saemill.train.sae.kernels.dense_products import Product
 
 LAYERS = (17, 18, 19, 20)
 KEYS = 16  # of a row of attention, as a harvest keeps them

@@ -31,7 +31,7 @@ from saemill.cache_schema.commits import ArrayRecord, CommitRecord
 from saemill.cache_schema.disk_and_cloud_files import PAGE, RemoteFiles, read_if_there
 from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key, record_name
 from saemill.cache_schema.manifest import HookSpec, Manifest, seal
-from saemill.cache_schema.request import Span
+from saemill.cache_schema.requests_and_spans import Span
 from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.strict_json import to_json
 
@@ -340,7 +340,7 @@ LOOKED_AT = 3  # blocks of an epoch, and batches of each
 def shuffle_on_paper(shards: int) -> list[Row]:
     """What a trainer's batches mix: its own read order and pool, over documents of random lengths."""
     from saemill.train.data.mixing_order import Plan, SplitSizes, count_pairs, token_order, token_slice
-    from saemill.train.run.settle_config import POOL_BYTES
+    from saemill.train.run.fill_config_from_store import POOL_BYTES
 
     manifest = make_manifest(shards)
     layout = arrays_of(manifest)[manifest.sites[0].path]

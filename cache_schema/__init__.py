@@ -22,7 +22,7 @@ from .errors import (
 from .manifest import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .moments import Moments
 from .reader import Store, shard_memory
-from .request import Request, ShardArrays, Span
+from .requests_and_spans import Request, ShardArrays, Span
 from .shard_content import ShardContent
 from .sites import Site
 from .stored_dtypes import from_float32, to_float32

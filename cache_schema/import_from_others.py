@@ -14,7 +14,7 @@ import numpy as np
 from .errors import ImportInvalid, StoreBusy
 from .import_sources import Source
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
-from .massive_rows import KEEP
+from .massive_activations import KEEP
 from .moments import is_special, measure
 from .shard_content import ShardContent, array_digest
 from .sites import RESID, Site, by_hook

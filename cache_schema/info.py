@@ -18,12 +18,12 @@ from rich.text import Text
 from .commits import read_devices, read_index
 from .csr import AttentionCsr
 from .errors import ShardCorrupt
-from .in_words import counted, say_size
 from .manifest import PART
-from .massive_rows import MULTIPLE, default_multiple, measure_massive, spread
+from .massive_activations import MULTIPLE, default_multiple, measure_massive, spread
 from .moments import is_special
+from .numbers_in_words import counted, say_size
 from .reader import Store
-from .request import Request
+from .requests_and_spans import Request
 
 SHARDS = 4
 BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto takes where the real one is out of reach

@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import ImportInvalid
 from .import_sources import as_tokens
-from .in_words import counted
+from .numbers_in_words import counted
 from .sites import RESID, Site
 
 _HEADER_BYTES = 2**20

@@ -27,7 +27,7 @@ from .manifest import Manifest
 from .moments import Moments, from_line, merge
 from .open_and_check_root import read_root
 from .read_chunks import plan_reads, read_chunk, read_with_zarr
-from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
+from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
 from .stats_summary import read_summary
 from .token_counts import Counts, SplitCounts, count_split, read_counts

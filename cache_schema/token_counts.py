@@ -17,7 +17,7 @@ from .errors import ManifestInvalid
 from .layout import COUNTS, encode_json
 from .manifest import Manifest
 from .moments import is_special
-from .request import Request, Span, spans_of
+from .requests_and_spans import Request, Span, spans_of
 from .strict_json import to_json
 
 Ids = tuple[np.ndarray, np.ndarray]

@@ -25,7 +25,7 @@ from .manifest import Manifest
 from .moments import to_line
 from .open_and_check_root import read_root, require_writable
 from .reader import Store, shard_memory
-from .request import Request, ShardArrays, Span
+from .requests_and_spans import Request, ShardArrays, Span
 from .shard_claims import open_claims
 from .shard_content import digests_by_path, totals_of
 from .stats_summary import read_summary

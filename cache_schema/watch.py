@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .commits import find_committed
 from .disk_and_cloud_files import open_files
-from .in_words import say_time
+from .numbers_in_words import say_time
 from .open_and_check_root import read_root
 from .shard_claims import find_held
 

@@ -16,7 +16,7 @@ class UnknownEval(EvalError, LookupError):
 
 
 class EvaluationInvalid(EvalError, TypeError):
-    """An evaluation's file does not define what `evals/contract.py` asks for."""
+    """An evaluation's file does not define what `evals/evaluation_contract.py` asks for."""
 
 
 class TargetUnknown(EvalError, FileNotFoundError):

@@ -38,7 +38,7 @@ from .store_plan import (
     settings_of_begun,
     settings_of_new,
 )
-from .tokenise_and_pack import PackingJob, spool_corpus, spool_folder, state_of_begun
+from .tokenise_corpus import PackingJob, spool_corpus, spool_folder, state_of_begun
 
 POLL_SECONDS = 0.5  # at first; it doubles
 LONGEST_POLL_SECONDS = 30.0

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..cache_schema import Manifest, Store
 from ..cache_schema.disk_and_cloud_files import Files, open_files
-from ..cache_schema.in_words import counted, say_size, say_time
+from ..cache_schema.numbers_in_words import counted, say_size, say_time
 from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
 from .corpus import open_corpus

@@ -28,15 +28,15 @@ from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.chunk_codec import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at
-from ..cache_schema.in_words import say_size, say_time
 from ..cache_schema.layout import arrays_of, is_line
 from ..cache_schema.manifest import seal
+from ..cache_schema.numbers_in_words import say_size, say_time
 from .corpus import source_of
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
 from .shards import Harvester, harvest_shards
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
-from .tokenise_and_pack import BYTES_PER_TOKEN, spool_folder
+from .tokenise_corpus import BYTES_PER_TOKEN, spool_folder
 
 TIMED_BATCHES = 3
 RESERVE_BYTES = 64 * 2**20  # beside the arrays: records, index and the file system's own

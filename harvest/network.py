@@ -9,7 +9,7 @@ from huggingface_hub.errors import (
 )
 
 from ..cache_schema.disk_and_cloud_files import free_bytes_at
-from ..cache_schema.in_words import say_size
+from ..cache_schema.numbers_in_words import say_size
 from .errors import ModelUnavailable
 
 NETWORK_ERRORS = (OSError, HTTPError)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..cache_schema.in_words import say_time
+from ..cache_schema.numbers_in_words import say_time
 
 LOG_SECONDS = 30.0
 

@@ -21,8 +21,8 @@ import torch
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from ..cache_schema.commits import CommitRecord, read_devices
 from ..cache_schema.disk_and_cloud_files import Files, open_files
-from ..cache_schema.in_words import counted, say_size
 from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
+from ..cache_schema.numbers_in_words import counted, say_size
 from ..cache_schema.open_and_check_root import has_root, read_root
 from .config import HarvestConfig
 from .create_or_resume_store import begin_store, require_place, wait_for_tokens

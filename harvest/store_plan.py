@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
-from ..cache_schema.in_words import counted
 from ..cache_schema.layout import find_too_large
 from ..cache_schema.manifest import MOST_SHARDS, PART, seal
+from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import ATTENTION_AROUND, HarvestConfig, read_hooks, read_layers

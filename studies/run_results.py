@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cache_schema.strict_json import to_json
 from ..evaluate import evals
-from ..evaluate.context.result_files import (
+from ..evaluate.context.write_and_read_results import (
     RESULTS,
     deciding,
     describe_differences,

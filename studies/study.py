@@ -30,7 +30,7 @@ from ..cache_schema.errors import StoreError
 from ..cache_schema.reader import Store
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
-from ..evaluate.context.result_files import RESULTS
+from ..evaluate.context.write_and_read_results import RESULTS
 from ..evaluate.errors import EvalError
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import make_console

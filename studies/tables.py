@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluate.context.result_files import heading, without_nan
+from ..evaluate.context.write_and_read_results import heading, without_nan
 from ..evaluate.output.figures.records import SEED
 from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file

@@ -27,7 +27,7 @@ from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.open_and_check_root import read_root
 from saemill.cache_schema.stats_summary import read_summary
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
-from saemill.evaluate.context.result_files import describe_differences, is_whole, metric_of, read_result
+from saemill.evaluate.context.write_and_read_results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.output.figures.records import read_log
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
@@ -39,7 +39,7 @@ from saemill.train.disk.sae_folder import read_config, save_sae
 from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.errors import TrainError
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.run.find_sae import read_folder
+from saemill.train.run.find_and_load_sae import read_folder
 from saemill.train.run.folder import RunFolder, cache_of
 
 from . import mutations

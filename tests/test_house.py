@@ -24,13 +24,13 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "in_words keep_freed_memory errors sites splits stored_dtypes strict_json",
+        "numbers_in_words keep_freed_memory errors sites splits stored_dtypes strict_json",
         "csr disk_and_cloud_files manifest import_sources",
-        "layout read_vllm request",
+        "layout read_vllm requests_and_spans",
         "chunk_codec commits moments shard_claims",
         "read_chunks token_counts open_and_check_root stats_summary",
         "shard_content reader",
-        "massive_rows",
+        "massive_activations",
         "info watch writer",
         "__init__ import_from_others verify_and_repair",
         "cli",
@@ -39,7 +39,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "__init__ errors",
         "pack_windows network pocket progress",
         "corpus model sparsify_attention stats",
-        "capture config tokenise_and_pack",
+        "capture config tokenise_corpus",
         "process store_plan shards",
         "create_or_resume_store estimate_cost",
         "run",
@@ -64,7 +64,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "__init__ errors",
         "model",
         "context",
-        "evals/contract",
+        "evals/evaluation_contract",
         "evals/absorption evals/core evals/measures evals/probing evals/ravel evals/unlearning output/figures",
         "evals evals/browser output/plots",
         "output/report",
@@ -75,7 +75,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     "studies": ("__init__ comparisons", "decision_rule", "run_results seed_plots", "tables", "study"),
     "api": ("__init__ notebook_html command_words", "run store table", "calls"),
 }
-BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on
+BELOW_ITS_FOLDER = ("evals/evaluation_contract",)  # what folders inside a folder stand on
 ALL = "all of it"
 MAY_IMPORT = {  # rooms of other packages
     "cache_schema": {},

@@ -25,7 +25,7 @@ import torch
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 
-from saemill.evaluate.context.result_files import metric_of, read_result
+from saemill.evaluate.context.write_and_read_results import metric_of, read_result
 from saemill.evaluate.errors import ResultFromLater
 from saemill.train import load_sae
 from saemill.train.cli import main as sae_train

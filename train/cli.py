@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json, read_count
-from ..cache_schema.in_words import counted
+from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
 from .cli_support import tell_errors

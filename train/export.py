@@ -21,8 +21,8 @@ from .disk.hook_metadata import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
-from .run.find_sae import find_sae, find_saes, read_folder
-from .run.push import push
+from .run.find_and_load_sae import find_sae, find_saes, read_folder
+from .run.push_to_hub import push
 from .sae.model import SparseAutoencoder
 
 ROWS = 256

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..cache_schema import Store, StoreMissing
-from ..cache_schema.in_words import counted
+from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
 from .config.run_config import Ask, Member
@@ -19,11 +19,11 @@ from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume_comm
 from .kit.variant_registry import names
 from .parallel.processes import SOLO, join
 from .run.checkpoint_times import catch_signals
-from .run.find_sae import find_sae
+from .run.fill_config_from_store import settle
+from .run.find_and_load_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.process import Process
 from .run.results import Outcome, conclude
-from .run.settle_config import settle
 from .run.start_or_resume import Run, begin_run, resume_run
 from .study_recipes import find_recipes, studies
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ...cache_schema import Manifest, Store
-from ...cache_schema.massive_rows import Massive, default_multiple, measure_massive
+from ...cache_schema.massive_activations import Massive, default_multiple, measure_massive
 from ...cache_schema.sites import Place, site_of
 from ...harvest.errors import HarvestError
 from ...harvest.model.load_and_truncate import read_facts
@@ -19,8 +19,8 @@ from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch, fetch_r
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch
 from ..errors import DataMissing, ModelMissing
-from ..model.head import Head, head_of, load_head
 from ..model.prefix_suffix import LanguageModel, load_language_model
+from ..model.unembedding_head import Head, head_of, load_head
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 

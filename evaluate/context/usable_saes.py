@@ -12,7 +12,7 @@ from ..errors import DataMissing, NotRun, WidthMismatch
 from ..model.prefix_suffix import LanguageModel
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of
-from .result_files import Failure, deciding
+from .write_and_read_results import Failure, deciding
 
 Require = Callable[[LoadedSae, LanguageModel], None]
 

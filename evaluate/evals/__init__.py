@@ -13,9 +13,9 @@ from ...train.file_registry import file_names, import_file, require_known
 from ..errors import EvaluationInvalid, UnknownEval
 
 if TYPE_CHECKING:
-    from .contract import Evaluation
+    from .evaluation_contract import Evaluation
 
-CONTRACT = "contract"
+CONTRACT = "evaluation_contract"
 ALL = "all"
 """In place of names: every evaluation."""
 
@@ -28,7 +28,7 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Evaluation[Any]:
     """The evaluation of this name."""
     require_known(name, names(), "evaluation", UnknownEval)
-    from .contract import Evaluation  # late: names alone must not wait for torch
+    from .evaluation_contract import Evaluation  # late: names alone must not wait for torch
 
     found = getattr(import_file(__name__, _modules()[name]), "EVALUATION", None)
     if not isinstance(found, Evaluation):

@@ -24,7 +24,7 @@ from ...train.data.batch import AttentionRows
 from ..context.stored_windows import mean_of_rows, ordinary_rows, read_windows
 from ..errors import ModelMissing, NotApplicable
 from ..model.batches import Windows
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, Traced, attention_divergence, choose_pairs, explain, trace_pairs
 
 ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"

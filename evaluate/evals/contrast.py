@@ -23,7 +23,7 @@ from scipy.sparse import csc_matrix
 
 from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.choose_source import data_revision, find_source, load_all
 from .probing.features import Features
 from .probing.pooling import pool_task

@@ -20,9 +20,9 @@ from ...cache_schema.strict_json import to_json
 from ...train.disk.plain_form import without_signs
 from ...train.disk.sae_folder import read_config
 from ...train.errors import TrainError
-from ...train.run.find_sae import list_saes, read_folder
-from .contract import Context, Evaluation, LoadedSae, Needs, Result
+from ...train.run.find_and_load_sae import list_saes, read_folder
 from .core.saebench_keys import max_cosine
+from .evaluation_contract import Context, Evaluation, LoadedSae, Needs, Result
 
 ALONE = "an SAE of one latent has no pair of latents to compare"
 ONE_SEED = "its run has no SAE that differs by its seed alone"

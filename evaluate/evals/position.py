@@ -24,7 +24,7 @@ from ..context.loaded_sae import layers_of
 from ..context.stored_windows import ordinary_rows, read_windows
 from ..errors import NotApplicable
 from ..model.batches import Windows
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, is_bound, ranges_of, saved
 from .measures.position import (
     Profile,

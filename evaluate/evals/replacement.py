@@ -30,8 +30,8 @@ from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
 from ..model.divergence import next_tokens, rows_of_logits
 from ..model.smaller_pieces import PieceSize
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .core.sparsity_and_variance import NAN, ratio
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.splice_effects import Effect, effects_of
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .contract import Context, LoadedSae, Result
+from .evaluation_contract import Context, LoadedSae, Result
 from .probing.choose_source import Source, load_all
 from .probing.draw_classes import OPPOSITES, Task, spurious
-from .probing.scores import mean_scores, scr_scores
+from .probing.scr_and_tpp_scores import mean_scores, scr_scores
 from .probing.settings import Settings, config_of_round
 from .probing.switch_latents_off import Outcome, evaluation_of, perturb_all
 

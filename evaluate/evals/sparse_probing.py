@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from ..context.usable_saes import official_config, require_reading, split_fitting
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.choose_source import DataName, Source, data_revision, find_source, load_all
 from .probing.draw_classes import Task
 from .probing.features import Features, Memo, draw_probe, seeded
+from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.pooling import Pool, pool_task
-from .probing.saebench_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.settings import of_data
 
 ALL_K = (1, 2, 5, 10, 20, 50, 100)

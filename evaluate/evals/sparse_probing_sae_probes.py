@@ -21,12 +21,12 @@ from ..context.loaded_sae import batch_size_for
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing import sae_probes_data, stdlib_tasks
 from .probing.choose_source import DataName, Source, data_revision, find_source, load_all
 from .probing.sae_probes_data import BinarySet
 from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
-from .probing.scores import mean_scores
+from .probing.scr_and_tpp_scores import mean_scores
 from .probing.settings import of_data
 
 MAX_TOKENS = 1024

@@ -22,7 +22,7 @@ from torch.nn import functional
 from ...cache_schema.strict_json import to_json
 from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
 from ..model.batches import Sums, Windows
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, groups_of
 
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}

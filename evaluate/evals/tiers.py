@@ -23,7 +23,7 @@ from torch import Tensor
 from ...cache_schema.strict_json import to_json
 from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
 from ..errors import ModelMissing
-from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved_composition, tiers_of
 from .measures.splice_effects import Effect, Tracer, Tracers
 from .measures.tiers import (

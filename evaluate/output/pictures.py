@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.run.folder import RunFolder
-from ..context.result_files import Row
+from ..context.write_and_read_results import Row
 
 Say = Callable[[str], None]
 Documents = Mapping[Path, Mapping[str, Any]]
@@ -45,7 +45,7 @@ def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
 
 def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
     from .figures.records import read_records
-    from .report.run_page import write_live_page
+    from .report.page_of_a_run import write_live_page
 
     try:
         write_live_page(run, read_records([run], say), pause)
@@ -59,7 +59,7 @@ def _draw(
     from ..evals.browser.overview import refresh
     from .figures.records import read_records
     from .plots import make_plots
-    from .report.run_page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
+    from .report.page_of_a_run import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
 
     runs = [RunFolder(home) for home in homes]
     try:

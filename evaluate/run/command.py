@@ -14,8 +14,8 @@ import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.cli import print_json, tell_files
-from ...cache_schema.in_words import say_size
 from ...cache_schema.keep_freed_memory import keep_large_blocks
+from ...cache_schema.numbers_in_words import say_size
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load_and_truncate import find_device
@@ -27,16 +27,16 @@ from ...train.errors import RunInterrupted, TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae, layers_of
-from ..context.result_files import Row
+from ..context.write_and_read_results import Row
 from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
 from ..evals.browser.write_pages import LATENT_BYTES
 from ..evals.browser.write_pages import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, within
 from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
-from .find_saes import Problem, find_all
 from .offer_training import offer_training
 from .run_evals import Keep, run_evals, standing_rows
+from .saes_to_evaluate import Problem, find_all
 
 FAILED, NOT_RUN = 1, 3
 Complain = Callable[[str], None]

@@ -12,7 +12,16 @@ from rich.table import Table
 from ...cache_schema.strict_json import flatten
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.result_files import REACH, Row, heading, lines_of_each, metric_of, ours_in, reach_of, settings_in
+from ..context.write_and_read_results import (
+    REACH,
+    Row,
+    heading,
+    lines_of_each,
+    metric_of,
+    ours_in,
+    reach_of,
+    settings_in,
+)
 from ..errors import Incomparable
 
 MISSING = "-"

@@ -14,17 +14,17 @@ from pathlib import Path
 import click
 
 from ...cache_schema import Store, StoreMissing
-from ...cache_schema.in_words import say_time
+from ...cache_schema.numbers_in_words import say_time
 from ...train.config.run_config import Ask
 from ...train.errors import TrainError
-from ...train.run.settle_config import settle
+from ...train.run.fill_config_from_store import settle
 from ...train.run.start_or_resume import estimate_seconds
 from ...train.study_recipes import find_recipes
 from ...train.train_runs import open_process, start
 from ..errors import EvalError, TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console
-from .find_saes import find_places, known_store, studies_with
+from .saes_to_evaluate import find_places, known_store, studies_with
 
 LONG_SECONDS = 600
 

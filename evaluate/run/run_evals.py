@@ -22,7 +22,7 @@ from ...train.errors import TrainError
 from .. import evals
 from ..context.context import Context
 from ..context.loaded_sae import LoadedSae
-from ..context.result_files import (
+from ..context.write_and_read_results import (
     DATA,
     Failure,
     Result,

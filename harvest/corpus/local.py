@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.in_words import counted
+from ...cache_schema.numbers_in_words import counted
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
 from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text
 

@@ -30,7 +30,7 @@ from huggingface_hub import constants
 from tokenizers import pre_tokenizers
 
 from ...cache_schema.disk_and_cloud_files import name_full_disk, sync
-from ...cache_schema.in_words import say_size
+from ...cache_schema.numbers_in_words import say_size
 from ..errors import UNREADABLE, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from ..network import require_room
 from .load_and_truncate import validate_report

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from saemill.cache_schema import Request, RequestInvalid, Site, Store, StoreMismatch, StoreWriter, to_float32
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.massive_rows import measure_massive, row_norms
+from saemill.cache_schema.massive_activations import measure_massive, row_norms
 from saemill.cache_schema.stored_dtypes import FP8_VALUES, LARGEST, SmallDtype, to_codes
 from saemill.cache_schema.verify_and_repair import digest
 

@@ -30,7 +30,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
-from saemill.evaluate.run.find_saes import make_subject
+from saemill.evaluate.run.saes_to_evaluate import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model.load_and_truncate import Wanted, load_model

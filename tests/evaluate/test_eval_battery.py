@@ -23,7 +23,7 @@ from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid, SettingInvalid
-from saemill.evaluate.evals.contract import Evaluation
+from saemill.evaluate.evals.evaluation_contract import Evaluation
 from saemill.evaluate.evals.probing import stdlib_tasks
 from saemill.evaluate.evals.unlearning import texts_and_exams
 from saemill.evaluate.model.prefix_suffix import load_language_model

@@ -24,7 +24,7 @@ from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
-from saemill.evaluate.context.result_files import Row, result_path, sae_config
+from saemill.evaluate.context.write_and_read_results import Row, result_path, sae_config
 from saemill.evaluate.errors import Incomparable, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
@@ -33,11 +33,11 @@ from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import divergence
 from saemill.evaluate.run import command
 from saemill.evaluate.run.console_table import require_comparable
-from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.evaluate.run.run_evals import settings_of
+from saemill.evaluate.run.saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
-from saemill.train.run.find_sae import find_sae
+from saemill.train.run.find_and_load_sae import find_sae
 from saemill.train.run.folder import RunFolder
 from saemill.train.variants import clt
 

@@ -60,7 +60,7 @@ from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.shards import describe_device
-from saemill.harvest.tokenise_and_pack import Spool, spool_folder
+from saemill.harvest.tokenise_corpus import Spool, spool_folder
 
 from .conftest import digest_of
 

@@ -19,8 +19,8 @@ from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest
 from ..data.batch import Needs
 from ..errors import ConfigInvalid, name_sae
 from ..kit import variant_registry
-from ..kit.check_settings import require, require_bounds, require_least
-from ..kit.contract import Variant
+from ..kit.check_variant_settings import require, require_bounds, require_least
+from ..kit.variant_contract import Variant
 from .parse_settings import split_key, with_settings
 from .recipe import Recipe, Sae
 

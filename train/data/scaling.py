@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import Moments
-from ...cache_schema.massive_rows import Massive
+from ...cache_schema.massive_activations import Massive
 from ...cache_schema.sites import Place
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..data.scaling import Stats, unit_stats
 from ..errors import SaeInvalid
-from ..parallel.split_latents import ALL_LATENTS, Latents
+from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 

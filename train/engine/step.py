@@ -25,16 +25,16 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
+from ..parallel.dictionary_over_processes import Latents, SomeLatents
 from ..parallel.ranks import ALONE, BatchRanks, Ranks, Reduction, share_batch
-from ..parallel.split_latents import Latents, SomeLatents
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import View
+from .adam import Adam
 from .count_dead_latents import LatentCounters
-from .fitted_start import fit_start
-from .optim import Adam
+from .first_weights_from_data import fit_start
 from .replay import Measured, Replays
 from .terms_and_constraints import Assembly, cut, require_splittable, split_parameters, split_state
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..errors import ConfigInvalid
+from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
-from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import Split, View, residual_of
-from .optim import Optim
+from .adam import Optim
 from .schedules import Constant, Product, Schedule, cut_short
 
 
@@ -63,7 +63,7 @@ class Constraint:
 
 
 class Buildable(Protocol):
-    """What training needs of a variant's config; `kit/contract.py` has the whole contract."""
+    """What training needs of a variant's config; `kit/variant_contract.py` has the whole contract."""
 
     def needs(self) -> Needs: ...
 

@@ -21,7 +21,7 @@ from ..sae.attention.attention_links import LinkKind, require_head
 from ..sae.attention.encoder import AttendedSae
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing, Noted
 from ..terms.attention_guidance import Consistency, Guidance, Objective
-from .check_settings import read_with, require, require_least, require_positive
+from .check_variant_settings import read_with, require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from those of the bases

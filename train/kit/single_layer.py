@@ -12,18 +12,18 @@ from torch import Tensor
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.optim import Optim
+from ..engine.adam import Optim
 from ..engine.schedules import Constant, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Constraint, Term
 from ..sae.gates import Gate
-from ..sae.kernels.linear import Product
+from ..sae.kernels.dense_products import Product
 from ..sae.model import SparseAutoencoder, tied_weights
 from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction
-from .check_settings import require, require_hook, require_least, stats_or_unit, topk_optim
-from .contract import Variant
+from .check_variant_settings import require, require_hook, require_least, stats_or_unit, topk_optim
+from .variant_contract import Variant
 
 DecoderBias = Literal["mean", "zero"]
 

@@ -10,7 +10,7 @@ from ..errors import ConfigInvalid
 from ..file_registry import file_names, import_file, require_known
 
 if TYPE_CHECKING:
-    from .contract import Variant
+    from .variant_contract import Variant
 
 PACKAGE = __name__.rsplit(".", 2)[0] + ".variants"
 
@@ -28,7 +28,7 @@ def module(name: str) -> ModuleType:
 
 def config_type(name: str) -> type[Variant]:
     """The frozen `Config` of a variant."""
-    from .contract import Variant  # late: names alone must not wait for torch
+    from .variant_contract import Variant  # late: names alone must not wait for torch
 
     config = getattr(module(name), "Config", None)
     if not (isinstance(config, type) and issubclass(config, Variant)):

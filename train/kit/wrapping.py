@@ -14,12 +14,12 @@ from ...cache_schema import Manifest
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.optim import Optim
+from ..engine.adam import Optim
 from ..engine.terms_and_constraints import Assembly
-from ..sae.kernels.linear import Product
+from ..sae.kernels.dense_products import Product
 from . import variant_registry
-from .check_settings import require
-from .contract import Variant, most_active
+from .check_variant_settings import require
+from .variant_contract import Variant, most_active
 
 BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional; wrapping variants only pass them on
 

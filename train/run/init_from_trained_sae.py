@@ -24,8 +24,8 @@ from ..disk.plain_form import begin_as
 from ..disk.sae_folder import WEIGHT_SUFFIXES
 from ..engine.fleet_of_saes import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
-from ..kit.check_settings import require
-from .find_sae import read_folder
+from ..kit.check_variant_settings import require
+from .find_and_load_sae import read_folder
 
 SETTINGS = ("cfg.json", "config.json")
 COMMIT = re.compile("[0-9a-f]{40}")  # the revision of a model of the Hub, whose name says which one it is

@@ -9,17 +9,17 @@ import torch
 
 from ...cache_schema import Store
 from ...cache_schema.csr import index_dtype
-from ...cache_schema.massive_rows import count_ordinary, measure_massive
-from ...cache_schema.request import Request, validate_request
+from ...cache_schema.massive_activations import count_ordinary, measure_massive
+from ...cache_schema.requests_and_spans import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..data.training_stream import joint_request
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
+from .fill_config_from_store import Settled
 from .fits_in_memory import require_room
 from .progress import require_trackers
-from .settle_config import Settled
 
 ALIKE = 1e-12  # share of the mean square that rounding leaves of the variance of rows that are all the same
 LEAST_HELD_OUT = 2  # tokens: one has no variance of which a part could be explained

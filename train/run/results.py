@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.massive_rows import Massive
+from ...cache_schema.massive_activations import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member

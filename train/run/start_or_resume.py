@@ -33,6 +33,7 @@ from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, NothingTo
 from ..parallel.processes import SOLO, all_or_none
 from .after_run import Onlookers
 from .checkpoint_times import Saver
+from .fill_config_from_store import Settled, settle_again
 from .fits_in_memory import weight_bytes
 from .folder import MetricsLog, RunFolder
 from .init_from_trained_sae import begin_fleet_as, require_unchanged
@@ -40,7 +41,6 @@ from .log_metrics import Watch
 from .preflight import check
 from .process import Process
 from .progress import Progress, Trackers
-from .settle_config import Settled, settle_again
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .gates import BatchTopK
-from .kernels.linear import Product, linear
-from .kernels.products_with_gradients import affine
+from .kernels.dense_products import Product, linear
+from .kernels.sparse_products_with_gradients import affine
 from .kernels.sparse_support import Support, group_offsets
 from .model import SparseAutoencoder
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.codes import Codes
-from .kernels.select_latents import marked, positive, support_of_batch, support_topk, topk_batch
+from .kernels.select_top_k import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.sparse_support import Support, support_from_flat
 from .kernels.threshold_gradients import heaviside_ste, jump_ste
 from .side_inputs import Side
-from .split_top_k import split_batch, split_topk
+from .top_k_over_processes import split_batch, split_topk
 
 FLOOR = 1e-4
 DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)

@@ -21,9 +21,9 @@ from torch.nn import functional
 from ..errors import ConfigInvalid
 from .gates import PLAIN_GATES, Gate
 from .kernels.codes import Codes
-from .kernels.linear import Product, linear, matrix_units, product_on
-from .kernels.products_with_gradients import affine
+from .kernels.dense_products import Product, linear, matrix_units, product_on
 from .kernels.row_gradients import low_copy
+from .kernels.sparse_products_with_gradients import affine
 from .kernels.sparse_support import Support
 from .side_inputs import NO_SIDE, Side
 

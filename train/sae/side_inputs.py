@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SideInputMissing
+from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..parallel.ranks import ALONE, BatchRanks
-from ..parallel.split_latents import ALL_LATENTS, Latents
 
 
 class Side:

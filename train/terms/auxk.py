@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..parallel.split_latents import Latents
+from ..parallel.dictionary_over_processes import Latents
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
+from ..sae.kernels.dense_products import Product, linear, product_on
 from ..sae.kernels.hardware import reads_at_once
-from ..sae.kernels.linear import Product, linear, product_on
-from ..sae.kernels.products_with_gradients import affine, squared_error
-from ..sae.kernels.select_latents import support_topk
-from ..sae.split_top_k import lowest_of_topk, split_topk
+from ..sae.kernels.select_top_k import support_topk
+from ..sae.kernels.sparse_products_with_gradients import affine, squared_error
 from ..sae.step_view import View, split
+from ..sae.top_k_over_processes import lowest_of_topk, split_topk
 
 LEAST_SPREAD = 1e-3  # of the squared error: one vector in all rows has no spread to divide by
 

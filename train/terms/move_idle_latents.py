@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..sae.extra_modules import StepCounter
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
-from ..sae.kernels.products_with_gradients import affine
+from ..sae.kernels.sparse_products_with_gradients import affine
 from ..sae.step_view import View
 from .tiers import shares_on, switched_on, tier_losses, tiers_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sae.kernels.hardware import constants
 from ..sae.kernels.nested_prefixes import nested_errors
-from ..sae.kernels.products_with_gradients import squared_error
+from ..sae.kernels.sparse_products_with_gradients import squared_error
 from ..sae.model import rebuild
 from ..sae.step_view import View, once, split
 from .sparsity import gate_path

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..data.device_copies import send
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
-from ..sae.kernels.products_with_gradients import affine
+from ..sae.kernels.sparse_products_with_gradients import affine
 from ..sae.kernels.sparse_support import Support, starts
 from ..sae.kernels.window_gram import Places, other_window
 from ..sae.side_inputs import Side

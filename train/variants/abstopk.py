@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import require_sparsity, topk_optim
+from ..kit.check_variant_settings import require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, build_plain
 from ..sae.gates import AbsTopK
 from . import topk

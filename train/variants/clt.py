@@ -15,11 +15,11 @@ from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import require, require_layers, require_sparsity, stats_or_unit, write_hook
+from ..kit.check_variant_settings import require, require_layers, require_sparsity, stats_or_unit, write_hook
 from ..kit.single_layer import Dictionary, WithAux, assemble_mapping
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
-from ..sae.kernels.linear import Product
+from ..sae.kernels.dense_products import Product
 from ..sae.model import tied_weights
 from ..terms.constraints import WritesOnward
 

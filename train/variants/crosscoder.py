@@ -16,10 +16,10 @@ from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
+from ..kit.check_variant_settings import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain
 from ..sae.gates import BatchTopK, Relu
-from ..sae.kernels.linear import Product
+from ..sae.kernels.dense_products import Product
 from ..terms.sparsity import LayerNormsL1
 from .clt import build_cross_layer
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly, Constraint
-from ..kit.check_settings import read_with, require
+from ..kit.check_variant_settings import read_with, require
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder

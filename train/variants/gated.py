@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import relu_optim
+from ..kit.check_variant_settings import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Gated
 from ..terms.reconstruction import reconstruction_by_gate

@@ -16,7 +16,7 @@ from ..data.scaling import Stats
 from ..engine.schedules import Constant, ExponentialApproach, Schedule
 from ..engine.terms_and_constraints import Assembly
 from ..kit.attention_guided import Guided, build_guided, request_guided
-from ..kit.check_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..sae.attention.reading import Mixing
 from ..terms.attention_guidance import Objective
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import require, require_sparsity
+from ..kit.check_variant_settings import require, require_sparsity
 from ..sae.kernels.hardware import constants
 from ..sae.kernels.nested_prefixes import group_errors
 from ..sae.step_view import View, once

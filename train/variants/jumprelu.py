@@ -14,7 +14,7 @@ from typing import Literal
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import (
+from ..kit.check_variant_settings import (
     EARLY_DEAD_PART,
     read_with,
     relu_optim,

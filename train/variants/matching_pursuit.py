@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import require_least
+from ..kit.check_variant_settings import require_least
 from ..sae.kernels.codes import Codes
-from ..sae.kernels.linear import Product
-from ..sae.kernels.products_with_gradients import affine, decode_at
-from ..sae.kernels.select_latents import topk_rows
+from ..sae.kernels.dense_products import Product
+from ..sae.kernels.select_top_k import topk_rows
+from ..sae.kernels.sparse_products_with_gradients import affine, decode_at
 from ..sae.kernels.sparse_support import support_from_topk
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side

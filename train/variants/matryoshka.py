@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import ends_of, require
+from ..kit.check_variant_settings import ends_of, require
 from ..terms.reconstruction import NestedReconstruction
 from . import batchtopk
 

@@ -15,7 +15,7 @@ from ..data.device_copies import send
 from ..data.scaling import Stats
 from ..engine.schedules import Every
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import require, require_least
+from ..kit.check_variant_settings import require, require_least
 from ..sae.step_view import View
 from . import batchtopk
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..data.scaling import Stats
 from ..engine.schedules import Ahead, Ramp
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import relu_optim, require
+from ..kit.check_variant_settings import relu_optim, require
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import AnnealedRelu
 from ..terms.sparsity import lp

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...cache_schema import Manifest
 from ..data.scaling import Stats
-from ..engine.optim import Optim
+from ..engine.adam import Optim
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import require_sparsity, topk_optim
+from ..kit.check_variant_settings import require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain
 from ..sae.extra_modules import Extra
 from ..sae.gates import TopK

@@ -21,7 +21,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import relu_optim
+from ..kit.check_variant_settings import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Relu
 from ..terms.sparsity import l1

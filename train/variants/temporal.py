@@ -15,7 +15,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder

@@ -17,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp, Switch
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise

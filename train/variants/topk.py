@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import EARLY_DEAD_PART, require_sparsity, topk_optim
+from ..kit.check_variant_settings import EARLY_DEAD_PART, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain
 from ..sae.gates import TopK
-from ..sae.kernels.linear import Product
+from ..sae.kernels.dense_products import Product
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats, unit_stats
-from ..engine.optim import Optim
+from ..engine.adam import Optim
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_settings import require, require_sparsity, stats_or_unit, write_hook
-from ..kit.contract import Variant
+from ..kit.check_variant_settings import require, require_sparsity, stats_or_unit, write_hook
 from ..kit.single_layer import WithAux, assemble_mapping
+from ..kit.variant_contract import Variant
 from ..sae.gates import BatchTopK, TopK
-from ..sae.kernels.linear import Product
+from ..sae.kernels.dense_products import Product
 from ..sae.model import SparseAutoencoder, tied_weights
 
 RESID_TO_LAYER = 20

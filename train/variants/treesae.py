@@ -23,11 +23,11 @@ from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
 from ..errors import SaeInvalid
-from ..kit.check_settings import ends_of, require, require_positive
+from ..kit.check_variant_settings import ends_of, require, require_positive
 from ..sae.extra_modules import Extra
 from ..sae.kernels.codes import Codes, codes_from_dense
-from ..sae.kernels.linear import Product, linear
-from ..sae.kernels.select_latents import topk_rows
+from ..sae.kernels.dense_products import Product, linear
+from ..sae.kernels.select_top_k import topk_rows
 from ..sae.kernels.sparse_support import Support, support_from_topk
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side

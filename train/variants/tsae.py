@@ -17,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_settings import require_least, require_positive
+from ..kit.check_variant_settings import require_least, require_positive
 from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
 from . import matryoshka

@@ -19,7 +19,7 @@ from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
-from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measure_absorption import LetterResult, Sparse, mean_metrics, measure_letters
 from .probe import Training
 from .task import (

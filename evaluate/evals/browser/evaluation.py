@@ -30,9 +30,9 @@ from ...context.disk_cache import decided_by
 from ...context.stored_windows import require_some
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid
 from ...model.batches import count_windows
-from ...model.head import Head
+from ...model.unembedding_head import Head
 from ...output.figures.records import read_records
-from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from ..measures.token_text import Vocabulary
 from .config import Config
 from .exports import Exported, keep_exports, require_known, write_exports

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ....harvest.progress import Watch
 from ...context.loaded_sae import LoadedSae
-from ...model.head import Head
+from ...model.unembedding_head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from ..measures.token_text import Vocabulary
 from .config import Config

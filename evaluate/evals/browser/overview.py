@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ....train.disk.atomic_files import replace_file
-from ...context.result_files import INTERVALS, interval_of
+from ...context.write_and_read_results import INTERVALS, interval_of
 from ...output.figures.records import COLUMNS, Record, thinned
 from .write_pages import NAME, as_data
 

@@ -27,8 +27,8 @@ from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
 from ...context.stored_windows import ordinary_rows, read_windows
 from ...model.batches import Windows
-from ..contract import Context, LoadedSae
 from ..core.encoding import encode_codes
+from ..evaluation_contract import Context, LoadedSae
 from ..measures.token_text import Vocabulary
 from .config import Config
 from .firing_counts import Batch, Seen

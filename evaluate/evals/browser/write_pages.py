@@ -22,7 +22,7 @@ import numpy as np
 
 from ....cache_schema.disk_and_cloud_files import free_bytes_at, sync
 from ....cache_schema.errors import StoreError
-from ....cache_schema.in_words import say_size
+from ....cache_schema.numbers_in_words import say_size
 from ...errors import BrowserUnwritten
 from ...output.figures.records import FILES, script_json
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ....cache_schema.in_words import counted
+from ....cache_schema.numbers_in_words import counted
 
 RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50

@@ -19,8 +19,8 @@ from torch import Tensor
 from ....train.sae.gates import DENSE_SHARE, BatchTopK, JumpRelu, TopK
 from ....train.sae.kernels.bfloat16_then_float32 import can_look_twice, largest_products, products_above
 from ....train.sae.kernels.codes import Codes
-from ....train.sae.kernels.linear import linear
-from ....train.sae.kernels.select_latents import marked
+from ....train.sae.kernels.dense_products import linear
+from ....train.sae.kernels.select_top_k import marked
 from ....train.sae.kernels.sparse_support import support_from_topk
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import Windows

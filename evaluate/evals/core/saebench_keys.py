@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....train.sae.gates import Gated
-from ....train.sae.kernels.linear import linear
+from ....train.sae.kernels.dense_products import linear
 from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
 from .bootstrap import Statistic, intervals

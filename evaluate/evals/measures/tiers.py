@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...model.batches import Sums, Windows
-from ..contract import Context
+from ..evaluation_contract import Context
 from .token_text import Vocabulary
 
 SILENT = -1  # the label of a token on which no latent of a tier fires

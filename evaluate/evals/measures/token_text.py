@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ModelMissing
-from ..contract import Context
+from ..evaluation_contract import Context
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 

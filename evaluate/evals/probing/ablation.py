@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .features import Draw, Features, draw_probe
-from .saebench_probes import LinearProbe
+from .fit_probes import LinearProbe
 
 Kind = Literal["absolute", "positive"]
 """scr takes the size of an effect; tpp takes effects of latents that fire more on the class, with their sign."""

@@ -10,7 +10,7 @@ from ...context.context import Context
 from ...context.usable_saes import official_config
 from .ablation import Kind
 from .choose_source import DataName, Source
-from .saebench_probes import Training
+from .fit_probes import Training
 
 ALL_N = (2, 5, 10, 20, 50, 100, 500)
 TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema

@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 import torch
 
 from ...context.usable_saes import split_fitting
-from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .choose_source import Source, data_revision, find_source
 from .draw_classes import OPPOSITES, Task
 from .features import Draw, Features, Memo, draw_probe, seeded
+from .fit_probes import LinearProbe, Training, probe_every_class
 from .pooling import Pool, pool_task
-from .saebench_probes import LinearProbe, Training, probe_every_class
-from .scores import Ablated, Accuracies, on_data
+from .scr_and_tpp_scores import Ablated, Accuracies, on_data
 from .settings import LEAST_PERTURBED, Settings, filled
 
 BOTH_WAYS = OPPOSITES | {negative: name for name, negative in OPPOSITES.items()}

@@ -22,7 +22,7 @@ from ...context.evaluation_data_sets import library_revision
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
-from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
 from .prompts import (
     ATTRIBUTES,

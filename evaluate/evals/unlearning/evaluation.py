@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ...context.evaluation_data_sets import library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
-from ..contract import Context, Evaluation, Failure, LoadedSae, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
 from .model_passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score

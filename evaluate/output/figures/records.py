@@ -16,7 +16,7 @@ from typing import Any
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.folder import RunFolder
-from ...context.result_files import RESULTS, metric_of, ours_in, read_result, still_stands
+from ...context.write_and_read_results import RESULTS, metric_of, ours_in, read_result, still_stands
 from ...errors import EvalError, ResultInvalid
 
 CURVE_POINTS = 200

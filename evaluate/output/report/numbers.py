@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ... import evals
-from ...context.result_files import REACH, differing, heading, lines_of_each, reach_of
+from ...context.write_and_read_results import REACH, differing, heading, lines_of_each, reach_of
 from ..figures.records import COLUMNS as SHARED
 from ..figures.records import CORE, Column, Record, held_out, measured
 from .markup import Html, element, joined

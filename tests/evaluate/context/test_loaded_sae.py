@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saemill.evaluate.context.loaded_sae import make_side
-from saemill.evaluate.context.result_files import Result, result_path, standing_result, write_result
+from saemill.evaluate.context.write_and_read_results import Result, result_path, standing_result, write_result
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.model.batches import Windows, store_batches

@@ -10,7 +10,7 @@ from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals import replacement
-from saemill.evaluate.evals.contract import Failure
+from saemill.evaluate.evals.evaluation_contract import Failure
 
 HOOKS = ("resid", "mlp_in", "mlp_out", "attn_out", "q", "k", "z")
 WIDTHS = {"k": 8}

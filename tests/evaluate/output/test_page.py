@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate import evals
-from saemill.evaluate.context.result_files import heading
+from saemill.evaluate.context.write_and_read_results import heading
 from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.report import numbers
 from saemill.evaluate.output.report.markup import Html, element, text
-from saemill.evaluate.output.report.run_page import page, write_live_page, write_page
-from saemill.evaluate.output.report.training import training_data
+from saemill.evaluate.output.report.page_of_a_run import page, write_live_page, write_page
+from saemill.evaluate.output.report.training_curves import training_data
 from saemill.train.run.folder import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"

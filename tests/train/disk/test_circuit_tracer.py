@@ -17,7 +17,7 @@ from saemill.train.disk.sae_folder import save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.export import export_set, main
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.run.find_sae import read_folder
+from saemill.train.run.find_and_load_sae import read_folder
 
 D, F, L = 6, 20, 3
 

@@ -605,7 +605,7 @@ def test_without_the_hub_the_answer_comes_at_once(tmp_path, monkeypatch):
 
     asked, is_over = [], Event()
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: asked.append(is_over.wait(60)))
-    monkeypatch.setattr("saemill.train.run.find_sae.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("saemill.train.run.find_and_load_sae.ANSWER_SECONDS", 0.05)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     began = time.monotonic()
     try:

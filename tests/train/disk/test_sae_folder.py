@@ -18,7 +18,7 @@ from saemill.train.disk.sae_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.kit.variant_registry import names
-from saemill.train.run.find_sae import rebuild
+from saemill.train.run.find_and_load_sae import rebuild
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from saemill.train.engine.optim import Adam
+from saemill.train.engine.adam import Adam
 from saemill.train.engine.step import Trainee, _lr_scales
 from saemill.train.sae.extra_modules import StepCounter
-from saemill.train.sae.kernels import hardware, linear
+from saemill.train.sae.kernels import dense_products, hardware
 from saemill.train.terms.constraints import GradientNoise
 from saemill.train.terms.tiers import Tiers
 
@@ -78,7 +78,7 @@ def shapes_of_kernels(monkeypatch, quick_selection):
 
     monkeypatch.setattr(hardware, "SERVED", {NAME})
     monkeypatch.setattr(hardware, "has_triton", lambda device: True)
-    monkeypatch.setattr(linear, "has_fast_bfloat16", lambda kind: True)
+    monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda kind: True)
     for module, kernel in (
         (sparse_products, bag_sum),
         (sparse_products, pair_dots),

@@ -8,7 +8,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
 from saemill.train.engine import step
-from saemill.train.engine.optim import Adam, Optim
+from saemill.train.engine.adam import Adam, Optim
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.variant_registry import config_type

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from saemill.train.data import device_copies
 from saemill.train.data.batch import Batch
 from saemill.train.engine import replay, step
-from saemill.train.engine.optim import Optim
+from saemill.train.engine.adam import Optim
 from saemill.train.engine.schedules import Constant
 from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Term

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saemill.train.engine.optim import Optim
+from saemill.train.engine.adam import Optim
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import wrapping
 from saemill.train.kit.variant_registry import config_type, names

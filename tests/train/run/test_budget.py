@@ -6,7 +6,7 @@ import pytest
 from saemill.train.config.run_config import CourseConfig
 from saemill.train.data.mixing_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain
-from saemill.train.run.settle_config import settle_budget
+from saemill.train.run.fill_config_from_store import settle_budget
 
 
 def plan(windows=100, tokens=10, batch=50):

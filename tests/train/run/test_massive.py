@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.cache_schema import Store, massive_rows
-from saemill.cache_schema.massive_rows import measure_massive
+from saemill.cache_schema import Store, massive_activations
+from saemill.cache_schema.massive_activations import measure_massive
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_of_ordinary
@@ -144,7 +144,7 @@ def test_a_gpu_leaves_out_what_a_cpu_leaves_out(spiked):
 )
 def test_nothing_left_is_refused_before_the_run(write_store, sae_train, quick, tmp_path, planted, said, monkeypatch):
     if planted == "most rows zero":
-        monkeypatch.setattr(massive_rows, "row_norms", lambda stored, *_: norms_of_mostly_nothing(stored))
+        monkeypatch.setattr(massive_activations, "row_norms", lambda stored, *_: norms_of_mostly_nothing(stored))
         planted = []
     store = write_store(tmp_path / "store", windows=140, splits=(60, 100), massive=planted)
     assert said in sae_train(*TOPK, *quick, "--cache", store["path"], code=1).output

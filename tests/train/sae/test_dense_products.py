@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.sae.kernels import linear as products
-from saemill.train.sae.kernels.linear import multiply, product_on
+from saemill.train.sae.kernels import dense_products as products
+from saemill.train.sae.kernels.dense_products import multiply, product_on
 from saemill.train.sae.side_inputs import NO_SIDE
 
 DENSE = ["standard", "jumprelu", "gated", "p_anneal"]
@@ -74,7 +74,9 @@ def test_without_being_asked_for_no_product_is_low(variant, monkeypatch):
 def test_the_dense_product_is_made_once(monkeypatch):
     """Its result is used as it is: nothing is computed anew in float32."""
     calls = []
-    monkeypatch.setattr("saemill.train.sae.kernels.products_with_gradients.linear", lambda *_: calls.append("again"))
+    monkeypatch.setattr(
+        "saemill.train.sae.kernels.sparse_products_with_gradients.linear", lambda *_: calls.append("again")
+    )
     gradients("standard", "bfloat16", torch.float32)
     assert not calls
 

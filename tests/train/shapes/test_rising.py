@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from saemill.train.engine.optim import Optim
+from saemill.train.engine.adam import Optim
 from saemill.train.engine.schedules import Complement, Doubling, HalfLife, Onset, SigmoidRamp, Switch
 from saemill.train.errors import ConfigInvalid
 

@@ -18,8 +18,8 @@ from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from saemill.train.kit.variant_registry import config_type, names
-from saemill.train.run.find_sae import rebuild
-from saemill.train.sae.kernels import linear
+from saemill.train.run.find_and_load_sae import rebuild
+from saemill.train.sae.kernels import dense_products
 from saemill.train.sae.side_inputs import Side
 
 VARIANTS = names()
@@ -93,7 +93,7 @@ def test_a_saved_sae_has_the_same_codes_on_every_processor(battery, variant, mon
     """Training may choose in bfloat16 where there are units for it; `encode` does not."""
     found = []
     for has_units in (False, True):
-        monkeypatch.setattr(linear, "has_fast_bfloat16", lambda device_type, has_units=has_units: has_units)
+        monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda device_type, has_units=has_units: has_units)
         config = battery.config_of(variant, encoder_product="bfloat16")
         batch, sae = battery.batches(config, 1)[0], config.build(battery.D).sae
         found.append(sae.encode(batch.x, Side({name: batch.side[name] for name in sae.needs_side})))

@@ -10,7 +10,7 @@ import torch
 
 from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
-from saemill.train.engine.fitted_start import fit_start
+from saemill.train.engine.first_weights_from_data import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
 from saemill.train.parallel.ranks import ALONE

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.codes import Codes
-from ..kernels.linear import linear
-from ..kernels.products_with_gradients import affine
+from ..kernels.dense_products import linear
+from ..kernels.sparse_products_with_gradients import affine
 from ..model import SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
 from .attention_links import READ_BESIDE

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .dense_products import linear, linear_packed, packed
 from .hardware import has_fast_bfloat16
-from .linear import linear, linear_packed, packed
-from .products import sampled_dots
-from .select_latents import best_of, has_groups, largest_of_rows, marked, most_of_groups, topk_rows
+from .select_top_k import best_of, has_groups, largest_of_rows, marked, most_of_groups, topk_rows
+from .sparse_products import sampled_dots
 from .sparse_support import Support, support_from_flat
 
 KEPT = 1 - 2**-8  # of a positive number, at the least, when it becomes bfloat16

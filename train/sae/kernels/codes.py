@@ -14,9 +14,9 @@ from functools import cached_property
 
 from torch import Tensor
 
-from .linear import Product
-from .products import latent_count, latent_sum, row_sum
-from .products_with_gradients import decode_at, decode_dense, spread_latents, spread_rows, sum_rows
+from .dense_products import Product
+from .sparse_products import latent_count, latent_sum, row_sum
+from .sparse_products_with_gradients import decode_at, decode_dense, spread_latents, spread_rows, sum_rows
 from .sparse_support import Support
 
 

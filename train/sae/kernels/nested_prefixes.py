@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...parallel.split_latents import ALL_LATENTS, Latents
+from ...parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from .codes import Codes
+from .dense_products import Product
 from .hardware import constants
-from .linear import Product
-from .products import column_sum, decode_sum, gathered, pair_dots
 from .row_gradients import table_gradient
+from .sparse_products import column_sum, decode_sum, gathered, pair_dots
 from .sparse_support import Support, group_offsets
 
 

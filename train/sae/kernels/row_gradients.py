@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .products import weight_sum
+from .sparse_products import weight_sum
 from .sparse_support import Support
 
 

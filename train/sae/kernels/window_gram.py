@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from ...errors import ConfigInvalid
 from .codes import Codes
 from .hardware import reads_at_once
-from .products import decode_sum, pair_dots, row_sum
+from .sparse_products import decode_sum, pair_dots, row_sum
 from .sparse_support import Support, starts
 
 

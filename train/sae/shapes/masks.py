@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.codes import Codes
 from ..kernels.hardware import numbers
-from ..kernels.products_with_gradients import affine
+from ..kernels.sparse_products_with_gradients import affine
 from ..side_inputs import Side
 from .shaped import Shape
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels.dense_products import linear
 from ..kernels.hardware import reads_at_once
-from ..kernels.linear import linear
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from .masks import range_of

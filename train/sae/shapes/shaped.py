@@ -28,7 +28,7 @@ from torch.nn import functional
 from ..extra_modules import Part
 from ..gates import Gated
 from ..kernels.codes import Codes, codes_from_dense
-from ..kernels.linear import linear
+from ..kernels.dense_products import linear
 from ..kernels.sparse_support import Support
 from ..model import Choose, SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side

@@ -12,7 +12,7 @@ from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reading
-from saemill.evaluate.context.result_files import Failure, Result
+from saemill.evaluate.context.write_and_read_results import Failure, Result
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.absorption import evaluation as absorption
 from saemill.evaluate.evals.absorption.measure_absorption import Sparse, mean_metrics, measure_letters

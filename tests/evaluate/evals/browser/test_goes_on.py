@@ -23,7 +23,7 @@ from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
 from saemill.evaluate.evals.browser import evaluation, read_and_encode, top_firings, write_pages
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.run.find_saes import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.train.run.init_from_trained_sae import source_of
 
 CONFIG = Config(windows=30, batch_windows=5, top=2, sample=3, low=1, promoted=4, together_tokens=120)

@@ -37,10 +37,10 @@ from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings
 from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
 from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.model.head import head_of, load_head
 from saemill.evaluate.model.prefix_suffix import load_language_model
+from saemill.evaluate.model.unembedding_head import head_of, load_head
 from saemill.evaluate.output.figures.records import Record
-from saemill.evaluate.run.find_saes import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
@@ -445,7 +445,7 @@ def test_a_head_that_has_no_room_is_not_told_to_be_fetched_again(error, monkeypa
     def no_room(folder, modules):
         raise error
 
-    monkeypatch.setattr("saemill.evaluate.model.head.read_tables", no_room)
+    monkeypatch.setattr("saemill.evaluate.model.unembedding_head.read_tables", no_room)
     with pytest.raises(ModelMissing, match="does not fit into memory .* Free some memory") as told:
         load_head(MODEL_FOLDER, torch.device("cpu"))
     assert "fetch" not in str(told.value)

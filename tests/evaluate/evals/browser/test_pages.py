@@ -23,7 +23,7 @@ from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.write_pages import write_data, write_page
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
-from saemill.evaluate.run.find_saes import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.train.run.init_from_trained_sae import source_of
 
 SCRIPT = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"

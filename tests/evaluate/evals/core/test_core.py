@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saemill.cache_schema import Store
-from saemill.evaluate.context.result_files import without_nan
+from saemill.evaluate.context.write_and_read_results import without_nan
 from saemill.evaluate.errors import DataMissing, SettingInvalid
 from saemill.evaluate.evals.core import choose_rows
 from saemill.evaluate.evals.core import evaluation as core

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saemill.evaluate.context.result_files import frame
+from saemill.evaluate.context.write_and_read_results import frame
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.model.batches import store_batches
 

@@ -25,7 +25,7 @@ from saemill.evaluate.model.divergence import compare, kl_as_published, next_tok
 from saemill.evaluate.model.smaller_pieces import PieceSize
 from saemill.train.sae.gates import BatchTopK, JumpRelu
 from saemill.train.sae.kernels import bfloat16_then_float32
-from saemill.train.sae.kernels.select_latents import largest_of_rows
+from saemill.train.sae.kernels.select_top_k import largest_of_rows
 
 
 def logits(rows, vocab, seed, scale=3.0):

@@ -12,8 +12,8 @@ from torch.nn import Module
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.sites import RESID, Site
-from saemill.evaluate.context.result_files import frame
 from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
+from saemill.evaluate.context.write_and_read_results import frame
 from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import Assignment, every, groups_of, ranges_of, saved, tiers_of

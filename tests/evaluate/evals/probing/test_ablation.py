@@ -9,8 +9,8 @@ import torch
 from saemill.evaluate.evals.probing.ablation import Ablatable, effects, top_effects
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
 from saemill.evaluate.evals.probing.features import Draw, Features, seeded
-from saemill.evaluate.evals.probing.saebench_probes import Training, fresh_probe
-from saemill.evaluate.evals.probing.scores import mean_scores, scr_scores, tpp_scores
+from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
+from saemill.evaluate.evals.probing.scr_and_tpp_scores import mean_scores, scr_scores, tpp_scores
 from saemill.evaluate.evals.probing.switch_latents_off import OfModel, Setup, perturb
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder

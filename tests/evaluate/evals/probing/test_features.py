@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing import saebench_probes
+from saemill.evaluate.evals.probing import fit_probes
 from saemill.evaluate.evals.probing.draw_classes import Table, balanced, sample, spurious
 from saemill.evaluate.evals.probing.features import Draw, Features, Memo, draw_probe, seeded, spans_of
-from saemill.evaluate.evals.probing.saebench_probes import sparse_accuracy, top_features
+from saemill.evaluate.evals.probing.fit_probes import sparse_accuracy, top_features
 
 
 @given(num_classes=st.integers(2, 6), size=st.integers(1, 30), seed=st.integers(0, 9))
@@ -76,7 +76,7 @@ def test_one_planted_feature_is_found_and_enough(monkeypatch):
     draws = [draw_probe(train.spans, "b", seeded(seed)) for seed in (0, 1)]
     assert list(top_features(train, draws[0], 1)) == [17]
     assert sparse_accuracy(train, draws[0], test, draws[1], 1) == 1.0
-    monkeypatch.setattr(saebench_probes, "MAX_ITERATIONS", 2)  # stopped early, it is scored, and nothing warns
+    monkeypatch.setattr(fit_probes, "MAX_ITERATIONS", 2)  # stopped early, it is scored, and nothing warns
     assert 0.5 < sparse_accuracy(train, draws[0], test, draws[1], 1) < 1.0
 
 

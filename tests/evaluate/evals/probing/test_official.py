@@ -10,8 +10,8 @@ from saemill.evaluate.evals import scr, sparse_probing, tpp
 from saemill.evaluate.evals.probing import saebench_texts
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.features import seeded
+from saemill.evaluate.evals.probing.fit_probes import Training
 from saemill.evaluate.evals.probing.sae_probes_regression import rank_latents, split_rows, tuned_scores
-from saemill.evaluate.evals.probing.saebench_probes import Training
 from saemill.evaluate.evals.probing.switch_latents_off import OfModel, Setup, perturb
 
 from ....golden import make_saebench_probes as maker

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from saemill.evaluate.evals.probing.features import Features, seeded
-from saemill.evaluate.evals.probing.saebench_probes import (
+from saemill.evaluate.evals.probing.fit_probes import (
     FULL_WIDTH,
     Training,
     fresh_probe,

@@ -12,7 +12,7 @@ import torch
 
 from saemill.evaluate.context import evaluation_data_sets
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.result_files import Failure
+from saemill.evaluate.context.write_and_read_results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import model_passes, texts_and_exams

@@ -19,7 +19,9 @@ def test_the_bfloat16_product_gives_way_where_it_is_emulated(rng, monkeypatch):
     dtypes = []
     monkeypatch.setattr(sae.gate, "choose", lambda pre, side: dtypes.append(pre.dtype))
     for fast in (True, False):
-        monkeypatch.setattr("saemill.train.sae.kernels.linear.has_fast_bfloat16", lambda device_type, fast=fast: fast)
+        monkeypatch.setattr(
+            "saemill.train.sae.kernels.dense_products.has_fast_bfloat16", lambda device_type, fast=fast: fast
+        )
         sae.codes(x)
     assert dtypes == [torch.bfloat16, torch.float32]
 

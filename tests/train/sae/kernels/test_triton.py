@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.sae.kernels import hardware
-from saemill.train.sae.kernels.products_with_gradients import affine, decode_at
+from saemill.train.sae.kernels.sparse_products_with_gradients import affine, decode_at
 from saemill.train.sae.kernels.sparse_support import Support, support_from_topk
 from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products
 

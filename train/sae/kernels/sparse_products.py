@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .dense_products import Product
 from .hardware import runs_triton
-from .linear import Product
 from .sparse_support import Support
 
 ONE_AT_A_TIME = Lock()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from saemill.train.sae.kernels import linear as module
-from saemill.train.sae.kernels.linear import linear, linear_packed, packed
+from saemill.train.sae.kernels import dense_products as module
+from saemill.train.sae.kernels.dense_products import linear, linear_packed, packed
 
 
 @pytest.fixture

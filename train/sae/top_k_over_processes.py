@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parallel.split_latents import Latents
+from ..parallel.dictionary_over_processes import Latents
 from .kernels.hardware import runs_triton
-from .kernels.select_latents import topk_batch, topk_rows
+from .kernels.select_top_k import topk_batch, topk_rows
 from .kernels.sparse_support import Support, support_from_flat
 
 

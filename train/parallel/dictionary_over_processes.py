@@ -1,7 +1,7 @@
 """A dictionary that is split by latents: each process holds some of them, and sees every row of a batch.
 
 No table is ever gathered in a step. What goes between the processes:
-1. the candidates of the selection (`sae/split_top_k.py`), k of each row and process;
+1. the candidates of the selection (`sae/top_k_over_processes.py`), k of each row and process;
 2. the reconstruction [B, D], as the sum of what each process's latents rebuild (`join`);
 3. one gradient of the width of a residual (`share`), and numbers.
 """

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from saemill.cache_schema import Span, Store, from_float32, massive_rows, to_float32
+from saemill.cache_schema import Span, Store, from_float32, massive_activations, to_float32
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.info import describe
-from saemill.cache_schema.massive_rows import count_ordinary, default_multiple, is_massive, measure_massive, row_norms
+from saemill.cache_schema.massive_activations import (
+    count_ordinary,
+    default_multiple,
+    is_massive,
+    measure_massive,
+    row_norms,
+)
 
 PLANTED = ((3, 7), (700, 0), (1249, 5))
 
@@ -91,9 +97,9 @@ def test_an_import_can_ask_that_every_row_counts(imported):
 
 def test_a_large_store_is_looked_at_in_shards_spread_over_it(imported, monkeypatch):
     url, _ = imported()
-    monkeypatch.setattr(massive_rows, "SAMPLE_BYTES", 3 * 256 * 8 * 16 * 4 + 1)
+    monkeypatch.setattr(massive_activations, "SAMPLE_BYTES", 3 * 256 * 8 * 16 * 4 + 1)
     with Store.open(url) as store:
-        spans = massive_rows.sample(store.manifest, 4, store.committed)
+        spans = massive_activations.sample(store.manifest, 4, store.committed)
         found = measure_massive(store, 4, 10.0)
     assert [span.shard for span in spans] == [0, 2, 4]
     assert (found.shards, found.shards_in_store, found.massive, found.rows) == (3, 5, 3, 738 * 8)

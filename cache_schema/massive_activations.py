@@ -19,7 +19,7 @@ from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments
 from .reader import Store
-from .request import Request, ShardArrays, Span
+from .requests_and_spans import Request, ShardArrays, Span
 from .sites import Place, Site, site_of
 from .stored_dtypes import FP8_VALUES
 from .token_counts import trainable

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from saemill.train.engine.optim import Adam, Optim
+from saemill.train.engine.adam import Adam, Optim
 from saemill.train.engine.schedules import cut_short
 from saemill.train.errors import ConfigInvalid
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import Product, linear, matrix_units, multiply
-from .products import column_sum, decode_sum, gathered, latent_sum, pair_dots, row_sum
+from .dense_products import Product, linear, matrix_units, multiply
 from .row_gradients import low_copy, table_gradient
+from .sparse_products import column_sum, decode_sum, gathered, latent_sum, pair_dots, row_sum
 from .sparse_support import Support
 
 

@@ -20,7 +20,7 @@ from ..figures.records import Record, script_json, web_file
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
 from .origin import origins
-from .training import course_of, training_data
+from .training_curves import course_of, training_data
 
 BROWSER = "browser/index.html"
 LIVE = "live.js"

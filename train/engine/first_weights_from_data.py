@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
-from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side

@@ -25,8 +25,8 @@ than 1: `require_bounds` sees to it.
 - `extras`: modules (`Extra`) that train along without being needed for activations: who is told of each
   step (`observe`), how fast they learn (`lr_scale`), which latents they retire (`retired_latents`).
 
-Where training begins is the engine's (`engine/fitted_start.py`): it lowers pre-activations on the first batch,
-through `lower` and `rescale` of the SAE and its gate. A gate or SAE with offsets of its own moves them along there.
+Where training begins is the engine's (`engine/first_weights_from_data.py`): it lowers pre-activations on the first
+batch, through `lower` and `rescale` of the SAE and its gate. A gate or SAE with offsets of its own moves them along there.
 Where codes have signs, lowering means nothing, and the gate says so (`can_lower`).
 
 What must hold:

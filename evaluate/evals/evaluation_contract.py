@@ -29,7 +29,7 @@ from typing import Any, Generic, TypeVar
 
 from ..context.context import Context
 from ..context.loaded_sae import LoadedSae
-from ..context.result_files import Failure, Result
+from ..context.write_and_read_results import Failure, Result
 from ..errors import EvaluationInvalid, SettingInvalid
 
 __all__ = ["Context", "Evaluation", "Failure", "LoadedSae", "Needs", "Result"]

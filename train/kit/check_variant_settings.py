@@ -10,7 +10,7 @@ from typing import Any
 from ...cache_schema.sites import HOOKS
 from ...cache_schema.strict_json import nearest
 from ..data.scaling import Stats, unit_stats
-from ..engine.optim import Optim
+from ..engine.adam import Optim
 from ..errors import ConfigInvalid
 
 EARLY_DEAD_PART = 30

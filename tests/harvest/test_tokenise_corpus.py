@@ -16,10 +16,10 @@ import pytest
 
 from saemill.cache_schema import StoreUnreachable
 from saemill.cache_schema.splits import split_of
-from saemill.harvest import tokenise_and_pack
+from saemill.harvest import tokenise_corpus
 from saemill.harvest.errors import CorpusEmpty, DocumentInvalid, NetworkLost, SplitEmpty
 from saemill.harvest.pack_windows import Packer
-from saemill.harvest.tokenise_and_pack import PackedCorpus, PackingJob, Spool, spool_corpus
+from saemill.harvest.tokenise_corpus import PackedCorpus, PackingJob, Spool, spool_corpus
 
 CONTEXT = 8
 BOS = 2
@@ -72,8 +72,8 @@ def pack(corpus: ListCorpus, folder: Path, windows: int = 100, packing: Any = "c
 @pytest.fixture
 def small_batches(monkeypatch):
     """A checkpoint after every few documents."""
-    monkeypatch.setattr(tokenise_and_pack, "BATCH_CHARACTERS", 1000)
-    monkeypatch.setattr(tokenise_and_pack, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(tokenise_corpus, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenise_corpus, "CHECKPOINT_SECONDS", -1.0)
 
 
 def test_each_split_is_packed_by_itself_up_to_its_share(tmp_path):
@@ -120,7 +120,7 @@ def test_windows_behind_the_last_checkpoint_are_cut_off(tmp_path, monkeypatch):
 
     def checkpoint(spool, state):
         written(spool, state)
-        monkeypatch.setattr(tokenise_and_pack, "CHECKPOINT_SECONDS", 1e9)
+        monkeypatch.setattr(tokenise_corpus, "CHECKPOINT_SECONDS", 1e9)
 
     straight = pack(ListCorpus(make_texts(250)), tmp_path / "straight", 600)
     monkeypatch.setattr(Spool, "checkpoint", checkpoint)
@@ -174,7 +174,7 @@ def checkpoint_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_slow_corpus_is_kept_every_few_seconds_though_no_batch_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise_and_pack, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(tokenise_corpus, "CHECKPOINT_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
     assert checkpoint_of(tmp_path)["documents"] == 300
@@ -246,7 +246,7 @@ def test_too_few_documents_for_three_splits_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(os, "truncate"), (Path, "open"), (tokenise_and_pack, "sync"), (shutil, "copyfileobj")]
+    ("owner", "name"), [(os, "truncate"), (Path, "open"), (tokenise_corpus, "sync"), (shutil, "copyfileobj")]
 )
 def test_a_disk_that_fails_is_named(tmp_path, monkeypatch, owner, name):
     """What it says of an open file names none: without more it would be a traceback."""

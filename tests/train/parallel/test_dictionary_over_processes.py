@@ -12,9 +12,9 @@ from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.parallel.split_latents import SomeLatents
+from saemill.train.parallel.dictionary_over_processes import SomeLatents
 from saemill.train.sae.gates import BatchTopK
-from saemill.train.sae.split_top_k import first_of_equals, split_batch, split_topk
+from saemill.train.sae.top_k_over_processes import first_of_equals, split_batch, split_topk
 
 STEPS = 12
 SPLIT = ["topk", "batchtopk", "jumprelu", "standard", "gated", "p_anneal", "transcoder", "crosscoder"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.train.sae.kernels.select_latents import BLOCK, marked, positive, topk_batch, topk_rows
+from saemill.train.sae.kernels.select_top_k import BLOCK, marked, positive, topk_batch, topk_rows
 
 
 @pytest.mark.parametrize(("width", "k"), [(2304, 32), (512, 5), (4 * BLOCK * 8, 8), (100, 7), (64, 64)])

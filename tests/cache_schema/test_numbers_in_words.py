@@ -2,7 +2,7 @@
 
 import pytest
 
-from saemill.cache_schema.in_words import counted, say_size, say_time
+from saemill.cache_schema.numbers_in_words import counted, say_size, say_time
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 shards"), (1, "1 shard"), (2000, "2,000 shards")])

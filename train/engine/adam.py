@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ..errors import ConfigInvalid
-from ..parallel.split_latents import ALL_LATENTS, Latents
+from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..sae.kernels.hardware import reads_at_once, write_numbers
 from ..sae.kernels.row_gradients import RowGradient, RowUpdates, take_rows
 from .schedules import Decay, Product, Schedule, WarmUp
@@ -49,7 +49,7 @@ class Optim:
     clip_norm: float | None = None
     """Largest norm of all gradients together; None leaves them as they are."""
     start: Start = "fitted"
-    """fitted: where the first batch is rebuilt best (`fitted_start.py`); drawn: the first weights as they are."""
+    """fitted: where the first batch is rebuilt best; drawn: the first weights as they are."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "epsilon", "clip_norm", "warmup_power"):

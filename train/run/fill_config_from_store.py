@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_schema import Manifest, Store
-from ...cache_schema.massive_rows import default_multiple
+from ...cache_schema.massive_activations import default_multiple
 from ...cache_schema.sites import by_hook
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.recipe import Recipe
@@ -19,7 +19,7 @@ from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_r
 from ..config.sanity_baselines import with_baselines
 from ..data.mixing_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain
-from ..kit.contract import Variant
+from ..kit.variant_contract import Variant
 from .folder import RunFolder, provenance
 from .init_from_trained_sae import Source, source_of, without_start
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saemill.train.sae.kernels.codes import Codes
-from saemill.train.sae.kernels.products import latent_sum, row_sum
-from saemill.train.sae.kernels.products_with_gradients import (
+from saemill.train.sae.kernels.sparse_products import latent_sum, row_sum
+from saemill.train.sae.kernels.sparse_products_with_gradients import (
     affine,
     decode_at,
     spread_latents,
