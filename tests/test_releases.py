@@ -60,7 +60,7 @@ def test_a_run_of_format_1_goes_on_and_ends(runs):
     )
 
 
-def test_a_checkpoint_an_sae_and_a_result_of_format_1_are_read():
+def test_a_checkpoint_of_format_2_an_sae_and_a_result_of_format_1_are_read():
     found = load_checkpoint(RUNS / "stopped" / "checkpoints")
     assert found is not None and (found.standing.step, found.complaints) == (6, ())
     sae = load_sae("ended", RUNS)

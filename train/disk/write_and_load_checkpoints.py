@@ -166,7 +166,7 @@ def load_checkpoint(folder: Path, labels: Collection[str] | None = None) -> Chec
             return Checkpoint(standing, tensors, tuple(complaints))
     if complaints:
         raise CheckpointDamaged(
-            "no checkpoint is complete: " + "; ".join(complaints) + ". Start the run again under another name"
+            "no checkpoint can be read: " + "; ".join(complaints) + ". Start the run again under another name"
         )
     return None
 
@@ -182,7 +182,8 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
     except (StrictError, ConfigInvalid, OSError) as error:
         raise CheckpointDamaged(f"{path}: {error}") from None
     if state.format != FORMAT:
-        raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}: update saemill")
+        why = "update saemill" if state.format > FORMAT else "written by an earlier checkout, whose checkpoints are no longer read"
+        raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}: {why}")
     if state.digest != state.own_digest():
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
     tensors = {}

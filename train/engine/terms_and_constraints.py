@@ -160,7 +160,7 @@ def require_splittable(name: str, assembly: Assembly) -> None:
         why = f" (its loss {needy[0]} does)" if needy else ""
         raise ConfigInvalid(
             f"{name}: course.shard_width is for SAEs of which no part needs all latents in one process{why}: "
-            "leave it out, or choose its base"
+            "leave it out, or train its base alone where it has one"
         )
 
 

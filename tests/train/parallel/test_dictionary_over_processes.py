@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
-from saemill.train.kit.variant_registry import config_type
+from saemill.train.kit.variant_registry import names
 from saemill.train.parallel.dictionary_over_processes import SomeLatents
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.top_k_over_processes import first_of_equals, split_batch, split_topk
@@ -188,7 +189,10 @@ def test_a_loss_that_is_no_number_in_one_part_stops_all(battery, threads):
 
 
 def test_what_needs_all_latents_is_refused(battery, threads):
+    """And docs/train.md tells them from the others."""
     ranks, _ = threads(2)
-    for variant in ("hierarchical_topk", "tiered"):
-        with pytest.raises(ConfigInvalid, match="no part needs all latents in one process"):
-            Trainee("one", config_type(variant)(layer=0, width=64).build(16), 10, split=ranks[0])
+    for variant in set(names()) - {*SPLIT, "frozen"}:  # frozen: as its base
+        with pytest.raises(ConfigInvalid, match=r"no part needs all latents in one .* its base alone where it has one"):
+            Trainee("one", battery.config_of(variant).build(battery.D), 10, split=ranks[0])
+    page = (Path(__file__).parents[3] / "docs/train.md").read_text()
+    assert f"`{' '.join(sorted(SPLIT))}` can be split" in page

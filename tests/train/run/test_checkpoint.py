@@ -122,11 +122,14 @@ def test_a_log_that_lost_its_end_keeps_whole_lines(tmp_path):
     assert path.read_bytes() == b'{"step": 0}\n'
 
 
-def test_nothing_whole_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("format_", "advice"), [(99, "update saemill"), (1, r"earlier checkout.* no longer read\. Start the run again")]
+)
+def test_nothing_that_can_be_read_is_an_error(tmp_path, format_, advice):
     save_checkpoint(tmp_path, standing(10), state(10))
     path = tmp_path / "step_000000010/state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointDamaged, match=r"no checkpoint is complete: .*format"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": format_}))
+    with pytest.raises(CheckpointDamaged, match=rf"no checkpoint can be read: .*found {format_}: .*{advice}"):
         load_checkpoint(tmp_path)
 
 

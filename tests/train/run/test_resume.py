@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits
             assert f"continuing after step {int(older.name[5:])}" in result.output
             same_bits(copy, straight)
         else:
-            assert "no checkpoint is complete" in result.output
+            assert "no checkpoint can be read" in result.output
             assert not (copy / "result.json").exists()
 
 
