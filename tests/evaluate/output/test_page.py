@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -106,6 +107,15 @@ def test_only_our_own_markup_goes_in_as_it_is():
     assert not isinstance(Html("<b>") + "<script>", Html)
 
 
+def policy_of(document: str) -> tuple[str, str, str]:
+    """What a page says, its script, and what it is to say if it runs that one and fetches nothing."""
+    (policy,) = [str(a["content"]) for tag, a in read(document).tags if tag == "meta" and "http-equiv" in a]
+    script = document.rsplit("<script>", 1)[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return policy, script, own
+
+
 def test_the_page_runs_its_own_script_and_fetches_nothing(tmp_path):
     run = RunFolder(tmp_path / "run_1")
     run.path.mkdir()
@@ -118,10 +128,8 @@ def test_the_page_runs_its_own_script_and_fetches_nothing(tmp_path):
     assert path == run.path / "report.html"
     document = path.read_text()
     reader = read(document)
-    (policy,) = [a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a]
-    script = document.rsplit("<script>", 1)[1].split("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy, _, own = policy_of(document)
+    assert policy == own
     links = [a["href"] for tag, a in reader.tags if tag == "a"]
     assert links == ["../plots/pareto.png", "../plots/pareto.svg"]
     (picture,) = [a for tag, a in reader.tags if tag == "img"]
@@ -186,6 +194,12 @@ def live(tmp_path):
     log(run, range(10))
     write_live_page(run, read_records([run], print), 5.0)
     return run
+
+
+def test_the_page_of_a_run_in_training_takes_one_file_beside_it(live):
+    policy, script, own = policy_of((live.path / "report.html").read_text())
+    assert policy == f"{own} 'self' file:"
+    assert re.findall(r"\.src = `(.*?)\?", script) == ["live.js"]
 
 
 def log(run: RunFolder, steps) -> None:
