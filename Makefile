@@ -138,7 +138,7 @@ decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the
 	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=1024 $(DECIDE_COURSE) $(STDLIB_PROBES) $(DECIDE_MEASURED) \
 	  > $(DECISIONS)/{}.log 2>&1 || { tail -n 5 $(DECISIONS)/{}.log; exit 1; }'
 
-bench: bench-store bench-exports bench-harvest bench-train bench-quality bench-eval bench-browser ## every benchmark against the peers [RESULTS=bench/results]; make -k goes on past a missed goal
+bench: bench-store bench-exports bench-harvest bench-train bench-quality bench-eval bench-browser ## the benchmarks against the peers, but for bench-transcoders and bench-massive [RESULTS=bench/results]; make -k goes on past a missed goal
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS) --json $(RESULTS)/harvest.json

@@ -94,9 +94,9 @@ MODELS = {
 GPU_PARTS = ("steps", "fleet", "guided", "harvest")
 PEERS = ("sae_lens", "dictionary_learning", "sparsify", "SAELens")
 ABOUT_SPEED = (
-    "Ratios of medians, of training steps the median of each round's ratio; from where to where the rounds went where "
-    "rounds were kept. Core is of 21 November, an earlier machine, but for the pocket model's rows of eight SAEs in "
-    "float32."
+    "Ratios of medians, of training steps the median of each round's ratio and the lowest in brackets; elsewhere from "
+    "where to where the rounds went where rounds were kept. Core is of 21 November, an earlier machine, but for the "
+    "pocket model's rows of eight SAEs in float32."
 )
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
@@ -164,7 +164,8 @@ def train_lines() -> Iterable[tuple[str, str, str]]:
             ratios: dict[str, list[str]] = {}
             for row in rows:
                 if row["width"] == width:
-                    ratios.setdefault(row["variant"], []).append(f"{row['ratio_to_faster_peer']:.2f}")
+                    told = f"{row['ratio_to_faster_peer']:.2f} ({row['lowest_ratio']:.2f})"
+                    ratios.setdefault(row["variant"], []).append(told)
             some = rows[0]
             firing = f", {some['l0']:g} of them firing" if some["l0"] else ""
             products = "float32, bfloat16 product" if max(map(len, ratios.values())) > 1 else "float32"
