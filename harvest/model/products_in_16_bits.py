@@ -1,6 +1,6 @@
 """Products of 16-bit models on processors that have no instructions for them: in float32, rounded once.
 
-torch takes five times as long for such a layer there as in float32, and seventeen times for attention. The
+torch takes many times as long for such layers and attention there as in float32 (docs/performance.md). The
 instructions that other processors have sum in float32 too, so only the order of the sums differs from theirs.
 """
 
