@@ -1,7 +1,7 @@
 """The registry: every file of this folder, and every folder with a file `evaluation.py`, is an evaluation.
 
-`contract` says what such a file defines. Its name, or the folder's, is the evaluation's id. Folders without that file
-(`probing`, `measures`) hold what several evaluations share.
+`evaluation_contract` says what such a file defines. Its name, or the folder's, is the evaluation's id. Folders without
+that file (`probing`, `measures`) hold what several evaluations share.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ battery (`tests/train/variants/`) finds it by itself. It defines `Config`, a fro
 `Variant` below, or a class of the kit that does: `SingleLayer` (one layer in, the same layer out) or
 `Wrapping` (a base inside, chosen by name). Fields are the settings. Each has a default and a JSON form (numbers,
 strings, booleans, None, tuples, records of them); `layer`, `width`, `k`, `target_l0`, `seed` and `optim` mean
-the same in every variant, and the command line has options for them. A name that ends in `_fraction`, `_from` or
-`_until` is a share of the run, one in `_weight`, `_weights` or `penalty` is never negative, one in `_decay` is less
-than 1: `require_bounds` sees to it.
+the same in every variant. The command line has options for `layer`, `width`, `k`, `seed` and `optim.lr`; all else is
+`--set`. A name that ends in `_fraction`, `_from` or `_until` is a share of the run, one in `_weight`, `_weights` or
+`penalty` is never negative, one in `_decay` is less than 1: `require_bounds` sees to it.
 
 `build` returns an `Assembly` of parts that know nothing of each other:
 - `sae`: a `SparseAutoencoder` owns W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and a gate. A new way to
@@ -26,8 +26,8 @@ than 1: `require_bounds` sees to it.
   step (`observe`), how fast they learn (`lr_scale`), which latents they retire (`retired_latents`).
 
 Where training begins is the engine's (`engine/first_weights_from_data.py`): it lowers pre-activations on the first
-batch, through `lower` and `rescale` of the SAE and its gate. A gate or SAE with offsets of its own moves them along there.
-Where codes have signs, lowering means nothing, and the gate says so (`can_lower`).
+batch, through `lower` and `rescale` of the SAE and its gate. A gate or SAE with offsets of its own moves them along
+there. Where codes have signs, lowering means nothing, and the gate says so (`can_lower`).
 
 What must hold:
 1. Random numbers come from `assembly.generator` alone, seeded by `seed`: an SAE trains to the same bits alone,
