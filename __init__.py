@@ -7,8 +7,8 @@
     evaluate(run)
 
 The repository root is this package. Its rooms are `cache_schema` (the store), `harvest` (model to
-store), `train` (store to SAE, never a language model), `evaluate` (SAE to numbers) and `api` (all of them from
-Python). Nothing is imported before it is asked for.
+store), `train` (store to SAE, never a language model), `evaluate` (SAE to numbers), `studies` (recipes to tables) and
+`api` (harvest, train and evaluate as functions). Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations

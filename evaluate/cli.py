@@ -75,7 +75,8 @@ def main(**words: Any) -> None:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
-    3 when something could not be run because a model or data is missing.
+    2 for an option that there is not, 3 when something could not be run because a model or data is missing, 130
+    after a stop.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

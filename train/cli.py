@@ -85,7 +85,8 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 @click.option(
     "--init",
     metavar="SAE",
-    help="Begin as a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify), owner/name on the Hub.",
+    help="Begin as a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify, Gemma Scope), owner/name "
+    "on the Hub.",
 )
 @click.option(
     "--with-baselines",

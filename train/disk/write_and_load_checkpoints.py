@@ -182,7 +182,8 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
     except (StrictError, ConfigInvalid, OSError) as error:
         raise CheckpointDamaged(f"{path}: {error}") from None
     if state.format != FORMAT:
-        why = "update saemill" if state.format > FORMAT else "written by an earlier checkout, whose checkpoints are no longer read"
+        is_later = state.format > FORMAT
+        why = "update saemill" if is_later else "of an earlier checkout, whose checkpoints are no longer read"
         raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}: {why}")
     if state.digest != state.own_digest():
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
