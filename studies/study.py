@@ -285,7 +285,7 @@ def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[st
 
 def half_command(recipe: Recipe, course: Course) -> list[str]:
     """The same for the base of a finished run, at half its length; none where that has ended."""
-    tokens = read_json(course.out / recipe.name / "result.json")["tokens"] // 2
+    tokens = RunFolder(course.out / recipe.name).read_config()["course"]["tokens"] // 2
     pairs = zip(course.options[::2], course.options[1::2], strict=True)
     options = [word for pair in pairs if not _says_length(*pair) for word in pair]
     return _training_words(half_of(recipe), course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)

@@ -102,9 +102,11 @@ def train(run: Run) -> Outcome | None:
             run.watch.end()
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
-        saved = f"The last checkpoint is whole: go on with: {resume_command(run.folder.path)}"
+        again = resume_command(run.folder.path)
+        saved = f"The last checkpoint is whole: go on with: {again}"
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
+            saved += f": its log is in {run.folder.path}; from step 0 again: {again}" if run.folder.has_steps else ""
         raise type(error)(f"{error}. {saved}") from error
 
 

@@ -537,7 +537,8 @@ def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_pat
     settings = ("--set", "course.tokens=2k", "--set", "course.epochs=4")
     course = Course("./store", tmp_path, ("--epochs", "4", "--width", "64", *settings), seeds=2)
     decisive = Recipe("decisive", "", (), seeds=5, against=("base",), study="attention")
-    result = json.loads((folder.path / "result.json").read_text()) | {"tokens": 1001}
+    (folder.path / "config.json").write_text(json.dumps({"course": {"tokens": 1001}}))
+    result = json.loads((folder.path / "result.json").read_text())
     for label, share in (("base_seed0", 0.75), ("guided_seed0", 0.8)):
         result["saes"][label]["explained_variance"] = share
     (folder.path / "result.json").write_text(json.dumps(result))

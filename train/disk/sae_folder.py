@@ -245,7 +245,8 @@ def _config_of(
         "dtype": "float32",
         "device": "cpu",
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        # In a model SAELens reads `z` head by head.
+        "reshape_activations": "hook_z" if str(metadata.get("hook_name")).endswith("_z") else "none",
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,

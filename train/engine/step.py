@@ -59,7 +59,6 @@ class Report:
     """What one step reports. Tensors are scalars; `scalars` brings them all to the host in one transfer."""
 
     step: int
-    tokens: int  # of all ranks
     weight: float  # of this rank in a mean over ranks
     lr: float
     loss: Tensor
@@ -147,7 +146,6 @@ class Trainee:
         self.step_index += 1
         return Report(
             step=self.step_index - 1,
-            tokens=ranks.rows(batch.x.shape[0]),
             weight=ranks.weight,
             lr=lr,
             loss=measured["loss"],

@@ -88,6 +88,11 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether any is on record: the first is."""
+        return self.metrics.is_file() and self.metrics.stat().st_size > 0
+
     def sae(self, label: str) -> Path:
         """Where an SAE is saved."""
         return self.path / label

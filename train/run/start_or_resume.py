@@ -27,7 +27,7 @@ from ..config.run_config import Member, RunConfig
 from ..data.device_copies import take_device
 from ..data.mixing_order import Plan
 from ..data.training_stream import Feed
-from ..disk.write_and_load_checkpoints import Standing, list_checkpoints, load_checkpoint
+from ..disk.write_and_load_checkpoints import Standing, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, NothingToTrain
 from ..parallel.processes import SOLO, all_or_none
@@ -78,8 +78,8 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
         with _tell_memory(process), _open(settled, store, process, folder, fleet, None) as run:
             yield run
     except MemoryTooSmall:
-        if process.is_first and not list_checkpoints(folder.checkpoints):
-            shutil.rmtree(folder.path)  # nothing to go on from
+        if process.is_first and not folder.has_steps:
+            shutil.rmtree(folder.path)  # nothing to look at, or to go on from
         raise
 
 

@@ -17,6 +17,7 @@ from ..sae.attention.attention_links import Links
 from ..sae.attention.reading import Attention, has_links, link_weights, mixture, places_of
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
+from ..sae.kernels.sparse_products_with_gradients import rows_of
 from ..sae.kernels.sparse_support import index_sum
 from ..sae.kernels.window_gram import window_gram
 from ..sae.step_view import View, once
@@ -108,7 +109,7 @@ def inverse_norms(view: View) -> Tensor:
 def window_cosines(view: View) -> Tensor:
     """[B, T]: cos(f_i, f_j) with every token of i's window, zero where no token is."""
     places, norms = places_of(view), inverse_norms(view)
-    return window_products(view) * norms[:, None] * places.spread(norms)[places.window]
+    return window_products(view) * norms[:, None] * rows_of(places.spread(norms), places.window)
 
 
 def columns_of(codes: Codes, rows: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def _brought(links: Links, products: Tensor) -> Tensor:
 
 def _lengths(links: Links, brought: Tensor) -> Tensor:
     """[L, B]: ||c^l_i||^2."""
-    at_links = brought.reshape(-1)[links.place * links.context + links.key]
+    at_links = rows_of(brought.reshape(-1), links.place * links.context + links.key)
     return index_sum(links.share.to(brought.dtype) * at_links, links.place, links.attends.numel()).view(
         links.attends.shape
     )

@@ -16,6 +16,7 @@ from ..data.scaling import Stats
 from ..engine.schedules import Every
 from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import require, require_least
+from ..sae.kernels.sparse_products_with_gradients import rows_of
 from ..sae.step_view import View
 from . import batchtopk
 
@@ -37,7 +38,7 @@ def _nearest_cosine(rows: Tensor) -> Tensor:
     """Of rows of length one; only the two rows of each pair get its gradient."""
     with torch.no_grad():
         nearest = (rows @ rows.t()).fill_diagonal_(-torch.inf).argmax(1)
-    return torch.linalg.vecdot(rows, rows[nearest]).clamp_min(0.0)
+    return torch.linalg.vecdot(rows, rows_of(rows, nearest)).clamp_min(0.0)
 
 
 @dataclass(frozen=True)

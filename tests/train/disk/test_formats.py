@@ -440,6 +440,9 @@ def test_gemma_scope_s_place_is_that_of_its_repository(tmp_path, home, model, na
     place = {"layers": [20], "target_layers": [20], "hook": hook, "target_hook": hook}
     expected = {"model_name": f"google/{model}", "hook_name": f"blocks.20.{name}"} | place
     assert load_sae(folder).metadata == read(folder)[1] == expected
+    export(folder, "sae_lens", tmp_path / "out")  # which reads the heads of `z` apart, and puts them side by side
+    written = json.loads((tmp_path / "out/cfg.json").read_text())
+    assert written["reshape_activations"] == ("hook_z" if hook == "z" else "none")
 
 
 @pytest.mark.parametrize(

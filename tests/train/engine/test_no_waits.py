@@ -1,5 +1,6 @@
 """No step of any variant waits for a GPU: it reads nothing on the host and takes no shape from values.
-Nor does it add the floats of a vector one after the other, which a GPU does in another order each time.
+Nor does it add the floats of a vector one after the other, which a GPU does in another order each time, and on a CPU
+no sum is in the order in which threads come to it.
 
 Without a GPU a step runs with the GPU's branches on CPU tensors, and every operation is looked at. What the SAE's
 generator draws lies on the host, and may be read there. With one, CUDA itself refuses to wait.
@@ -110,6 +111,18 @@ class NoWaits(TorchDispatchMode):
         return None
 
 
+class SumsInOrder(TorchDispatchMode):
+    """Refuses sums that several threads of a CPU make in an order of their own, which torch's are from 32,768 entries
+    on: two numbers or more that are added in one place by `index_put`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith(("aten.index_put", "aten._index_put")) and args[3:4] == (True,):
+            counts = torch.zeros(args[0].shape), args[1], (args[2] != 0).float(), True
+            most = int(torch.ops.aten.index_put(*counts).max())
+            assert most < 2, f"{most} numbers are added by {func} into {tuple(args[0].shape)}, at {_place()}"
+        return func(*args, **(kwargs or {}))
+
+
 def _frames() -> list[traceback.FrameSummary]:
     return [frame for frame in traceback.extract_stack() if str(ROOT / "train") in frame.filename]
 
@@ -152,6 +165,30 @@ def test_no_step_reads_on_the_host(as_on_gpu, quick_selection, battery, case):
     with NoWaits():
         report = trainee.step(batch)
     assert all(torch.isfinite(torch.tensor(value)) for value in report.scalars().values())
+
+
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_no_step_adds_in_the_order_of_threads(battery, case):
+    trainee, batch = warmed(battery, case)
+    with SumsInOrder():
+        trainee.step(batch)
+
+
+@pytest.mark.parametrize("case", ["hierarchical topk", "positional ranges"])
+def test_two_threads_train_to_the_same_bits_twice(battery, case):
+    config = battery.quick(case.split()[0], **ON_A_GPU[case])
+    batches = battery.batches(config, 2, rows=1200)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one, again = (Trainee(case, config.build(battery.D), battery.STEPS) for _ in range(2))
+        for trainee in (one, again):
+            for batch in batches:
+                trainee.step(batch)
+    finally:
+        torch.set_num_threads(threads)
+    found = again.state()
+    assert [name for name, tensor in one.state().items() if not torch.equal(tensor, found[name])] == []
 
 
 def test_no_selection_reads_on_the_host():

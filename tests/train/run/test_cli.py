@@ -355,6 +355,28 @@ def test_a_step_without_memory_says_what_was_asked_and_what_to_turn(big, sae_tra
     assert not list((tmp_path / "runs").iterdir()), "a run that took no step is left behind"
 
 
+def test_a_later_step_without_memory_leaves_the_log_and_the_run_can_begin_again(
+    big, sae_train, quick, tmp_path, monkeypatch
+):
+    words, step = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"], Trainee.step
+
+    def third(self, batch):
+        if self.step_index == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full.")
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "step", third)
+        said = "".join(sae_train(*words, code=1).output.split())
+    run = tmp_path / "runs/mine"
+    assert f"Nocheckpointhadbeenwritten:itslogisin{run};fromstep0again:sae-train--resume" in said
+    assert (run / "metrics.jsonl").stat().st_size > 0 and not (run / "checkpoints").exists()
+    assert "continue it with --resume mine" in sae_train(*words, code=1).output
+    assert "no checkpoint found: starting at step 0" in sae_train("--resume", "mine", "--device", "cpu").output
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0] == 0 and steps == sorted({*steps}) and (run / "result.json").exists()
+
+
 def test_a_device_without_room_for_the_run_is_told_before_there_is_one(big, sae_train, quick, tmp_path, monkeypatch):
     def allocate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Yes. No.")

@@ -103,3 +103,7 @@ def test_an_sae_on_whole_windows_says_how_many_tokens_it_was_trained_on(big, sae
     }
     share = int(said.split("SAEs on whole windows read ")[1].split("%")[0]) / 100
     assert metadata["topk"] == 1276 and metadata["temporal"] == pytest.approx(1276 * share, abs=7)
+    sae_train("--variant", "temporal", *words[4:], "--cache", big["path"])  # where nobody reads single tokens
+    run = tmp_path / "runs/run_2"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tokens"] == json.loads((run / "result.json").read_text())["tokens"] == metadata["temporal"]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..extra_modules import Extra
+from ..kernels.sparse_products_with_gradients import rows_of
+from ..kernels.sparse_support import index_sum
 from ..kernels.window_gram import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
@@ -111,7 +113,7 @@ def weights_by_row(weights: Tensor, links: Links) -> Tensor:
 
 def link_weights(by_row: Tensor, links: Links) -> Tensor:
     """[E]: what each link counts for in A = sum_l w_l A^l."""
-    return by_row[links.layer, links.row] * links.share
+    return rows_of(by_row.reshape(-1), links.place) * links.share
 
 
 @once
@@ -135,8 +137,7 @@ class Noted:
 def mixture(links: Links, weights_E: Tensor, num_rows: int) -> Tensor:
     """[B, T]: A = sum_l w_l A^l over the positions of each row's window."""
     places = links.row * links.context + links.key
-    flat = weights_E.new_zeros(num_rows * links.context)
-    return flat.index_put((places,), weights_E, accumulate=True).view(num_rows, links.context)
+    return index_sum(weights_E, places, num_rows * links.context).view(num_rows, links.context)
 
 
 def has_links(by_row_LB: Tensor) -> Tensor:

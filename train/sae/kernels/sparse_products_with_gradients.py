@@ -2,7 +2,7 @@
 
 1. `affine`: pre = x W_enc^T + b_enc at the pairs of a support; the choice of pairs has no gradient.
 2. `decode_at`: x_hat = f W_dec for values f at the support.
-3. `spread_latents`, `spread_rows`: a per-latent or per-row vector read at the support.
+3. `spread_latents`, `spread_rows`, `rows_of`: a per-latent or per-row vector read at the support, and rows by number.
 4. `sum_rows`: the sum of each row's values at the support.
 5. `decode_dense`: the decoder's product where there is no support, at the rate of matrix units.
 6. `squared_error`: mean over rows of ||residual||^2, one pass each way.
@@ -16,6 +16,8 @@ product is in bfloat16, a GPU's kernels gather the batch's rows in it for them, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from .dense_products import Product, linear, matrix_units, multiply
 from .row_gradients import low_copy, table_gradient
 from .sparse_products import column_sum, decode_sum, gathered, latent_sum, pair_dots, row_sum
-from .sparse_support import Support
+from .sparse_support import Support, index_sum
 
 
 class _AffineAt(torch.autograd.Function):
@@ -135,28 +137,19 @@ class _DecodeAt(torch.autograd.Function):
         return grad_values, grad_W, grad_b, None, None
 
 
-class _SpreadLatents(torch.autograd.Function):
+class _RowsOf(torch.autograd.Function):
+    """table[index], of whose gradient `add_up` makes the table's: torch's own adds in another order each time, where
+    threads share many entries."""
+
     @staticmethod
-    def forward(ctx: Any, vector_F: Tensor, support: Support) -> Tensor:
-        ctx.support = support
-        return vector_F[support.latents]
+    def forward(ctx: Any, table: Tensor, index: Tensor, add_up: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.add_up = add_up
+        return table[index]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
-        return latent_sum(ctx.support, grad_N), None
-
-
-class _SpreadRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, vector_B: Tensor, support: Support) -> Tensor:
-        ctx.support = support
-        return vector_B[support.rows]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
-        return row_sum(ctx.support, grad_N), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.add_up(grad), None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -224,12 +217,17 @@ def _factor(W: Tensor, product: Product) -> Tensor:
 
 def spread_latents(vector: Tensor, support: Support) -> Tensor:
     """vector[latent] for every pair of the support: [N]."""
-    return _SpreadLatents.apply(vector, support)
+    return _RowsOf.apply(vector, support.latents, partial(latent_sum, support))
 
 
 def spread_rows(vector: Tensor, support: Support) -> Tensor:
     """vector[row] for every pair of the support: [N]."""
-    return _SpreadRows.apply(vector, support)
+    return _RowsOf.apply(vector, support.rows, partial(row_sum, support))
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], for rows that may be asked for more than once: [*index.shape, ...]."""
+    return _RowsOf.apply(table, index, lambda grad: index_sum(grad, index, len(table)))
 
 
 def sum_rows(values: Tensor, support: Support) -> Tensor:

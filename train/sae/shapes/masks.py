@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.codes import Codes
 from ..kernels.hardware import numbers
-from ..kernels.sparse_products_with_gradients import affine
+from ..kernels.sparse_products_with_gradients import affine, rows_of
 from ..side_inputs import Side
 from .shaped import Shape
 
@@ -115,7 +115,7 @@ class PositionGate(Shape):
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
         a, u = _of(self.a, latents), _of(self.u, latents)
-        return 2.0 * affine(self.e[side["position"]], None, u, a, codes.support).sigmoid()
+        return 2.0 * affine(rows_of(self.e, side["position"]), None, u, a, codes.support).sigmoid()
 
 
 class TierGates(Shape):

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..kernels.dense_products import linear
 from ..kernels.hardware import reads_at_once
+from ..kernels.sparse_products_with_gradients import rows_of
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from .masks import range_of
@@ -39,7 +40,7 @@ class RangeEncoders(Shape):
         here = range_of(self.position(side), self.context, self.ranges)
         if self.embedding is not None:
             embedding = self.embedding if latents is None else self.embedding.detach()
-            x_centred = x_centred + embedding[here]
+            x_centred = x_centred + rows_of(embedding, here)
         if latents is not None:
             ranged_M = self.W[:, latents.clamp_max(own - 1)]
             tables = torch.where((latents < own)[:, None], ranged_M, sae.W_enc[latents]).unbind(0)
