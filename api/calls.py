@@ -55,6 +55,8 @@ def train(**words: Any) -> Run:
         if process.group.size > 1:
             raise ConfigInvalid(f"expected one process, found {process.group.size}: several train with sae-train")
         (outcome,) = train_all(read, process)
+    if outcome.diverged:
+        console.print(outcome.say_diverged())
     folder = folder_of(outcome)
     if plots:
         after_run(folder, console.print)

@@ -120,7 +120,7 @@ def read_lines(
                 problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks, model))
-    return lines
+    return lines + [Line(folder.name, label, {}, [said]) for label, said in result.get("diverged", {}).items()]
 
 
 def column_of(eval_id: str, metric: str, among: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
 from .cli_support import tell_errors
+from .errors import TrainingDiverged
 from .kit.variant_registry import names
 from .study_recipes import studies
 
@@ -120,6 +121,9 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
                 tell(console, outcome, plots)
         if is_json and process.is_first:
             print_json(document_of(outcomes))
+        diverged = [said for outcome in outcomes if (said := outcome.say_diverged())]
+        if diverged:
+            raise TrainingDiverged("\n".join(diverged))
 
 
 def document_of(outcomes: list[Outcome]) -> dict[str, Any]:

@@ -113,7 +113,10 @@ def train(run: Run) -> Outcome | None:
 def _take_step(run: Run, step: int) -> None:
     """What was drawn goes with the step: it holds what the feed is to give back at the end."""
     draw = run.feed.draw(step)
-    run.watch.observe(step, draw, run.fleet.step(draw))
+    run.watch.observe(step, draw, run.fleet.step(draw), run.fleet.diverged)
+    for said in run.fleet.take_news():
+        if run.process.team.rank == 0:
+            run.process.console.print(said, style="yellow")
 
 
 def _introduce(run: Run, remark: str) -> None:

@@ -97,6 +97,16 @@ def test_a_run_that_did_nothing_is_told(tmp_path, change, said):
     assert any(said in problem for problem in line.problems)
 
 
+def test_an_sae_that_diverged_is_told(tmp_path):
+    folder = write_run(tmp_path / "run_0")
+    result = json.loads((folder.path / "result.json").read_text())
+    (folder.path / "result.json").write_text(json.dumps({**result, "diverged": {"wild": "its loss was not finite"}}))
+    assert [(line.label, line.problems) for line in read_lines(folder, ["core"])] == [
+        ("one", []),
+        ("wild", ["its loss was not finite"]),
+    ]
+
+
 def test_a_missing_evaluation_is_told(tmp_path):
     (line,) = read_lines(write_run(tmp_path / "run_0"), ["core", "tiers"])
     assert line.problems == ["tiers gave no result"]

@@ -1,7 +1,8 @@
 """The SAEs of a run, trained side by side on the same draws.
 
 Each has its own weights, optimiser, schedules, counters and random numbers, and sees the same rows as
-alone: it trains to the same bits in a fleet of any size.
+alone: it trains to the same bits in a fleet of any size. One whose loss is no longer finite trains no more and keeps
+the weights of the step before; the others go on. A checkpoint says so of it by the smaller number of its steps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from ...cache_schema.sites import Place
 from ..data.batch import Kind
 from ..data.drawn_rows import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
-from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StateInvalid, StoppedElsewhere, TrainError
+from ..errors import (
+    ActivationsNotFinite,
+    MemoryTooSmall,
+    NonFiniteLoss,
+    StateInvalid,
+    StoppedElsewhere,
+    TrainError,
+    TrainingDiverged,
+)
 from ..parallel.ranks import Ranks
 from .step import LOOK_EVERY, Report, Trainee
 from .terms_and_constraints import Assembly, Buildable
@@ -29,6 +38,7 @@ SHOWN = 8  # windows that a message lists
 DIVERGED = "their activations are finite: training diverged"
 NOT_FINITE = "the store holds activations that are not finite numbers"
 REMEDY = "Harvest again in a dtype that can hold them, or leave these windows out"
+ELSEWHERE = "another process's rows hold activations that are not finite numbers; its own message names them"
 
 
 class Past:
@@ -54,8 +64,14 @@ class Fleet:
         device: torch.device,
         ranks: Ranks,
         split: Ranks | None = None,
+        may_empty: bool = False,
     ) -> None:
+        """`may_empty`: other processes train SAEs of the run too, so that it goes on where each of these diverged."""
         self.ranks = ranks
+        self.steps_taken = 0
+        self.diverged: dict[str, int] = {}  # by label: steps after which an SAE's weights are as they were left
+        self._may_empty = may_empty
+        self._news: list[str] = []
         self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # steps whose losses the host has not read yet
         self.stats = stats
         self.needs = {label: config.needs() for label, config in configs.items()}
@@ -71,23 +87,31 @@ class Fleet:
         return seconds / steps if steps and self.trainees[label].device.type == "cpu" else None
 
     @property
-    def steps_taken(self) -> int:
-        return next(iter(self.trainees.values())).step_index
+    def training(self) -> dict[str, Trainee]:
+        """Those that have not diverged."""
+        return {label: trainee for label, trainee in self.trainees.items() if label not in self.diverged}
+
+    def take_news(self) -> list[str]:
+        """What is to be told of SAEs that have diverged since this was last asked."""
+        news, self._news = self._news, []
+        return news
 
     def step(self, draw: Draw) -> dict[str, Report]:
-        """One step of every SAE."""
+        """One step of every SAE that has not diverged."""
         reports = {}
         if draw.device.type != "cpu":
             self._past.append(Past(self.steps_taken, draw))
-        for label, trainee in self.trainees.items():
+        for label, trainee in self.training.items():
             begun, (seconds, steps) = time.perf_counter(), self._spent[label]
             try:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
-                raise self._add_place(label, error, draw) from None
+                self._leave_out(label, self._add_place(label, error, draw))
+                continue
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(f"{label}: {draw.device} has no memory left for a step", error) from None
             self._spent[label] = seconds + time.perf_counter() - begun, steps + 1
+        self.steps_taken += 1
         return reports
 
     @property
@@ -100,23 +124,33 @@ class Fleet:
         return {label: trainee.state() for label, trainee in self.trainees.items()}
 
     def look(self) -> None:
-        """Raise if a step since the last look had a loss that is not finite."""
-        for label, trainee in self.trainees.items():
+        """Leave out whose loss was not finite in a step since the last look; raise if nobody is left."""
+        for label, trainee in self.training.items():
             try:
                 trainee.look()
             except NonFiniteLoss as error:
-                raise self._add_place(label, error, None) from None
+                self._leave_out(label, self._add_place(label, error, None))
+
+    def _leave_out(self, label: str, error: TrainError) -> None:
+        """Go on without an SAE that diverged. The last one's divergence, and what else went wrong, ends the run."""
+        if not isinstance(error, NonFiniteLoss) or not (self._may_empty or self.training.keys() - {label}):
+            raise error from None
+        self.diverged[label] = self.trainees[label].step_index = error.step
+        self._news.append(f"{error}. The others go on without it")
 
     def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
-        """The same error with the part of the store that the step was trained on."""
+        """The same error with the part of the store that the step was trained on; a collective call."""
         kind = self.needs[label].kind(bounds_of(self.stats))
         if draw is not None and error.is_input_finite is None:
             return _locate(label, error, draw, kind, self.ranks)
         # The loss was read late and the step's draw is gone: only its windows are still known.
         place = next((past.place(kind) for past in self._past if past.step == error.step), "")
-        if error.is_input_finite:
-            return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
-        return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
+        is_broken_anywhere = bool(self.ranks.sum(torch.tensor([int(not error.is_input_finite)])))
+        if not error.is_input_finite:
+            return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
+        if is_broken_anywhere:
+            return StoppedElsewhere(f"{label}, step {error.step}: {ELSEWHERE}")
+        return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
@@ -126,7 +160,8 @@ class Fleet:
                 stack.enter_context(trainee.gather_weights())
             yield
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Go on after so many steps."""
         missing = [label for label in self.trainees if label not in state]
         if missing:
             raise StateInvalid(
@@ -135,6 +170,19 @@ class Fleet:
             )
         for label, trainee in self.trainees.items():
             trainee.load_state(state[label])
+        self.steps_taken = steps
+        self.diverged = {label: one.step_index for label, one in self.trainees.items() if one.step_index < steps}
+        if not (self._may_empty or self.training):
+            raise TrainingDiverged(say_all_diverged({label: say_diverged(at) for label, at in self.diverged.items()}))
+
+
+def say_diverged(step: int) -> str:
+    return f"its loss was not finite in step {step}: training diverged"
+
+
+def say_all_diverged(diverged: Mapping[str, str]) -> str:
+    said = "; ".join(f"{label}: {what}" for label, what in diverged.items())
+    return f"{said}. Start the run anew with a lower learning rate"
 
 
 def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
@@ -152,10 +200,7 @@ def _locate(label: str, error: NonFiniteLoss, draw: Draw, kind: Kind, ranks: Ran
         place = _place(draw.block.pieces, draw.store_windows(kind)[broken])
         return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE}: {place}. {REMEDY}")
     if is_anywhere:
-        return StoppedElsewhere(
-            f"{label}, step {error.step}: another process's rows hold activations that are not finite numbers; "
-            "its own message names them"
-        )
+        return StoppedElsewhere(f"{label}, step {error.step}: {ELSEWHERE}")
     place = _place(draw.block.pieces, draw.store_windows(kind))
     return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 

@@ -102,9 +102,16 @@ class Onset:
     max_fraction: float = 0.1
 
     def __call__(self, step: int, total_steps: int) -> float:
-        limit = int(self.max_fraction * total_steps)
-        idle, rise = min(self.idle_steps, limit), min(self.rise_steps, limit)
+        idle, rise = self._stretches(total_steps)
         return _clip01((step + 1 - idle) / (rise + 1))
+
+    def end(self, total_steps: int) -> int:
+        """The first step in which it is 1."""
+        return sum(self._stretches(total_steps))
+
+    def _stretches(self, total_steps: int) -> tuple[int, int]:
+        limit = int(self.max_fraction * total_steps)
+        return min(self.idle_steps, limit), min(self.rise_steps, limit)
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,13 @@ class Complement:
 
 @dataclass(frozen=True)
 class HalfLife:
-    """1 until a fraction of the run, then half as much after every further `fraction`."""
+    """1 until the end of an onset, then half as much after every further `fraction` of the run."""
 
-    begin_fraction: float
+    after: Onset
     fraction: float
 
     def __call__(self, step: int, total_steps: int) -> float:
-        past = max(0.0, step / total_steps - self.begin_fraction)
+        past = max(0, step - self.after.end(total_steps)) / total_steps
         return 0.5 ** (past / self.fraction)
 
 
@@ -196,8 +203,8 @@ def cut_short(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
     match schedule:
         case WarmUp(steps=asked, max_fraction=part):
             stretches = [(asked, min(asked, int(part * total_steps)))]
-        case Onset(idle_steps=idle, rise_steps=rise, max_fraction=part):
-            stretches = [(asked, min(asked, int(part * total_steps))) for asked in (idle, rise)]
+        case Onset(idle_steps=idle, rise_steps=rise):
+            stretches = [*zip((idle, rise), schedule._stretches(total_steps), strict=True)]
         case Product(factors=factors):
             return [found for factor in factors for found in cut_short(factor, total_steps)]
         case Complement(schedule=inner) | Ahead(schedule=inner):

@@ -82,9 +82,9 @@ def require_width(width: int) -> None:
     require(width >= 1, f"width: expected 1 or more, found {width}")
 
 
-def require_sparsity(k: float, width: int) -> None:
+def require_sparsity(k: float, width: int, setting: str = "k") -> None:
     require_width(width)
-    require(0 < k <= width, f"k: expected more than 0 and at most width = {width}, found {k}")
+    require(0 < k <= width, f"{setting}: expected more than 0 and at most width = {width}, found {k}")
 
 
 def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, ...]:

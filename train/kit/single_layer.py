@@ -40,7 +40,8 @@ class Dictionary(Variant):
     decoder_bias: DecoderBias = "mean"
     """Where the decoder's bias starts: at the mean of the activations, or at zero."""
     encoder_product: Product = "float32"
-    """The precision in which latents are chosen; their values are float32 in both."""
+    """The precision in which latents are chosen; their values are then computed in float32. Where a gate is dense, and
+    chooses none, it is the precision of every dense product of the step."""
     optim: Optim = field(default_factory=Optim)
 
 

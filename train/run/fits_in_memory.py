@@ -60,25 +60,49 @@ def require_room(
             f"expected {needed / _GIB:.1f} GiB of memory on {device} ({said}), "
             f"found {free / _GIB:.1f} GiB free. Choose {remedy}"
         )
+    if device.type == "cuda":
+        _require_host_room(members, widths, parts, team)
+
+
+def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, team: int) -> None:
+    """Of a team the first process alone brings a checkpoint to its host; where latents are split each brings its own,
+    and the first puts them together."""
+    host = torch.device("cpu")
+    own = sum(checkpoint_bytes(member, widths, parts) for member in members)
+    whole = sum(weight_bytes(member, widths) for member in members) // COPIES * (COPIES - 1)
+    each, first = (own, whole) if parts > 1 else (0, own)
+    needed, free = each + first // min(team, _sharing(host)), free_bytes(host)
+    if needed > free:
+        raise MemoryTooSmall(
+            f"expected {needed / _GIB:.1f} GiB of host memory, through which checkpoints leave a GPU (page-locked, "
+            f"where each table takes a power of two), found {free / _GIB:.1f} GiB free. Choose a smaller --width, or "
+            "fewer SAEs at once"
+        )
+
+
+def checkpoint_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
+    """Page-locked memory that an SAE's weights and moments take on their way from a GPU to a file, and keep."""
+    return (COPIES - 1) * sum(1 << (4 * numbers - 1).bit_length() for numbers in _matrices(member, widths, parts))
 
 
 def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
     """Weights and optimiser state of an SAE, or of the latents of a process that holds a part of them."""
+    return COPIES * 4 * sum(_matrices(member, widths, parts))
+
+
+def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
+    """Numbers in each: encoder, decoder, and those beside them, encoders of ranges and what tiers are composed of."""
     _, outputs = _widths(member, widths)
     inputs = member.config.layers_read() * widths(member.config.needs().hook)
-    tables = -(-member.config.width // parts) * (inputs + outputs)
-    return COPIES * 4 * (tables + _beside_tables(member, widths))
-
-
-def _beside_tables(member: Member, widths: Widths) -> int:
-    """Numbers in the matrices beside encoder and decoder: encoders of ranges, what tiers are composed of."""
-    assembly = _built(member, widths)
-    if assembly is None:
-        return 0
-    named = [pair for part in (assembly.sae, *assembly.extras.values()) for pair in part.named_parameters()]
-    return sum(
-        tensor.numel() for name, tensor in named if tensor.ndim > 1 and name.split(".")[-1] not in ("W_enc", "W_dec")
-    )
+    latents, assembly = -(-member.config.width // parts), _built(member, widths)
+    modules = () if assembly is None else (assembly.sae, *assembly.extras.values())
+    beside = [
+        tensor.numel()
+        for module in modules
+        for name, tensor in module.named_parameters()
+        if tensor.ndim > 1 and name.split(".")[-1] not in ("W_enc", "W_dec")
+    ]
+    return [latents * inputs, latents * outputs, *beside]
 
 
 def _built(member: Member, widths: Widths) -> Assembly | None:

@@ -11,6 +11,7 @@ from ..data.drawn_rows import Draw
 from ..data.mixing_order import ShuffleQuality
 from ..data.training_stream import Feed
 from ..disk.write_and_load_checkpoints import Standing
+from ..engine.fleet_of_saes import say_diverged
 from ..engine.step import Report
 from .after_run import Onlookers
 from .folder import MetricsLog
@@ -56,12 +57,12 @@ class Watch:
         """Stop it: what is measured and saved after the last step is no training."""
         self._ended = time.perf_counter()
 
-    def observe(self, step: int, draw: Draw, reports: Mapping[str, Report]) -> None:
-        """Called after each step."""
+    def observe(self, step: int, draw: Draw, reports: Mapping[str, Report], diverged: Mapping[str, int]) -> None:
+        """Called after each step, with the SAEs that take none any more."""
         self._tokens += self._feed.plan.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
-            self._record(step, reports)
+            self._record(step, reports, diverged)
         elif self._process.is_first and self._progress.is_due(time.perf_counter() - self._refreshed):
             self._show(step, {label: report.scalars() for label, report in reports.items()})
 
@@ -89,10 +90,13 @@ class Watch:
         now = time.perf_counter() if self._ended is None else self._ended
         return max(0.0, now - self._started - self._feed.loader.first_wait_seconds)
 
-    def _record(self, step: int, reports: Mapping[str, Report]) -> None:
+    def _record(self, step: int, reports: Mapping[str, Report], diverged: Mapping[str, int]) -> None:
         """One line per SAE. A collective call; rank 0 writes."""
-        own = {label: self._mean_over_ranks(report) for label, report in reports.items()}
-        self.last = self._process.collect(own, self._labels)
+        own = {label: {"diverged": say_diverged(at)} for label, at in diverged.items()}
+        found = self._process.collect(
+            own | {label: self._mean_over_ranks(report) for label, report in reports.items()}, self._labels
+        )
+        self.last = {label: scalars for label, scalars in found.items() if "diverged" not in scalars}
         shared = {
             "step": step,
             "tokens": (step + 1) * self._feed.plan.batch_tokens,
@@ -100,9 +104,10 @@ class Watch:
             "waiting_share": self.waiting_share,
             "tokens_per_second": self.tokens_per_second,
         }
+        if self.log is not None:
+            for label, said in found.items():
+                self.log.write({"sae": label, **shared, **said})
         for label, scalars in self.last.items():
-            if self.log is not None:
-                self.log.write({"sae": label, **shared, **scalars})
             self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
         if self._process.is_first:
             self._show(step, self.last)

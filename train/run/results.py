@@ -15,10 +15,12 @@ from ..data.scaling import bounds_of
 from ..data.training_stream import held_out
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest
+from ..engine.fleet_of_saes import say_all_diverged, say_diverged
+from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
 from .folder import name_failure
 from .start_or_resume import Run
-from .validation import HeldOut, validate
+from .validation import DIVERGED, HeldOut, validate
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class Outcome:
     saes: dict[str, SaeOutcome]
     massive: dict[str, dict[str, float]] = field(default_factory=dict)
     """What was left out of each layer; empty where every row counts."""
+    diverged: dict[str, str] = field(default_factory=dict)
+    """SAEs of the run that have no folder and no numbers, and why."""
+
+    def say_diverged(self) -> str:
+        """Empty where none has."""
+        said = "; ".join(f"{label}: {what}" for label, what in self.diverged.items())
+        return said and f"{said}. The other SAEs of {self.run} are whole: train it again with a lower learning rate"
 
 
 def conclude(run: Run) -> Outcome | None:
@@ -74,19 +83,23 @@ def conclude(run: Run) -> Outcome | None:
     run.feed.close()  # what it holds is as large as what held-out text takes
     with run.fleet.gather_weights(), all_or_none(run.process.group):
         if run.process.team.rank == 0:  # the others wait
-            own = {label: to_json(outcome) for label, outcome in _measure_and_save(run).items()}
+            own = {label: say_diverged(step) for label, step in run.fleet.diverged.items()} | _measure_and_save(run)
     found = run.process.collect(own, run.labels)
     with all_or_none(run.process.group):
         if not run.process.is_first:
             return None
-        outcome = _outcome(run, {label: from_json(SaeOutcome, raw, label) for label, raw in found.items()})
+        diverged = {label: raw for label, raw in found.items() if isinstance(raw, str)}
+        if len(diverged) == len(found):
+            raise TrainingDiverged(say_all_diverged(diverged))
+        saes = {label: from_json(SaeOutcome, raw, label) for label, raw in found.items() if label not in diverged}
+        outcome = _outcome(run, saes, diverged)
         run.folder.write_result(to_json(outcome))
         keep_newest(run.folder.checkpoints, 1)  # each is three times as large as the SAEs
         return outcome
 
 
-def _measure_and_save(run: Run) -> dict[str, SaeOutcome]:
-    """The SAEs of this process."""
+def _measure_and_save(run: Run) -> dict[str, Any]:
+    """The SAEs of this process, as JSON; of one that diverged in its last steps, that it did."""
     batches = held_out(
         run.store,
         run.fleet.needs.values(),
@@ -95,16 +108,21 @@ def _measure_and_save(run: Run) -> dict[str, SaeOutcome]:
         tokens=run.config.course.validation_tokens,
         batch_tokens=run.config.data.batch_tokens,
     )
-    found, outcomes = validate(run.fleet, batches), {}
+    found, told = validate(run.fleet, batches), {}
     for member in run.config.members:
-        if member.label in found:
-            outcomes[member.label] = _sae_outcome(run, member, found[member.label])
-            with name_failure(run.folder.path, member.label):
-                _save(run, member, outcomes[member.label])
-    return outcomes
+        if member.label not in found:
+            continue
+        if not found[member.label].is_finite:
+            told[member.label] = DIVERGED
+            continue
+        outcome = _sae_outcome(run, member, found[member.label])
+        with name_failure(run.folder.path, member.label):
+            _save(run, member, outcome)
+        told[member.label] = to_json(outcome)
+    return told
 
 
-def _outcome(run: Run, saes: dict[str, SaeOutcome]) -> Outcome:
+def _outcome(run: Run, saes: dict[str, SaeOutcome], diverged: dict[str, str]) -> Outcome:
     watch, quality = run.watch, run.watch.quality
     tokens = run.total_steps * run.config.data.batch_tokens
     return Outcome(
@@ -120,6 +138,7 @@ def _outcome(run: Run, saes: dict[str, SaeOutcome]) -> Outcome:
         same_document_ratio=quality.ratio,
         saes=saes,
         massive={_key(layer): _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
+        diverged=diverged,
     )
 
 

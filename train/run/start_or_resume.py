@@ -125,7 +125,7 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
         members = members_of(settled.config, store.manifest.model.d_model, process)
         stats = check(settled, store, members, rows.size, 1 if split is None else split.size, process.device)
         configs = {member.label: member.config for member in members}
-        return Fleet(configs, stats, settled.total_steps, process.device, rows, split)
+        return Fleet(configs, stats, settled.total_steps, process.device, rows, split, process.is_spread)
 
 
 def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
@@ -160,7 +160,7 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Stand
         say(f"skipped a damaged checkpoint: {complaint}", style="yellow", markup=False)
     say(f"continuing after step {found.standing.step}")
     with all_or_none(process.group):
-        fleet.load_state(found.tensors)
+        fleet.load_state(found.tensors, found.standing.step)
     return found.standing
 
 

@@ -61,7 +61,7 @@ class Config(WithPenalty, SingleLayer):
         return 7.0
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        require_sparsity(self.target_l0, self.width)
+        require_sparsity(self.target_l0, self.width, "target_l0")
         require_positive(self, "bandwidth", "sharpness")
         require_positive(self, "common_share", most=1)
         require_least(self, frequency_penalty=0)

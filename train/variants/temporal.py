@@ -42,7 +42,7 @@ class Config(Windowed):
     """Steps over which they rise, at most as much."""
     idle_max_fraction: float = 0.2
     half_life_fraction: float | None = None
-    """After the warm-up, the share of the run over which the weights fall to a half; None: they stay."""
+    """The share of the run over which the weights fall to a half, from the end of their warm-up on; None: they stay."""
     reconstruction_boost: float = 0.0
     """How much more reconstruction counts while temporal losses are not there yet: 1 is twice as much."""
     buffer_mixing: float = 1.0
@@ -147,9 +147,8 @@ class Config(Windowed):
         return Onset(self.idle_steps, self.warmup_steps, self.idle_max_fraction)
 
     def _schedule(self) -> Schedule:
-        if self.half_life_fraction is None:
-            return self._onset()
-        return Product((self._onset(), HalfLife(2 * self.idle_max_fraction, self.half_life_fraction)))
+        onset = self._onset()
+        return onset if self.half_life_fraction is None else Product((onset, HalfLife(onset, self.half_life_fraction)))
 
     def _require_valid(self) -> None:
         require(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 
 from saemill.train.data.batch import Batch
+from saemill.train.data.drawn_rows import Draw
 from saemill.train.data.scaling import unit_stats
 from saemill.train.engine import step
 from saemill.train.engine.adam import Adam, Optim
+from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.variant_registry import config_type
+from saemill.train.parallel.ranks import ALONE
+from saemill.train.sae.kernels import hardware
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 
@@ -26,11 +33,13 @@ def looks_often(monkeypatch):
     monkeypatch.setattr(step, "LOOK_EVERY", LOOK_EVERY)
 
 
-def make(variant: str, device: str = "cpu", **settings) -> Trainee:
+def config_of(variant: str, **settings) -> Any:
     # As drawn: a fitted start would take minutes with interpreted kernels.
-    optim = Optim(start="drawn")
-    config = config_type(variant)(width=F, k=3, encoder_product="float32", optim=optim, **settings)
-    return Trainee(variant, config.build(D), total_steps=40, device=device)
+    return config_type(variant)(width=F, k=3, encoder_product="float32", optim=Optim(start="drawn"), **settings)
+
+
+def make(variant: str, device: str = "cpu", **settings) -> Trainee:
+    return Trainee(variant, config_of(variant, **settings).build(D), total_steps=40, device=device)
 
 
 def batches(count: int, device: str = "cpu") -> list[Batch]:
@@ -100,6 +109,35 @@ def test_no_checkpoint_is_made_of_a_step_that_broke(as_on_gpu, quick_selection):
     trainee.step(Batch(torch.full((B, D), torch.nan, device=DEVICE)))
     with pytest.raises(NonFiniteLoss, match="step 0: "):
         trainee.state()
+
+
+def test_a_fleet_goes_on_without_one_that_broke_before_the_last_look(monkeypatch):
+    monkeypatch.setattr(step, "LOOK_EVERY", 1)
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+    config = config_of("topk")
+    fleet = Fleet(
+        dict.fromkeys(("wild", "tame"), config), {config.layer: unit_stats(D)}, 40, torch.device(DEVICE), ALONE
+    )
+    fleet.trainees["wild"].sae.b_dec.data.fill_(torch.nan)
+    told = []
+    for batch in batches(2, DEVICE):
+        draw = SimpleNamespace(device=torch.device("cpu"), batch=lambda _, batch=batch: batch)
+        told.append(list(fleet.step(cast(Draw, draw))))
+    assert told == [["wild", "tame"], ["tame"]]
+    assert fleet.diverged == {"wild": 0} and len(fleet.take_news()) == 1 and not fleet.take_news()
+    assert {label: int(state["step"]) for label, state in fleet.state().items()} == {"wild": 0, "tame": 2}
+
+
+def test_processes_agree_on_what_broke_when_it_is_read_late(threads):
+    """Rows of one alone are not finite: that one names them, and the other does not go on alone."""
+    config = config_of("topk")
+    ranks, run = threads(2)
+
+    def work(at: int) -> str:
+        fleet = Fleet({"one": config}, {config.layer: unit_stats(D)}, 40, torch.device("cpu"), ranks[at])
+        return type(fleet._add_place("one", NonFiniteLoss(3, {}, is_input_finite=at == 0), None)).__name__
+
+    assert run(work) == ["StoppedElsewhere", "ActivationsNotFinite"]
 
 
 def test_it_resumes_to_the_same_bits_between_looks(as_on_gpu, quick_selection, monkeypatch):

@@ -37,7 +37,7 @@ def test_an_unknown_variant_names_its_neighbours():
         ("matryoshka", {"width": 16, "k": 2.0, "prefix_fractions": (0.5, 0.5, 1.0)}, "rise to 16"),
         ("matryoshka", {"width": 16, "k": 2.0, "prefix_fractions": (0.5,)}, "rise to 16"),
         ("matryoshka", {"width": 160, "k": 2.0, "prefix_weights": (1.0,)}, "prefix_weights: expected 5, found 1"),
-        ("jumprelu", {"width": 16, "target_l0": 20.0}, "found 20.0"),
+        ("jumprelu", {"width": 16, "target_l0": 20.0}, "^target_l0: .* found 20.0"),
         ("jumprelu", {"width": 160, "bandwidth": 0.0}, "bandwidth"),
         ("standard", {"penalty": -1.0}, "penalty"),
         ("gated", {"penalty": -1.0}, "penalty"),

@@ -197,16 +197,18 @@ with tell_errors(), open_process("cpu", Console(soft_wrap=True), spread=True) as
 
 FLEET = ["--variant", "topk", "--variant", "batchtopk", "--variant", "temporal", "--set", "topk.width=61"]
 FLEET += ["--set", "course.checkpoint_every_steps=5", "--set", "course.metrics_every_steps=4"]
+WILD = ["--variant", "standard", "--set", "standard.width=500", "--set", "standard.optim.lr=1e30"]
+WILD += ["--set", "standard.optim.warmup_steps=0"]
 
 
 def test_spread_saes_have_the_bits_of_one_process_and_outlive_a_lost_one(
     big, spawn, sae_train, quick, same_bits, tmp_path
 ):
-    """Three SAEs in two processes, to the end; and again until one process is killed in a step: the other says so,
-    and the last checkpoint goes on in a single process."""
-    words = [*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20]
+    """Three SAEs in two processes, to the end, beside a large one that diverges and had a process to itself; and again
+    until one process is killed in a step: the other says so, and the last checkpoint goes on in a single process."""
+    words = [*FLEET, *WILD, *quick, "--cache", big["path"], "--tokens", 64 * 20]
     one, two, lost = (tmp_path / "runs" / name for name in ("one", "two", "lost"))
-    sae_train(*words, "--name", "one")
+    sae_train(*words, "--name", "one", code=1)
     first, _ = launch(spawn, words, codes=(1, -9), code=SPREAD)
     same_bits(two, one)
     config, results = (
@@ -218,7 +220,9 @@ def test_spread_saes_have_the_bits_of_one_process_and_outlive_a_lost_one(
     assert {k: v for k, v in results[0].items() if k not in moving} == {
         k: v for k, v in results[1].items() if k not in moving
     }
-    assert list(results[1]["saes"]) == ["topk", "batchtopk", "temporal"]
+    assert list(results[1]["saes"]) == ["topk", "batchtopk", "temporal"] and list(results[1]["diverged"]) == [
+        "standard"
+    ]
     for label, sae in results[0]["saes"].items():
         own = {"folder": str(two / label), "step_seconds": results[1]["saes"][label]["step_seconds"]}
         assert {**sae, **own} == results[1]["saes"][label]
@@ -226,7 +230,7 @@ def test_spread_saes_have_the_bits_of_one_process_and_outlive_a_lost_one(
     assert "another process of the run is gone" in first and f"sae-train --resume {lost}" in first
     assert "Traceback" not in first
     assert [path.name for path in sorted((lost / "checkpoints").iterdir())] == ["step_000000005", "step_000000010"]
-    assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu").output
+    assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu", code=1).output
     same_bits(lost, one)
 
 

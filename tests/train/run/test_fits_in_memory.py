@@ -127,6 +127,28 @@ def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkey
     assert "Choose a smaller --set data.pool_tokens" in refused([small], 64, 64, 10**9, 1)
 
 
+def test_a_gpu_s_checkpoint_needs_host_memory_in_powers_of_two(monkeypatch):
+    """Two tables of 12.8 GB, in weights and two moments: 16 GiB each."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    monkeypatch.setattr(fits_in_memory, "_free_in_group", lambda: 2**42)
+
+    def require(gib, parts=1, team=1):
+        monkeypatch.setattr(fits_in_memory, "_free_on_host", lambda: gib * 2**30)
+        device = torch.device("cuda")
+        fits_in_memory.require_room([member("width=50000000")], of_64, 64, 0, parts, device, 0, team)
+
+    require(96)
+    with pytest.raises(MemoryTooSmall, match=r"expected 96\.0 GiB of host memory, .* found 95\.0 GiB free"):
+        require(95)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    require(96, team=4)  # one of four that share rows writes for all
+    with pytest.raises(MemoryTooSmall, match=r"96\.0 GiB of host"):
+        require(96)  # each writes its own
+    require(168, parts=4, team=4)  # a quarter each, and all of it once more
+    with pytest.raises(MemoryTooSmall, match=r"41\.9 GiB of host"):
+        require(167, parts=4, team=4)
+
+
 def test_processes_on_one_host_share_its_memory(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "_free_on_host", lambda: 2**40)
     monkeypatch.setattr(fits_in_memory, "_free_in_group", lambda: 2**42)

@@ -1,6 +1,7 @@
 """A member of a fleet trains to the bits it has alone."""
 
 import json
+import shutil
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,31 @@ def test_members_are_as_if_alone(big, sae_train, quick, tmp_path):
         member = final_state(fleet, f"{variant}_k{k}_seed{seed}")
         assert alone.keys() == member.keys()
         assert all(torch.equal(alone[key], member[key]) for key in alone)
+
+
+def test_one_that_diverges_costs_the_others_nothing(big, sae_train, quick, same_bits, tmp_path, rewind):
+    """It has no SAE and no number, log and results say so, and the command fails. Resumed, it is the same again."""
+    common = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 1280]
+    common += ["--set", "optim.warmup_steps=0", "--set", "course.checkpoint_every_steps=5"]
+    said = sae_train(*common, "--grid", "lr=1e-3,1e30", code=1).output
+    assert "their activations are finite: training diverged" in said and "The others go on without it" in said
+    error = "topk_lr1e+30: its loss was not finite in step 1: training diverged"
+    assert f"error: {error}. The other SAEs of run_1 are whole" in said.splitlines()[-1]
+    run, resumed = tmp_path / "runs/run_1", tmp_path / "runs/resumed"
+    shutil.copytree(run, resumed)
+    sae_train(*common, "--lr", 1e-3, "--name", "alone")
+    alone, member = final_state(tmp_path / "runs/alone", "topk"), final_state(run, "topk_lr0.001")
+    assert alone.keys() == member.keys() and all(torch.equal(alone[key], member[key]) for key in alone)
+    left = final_state(run, "topk_lr1e+30")
+    assert left["step"] == 1 and all(left[f"sae.{name}"].isfinite().all() for name in ("W_enc", "W_dec"))
+    result = json.loads((run / "result.json").read_text())
+    assert {label: f"{label}: {why}" for label, why in result["diverged"].items()} == {"topk_lr1e+30": error}
+    assert list(result["saes"]) == ["topk_lr0.001"] and not (run / "topk_lr1e+30").exists()
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["sae"] == "topk_lr1e+30" and last["diverged"] in error and "loss" not in last
+    rewind(resumed)
+    assert error in sae_train("--resume", "resumed", "--device", "cpu", code=1).output.splitlines()[-1]
+    same_bits(resumed, run)
 
 
 def test_each_has_its_own_lines(big, sae_train, quick, tmp_path):

@@ -50,6 +50,15 @@ def test_gradients_in_bfloat16_are_near_those_in_float64(variant, device):
     assert all(SMALLEST < error < LARGEST for error in errors(variant, "bfloat16", device).values())
 
 
+@pytest.mark.parametrize("product", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["topk", "standard"])
+def test_values_are_float32_where_latents_are_chosen_and_the_products_own_elsewhere(variant, product):
+    sae = config_type(variant)(width=F, encoder_product=product).build(D).sae
+    values = sae.codes(torch.randn(B, D, generator=torch.Generator().manual_seed(5)), NO_SIDE).values
+    is_rounded = torch.equal(values, values.bfloat16().float())
+    assert is_rounded == (variant == "standard" and product == "bfloat16")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", DENSE)
 def test_gradients_in_tf32_are_nearer_and_the_setting_is_put_back(variant):

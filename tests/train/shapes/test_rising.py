@@ -7,6 +7,7 @@ import pytest
 from saemill.train.engine.adam import Optim
 from saemill.train.engine.schedules import Complement, Doubling, HalfLife, Onset, SigmoidRamp, Switch
 from saemill.train.errors import ConfigInvalid
+from saemill.train.kit.variant_registry import config_type
 
 TOTAL = 1000
 
@@ -42,8 +43,19 @@ def test_a_complement_is_high_until_the_other_is_there():
     assert [Complement(Switch(0.5), 1.0)(step, 4) for step in (0, 4)] == [2.0, 1.0]
 
 
-def test_a_half_life_halves():
-    assert [HalfLife(0.2, 0.4)(step, TOTAL) for step in (0, 200, 600, 1000)] == [1.0, 1.0, 0.5, 0.25]
+@pytest.mark.parametrize("onset", [Onset(50, 150, 0.2), Onset(5000, 5000, 0.1)])
+def test_a_half_life_halves_from_the_end_of_an_onset_on(onset):
+    assert onset.end(TOTAL) == 200 and onset(199, TOTAL) < 1.0 == onset(200, TOTAL)
+    assert [HalfLife(onset, 0.4)(step, TOTAL) for step in (0, 200, 600, 1000)] == [1.0, 1.0, 0.5, 0.25]
+    assert HalfLife(onset, 0.4)(201, TOTAL) < 1.0
+
+
+def test_temporal_weights_fall_as_soon_as_they_are_there():
+    """However long the run would let the onset be."""
+    config = config_type("temporal")(width=16, half_life_fraction=0.1, idle_max_fraction=0.5, context=32)
+    weight = config.build(8).terms[-1].weight
+    there = [weight(step, 10_000) for step in (999, 1000, 1001, 2000)]
+    assert there[0] < there[1] > there[2] and there[3] == pytest.approx(there[1] / 2)
 
 
 def test_a_cubic_warm_up_begins_slower_and_ends_at_the_same_rate():
