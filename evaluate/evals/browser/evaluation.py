@@ -66,6 +66,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
         **{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device), programs=programs
     )
     try:
+        require_own_store_or_none(context, home, subjects)
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
         with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
@@ -94,6 +95,16 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
         firing = {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}
         report = report_of(one.seen, *one.kept, tokens, words)
         yield Result(one.subject, to_json(config), {"firing": firing}, unstructured=report, missing=missing)
+
+
+def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[LoadedSae]) -> None:
+    """A browser of the store that the SAEs were trained on cannot be made again from another one."""
+    of = (read_data(home / NAME, "run") or {}).get("cache_id")
+    if of != context.manifest.cache_id and any(subject.cache_id == of for subject in subjects if of):
+        raise BrowserUnwritten(
+            f"{home / NAME} was made from the store with cache id {of}, on which these SAEs were trained, and not from "
+            f"{context.store.url}: move that folder elsewhere to have one of this store"
+        )
 
 
 def share_out(context: Context, config: Config) -> dict[str, int]:
