@@ -767,5 +767,18 @@ def test_the_overview_has_what_was_measured(made):
     assert numbers["numbers"]["l0"] == {"value": 4.0, "low": None, "high": None}
     steps, values = numbers["curves"]["loss"]
     assert 100 < len(steps) <= 201 and values[1] == log[5]["loss"]
+    outcome = {"l0": 9.0, "explained_variance": 0.7}
+    trained = Record("b", "run_1", "b", outcome=outcome)
+    told = {"saemill": {"measured_on": "test split", "settings": {"cache_id": "one"}}}
+    refresh(home, [Record("a", "run_1", "a", documents={"core": core | told}), trained])
+    mixed = data_of(home, "numbers")
+    assert mixed["saes"]["b"]["numbers"] == {} and mixed["notes"] == ["core: test split."]
+    refresh(home, [trained])
+    of_training = data_of(home, "numbers")
+    assert of_training["saes"]["b"]["numbers"]["l0"]["value"] == 9.0
+    assert of_training["notes"] == ["L0 and explained variance of b: validation split, measured by training."]
+    other = {"core": core | {"saemill": {"settings": {"cache_id": "two"}}}}
+    refresh(home, [Record("a", "", "a", documents={"core": core | told}), Record("b", "", "b", documents=other)])
+    assert "core: these numbers do not compare, results differ in cache_id." in data_of(home, "numbers")["notes"]
     refresh(home.parent, [])  # no browser there: nothing happens
     assert json.dumps(sorted(path.name for path in home.parent.iterdir())) == '["run_1"]'
