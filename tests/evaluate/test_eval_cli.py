@@ -577,11 +577,17 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
 def test_saes_of_one_name_are_told_by_their_folders(builder):
     subjects = [builder.subject(builder.make_sae(seed=n), f"{n}/sae") for n in (1, 2)]
     documents = [
-        {"eval_result_metrics": {"sparsity": {"l0": n}}, "saemill": {"settings": {"batches": n}}} for n in (1, 2)
+        {
+            "eval_result_metrics": {"sparsity": {"l0": n}},
+            "saemill": {"settings": {"batches": n}, "measured_on": f"on the store with cache id <b>{n}"},
+        }
+        for n in (1, 2)
     ]
     rows = [Row(one, "core", "done", "", document) for one, document in zip(subjects, documents, strict=True)]
     names = [f"sae ({one.folder})" for one in subjects]
     assert [(row["sae"], row["sparsity.l0"]) for row in Table(rows).rows] == list(zip(names, (1, 2), strict=True))
+    page = Table(rows)._repr_html_()
+    assert page.count("<p>core of sae (") == 2 and page.count("cache id &lt;b&gt;") == 2 and "<b>" not in page
     with pytest.raises(Incomparable, match="batches") as raised:
         require_comparable(rows)
     assert all(name in str(raised.value) for name in names)
