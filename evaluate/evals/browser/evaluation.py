@@ -172,8 +172,9 @@ def keep_others(
 def saes_in(about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The SAEs that a browser's run.js tells of, each in a folder of its own; none where it was not written here."""
     saes = about.get("saes")
-    is_whole = isinstance(saes, list) and all(map(_has_folder, saes))
-    return saes if is_whole and len({sae["label"] for sae in saes}) == len(saes) else []
+    if not isinstance(saes, list) or not all(map(_has_folder, saes)):
+        return []
+    return saes if len({sae["label"] for sae in saes}) == len(saes) else []
 
 
 def _has_folder(sae: Any) -> bool:
