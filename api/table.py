@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluate.context.write_and_read_results import Row, heading
-from ..evaluate.run.console_table import PIPE_WIDTH, document_of, print_results
+from ..evaluate.context.write_and_read_results import REACH, Row, heading
+from ..evaluate.run.console_table import PIPE_WIDTH, document_of, measured_on, print_results, shown_names
 from . import notebook_html
 
 
@@ -22,8 +22,11 @@ class Table:
         console = Console(file=text, width=PIPE_WIDTH, markup=False, highlight=False, soft_wrap=True)
         print_results(console, results)
         self._text = text.getvalue().rstrip()  # now: rows hold the weights of their SAEs
-        self.results = [row.document for row in results if row.document is not None]
+        good = [row for row in results if row.document is not None]
+        self.results = [row.document for row in good]
         """Everything that was measured, as it is on disk."""
+        lines = measured_on(good, shown_names(row.subject for row in results))
+        self._measured_on = [line for line in lines if not line.startswith(REACH)]  # no cell shows it
         self._attempts = document_of(results, [])["results"]
 
     @cached_property
@@ -47,4 +50,5 @@ class Table:
 
     def _repr_html_(self) -> str:
         columns = dict.fromkeys(column for row in self.rows for column in row)
-        return notebook_html.table(self.rows, notes=self.notes, heading=lambda column: heading(column, columns))
+        notes = [*self._measured_on, *self.notes]
+        return notebook_html.table(self.rows, notes=notes, heading=lambda column: heading(column, columns))

@@ -24,7 +24,7 @@ from ..evaluate.output.figures.records import SEED, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
-from ..train.run.folder import RunFolder
+from ..train.run.folder import RunFolder, cache_of
 from .decision_rule import Families
 
 CORE = "core"
@@ -107,7 +107,8 @@ def read_lines(
             if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
                 problems.append(f"{eval_id} is left out: its result is of weights that the SAE no longer has")
                 continue
-            if other := of_other_settings(eval_id, document, (asked or {}).get(eval_id)):
+            other = of_other_settings(eval_id, document, (asked or {}).get(eval_id))
+            if other := other or of_other_store(eval_id, document, folder):
                 problems.append(f"{eval_id} is left out: its result is of {other}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
@@ -149,6 +150,18 @@ def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | No
     others = {name: value for name, value in settings_in(document).items() if name != "revision"}
     wanted = others | {"config": deciding(to_json(asked))} | ({} if revision == 1 else {"revision": revision})
     return describe_differences(document, wanted)
+
+
+def of_other_store(eval_id: str, document: Mapping[str, Any], folder: RunFolder) -> str:
+    """Where `sae-eval` has measured a run of the study in another way since."""
+    settings = settings_in(document)
+    if not evals.load(eval_id).needs.store:
+        return ""
+    if settings.get("from_tokens"):
+        return "residuals computed from tokens (--from-tokens), not those of the store"
+    found = settings.get("cache_id")
+    own = None if found is None else cache_of(folder)[1]
+    return "" if found == own else f"the store with cache id {found}, and the run is of {own}"
 
 
 def model_of(document: Mapping[str, Any]) -> str | None:

@@ -16,8 +16,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +31,8 @@ from saemill.cache_schema.stats_summary import read_summary
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.evaluate.context.write_and_read_results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError
+from saemill.evaluate.evals.browser import evaluation as browser
+from saemill.evaluate.evals.browser.write_pages import write_data
 from saemill.evaluate.output.figures.records import read_log
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.data.scaling import unit_stats
@@ -41,6 +45,7 @@ from saemill.train.errors import TrainError
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.run.find_and_load_sae import read_folder
 from saemill.train.run.folder import RunFolder, cache_of
+from saemill.train.run.init_from_trained_sae import source_of
 
 from . import mutations
 
@@ -114,6 +119,26 @@ def use_result(path: Path) -> None:
     describe_differences(document, settings)
 
 
+def write_browser(home: Path) -> dict[str, Any]:
+    """What one says of two of the SAEs beside it."""
+    saes = [{"label": name, "folder": f"sae_{name}", "sha256": source_of(home / name).sha256} for name in VARIANTS][:2]
+    about = dict.fromkeys(browser.SAME, "x") | {"run": "saes", "config": {"windows": 3}, "saes": saes}
+    write_data(home / "browser", "words", {"ids": np.arange(3, dtype=np.uint32)})
+    for sae in saes:
+        write_data(home / "browser", f"{sae['folder']}/columns", {})
+    return about
+
+
+def use_browser(home: Path, file: Path, about: dict[str, Any], made: Path) -> None:
+    """As a browser of other SAEs of the run takes over those that are shown already."""
+    (home / "browser/data/run.js").write_bytes(b'saemill("run",' + file.read_bytes() + b");\n")
+    shutil.rmtree(made, ignore_errors=True)
+    browser.is_there(SimpleNamespace(home=home, label="topk"))  # type: ignore[arg-type]
+    told: Any = SimpleNamespace(say=lambda _: None, path=made, meet=lambda _: None)
+    kept = browser.keep_others(told, home, told, about, [], told)
+    assert [sae["folder"] for sae in kept] == sorted((path.name for path in made.glob("data/*")), reverse=True)
+
+
 def targets_in(home: Path) -> dict[str, Target]:
     shutil.copytree(GOLDEN, home / "store")
     files = LocalFiles(home / "store")
@@ -146,6 +171,9 @@ def targets_in(home: Path) -> dict[str, Target]:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(result))
     found["result"] = Target(path, lambda: use_result(path))
+    about, shown, made = write_browser(home / "saes"), home / "run.js", home / "made"
+    shown.write_text(json.dumps(about))
+    found["browser"] = Target(shown, lambda: use_browser(home / "saes", shown, about, made))
     log = home / "run/metrics.jsonl"
     log.write_text('{"sae": "topk", "step": 0, "loss": 1.0}\n')
     found["log"] = Target(log, lambda: read_log(log))

@@ -18,7 +18,7 @@ from ...harvest.model.load_and_truncate import read_facts
 from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch, fetch_recorded
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch
-from ..errors import DataMissing, ModelMissing
+from ..errors import DataMissing, MemoryTooSmall, ModelMissing
 from ..model.prefix_suffix import LanguageModel, load_language_model
 from ..model.unembedding_head import Head, head_of, load_head
 
@@ -46,6 +46,8 @@ class Context:
     _source: ModelSource | None = None
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
+    _no_room: str | None = None
+    """Why the model does not fit; the words alone, as the error holds what was loaded of it."""
 
     @property
     def store(self) -> Store:
@@ -88,7 +90,9 @@ class Context:
 
     @property
     def model(self) -> LanguageModel:
-        """The whole language model; ModelMissing where it cannot be loaded, the same each time."""
+        """The whole language model; ModelMissing or MemoryTooSmall where it cannot be loaded, the same each time."""
+        if self._no_room is not None:
+            raise MemoryTooSmall(self._no_room)
         if self._model is None:
             source = self._find_source()
             self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
@@ -96,6 +100,9 @@ class Context:
                 self._model = load_language_model(source.folder, self.dtype, self.device)
             except ModelMissing as error:
                 self._obstacle = error
+                raise
+            except MemoryTooSmall as error:
+                self._no_room = str(error)
                 raise
             self.model_identity = f"{source.id}@{source.revision}"
         return self._model
@@ -150,7 +157,7 @@ class Context:
 
     def use(self, model: LanguageModel) -> None:
         """Take a model that is in memory already. Nobody knows which it is, so nothing it computes is kept."""
-        self._model, self.model_identity = model, None
+        self._model, self.model_identity, self._no_room = model, None, None
 
     def say(self, text: str) -> None:
         self.watch.say(text)

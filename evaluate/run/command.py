@@ -248,7 +248,7 @@ class Session:
         fitting = []
         for subject in subjects:
             try:
-                require_fit(subject, context.opened, is_named=self.cache is not None and not has_store(subject))
+                require_fit(subject, context.opened, is_named=self.cache is not None)
             except EvalError as error:
                 rows += self._refused(subject, error)
             else:
@@ -300,8 +300,11 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
 
 def has_store(subject: LoadedSae) -> bool:
     """Whether the store that an SAE of a run was trained on is here: its results are of that one."""
+    if subject.cache_url is None:
+        return False
     try:
-        return subject.cache_url is not None and Store.open(subject.cache_url).manifest.cache_id == subject.cache_id
+        with Store.open(subject.cache_url) as store:
+            return store.manifest.cache_id == subject.cache_id
     except StoreError:
         return False
 
@@ -340,7 +343,7 @@ def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = Fal
             "layers, counted from 0"
         )
     if subject.cache_id not in (None, manifest.cache_id):
-        require_stand_in(subject, store, is_named)
+        require_stand_in(subject, store, is_named and not has_store(subject))
     hook = subject.hooks[0]
     if hook != RESID and hook not in manifest.hooks:
         return  # of what the store does not keep; evaluations that read it say so

@@ -38,6 +38,7 @@ from ..context.write_and_read_results import (
     write_result,
 )
 from ..errors import EvalError, NotRun, ResultFromLater, ResultInvalid
+from ..evals.browser.write_pages import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
@@ -45,7 +46,8 @@ EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once
 
 Keep = Literal["none", "same", "any"]
-"""Which results that are there are taken: none, those of the same settings, or all of the same SAE and store."""
+"""Which results that are there are taken: none, those of the same settings, or all of the same SAE and store. One that
+a later saemill wrote is never written over."""
 
 
 def run_evals(
@@ -80,10 +82,10 @@ def _all_kept(
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
     """A result that is taken as it is; the reason says where it was measured with other settings."""
     try:
-        document = None if keep == "none" else _standing(context, subject, eval_id)
+        document = _standing(context, subject, eval_id)
     except ResultFromLater as error:
         return Row(subject, eval_id, "failed", str(error))
-    if document is None:
+    if keep == "none" or document is None:
         return None
     settings, store = _comparable(settings, document), settings_in(document).get("cache_id")
     meant = settings["cache_id"] or subject.cache_id
@@ -200,9 +202,15 @@ class _Attempts:
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
-        told = (item.measured_on, self._other_store(item.subject))
-        item = replace(item, measured_on="; ".join(filter(None, told)) or None)
+        other = self._other_store(item.subject)
+        item = replace(item, measured_on="; ".join(filter(None, (item.measured_on, other))) or None)
+        before = _standing(self._context, item.subject, self._eval_id) if item.missing or other else None
+        if before and item.missing and self._eval_id != BROWSER and is_whole(before, self._settings):
+            reason = f"{item.missing}. The whole result of these settings that was there stands"
+            return Row(item.subject, self._eval_id, "kept", reason, before)
         try:
+            if before and other and settings_in(before).get("cache_id") == item.subject.cache_id:
+                self._set_aside(item.subject)
             document = write_result(item, self._eval_id, self._settings)
         except OSError as error:  # of the disk, and no reason to measure anything again
             place = result_path(item.subject, self._eval_id)
@@ -213,6 +221,13 @@ class _Attempts:
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
+
+    def _set_aside(self, subject: LoadedSae) -> None:
+        """A result on the store that an SAE was trained on, which may be gone, gives its place to one on another."""
+        path = result_path(subject, self._eval_id)
+        aside = path.with_suffix(f".{subject.cache_id}.json")
+        path.rename(aside)
+        self._context.say(f"{self._eval_id}: {subject.name} had a result on its own store, which is now {aside}")
 
     def _remark_of_store(self) -> str | None:
         """What a result says that was read from a store's activations, where these are not the model's own."""

@@ -25,7 +25,7 @@ from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.write_and_read_results import Row, result_path, sae_config
-from saemill.evaluate.errors import Incomparable, WidthMismatch
+from saemill.evaluate.errors import Incomparable, ModelMissing, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
@@ -268,6 +268,30 @@ def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(movab
         assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", code=1)
 
 
+@pytest.mark.parametrize("keep", [[], ["--compare"]])
+def test_another_store_takes_nothing_from_results_on_one_that_is_gone(movable, world, make_world, sae_eval, keep):
+    run, store = movable
+    other = make_world(model_id="lab/tiny", dtype="float32").store
+    sae_eval("run_1/one", "--evals", "core,browser", "--set", "browser.windows=4")
+    (before,), page = results(run).values(), (run / "browser/data/run.js").read_text()
+    shutil.rmtree(store)
+    words = ["run_1/one", "--cache", other, "--model", world.model, *keep]
+    said = sae_eval(*words, "--evals", "core,browser", code=1)
+    (aside,) = (run / "evals/core").glob("one_eval_results.*.json")
+    assert json.loads(aside.read_text()) == before and str(aside) in "".join(said.split())
+    assert results(run)["one_eval_results.json"]["saemill"]["cache_id"] != before["saemill"]["cache_id"]
+    assert "was made from the store" in said and (run / "browser/data/run.js").read_text() == page
+    sae_eval(*words)  # of the other store twice
+    assert json.loads(aside.read_text()) == before and len(results(run)) == 2
+
+
+def test_the_own_store_is_looked_for_only_where_another_was_named(movable, world, sae_eval, monkeypatch):
+    looked = []
+    monkeypatch.setattr(command, "has_store", lambda subject: bool(looked.append(subject)))
+    sae_eval("run_1", "--cache", world.store, "--evals", "decoder_cosine", options=[])
+    assert not looked
+
+
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
     other = make_world(dtype="float32")
     run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
@@ -321,6 +345,22 @@ def test_what_is_there_in_part_is_no_result_to_compare(run_1, sae_eval):
     leave_a_part()
     said = sae_eval("run_1/small", "--compare", "--set", "core.resamples=11", code=3)
     assert "incomplete: core of run_1/small: the model is not here; its result is of config.resamples 10" in said
+
+
+def test_a_whole_result_is_not_written_over_by_a_part_of_itself(run_1, sae_eval, monkeypatch):
+    """The model may be away for a while."""
+    sae_eval("run_1/small")
+    before = results(run_1)
+
+    def no_model(context):
+        raise ModelMissing("it is away")
+
+    monkeypatch.setattr(Context, "model", property(no_model))
+    said = sae_eval("run_1/small")
+    assert "kept: core of run_1/small: it is away" in said and "that was there stands" in said
+    assert results(run_1) == before
+    assert "incomplete: core of run_1/small" in sae_eval("run_1/small", "--set", "core.resamples=11", code=3)
+    assert results(run_1) != before
 
 
 @pytest.fixture
@@ -485,7 +525,7 @@ def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
     assert after[damaged.name]["eval_result_metrics"] == before[damaged.name]["eval_result_metrics"]
 
 
-@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+@pytest.mark.parametrize("keep", ["--resume", "--compare", "--no-plots"])  # the last says nothing of results
 def test_a_result_of_a_later_saemill_is_not_written_over_and_costs_no_other_its_own(run_1, sae_eval, keep):
     sae_eval("run_1/small")
     path = run_1 / "evals" / "core" / "small_eval_results.json"
@@ -537,11 +577,17 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
 def test_saes_of_one_name_are_told_by_their_folders(builder):
     subjects = [builder.subject(builder.make_sae(seed=n), f"{n}/sae") for n in (1, 2)]
     documents = [
-        {"eval_result_metrics": {"sparsity": {"l0": n}}, "saemill": {"settings": {"batches": n}}} for n in (1, 2)
+        {
+            "eval_result_metrics": {"sparsity": {"l0": n}},
+            "saemill": {"settings": {"batches": n}, "measured_on": f"on the store with cache id <b>{n}"},
+        }
+        for n in (1, 2)
     ]
     rows = [Row(one, "core", "done", "", document) for one, document in zip(subjects, documents, strict=True)]
     names = [f"sae ({one.folder})" for one in subjects]
     assert [(row["sae"], row["sparsity.l0"]) for row in Table(rows).rows] == list(zip(names, (1, 2), strict=True))
+    page = Table(rows)._repr_html_()
+    assert page.count("<p>core of sae (") == 2 and page.count("cache id &lt;b&gt;") == 2 and "<b>" not in page
     with pytest.raises(Incomparable, match="batches") as raised:
         require_comparable(rows)
     assert all(name in str(raised.value) for name in names)

@@ -32,6 +32,7 @@ from saemill.train.run.folder import RunFolder
 from saemill.train.study_recipes import find_recipes, own_evals, runs_of, studies
 
 GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
+CACHE_ID = "0" * 32
 
 
 def document(l0=20.0, explained_variance=0.8, ce=0.9, kl=0.9, alive=1.0):
@@ -52,14 +53,12 @@ def recipe(name, seeds=1):
 
 def write_run(folder, steps=100, labels=("one",), **scores):
     (folder / "evals" / "core").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"cache": {"url": "./store", "cache_id": CACHE_ID}}))
     saes = {label: {"dead_share": 0.1} for label in labels}
     (folder / "result.json").write_text(json.dumps({"steps": steps, "saes": saes}))
     for label in labels:
         (folder / "evals/core" / f"{label}_eval_results.json").write_text(json.dumps(document(**scores)))
     return RunFolder(folder)
-
-
-CACHE_ID = "0" * 32
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +140,7 @@ def test_results_of_other_settings_are_not_put_into_one_table(tmp_path, old):
     folder = write_run(tmp_path / "run_0", labels=("one", "two", "three"))
     for label in ("one", "two", "three"):
         split = "validation" if label == old else "test"
-        write_core(tmp_path / "run_0", label, {"config": {"split": split}, "cache_id": "c0ffee"})
+        write_core(tmp_path / "run_0", label, {"config": {"split": split}, "cache_id": CACHE_ID})
     for line in read_lines(folder, ["core"]):
         assert line.problems == ["core is left out: results of this run differ in config.split"]
         assert "l0" not in line.values
@@ -151,11 +150,29 @@ def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_w
     folder = write_run(tmp_path / "run_0")
     asked = evals.load("core").config()
     for split in ("test", "validation"):
-        write_core(tmp_path / "run_0", "one", {"config": to_json(replace(asked, split=split)), "cache_id": "c0ffee"})
+        write_core(tmp_path / "run_0", "one", {"config": to_json(replace(asked, split=split)), "cache_id": CACHE_ID})
         (line,) = read_lines(folder, ["core"], asked={"core": asked})
         left_out = ["core is left out: its result is of config.split 'validation' (asked for: 'test')"]
         assert line.problems == ([] if split == "test" else left_out)
         assert ("l0" in line.values) == (split == "test")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cache_id": CACHE_ID}, ""),
+        ({"cache_id": None}, ""),
+        ({"cache_id": "f00d"}, f"the store with cache id f00d, and the run is of {CACHE_ID}"),
+        ({"cache_id": CACHE_ID, "from_tokens": True}, "residuals computed from tokens (--from-tokens)"),
+    ],
+)
+def test_results_of_another_store_or_of_tokens_are_left_out(tmp_path, settings, said):
+    """`sae-eval --cache` measures a run whose own store is gone on another one."""
+    folder = write_run(tmp_path / "run_0")
+    write_core(tmp_path / "run_0", "one", settings)
+    (line,) = read_lines(folder, ["core"])
+    assert ("l0" in line.values) == (not said)
+    assert said in "".join(line.problems) and len(line.problems) == bool(said)
 
 
 def test_results_of_an_earlier_sae_are_left_out(tmp_path):
@@ -179,7 +196,7 @@ def test_results_of_one_run_are_of_one_text(tmp_path):
 def test_results_of_an_earlier_revision_are_not_those_that_were_asked_for(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run_0")
     asked = evals.load("core").config()
-    write_core(tmp_path / "run_0", "one", {"config": to_json(asked), "cache_id": "c0ffee"})
+    write_core(tmp_path / "run_0", "one", {"config": to_json(asked), "cache_id": CACHE_ID})
     monkeypatch.setattr(evals, "load", lambda name, load=evals.load: replace(load(name), revision=7))
     (line,) = read_lines(folder, ["core"], asked={"core": asked})
     assert line.problems == ["core is left out: its result is of revision None (asked for: 7)"]
@@ -207,14 +224,14 @@ def test_the_rule_is_asked_of_what_it_is_about(tmp_path, name, model, seeds, fou
 
 def test_a_table_says_what_it_is_of_and_that_a_result_is_of_a_part(tmp_path):
     folder = write_run(tmp_path / "run_0", steps=1080)
-    write_core(tmp_path / "run_0", "one", {"cache_id": "c0ffee"}, missing="two data sets are not here")
+    write_core(tmp_path / "run_0", "one", {"cache_id": CACHE_ID}, missing="two data sets are not here")
     (line,) = read_lines(folder, ["core"])
     assert line.remarks == [
         "core is of a part of its data: two data sets are not here",
-        "of the model smollm2, store id c0ffee: 0 tokens in 1,080 steps",
+        f"of the model smollm2, store id {CACHE_ID}: 0 tokens in 1,080 steps",
     ]
     write_tables([(recipe("run_0"), [line])], tmp_path, Console(quiet=True))
-    assert "- run_0: of the model smollm2, store id c0ffee" in (tmp_path / "table.md").read_text()
+    assert f"- run_0: of the model smollm2, store id {CACHE_ID}" in (tmp_path / "table.md").read_text()
 
 
 def test_every_recorded_number_counts_as_untrained():

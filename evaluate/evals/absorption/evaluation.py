@@ -173,7 +173,8 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score"),
-    least=dict.fromkeys(("max_words", "min_feats_for_eval", "max_k_value", "k_sparse_probe_batch_size"), 1),
+    least=dict.fromkeys(("max_words", "min_feats_for_eval", "max_k_value", "k_sparse_probe_batch_size"), 1)
+    | {"min_GT_probe_f1": 0},
     # top-k SAEs with decoder rows of any length are as if of length one; a template's tail is counted behind a word
     revision=2,
 )

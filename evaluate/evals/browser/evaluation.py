@@ -66,13 +66,15 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
         **{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device), programs=programs
     )
     try:
+        require_own_store_or_none(context, home, subjects)
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
         with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
             near, promotes = {}, {}
             for one in shown:
-                near[one], promotes[one] = neighbours(one, shown, config), promoted(one, head, config.promoted, words)
+                near[one] = neighbours(one, shown, config)
+                promotes[one] = promoted(one, head, config.promoted, words, context.say)
                 write_latents(folder, one, near[one], promotes[one], tokens, context.watch)
             kept = keep_others(context, home, folder, about, subjects, words)
             told = words.texts()
@@ -94,6 +96,16 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
         firing = {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}
         report = report_of(one.seen, *one.kept, tokens, words)
         yield Result(one.subject, to_json(config), {"firing": firing}, unstructured=report, missing=missing)
+
+
+def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[LoadedSae]) -> None:
+    """A browser of the store that the SAEs were trained on cannot be made again from another one."""
+    of = (read_data(home / NAME, "run") or {}).get("cache_id")
+    if of != context.manifest.cache_id and any(subject.cache_id == of for subject in subjects if of):
+        raise BrowserUnwritten(
+            f"{home / NAME} was made from the store with cache id {of}, on which these SAEs were trained, and not from "
+            f"{context.store.url}: move that folder elsewhere to have one of this store"
+        )
 
 
 def share_out(context: Context, config: Config) -> dict[str, int]:
@@ -139,7 +151,7 @@ def keep_others(
             names = ", ".join(sae["label"] for sae in saes)
             context.say(f"browser: {names} left out, {why}: name them too to have them shown")
 
-    there = [sae for sae in before.get("saes", []) if sae["label"] not in known and (home / sae["label"]).is_dir()]
+    there = [sae for sae in saes_in(before) if sae["label"] not in known and (home / sae["label"]).is_dir()]
     same = [sae for sae in there if sae.get("sha256") == source_of(home / sae["label"]).sha256]
     leave_out([sae for sae in there if sae not in same], "of other weights than are there now")
     if _deciding(before) != _deciding(about):
@@ -157,6 +169,19 @@ def keep_others(
     return kept
 
 
+def saes_in(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The SAEs that a browser's run.js tells of, each in a folder of its own; none where it was not written here."""
+    saes = about.get("saes")
+    if not isinstance(saes, list) or not all(map(_has_folder, saes)):
+        return []
+    return saes if len({sae["label"] for sae in saes}) == len(saes) else []
+
+
+def _has_folder(sae: Any) -> bool:
+    label = sae.get("label") if isinstance(sae, dict) else None
+    return isinstance(label, str) and label == Path(label).name and sae.get("folder") == f"sae_{label}"
+
+
 def ids_of_words(folder: Path) -> np.ndarray | None:
     """The tokens that a browser shows, if its file of them is there and whole."""
     try:
@@ -167,14 +192,15 @@ def ids_of_words(folder: Path) -> np.ndarray | None:
 
 def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
     """What SAEs side by side must have alike: `SAME`, without the forms of others that are written too."""
+    config = about.get("config")
+    settings = config if isinstance(config, Mapping) else {}
     found = {key: about.get(key) for key in SAME}
-    return found | {"config": {name: value for name, value in (found["config"] or {}).items() if name != "exports"}}
+    return found | {"config": {name: value for name, value in settings.items() if name != "exports"}}
 
 
 def is_there(subject: LoadedSae) -> bool:
     """Whether the SAE's pages are: a browser can be removed, or be made without it."""
-    found = read_data(subject.home / NAME, "run") or {}
-    return any(sae["label"] == subject.label for sae in found.get("saes", []))
+    return any(sae["label"] == subject.label for sae in saes_in(read_data(subject.home / NAME, "run") or {}))
 
 
 def describe(

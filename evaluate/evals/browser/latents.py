@@ -5,7 +5,7 @@ F latents, K neighbours or tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....harvest.progress import Watch
 from ...context.loaded_sae import LoadedSae
+from ...model.smaller_pieces import PieceSize, in_pieces
 from ...model.unembedding_head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from ..measures.token_text import Vocabulary
@@ -238,20 +239,24 @@ def join(near: Near, own: np.ndarray, others: np.ndarray, rows: Tensor, learned:
 
 
 def promoted(
-    shown: Shown, head: Head | None, count: int, words: Vocabulary
+    shown: Shown, head: Head | None, count: int, words: Vocabulary, say: Callable[[str], None]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Tokens [F, K] and logits that each latent's direction raises most, and lowers most."""
     if head is None or len(shown.subject.target_layers) != 1:
         return {}
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"promoted": [], "suppressed": []}
-    for rows in shown.rows.split(HEAD_ROWS):
-        logits = head.promotes(rows).float()
-        for name, sign in (("promoted", 1), ("suppressed", -1)):
+
+    def read(start: int, stop: int) -> list[np.ndarray]:
+        logits, found = head.promotes(shown.rows[start:stop]).float(), []
+        for sign in (1, -1):
             values, tokens = (sign * logits).topk(min(count, logits.shape[1]), dim=1)
-            parts[name].append((words.meet(tokens.cpu().numpy()), sign * values.cpu().numpy()))
+            found += [tokens.cpu().numpy(), sign * values.cpu().numpy()]
+        return found
+
+    size = PieceSize(HEAD_ROWS, "latents before the head", say)
+    up, raised, down, lowered = map(np.concatenate, zip(*in_pieces(len(shown.rows), size, read), strict=True))
     return {
-        name: (np.concatenate([t for t, _ in found]), np.concatenate([v for _, v in found]).astype(np.float32))
-        for name, found in parts.items()
+        "promoted": (words.meet(up), raised.astype(np.float32)),
+        "suppressed": (words.meet(down), lowered.astype(np.float32)),
     }
 
 

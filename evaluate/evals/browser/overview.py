@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ....train.disk.atomic_files import replace_file
 from ...context.write_and_read_results import INTERVALS, interval_of
-from ...output.figures.records import COLUMNS, Record, thinned
+from ...output.figures.records import COLUMNS, Record, notes, thinned
 from .write_pages import NAME, as_data
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
@@ -20,9 +20,11 @@ SPARSITY = "l0"  # what the others are drawn against
 
 def write_numbers(browser: Path, records: Sequence[Record]) -> None:
     """Into a browser's folder."""
+    records = of_one_split(records)
     value = {
         "columns": [[key, column.heading, column.meaning, key != SPARSITY] for key, column in COLUMNS.items()],
         "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
+        "notes": notes(records, [column.evaluation for column in COLUMNS.values()]),
     }
     replace_file(browser / "data" / "numbers.js", as_data("numbers", value).encode())  # the page is there already
 
@@ -31,6 +33,12 @@ def refresh(home: Path, records: Sequence[Record]) -> None:
     """What a run's browser says of its SAEs, where it has a browser."""
     if (home / NAME / "data").is_dir():
         write_numbers(home / NAME, records)
+
+
+def of_one_split(records: Sequence[Record]) -> list[Record]:
+    """Without training's own numbers, which are of the validation split, where core has measured any of them."""
+    is_measured = any("core" in one.documents for one in records)
+    return [replace(one, outcome={}) if is_measured and "core" not in one.documents else one for one in records]
 
 
 def numbers(record: Record) -> dict[str, dict[str, float | None]]:

@@ -162,7 +162,7 @@ def read_data(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         text = (folder / "data" / f"{name}.js").read_text(encoding="ascii")
         found = json.loads(text.removeprefix(f"saemill({json.dumps(name)},").removesuffix(");\n"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

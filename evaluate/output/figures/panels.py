@@ -144,7 +144,7 @@ def draw_panels(
     figure, axes = new_figure(len(drawn), columns=2 if len(drawn) in (2, 4) else 3, height=max(3.1, tall))
     for panel, axis in zip(drawn, axes, strict=True):
         panel.draw(axis, records, looks)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     if not all(isinstance(panel, Bars) for panel in drawn):
         add_legend(figure, [record.name for record in records], looks, any(isinstance(panel, Lines) for panel in drawn))
     return figure

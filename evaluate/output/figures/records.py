@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.folder import RunFolder
-from ...context.write_and_read_results import RESULTS, metric_of, ours_in, read_result, still_stands
+from ...context.write_and_read_results import (
+    RESULTS,
+    differing,
+    lines_of_each,
+    metric_of,
+    ours_in,
+    read_result,
+    still_stands,
+)
 from ...errors import EvalError, ResultInvalid
 
 CURVE_POINTS = 200
@@ -167,6 +175,19 @@ def _records_of(
             steps=result.get("steps"),
             documents=documents.get(label, {}),
         )
+
+
+def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
+    """What a table's numbers are of, and those of which of these evaluations do not compare."""
+    told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
+    for name in dict.fromkeys(evaluations):
+        if uneven := differing(one.documents[name] for one in records if name in one.documents):
+            told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
+    others = (one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None)
+    by_training = [one.name for one in others]
+    if by_training:
+        told.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
+    return told
 
 
 def thinned(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...context.write_and_read_results import differing
 from ..figures.panels import Looks, draw_panels
 from ..figures.records import Record
 from ..figures.style import caption, is_wide, log_axis
@@ -63,4 +65,8 @@ PANELS = (
 def draw(records: Sequence[Record]) -> Figure | None:
     """Of SAEs that core measured, where there is any: training's own numbers are of another split."""
     measured = [record for record in records if "core" in record.documents]
-    return draw_panels(PANELS, measured or records, "Quality against sparsity", records)
+    title = "Quality against sparsity"
+    if uneven := differing(record.documents["core"] for record in measured):
+        said = f"these numbers do not compare: core's results differ in {uneven}"
+        title = "\n".join([title, *textwrap.wrap(said, 50)])  # as many letters as one panel is wide
+    return draw_panels(PANELS, measured or records, title, records)

@@ -1,4 +1,5 @@
-"""How active each tier is in the end: on test text where that was measured, else in the last logged batch."""
+"""How active each tier is in the end: of those SAEs for which the test split was measured, where there are any; else
+in the last logged batch of all."""
 
 from __future__ import annotations
 
@@ -13,13 +14,19 @@ from ..figures.style import INK, caption, new_figure, shades
 MOST = 8  # tiers of an SAE
 
 
-def activity(record: Record, tier: int) -> float | None:
+def measured(record: Record, tier: int) -> float | None:
     """Mean share of a tier's latents that are active on a token."""
-    measured = record.metric("tiers", f"tier_activity.active_share_{tier}")
-    return measured if measured is not None else record.last(f"tiers/activity_{tier}")
+    return record.metric("tiers", f"tier_activity.active_share_{tier}")
+
+
+def logged(record: Record, tier: int) -> float | None:
+    """The same, as training said it last."""
+    return record.last(f"tiers/activity_{tier}")
 
 
 def draw(records: Sequence[Record]) -> Figure | None:
+    is_measured = any(measured(record, 1) is not None for record in records)
+    activity = measured if is_measured else logged
     shown = [record for record in records if activity(record, 1) is not None]
     if not shown:
         return None
@@ -28,5 +35,6 @@ def draw(records: Sequence[Record]) -> Figure | None:
     figure, (axis,) = new_figure(1, width=max(5.0, 1.0 + 0.9 * len(shown)), height=3.6)
     draw_parts(axis, [record.name for record in shown], parts, shades(len(parts)), unit=100)
     figure.suptitle("Activity of tiers", fontsize=12, color=INK)
-    caption(axis, "", "", "% of the tier's latents active on a token")
+    text = "test split" if is_measured else "last logged batch"
+    caption(axis, "", "", f"% of the tier's latents active on a token\n({text})")
     return figure

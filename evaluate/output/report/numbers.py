@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ... import evals
-from ...context.write_and_read_results import REACH, differing, heading, lines_of_each, reach_of
+from ...context.write_and_read_results import REACH, heading, reach_of
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import CORE, Column, Record, held_out, measured
+from ..figures.records import Column, Record, held_out, measured
+from ..figures.records import notes as notes_on
 from .markup import Html, element, joined
 
 MISSING = "\N{EN DASH}"
@@ -71,16 +72,9 @@ def variant(record: Record) -> list[Html]:
 
 def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     """What the numbers are of, and what they are not about."""
-    told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
+    told = notes_on(records, [column.evaluation for column in columns if column.evaluation])
     if any(reach(column, one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
-    for name in dict.fromkeys(column.evaluation for column in columns if column.evaluation):
-        if uneven := differing(one.documents[name] for one in records if name in one.documents):
-            told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
-    others = (one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None)
-    by_training = [one.name for one in others]
-    if by_training:
-        told.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
     massive = [
         f"{record.name}: {found:,} of {found + record.outcome['validation_tokens']:,} tokens of the validation split "
         "are massive, their norm many times the median; explained variance is without."

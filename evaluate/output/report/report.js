@@ -125,7 +125,7 @@ function compared(shown) {
   W = innerWidth < 600 ? 340 : 620; H = 260;
   const chart = scatter(points, ["L0 (active latents a token)", "explained variance"]);
   W = 340; H = 170;
-  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : "On held-out text."));
+  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : "Of the validation split, as training measured."));
 }
 
 beginTheme();

@@ -219,6 +219,21 @@ def test_a_model_that_does_not_fit_is_not_called_damaged(world, monkeypatch):
                 load_language_model(world.model, torch.float32, torch.device("cpu"))
 
 
+def test_a_model_that_does_not_fit_is_tried_once(world, open_context, monkeypatch):
+    """It takes minutes, for every SAE and evaluation; its head and tokenizer are there all the same."""
+    tried, context = [], open_context(world)
+
+    def refuse(*_):
+        tried.append(1)
+        raise MemoryTooSmall("the model does not fit")
+
+    monkeypatch.setattr("saemill.evaluate.context.context.load_language_model", refuse)
+    for _ in range(2):
+        with pytest.raises(MemoryTooSmall, match="does not fit"):
+            _ = context.model
+    assert len(tried) == 1 and context.head
+
+
 def test_no_store_is_said_in_words():
     with pytest.raises(Exception, match="give --cache"):
         _ = Context(None).store

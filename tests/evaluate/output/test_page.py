@@ -245,13 +245,17 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     write_live_page(live, read_records([live], print), 5.0)
     page.evaluate("again()")  # as it does by itself every few seconds
     page.wait_for_selector("progress[value='30']")
-    live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
+    ends = {
+        label: {"l0": 16.0 + place, "explained_variance": 0.625} for place, label in enumerate(("wide", "topk_seed0"))
+    }
+    live.write_result({"steps": 40, "saes": ends})
     write_page(live.path, read_records([live], print), live.path)
     with page.expect_navigation():
         page.evaluate("again()")
     page.wait_for_selector("html[data-ready]")
     assert page.locator("progress").count() == 0
     assert "0.625" in page.inner_text("table")
+    assert "Of the validation split, as training measured." in page.inner_text("body")
 
 
 def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):

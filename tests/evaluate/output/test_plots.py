@@ -239,6 +239,39 @@ def test_quality_against_sparsity_mixes_no_splits():
         assert [line.get_color() for line in axis.lines] == [look(place).colour for place in looks]
 
 
+@pytest.mark.parametrize("panels", [1, 3])
+def test_quality_against_sparsity_says_which_settings_differ(panels):
+    """Of results on two stores, say; and none of that where they are of one."""
+    numbers = {"sparsity": {"l0": 20.0}, "model_performance_preservation": {"ce_loss_score": 0.9}}
+    core = result(numbers | ({"model_behavior_preservation": {"kl_div_score": 0.9}} if panels == 3 else {}))
+    core["saemill_metrics"] = {"explained_variance": 0.8} if panels == 3 else {}
+
+    def records(*stores):
+        settings = [{"cache_id": store, "config": {"$\\frac$": store}} for store in stores]
+        return [
+            Record(f"{n}", "", "", documents={"core": core | {"saemill": {"settings": s}}})
+            for n, s in enumerate(settings)
+        ]
+
+    figure = pareto.draw(records("a", "b"))
+    assert len(figure.axes) == panels
+    assert "core's results differ in cache_id" in " ".join(figure.get_suptitle().split())
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert pareto.draw(records("a", "a")).get_suptitle() == "Quality against sparsity"
+
+
+def test_activity_of_tiers_mixes_no_texts(make_run):
+    """Where some SAEs were measured, the last logged batch of others is other text."""
+    records = read_records([make_run(labels=("tiered", "topk"))], print)
+    bare = replace(records[0], name="logged", documents={})
+    draw = all_plots()["tier_activity_comparison"]
+    for drawn, names, text in ((records, ["tiered", "topk"], "test split"), ([bare], ["logged"], "last logged batch")):
+        axis = draw([*drawn, bare]).axes[0] if drawn == records else draw(drawn).axes[0]
+        assert [label.get_text() for label in axis.get_xticklabels()] == names and text in axis.get_ylabel()
+
+
 def test_looks_differ_for_as_many_saes_as_anyone_compares():
     looks = [(look(place).colour, look(place).line) for place in range(4 * len(COLOURS))]
     assert len(set(looks)) == len(looks)

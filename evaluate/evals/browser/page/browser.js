@@ -159,11 +159,13 @@ function say(text) {
 
 const link = (label, ...rest) => `#/sae/${[label, ...rest].map(encodeURIComponent).join("/")}`;
 
+// What was read for these pages is other text than what was evaluated: its L0 stands in for nobody's, or for everybody's.
+const isOwnL0 = () => !run.saes.some((sae) => numbers.saes?.[sae.label]?.numbers?.l0);
 function facts(sae) {
   const known = numbers.saes?.[sae.label] ?? {};
   return {
     ...known.numbers,
-    l0: known.numbers?.l0 ?? { value: sae.l0 },
+    l0: known.numbers?.l0 ?? (isOwnL0() ? { value: sae.l0 } : undefined),
     alive: { value: sae.alive_share }, dense: { value: sae.dense_share }, width: { value: sae.width },
   };
 }
@@ -200,7 +202,8 @@ function table() {
   };
   const whole_ = h("section", { class: "card wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))));
+    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))),
+    [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0: of the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
   return whole_;
 }
 
@@ -212,7 +215,7 @@ function charts() {
   const draw = () => {
     chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
     const [, name] = choices.find(([key]) => key === chosenY);
-    const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
+    const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0?.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
     box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); box.querySelector("select").focus(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
   };
   draw();

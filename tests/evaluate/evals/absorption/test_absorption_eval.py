@@ -15,6 +15,7 @@ from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.write_and_read_results import Failure, Result
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.absorption import evaluation as absorption
+from saemill.evaluate.evals.absorption import task
 from saemill.evaluate.evals.absorption.measure_absorption import Sparse, mean_metrics, measure_letters
 from saemill.evaluate.evals.absorption.probe import Probe, Training
 from saemill.evaluate.evals.absorption.task import (
@@ -105,6 +106,17 @@ def test_words_are_encoded_once_for_the_latents_of_all_letters(builder, monkeypa
     subject = builder.subject(planted_sae(False), layers=(1,))
     measure_letters(planted_task(), subject, [0, 1], SPARSE, torch.Generator().manual_seed(0))
     assert len(asked) == 2 and asked[0] == asked[1] == sorted(set(asked[0]))  # of training and of test words
+
+
+@pytest.mark.parametrize("train", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1]])
+def test_a_class_that_training_words_do_not_tell_from_others_is_not_known(train, monkeypatch):
+    """Its latents could not be chosen: a regression needs words of both kinds."""
+    reading = Reading({1: torch.eye(2).repeat(2, 1)}, {})
+    halves = [Half(["w"] * 4, torch.tensor(labels), reading) for labels in (train, [0, 1, 0, 1])]
+    monkeypatch.setattr(task, "fit_probe", lambda *_: Probe(torch.eye(2), torch.full((2,), -0.5)))  # it knows both
+    assert task._fit(1, *halves, 2, 0).known(0.0) == ([0, 1] if len(set(train)) == 2 else [])
+    with pytest.raises(SettingInvalid, match="min_GT_probe_f1: expected 0 or more"):
+        absorption.EVALUATION.require(absorption.Config(min_GT_probe_f1=-0.1))
 
 
 @pytest.fixture(scope="module")

@@ -463,6 +463,22 @@ def test_promoted_tokens_go_through_the_models_head(made, open_context, world):
         assert part[name]["values"].reshape(-1, 4) == pytest.approx(sign * values.numpy(), abs=1e-5)
 
 
+def test_promoted_tokens_that_have_no_room_are_found_for_fewer_latents_at_once(made, open_context, world):
+    (subject, _), whole, said = subjects_of(made[0]), open_context(world).head, []
+
+    def promotes(rows):
+        if len(rows) > 8:
+            raise MemoryError("planted")
+        return whole.promotes(rows)
+
+    words = SimpleNamespace(meet=lambda ids: ids)
+    one = latents.Shown("sae_a", subject, seen=None)
+    few, all_ = (latents.promoted(one, h, 4, words, said.append) for h in (SimpleNamespace(promotes=promotes), whole))
+    assert said[-1] == "out of memory: going on with 8 latents before the head at a time"
+    for name in ("promoted", "suppressed"):
+        assert (few[name][0] == all_[name][0]).all() and few[name][1] == pytest.approx(all_[name][1], abs=1e-5)
+
+
 def test_words_are_what_stands_in_a_text_and_bytes_are_written_out():
     encoder = load_encoder(MODEL_FOLDER)
     ids = encoder.encode(["def walk(self):\n    return a\u4e2d"])[0]
@@ -767,5 +783,18 @@ def test_the_overview_has_what_was_measured(made):
     assert numbers["numbers"]["l0"] == {"value": 4.0, "low": None, "high": None}
     steps, values = numbers["curves"]["loss"]
     assert 100 < len(steps) <= 201 and values[1] == log[5]["loss"]
+    outcome = {"l0": 9.0, "explained_variance": 0.7}
+    trained = Record("b", "run_1", "b", outcome=outcome)
+    told = {"saemill": {"measured_on": "test split", "settings": {"cache_id": "one"}}}
+    refresh(home, [Record("a", "run_1", "a", documents={"core": core | told}), trained])
+    mixed = data_of(home, "numbers")
+    assert mixed["saes"]["b"]["numbers"] == {} and mixed["notes"] == ["core: test split."]
+    refresh(home, [trained])
+    of_training = data_of(home, "numbers")
+    assert of_training["saes"]["b"]["numbers"]["l0"]["value"] == 9.0
+    assert of_training["notes"] == ["L0 and explained variance of b: validation split, measured by training."]
+    other = {"core": core | {"saemill": {"settings": {"cache_id": "two"}}}}
+    refresh(home, [Record("a", "", "a", documents={"core": core | told}), Record("b", "", "b", documents=other)])
+    assert "core: these numbers do not compare, results differ in cache_id." in data_of(home, "numbers")["notes"]
     refresh(home.parent, [])  # no browser there: nothing happens
     assert json.dumps(sorted(path.name for path in home.parent.iterdir())) == '["run_1"]'

@@ -99,6 +99,7 @@ def site(world, new_builder):
     core = {
         "eval_result_metrics": {"sparsity": {"l0": 3.0}},
         "saemill_metrics": {"explained_variance": 0.5, "confidence_95": {"explained_variance": [0.4, 0.6]}},
+        "saemill": {"measured_on": SCRIPT},
     }
     log = [{"sae": "first", "step": step, "loss": 1 / (step + 1)} for step in range(9)]
     refresh(
@@ -136,6 +137,9 @@ def test_the_overview_sorts_and_draws(site, open_page):
     page.locator("#saes th button").first.click()
     assert names.all_inner_texts() == ["second", "first"]
     assert "0.4 to 0.6" in page.locator("#saes").inner_text()
+    assert page.locator("#saes + p").inner_text() == f"core: {SCRIPT}."
+    row = page.locator("#saes tbody tr").filter(has_text="second")
+    assert row.locator("td").nth(2).inner_text() == "\u2013"  # its L0 was not measured on that text
     assert page.locator("svg[aria-label^='explained variance against L0']").count() == 1
     assert page.locator("svg[aria-label='loss by step'] polyline").count() == 1
     assert page.locator("svg[aria-label^='densities of']").count() == 2
