@@ -37,7 +37,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.cli import main as store_command
-from saemill.cache_schema.commits import DEVICES_ASKED, read_devices, write_device
+from saemill.cache_schema.commits import DEVICES_ASKED, DeviceRecord, read_devices, write_device
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
@@ -55,11 +55,12 @@ from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
 from saemill.harvest.estimate_cost import RESERVE_BYTES, least_bytes
 from saemill.harvest.model import resolve
+from saemill.harvest.model.products_in_16_bits import is_widened
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
-from saemill.harvest.shards import describe_device
+from saemill.harvest.shards import describe_device, find_others
 from saemill.harvest.tokenise_corpus import Spool, spool_folder
 
 from .conftest import digest_of
@@ -636,7 +637,7 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(harvested
     """In no id and no digest: a store that says nothing of it, as those of before, has the same digest."""
     files, before = open_files(harvested.out), digest_of(harvested.out)
     recorded = read_devices(files, range(10))
-    here = describe_device(torch.device("cpu"))
+    here = describe_device(torch.device("cpu"), torch.bfloat16)
     assert recorded and set(recorded.values()) == {here} and here.torch == torch.__version__
     with Store.open(harvested.out) as store:
         assert describe(store)["computed_on"] == [str(here)]
@@ -656,9 +657,26 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(harvested
     assert "warning: shard 0 was computed on" in capsys.readouterr().err
 
 
+def test_processors_that_make_products_of_16_bits_otherwise_are_told_apart(monkeypatch):
+    """At the default dtype they differ in the last digits, though torch takes the same instructions of both."""
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    found: dict[bool, tuple[DeviceRecord, DeviceRecord]] = {}
+    for has_instructions in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_instructions: has)
+        is_widened.cache_clear()
+        cpu = torch.device("cpu")
+        found[has_instructions] = describe_device(cpu, torch.bfloat16), describe_device(cpu, torch.float32)
+    is_widened.cache_clear()
+    (native, whole), (widened, same) = found[True], found[False]
+    assert whole == same == native
+    assert "was computed on cpu" in find_others({0: native}, widened)
+    assert ", 16-bit products in float32), torch" in find_others({0: native}, widened)
+
+
 def test_of_many_shards_few_are_asked_what_computed_them(tmp_path, monkeypatch):
     files, asked = open_files(tmp_path), []
-    here = describe_device(torch.device("cpu"))
+    here = describe_device(torch.device("cpu"), torch.bfloat16)
     write_device(files, 0, here)
     read = files.read
     monkeypatch.setattr(files, "read", lambda key: asked.append(key) or read(key))
