@@ -176,10 +176,11 @@ class Spool:
 
 
 def spool_folder(files: Files) -> Path:
-    """Beside a local store, on its disk; in the folder for temporary files where the store is remote."""
+    """Beside a local store, on its disk: in it where it is a disk itself. In the folder for temporary files where the
+    store is remote."""
     if isinstance(files, LocalFiles):
         root = files.root.resolve()  # of a link what it leads to, which may be another disk
-        return root.with_name(f"{root.name}.spool")
+        return root / ".spool" if root.is_mount() else root.with_name(f"{root.name}.spool")
     name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
