@@ -260,7 +260,8 @@ def lock_spool(folder: Path) -> Iterator[None]:
 def _take_lock(fd: int, folder: Path) -> None:
     for left in reversed(range(LOCK_TRIES)):
         try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             if not left:
                 raise StoreBusy(

@@ -31,6 +31,7 @@ from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at
 from ..cache_schema.layout import arrays_of, is_line
 from ..cache_schema.manifest import seal
 from ..cache_schema.numbers_in_words import say_size, say_time
+from ..cache_schema.stored_dtypes import STORED_AS
 from .corpus import source_of
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
@@ -199,10 +200,20 @@ def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
     lines = [
         f"to harvest: {manifest.tokens:,} tokens ({tell_splits(manifest)}) if the corpus holds as many",
         f"to write: {say_size(total)} at most ({arrays}){at}",
+        f"memory: about {say_size(memory_of_shards(manifest))} for two shards; less with --shard-windows",
     ]
     if plan.source.to_download is not None:
         lines.append(f"to download: {say_size(plan.source.to_download)} of weights into {constants.HF_HUB_CACHE}")
     return lines
+
+
+def memory_of_shards(manifest: Manifest) -> int:
+    """What this machine holds while one shard is computed and the one before it is written."""
+    windows = min(manifest.shard_windows, manifest.windows)
+    width = sum(manifest.width_of(site.hook) for site in manifest.sites)
+    acts = windows * manifest.context * width * STORED_AS[manifest.model.dtype].itemsize
+    lines = (array for path, array in arrays_of(manifest).items() if path.startswith("attention/"))
+    return 2 * (acts + sum(array.chunk_bytes for array in lines))
 
 
 def tell_splits(manifest: Manifest) -> str:

@@ -91,7 +91,14 @@ def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, describe
     harvest(make_config(model="owner/name"), watch)
     ((choice, before),) = fetched
     assert choice == Choice("owner/name", "c0ffee")
-    for words in ("to harvest: 4,000 tokens (train 3,680", "1.05 MB at most (", "to download: 10.46 GB", "time: about"):
+    memory = "memory: about 253.98 kB for two shards; less with --shard-windows"
+    for words in (
+        "to harvest: 4,000 tokens (train 3,680",
+        "1.05 MB at most (",
+        "to download: 10.46 GB",
+        "time: about",
+        memory,
+    ):
         assert words in before
     watch, again = watched()
     monkeypatch.setattr(run, "look", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
