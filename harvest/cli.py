@@ -202,7 +202,8 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
         print_json(document_of(estimate))
     else:
         Console().print(render(estimate))
-    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=estimate.work.is_begun)
+    is_begun, weights = estimate.work.is_begun, estimate.weights_beside
+    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=is_begun, weights=weights)
 
 
 @contextmanager

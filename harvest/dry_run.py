@@ -36,6 +36,7 @@ from .estimate_cost import (
     sizes_of,
     tell_splits,
     tokens_in,
+    weights_beside,
 )
 from .pack_windows import Packer
 from .process import open_process
@@ -64,6 +65,7 @@ class Estimate:
     cost: Cost
     free_bytes: int | None  # None where the store does not lie on a disk of this machine
     to_download: int | None = None  # of weights; without them sizes of attention are the most that there can be
+    weights_beside: int = 0  # of these, what comes onto the store's disk
 
     @property
     def least_bytes(self) -> int:
@@ -108,7 +110,8 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
         else:
             work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
             cost = cost_before(plan, work.manifest, process.device)
-    return Estimate(work, cost, files.free_bytes(), plan.source.to_download)
+    weights = weights_beside(plan.source, files) if work.shards else 0
+    return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights)
 
 
 def document_of(estimate: Estimate) -> dict[str, Any]:
