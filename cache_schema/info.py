@@ -19,7 +19,7 @@ from .commits import read_devices, read_index
 from .csr import AttentionCsr
 from .errors import ShardCorrupt
 from .manifest import PART
-from .massive_activations import MULTIPLE, default_multiple, measure_massive, spread
+from .massive_activations import MULTIPLE, default_multiple, measure_massive, sample_few, spread
 from .moments import is_special
 from .numbers_in_words import counted, say_size
 from .reader import Store
@@ -87,8 +87,9 @@ def _links(store: Store, layer: int) -> dict[str, float] | None:
 
 def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
     """None where what is stored is damaged; `verify` says how."""
+    spans = sample_few(store.manifest, layer, store.committed)
     try:
-        found = measure_massive(store, layer, MULTIPLE, with_mean=False)
+        found = measure_massive(store, layer, MULTIPLE, spans, with_mean=False)
     except ShardCorrupt:
         return None
     return {
@@ -101,6 +102,7 @@ def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
         "rms_norm": found.rms_norm,
         "rms_norm_of_others": found.ordinary.rms_norm,
         "shards": found.shards,
+        "windows": sum(span.windows for span in spans),
         "left_out": default_multiple(store.manifest) is not None,
     }
 
@@ -183,13 +185,16 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
             str(layer),
             f"{row['median_norm']:,.4g}",
             f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
-            f"{row['tokens']:,}"
-            + ("" if row["shards"] == facts["shards"] else f" in {counted(row['shards'], 'shard')}"),
+            f"{row['tokens']:,}" + ("" if row["windows"] == facts["windows"] else f" in {_where(row)}"),
             f"{row['share_of_squares']:.1%}",
             f"{row['rms_norm']:,.4g}",
             f"{row['rms_norm_of_others']:,.4g}",
         )
     return [table]
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
 
 
 def _join(layers: list[int]) -> str:
