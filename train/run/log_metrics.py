@@ -39,7 +39,7 @@ class Watch:
         self.quality = ShuffleQuality(feed.ideal_share)
         self.last: dict[str, dict[str, float]] = {}
         self._before = (0.0, 0.0)  # seconds, seconds waited: in processes before this one
-        self._tokens = 0
+        self._tokens = 0.0
         self._started = self._refreshed = time.perf_counter()
         self._ended: float | None = None
 
@@ -58,7 +58,7 @@ class Watch:
 
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report]) -> None:
         """Called after each step."""
-        self._tokens += self._feed.plan.batch_tokens
+        self._tokens += self._feed.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
             self._record(step, reports)
@@ -95,7 +95,7 @@ class Watch:
         self.last = self._process.collect(own, self._labels)
         shared = {
             "step": step,
-            "tokens": (step + 1) * self._feed.plan.batch_tokens,
+            "tokens": round((step + 1) * self._feed.batch_tokens),
             "same_document_ratio": self.quality.ratio,
             "waiting_share": self.waiting_share,
             "tokens_per_second": self.tokens_per_second,
