@@ -43,6 +43,7 @@ from .process import open_process
 from .progress import Watch
 from .run import decide, make_harvester
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
+from .tokenise_corpus import what_fills_windows
 
 TRIAL_DOCUMENTS = 2000
 DOCUMENTS_AT_ONCE = 20
@@ -199,5 +200,5 @@ def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:
             return windows.tokens[: plan.windows_per_batch]
     raise CorpusEmpty(
         f"the first {read:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
-        "Give more text, or a smaller --context"
+        f"{what_fills_windows(plan.config.packing)}"
     )

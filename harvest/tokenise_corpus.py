@@ -284,5 +284,12 @@ def _require_text(spool: Spool, corpus: Corpus) -> None:
         raise SplitEmpty(
             f"the {spool.documents:,} documents of corpus {corpus.id} fill no window of {spool.job.context} tokens in "
             f"{' and '.join(empty)}: documents go to train, validation and test by a hash of their text. "
-            "Give more text, or a smaller --context"
+            f"{what_fills_windows(spool.job.packing)}"
         )
+
+
+def what_fills_windows(packing: Packing) -> str:
+    """What to do where a corpus fills too few."""
+    if packing == "concat":
+        return "Give more text, or a smaller --context"
+    return "Give longer documents or more of them, --packing concat, which joins short ones, or a smaller --context"
