@@ -57,8 +57,9 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
         watch = watch or Watch(is_quiet=not process.speaks)
         if config.model == AUTO and not process.is_first:
             wait_for_tokens(files, watch)  # the first worker decides for all
+        is_begun = has_root(files)
         plan = decide(config, watch)
-        if not has_root(files):
+        if not is_begun:
             if process.is_first:
                 announce(plan, process.device, files, watch)
             plan = _with_tokens_to_come(plan, process, files, watch)
