@@ -20,7 +20,7 @@ import torch
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec, Request, ShardContent, Store
 from saemill.cache_schema.chunk_codec import encode
-from saemill.cache_schema.info import LinkCounts, count_links
+from saemill.cache_schema.info import count_links, links_per_row
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import is_special
 from saemill.cache_schema.shard_content import lay_out
@@ -63,7 +63,7 @@ def main(url: str, folder: str, layers: str, tokens: int) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for budget in budgets:
         csrs = {layer: to_csr(layer, KeptRows.concat(kept[budget, layer])) for layer in chosen}
-        found = sum((count_links(csr, special) for csr in csrs.values()), LinkCounts()).per_row()
+        found = links_per_row(count_links(csr, special) for csr in csrs.values())
         mass = np.mean([csr.kept_mass.astype(np.float64).mean() for csr in csrs.values()])
         entries = sum(csr.entries for csr in csrs.values()) / len(chosen) / ids.size
         size = sum(packed_bytes(manifest, budget, layer, csr, windows) for layer, csr in csrs.items())

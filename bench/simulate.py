@@ -45,12 +45,17 @@ class Paper:
 
     request_s: float = 0.03
     shard_s: float = 60.0
-    chunks: int = 10  # of a shard; WRITERS at once, each so long:
+    chunks: int = 10  # of a shard; REMOTE_WRITERS at once, each so long:
     chunk_s: float = 0.5
     has_device: bool = True  # a note beside each record, as a harvest leaves it: a name more in every listing
     deaths_a_day: float = 1.0  # of each worker
     return_s: float = 120.0  # until another has come in its place
     seed: int = 0
+
+    @property
+    def write_s(self) -> float:
+        """Of a shard."""
+        return self.chunk_s * max(1, self.chunks / writer.REMOTE_WRITERS)
 
 
 class PaperFiles(RemoteFiles):
@@ -201,7 +206,7 @@ class Harvest:
     def _commit(self, shard: int) -> None:
         files = self.files
         files.requests["PUT"] += self.paper.chunks
-        files.now += self.paper.chunk_s * self.paper.chunks / writer.WRITERS
+        files.now += self.paper.write_s
         files.ask("PUT", int(self.paper.has_device))
         record = CommitRecord(self.manifest.cache_id, shard, self.manifest.shard_range(shard), self.arrays)
         commits.write_record(files, record)
@@ -292,7 +297,7 @@ class Harvest:
 
 def rows_of(harvest: Harvest, told: Told) -> list[Row]:
     paper, shards, workers = harvest.paper, harvest.manifest.shards, harvest.workers
-    ideal = (paper.shard_s + paper.chunk_s * paper.chunks / writer.WRITERS) * -(-shards // workers) / 3600
+    ideal = (paper.shard_s + paper.write_s) * -(-shards // workers) / 3600
     each = ", ".join(f"{count / shards:.2f} {kind}" for kind, count in sorted(told.requests.items()))
     return [
         Row("shards lost", f"{told.lost}", f"{told.deaths:,} workers that died", float(not told.lost), 1.0),

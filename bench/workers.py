@@ -38,7 +38,7 @@ from saemill.cache_schema.layout import record_key
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import Moments
 from saemill.cache_schema.verify_and_repair import verify_shards
-from saemill.cache_schema.writer import WRITERS
+from saemill.cache_schema.writer import REMOTE_WRITERS
 
 SERVER = Path(__file__).parents[1] / "tests/cache_schema/s3_server.py"
 FORK = multiprocessing.get_context("fork")  # each shares all that is imported, and begins at once
@@ -147,7 +147,7 @@ def use_each(keys: Sequence[str], use: Callable[[Any, str], object], mark: Mark)
     """A client that puts or gets and does nothing else, as many at once as the store's writer."""
     s3 = fsspec.filesystem("s3", max_concurrency=1)
     s3.ls("mill")  # connected
-    with ThreadPoolExecutor(WRITERS) as pool:
+    with ThreadPoolExecutor(REMOTE_WRITERS) as pool:
         mark()
         list(pool.map(lambda key: use(s3, key), keys))
         mark()

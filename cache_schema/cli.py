@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from decimal import Decimal
 from functools import partial
 from importlib.metadata import entry_points
@@ -130,10 +131,12 @@ def verify(url: str, is_json: bool) -> None:
         click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
     if damage:
         click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}")
-        with _report():
-            _refuse_if_tokens_are_gone(damage)
+    gone = _shards_without_tokens(damage)
+    if wrong or len(gone) < len(broken):
+        click.echo(f"Mend {'the others' if gone else 'them'} with: sae-store repair {shlex.quote(url)}")
+    with _report():
+        _refuse_if_gone(gone)
     if damage or wrong:
-        click.echo(f"Mend them with: sae-store repair {shlex.quote(url)}")
         sys.exit(1)
     click.echo(f"{counted(shards - missing, 'shard')} read, every one is what was committed")
 
@@ -169,21 +172,22 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
         with Store.open(url) as store:
             damage, manifest = _find_damage(store), store.manifest
             wrong = [] if damage else find_wrong_derived(store)
-        damaged = sorted({item.shard for item in damage})
         for item in damage:
             click.echo(str(item))
-        _refuse_if_tokens_are_gone(damage)
+        gone = _shards_without_tokens(damage)
+        damaged = sorted({item.shard for item in damage} - set(gone))
         undo = partial(repair, url, damaged, wrong)
         if damaged and not remove_only:
             _reharvest(url, manifest, damaged, undo, device, model)
-            return
-        undo()
-        for key in wrong:
-            click.echo(f"{key} was not what the shards give: made again")
-        if damaged:
-            click.echo(f"{counted(len(damaged), 'shard')} removed: {damaged}. The same harvest writes them again")
-        elif not wrong:
-            click.echo("nothing is damaged")
+        else:
+            undo()
+            for key in wrong:
+                click.echo(f"{key} was not what the shards give: made again")
+            if damaged:
+                click.echo(f"{counted(len(damaged), 'shard')} removed: {damaged}. The same harvest writes them again")
+            elif not damage and not wrong:
+                click.echo("nothing is damaged")
+        _refuse_if_gone(gone)
 
 
 @main.command(
@@ -217,10 +221,19 @@ Examples:
     help="The layer of each --resid file, or of each that vLLM was asked for (its id L + 1 is after layer L).",
 )
 @click.option("--model", required=True, help="The model that made them, for the record.")
-@click.option("--special-token", "special", type=TOKEN, multiple=True, help="Id of a token that never trains, as BOS.")
+@click.option(
+    "--special-token", "special_tokens", type=TOKEN, multiple=True, help="Id of a token that never trains, as BOS."
+)
 @click.option("--bos-token", type=TOKEN)
-@click.option("--validation", default=0.05, show_default=True, help="Share of windows.")
-@click.option("--test", default=0.05, show_default=True, help="Share of windows.")
+@click.option("--validation", "validation_share", default=0.05, show_default=True, help="Share of windows.")
+@click.option("--test", "test_share", default=0.05, show_default=True, help="Share of windows.")
+@click.option(
+    "--shard-windows",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Windows in a shard: less take less memory, and are the same store.",
+)
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(
     "--stored-as",
@@ -230,37 +243,13 @@ Examples:
 @click.option(
     "--keep-massive", is_flag=True, help="Rows of massive norm count like all others, unless a run says otherwise."
 )
-def import_command(
-    url: str,
-    resid_files: tuple[Path, ...],
-    act_files: tuple[str, ...],
-    tokens_file: Path | None,
-    saelens_folder: Path | None,
-    vllm_folder: Path | None,
-    context: int | None,
-    layers: tuple[int, ...],
-    model: str,
-    special: tuple[int, ...],
-    bos_token: int | None,
-    validation: float,
-    test: float,
-    codec: str,
-    stored_as: SmallDtype | None,
-    keep_massive: bool,
-) -> None:
+def import_command(url: str, **options: Any) -> None:
     """Make a store at URL from activations that exist already."""
-    special = tuple({*special, *([] if bos_token is None else [bos_token])})
-    kept = {"codec": codec, "stored_as": stored_as, "keep_massive": keep_massive}
-    settings = ImportSettings(model, special, bos_token, validation, test, **kept)  # pyright: ignore[reportArgumentType]
+    bos = () if options["bos_token"] is None else (options["bos_token"],)
+    options["special_tokens"] = tuple({*options["special_tokens"], *bos})
+    settings = ImportSettings(**{one.name: options.pop(one.name) for one in fields(ImportSettings)})
     with _report():
-        if vllm_folder is None and context is not None:
-            raise click.UsageError("--context goes with --vllm: all other files have windows already")
-        if vllm_folder is None:
-            source = _open_source(resid_files, act_files, tokens_file, saelens_folder, layers)
-        elif resid_files or act_files or tokens_file or saelens_folder:
-            raise click.UsageError("--vllm goes with --layer and --context: its files hold all else")
-        else:
-            source = VllmSource(vllm_folder, layers, context)
+        source = _open_source(**options)
         with _progress("importing", "shards") as advance:
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
     held = ", ".join(map(str, manifest.sites))
@@ -276,7 +265,7 @@ def import_command(
             "--validation 0 --test 0",
             err=True,
         )
-    for name, asked in (("validation", validation), ("test", test)):
+    for name, asked in (("validation", settings.validation_share), ("test", settings.test_share)):
         if sizes[name] > 2 * asked * manifest.windows:
             click.echo(
                 f"warning: {sizes[name] / manifest.windows:.0%} of the windows are for {name}, and {asked:.0%} were "
@@ -292,8 +281,16 @@ def _open_source(
     act_files: tuple[str, ...],
     tokens_file: Path | None,
     saelens_folder: Path | None,
+    vllm_folder: Path | None,
+    context: int | None,
     layers: tuple[int, ...],
 ) -> Source:
+    if vllm_folder is not None:
+        if resid_files or act_files or tokens_file or saelens_folder:
+            raise click.UsageError("--vllm goes with --layer and --context: its files hold all else")
+        return VllmSource(vllm_folder, layers, context)
+    if context is not None:
+        raise click.UsageError("--context goes with --vllm: all other files have windows already")
     if (saelens_folder is None) == (not (resid_files or act_files)):
         raise click.UsageError("give either --resid with --layer and --acts, or --saelens, or --vllm")
     if saelens_folder is not None:
@@ -330,8 +327,12 @@ def _find_damage(store: Store) -> list[Damage]:
     return damage
 
 
-def _refuse_if_tokens_are_gone(damage: list[Damage]) -> None:
-    gone = sorted({item.shard for item in damage if item.array in BEGINNING})
+def _shards_without_tokens(damage: list[Damage]) -> list[int]:
+    """What nobody can harvest again."""
+    return sorted({item.shard for item in damage if item.array in BEGINNING})
+
+
+def _refuse_if_gone(gone: list[int]) -> None:
     if gone:
         raise StoreError(f"the tokens or documents of shards {gone} are damaged. {GONE}")
 

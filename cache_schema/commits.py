@@ -84,7 +84,7 @@ class DeviceRecord:
     """
 
     type: str  # cpu, cuda
-    name: str  # of the card; of a processor the instructions that torch takes
+    name: str  # of the card; of a processor the instructions that torch takes, and how it makes products of 16 bits
     torch: str
     float32_products: str  # ieee, or tf32
     reduced_sums: bool  # whether products in 16 bits may be added up in 16 bits

@@ -391,8 +391,16 @@ def make_folder(path: Path) -> None:
 
 def free_bytes_at(folder: Path) -> int:
     """Of the disk on which a folder lies, or will lie."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def on_one_disk(folder: Path, other: Path) -> bool:
+    """Whether they lie on one, or will."""
+    return _nearest(folder).stat().st_dev == _nearest(other).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def sync(path: Path) -> None:

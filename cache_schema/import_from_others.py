@@ -51,7 +51,7 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
     if 0 in shape:
         raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
     tokens = source.tokens(0, source.windows)
-    documents = np.repeat(source.document_of[:, None], source.context, axis=1)
+    documents = np.broadcast_to(source.document_of[:, None], (source.windows, source.context))
     manifest = _manifest(source, settings, _fingerprint(source, tokens))
     with StoreWriter.create(url, manifest, tokens, documents) as writer:
         left = []
@@ -142,11 +142,10 @@ def _fingerprint(source: Source, tokens: np.ndarray) -> str:
 def _finite_acts(source: Source, site: Site, start: int, stop: int) -> np.ndarray:
     """Some windows; refused before anything is written, as what is written fixes what may come to the same place."""
     values = source.acts(site, start, stop)
-    is_finite = np.isfinite(to_float32(values, source.dtype)).all(axis=(1, 2))
-    if not is_finite.all():
-        window = start + int(np.argmin(is_finite))
-        what = "residuals" if site.hook == RESID else site.hook
-        raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
+    for window, stored in enumerate(values, start):
+        if not np.isfinite(to_float32(stored, source.dtype)).all():
+            what = "residuals" if site.hook == RESID else site.hook
+            raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
     return values
 
 
@@ -154,5 +153,5 @@ def _content(manifest: Manifest, source: Source, shard: int, tokens: np.ndarray,
     start, stop = manifest.shard_range(shard)
     special = is_special(tokens[start:stop], manifest.model.special_tokens)
     acts = {site: source.acts(site, start, stop) for site in manifest.sites}
-    moments = {site: measure(to_float32(values, manifest.model.dtype), special) for site, values in acts.items()}
+    moments = {site: measure(values, special, manifest.model.dtype) for site, values in acts.items()}
     return ShardContent(tokens[start:stop], documents[start:stop], acts, moments)

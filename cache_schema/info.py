@@ -7,7 +7,7 @@ over a few whole shards spread evenly over the store.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,14 @@ from .commits import read_devices, read_index
 from .csr import AttentionCsr
 from .errors import ShardCorrupt
 from .manifest import PART
-from .massive_activations import MULTIPLE, default_multiple, measure_massive, spread
+from .massive_activations import MULTIPLE, default_multiple, measure_massive, sample_few, spread
 from .moments import is_special
 from .numbers_in_words import counted, say_size
 from .reader import Store
-from .requests_and_spans import Request
+from .requests_and_spans import Request, Span
 
 SHARDS = 4
+LINKS = ("links", "link_mass", "bos_mass", "self_mass")
 BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto takes where the real one is out of reach
 
 
@@ -79,16 +80,24 @@ def facts(store: Store) -> dict[str, Any]:
 
 def _links(store: Store, layer: int) -> dict[str, float] | None:
     """A row's links and where its mass goes, and of how many shards; None where what is stored is damaged."""
+    spans = spread(store.manifest, store.committed, SHARDS)
     try:
-        return measure_links(store, layer).per_row() | {"shards": min(SHARDS, int(store.committed.sum()))}
+        return links_per_row(_count_in(store, layer, span) for span in spans) | {"shards": len(spans)}
     except ShardCorrupt:
         return None
 
 
+def _count_in(store: Store, layer: int, span: Span) -> np.ndarray:
+    part = store.read(Request(attention_layers=(layer,), tokens=True), span)
+    assert part.tokens is not None
+    return count_links(part.attention[layer], is_special(part.tokens, store.manifest.model.special_tokens))
+
+
 def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
     """None where what is stored is damaged; `verify` says how."""
+    spans = sample_few(store.manifest, layer, store.committed)
     try:
-        found = measure_massive(store, layer, MULTIPLE, with_mean=False)
+        found = measure_massive(store, layer, MULTIPLE, spans, with_mean=False)
     except ShardCorrupt:
         return None
     return {
@@ -101,6 +110,7 @@ def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
         "rms_norm": found.rms_norm,
         "rms_norm_of_others": found.ordinary.rms_norm,
         "shards": found.shards,
+        "windows": sum(span.windows for span in spans),
         "left_out": default_multiple(store.manifest) is not None,
     }
 
@@ -159,8 +169,7 @@ def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
         column.justify = "right"
     for layer, mass in facts["attention_kept_mass"].items():
         found = facts["attention_links"][layer]
-        names = ("links", "link_mass", "bos_mass", "self_mass")
-        parts = ["", "", "", ""] if found is None else [f"{found[name]:.3f}" for name in names]
+        parts = [""] * len(LINKS) if found is None else [f"{found[name]:.3f}" for name in LINKS]
         table.add_row(str(layer), f"{mass:.3f}", f"{facts['attention_entries_per_row'][layer]:.1f}", *parts)
     return [table] if facts["attention_kept_mass"] else []
 
@@ -183,8 +192,7 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
             str(layer),
             f"{row['median_norm']:,.4g}",
             f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
-            f"{row['tokens']:,}"
-            + ("" if row["shards"] == facts["shards"] else f" in {counted(row['shards'], 'shard')}"),
+            f"{row['tokens']:,}" + ("" if row["windows"] == facts["windows"] else f" in {_where(row)}"),
             f"{row['share_of_squares']:.1%}",
             f"{row['rms_norm']:,.4g}",
             f"{row['rms_norm_of_others']:,.4g}",
@@ -192,55 +200,26 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
     return [table]
 
 
+def _where(row: dict[str, Any]) -> str:
+    return f"{counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
+
+
 def _join(layers: list[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-@dataclass(frozen=True)
-class LinkCounts:
-    """Sums over the rows of tokens that are not special."""
-
-    rows: int = 0
-    links: int = 0
-    link_mass: float = 0.0
-    bos_mass: float = 0.0
-    self_mass: float = 0.0
-
-    def __add__(self, other: LinkCounts) -> LinkCounts:
-        return LinkCounts(
-            self.rows + other.rows,
-            self.links + other.links,
-            self.link_mass + other.link_mass,
-            self.bos_mass + other.bos_mass,
-            self.self_mass + other.self_mass,
-        )
-
-    def per_row(self) -> dict[str, float]:
-        rows = max(self.rows, 1)
-        names = ("links", "link_mass", "bos_mass", "self_mass")
-        return {name: getattr(self, name) / rows for name in names}
-
-
-def measure_links(store: Store, layer: int) -> LinkCounts:
-    """Of one layer; a row is one of each head where heads are stored apart."""
-    total = LinkCounts()
-    for span in spread(store.manifest, store.committed, SHARDS):
-        part = store.read(Request(attention_layers=(layer,), tokens=True), span)
-        assert part.tokens is not None
-        total += count_links(part.attention[layer], is_special(part.tokens, store.manifest.model.special_tokens))
-    return total
-
-
-def count_links(csr: AttentionCsr, special_WT: np.ndarray) -> LinkCounts:
-    """Of some windows."""
+def count_links(csr: AttentionCsr, special_WT: np.ndarray) -> np.ndarray:
+    """float64 [5]: rows of tokens that are not special in some windows, one of each head where heads are stored apart,
+    and over them the sums of `LINKS`."""
     row, key = csr.row_of_entry(), csr.indices.astype(np.int64)
     window, query = row // (csr.heads * csr.context), row % csr.context
     counts = ~special_WT[window, query]
     is_bos, is_self = counts & (key == 0), counts & (key == query) & (key != 0)
     is_link = counts & ~is_bos & ~is_self & ~special_WT[window, key]
-    mass = csr.data.astype(np.float64)
-    return LinkCounts(
-        int((~special_WT).sum()) * csr.heads,
-        int(is_link.sum()),
-        *(float(mass[chosen].sum()) for chosen in (is_link, is_bos, is_self)),
-    )
+    masses = [csr.data[chosen].sum(dtype=np.float64) for chosen in (is_link, is_bos, is_self)]
+    return np.array([(~special_WT).sum() * csr.heads, is_link.sum(), *masses])
+
+
+def links_per_row(parts: Iterable[np.ndarray]) -> dict[str, float]:
+    rows, *sums = sum(parts, np.zeros(1 + len(LINKS))).tolist()
+    return {name: total / max(rows, 1) for name, total in zip(LINKS, sums, strict=True)}

@@ -5,13 +5,14 @@ its norm is beyond a multiple of the layer's median norm; a median does not move
 
 Norms are measured here, from the residuals, and recorded nowhere: a store of any age and any origin is measured the
 same way, by whoever reads it, to the same bits. No more than `SAMPLE_BYTES` of a layer are looked at, in whole shards
-spread evenly over the store: the median and the moments of a million rows are exact enough for all.
+spread evenly over the store: the median and the moments of a million rows are exact enough for all. Whoever only asks
+what a store is like is told of `FEW_BYTES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +29,7 @@ MULTIPLE = 10.0
 """Of the median norm, where nothing else is asked for."""
 KEEP = "keep_massive"  # in the settings of an imported corpus: whoever imported it wants every row to count
 SAMPLE_BYTES = 2**30
+FEW_BYTES, FEW_SHARDS = 2**26, 4
 BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's cache
 
 
@@ -79,11 +81,14 @@ def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) 
     return norms if scales is None else np.multiply(norms, scales, out=norms)
 
 
-def measure_massive(store: Store, layer: Place, multiple: float, *, with_mean: bool = True) -> Massive:
-    """The massive rows of a layer, and the moments of the others, whose mean takes reading all once more."""
+def measure_massive(
+    store: Store, layer: Place, multiple: float, spans: list[Span] | None = None, *, with_mean: bool = True
+) -> Massive:
+    """The massive rows of a layer, and the moments of the others, whose mean takes reading all once more; of `spans`,
+    or of its own sample."""
     manifest = store.manifest
-    spans = sample(manifest, layer, store.committed)
-    norms = [norms_of(store, layer, span) for span in spans]
+    spans = sample(manifest, layer, store.committed) if spans is None else spans
+    norms = [_norms(part, site_of(layer))[counts_WT] for part, counts_WT in _read(store, layer, spans)]
     seen = np.concatenate([np.zeros(0, np.float32), *norms])
     seen = seen[np.isfinite(seen)].astype(np.float64)
     median = float(np.median(seen)) if len(seen) else 0.0
@@ -132,6 +137,15 @@ def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span
     return spread(manifest, committed, max(1, SAMPLE_BYTES // shard_bytes))
 
 
+def sample_few(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
+    """The same, or the first windows of a few shards where whole ones would be more than `FEW_BYTES`."""
+    row = arrays_of(manifest)[site_of(layer).path]
+    most = FEW_BYTES // (manifest.context * row.shape[-1] * row.dtype.itemsize)
+    spans = spread(manifest, committed, max(FEW_SHARDS, most // manifest.shard_windows))
+    each = max(1, most // max(1, len(spans)))
+    return [replace(span, stop=min(span.stop, span.start + each)) for span in spans]
+
+
 def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
     """Whole shards that are there, at most so many, spread evenly."""
     shards = np.flatnonzero(committed)
@@ -140,18 +154,11 @@ def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
     return [Span(shard, *manifest.shard_range(shard)) for shard in shards.tolist()]
 
 
-def norms_of(store: Store, layer: Place, span: Span) -> np.ndarray:
-    """float32 [n]: the norms of a span's rows, special tokens left out."""
-    part, counts_WT = _read(store, layer, span)
-    return _norms(part, site_of(layer))[counts_WT]
-
-
 def _sum_of_ordinary(store: Store, layer: Place, spans: list[Span], bound: float) -> np.ndarray:
     """float64 [D]"""
     site = site_of(layer)
     total = np.zeros(store.manifest.width_of(site.hook))
-    for span in spans:
-        part, counts_WT = _read(store, layer, span)
+    for part, counts_WT in _read(store, layer, spans):
         stored, scales = part.at(site), part.scales.get(site)
         counts = (counts_WT & (_norms(part, site) <= bound)).ravel()
         for start, block in _float_blocks(stored.reshape(-1, stored.shape[-1]), part.dtype):
@@ -166,11 +173,11 @@ def _norms(part: ShardArrays, site: Site) -> np.ndarray:
     return row_norms(part.at(site), part.dtype, part.scales.get(site))
 
 
-def _read(store: Store, layer: Place, span: Span) -> tuple[ShardArrays, np.ndarray]:
-    """A span's residuals and which of its tokens are not special: bool [W, T]."""
-    arrays = store.read(Request.of([site_of(layer)], tokens=True), span)
-    assert arrays.tokens is not None
-    return arrays, trainable(store.manifest, arrays.tokens)
+def _read(store: Store, layer: Place, spans: list[Span]) -> Iterator[tuple[ShardArrays, np.ndarray]]:
+    """Each span's residuals and which of its tokens are not special, bool [W, T]; valid until the next."""
+    for arrays in store.stream(Request.of([site_of(layer)], tokens=True), spans, in_flight=1):
+        assert arrays.tokens is not None
+        yield arrays, trainable(store.manifest, arrays.tokens)
 
 
 def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarray]]:

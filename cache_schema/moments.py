@@ -17,6 +17,7 @@ import numpy as np
 
 from .errors import ShardCorrupt
 from .layout import MOMENT_SCALARS
+from .stored_dtypes import to_float32
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,15 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
     )
 
 
-def measure(resid_WTD: np.ndarray, is_special_WT: np.ndarray) -> Moments:
-    """The moments of float residuals [W, T, D], a window at a time to bound memory."""
+def measure(resid_WTD: np.ndarray, is_special_WT: np.ndarray, dtype: str | None = None) -> Moments:
+    """The moments of residuals [W, T, D], as floats or as a store holds them in `dtype`; a window is converted at a
+    time to bound memory."""
     windows, context, width = resid_WTD.shape
     total = np.zeros(width)
     norms = np.empty((windows, context))
     for window in range(windows):
-        resid = resid_WTD[window].astype(np.float64)
+        values = resid_WTD[window]
+        resid = (to_float32(values, dtype) if dtype else values).astype(np.float64)
         norms[window] = np.sqrt(np.einsum("td,td->t", resid, resid))
         total += resid[~is_special_WT[window]].sum(axis=0)
     kept = norms[~is_special_WT]

@@ -25,7 +25,7 @@ from .commits import (
     write_device,
     write_record,
 )
-from .disk_and_cloud_files import Files, open_files, read_if_there
+from .disk_and_cloud_files import Files, LocalFiles, open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
 from .layout import (
     BEGINNING,
@@ -50,6 +50,7 @@ from .stats_summary import LayerSummary, Summary, read_summary, summarise, write
 from .token_counts import count_all, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
+REMOTE_WRITERS = 16  # of an object store, which answers slowly but many at once
 COMPACT_EVERY = 64  # the index is brought up to date with one shard of so many, whoever writes it
 MOST_COMPACTIONS = 1000  # of a store's shards: each looks for all that lack, which many thousand shards make long
 
@@ -62,7 +63,8 @@ class StoreWriter:
         self.manifest = manifest
         self.arrays = arrays_of(manifest)
         self._claims = open_claims(files)
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="saemill-write")
+        writers = WRITERS if isinstance(files, LocalFiles) else REMOTE_WRITERS
+        self._pool = ThreadPoolExecutor(writers, thread_name_prefix="saemill-write")
 
     @classmethod
     def create(

@@ -16,8 +16,8 @@ from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.cli import as_json, print_json, tell_files
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
-from ..cache_schema.manifest import Codec
-from ..cache_schema.sites import HOOKS, RESID
+from ..cache_schema.manifest import Codec, Manifest
+from ..cache_schema.sites import HOOKS, RESID, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_sinks, parse_worker
 from .corpus import dataset_help
@@ -165,9 +165,24 @@ def _harvest(config: HarvestConfig, is_json: bool) -> None:
         return
     with Store.open(config.out) as store:
         Console().print(render_store(describe(store)))
-    click.echo(f"next: sae-train --variant topk --cache {shlex.quote(config.out)}")
+        if store.manifest.sites:  # not attention alone
+            click.echo(f"next: {training_command(store.manifest, config)}")
     for line in finished.fell_back:
         click.echo(line)
+
+
+def training_command(manifest: Manifest, config: HarvestConfig) -> str:
+    """An SAE that can be trained on the store: of residuals where it holds some, else of an MLP, else of what it has.
+    Where it holds several layers, that which was asked for, or the middle one."""
+    hooks = by_hook(manifest.sites)
+    hook, variant = next(iter(hooks)), "topk"
+    layers = hooks[hook]
+    if RESID not in hooks and (both := sorted({*hooks.get("mlp_in", ())} & {*hooks.get("mlp_out", ())})):
+        hook, variant, layers = "mlp_in", "transcoder", tuple(both)
+    layer = config.layer if config.layer in layers else layers[len(layers) // 2]
+    of_hook = "" if hook == RESID else f" --set hook={hook}"
+    of_layer = f" --layer {layer}" if len(hooks[hook]) > 1 else ""
+    return f"sae-train --variant {variant}{of_hook}{of_layer} --cache {shlex.quote(config.out)}"
 
 
 def _document_of(finished: Finished) -> dict[str, Any]:
@@ -187,7 +202,8 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
         print_json(document_of(estimate))
     else:
         Console().print(render(estimate))
-    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=estimate.work.is_begun)
+    is_begun, weights = estimate.work.is_begun, estimate.weights_beside
+    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=is_begun, weights=weights)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.manifest import PART, require_same
+from ..cache_schema.numbers_in_words import say_time
 from ..cache_schema.open_and_check_root import has_root
 from ..cache_schema.shard_claims import no_locks
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
@@ -43,16 +44,18 @@ from .tokenise_corpus import PackingJob, spool_corpus, spool_folder, state_of_be
 POLL_SECONDS = 0.5  # at first; it doubles
 LONGEST_POLL_SECONDS = 30.0
 WAIT_SECONDS = 12 * 3600
+LOOK_SECONDS = 120.0  # between looks at the lock: thousands that wait must not hold up the one that takes it
+IDLE_SECONDS = 600.0  # so long nobody may hold it
+LOCK_TRIES = 3
 LOCK_FILE = "lock"
 WORTH_TELLING = 10  # per mille of the documents: so many more than needed are for tests
 
 
 def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
-    """The store's writer, once all tokens are written."""
+    """The store's writer; of whoever is not first once all tokens are written."""
     files = open_files(plan.config.out)
     if process.is_first and not has_root(files):
         return _create(plan, files, watch)
-    wait_for_tokens(files, watch)
     writer = StoreWriter.open(plan.config.out)
     try:
         require_ours(plan, writer.manifest, files.url)
@@ -81,7 +84,12 @@ def require_place(files: Files) -> None:
 
 def _require_folder(path: Path, url: str) -> None:
     """The path can be a folder that this process writes into; nothing is made to find that out."""
-    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.exists():
+        raise SettingInvalid(
+            f"--out {url}: {there} is a link to {os.readlink(there)}, which is not there. Make that folder, or give "
+            "another"
+        )
     if not there.is_dir():
         raise SettingInvalid(f"--out {url}: expected a folder or a place for one, but {there} is a file. Give another")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -94,6 +102,12 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     """Tokenise, pack, and write the beginning of the store."""
     folder = spool_folder(files)
     corpus = _corpus_of_begun(plan, folder) or open_corpus(plan.corpus)
+    # the store names a full disk by itself; this is for what comes before it
+    with name_full_disk(f"tokenising into {folder}"), lock_spool(folder):
+        return _tokenise(plan, corpus, folder, watch)
+
+
+def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWriter:
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
         watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}); the store says so")
@@ -101,8 +115,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
         watch.say(f"warning: {left}")
     context, total = plan.config.context, plan.windows * plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing, spec.settings.get(TEST, PER_MILLE["test"]))
-    doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
-    with name_full_disk(doing), _locked(folder), watch.stage("tokenising", total, stays=True) as stage:
+    with watch.stage("tokenising", total, stays=True) as stage:
 
         def report(windows: int, documents: int) -> None:
             stage.reach(windows * context, f"{documents:,} documents")
@@ -159,19 +172,57 @@ def _names_another_commit(revision: str | None, recorded: str | None) -> bool:
 
 
 def wait_for_tokens(files: Files, watch: Watch) -> None:
-    """Until the first worker has written them all."""
+    """Until the first worker has written them all; not for long where one sees that nobody is about it."""
     if has_root(files):
         return
     watch.say(f"waiting for worker 1 to write the tokens of {files.url}")
-    end, pause = time.monotonic() + WAIT_SECONDS, POLL_SECONDS
+    began = looked = busy = time.monotonic()
+    pause = POLL_SECONDS
     while not has_root(files):
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now - looked >= LOOK_SECONDS:
+            looked, is_held = now, _is_locked(files)
+            busy = busy if is_held is False else now
+            watch.say(f"still waiting for the tokens of {files.url}: {_SEEN[is_held]}")
+            if now - busy >= IDLE_SECONDS:
+                raise TokensMissing(
+                    f"for {say_time(now - busy)} nobody has tokenised for {files.url}, nor downloaded the model for "
+                    "it: worker 1 (or rank 0) has failed, or was not started. Look at what it said last and start it, "
+                    "then this one again"
+                )
+        if now - began > WAIT_SECONDS:
             raise TokensMissing(
                 f"waited {WAIT_SECONDS // 3600} hours for the first worker to write the tokens of {files.url}. "
                 "Start worker 1 (or rank 0), then this one again"
             )
         time.sleep(pause * random.uniform(0.5, 1.0))  # thousands of workers may wait for one object
         pause = min(2 * pause, LONGEST_POLL_SECONDS)
+
+
+_SEEN = {
+    True: "worker 1 is about it",
+    False: "nobody is about it",
+    None: "whether somebody is about it cannot be seen from here",
+}
+
+
+def _is_locked(files: Files) -> bool | None:
+    """Whether another process is about the beginning of the store; None where that cannot be seen from here."""
+    if not isinstance(files, LocalFiles):
+        return None
+    try:
+        fd = os.open(spool_folder(files) / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return True if isinstance(error, BlockingIOError) else None
+    finally:
+        os.close(fd)
 
 
 def _require_own(folder: Path) -> None:
@@ -189,26 +240,33 @@ def _require_own(folder: Path) -> None:
 def _remove_leftover(folder: Path) -> None:
     """The scratch folder of a process that died after it had written the store's root."""
     if (folder / LOCK_FILE).exists():
-        with suppress(OSError, SettingInvalid), _locked(folder):  # one that is in use, or another user's, stays
+        with suppress(OSError, SettingInvalid), lock_spool(folder):  # one that is in use, or another user's, stays
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time tokenises for a store."""
+def lock_spool(folder: Path) -> Iterator[None]:
+    """One process at a time tokenises for a store; those that wait for it see that it is about it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_own(folder)
     fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if not isinstance(error, BlockingIOError):
-            raise no_locks(error, folder / LOCK_FILE) from error
-        raise StoreBusy(
-            f"another process is tokenising into {folder}: let it end, then run this command again"
-        ) from None
-    try:
+        _take_lock(fd, folder)
         yield
     finally:
         os.close(fd)
+
+
+def _take_lock(fd: int, folder: Path) -> None:
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise StoreBusy(
+                    f"another process is tokenising into {folder}: let it end, then run this command again"
+                ) from None
+            time.sleep(0.05)  # whoever waits for the tokens holds it for a moment, to see whether it is held
+        except OSError as error:
+            raise no_locks(error, folder / LOCK_FILE) from error

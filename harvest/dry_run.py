@@ -36,12 +36,14 @@ from .estimate_cost import (
     sizes_of,
     tell_splits,
     tokens_in,
+    weights_beside,
 )
 from .pack_windows import Packer
 from .process import open_process
 from .progress import Watch
 from .run import decide, make_harvester
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
+from .tokenise_corpus import what_fills_windows
 
 TRIAL_DOCUMENTS = 2000
 DOCUMENTS_AT_ONCE = 20
@@ -64,6 +66,7 @@ class Estimate:
     cost: Cost
     free_bytes: int | None  # None where the store does not lie on a disk of this machine
     to_download: int | None = None  # of weights; without them sizes of attention are the most that there can be
+    weights_beside: int = 0  # of these, what comes onto the store's disk
 
     @property
     def least_bytes(self) -> int:
@@ -108,7 +111,8 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
         else:
             work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
             cost = cost_before(plan, work.manifest, process.device)
-    return Estimate(work, cost, files.free_bytes(), plan.source.to_download)
+    weights = weights_beside(plan.source, files) if work.shards else 0
+    return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights)
 
 
 def document_of(estimate: Estimate) -> dict[str, Any]:
@@ -196,5 +200,5 @@ def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:
             return windows.tokens[: plan.windows_per_batch]
     raise CorpusEmpty(
         f"the first {read:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
-        "Give more text, or a smaller --context"
+        f"{what_fills_windows(plan.config.packing)}"
     )

@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -27,12 +28,14 @@ from huggingface_hub import constants
 from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.chunk_codec import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.commits import CommitRecord
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at, on_one_disk
 from ..cache_schema.layout import arrays_of, is_line
 from ..cache_schema.manifest import seal
 from ..cache_schema.numbers_in_words import say_size, say_time
+from ..cache_schema.stored_dtypes import STORED_AS
 from .corpus import source_of
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
+from .model.resolve import ModelSource
 from .progress import Watch
 from .shards import Harvester, harvest_shards
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
@@ -87,18 +90,26 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
     return Cost(_bytes_per_token(records, manifest), TIMED_BATCHES * batch * manifest.context / seconds)
 
 
-def require_space(url: str, free: int | None, needed: int, *, is_begun: bool = False) -> None:
-    """Refuse what the disk cannot hold; None of an object store is as much as it takes. A store that is begun keeps its
-    settings."""
-    if free is not None and needed > free:
+def weights_beside(source: ModelSource, files: Files) -> int:
+    """Bytes of weights that are to come onto the store's own disk."""
+    if source.to_download is None or not isinstance(files, LocalFiles):
+        return 0
+    return source.to_download if on_one_disk(files.root, Path(constants.HF_HUB_CACHE)) else 0
+
+
+def require_space(url: str, free: int | None, needed: int, *, is_begun: bool = False, weights: int = 0) -> None:
+    """Refuse what the disk cannot hold, with `weights` that come onto it too; None of an object store is as much as it
+    takes. A store that is begun keeps its settings."""
+    if free is not None and needed + weights > free:
         remedy = "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
         if is_begun:
             remedy = (
                 "Free some space and run the same command again: it goes on where it stopped. Or remove the store "
                 "first, then ask for fewer --tokens or layers, or try --codec zstd; or give another --out"
             )
+        also = f" and {say_size(weights)} for the model's weights (HF_HOME may be on another)" if weights else ""
         raise StoreFull(
-            f"the harvest needs {say_size(needed)}, but the disk of {url} has {say_size(free)} free. {remedy}"
+            f"the harvest needs {say_size(needed)}{also}, but the disk of {url} has {say_size(free)} free. {remedy}"
         )
 
 
@@ -142,7 +153,8 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
     """Say what a new store will take; refuse what the disk cannot hold where the corpus surely has as much."""
     manifest = manifest_before(plan)
     if source_of(plan.corpus).pinned:
-        require_space(files.url, files.free_bytes(), least_bytes(manifest))
+        weights = weights_beside(plan.source, files)
+        require_space(files.url, files.free_bytes(), least_bytes(manifest), weights=weights)
     watch.say(tell(plan, manifest, files.free_bytes()))
     announce_tokens(plan, files, watch)
     if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
@@ -199,10 +211,20 @@ def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
     lines = [
         f"to harvest: {manifest.tokens:,} tokens ({tell_splits(manifest)}) if the corpus holds as many",
         f"to write: {say_size(total)} at most ({arrays}){at}",
+        f"memory: about {say_size(memory_of_shards(manifest))} for two shards; less with --shard-windows",
     ]
     if plan.source.to_download is not None:
         lines.append(f"to download: {say_size(plan.source.to_download)} of weights into {constants.HF_HUB_CACHE}")
     return lines
+
+
+def memory_of_shards(manifest: Manifest) -> int:
+    """What this machine holds while one shard is computed and the one before it is written."""
+    windows = min(manifest.shard_windows, manifest.windows)
+    width = sum(manifest.width_of(site.hook) for site in manifest.sites)
+    acts = windows * manifest.context * width * STORED_AS[manifest.model.dtype].itemsize
+    lines = (array for path, array in arrays_of(manifest).items() if path.startswith("attention/"))
+    return 2 * (acts + sum(array.chunk_bytes for array in lines))
 
 
 def tell_splits(manifest: Manifest) -> str:

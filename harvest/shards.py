@@ -27,6 +27,7 @@ from ..cache_schema.sites import Site
 from ..cache_schema.stored_dtypes import STORED_AS
 from .capture import Captured, capture
 from .model.load_and_truncate import TruncatedModel, memory_of
+from .model.products_in_16_bits import is_widened
 from .sparsify_attention import to_csr
 from .stats import is_special, measure
 
@@ -51,7 +52,7 @@ class Harvester:
 
     @property
     def computes_on(self) -> DeviceRecord:
-        return describe_device(self.device)
+        return describe_device(self.device, getattr(torch, self.manifest.model.dtype))
 
 
 def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[int], report: Report) -> list[int]:
@@ -193,8 +194,8 @@ def _pinned(ids: Tensor) -> Tensor:
         return ids
 
 
-def describe_device(device: torch.device) -> DeviceRecord:
-    """As torch is set now."""
+def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
+    """As torch is set now, and of a processor how it computes models of this type."""
     precise = torch.get_float32_matmul_precision() == "highest"
     if device.type == "cuda":
         settings = torch.backends.cuda.matmul
@@ -203,6 +204,7 @@ def describe_device(device: torch.device) -> DeviceRecord:
     else:
         reduced = False
         name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+        name += ", 16-bit products in float32" if is_widened(device.type, dtype) else ""
     return DeviceRecord(device.type, name, torch.__version__, "ieee" if precise else "tf32", bool(reduced))
 
 

@@ -176,10 +176,11 @@ class Spool:
 
 
 def spool_folder(files: Files) -> Path:
-    """Beside a local store, on its disk; in the folder for temporary files where the store is remote."""
+    """Beside a local store, on its disk: in it where it is a disk itself. In the folder for temporary files where the
+    store is remote."""
     if isinstance(files, LocalFiles):
         root = files.root.resolve()  # of a link what it leads to, which may be another disk
-        return root.with_name(f"{root.name}.spool")
+        return root / ".spool" if root.is_mount() else root.with_name(f"{root.name}.spool")
     name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
@@ -283,5 +284,12 @@ def _require_text(spool: Spool, corpus: Corpus) -> None:
         raise SplitEmpty(
             f"the {spool.documents:,} documents of corpus {corpus.id} fill no window of {spool.job.context} tokens in "
             f"{' and '.join(empty)}: documents go to train, validation and test by a hash of their text. "
-            "Give more text, or a smaller --context"
+            f"{what_fills_windows(spool.job.packing)}"
         )
+
+
+def what_fills_windows(packing: Packing) -> str:
+    """What to do where a corpus fills too few."""
+    if packing == "concat":
+        return "Give more text, or a smaller --context"
+    return "Give longer documents or more of them, --packing concat, which joins short ones, or a smaller --context"

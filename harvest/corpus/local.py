@@ -3,7 +3,7 @@
 A text file that stands alone, whatever its suffix, holds documents with blank lines between them, or, where it has no
 blank line, one document a line; one whose suffix says rows or packed is refused. In a folder each text file is one
 document. jsonl and parquet files hold one document a row. A folder's files are read in the order of their names; other
-files in it are left alone, and those whose suffix says rows or packed are counted for the user.
+files in it are left alone, and counted for the user.
 
 The identity is a hash of the bytes, never the path.
 """
@@ -34,6 +34,8 @@ NO_TEXT: dict[str, str] = {
     **dict.fromkeys((".json", ".csv", ".tsv"), ROWS_REMEDY),
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "Unpack it first"),
 }
+NAME_REMEDY = f"Where it holds text, give its name one of {', '.join(TEXT_SUFFIXES)}"
+KINDS_TOLD = 8
 PARQUET_ROWS = 256
 
 
@@ -58,18 +60,20 @@ class LocalCorpus(InOrder):
 
     @property
     def left_alone(self) -> str:
-        """How many files of a folder are not read whose names say rows or packed, and what to do."""
-        suffixes = Counter(file.suffix.lower() for file in self._found if file.suffix.lower() in NO_TEXT)
+        """How many files of a folder are not read, and what to do."""
+        suffixes = Counter(file.suffix.lower() for file in self._found if file.suffix.lower() not in FILE_SUFFIXES)
         if not suffixes:
             return ""
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(suffixes.items()))
-        remedies = ". ".join(dict.fromkeys(NO_TEXT[suffix] for suffix in sorted(suffixes)))
+        most = suffixes.most_common(KINDS_TOLD)
+        kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in most)
+        kinds += ", and others" if len(suffixes) > len(most) else ""
+        remedies = ". ".join(dict.fromkeys(NO_TEXT.get(suffix, NAME_REMEDY) for suffix in sorted(suffixes)))
         return f"{counted(suffixes.total(), 'file')} of {self._path} left alone ({kinds}). To have one read: {remedies}"
 
     @cached_property
     def _found(self) -> list[Path]:
-        """Files under a folder that hold text or may, in the order of their names."""
-        found = [f for f in self._path.rglob("*") if f.suffix.lower() in (*FILE_SUFFIXES, *NO_TEXT) and f.is_file()]
+        """Files under a folder, in the order of their names."""
+        found = (file for file in self._path.rglob("*") if file.is_file())
         return sorted(found, key=lambda file: file.relative_to(self._path).as_posix())
 
     @property

@@ -78,8 +78,10 @@ def test_info_tells_both_numbers(imported):
 
 def test_info_reads_each_shard_of_a_layer_once(imported, monkeypatch):
     url, _ = imported()
-    read, seen = Store.read, []
-    monkeypatch.setattr(Store, "read", lambda store, request, span: seen.append(span) or read(store, request, span))
+    begin, seen = Store._begin, []
+    monkeypatch.setattr(
+        Store, "_begin", lambda store, asked, span, *more: seen.append(span) or begin(store, asked, span, *more)
+    )
     with Store.open(url) as store:
         describe(store)
         assert seen == [Span(shard, *store.manifest.shard_range(shard)) for shard in range(5)]
@@ -104,6 +106,22 @@ def test_a_large_store_is_looked_at_in_shards_spread_over_it(imported, monkeypat
     assert [span.shard for span in spans] == [0, 2, 4]
     assert (found.shards, found.shards_in_store, found.massive, found.rows) == (3, 5, 3, 738 * 8)
     assert "in 3 of 5 shards" in str(found)
+
+
+def test_info_looks_at_a_part_of_a_large_store_and_says_so(imported, monkeypatch):
+    """At the end of a harvest too: a gigabyte of each layer would take longer than anything it tells."""
+    url, _ = imported()
+    window = 8 * 16 * 4
+    for windows, told in [(4 * 5, "20 windows of 4 shards"), (600, "600 windows of 4 shards"), (1100, "4 shards")]:
+        monkeypatch.setattr(massive_activations, "FEW_BYTES", windows * window)
+        with Store.open(url) as store:
+            spans = massive_activations.sample_few(store.manifest, 4, store.committed)
+            facts = describe(store)
+        assert [span.shard for span in spans] == [0, 1, 3, 4]
+        row = facts["massive_rows"][4]
+        assert row["windows"] == min(windows, 3 * 256 + 226) and row["tokens"] == 8 * row["windows"]
+        said = CliRunner().invoke(main, ["info", str(url)], env={"COLUMNS": "200"}).output
+        assert told in said
 
 
 def test_damaged_shards_leave_the_rest_of_info(imported):

@@ -39,6 +39,7 @@ from saemill.cache_schema import disk_and_cloud_files as files_module
 from saemill.cache_schema import shard_claims as claims_module
 from saemill.cache_schema.disk_and_cloud_files import Files, RemoteFiles, S3Files, open_files
 from saemill.cache_schema.layout import INDEX, device_name, record_key, record_name
+from saemill.cache_schema.reader import READERS, REMOTE_READERS
 from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.verify_and_repair import repair
 from saemill.cache_schema.writer import compacts_after
@@ -290,6 +291,13 @@ def test_a_dead_writers_claim_lapses(synthetic, url, monkeypatch):
         monkeypatch.setattr(time, "time", lambda: later)
         with writer.claim(0) as is_mine:
             assert is_mine
+
+
+def test_an_object_store_has_as_many_chunks_in_flight_from_a_writer_as_to_a_reader(synthetic, tmp_path):
+    for url, expected in [(f"memory://{uuid.uuid4().hex}", REMOTE_READERS), (str(tmp_path / "store"), READERS)]:
+        synthetic.write_store(url, synthetic.make_manifest())
+        with StoreWriter.open(url) as writer, Store.open(url) as store:
+            assert writer._pool._max_workers == store._executor()._max_workers == expected
 
 
 def test_of_writers_that_end_together_one_reads_the_records(synthetic, monkeypatch):

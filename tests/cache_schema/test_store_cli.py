@@ -517,11 +517,17 @@ def test_what_is_derived_and_not_there_is_no_fault(store: Path) -> None:
     assert run("verify", store).exit_code == 0
 
 
-def test_repair_refuses_where_tokens_are_gone(store: Path) -> None:
+def test_repair_mends_the_others_where_tokens_are_gone(store: Path) -> None:
     flip_byte(store, "tokens", "c.0.0")
+    flip_byte(store, "resid/layer_4", "c.1.0.0")
+    assert f"Mend the others with: sae-store repair {store}" in run("verify", store).output
     result = run("repair", store)
     assert result.exit_code == 1
-    assert "restore their files from a copy" in result.output
+    assert "1 shard removed: [1]" in result.output
+    assert "of shards [0] are damaged" in result.output and "restore their files from a copy" in result.output
+    with Store.open(store) as opened:
+        assert opened.committed.tolist() == [True, False, True]
+    assert "1 of 3 shards are damaged: [0]" in run("verify", store).output
 
 
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
@@ -551,6 +557,22 @@ def test_the_fingerprint_of_an_import_is_of_its_values_and_not_of_its_shards(sto
     made = import_from_others.import_store(str(tmp_path / "s"), importer_source(tmp_path), settings, lambda *_: None)
     with Store.open(store) as opened:
         assert made.corpus.revision == opened.manifest.corpus.revision
+
+
+def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the_same_store(tmp_path: Path) -> None:
+    """Of bfloat16 bits, whose float32 values alone would be two."""
+    bits = np.random.default_rng(0).integers(0x3C00, 0x4000, (256, 64, 64), np.uint16)
+    np.save(tmp_path / "resid.npy", bits)
+    files = ("--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m")
+    tracemalloc.start()
+    assert run("import", tmp_path / "256", *files).exit_code == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * bits.nbytes
+    assert run("import", tmp_path / "8", *files, "--shard-windows", 8).exit_code == 0
+    manifests = [Store.open(tmp_path / windows).manifest for windows in ("256", "8")]
+    assert [manifest.shards for manifest in manifests] == [1, 32]
+    assert manifests[0].cache_id == manifests[1].cache_id
 
 
 def importer_source(folder: Path) -> import_from_others.Source:

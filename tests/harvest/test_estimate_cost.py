@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from saemill.cache_schema import Store, StoreFull
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
-from saemill.harvest import estimate_cost, run
+from saemill.harvest import cli, estimate_cost, run
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run, render
@@ -91,7 +92,14 @@ def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, describe
     harvest(make_config(model="owner/name"), watch)
     ((choice, before),) = fetched
     assert choice == Choice("owner/name", "c0ffee")
-    for words in ("to harvest: 4,000 tokens (train 3,680", "1.05 MB at most (", "to download: 10.46 GB", "time: about"):
+    memory = "memory: about 253.98 kB for two shards; less with --shard-windows"
+    for words in (
+        "to harvest: 4,000 tokens (train 3,680",
+        "1.05 MB at most (",
+        "to download: 10.46 GB",
+        "time: about",
+        memory,
+    ):
         assert words in before
     watch, again = watched()
     monkeypatch.setattr(run, "look", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
@@ -103,6 +111,20 @@ def test_a_disk_that_cannot_hold_the_store_is_told_before_the_download(make_conf
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**6)
     with pytest.raises(StoreFull, match="the harvest needs"):
         harvest(make_config(model="owner/name", corpus=DatasetOptions("owner/text"), tokens=10_000_000))
+
+
+@pytest.mark.parametrize("is_one_disk", [True, False])
+def test_weights_that_come_onto_the_same_disk_are_counted(make_config: Make, described, monkeypatch, is_one_disk):
+    """Each alone would fit, and the disk be full after the download and hours of harvest."""
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10_500_000_000)
+    monkeypatch.setattr(estimate_cost, "on_one_disk", lambda *_: is_one_disk)
+    config = make_config(model="owner/name", corpus=DatasetOptions("owner/text"), tokens=10_000_000)
+    refused = pytest.raises(StoreFull, match=r"needs 400\.00 MB and 10\.46 GB for the model's weights \(HF_HOME")
+    downloads = pytest.raises(pytest.fail.Exception, match="was downloaded")
+    with refused if is_one_disk else downloads:
+        harvest(config, Watch(is_quiet=True))
+    with refused if is_one_disk else nullcontext():
+        cli._estimate(config, is_json=True)
 
 
 @pytest.mark.parametrize("shard_windows", [16, 100, 256])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -20,15 +21,19 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from saemill.cache_schema import Store, StoreUnreachable
+from saemill.cache_schema import CorpusSpec, HookSpec, Manifest, ModelSpec, Store, StoreUnreachable
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
+from saemill.cache_schema.sites import by_hook
 from saemill.harvest import cli, run, shards
 from saemill.harvest.cli import main
+from saemill.harvest.config import HarvestConfig
 from saemill.harvest.errors import TokenizerUnsuitable
 from saemill.harvest.estimate_cost import RESERVE_BYTES
 from saemill.harvest.model import load_and_truncate
 from saemill.harvest.model.resolve import Choice
 from saemill.harvest.store_plan import require_known_tokens
+from saemill.train import train_runs
+from saemill.train.cli import main as sae_train
 
 from .conftest import digest_of
 
@@ -146,6 +151,38 @@ def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(t
     assert (part["shards_committed"], part["shards"]) == (4, 8)
     made = json.loads(type_("--json").stdout)
     assert made["shards_committed"] == made["shards"] == 8 and made["layers"] == [2] and made["remarks"] == []
+
+
+@pytest.mark.parametrize(
+    ("hooks", "command"),
+    [
+        ({"resid": (5,)}, "--variant topk"),
+        ({"resid": (17, 19, 20), "mlp_in": (5,), "mlp_out": (5,)}, "--variant topk --layer 19"),
+        ({"resid": (4, 5)}, "--variant topk --layer 5"),
+        ({"resid": (5, 6, 7)}, "--variant topk --layer 6"),
+        ({"mlp_in": (5,), "mlp_out": (5, 6)}, "--variant transcoder --set hook=mlp_in"),
+        ({"mlp_in": (4, 5, 19), "mlp_out": (4, 5)}, "--variant transcoder --set hook=mlp_in --layer 5"),
+        ({"mlp_in": (4,), "mlp_out": (5,)}, "--variant topk --set hook=mlp_in"),
+        ({"z": (4, 6)}, "--variant topk --set hook=z --layer 6"),
+    ],
+)
+def test_the_command_that_is_said_at_the_end_can_train_on_the_store(hooks, command):
+    layers = hooks.get("resid", ())
+    others = {hook: HookSpec(own, 16) for hook, own in hooks.items() if hook != "resid"}
+    splits = {"train": (0, 9), "validation": (9, 9), "test": (9, 9)}
+    manifest = Manifest(ModelSpec("m", 16), CorpusSpec("c"), 8, layers, 9, splits, hooks=others)
+    said = cli.training_command(manifest, HarvestConfig(out="./a store"))
+    assert said == f"sae-train {command} --cache './a store'"
+    words = sae_train.make_context("sae-train", shlex.split(said)[1:]).params
+    settings = train_runs._settings({"layer": words["layer"]}, words["set"])
+    ((member,),) = [
+        ask.members(lambda config: config.limits(manifest, 10**6), by_hook(manifest.sites))
+        for ask in train_runs.find_asks(words["variant"], None, None, settings, [{}])
+    ]
+    needs = member.config.needs()
+    held = by_hook(manifest.sites)
+    assert set(needs.inputs) <= set(held[needs.hook])
+    assert set(needs.targets or ()) <= set(held[needs.to_hook or needs.hook])
 
 
 @pytest.mark.usefixtures("share_only")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,7 +39,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.cli import main as store_command
-from saemill.cache_schema.commits import DEVICES_ASKED, read_devices, write_device
+from saemill.cache_schema.commits import DEVICES_ASKED, DeviceRecord, read_devices, write_device
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
@@ -52,14 +54,22 @@ from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
 from saemill.harvest.corpus.source import OPENWEBTEXT, DatasetOptions
 from saemill.harvest.dry_run import dry_run
-from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
+from saemill.harvest.errors import (
+    ContextTooLong,
+    LayerOutOfRange,
+    NonFiniteResidual,
+    SettingInvalid,
+    SplitEmpty,
+    TokensMissing,
+)
 from saemill.harvest.estimate_cost import RESERVE_BYTES, least_bytes
 from saemill.harvest.model import resolve
+from saemill.harvest.model.products_in_16_bits import is_widened
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
-from saemill.harvest.shards import describe_device
+from saemill.harvest.shards import describe_device, find_others
 from saemill.harvest.tokenise_corpus import Spool, spool_folder
 
 from .conftest import digest_of
@@ -295,6 +305,48 @@ def test_workers_that_wait_for_tokens_ask_less_and_less_often(monkeypatch):
     assert len(reads) == 20 and 15 <= max(pauses) <= 30 and pauses[0] <= 0.5 and len(set(pauses[-9:])) == 9
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_who_waits_for_tokens_ends_soon_where_nobody_is_about_them(make_config: Make, monkeypatch, is_held):
+    """On a disk, whose lock says so: else fifteen GPUs would wait twelve hours for a worker that failed."""
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic, clock.sleep = lambda: clock.now, lambda pause: setattr(clock, "now", clock.now + pause)
+    monkeypatch.setattr(create_or_resume_store, "time", clock)
+    files, said = open_files(make_config().out), io.StringIO()
+    folder = spool_folder(files)
+    with (
+        create_or_resume_store.lock_spool(folder) if is_held else nullcontext(),
+        pytest.raises(TokensMissing, match="waited 12 hours" if is_held else r"for 1\d\.\d minutes nobody .* start it"),
+    ):
+        create_or_resume_store.wait_for_tokens(files, Watch(Console(file=said, width=300)))
+    assert clock.now > 12 * 3600 if is_held else 600 <= clock.now < 800
+    told = said.getvalue().count(f"{'worker 1' if is_held else 'nobody'} is about it\n")
+    assert told == said.getvalue().count("still waiting") == (told if is_held else 5)
+    assert folder.exists() == is_held
+
+
+def test_a_look_at_the_lock_does_not_hold_up_who_tokenises(tmp_path):
+    with create_or_resume_store.lock_spool(tmp_path):
+        pass
+    fd = os.open(tmp_path / "lock", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    threading.Timer(0.02, os.close, [fd]).start()
+    with create_or_resume_store.lock_spool(tmp_path):
+        pass
+
+
+def test_a_download_for_all_is_seen_by_those_who_wait(make_config: Make, model_folder, monkeypatch):
+    seen = []
+
+    def fetch(choice: Choice) -> ModelSource:
+        seen.append(create_or_resume_store._is_locked(open_files(make_config().out)))
+        return ModelSource(choice.name, "c0ffee", model_folder)
+
+    monkeypatch.setattr(run, "look", lambda choice, _: ModelSource(choice.name, "c0ffee", model_folder, to_download=7))
+    monkeypatch.setattr(run, "fetch", fetch)
+    harvest(make_config(model="somebody/model"))
+    assert seen[0] is True
+
+
 def test_of_one_launch_the_first_speaks_and_whoever_ends_the_work(make_config: Make, monkeypatch):
     def launched(rank: int) -> Finished:
         process = Process(torch.device("cpu"), Worker(rank, 2), speaks=rank == 0)
@@ -314,7 +366,7 @@ def test_of_one_launch_only_the_first_shows_what_it_does(make_config: Make, monk
     monkeypatch.setattr(run, "open_process", lambda *_: nullcontext(Process(torch.device("cpu"), Worker(0), rank == 0)))
     monkeypatch.setattr(run, "decide", lambda _, watch: watches.append(watch))
     monkeypatch.setattr(run, "announce", lambda *_: None)
-    monkeypatch.setattr(run, "with_weights", lambda plan: plan)
+    monkeypatch.setattr(run, "_with_tokens_to_come", lambda plan, *_: plan)
     monkeypatch.setattr(run, "begin_store", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.harvest(make_config())
@@ -391,6 +443,27 @@ def test_a_model_of_the_hub_stays_at_the_commit_of_the_store(make_config: Make, 
         assert store.manifest.model.revision == first
     with pytest.raises(StoreMismatch, match=r"model\.id"):
         harvest(replace(config, model="another/model"))
+
+
+@pytest.mark.usefixtures("share_only")
+def test_who_has_waited_takes_the_commit_of_the_store(make_config: Make, model_folder, tmp_path, monkeypatch):
+    """Not its own, which was looked up before there was a store, and after the hub's `main` had moved."""
+    first, later = "1" * 40, "2" * 40
+    for commit in (first, later):
+        shutil.copytree(model_folder, tmp_path / "hub" / commit)
+    main = [later]
+    monkeypatch.setattr(
+        resolve, "snapshot_download", lambda _, revision=None, **__: str(tmp_path / "hub" / (revision or main[0]))
+    )
+    config = make_config(model="somebody/model")
+
+    def wait(*_: object) -> None:
+        main[0] = first
+        harvest(replace(config, worker=Worker(0, 2)))
+        main[0] = later
+
+    monkeypatch.setattr(run, "wait_for_tokens", wait)
+    assert harvest(replace(config, worker=Worker(1, 2))).committed == 8
 
 
 @pytest.mark.usefixtures("share_only")
@@ -534,7 +607,7 @@ def leave_spool(out: str) -> Path:
 def test_a_scratch_folder_that_was_left_behind_is_removed(harvested):
     folder = leave_spool(harvested.out)
     harvest(replace(harvested, worker=Worker(1, 2)))
-    with create_or_resume_store._locked(folder):
+    with create_or_resume_store.lock_spool(folder):
         harvest(harvested)
     assert (folder / "tokens.u32").exists()
     harvest(harvested)
@@ -592,22 +665,22 @@ def test_a_folder_for_tokens_that_is_another_users_is_refused(tmp_path, monkeypa
     """In the folder for temporary files, where everybody may make one of that name."""
     monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = spool_folder(open_files(f"memory://{tmp_path.name}"))
-    with create_or_resume_store._locked(folder):
+    with create_or_resume_store.lock_spool(folder):
         assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(create_or_resume_store.os, "getuid", lambda: folder.stat().st_uid + 1)
-    with pytest.raises(SettingInvalid, match="another user's"), create_or_resume_store._locked(folder):
+    with pytest.raises(SettingInvalid, match="another user's"), create_or_resume_store.lock_spool(folder):
         pass
     monkeypatch.undo()
     monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SettingInvalid, match="no folder"), create_or_resume_store._locked(folder):
+    with pytest.raises(SettingInvalid, match="no folder"), create_or_resume_store.lock_spool(folder):
         pass
 
 
 def test_two_cannot_tokenise_for_one_store(make_config: Make):
     with (
-        create_or_resume_store._locked(Path(make_config().out + ".spool")),
+        create_or_resume_store.lock_spool(Path(make_config().out + ".spool")),
         pytest.raises(StoreBusy, match="tokenising"),
     ):
         harvest(make_config())
@@ -636,7 +709,7 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(harvested
     """In no id and no digest: a store that says nothing of it, as those of before, has the same digest."""
     files, before = open_files(harvested.out), digest_of(harvested.out)
     recorded = read_devices(files, range(10))
-    here = describe_device(torch.device("cpu"))
+    here = describe_device(torch.device("cpu"), torch.bfloat16)
     assert recorded and set(recorded.values()) == {here} and here.torch == torch.__version__
     with Store.open(harvested.out) as store:
         assert describe(store)["computed_on"] == [str(here)]
@@ -656,9 +729,26 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(harvested
     assert "warning: shard 0 was computed on" in capsys.readouterr().err
 
 
+def test_processors_that_make_products_of_16_bits_otherwise_are_told_apart(monkeypatch):
+    """At the default dtype they differ in the last digits, though torch takes the same instructions of both."""
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    found: dict[bool, tuple[DeviceRecord, DeviceRecord]] = {}
+    for has_instructions in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_instructions: has)
+        is_widened.cache_clear()
+        cpu = torch.device("cpu")
+        found[has_instructions] = describe_device(cpu, torch.bfloat16), describe_device(cpu, torch.float32)
+    is_widened.cache_clear()
+    (native, whole), (widened, same) = found[True], found[False]
+    assert whole == same == native
+    assert "was computed on cpu" in find_others({0: native}, widened)
+    assert ", 16-bit products in float32), torch" in find_others({0: native}, widened)
+
+
 def test_of_many_shards_few_are_asked_what_computed_them(tmp_path, monkeypatch):
     files, asked = open_files(tmp_path), []
-    here = describe_device(torch.device("cpu"))
+    here = describe_device(torch.device("cpu"), torch.bfloat16)
     write_device(files, 0, here)
     read = files.read
     monkeypatch.setattr(files, "read", lambda key: asked.append(key) or read(key))
@@ -898,6 +988,28 @@ def test_tokens_of_a_store_behind_a_link_lie_on_its_disk(tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "store").symlink_to(tmp_path / "large" / "store")
     assert spool_folder(LocalFiles(tmp_path / "small" / "store")) == tmp_path / "large" / "store.spool"
+
+
+def test_tokens_of_a_store_that_is_a_disk_lie_on_it(harvested, monkeypatch):
+    """Beside it would be another disk, which may be small or not ours; the store is the same with them in it."""
+    root = Path(harvested.out)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == root)
+    assert spool_folder(LocalFiles(root)) == root / ".spool"
+    (root / ".spool").mkdir()
+    (root / ".spool" / "train.tokens.u32").touch()
+    assert digest_of(harvested.out) == digest_of(shutil.copytree(root, f"{root}_copied"))
+    (root / ".spool" / "lock").touch()
+    harvest(harvested)
+    assert not (root / ".spool").exists()
+
+
+def test_a_link_to_nothing_is_no_place_for_a_store(make_config: Make, tmp_path):
+    (tmp_path / "store").symlink_to(tmp_path / "gone")
+    with pytest.raises(SettingInvalid, match="is a link to .*gone, which is not there. Make that folder"):
+        harvest(make_config())
+    with pytest.raises(SettingInvalid, match="is a link to"):
+        harvest(make_config(out=str(tmp_path / "store" / "below")))
+    assert not (tmp_path / "gone.spool").exists()
 
 
 def test_the_root_of_the_disk_is_no_place_for_a_store(make_config: Make):

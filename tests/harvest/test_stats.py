@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saemill.cache_schema.moments import is_special as numpy_is_special
 from saemill.cache_schema.moments import measure as numpy_measure
-from saemill.cache_schema.moments import merge
+from saemill.cache_schema.moments import merge, to_line
 from saemill.harvest.errors import NonFiniteResidual
 from saemill.harvest.stats import is_special, measure
 
@@ -76,3 +76,16 @@ def test_a_residual_that_is_not_finite_names_its_layer(value, position):
     resid[2, position, 1] = value
     with pytest.raises(NonFiniteResidual, match=f"layer 19: .* window 2 of the batch, position {position}, .* float16"):
         measure(19, resid, is_special(ids, SPECIAL))
+
+
+def test_moments_of_a_large_batch_do_not_depend_on_the_number_of_threads():
+    """They are in a shard's digest, and repair may run on a machine with more or fewer cores."""
+    resid, ids = make_windows(0, 300, 128, 8)
+    threads, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.add(to_line(measure(0, resid, is_special(ids, SPECIAL))).tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1

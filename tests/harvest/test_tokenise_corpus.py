@@ -241,8 +241,10 @@ def test_a_corpus_without_text_is_empty(tmp_path):
 
 def test_too_few_documents_for_three_splits_are_refused(tmp_path):
     texts = [text for text in make_texts(50) if split_of(text) == "train"]
-    with pytest.raises(SplitEmpty, match="in validation and test"):
+    with pytest.raises(SplitEmpty, match="in validation and test.* Give more text"):
         pack(ListCorpus(texts), tmp_path)
+    with pytest.raises(SplitEmpty, match="in train and validation and test.* Give longer documents .*--packing concat"):
+        pack(ListCorpus(["short"] * 50), tmp_path, packing="documents")  # of which no number would do
 
 
 @pytest.mark.parametrize(

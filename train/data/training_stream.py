@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -62,6 +63,11 @@ class Feed:
     def is_windowed(self) -> bool:
         """Whether everyone draws whole windows; shuffling is measured on tokens where anyone draws those."""
         return all(needs.windows for needs in self._needs)
+
+    @cached_property
+    def batch_tokens(self) -> float:
+        """That a batch has of the text; whole windows leave out some, where everyone draws those."""
+        return self.plan.batch_tokens * (self.plan.windows_taken() if self.is_windowed else 1.0)
 
     @property
     def ideal_share(self) -> float:

@@ -40,7 +40,7 @@ class Watch:
         self.quality = ShuffleQuality(feed.ideal_share)
         self.last: dict[str, dict[str, float]] = {}
         self._before = (0.0, 0.0)  # seconds, seconds waited: in processes before this one
-        self._tokens = 0
+        self._tokens = 0.0
         self._started = self._refreshed = time.perf_counter()
         self._ended: float | None = None
 
@@ -59,7 +59,7 @@ class Watch:
 
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report], diverged: Mapping[str, int]) -> None:
         """Called after each step, with the SAEs that take none any more."""
-        self._tokens += self._feed.plan.batch_tokens
+        self._tokens += self._feed.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
             self._record(step, reports, diverged)
@@ -99,7 +99,7 @@ class Watch:
         self.last = {label: scalars for label, scalars in found.items() if "diverged" not in scalars}
         shared = {
             "step": step,
-            "tokens": (step + 1) * self._feed.plan.batch_tokens,
+            "tokens": round((step + 1) * self._feed.batch_tokens),
             "same_document_ratio": self.quality.ratio,
             "waiting_share": self.waiting_share,
             "tokens_per_second": self.tokens_per_second,

@@ -124,7 +124,7 @@ def _measure_and_save(run: Run) -> dict[str, Any]:
 
 def _outcome(run: Run, saes: dict[str, SaeOutcome], diverged: dict[str, str]) -> Outcome:
     watch, quality = run.watch, run.watch.quality
-    tokens = run.total_steps * run.config.data.batch_tokens
+    tokens = round(run.total_steps * run.feed.batch_tokens)
     return Outcome(
         run=run.folder.name,
         steps=run.total_steps,

@@ -137,17 +137,23 @@ def test_a_folder_without_text_is_empty(tmp_path):
         read(tmp_path)
 
 
-def test_packed_files_and_those_of_other_rows_in_a_folder_are_counted(tmp_path):
-    """Of a folder of packed text and one README the README alone would be the corpus."""
-    for name in ("a.jsonl.gz", "deep/b.TXT.GZ", "c.json", "picture.png"):
+def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
+    """Of a folder of packed text, or of pages, and one README the README alone would be the corpus."""
+    for name in ("a.jsonl.gz", "deep/b.TXT.GZ", "c.json", "page.html", "NOTICE"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "text")
-    said = f"3 files of {tmp_path} left alone (2 .gz, 1 .json). To have one read: Unpack it first. Write its rows into"
+    said = f"5 files of {tmp_path} left alone (2 .gz, 1 without suffix, 1 .json, 1 .html). To have one read: Where it"
     with pytest.raises(CorpusEmpty, match=re.escape("holds no file with text (.txt, .md") + ".*" + re.escape(said)):
         read(tmp_path)
     write(tmp_path / "README.md", "text")
     assert read(tmp_path) == ["text"]
-    assert left_alone_by(LocalCorpus(tmp_path)).startswith(said)
+    told = left_alone_by(LocalCorpus(tmp_path))
+    assert told.startswith(said) and "Unpack it first. Write its rows into" in told
+    for number in range(9):
+        write(tmp_path / f"log.{number}", "text")
+    assert "14 files of" in left_alone_by(LocalCorpus(tmp_path)) and ", and others)" in left_alone_by(
+        LocalCorpus(tmp_path)
+    )
     assert left_alone_by(LocalCorpus(tmp_path / "README.md")) == left_alone_by(StdlibCorpus()) == ""
 
 
