@@ -17,6 +17,7 @@ from ..cache_schema import Moments
 from ..cache_schema.sites import RESID
 from .errors import NonFiniteResidual, name_window, say_overflow
 
+SUMMED_BY_ONE = 32_768  # numbers that torch sums in one thread
 BLOCK_TOKENS = 1024  # converted to float64 at a time: small enough to stay in a CPU's cache
 
 
@@ -37,11 +38,16 @@ def measure(
     return Moments(
         count=count,
         mean=(sum_D / max(count, 1)).cpu().numpy(),
-        mean_norm=float((norm_WT * counted_WT).sum()) / max(count, 1),
-        mean_square_norm=float((norm_WT.square() * counted_WT).sum()) / max(count, 1),
+        mean_norm=_sum(norm_WT * counted_WT) / max(count, 1),
+        mean_square_norm=_sum(norm_WT.square() * counted_WT) / max(count, 1),
         windows=len(resid_WTD),
         norm_by_position=norm_WT.mean(0).cpu().numpy(),
     )
+
+
+def _sum(values_WT: Tensor) -> float:
+    """The same on any number of threads, which share the sum of very many numbers among them; not that of a window."""
+    return float(values_WT.sum() if values_WT.numel() <= SUMMED_BY_ONE else values_WT.sum(1).sum())
 
 
 def _norms_and_sum(resid_WTD: Tensor, counted_WT: Tensor) -> tuple[Tensor, Tensor]:
