@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,11 +170,11 @@ def restrict(recipes: Sequence[Recipe], few: str | None) -> list[Recipe]:
 def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
     """All of one study; what is done already is kept."""
     keep_course(course)
-    for words in training_commands(recipes, course):
-        call(sae_train, "sae-train", words, console)
     for recipe in recipes:
-        if recipe.name == DECISIVE and (words := half_command(recipe, course)):
-            call(sae_train, "sae-train", words, console)
+        train(recipe, training_words(recipe, course, course.options, course.baselines), course, console)
+    for recipe in recipes:
+        if recipe.name == DECISIVE:
+            train(half_of(recipe), half_command(recipe, course), course, console)
     place = ["--runs", str(course.out), *(["--cache", course.cache] if id_of_store(course) else [])]
     for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes if recipe.evals):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
@@ -226,7 +226,7 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
         if recipe.seeds > 1 and lines:
             curves: dict[str, list[list[tuple[float, float]]]] = {}
             points = curve_by_label(folders[recipe.name])
-            for line in lines:
+            for line in (line for line in lines if line.values):  # of one that diverged there is nothing to draw
                 curves.setdefault(line.family, []).append(points.get(line.label, []))
             title, titles = f"{recipe.study}: {recipe.name}", titles_of(recipe.evals)
             named = [replace(one, values={titles.get(n, n): v for n, v in one.values.items()}) for one in lines]
@@ -277,18 +277,12 @@ def id_of_store(course: Course) -> str | None:
         return None
 
 
-def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[str]]:
-    """The words after `sae-train` for each run that has not ended."""
-    words = [_training_words(recipe, course, course.options, course.baselines) for recipe in recipes]
-    return [one for one in words if one]
-
-
 def half_command(recipe: Recipe, course: Course) -> list[str]:
     """The same for the base of a finished run, at half its length; none where that has ended."""
     tokens = RunFolder(course.out / recipe.name).read_config()["course"]["tokens"] // 2
     pairs = zip(course.options[::2], course.options[1::2], strict=True)
     options = [word for pair in pairs if not _says_length(*pair) for word in pair]
-    return _training_words(half_of(recipe), course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)
+    return training_words(half_of(recipe), course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)
 
 
 def _says_length(option: str, value: str) -> bool:
@@ -296,7 +290,7 @@ def _says_length(option: str, value: str) -> bool:
     return name in ("--tokens", "--epochs", "course.tokens", "course.epochs")
 
 
-def _training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:
+def training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:
     name = recipe.name
     folder = RunFolder(course.out / name)
     if folder.is_finished:
@@ -310,9 +304,18 @@ def _training_words(recipe: Recipe, course: Course, options: Sequence[str], besi
     return ["--recipe", f"{recipe.study}/{name}", *place, *options, *seeds, *baselines]
 
 
-def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
-    """Run a command of this package and print it as one would type it; a failure ends the study, and a stop as it
-    ended the command."""
+def train(recipe: Recipe, words: Sequence[str], course: Course, console: Console) -> None:
+    """Nothing where the run has ended. One of which an SAE diverged has ended too: the table says so of that SAE."""
+    if not words:
+        return
+    status = call(sae_train, "sae-train", words, console, may_end=(0, 1))
+    if status and not RunFolder(course.out / recipe.name).is_finished:
+        raise _ended("sae-train", status)
+
+
+def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int]) -> int:
+    """Run a command of this package and print it as one would type it; gives its status. A failure ends the study, and
+    a stop as it ended the command."""
     console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
     try:
         command.main(list(words), prog_name=name, standalone_mode=False)
@@ -321,7 +324,13 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
         if isinstance(status, int) and status > 128:
             raise
         if status not in may_end:
-            raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
+            raise _ended(name, end.code) from None
+        return status if isinstance(status, int) else 1
+    return 0
+
+
+def _ended(name: str, status: Any) -> click.ClickException:
+    return click.ClickException(f"{name} ended with status {status}: its last lines say why")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
 
 def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int, found: Sequence[Difference]) -> list[Finding]:
     """What the rule says, of a run that it is about."""
-    values, outside = families(lines), why_outside({line.model for line in lines}, seeds)
+    values, outside = families(lines), why_outside({line.model for line in lines if line.values}, seeds)
     if outside is not None:
         return [Finding(label, "not asked", outside) for label in methods_of(values, recipe.against)]
     return judge(values, recipe.against, found, MEASURES)

@@ -106,7 +106,11 @@ def train(run: Run) -> Outcome | None:
         saved = f"The last checkpoint is whole: go on with: {again}"
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
-            saved += f": its log is in {run.folder.path}; from step 0 again: {again}" if run.folder.has_steps else ""
+            saved += (
+                f": its log is in {run.folder.path}; from step 0 again, with the same settings: {again}"
+                if run.folder.has_steps
+                else ""
+            )
         raise type(error)(f"{error}. {saved}") from error
 
 

@@ -61,7 +61,8 @@ class LocalCorpus(InOrder):
     @property
     def left_alone(self) -> str:
         """How many files of a folder are not read, and what to do."""
-        suffixes = Counter(file.suffix.lower() for file in self._found if file.suffix.lower() not in FILE_SUFFIXES)
+        seen = (file for file in self._found if not any(part[0] == "." for part in file.relative_to(self._path).parts))
+        suffixes = Counter(file.suffix.lower() for file in seen if file.suffix.lower() not in FILE_SUFFIXES)
         if not suffixes:
             return ""
         most = suffixes.most_common(KINDS_TOLD)

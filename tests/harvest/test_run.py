@@ -315,12 +315,12 @@ def test_who_waits_for_tokens_ends_soon_where_nobody_is_about_them(make_config: 
     folder = spool_folder(files)
     with (
         create_or_resume_store.lock_spool(folder) if is_held else nullcontext(),
-        pytest.raises(TokensMissing, match="waited 12 hours" if is_held else r"for 1\d\.\d minutes nobody .* start it"),
+        pytest.raises(TokensMissing, match="waited 12 hours" if is_held else r"for 6\d\.\d minutes nobody .* start it"),
     ):
         create_or_resume_store.wait_for_tokens(files, Watch(Console(file=said, width=300)))
-    assert clock.now > 12 * 3600 if is_held else 600 <= clock.now < 800
+    assert clock.now > 12 * 3600 if is_held else 3600 <= clock.now < 3800
     told = said.getvalue().count(f"{'worker 1' if is_held else 'nobody'} is about it\n")
-    assert told == said.getvalue().count("still waiting") == (told if is_held else 5)
+    assert told == said.getvalue().count("still waiting") and (is_held or 24 < told <= 30)
     assert folder.exists() == is_held
 
 
@@ -993,11 +993,12 @@ def test_tokens_of_a_store_behind_a_link_lie_on_its_disk(tmp_path):
 def test_tokens_of_a_store_that_is_a_disk_lie_on_it(harvested, monkeypatch):
     """Beside it would be another disk, which may be small or not ours; the store is the same with them in it."""
     root = Path(harvested.out)
+    before = digest_of(harvested.out)
     monkeypatch.setattr(Path, "is_mount", lambda self: self == root)
     assert spool_folder(LocalFiles(root)) == root / ".spool"
     (root / ".spool").mkdir()
     (root / ".spool" / "train.tokens.u32").touch()
-    assert digest_of(harvested.out) == digest_of(shutil.copytree(root, f"{root}_copied"))
+    assert digest_of(harvested.out) == before
     (root / ".spool" / "lock").touch()
     harvest(harvested)
     assert not (root / ".spool").exists()

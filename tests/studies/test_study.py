@@ -24,7 +24,7 @@ from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study, tables
 from saemill.studies.comparisons import Difference
 from saemill.studies.run_results import Line, read_lines
-from saemill.studies.study import Course, call, training_commands
+from saemill.studies.study import Course, call, training_words
 from saemill.studies.tables import MEASURES, seeded_rows, spread, write_tables
 from saemill.train.config.recipe import Recipe
 from saemill.train.errors import ConfigInvalid
@@ -253,7 +253,7 @@ def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_e
     out = ["--out", str(tmp_path)]
     start = ["--cache", "./store", *out, "--name"]
     runs = [recipe("run_0"), recipe("run_1"), recipe("run_2"), recipe("headline", 5)]
-    assert training_commands(runs, course) == [
+    assert commands_of(runs, course) == [
         ["--resume", "run_1", *out, "--cache", "./store"],
         ["--recipe", "attention/run_2", *start, "run_2", "--tokens", "1M"],
         ["--recipe", "attention/headline", *start, "headline", "--tokens", "1M", "--grid", "seed=0,1,2"],
@@ -285,15 +285,38 @@ def test_tables_are_written(tmp_path):
     assert json.loads((tmp_path / "table.json").read_text())[0]["label"] == "one"
 
 
+def commands_of(recipes, course):
+    words = (training_words(one, course, course.options, course.baselines) for one in recipes)
+    return [one for one in words if one]
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_run_of_which_an_sae_diverged_is_read_on(tmp_path, monkeypatch, has_ended):
+    """`sae-train` ends with 1 then, as where it failed."""
+
+    @click.command(context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def command(words):
+        if has_ended:
+            write_run(tmp_path / "run_0")
+        raise SystemExit(1)
+
+    monkeypatch.setattr(study, "sae_train", command)
+    course = Course("store", tmp_path, (), None)
+    said = nullcontext() if has_ended else pytest.raises(click.ClickException, match="sae-train ended with status 1")
+    with said:
+        study.train(recipe("run_0"), ["--name", "run_0"], course, Console(quiet=True))
+
+
 def test_a_command_that_fails_ends_the_study():
     @click.command()
     @click.option("--status", type=int)
     def command(status):
         raise SystemExit(status)
 
-    call(command, "sae-train", ["--status", "0"], Console(quiet=True))
+    assert call(command, "sae-train", ["--status", "0"], Console(quiet=True), (0, 1)) == 0
     with pytest.raises(click.ClickException, match="sae-train ended with status 3"):
-        call(command, "sae-train", ["--status", "3"], Console(quiet=True))
+        call(command, "sae-train", ["--status", "3"], Console(quiet=True), (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -536,7 +559,7 @@ def test_what_is_evaluated_may_change_from_call_to_call(tmp_path):
 
 def test_only_runs_that_compare_have_sanity_baselines(tmp_path):
     course = Course("./store", tmp_path, (), seeds=None, baselines=True)
-    alone, compared = training_commands([recipe("run_0"), recipe("decisive", 5)], course)
+    alone, compared = commands_of([recipe("run_0"), recipe("decisive", 5)], course)
     assert "--with-baselines" not in alone and compared[-1] == "--with-baselines"
 
 

@@ -117,6 +117,7 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
     gc.collect()  # what an earlier run of this process has left, which a check of free memory would count
     if process.device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()  # page-locked, as checkpoints take it
         # By the largest amount since then, a recording of steps tells what they need.
         torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1

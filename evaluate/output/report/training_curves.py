@@ -56,7 +56,7 @@ def _curves(record: Record) -> dict[str, Any]:
 def _worth(record: Record) -> dict[str, float | None]:
     """Held out, or while it trains as last logged."""
     return {
-        name: _rounded(record.outcome.get(name, record.last(name) if not record.outcome else None))
+        name: _rounded(record.outcome.get(name, record.last(name) if record.steps is None else None))
         for name in ("l0", "explained_variance")
     }
 

@@ -89,7 +89,6 @@ def test_two_ranks_train_as_one(battery, threads, variant, cuts):
         assert float((first[name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
     assert torch.equal(first["latents.tokens_since_fired"], expected["latents.tokens_since_fired"])
     for one, *shares in zip(told, *reports, strict=True):
-        assert {share.tokens for share in shares} == {one.tokens}
         together = sum(float(share.l0) * share.weight for share in shares) / 2
         assert together == pytest.approx(float(one.l0), rel=1e-2)
 
