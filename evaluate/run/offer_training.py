@@ -72,5 +72,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
     with open_process(device, console, is_watched=plots) as process:
         console.print(f"$ {command}", style="bold")
         outcome = start(ask, cache, str(runs), name, process)
+        if outcome is not None and outcome.diverged:
+            console.print(outcome.say_diverged(), markup=False)
     if outcome is not None and plots:
         after_run(runs / name, console.print)

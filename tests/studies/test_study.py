@@ -217,6 +217,7 @@ def test_the_rule_is_asked_of_what_it_is_about(tmp_path, name, model, seeds, fou
         for seed in range(seeds):
             values = dict.fromkeys(MEASURES, 0.5) | {"explained_variance": value * (1 + 1e-3 * seed), "growth": 0.0}
             lines.append(Line(name, f"{label}_seed{seed}", values, [], model=model))
+    lines.append(Line(name, "wild_seed0", {}, ["it diverged"]))
     write_tables([(replace(recipe(name, seeds), against=("base",)), lines)], tmp_path, Console(quiet=True))
     text = (tmp_path / "table.md").read_text()
     assert [verdict for verdict in ("helps", "not asked") if f"| one | {verdict} |" in text] == found

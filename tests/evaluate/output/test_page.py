@@ -180,6 +180,11 @@ def test_a_long_log_is_thinned_to_its_last_line_and_what_is_no_number_is_left_ou
     assert set(sae["curves"]) == {"loss", "l0"}
 
 
+def test_what_was_logged_of_an_sae_is_no_end_of_a_run_in_which_it_diverged():
+    going = seeded("a", 0)
+    assert [training_data([one])["saes"][0]["l0"] for one in (going, replace(going, steps=3))] == [5.0, None]
+
+
 # ---------------------------------------------------------------- in a browser
 
 
