@@ -369,7 +369,7 @@ def test_a_later_step_without_memory_leaves_the_log_and_the_run_can_begin_again(
         patch.setattr(Trainee, "step", third)
         said = "".join(sae_train(*words, code=1).output.split())
     run = tmp_path / "runs/mine"
-    assert f"Nocheckpointhadbeenwritten:itslogisin{run};fromstep0again:sae-train--resume" in said
+    assert f"Nocheckpointhadbeenwritten:itslogisin{run};fromstep0again,withthesamesettings:sae-train--resume" in said
     assert (run / "metrics.jsonl").stat().st_size > 0 and not (run / "checkpoints").exists()
     assert "continue it with --resume mine" in sae_train(*words, code=1).output
     assert "no checkpoint found: starting at step 0" in sae_train("--resume", "mine", "--device", "cpu").output
