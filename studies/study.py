@@ -291,6 +291,7 @@ def _says_length(option: str, value: str) -> bool:
 
 
 def training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:
+    """The words after `sae-train` for a run; none where it has ended."""
     name = recipe.name
     folder = RunFolder(course.out / name)
     if folder.is_finished:
@@ -325,7 +326,7 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
             raise
         if status not in may_end:
             raise _ended(name, end.code) from None
-        return status if isinstance(status, int) else 1
+        return int(status)
     return 0
 
 

@@ -106,11 +106,8 @@ def train(run: Run) -> Outcome | None:
         saved = f"The last checkpoint is whole: go on with: {again}"
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
-            saved += (
-                f": its log is in {run.folder.path}; from step 0 again, with the same settings: {again}"
-                if run.folder.has_steps
-                else ""
-            )
+            if run.folder.has_steps:
+                saved += f": its log is in {run.folder.path}; from step 0 again, with the same settings: {again}"
         raise type(error)(f"{error}. {saved}") from error
 
 

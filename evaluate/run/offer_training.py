@@ -73,6 +73,6 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
         console.print(f"$ {command}", style="bold")
         outcome = start(ask, cache, str(runs), name, process)
         if outcome is not None and outcome.diverged:
-            console.print(outcome.say_diverged(), markup=False)
+            console.print(outcome.say_diverged())
     if outcome is not None and plots:
         after_run(runs / name, console.print)

@@ -424,23 +424,31 @@ def test_a_folder_that_is_called_as_a_model_of_ours_is_not_taken_for_it(
     assert (plan.source.id, plan.corpus.dataset, plan.tokens) == (name, OPENWEBTEXT, store_plan.DEFAULT_TOKENS)
 
 
+FIRST, LATER = "1" * 40, "2" * 40  # commits
+
+
+def put_on_hub(model_folder, tmp_path, monkeypatch, main: str) -> list[str]:
+    """Both commits of a model; the only item of the list is what `main` is."""
+    mains = [main]
+    for commit in (FIRST, LATER):
+        shutil.copytree(model_folder, tmp_path / "hub" / commit)
+    monkeypatch.setattr(
+        resolve, "snapshot_download", lambda _, revision=None, **__: str(tmp_path / "hub" / (revision or mains[0]))
+    )
+    return mains
+
+
 @pytest.mark.usefixtures("share_only")
 def test_a_model_of_the_hub_stays_at_the_commit_of_the_store(make_config: Make, model_folder, tmp_path, monkeypatch):
     """Whoever published it has moved `main`, and this machine has the later commit too."""
-    first, later = "1" * 40, "2" * 40
-    for commit in (first, later):
-        shutil.copytree(model_folder, tmp_path / "hub" / commit)
-    main = [first]
-    monkeypatch.setattr(
-        resolve, "snapshot_download", lambda _, revision=None, **__: str(tmp_path / "hub" / (revision or main[0]))
-    )
+    main = put_on_hub(model_folder, tmp_path, monkeypatch, FIRST)
     config = make_config(model="somebody/model")
     harvest(replace(config, worker=Worker(0, 2)))
-    main[0] = later
+    main[0] = LATER
     assert not dry_run(config, Watch(is_quiet=True)).to_download
     assert harvest(replace(config, worker=Worker(1, 2))).committed == 8
     with Store.open(config.out) as store:
-        assert store.manifest.model.revision == first
+        assert store.manifest.model.revision == FIRST
     with pytest.raises(StoreMismatch, match=r"model\.id"):
         harvest(replace(config, model="another/model"))
 
@@ -448,19 +456,13 @@ def test_a_model_of_the_hub_stays_at_the_commit_of_the_store(make_config: Make, 
 @pytest.mark.usefixtures("share_only")
 def test_who_has_waited_takes_the_commit_of_the_store(make_config: Make, model_folder, tmp_path, monkeypatch):
     """Not its own, which was looked up before there was a store, and after the hub's `main` had moved."""
-    first, later = "1" * 40, "2" * 40
-    for commit in (first, later):
-        shutil.copytree(model_folder, tmp_path / "hub" / commit)
-    main = [later]
-    monkeypatch.setattr(
-        resolve, "snapshot_download", lambda _, revision=None, **__: str(tmp_path / "hub" / (revision or main[0]))
-    )
+    main = put_on_hub(model_folder, tmp_path, monkeypatch, LATER)
     config = make_config(model="somebody/model")
 
     def wait(*_: object) -> None:
-        main[0] = first
+        main[0] = FIRST
         harvest(replace(config, worker=Worker(0, 2)))
-        main[0] = later
+        main[0] = LATER
 
     monkeypatch.setattr(run, "wait_for_tokens", wait)
     assert harvest(replace(config, worker=Worker(1, 2))).committed == 8

@@ -142,13 +142,18 @@ class Fleet:
         """The same error with the part of the store that the step was trained on; a collective call."""
         kind = self.needs[label].kind(bounds_of(self.stats))
         if draw is not None and error.is_input_finite is None:
-            return _locate(label, error, draw, kind, self.ranks)
-        # The loss was read late and the step's draw is gone: only its windows are still known.
-        place = next((past.place(kind) for past in self._past if past.step == error.step), "")
-        is_broken_anywhere = bool(self.ranks.sum(torch.tensor([int(not error.is_input_finite)])))
-        if not error.is_input_finite:
-            return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
-        if is_broken_anywhere:
+            broken, windows, device = draw.non_finite_rows(kind), draw.store_windows(kind), draw.device
+            is_broken = bool(broken.any())
+            place = _place(draw.block.pieces, windows[broken] if is_broken else windows)
+            found = f"{NOT_FINITE}: {place}"
+        else:  # the loss was read late and the step's draw is gone: only its windows are still known
+            is_broken, device = not error.is_input_finite, torch.device("cpu")
+            place = next((past.place(kind) for past in self._past if past.step == error.step), "")
+            found = f"{NOT_FINITE} among {place}"
+        is_anywhere = bool(self.ranks.sum(torch.tensor([int(is_broken)], device=device)))
+        if is_broken:
+            return ActivationsNotFinite(f"{label}, step {error.step}: {found}. {REMEDY}")
+        if is_anywhere:
             return StoppedElsewhere(f"{label}, step {error.step}: {ELSEWHERE}")
         return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 
@@ -190,19 +195,6 @@ def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
     sides = (needs.input_places,) if needs.targets is None else (needs.input_places, needs.target_places)
     joined = (joined_stats([stats[layer] for layer in layers]) for layers in sides)
     return config.build(stats[needs.input_places[0]].width, *joined)
-
-
-def _locate(label: str, error: NonFiniteLoss, draw: Draw, kind: Kind, ranks: Ranks) -> TrainError:
-    """The same error with the part of the store that the step was trained on; a collective call."""
-    broken = draw.non_finite_rows(kind)
-    is_anywhere = bool(ranks.sum(torch.tensor([int(broken.any())], device=draw.device)))
-    if broken.any():
-        place = _place(draw.block.pieces, draw.store_windows(kind)[broken])
-        return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE}: {place}. {REMEDY}")
-    if is_anywhere:
-        return StoppedElsewhere(f"{label}, step {error.step}: {ELSEWHERE}")
-    place = _place(draw.block.pieces, draw.store_windows(kind))
-    return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError) -> MemoryTooSmall:
