@@ -178,10 +178,13 @@ def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more
 
 
 def conclude(title: str, rows: list[Row], json_file: Path | None, facts: Mapping[str, Any]) -> int:
-    """Print, keep, and return the exit status: 1 where a target is missed."""
+    """Print, keep, and return the exit status: 1 where a target is missed. Rows that were kept and are of other parts
+    of the benchmark stay, with the date and the commit that they have."""
     Console(width=160).print(render(title, rows))
     if json_file is not None:
-        write_rows(json_file, title, [row.document(facts) for row in rows])
+        kept = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
+        found = {row["name"]: row for row in kept} | {row.name: row.document(facts) for row in rows}
+        write_rows(json_file, title, found.values())
     return int(not all(row.is_met for row in rows))
 
 

@@ -318,6 +318,14 @@ def test_turns_are_taken_in_another_order_each_round(bench):
     assert seconds == {name: [0.25] * 4 for name in "abcd"}
 
 
+def test_a_part_of_a_benchmark_leaves_the_rows_of_the_others(bench, tmp_path):
+    table, file = bench("timing_and_tables"), tmp_path / "kept.json"
+    for rows in ({"a": "1", "b": "2"}, {"b": "3", "c": "4"}):
+        table.conclude("title", [table.Row(name, found) for name, found in rows.items()], file, {})
+    kept = {row["name"]: row["found"] for row in json.loads(file.read_text())["rows"]}
+    assert kept == {"a": "1", "b": "3", "c": "4"}
+
+
 def test_a_worker_that_fails_says_why_and_answers_the_next_request(bench, tmp_path):
     pipe = bench("worker_pipe")
     script = tmp_path / "script.py"
