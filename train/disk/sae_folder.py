@@ -102,10 +102,11 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in TENSORS:
         raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(TENSORS)}, found {architecture!r}")
-    if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+    if config["normalize_activations"] != "none":
         raise SaeInvalid(
-            f"{folder}: normalize_activations is {config['normalize_activations']!r}, which cannot be folded into "
-            "weights; save the SAE with normalize_activations 'none'"
+            f"{folder}: expected weights for activations as the model has them, found normalize_activations "
+            f"{config['normalize_activations']!r}. If that is expected_average_only_in, fold the factor into them with "
+            "SAELens (fold_activation_norm_scaling_factor) and save the SAE anew; another kind cannot be folded"
         )
     names = TENSORS[architecture]
     found = read_tensors(folder / WEIGHTS, names)
