@@ -211,7 +211,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _typed_command(),
-        "git": _git_state(Path(__file__).parent),
+        "git": _git_state(Path(__file__)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
@@ -267,12 +267,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the code, where it lies in a repository of its own."""
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain"])
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the repository that a file of the code belongs to; none of one that only lies in it, as
+    an installed package does in a project's .venv."""
+    commands = (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"], ["status", "--porcelain"])
     try:
-        commit, changes = (
-            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+        _, commit, changes = (
+            subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=True).stdout
             for words in commands
         )
     except (OSError, subprocess.CalledProcessError):
