@@ -101,8 +101,8 @@ def _require_memory(
         row = min(manifest.attention.topk, manifest.context) * entry + 8 + 2  # where it ends, and its mass
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
-    shard_rows = manifest.shard_windows * manifest.context  # held-out batches lie in one shard
-    held_out = min(plan.batch_tokens, shard_rows, _held_out_windows(settled, store) * manifest.context)
+    windows = min(manifest.shard_windows, _held_out_windows(settled, store))  # held-out batches lie in one shard
+    held_out = min(max(plan.batch_tokens, manifest.context), windows * manifest.context)
     rows, team = plan.batch_tokens // processes, processes * parts
     require_room(members, manifest.width_of, rows, pool_bytes, parts, device, held_out, team)
 
