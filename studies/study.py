@@ -26,6 +26,7 @@ import click
 from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.disk_and_cloud_files import name_full_disk
 from ..cache_schema.errors import StoreError
 from ..cache_schema.reader import Store
 from ..evaluate import evals
@@ -121,7 +122,8 @@ def main(
             chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
             for study, recipes in chosen.items():
                 course = Course(cache, out / study, tuple(options), seeds, baselines, words)
-                told.append((course, carry_out(recipes, course, make_console())))
+                with name_full_disk(f"writing into {course.out}"):
+                    told.append((course, carry_out(recipes, course, make_console())))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     problems = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -127,6 +128,21 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
     assert f"- run_0: attention has no {', '.join(own)}: it has several layers" in text
     assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
+
+
+@pytest.mark.parametrize("write", [(study, "write_json"), (tables, "replace_file")])
+def test_a_full_disk_ends_a_study_in_one_line(tmp_path, monkeypatch, write):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    wanted = runs_of("tiered")[0].name
+    write_run(tmp_path / "tiered" / wanted)
+    monkeypatch.setattr(study, "call", lambda *_, **__: None)
+    monkeypatch.setattr(*write, full)
+    words = ["tiered", "--only", wanted, "--evals", "core", "--cache", "./store", "--out", str(tmp_path)]
+    result = CliRunner().invoke(study.main, words)
+    assert result.exit_code == 1
+    assert f"Error: the disk is full while writing into {tmp_path / 'tiered'}. Free some space" in result.output
 
 
 def write_core(folder, label, settings, missing=None):
