@@ -194,18 +194,18 @@ def _open_outlets(
     folder: RunFolder,
     done: int,
     standing: Standing | None,
-) -> tuple[MetricsLog | None, Trackers, Progress]:
+) -> tuple[MetricsLog | None, Trackers, Progress | None]:
     """What a run writes to and shows: only rank 0 does either. The log comes first, and is cut back to the checkpoint:
     nothing else may begin for a run that another process trains."""
-    labels, steps = [member.label for member in settled.config.members], settled.total_steps
     if not process.is_first:
-        return None, Trackers((), folder.path, {}), Progress(process.console, labels, steps, 0, is_quiet=True)
+        return None, Trackers((), folder.path, {}), None
     log = MetricsLog(folder.metrics)
     open_things.callback(log.close)
     log.cut(standing.metrics_bytes if standing else 0)
     trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
     open_things.callback(trackers.close)
-    progress = Progress(process.console, labels, steps, done, is_quiet=False)
+    labels = [member.label for member in settled.config.members]
+    progress = Progress(process.console, labels, settled.total_steps, done)
     open_things.callback(progress.close)
     return log, trackers, progress
 
