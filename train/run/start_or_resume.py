@@ -70,7 +70,7 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
     _begin_as_source(settled, fleet, store, process)
     with all_or_none(process.group):
         if process.is_first:
-            folder = _make_folder(settled, out, name)
+            folder = RunFolder.create(out, name, like=settled.recipe and settled.recipe.name)
             folder.write_config(settled.describe(store))
             path = str(folder.path)
     folder = RunFolder(process.group.texts(path)[0])
@@ -134,13 +134,6 @@ def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Proc
     if settled.init is not None:
         with all_or_none(process.group):
             begin_fleet_as(settled.init, fleet, store.manifest)
-
-
-def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
-    """With the name that was given, else the recipe's, else the next number."""
-    if name is None and settled.recipe is not None:
-        return RunFolder.create_like(out, settled.recipe.name)
-    return RunFolder.create(out, name)
 
 
 def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Standing | None:
