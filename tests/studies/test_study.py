@@ -142,7 +142,7 @@ def test_a_full_disk_ends_a_study_in_one_line(tmp_path, monkeypatch, write):
     words = ["tiered", "--only", wanted, "--evals", "core", "--cache", "./store", "--out", str(tmp_path)]
     result = CliRunner().invoke(study.main, words)
     assert result.exit_code == 1
-    assert f"Error: the disk is full while writing into {tmp_path / 'tiered'}. Free some space" in result.output
+    assert f"the disk is full while writing into {tmp_path / 'tiered'}. Free some space" in result.output
 
 
 def write_core(folder, label, settings, missing=None):
