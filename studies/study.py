@@ -26,6 +26,7 @@ import click
 from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.disk_and_cloud_files import name_full_disk
 from ..cache_schema.errors import StoreError
 from ..cache_schema.reader import Store
 from ..evaluate import evals
@@ -38,7 +39,7 @@ from ..train.cli import main as sae_train
 from ..train.cli_support import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.atomic_files import read_json, write_json
-from ..train.errors import TrainError
+from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
 from ..train.run.folder import RunFolder
 from ..train.study_recipes import find_recipes, runs_of, studies
 from .decision_rule import DECISIVE
@@ -47,6 +48,10 @@ from .tables import rows_of, write_tables
 
 AS_OFTEN = ("--epochs", "1000")
 """As it takes for the tokens that are asked for."""
+DIVERGED = (
+    "training diverged, and no SAE of the run has a result. The same call trains it again, to the same end: choose a "
+    "lower learning rate (--set optim.lr=) and another --out"
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def main(
             chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
             for study, recipes in chosen.items():
                 course = Course(cache, out / study, tuple(options), seeds, baselines, words)
-                told.append((course, carry_out(recipes, course, make_console())))
+                with name_full_disk(f"writing into {course.out}"):
+                    told.append((course, carry_out(recipes, course, make_console())))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     problems = [
@@ -171,17 +177,18 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     """All of one study; what is done already is kept."""
     keep_course(course)
     for recipe in recipes:
-        train(recipe, training_words(recipe, course, course.options, course.baselines), course, console)
-    for recipe in recipes:
+        train(training_words(recipe, course, course.options, course.baselines), console)
+    folders = {recipe.name: RunFolder(course.out / recipe.name) for recipe in recipes}
+    ended = [recipe for recipe in recipes if folders[recipe.name].is_finished]
+    for recipe in ended:
         if recipe.name == DECISIVE:
-            train(half_of(recipe), half_command(recipe, course), course, console)
+            train(half_command(recipe, course), console)
     place = ["--runs", str(course.out), *(["--cache", course.cache] if id_of_store(course) else [])]
-    for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes if recipe.evals):
-        runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
+    for eval_ids in dict.fromkeys(recipe.evals for recipe in ended if recipe.evals):
+        runs = [recipe.name for recipe in ended if recipe.evals == eval_ids]
         words = [*runs, *place, "--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
-    folders = {recipe.name: RunFolder(course.out / recipe.name) for recipe in recipes}
     every = [*recipes, *of_before(recipes, course.out)]
     all_evals = list(dict.fromkeys(eval_id for recipe in every for eval_id in recipe.evals))
     asked = make_configs(",".join(all_evals), settings_of(course.evaluation, all_evals)[1::2]) if all_evals else {}
@@ -194,8 +201,11 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
 
 def _lines_of(recipe: Recipe, out: Path, asked: Mapping[str, Any], *, is_asked: bool) -> list[Line]:
     """Of a run; one of before that cannot be read costs the others no table."""
+    folder = RunFolder(out / recipe.name)
     try:
-        return read_lines(RunFolder(out / recipe.name), recipe.evals, recipe.costs, asked)
+        if not folder.is_finished:  # what else may befall a run has ended the study
+            return [Line(recipe.name, label, {}, [DIVERGED]) for label in folder.read_config()["saes"]]
+        return read_lines(folder, recipe.evals, recipe.costs, asked)
     except (EvalError, TrainError) as error:
         if is_asked:
             raise
@@ -223,7 +233,7 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
     from .seed_plots import draw_bands  # loads matplotlib, which nobody waits for who asks for help
 
     for recipe, lines in results:
-        if recipe.seeds > 1 and lines:
+        if recipe.seeds > 1 and any(line.values for line in lines):
             curves: dict[str, list[list[tuple[float, float]]]] = {}
             points = curve_by_label(folders[recipe.name])
             for line in (line for line in lines if line.values):  # of one that diverged there is nothing to draw
@@ -305,18 +315,15 @@ def training_words(recipe: Recipe, course: Course, options: Sequence[str], besid
     return ["--recipe", f"{recipe.study}/{name}", *place, *options, *seeds, *baselines]
 
 
-def train(recipe: Recipe, words: Sequence[str], course: Course, console: Console) -> None:
-    """Nothing where the run has ended. One of which an SAE diverged has ended too: the table says so of that SAE."""
-    if not words:
-        return
-    status = call(sae_train, "sae-train", words, console, may_end=(0, 1))
-    if status and not RunFolder(course.out / recipe.name).is_finished:
-        raise _ended("sae-train", status)
+def train(words: Sequence[str], console: Console) -> None:
+    """Nothing where the run has ended."""
+    if words:
+        call(sae_train, "sae-train", words, console)
 
 
-def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int]) -> int:
-    """Run a command of this package and print it as one would type it; gives its status. A failure ends the study, and
-    a stop as it ended the command."""
+def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
+    """Run a command of this package and print it as one would type it. A failure ends the study, but for training that
+    diverged, of which the table tells; and a stop as it ended the command."""
     console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
     try:
         command.main(list(words), prog_name=name, standalone_mode=False)
@@ -324,14 +331,8 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
         status = end.code or 0
         if isinstance(status, int) and status > 128:
             raise
-        if status not in may_end:
-            raise _ended(name, end.code) from None
-        return int(status)
-    return 0
-
-
-def _ended(name: str, status: Any) -> click.ClickException:
-    return click.ClickException(f"{name} ended with status {status}: its last lines say why")
+        if status not in may_end and not isinstance(end.__cause__, (NonFiniteLoss, TrainingDiverged)):
+            raise click.ClickException(f"{name} ended with status {status}: its last lines say why") from None
 
 
 if __name__ == "__main__":

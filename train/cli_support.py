@@ -28,7 +28,7 @@ def tell_errors() -> Iterator[None]:
         sys.exit(128 + stop.signal)
     except (TrainError, StoreError) as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        raise SystemExit(1) from error  # a study goes on past some of them
     except KeyboardInterrupt:
         sys.exit(130)
 

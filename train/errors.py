@@ -52,7 +52,7 @@ class NonFiniteLoss(TrainError, ArithmeticError):
 
 
 class TrainingDiverged(TrainError, ArithmeticError):
-    """What an SAE rebuilds of held-out text is not a finite number."""
+    """SAEs of a run diverged: all, so that it has no result, or some, of which its result says so."""
 
 
 class StoppedElsewhere(TrainError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,8 +27,9 @@ from saemill.studies.comparisons import Difference
 from saemill.studies.run_results import Line, read_lines
 from saemill.studies.study import Course, call, training_words
 from saemill.studies.tables import MEASURES, seeded_rows, spread, write_tables
+from saemill.train.cli_support import tell_errors
 from saemill.train.config.recipe import Recipe
-from saemill.train.errors import ConfigInvalid
+from saemill.train.errors import ConfigInvalid, NonFiniteLoss, TrainingDiverged
 from saemill.train.run.folder import RunFolder
 from saemill.train.study_recipes import find_recipes, own_evals, runs_of, studies
 
@@ -126,6 +128,21 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
     assert f"- run_0: attention has no {', '.join(own)}: it has several layers" in text
     assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
+
+
+@pytest.mark.parametrize("write", [(study, "write_json"), (tables, "replace_file")])
+def test_a_full_disk_ends_a_study_in_one_line(tmp_path, monkeypatch, write):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    wanted = runs_of("tiered")[0].name
+    write_run(tmp_path / "tiered" / wanted)
+    monkeypatch.setattr(study, "call", lambda *_, **__: None)
+    monkeypatch.setattr(*write, full)
+    words = ["tiered", "--only", wanted, "--evals", "core", "--cache", "./store", "--out", str(tmp_path)]
+    result = CliRunner().invoke(study.main, words)
+    assert result.exit_code == 1
+    assert f"the disk is full while writing into {tmp_path / 'tiered'}. Free some space" in result.output
 
 
 def write_core(folder, label, settings, missing=None):
@@ -291,22 +308,20 @@ def commands_of(recipes, course):
     return [one for one in words if one]
 
 
-@pytest.mark.parametrize("has_ended", [True, False])
-def test_a_run_of_which_an_sae_diverged_is_read_on(tmp_path, monkeypatch, has_ended):
-    """`sae-train` ends with 1 then, as where it failed."""
+@pytest.mark.parametrize(
+    "error", [NonFiniteLoss(1, {}), TrainingDiverged("none is left"), ConfigInvalid("no such store")]
+)
+def test_a_failure_of_training_ends_the_study_unless_it_diverged(error):
+    """`sae-train` ends with 1 either way."""
 
-    @click.command(context_settings={"ignore_unknown_options": True})
-    @click.argument("words", nargs=-1)
-    def command(words):
-        if has_ended:
-            write_run(tmp_path / "run_0")
-        raise SystemExit(1)
+    def command(words, **_):
+        with tell_errors():
+            raise error
 
-    monkeypatch.setattr(study, "sae_train", command)
-    course = Course("store", tmp_path, (), None)
-    said = nullcontext() if has_ended else pytest.raises(click.ClickException, match="sae-train ended with status 1")
+    has_diverged = not isinstance(error, ConfigInvalid)
+    said = nullcontext() if has_diverged else pytest.raises(click.ClickException, match="sae-train ended with status 1")
     with said:
-        study.train(recipe("run_0"), ["--name", "run_0"], course, Console(quiet=True))
+        call(SimpleNamespace(main=command), "sae-train", [], Console(quiet=True))
 
 
 def test_a_command_that_fails_ends_the_study():
@@ -315,9 +330,36 @@ def test_a_command_that_fails_ends_the_study():
     def command(status):
         raise SystemExit(status)
 
-    assert call(command, "sae-train", ["--status", "0"], Console(quiet=True), (0, 1)) == 0
-    with pytest.raises(click.ClickException, match="sae-train ended with status 3"):
-        call(command, "sae-train", ["--status", "3"], Console(quiet=True), (0, 1))
+    call(command, "sae-eval", ["--status", "1"], Console(quiet=True), (0, 1))
+    with pytest.raises(click.ClickException, match="sae-eval ended with status 3"):
+        call(command, "sae-eval", ["--status", "3"], Console(quiet=True), (0, 1))
+
+
+def test_a_run_of_which_every_sae_diverged_costs_the_others_nothing(tmp_path, monkeypatch):
+    """Nor does it the next time, when it is trained again."""
+    wild, tame, *_ = (one.name for one in runs_of("tiered"))
+    trained, evaluated = [], []
+
+    def train(words, **_):
+        trained.append(wild if wild in words else tame)
+        if tame in words:
+            write_run(tmp_path / "tiered" / tame)
+            return
+        (tmp_path / "tiered" / wild).mkdir(exist_ok=True)
+        begun = {"cache": {"cache_id": CACHE_ID}, "saes": {"one": {}}}
+        (tmp_path / "tiered" / wild / "config.json").write_text(json.dumps(begun))
+        raise SystemExit(1) from TrainingDiverged("none is left")
+
+    monkeypatch.setattr(study, "sae_train", SimpleNamespace(main=train))
+    monkeypatch.setattr(study, "sae_eval", SimpleNamespace(main=lambda words, **_: evaluated.append(words[:2])))
+    words = ["tiered", "--only", f"{wild},{tame}", "--evals", "core", "--cache", "./store", "--out", str(tmp_path)]
+    for asked in ([wild, tame], [wild]):
+        result = CliRunner().invoke(study.main, words)
+        assert result.exit_code == 1 and f"failed: tiered/{wild}/one: training diverged" in result.output
+        assert (trained, evaluated) == (asked, [[tame, "--runs"]])
+        text = (tmp_path / "tiered/table.md").read_text()
+        assert f"| {tame} | one | 100 |" in text and f"- failed: {wild}: training diverged" in text
+        trained.clear(), evaluated.clear()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ the same for every SAE of a run, and is folded into the weights when an SAE is s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,11 +29,6 @@ class Stats:
     @property
     def width(self) -> int:
         return self.mean.numel()
-
-
-def stats_of_ordinary(massive: Massive) -> Stats:
-    """Statistics of one layer without its massive rows."""
-    return replace(stats_from_moments(massive.ordinary), massive=massive)
 
 
 def stats_from_moments(moments: Moments) -> Stats:

@@ -9,7 +9,6 @@ D width, F latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,15 +24,6 @@ MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 
 Rebuild = Callable[[str, Mapping[str, Any], int, int], SparseAutoencoder]
 """(variant, its config in JSON, width of the input, of the target) -> the module as it was before training."""
-
-
-@dataclass(frozen=True, eq=False)
-class WrappedSae:
-    """What a folder holds of such an SAE."""
-
-    tensors: dict[str, Tensor]
-    knobs: dict[str, float]
-    needs_side: tuple[str, ...]
 
 
 class RawUnits(SparseAutoencoder):
@@ -70,21 +60,22 @@ class RawUnits(SparseAutoencoder):
 
 
 @torch.no_grad()
-def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats, knobs: Mapping[str, float]) -> WrappedSae:
-    """The form of a trained module on disk."""
+def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> dict[str, Tensor]:
+    """The tensors of a trained module on disk."""
     state = {name: tensor for name, tensor in sae.state_dict().items() if not name.startswith("extras.")}
     tensors = {f"{MODULE}{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
-    tensors |= {SCALE: stats.scale.cpu().clone(), TARGET_SCALE: target_stats.scale.cpu().clone()}
-    return WrappedSae(tensors, dict(knobs), sae.needs_side)
+    return tensors | {SCALE: stats.scale.cpu().clone(), TARGET_SCALE: target_stats.scale.cpu().clone()}
 
 
 @torch.no_grad()
-def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) -> RawUnits:
+def sae_from_wrapped(
+    tensors: Mapping[str, Tensor], knobs: Mapping[str, float], inner: SparseAutoencoder, where: str
+) -> RawUnits:
     """The module that computes a saved form; `inner` is as it was before training."""
-    require_tensors(wrapped, inner, where)
-    inner.load_state_dict(_state_of(wrapped), strict=False)
+    require_tensors(tensors, inner, where)
+    inner.load_state_dict(_state_of(tensors), strict=False)
     inner.require_sound(where)
-    return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)
+    return RawUnits(inner, tensors[SCALE], tensors[TARGET_SCALE], knobs)
 
 
 def built_of_shapes(build: Callable[[], T]) -> T | None:
@@ -99,23 +90,23 @@ def built_of_shapes(build: Callable[[], T]) -> T | None:
         return None
 
 
-def require_tensors(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) -> None:
+def require_tensors(tensors: Mapping[str, Tensor], inner: SparseAutoencoder, where: str) -> None:
     """The tensors are those of the module, by name and shape; `inner` may be on the meta device, where it takes no
     memory."""
-    state = _state_of(wrapped)
+    state = _state_of(tensors)
     expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
     different = sorted(expected ^ state.keys())
-    if different or not {SCALE, TARGET_SCALE} <= wrapped.tensors.keys():
+    if different or not {SCALE, TARGET_SCALE} <= tensors.keys():
         raise SaeInvalid(
             f"{where}: the tensors are not those of the variant ({', '.join(different) or 'no scale'}): copy "
             "the folder anew"
         )
     scales = {SCALE: (inner.d_in,), TARGET_SCALE: (inner.d_out,)}
     expected_shapes = scales | {f"{MODULE}{name}": tuple(t.shape) for name, t in inner.state_dict().items()}
-    wrong = sorted(name for name, t in wrapped.tensors.items() if tuple(t.shape) != expected_shapes.get(name))
+    wrong = sorted(name for name, t in tensors.items() if tuple(t.shape) != expected_shapes.get(name))
     if wrong:
         raise SaeInvalid(f"{where}: the tensors {', '.join(wrong)} have other shapes than the variant's: copy it anew")
 
 
-def _state_of(wrapped: WrappedSae) -> dict[str, Tensor]:
-    return {name.removeprefix(MODULE): t for name, t in wrapped.tensors.items() if name.startswith(MODULE)}
+def _state_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(MODULE): t for name, t in tensors.items() if name.startswith(MODULE)}

@@ -26,16 +26,7 @@ from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
 from .atomic_files import read_json, replace_written
-from .module_form import (
-    SCALE,
-    TARGET_SCALE,
-    Rebuild,
-    WrappedSae,
-    built_of_shapes,
-    module_form,
-    require_tensors,
-    sae_from_wrapped,
-)
+from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -74,8 +65,7 @@ def save_sae(
         plain = plain_sae(sae, stats, target_stats)
         tensors, form = plain.tensors, _plain_form(plain, variant, metadata)
     else:
-        wrapped = module_form(sae, stats, target_stats, knobs or {})
-        tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
+        tensors, form = module_form(sae, stats, target_stats), _wrapped_form(sae, variant, knobs or {})
     make_folder(folder)
     for left in folder.glob(".*.tmp"):  # by a process that was killed: one at a time writes an SAE
         left.unlink(missing_ok=True)
@@ -102,10 +92,11 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in TENSORS:
         raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(TENSORS)}, found {architecture!r}")
-    if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+    if config["normalize_activations"] != "none":
         raise SaeInvalid(
-            f"{folder}: normalize_activations is {config['normalize_activations']!r}, which cannot be folded into "
-            "weights; save the SAE with normalize_activations 'none'"
+            f"{folder}: expected weights for activations as the model has them, found normalize_activations "
+            f"{config['normalize_activations']!r}. If that is expected_average_only_in, fold the factor into them with "
+            "SAELens (fold_activation_norm_scaling_factor) and save the SAE anew; another kind cannot be folded"
         )
     names = TENSORS[architecture]
     found = read_tensors(folder / WEIGHTS, names)
@@ -179,23 +170,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
-    wrapped = WrappedSae(read_tensors(folder / WEIGHTS), config.get("knobs", {}), tuple(config["needs_side"]))
-    metadata = config.get("metadata", {})
+    tensors, metadata = read_tensors(folder / WEIGHTS), config.get("metadata", {})
     for name, kind in (("training_architecture", str), ("training_architecture_details", dict)):
         if not isinstance(metadata.get(name), kind):
             raise SaeInvalid(
                 f"{folder / CONFIG}: expected metadata.{name} as a {kind.__name__}, found {metadata.get(name)!r:.60}"
             )
-    d_in = wrapped.tensors[SCALE].numel() if SCALE in wrapped.tensors else 0
+    d_in = tensors[SCALE].numel() if SCALE in tensors else 0
     if config.get("d_in") != d_in:  # before memory is taken for it
         raise SaeInvalid(f"{folder / CONFIG}: expected d_in {d_in} by its weights, found {config.get('d_in')!r}")
-    d_out = wrapped.tensors[TARGET_SCALE].numel() if TARGET_SCALE in wrapped.tensors else d_in
+    d_out = tensors[TARGET_SCALE].numel() if TARGET_SCALE in tensors else d_in
     built = metadata["training_architecture"], metadata["training_architecture_details"], d_in, d_out
     try:
         inner = built_of_shapes(lambda: rebuild(*built))
         if inner is not None:  # nothing takes memory that the tensors do not fit
-            require_tensors(wrapped, inner, str(folder))
-        sae = sae_from_wrapped(wrapped, rebuild(*built), str(folder))
+            require_tensors(tensors, inner, str(folder))
+        sae = sae_from_wrapped(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise
@@ -225,15 +215,15 @@ def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> d
     return form
 
 
-def _wrapped_form(wrapped: WrappedSae, sae: SparseAutoencoder, variant: str) -> dict[str, Any]:
+def _wrapped_form(sae: SparseAutoencoder, variant: str, knobs: Mapping[str, float]) -> dict[str, Any]:
     return {
         "architecture": f"saemill_{variant}",
         "d_in": sae.d_in,
         "d_sae": sae.num_latents,
         "d_out": sae.d_out,
         "apply_b_dec_to_input": sae.centres_input,
-        "needs_side": list(wrapped.needs_side),
-        "knobs": wrapped.knobs,
+        "needs_side": list(sae.needs_side),
+        "knobs": dict(knobs),
     }
 
 

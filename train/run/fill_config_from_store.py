@@ -67,10 +67,11 @@ def settle(ask: Ask, store: Store) -> Settled:
     manifest = store.manifest
     data = with_pool(ask.stream(DataConfig(massive_norms=default_multiple(manifest))), manifest)
     plan = make_plan(data, store)
-    budget = settle_budget(ask.length(), plan, store.url)
+    steps, remark = settle_budget(ask.length(), plan, store.url)
+    tokens = steps * plan.batch_tokens
 
     def limits(config: Variant) -> Mapping[str, float]:
-        return config.limits(manifest, budget.tokens)
+        return config.limits(manifest, tokens)
 
     asked = ask.members(limits, by_hook(manifest.sites))
     asked = with_baselines(asked, limits, ask.recipe) if ask.baselines else asked
@@ -82,8 +83,8 @@ def settle(ask: Ask, store: Store) -> Settled:
                 f"{key}: SAEs that begin as --init have no start of their own: leave out one of the two"
             )
         members = tuple(map(without_start, members))
-    config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
-    return Settled(config, plan, budget.steps, budget.remark, ask.recipe, init)
+    config = RunConfig(data, replace(ask.length(), tokens=tokens), members)
+    return Settled(config, plan, steps, remark, ask.recipe, init)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:
@@ -117,23 +118,14 @@ def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
     return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The length of a run."""
-
-    steps: int
-    tokens: int
-    remark: str  # how it came about
-
-
-def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
-    """Steps from tokens, epochs or neither; an error where the store cannot give them."""
+def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, str]:
+    """Steps from tokens, epochs or neither, and how they came about; an error where the store cannot give them."""
     available = plan.steps_in(1)
     _require_steps(available, plan, where)
     if course.tokens is None:
         epochs = course.epochs or max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // (available * plan.batch_tokens))))
         said = "" if course.epochs else "no --tokens or --epochs given: "
-        return _budget(plan.steps_in(epochs), plan, said)
+        return _with_remark(plan.steps_in(epochs), plan, said)
     epochs = course.epochs or 1
     steps = course.tokens // plan.batch_tokens
     if steps == 0:
@@ -148,13 +140,12 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
             f"in an epoch{f', {plan.sizes.tokens * epochs:,} in {epochs}' if epochs > 1 else ''}: "
             f"give --epochs {needed} to read it again, or fewer --tokens"
         )
-    return _budget(min(steps, plan.steps_in(epochs)), plan, "")
+    return _with_remark(min(steps, plan.steps_in(epochs)), plan, "")
 
 
-def _budget(steps: int, plan: Plan, said: str) -> Budget:
+def _with_remark(steps: int, plan: Plan, said: str) -> tuple[int, str]:
     tokens = steps * plan.batch_tokens
-    epochs = tokens / plan.sizes.tokens
-    return Budget(steps, tokens, f"{said}{tokens:,} tokens, {epochs:.2g} epochs of {plan.sizes.tokens:,}")
+    return steps, f"{said}{tokens:,} tokens, {tokens / plan.sizes.tokens:.2g} epochs of {plan.sizes.tokens:,}"
 
 
 def _require_steps(available: int, plan: Plan, where: str) -> None:

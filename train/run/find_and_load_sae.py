@@ -109,7 +109,6 @@ def _download(name: str, looked: str) -> Path:
     """The one SAE that a repository of the Hub, or a folder of it, has by the names of its files: no other file is
     fetched. Where the Hub cannot be asked, what it gave before."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.rstrip("/").split("/")
     repository, inside = f"{owner}/{repository}", "/".join(folder)
@@ -119,8 +118,8 @@ def _download(name: str, looked: str) -> Path:
     wanted = [glob.escape(file) for file in files if _is_of(inside, file)]
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
-        reason = obstacle or str(error).partition("\n")[0]
+    except Exception as error:  # noqa: BLE001  what transports files is a library of its own, and the disk may be full
+        reason = obstacle or _said_of(error)
         raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from None
     return Path(root, inside)
 
@@ -159,8 +158,12 @@ def _files_of(repository: str) -> tuple[list[str], str | None]:
         return [], "HF_HUB_OFFLINE is set, and it is not in the local cache"
     answer = ask_hub(lambda: HfApi().repo_info(repository, timeout=ANSWER_SECONDS))
     if isinstance(answer, Exception):
-        return [], str(answer).partition("\n")[0] or type(answer).__name__
+        return [], _said_of(answer)
     return [one.rfilename for one in answer.siblings or ()], None
+
+
+def _said_of(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def ask_hub(ask: Callable[[], Any]) -> Any:

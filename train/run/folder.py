@@ -44,11 +44,15 @@ class RunFolder:
         self.path = own_path(path)
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str], name: str | None) -> RunFolder:
-        """A new folder: of this name, or of the next free number."""
-        root = _make_root(root)
+    def create(cls, root: str | os.PathLike[str], name: str | None, like: str | None = None) -> RunFolder:
+        """A new folder of this name; without one the first that is free of `like`, like_2, like_3, ... or else run_1,
+        run_2, ..."""
+        root = Path(root)
+        with _name_refusal(root):
+            make_folder(root)
         if name is None:
-            return cls(_make_first(root, (f"run_{number}" for number in itertools.count(1))))
+            numbers = itertools.count(1)
+            return cls(_make_first(root, (like if like and n == 1 else f"{like or 'run'}_{n}" for n in numbers)))
         if name in ("", ".", "..") or "/" in name:
             raise ConfigInvalid(f"expected the name of a folder in {root}, found {name!r}")
         try:
@@ -59,12 +63,6 @@ class RunFolder:
                 remedy = f", or continue it with --resume {shlex.quote(name)}" if is_run(root / name) else ""
                 raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
         return cls(root / name)
-
-    @classmethod
-    def create_like(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
-        """A new folder of this name, or of name_2, name_3, ... where that exists."""
-        root = _make_root(root)
-        return cls(_make_first(root, itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))))
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
@@ -92,10 +90,6 @@ class RunFolder:
     def has_steps(self) -> bool:
         """Whether any is on record: the first is."""
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
-
-    def sae(self, label: str) -> Path:
-        """Where an SAE is saved."""
-        return self.path / label
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         with name_failure(self.path, "config.json"):
@@ -211,7 +205,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _typed_command(),
-        "git": _git_state(Path(__file__).parent),
+        "git": _git_state(Path(__file__)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
@@ -226,13 +220,6 @@ def _typed_command() -> str | None:
 def without_password(text: str) -> str:
     """Addresses may hold one: https://name:password@host. Folders of runs are handed round."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
-
-
-def _make_root(root: str | os.PathLike[str]) -> Path:
-    """The folder of runs, which may be there already."""
-    with _name_refusal(root):
-        make_folder(Path(root))
-    return Path(root)
 
 
 @contextmanager
@@ -267,12 +254,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the code, where it lies in a repository of its own."""
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain"])
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the repository that a file of the code belongs to; none of one that only lies in it, as
+    an installed package does in a project's .venv."""
+    commands = (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"], ["status", "--porcelain"])
     try:
-        commit, changes = (
-            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+        _, commit, changes = (
+            subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=True).stdout
             for words in commands
         )
     except (OSError, subprocess.CalledProcessError):

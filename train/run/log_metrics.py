@@ -26,7 +26,7 @@ class Watch:
         self,
         log: MetricsLog | None,
         trackers: Trackers,
-        progress: Progress,
+        progress: Progress | None,
         feed: Feed,
         process: Process,
         labels: Sequence[str],
@@ -41,7 +41,7 @@ class Watch:
         self.last: dict[str, dict[str, float]] = {}
         self._before = (0.0, 0.0)  # seconds, seconds waited: in processes before this one
         self._tokens = 0.0
-        self._started = self._refreshed = time.perf_counter()
+        self._started = time.perf_counter()
         self._ended: float | None = None
 
     def go_on(self, standing: Standing) -> None:
@@ -51,7 +51,7 @@ class Watch:
 
     def begin(self) -> None:
         """Start the clock."""
-        self._started = self._refreshed = time.perf_counter()
+        self._started = time.perf_counter()
 
     def end(self) -> None:
         """Stop it: what is measured and saved after the last step is no training."""
@@ -63,8 +63,9 @@ class Watch:
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
             self._record(step, reports, diverged)
-        elif self._process.is_first and self._progress.is_due(time.perf_counter() - self._refreshed):
-            self._show(step, {label: report.scalars() for label, report in reports.items()})
+        elif self._progress is not None and self._progress.is_due():
+            scalars = {label: report.scalars() for label, report in reports.items()}
+            self._progress.show(step + 1, scalars, self.tokens_per_second)
 
     @property
     def seconds(self) -> float:
@@ -109,14 +110,10 @@ class Watch:
                 self.log.write({"sae": label, **shared, **said})
         for label, scalars in self.last.items():
             self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
-        if self._process.is_first:
-            self._show(step, self.last)
+        if self._progress is not None:
+            self._progress.show(step + 1, self.last, self.tokens_per_second)
         if self._onlookers is not None:
             self._onlookers.look()
-
-    def _show(self, step: int, scalars: Mapping[str, Mapping[str, float]]) -> None:
-        self._refreshed = time.perf_counter()
-        self._progress.show(step + 1, scalars, self.tokens_per_second)
 
     def _mean_over_ranks(self, report: Report) -> dict[str, float]:
         scalars, team = report.scalars(), self._process.team

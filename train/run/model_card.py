@@ -72,7 +72,8 @@ def _header(licence: str | None) -> Iterator[str]:
 
 def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     count = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
-    yield f"{count} of a language model's activations, trained with saemill."
+    is_ours = all("cache_id" in sae.metadata for sae in saes)  # other tools know no store
+    yield f"{count} of a language model's activations{', trained with saemill' * is_ours}."
     for sae in saes:
         yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
         yield from _table(("", ""), [(name, plain(value)) for name, value in _facts(sae)])

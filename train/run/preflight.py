@@ -14,7 +14,7 @@ from ...cache_schema.requests_and_spans import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
-from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
+from ..data.scaling import Stats, bounds_of, stats_from_moments
 from ..data.training_stream import joint_request
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fill_config_from_store import Settled
@@ -101,8 +101,8 @@ def _require_memory(
         row = min(manifest.attention.topk, manifest.context) * entry + 8 + 2  # where it ends, and its mass
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
-    shard_rows = manifest.shard_windows * manifest.context  # held-out batches lie in one shard
-    held_out = min(plan.batch_tokens, shard_rows, _held_out_windows(settled, store) * manifest.context)
+    windows = min(manifest.shard_windows, _held_out_windows(settled, store))  # held-out batches lie in one shard
+    held_out = min(max(plan.batch_tokens, manifest.context), windows * manifest.context)
     rows, team = plan.batch_tokens // processes, processes * parts
     require_room(members, manifest.width_of, rows, pool_bytes, parts, device, held_out, team)
 
@@ -132,18 +132,9 @@ def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[P
             )
 
 
-def _ordinary_stats(store: Store, layer: Place, massive_norms: float) -> Stats:
-    massive = measure_massive(store, layer, massive_norms)
-    if not massive.ordinary.mean_norm > 0:
-        raise NothingToTrain(
-            f"{say_place(layer)} of {store.url}: {massive}. No others are left to train on. "
-            "Set data.massive_norms=inf to train on all rows"
-        )
-    return stats_of_ordinary(massive)
-
-
 def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stats:
-    """A layer's statistics; activations that are not finite end here, with their shard."""
+    """A layer's statistics, of its ordinary rows where massive ones are left out; activations that are not finite end
+    here, with their shard."""
     site = site_of(layer)
     moments = store.moments(site.layer, site.hook)
     if moments.mean_norm == 0:
@@ -152,12 +143,20 @@ def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stat
             "Harvest or import another layer"
         )
     stats = stats_from_moments(moments)
-    if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):
-        return stats if massive_norms is None else _ordinary_stats(store, layer, massive_norms)
-    shards = range(store.manifest.shards)
-    means = {shard: store.shard_moments(site.layer, shard, site.hook).mean for shard in shards}
-    broken = [shard for shard, mean in means.items() if not torch.tensor(mean).isfinite().all()]
-    raise ActivationsNotFinite(
-        f"{store.url}: activations of {say_place(layer)} are not all finite numbers, in shard "
-        f"{', '.join(map(str, broken[:8])) or 'unknown'}. Harvest again in a dtype that can hold them, such as bfloat16"
-    )
+    if not bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):
+        shards = range(store.manifest.shards)
+        means = {shard: store.shard_moments(site.layer, shard, site.hook).mean for shard in shards}
+        broken = ", ".join([str(shard) for shard, mean in means.items() if not torch.tensor(mean).isfinite().all()][:8])
+        raise ActivationsNotFinite(
+            f"{store.url}: activations of {say_place(layer)} are not all finite numbers, in shard "
+            f"{broken or 'unknown'}. Harvest again in a dtype that can hold them, such as bfloat16"
+        )
+    if massive_norms is None:
+        return stats
+    massive = measure_massive(store, layer, massive_norms)
+    if not massive.ordinary.mean_norm > 0:
+        raise NothingToTrain(
+            f"{say_place(layer)} of {store.url}: {massive}. No others are left to train on. "
+            "Set data.massive_norms=inf to train on all rows"
+        )
+    return replace(stats_from_moments(massive.ordinary), massive=massive)

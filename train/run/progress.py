@@ -23,35 +23,35 @@ WIDE = 110  # columns
 
 
 class Progress:
-    """Shows how training goes. Quiet where it is told to be."""
+    """Shows how training goes."""
 
-    def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int, *, is_quiet: bool) -> None:
-        self._console, self._total, self._is_quiet = console, total_steps, is_quiet
+    def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int) -> None:
+        self._console, self._total = console, total_steps
         self._bars = self._tasks = None
-        self._printed = time.perf_counter()
-        if console.is_terminal and not is_quiet:
+        self._shown = time.perf_counter()
+        if console.is_terminal:
             self._bars = _make_bars(console)
             self._tasks: dict[str, TaskID] | None = {
                 label: self._bars.add_task(label, total=total_steps, completed=done, numbers="") for label in labels
             }
             self._bars.start()
 
-    def is_due(self, seconds: float) -> bool:
-        """Whether it would show something, so long after the last time; the numbers are waited for."""
-        if self._is_quiet:
-            return False
-        return seconds > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
+    def is_due(self) -> bool:
+        """Whether it is time to show something again; the numbers are waited for."""
+        return time.perf_counter() - self._shown > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
 
     def show(self, steps: int, scalars: Mapping[str, Mapping[str, float]], tokens_per_second: float) -> None:
         """The state after so many steps."""
         if self._bars is not None and self._tasks is not None:
             for label, values in scalars.items():
                 self._bars.update(self._tasks[label], completed=steps, numbers=summary(values, tokens_per_second))
-        elif not self._is_quiet and (time.perf_counter() - self._printed > PLAIN_SECONDS or steps == self._total):
-            self._printed = time.perf_counter()
+        elif self.is_due() or steps == self._total:
             for label, values in scalars.items():
                 line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}"
                 self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        else:
+            return
+        self._shown = time.perf_counter()
 
     def close(self) -> None:
         if self._bars is not None:

@@ -164,7 +164,7 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
     trainee = run.fleet.trainees[member.label]
     dead = trainee.counters.dead(trainee.assembly.dead_after_tokens)
     return SaeOutcome(
-        folder=str(run.folder.sae(member.label)),
+        folder=str(run.folder.path / member.label),
         variant=member.variant,
         width=trainee.sae.num_latents,
         l0=tally.l0,

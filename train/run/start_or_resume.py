@@ -70,7 +70,7 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
     _begin_as_source(settled, fleet, store, process)
     with all_or_none(process.group):
         if process.is_first:
-            folder = _make_folder(settled, out, name)
+            folder = RunFolder.create(out, name, like=settled.recipe and settled.recipe.name)
             folder.write_config(settled.describe(store))
             path = str(folder.path)
     folder = RunFolder(process.group.texts(path)[0])
@@ -136,13 +136,6 @@ def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Proc
             begin_fleet_as(settled.init, fleet, store.manifest)
 
 
-def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
-    """With the name that was given, else the recipe's, else the next number."""
-    if name is None and settled.recipe is not None:
-        return RunFolder.create_like(out, settled.recipe.name)
-    return RunFolder.create(out, name)
-
-
 def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Standing | None:
     """Bring the fleet to where the last whole checkpoint left it."""
     with all_or_none(process.group):
@@ -194,18 +187,18 @@ def _open_outlets(
     folder: RunFolder,
     done: int,
     standing: Standing | None,
-) -> tuple[MetricsLog | None, Trackers, Progress]:
+) -> tuple[MetricsLog | None, Trackers, Progress | None]:
     """What a run writes to and shows: only rank 0 does either. The log comes first, and is cut back to the checkpoint:
     nothing else may begin for a run that another process trains."""
-    labels, steps = [member.label for member in settled.config.members], settled.total_steps
     if not process.is_first:
-        return None, Trackers((), folder.path, {}), Progress(process.console, labels, steps, 0, is_quiet=True)
+        return None, Trackers((), folder.path, {}), None
     log = MetricsLog(folder.metrics)
     open_things.callback(log.close)
     log.cut(standing.metrics_bytes if standing else 0)
     trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
     open_things.callback(trackers.close)
-    progress = Progress(process.console, labels, steps, done, is_quiet=False)
+    labels = [member.label for member in settled.config.members]
+    progress = Progress(process.console, labels, settled.total_steps, done)
     open_things.callback(progress.close)
     return log, trackers, progress
 

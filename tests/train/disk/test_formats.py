@@ -589,6 +589,22 @@ def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
         assert asked.pop() == ("owner/name", files)
 
 
+@pytest.mark.parametrize("lost", [Exception("peer closed connection\nsee"), OSError("No space left"), OSError()])
+def test_a_download_that_ends_early_is_told_in_a_line(tmp_path, monkeypatch, lost):
+    """Its transport raises errors of its own, which are no errors of the Hub's library."""
+    import huggingface_hub
+
+    def download(*_, **__):
+        raise lost
+
+    there = SimpleNamespace(siblings=[SimpleNamespace(rfilename="sae_weights.safetensors")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: there)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    said = str(lost).partition("\n")[0] or "OSError"
+    with pytest.raises(RunMissing, match=f"The Hugging Face Hub was asked for owner/name: {said}$"):
+        load_sae("owner/name", tmp_path)
+
+
 def test_a_run_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     import huggingface_hub
 

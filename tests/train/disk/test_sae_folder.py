@@ -237,11 +237,13 @@ def test_every_variant_can_be_built_of_shapes_alone(variant, settings, battery):
         config.build(D, None, *(() if targets is None else (unit_stats(D * len(targets)),)))
 
 
-def test_normalisation_at_run_time_is_refused(tmp_path, battery):
+@pytest.mark.parametrize("kind", ["layer_norm", "expected_average_only_in"])
+def test_weights_for_activations_that_are_normalised_first_are_refused(kind, tmp_path, battery):
+    """The factor of the latter stands nowhere in the folder; SAELens says "none" once it is folded in."""
     save(tmp_path, "topk", battery)
     config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"normalize_activations": "layer_norm"}))
-    with pytest.raises(SaeInvalid, match="layer_norm"):
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"normalize_activations": kind}))
+    with pytest.raises(SaeInvalid, match=f"normalize_activations '{kind}'"):
         load_plain_sae(tmp_path)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -62,6 +63,17 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     assert result.output.rstrip().endswith(f"next: sae-eval {run}")
     assert "ended" in (run / "live.js").read_text()  # a page while it trained, and in the end the whole one
     assert "held-out" in (run / "report.html").read_text()
+
+
+def test_the_commit_of_a_project_in_which_the_code_is_installed_is_not_the_code_s(tmp_path):
+    for name in ("its_own.py", "installed.py"):
+        (tmp_path / name).touch()
+    as_somebody = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init"], ["add", "its_own.py"], [*as_somebody, "commit", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+    found = folder._git_state(tmp_path / "its_own.py")
+    assert found is not None and len(found["commit"]) == 40 and found["is_dirty"]
+    assert folder._git_state(tmp_path / "installed.py") is None
 
 
 def test_who_looks_on_costs_a_run_a_hundredth_of_its_time(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall
 from saemill.train.run import fits_in_memory, preflight
+from saemill.train.run.validation import Tally
 
 CPU = torch.device("cpu")
 
@@ -183,6 +184,22 @@ def test_a_team_are_those_that_share_rows_or_latents(big, sae_train, quick, monk
     monkeypatch.setattr(preflight, "_require_memory", require)
     sae_train("--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640)
     assert asked == [4, 3]
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 5])
+def test_as_many_rows_are_counted_for_the_end_as_are_measured_at_once(big, sae_train, quick, monkeypatch, batch_tokens):
+    """A window at least, which may be longer than a batch."""
+    counted, measured, real = [], [], Tally.add
+
+    def add(tally, target, *rest):
+        measured.append(len(target))
+        real(tally, target, *rest)
+
+    monkeypatch.setattr(preflight, "require_room", lambda *args: counted.append(args[-2]))
+    monkeypatch.setattr(Tally, "add", add)
+    words = ["--tokens", 128, "--set", f"data.batch_tokens={batch_tokens}"]
+    sae_train("--variant", "topk", *quick, "--cache", big["path"], *words)
+    assert max(measured) <= counted[0] < 2 * max(measured)
 
 
 def test_free_memory_is_some_of_what_the_host_has_in_bytes():

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from saemill.cache_schema import Store, massive_activations
-from saemill.cache_schema.massive_activations import measure_massive
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.mixing_order import Plan, measure_split
-from saemill.train.data.scaling import stats_of_ordinary
 from saemill.train.data.training_stream import Feed
+from saemill.train.run.preflight import layer_stats
 
 TRAIN = [(3, 11, 2), (3, 400, 7), (4, 400, 7), (4, 801, 1)]
 HELD_OUT = [(3, 930, 3), (3, 941, 4)]
@@ -83,7 +82,7 @@ def test_a_run_with_the_rule_resumes_to_the_same_bits(spiked, sae_train, quick, 
 
 def make_feed(store, needs, device="cpu", **share):
     plan = Plan(measure_split(store, "train"), batch_tokens=64, pool_tokens=640, seed=0)
-    stats = {layer: stats_of_ordinary(measure_massive(store, layer, 10.0)) for layer in (3, 4)}
+    stats = {layer: layer_stats(store, layer, 10.0) for layer in (3, 4)}
     return Feed(store, plan, needs, stats, torch.device(device), **share)
 
 

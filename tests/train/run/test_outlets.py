@@ -24,7 +24,7 @@ NUMBERS = {"loss": 0.25, "l0": 31.7, "explained_variance": 0.81234, "dead_share"
 
 def test_a_terminal_gets_a_line_a_sae():
     out = io.StringIO()
-    progress = Progress(Console(file=out, force_terminal=True, width=150), ["a", "b"], 100, 10, is_quiet=False)
+    progress = Progress(Console(file=out, force_terminal=True, width=150), ["a", "b"], 100, 10)
     progress.show(40, {"a": NUMBERS, "b": NUMBERS}, 1234.0)
     progress.close()
     for said in (" 40%", "loss 0.25", "L0 31.7", "EV 0.812", "dead 1.5%", "1,234 tok/s"):
@@ -33,23 +33,24 @@ def test_a_terminal_gets_a_line_a_sae():
 
 def test_a_log_gets_plain_lines_and_the_last_one_always():
     out = io.StringIO()
-    progress = Progress(Console(file=out, width=40), ["a"], 100, 0, is_quiet=False)
+    progress = Progress(Console(file=out, width=40), ["a"], 100, 0)
     progress.show(40, {"a": NUMBERS}, 1234.0)
     progress.show(100, {"a": NUMBERS}, 1234.0)
     assert out.getvalue().count("\n") == 1 and out.getvalue().startswith("a 100/100 loss 0.25")
-    quiet = Progress(Console(file=out), ["a"], 100, 0, is_quiet=True)
-    quiet.show(100, {"a": NUMBERS}, 1.0)
-    assert out.getvalue().count("\n") == 1
 
 
-def test_numbers_are_asked_for_where_they_are_shown():
+def test_numbers_are_asked_for_where_they_are_shown(monkeypatch):
     """Each time costs a wait for a GPU."""
-    plain = Progress(Console(file=io.StringIO()), ["a"], 100, 0, is_quiet=False)
-    shown = Progress(Console(file=io.StringIO(), force_terminal=True), ["a"], 100, 0, is_quiet=False)
-    quiet = Progress(Console(file=io.StringIO()), ["a"], 100, 0, is_quiet=True)
-    assert [one.is_due(1.0) for one in (plain, shown, quiet)] == [False, True, False]
-    assert plain.is_due(31.0)
-    shown.close()
+    now = [0.0]
+    monkeypatch.setattr("saemill.train.run.progress.time.perf_counter", lambda: now[0])
+    plain = Progress(Console(file=io.StringIO()), ["a"], 100, 0)
+    bars = Progress(Console(file=io.StringIO(), force_terminal=True), ["a"], 100, 0)
+    for now[0], due in ((1.0, [False, True]), (31.0, [True, True])):
+        assert [one.is_due() for one in (plain, bars)] == due
+    for one in (plain, bars):
+        one.show(40, {"a": NUMBERS}, 1234.0)
+    assert not plain.is_due() and not bars.is_due()
+    bars.close()
 
 
 def test_the_clock_of_a_run_stops_with_its_last_step(monkeypatch):

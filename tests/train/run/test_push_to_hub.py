@@ -514,6 +514,10 @@ def test_a_config_of_another_tool_makes_no_run_that_is_not_finished(hub, run, pu
     (run / "config.json").write_text('{"model_type": "llama"}')
     (run / "result.json").unlink()
     push("run_1")
+    assert b" of a language model's activations, trained with saemill.\n" in hub.files("me/saes")["README.md"]
+    save_sae(run / "topk", load_sae(run / "topk"), unit_stats(D), {}, {}, "topk")  # as from another tool's folder
+    push("run_1", "me/others")
+    assert b" of a language model's activations.\n" in hub.files("me/others")["README.md"]
 
 
 @pytest.mark.parametrize(
