@@ -95,6 +95,11 @@ def test_uncertainty_starts_at_the_weights_and_is_not_normalised():
     torch.testing.assert_close(tiers.weights(torch.tensor([1.0, 1.0, 0.0])), torch.tensor([0.2, 0.3, 0.0]))
 
 
+def test_where_no_tier_with_a_weight_is_on_none_counts():
+    tiers = Tiers(SIZES, (0.0, 0.0, 1.0), "fixed")
+    assert tiers.weights(torch.tensor([1.0, 1.0, 0.0])).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_composition_is_the_distance_of_each_row_from_its_parts(sae, rng, shaping):
     views = shaping.make_views(rng, sae)
     tier, composition = sae.extras["tiers"].membership, sae.extras["composition"]
