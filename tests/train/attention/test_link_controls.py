@@ -71,7 +71,7 @@ def test_a_control_trains_and_is_not_guided_by_attention(battery, variant, kind)
     losses = []
     for one in (config, control):
         trainee = Trainee("one", one.build(battery.D), battery.STEPS)
-        losses.append([float(trainee.step(batch).terms["guidance"]) for batch in batches])
+        losses.append([float(trainee.step(batch).measured["loss/guidance"]) for batch in batches])
     assert all(torch.tensor(losses).flatten().isfinite())
     assert losses[0] != losses[1]
 
