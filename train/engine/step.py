@@ -26,7 +26,7 @@ from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.dictionary_over_processes import Latents, SomeLatents
-from ..parallel.ranks import ALONE, BatchRanks, Ranks, Reduction, share_batch
+from ..parallel.ranks import ONE_PROCESS, BatchRanks, Ranks, Reduction, share_batch
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
@@ -67,7 +67,7 @@ class Trainee:
         assembly: Assembly,
         total_steps: int,
         device: torch.device | str = "cpu",
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ONE_PROCESS,
         split: Ranks | None = None,
     ) -> None:
         """`ranks` share out the rows of a batch; the processes of `split` see all rows and hold some latents each."""
