@@ -10,6 +10,7 @@ import torch
 
 from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
+from saemill.train.data.scaling import Stats
 from saemill.train.engine.first_weights_from_data import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
@@ -112,6 +113,14 @@ def test_a_start_as_drawn_changes_nothing(battery):
     x_hat = trainee.sae(batch.x).detach()
     expected = 1 - (batch.x - x_hat).square().sum() / len(batch.x) / D
     assert float(trainee.step(batch).measured["explained_variance"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_transcoders_bias_begins_at_the_mean_of_its_target_or_at_zero(battery):
+    config, target = battery.config_of("transcoder"), Stats(torch.ones(D), torch.arange(float(D)), float(D))
+    mean, zero = (
+        dataclasses.replace(config, decoder_bias=bias).build(D, None, target).sae.b_dec for bias in ("mean", "zero")
+    )
+    assert torch.equal(mean, target.mean) and not zero.any()
 
 
 def test_jumprelu_begins_and_ends_at_the_l0_it_was_asked_for(battery, planted):
