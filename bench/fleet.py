@@ -23,7 +23,7 @@ from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.training_stream import Feed
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.parallel.ranks import ALONE
+from saemill.train.parallel.ranks import ONE_PROCESS
 
 TOTAL_STEPS = 10_000
 LONGER = 1.05
@@ -40,8 +40,8 @@ class Race:
         members = {f"seed{n}": config(layer=layer, width=width, k=k, seed=n) for n in range(size)}
         stats = {layer: stats_from_moments(store.moments(layer))}
         plan = Plan(measure_split(store, "train"), batch_tokens=rows, pool_tokens=pool_tokens, seed=0)
-        self.fleet = Fleet(members, stats, TOTAL_STEPS, device, ALONE)
-        self.alone = Fleet(members, stats, TOTAL_STEPS, device, ALONE)
+        self.fleet = Fleet(members, stats, TOTAL_STEPS, device, ONE_PROCESS)
+        self.alone = Fleet(members, stats, TOTAL_STEPS, device, ONE_PROCESS)
         self.feed = Feed(store, plan, self.fleet.needs.values(), stats, device)
         self.device = device
         self._steps = count()

@@ -117,10 +117,9 @@ class Plan:
     def locate(self, step: int) -> tuple[BlockPlan, int]:
         """The block that holds a step, and the step's place in it."""
         while self._starts[-1] <= step:
-            before = self._starts[-1]
-            if self.steps_in(len(self._starts)) == before:
+            if self.steps_in(len(self._starts)) == 0:  # later epochs, each dealt anew, may be without a batch
                 raise ConfigInvalid(
-                    f"expected at least one whole batch of {self.batch_tokens} tokens in each epoch, "
+                    f"expected at least one whole batch of {self.batch_tokens} tokens in the first epoch, "
                     f"found {self.sizes.tokens} trainable tokens in {self.num_blocks} blocks: "
                     "set a smaller batch_tokens"
                 )

@@ -125,26 +125,18 @@ def held_out(
 
     All rows, massive ones too: `Draw.ordinary` says which are not.
     """
-    request = joint_request(needs, "validation")
+    request, manifest = joint_request(needs, "validation"), store.manifest
     scales = {layer: stats[layer].scale.to(device) for layer in stats}
-    per_batch = max(1, batch_tokens // store.manifest.context)
-    windows = max(1, tokens // store.manifest.context)
-    for block in _blocks_in_order(store, request, device, windows, bounds_of(stats)):
-        order = WindowOrder(block, np.arange(len(block.windows)), device)
-        for start in range(0, len(block.windows), per_batch):
-            rows = order.rows(slice(start, min(start + per_batch, len(block.windows))))
-            if len(rows.places):
-                yield Draw(block, {Kind(False, ()): rows, Kind(True, ()): rows}, scales, device)
-
-
-def _blocks_in_order(
-    store: Store, request: Request, device: torch.device, windows: int, bounds: Mapping[Place, float]
-) -> Iterator[Block]:
-    """One shard's windows at a time, until there are enough."""
-    first, last = store.manifest.splits["validation"]
-    spans = store.spans(replace(request, windows=(0, min(windows, last - first))))
-    pool = Pool(store, request, max((span.windows for span in spans), default=0), device, bounds)
+    per_batch = max(1, batch_tokens // manifest.context)
+    first, last = manifest.splits["validation"]
+    spans = store.spans(replace(request, windows=(0, min(max(1, tokens // manifest.context), last - first))))
+    pool = Pool(store, request, max((span.windows for span in spans), default=0), device, bounds_of(stats))
     with ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-held-out") as readers:
-        for span in spans:
-            yield pool.fill([span], readers)
+        for span in spans:  # one shard's windows at a time
+            block = pool.fill([span], readers)
+            order = WindowOrder(block, np.arange(len(block.windows)), device)
+            for start in range(0, len(block.windows), per_batch):
+                rows = order.rows(slice(start, min(start + per_batch, len(block.windows))))
+                if len(rows.places):
+                    yield Draw(block, {Kind(False, ()): rows, Kind(True, ()): rows}, scales, device)
             pool.release()

@@ -40,29 +40,18 @@ class Every:
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `start` to `end` between two fractions of the run, flat before and after; `power` bends it."""
+    """From `start` to `end` between two fractions of the run, flat before and after; at once where they are one."""
 
     start: float
     end: float
     begin_fraction: float = 0.0
     end_fraction: float = 1.0
-    power: float = 1.0
 
     def __call__(self, step: int, total_steps: int) -> float:
         begin = self.begin_fraction * total_steps
         span = (self.end_fraction - self.begin_fraction) * total_steps
         done = _clip01((step - begin) / span) if span > 0 else float(step >= begin)
-        return self.start + (self.end - self.start) * done**self.power
-
-
-@dataclass(frozen=True)
-class Switch:
-    """0 before a fraction of the run, 1 from there on."""
-
-    at_fraction: float
-
-    def __call__(self, step: int, total_steps: int) -> float:
-        return float(step >= self.at_fraction * total_steps)
+        return self.start + (self.end - self.start) * done
 
 
 @dataclass(frozen=True)
@@ -153,16 +142,15 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Decay:
-    """1 until the last `fraction` of the run, then linearly to `floor` at its end."""
+    """1 until the last `fraction` of the run, then linearly to 0 at its end."""
 
     fraction: float
-    floor: float = 0.0
 
     def __call__(self, step: int, total_steps: int) -> float:
         start = (1.0 - self.fraction) * total_steps
         if step < start or self.fraction == 0.0:
             return 1.0
-        return 1.0 - (1.0 - self.floor) * _clip01((step - start) / (total_steps - start))
+        return 1.0 - _clip01((step - start) / (total_steps - start))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.dictionary_over_processes import Latents, SomeLatents
-from ..parallel.ranks import ALONE, BatchRanks, Ranks, Reduction, share_batch
+from ..parallel.ranks import ONE_PROCESS, BatchRanks, Ranks, Reduction, share_batch
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
@@ -41,47 +41,21 @@ from .terms_and_constraints import Assembly, cut, require_splittable, split_para
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs a wait, and the list of the dead another
 RECORDS = {"cuda"}  # kinds of devices whose launches can be recorded
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
-LOSS, NOTE, LOOKED_AT = "loss of ", "note of ", "looked at: "  # names of what a step tells, before those of terms
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """What the host reads of a step later, where it does not wait for the device."""
-
-    step: int
-    losses: Mapping[str, Tensor]  # of the whole batch
-    is_finite: Tensor  # not 0: the loss is
-    is_input_finite: Tensor  # not 0: the batch is
+LOOKED_AT = "looked at: "  # before the names of what the host reads later, where it does not wait for the device
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What one step reports. Tensors are scalars; `scalars` brings them all to the host in one transfer."""
+    """What one step reports, by the names of a log."""
 
-    step: int
     weight: float  # of this rank in a mean over ranks
-    lr: float
-    loss: Tensor
-    terms: Mapping[str, Tensor]
-    weights: Mapping[str, float]
-    knobs: Mapping[str, float]
-    notes: Mapping[str, Tensor]
-    l0: Tensor
-    explained_variance: Tensor
-    dead_share: Tensor
-    grad_norm: Tensor | None
+    measured: Measured
+    known: dict[str, float]  # what the host decided
 
     def scalars(self) -> dict[str, float]:
-        """Flat names and numbers, for a log."""
-        values = {"loss": self.loss, "l0": self.l0, "explained_variance": self.explained_variance}
-        values |= {"dead_share": self.dead_share} | {f"loss/{name}": value for name, value in self.terms.items()}
-        values |= self.notes
-        if self.grad_norm is not None:
-            values["grad_norm"] = self.grad_norm
-        numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
-        named = dict(zip(values, numbers, strict=True))
-        named |= {f"weight/{name}": weight for name, weight in self.weights.items()}
-        return named | {f"knob/{name}": knob for name, knob in self.knobs.items()} | {"lr": self.lr}
+        """All of it, brought to the host in one transfer."""
+        numbers = torch.stack([value.double() for value in self.measured.values()]).tolist()
+        return dict(zip(self.measured, numbers, strict=True)) | self.known
 
 
 class Trainee:
@@ -93,7 +67,7 @@ class Trainee:
         assembly: Assembly,
         total_steps: int,
         device: torch.device | str = "cpu",
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ONE_PROCESS,
         split: Ranks | None = None,
     ) -> None:
         """`ranks` share out the rows of a batch; the processes of `split` see all rows and hold some latents each."""
@@ -122,7 +96,7 @@ class Trainee:
         self.step_index = 0
         self._lr = assembly.rate
         self._looks_late = not reads_at_once(self.sae.b_enc)
-        self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
+        self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps that nobody has looked at yet
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
         self._random_state = assembly.generator.get_state()  # as this step began
         # Without kernels of our own the host reads what was selected.
@@ -144,20 +118,9 @@ class Trainee:
         self.optimiser.begin(lr)
         measured = self._measured(batch, weights, knobs, ranks)
         self.step_index += 1
-        return Report(
-            step=self.step_index - 1,
-            weight=ranks.weight,
-            lr=lr,
-            loss=measured["loss"],
-            terms=_under(LOSS, measured),
-            weights=weights,
-            knobs=knobs,
-            notes=_under(NOTE, measured),
-            l0=measured["l0"],
-            explained_variance=measured["explained_variance"],
-            dead_share=measured["dead_share"],
-            grad_norm=measured.get("grad_norm"),
-        )
+        known = {f"weight/{name}": weight for name, weight in weights.items()}
+        known |= {f"knob/{name}": knob for name, knob in knobs.items()}
+        return Report(ranks.weight, measured, known | {"lr": lr})
 
     def _measured(
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
@@ -171,8 +134,8 @@ class Trainee:
             key = *weights.items(), *knobs.items(), *places
         measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs, ranks))
         if self._looks_late:
-            losses = _under(LOOKED_AT, measured)
-            self._traces.append(Trace(self.step_index, losses, measured["is_finite"], measured["is_input_finite"]))
+            names = [name for name in measured if name.startswith(LOOKED_AT)]
+            self._traces.append((self.step_index, {name.removeprefix(LOOKED_AT): measured.pop(name) for name in names}))
         return measured
 
     def _work(
@@ -187,13 +150,14 @@ class Trainee:
         if not self.latents.is_whole:
             losses = self._add_parts(losses)
             loss = _weighted_sum(losses, weights)
-        measured = self._require_finite(view, loss, losses)
+        measured = self._require_finite(view, loss, losses) | {"loss": loss.detach()}
         with torch.no_grad():
             residual = view.residual.reshape(-1)
             unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
+            measured["l0"] = self.latents.sum(view.codes.l0)
             measured["explained_variance"] = 1.0 - unexplained
             measured["dead_share"] = self.latents.sum(view.dead.double().sum()) / self.latents.total
-            measured["l0"] = self.latents.sum(view.codes.l0)
+        measured |= {f"loss/{name}": value.detach() for name, value in losses.items()}
         # A rank with more rows counts more; alone the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
@@ -204,11 +168,9 @@ class Trainee:
             self.counters.update(view.fired, ranks.rows(view.x.shape[0]))
             for extra in extras_of(self.sae):
                 extra.observe(view)
-        measured |= {"loss": loss.detach()} | ({} if grad_norm is None else {"grad_norm": grad_norm})
-        measured |= {LOSS + name: value.detach() for name, value in losses.items()}
         if is_recording() and not torch.equal(self.assembly.generator.get_state(), self._random_state):
             raise NotRecordable("it draws random numbers on the host")
-        return measured | {NOTE + name: value for name, value in view.notes.items()}
+        return measured | view.notes | ({} if grad_norm is None else {"grad_norm": grad_norm})
 
     def _undo(self) -> None:
         """What a step has left on the host of which nothing was done on the device."""
@@ -231,12 +193,8 @@ class Trainee:
     @property
     def state_bytes(self) -> int:
         """Of all that `state` gives: of the latents that are here, as many times as there are others."""
-        return sum(
-            tensor[:1].numel() * self.latents.total * tensor.element_size()
-            if self._is_part(name)
-            else tensor.numel() * tensor.element_size()
-            for name, tensor in self._own_state().items()
-        )
+        state = self._own_state()
+        return sum(math.prod(self._whole_shape(name, own)) * own.element_size() for name, own in state.items())
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
@@ -268,11 +226,9 @@ class Trainee:
         own = self._own_state()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
-        shapes = {
-            name: (self.latents.total, *t.shape[1:]) if self._is_part(name) else t.shape for name, t in own.items()
-        }
+        shapes = {name: self._whole_shape(name, tensor) for name, tensor in own.items()}
         problems += [
-            f"{name}: expected shape {tuple(shapes[name])}, found {tuple(state[name].shape)}"
+            f"{name}: expected shape {shapes[name]}, found {tuple(state[name].shape)}"
             for name in own.keys() & state.keys()
             if shapes[name] != tuple(state[name].shape)
         ]
@@ -288,6 +244,10 @@ class Trainee:
     def _is_part(self, name: str) -> bool:
         """Whether a tensor of the state is of the latents that are here."""
         return bool(self._split) and name in split_state(self._split)
+
+    def _whole_shape(self, name: str, own: Tensor) -> tuple[int, ...]:
+        """The shape of a tensor of the state with the latents of all processes."""
+        return (self.latents.total, *own.shape[1:]) if self._is_part(name) else tuple(own.shape)
 
     def _add_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses of all latents, to be told: of some each process has a part."""
@@ -319,11 +279,11 @@ class Trainee:
         self._traces.clear()
         if not traces:
             return
-        found = torch.stack([torch.stack([trace.is_finite, trace.is_input_finite]) for trace in traces]).tolist()
-        for trace, (is_finite, is_input_finite) in zip(traces, found, strict=True):
+        checks = [torch.stack([told.pop("is_finite"), told.pop("is_input_finite")]) for _, told in traces]
+        for (step, losses), (is_finite, is_input_finite) in zip(traces, torch.stack(checks).tolist(), strict=True):
             if not is_finite:
-                losses = {name: float(value) for name, value in trace.losses.items()}
-                raise NonFiniteLoss(trace.step, losses, is_input_finite=bool(is_input_finite))
+                losses = {name: float(value) for name, value in losses.items()}
+                raise NonFiniteLoss(step, losses, is_input_finite=bool(is_input_finite))
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
         """Decided on the whole batch, so that all ranks stop or none; what is looked at later, if it is."""
@@ -331,8 +291,9 @@ class Trainee:
         if self._frozen is not None:
             is_finite = mean(loss.detach()).isfinite()
             self._frozen.copy_(torch.maximum(self._frozen, (~is_finite).float()))
-            losses = {LOOKED_AT + name: mean(value.detach()) for name, value in losses.items()}
-            return losses | {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
+            looked = {name: mean(value.detach()) for name, value in losses.items()}
+            looked |= {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
+            return {LOOKED_AT + name: value for name, value in looked.items()}
         if not math.isfinite(float(mean(loss.detach()))):
             self.assembly.generator.set_state(self._random_state)  # as if the step had not been tried
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
@@ -363,10 +324,6 @@ class Trainee:
             return {}
         is_unit = any(constraint.table_use == "unit decoder" for constraint in self.assembly.constraints)
         return {"W_enc": False, "W_dec": is_unit}
-
-
-def _under(prefix: str, measured: Measured) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
 
 
 def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

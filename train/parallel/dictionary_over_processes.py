@@ -95,7 +95,10 @@ class SomeLatents(Latents):
         return _Join.apply(part, self._ranks)
 
     def share(self, tensor: Tensor) -> Tensor:
-        return _Share.apply(tensor, self._ranks)
+        shared = tensor.view_as(tensor)
+        if shared.requires_grad:
+            shared.register_hook(self._ranks.sum)
+        return shared
 
 
 class _Join(torch.autograd.Function):
@@ -107,15 +110,3 @@ class _Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-class _Share(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.sum(grad), None

@@ -42,11 +42,17 @@ class Ranks:
         return part
 
 
-class BatchRanks(Ranks):
-    """The processes during one step, weighted by how many rows each has."""
+ONE_PROCESS = Ranks()
+
+
+class BatchRanks:
+    """The processes during one step, weighted by how many rows each has; of what they share, what a step calls."""
 
     weight = 1.0
     """This rank's rows over the mean of all ranks' rows."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.rank, self.size, self.sum, self.gather = ranks.rank, ranks.size, ranks.sum, ranks.gather
 
     def rows(self, own: int) -> int:
         """Rows of the global batch, of which `own` are this rank's."""
@@ -61,39 +67,27 @@ class BatchRanks(Ranks):
         return count.clamp_min(1)
 
 
-ALONE = BatchRanks()
+ALONE = BatchRanks(ONE_PROCESS)
 
 
 class Shares(BatchRanks):
     """Several processes, and how the rows of one batch are shared out among them."""
 
     def __init__(self, ranks: Ranks, own: int) -> None:
-        self._ranks, self._own = ranks, own
-        self.rank, self.size = ranks.rank, ranks.size
-        self._rows = int(ranks.sum(torch.tensor([own])))  # from host to host: no device is waited for
+        super().__init__(ranks)
+        self._own = own
+        self._rows = int(self.sum(torch.tensor([own])))  # from host to host: no device is waited for
         self.weight = own * self.size / self._rows
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return self._ranks.sum(tensor)
-
-    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        return self._ranks.begin_sum(tensor)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        return self._ranks.gather(tensor)
-
-    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        return self._ranks.bring(part, lengths)
 
     def rows(self, own: int) -> int:
         assert own == self._own, "shares are of the rows of one batch"
         return self._rows
 
     def mean(self, tensor: Tensor) -> Tensor:
-        return self._ranks.sum(tensor.detach() * self.weight) / self.size
+        return self.sum(tensor.detach() * self.weight) / self.size
 
     def share(self, count: Tensor) -> Tensor:
-        return self._ranks.sum(count).clamp_min(1) * self.weight / self.size
+        return self.sum(count).clamp_min(1) * self.weight / self.size
 
 
 def share_batch(ranks: Ranks, own: int) -> BatchRanks:

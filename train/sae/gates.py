@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.codes import Codes
-from .kernels.select_top_k import marked, positive, support_of_batch, support_topk, topk_batch
+from .kernels.select_top_k import marked, support_of_batch, support_topk, topk_batch
 from .kernels.sparse_support import Support, support_from_flat
 from .kernels.threshold_gradients import heaviside_ste, jump_ste
 from .side_inputs import Side
@@ -56,7 +56,7 @@ class Relu(Gate):
     may_split = True
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
-        return positive(pre, DENSE_SHARE)
+        return marked(pre > 0, DENSE_SHARE)
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         return pre.relu()
@@ -247,7 +247,7 @@ class Gated(Gate):
         self.b_mag.mul_(factor)
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
-        return positive(pre, DENSE_SHARE)
+        return marked(pre > 0, DENSE_SHARE)
 
     def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
         projected = pre.values - pre.per_latent(b_enc)

@@ -165,7 +165,7 @@ class SparseAutoencoder(nn.Module):
         return x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip.t()
 
     def lower(self, amount: float) -> None:
-        """Take this much from every pre-activation; without gradient, as `scale`."""
+        """Take this much from every pre-activation; without gradient, as `rescale`."""
         self.b_enc.sub_(amount)
         self.gate.lower(amount)
 

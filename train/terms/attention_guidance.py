@@ -49,7 +49,7 @@ class Guidance:
         weights = link_weights(by_row, links)
         A = mixture(links, weights, view.x.shape[0])
         cosines = window_cosines(view)
-        view.note("attention/links_per_token", (links.share > 0).sum() / view.x.shape[0])
+        view.note("attention/links_per_token", links.is_first.sum() / view.x.shape[0])
         _note_contributions(view, self.attention, links, weights, cosines)
         logits = torch.cat([_earlier(view, cosines), self._negatives(view)], dim=1) / self.temperature
         log_p = functional.log_softmax(logits, dim=1)[:, : links.context]

@@ -70,7 +70,7 @@ class Tiers(Extra):
             return torch.exp(-self.log_variance.detach()) * on_T
         learned = 1.0 if self.importance == "fixed" else torch.exp(-self.log_variance.detach())
         raw = self.weight * learned * on_T
-        return raw / raw.sum()
+        return raw / raw.sum().clamp_min(1e-30)  # none may be on that has a weight
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
         """Latents of a tier that the curriculum has not switched on. From then on they count as dead until they fire,

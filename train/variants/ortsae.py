@@ -31,7 +31,8 @@ class Overlap:
         W_dec = view.sae.W_dec
         order = send(torch.randperm(len(W_dec), generator=view.generator), W_dec.device)
         parts = W_dec[order].tensor_split(-(-len(W_dec) // self.chunk))
-        return sum((_nearest_cosine(part).square().sum() for part in parts), W_dec.new_zeros(())) / len(W_dec)
+        overlaps = (_nearest_cosine(part).square().sum() for part in parts if len(part) > 1)  # a row alone has none
+        return sum(overlaps, W_dec.new_zeros(())) / len(W_dec)
 
 
 def _nearest_cosine(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
+from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
@@ -102,7 +102,8 @@ class Config(Windowed):
         dynamics = Dynamics(self._group_sizes(), self.prune_every_steps, self.prune_share, self.variance_floor)
         assembly = assembly.with_extra(TEMPORAL, dynamics)
         if self.prune_share > 0:
-            assembly = assembly.with_constraints(Retire(dynamics)).with_knobs(**{PRUNE: Switch(self.prune_from)})
+            begins = Ramp(0.0, 1.0, self.prune_from, self.prune_from)
+            assembly = assembly.with_constraints(Retire(dynamics)).with_knobs(**{PRUNE: begins})
         return assembly
 
     def _with_terms(self, assembly: Assembly) -> Assembly:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.schedules import Constant, Ramp, Switch
+from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
@@ -110,10 +110,9 @@ class Config(Wrapping):
         assembly = build_base(self, d_model, stats)
         initialise(assembly.sae, self.init, assembly.generator, self.optim.start == "fitted")
         if self.resample_every_steps:
-            resampling = Resampling(self.resample_every_steps)
-            assembly = assembly.with_extra(RESAMPLING, resampling).with_knobs(
-                **{RESAMPLING: Switch(self.resample_until)}
-            )
+            ends = Ramp(0.0, 1.0, self.resample_until, self.resample_until)
+            assembly = assembly.with_extra(RESAMPLING, Resampling(self.resample_every_steps))
+            assembly = assembly.with_knobs(**{RESAMPLING: ends})
         if not self._is_nested and self.composition_weight == 0 and self.curriculum is None:
             return self._with_shapes(assembly)
         tiers = Tiers(self.sizes(), self.tier_weights, self.importance)

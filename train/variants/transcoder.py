@@ -7,19 +7,16 @@ belongs to the other place; the encoder's bias starts so that it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats, unit_stats
-from ..engine.adam import Optim
 from ..engine.terms_and_constraints import Assembly
 from ..kit.check_variant_settings import require, require_sparsity, stats_or_unit, write_hook
-from ..kit.single_layer import WithAux, assemble_mapping
-from ..kit.variant_contract import Variant
+from ..kit.single_layer import SingleLayer, WithAux, assemble_mapping
 from ..sae.gates import BatchTopK, TopK
 from ..sae.kernels.dense_products import Product
 from ..sae.model import SparseAutoencoder, tied_weights
@@ -28,17 +25,11 @@ RESID_TO_LAYER = 20
 
 
 @dataclass(frozen=True)
-class Config(WithAux, Variant):
-    layer: int = 19
+class Config(WithAux, SingleLayer):
     to_layer: int | None = None
     """None: `layer` itself where another hook of it is rebuilt, else 20."""
-    width: int = 16384
     k: int = 64
-    seed: int = 0
-    dead_after_tokens: int = 10_000_000
     encoder_product: Product = "bfloat16"
-    optim: Optim = field(default_factory=Optim)
-    hook: str = RESID
     to_hook: str | None = None
     """None: mlp_out where the hook is mlp_in, else the same hook."""
     gate: Literal["topk", "batchtopk"] = "topk"
@@ -60,11 +51,12 @@ class Config(WithAux, Variant):
         W_enc, W_dec = tied_weights(self.width, d_model, generator)
         if target_stats.width != d_model:  # all heads side by side need not be as wide as the residual stream
             _, W_dec = tied_weights(self.width, target_stats.width, generator)
+        is_mean = self.decoder_bias == "mean"
         sae = SparseAutoencoder(
             W_enc,
             W_dec,
             TopK(self.k) if self.gate == "topk" else BatchTopK(self.k),
-            b_dec=target_stats.mean.clone(),
+            b_dec=target_stats.mean.clone() if is_mean else torch.zeros(target_stats.width),
             b_enc=-(W_enc @ stats.mean.to(torch.float32)),
             centres_input=False,
             encoder_product=self.encoder_product,

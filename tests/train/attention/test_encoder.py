@@ -147,7 +147,7 @@ def test_it_starts_as_its_base_and_every_parameter_moves(battery, base):
     for batch in battery.batches(config, 3):
         report = trainee.step(batch)
     assert not [name for name, parameter in trainee.sae.named_parameters() if torch.equal(before[name], parameter)]
-    assert {"mixing/weight_17", "mixing/weight_20"} <= report.notes.keys()
+    assert {"mixing/weight_17", "mixing/weight_20"} <= report.measured.keys()
 
 
 def test_disk_and_back(battery, tmp_path):
@@ -176,7 +176,7 @@ def test_controls_reach_an_encoder_without_the_loss_and_come_back_from_disk(batt
     """They train at alpha = 0, read other links than the encoder that they control, and name all that they read."""
     config = battery.quick("attention", guidance="encode", alpha=0.0, rank=3, **control)
     trainee, reports = battery.train(config, 4)
-    assert "guidance" not in reports[-1].terms and trainee.sae.U.detach().any()
+    assert "loss/guidance" not in reports[-1].measured and trainee.sae.U.detach().any()
     batch = battery.batches(config, 1)[0]
     save_sae(tmp_path, trainee.sae, trainee.assembly.input_stats, {"layers": [19]}, to_json(config), "attention")
     loaded = read_sae(tmp_path, lambda variant, raw, d, _: from_json(config_type(variant), raw).build(d).sae)

@@ -32,14 +32,14 @@ def test_without_alpha_training_is_the_bases_to_the_bit(battery, variant, base):
     own = {name for name in guided if ".extras." in name}
     assert guided.keys() - own == base_state.keys()
     assert [name for name in base_state if not torch.equal(guided[name], base_state[name])] == []
-    assert torch.equal(reports[0].loss, reports[1].loss)
+    assert torch.equal(reports[0].measured["loss"], reports[1].measured["loss"])
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_can_be_guided(battery, base):
     config = battery.quick("hierarchical", base=base, alpha=1.0, alpha_warmup_fraction=0.0)
     _, reports = battery.train(config, 12)
-    found = [float(report.terms["guidance"]) for report in reports]
+    found = [float(report.measured["loss/guidance"]) for report in reports]
     assert sum(found[-3:]) < sum(found[:3])
     scalars = reports[-1].scalars()
     assert sum(scalars[f"mixing/weight_{layer}"] for layer in (17, 18, 19, 20)) == pytest.approx(1.0)
@@ -53,7 +53,7 @@ def test_the_temperature_of_the_mixture_follows_its_schedule(battery):
         expected = float(torch.exp(torch.tensor(-step / 1000.0)) + 0.5)
         assert knobs(step, 7) == pytest.approx(expected)
     _, reports = battery.train(config, 3)
-    assert float(reports[0].notes["mixing/temperature"]) == 1.5
+    assert float(reports[0].measured["mixing/temperature"]) == 1.5
 
 
 def test_an_ablated_layer_is_out(battery):
@@ -61,7 +61,7 @@ def test_an_ablated_layer_is_out(battery):
     trainee, reports = battery.train(config, 4)
     weights = mixing_of(trainee.sae)(1.0)
     assert weights[0] == weights[3] == 0.0
-    assert float(reports[-1].notes["attention/contribution_17"]) == 0.0
+    assert float(reports[-1].measured["attention/contribution_17"]) == 0.0
     alone = battery.quick("hierarchical", offsets=(-1, 0), alpha=1.0, alpha_warmup_fraction=0.0, beta=0.0)
     masked = dataclasses.replace(config, beta=0.0)
     states = [Trainee("x", c.build(battery.D), 4) for c in (alone, masked)]

@@ -32,7 +32,10 @@ def read(battery):
 
 def test_nearest_links_are_as_many_and_go_to_the_tokens_before(read):
     links, side, dense = read
-    counts, found = torch.bincount(links.row, minlength=ROWS), dense(nearest_links(links, side))[0]
+    counts, nearest = (dense(links)[0] > 0).sum(1), nearest_links(links, side)  # of tokens, to which heads share links
+    found = dense(nearest)[0]
+    assert len(links.row) > counts.sum() == links.is_first.sum()
+    assert (found > 0).sum() == nearest.is_first.sum()
     for row in range(ROWS):
         position, count = int(side["position"][row]), int(counts[row])
         keys = [position - 1 - rank for rank in range(count) if position - 1 - rank > 0]
@@ -68,7 +71,7 @@ def test_a_control_trains_and_is_not_guided_by_attention(battery, variant, kind)
     losses = []
     for one in (config, control):
         trainee = Trainee("one", one.build(battery.D), battery.STEPS)
-        losses.append([float(trainee.step(batch).terms["guidance"]) for batch in batches])
+        losses.append([float(trainee.step(batch).measured["loss/guidance"]) for batch in batches])
     assert all(torch.tensor(losses).flatten().isfinite())
     assert losses[0] != losses[1]
 

@@ -71,7 +71,7 @@ def test_a_step_is_found_without_what_precedes_it(sizes, pool, seed):
     steps = walked.steps_in(3)
     expected = [(b, at) for epoch in range(3) for b in walked.blocks(epoch) for at in range(b.steps)]
     assert steps == len(expected)
-    if all(walked.blocks(epoch) for epoch in range(3)):
+    if walked.blocks(0):
         for step in {0, steps // 3, steps // 2, steps - 1}:
             assert Plan(sizes, batch_tokens=16, pool_tokens=pool, seed=seed).locate(step) == expected[step]
 
@@ -80,7 +80,7 @@ def test_a_step_is_found_without_what_precedes_it(sizes, pool, seed):
 @given(sizes, st.integers(16, 400), st.integers(0, 3))
 def test_the_smallest_batch_of_windows_is_known_beforehand(sizes, pool, seed):
     plan = Plan(sizes, batch_tokens=16, pool_tokens=pool, seed=seed)
-    if all(plan.blocks(epoch) for epoch in range(2)):
+    if plan.blocks(0):
         for steps in {1, plan.steps_in(1), plan.steps_in(2)}:
             blocks = (plan.locate(step)[0] for step in range(steps))
             assert plan.least_windows(steps) == min(block.windows // block.steps for block in blocks)
@@ -92,6 +92,18 @@ def test_a_step_in_a_late_epoch_is_found():
     block, at = plan.locate(plan.steps_in(2000) + 3)
     assert block.epoch == 2000
     assert block.first_step + at == plan.steps_in(2000) + 3
+
+
+def test_an_epoch_without_a_whole_batch_is_passed_over():
+    """Of three pieces two make a batch, where they come into one block."""
+
+    def plan(seed):
+        sizes = SplitSizes(0, 8, 1, 1, np.array([8, 8, 4]), 0.0, 0.0)
+        return Plan(sizes, batch_tokens=16, pool_tokens=16, seed=seed)
+
+    fresh = next(plan(seed) for seed in range(99) if plan(seed).blocks(0) and not plan(seed).blocks(1))
+    block, at = fresh.locate(1)
+    assert at == 0 and block.epoch > 1 and block == fresh.after(fresh.blocks(0)[0])
 
 
 def test_the_block_after_the_last_is_the_next_epochs_first():

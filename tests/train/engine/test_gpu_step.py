@@ -17,7 +17,7 @@ from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.parallel.ranks import ALONE
+from saemill.train.parallel.ranks import ONE_PROCESS
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
@@ -116,7 +116,7 @@ def test_a_fleet_goes_on_without_one_that_broke_before_the_last_look(monkeypatch
     monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
     config = config_of("topk")
     fleet = Fleet(
-        dict.fromkeys(("wild", "tame"), config), {config.layer: unit_stats(D)}, 40, torch.device(DEVICE), ALONE
+        dict.fromkeys(("wild", "tame"), config), {config.layer: unit_stats(D)}, 40, torch.device(DEVICE), ONE_PROCESS
     )
     fleet.trainees["wild"].sae.b_dec.data.fill_(torch.nan)
     told = []

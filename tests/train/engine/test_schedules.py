@@ -29,10 +29,6 @@ def test_ramp_is_flat_outside_its_fractions_and_straight_inside():
     assert [ramp(step, 100) for step in (0, 25, 50, 75, 99)] == [1.0, 1.0, 2.0, 3.0, 3.0]
 
 
-def test_ramp_bends_with_its_power():
-    assert Ramp(0.0, 8.0, power=3.0)(50, 100) == 1.0
-
-
 def test_ramp_without_length_has_its_end_from_where_it_begins():
     assert Ramp(0.0, 1.0, end_fraction=0.0)(0, 100) == 1.0
     assert [Ramp(1.0, 0.25, 0.5, 0.5)(step, 100) for step in (49, 50)] == [1.0, 0.25]
@@ -52,7 +48,7 @@ def test_decay_falls_over_the_last_fraction():
     decay = Decay(0.2)
     assert [round(decay(step, 100), 9) for step in (0, 80, 90, 100)] == [1.0, 1.0, 0.5, 0.0]
     assert Decay(0.0)(99, 100) == 1.0
-    assert Decay(1.0, floor=0.5)(50, 100) == 0.75
+    assert Decay(1.0)(50, 100) == 0.5
 
 
 def test_the_seeds_temperature_goes_from_one_and_a_half_to_a_half():

@@ -112,7 +112,7 @@ def test_a_target_of_its_own_is_reconstructed(rng):
     x_hat = trainee.sae.reconstruct(trainee.sae.codes(x)).detach()
     report = trainee.step(Batch(x, target))
     expected = 1 - (target - x_hat).square().sum(1).mean() / D
-    torch.testing.assert_close(report.explained_variance, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(report.measured["explained_variance"], expected, rtol=1e-5, atol=1e-5)
 
 
 class Counter(Extra):

@@ -65,10 +65,10 @@ def test_adaptive_weights_are_those_of_one_process_in_uneven_ranks(battery, thre
     pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]
     cuts = (slice(0, 3), slice(3, 16))
     first, _ = in_both(lambda rank: pair[rank].step(windows_part(batch, cuts[rank], 32)))
-    weights = [name for name in alone.notes if name.startswith("temporal/weight_")]
+    weights = [name for name in alone.measured if name.startswith("temporal/weight_")]
     assert weights
     for name in weights:
-        assert 0 < float(alone.notes[name]) == pytest.approx(float(first.notes[name]), rel=1e-4), name
+        assert 0 < float(alone.measured[name]) == pytest.approx(float(first.measured[name]), rel=1e-4), name
 
 
 @pytest.mark.parametrize("cuts", [HALVES, UNEVEN], ids=["halves", "uneven"])
@@ -89,8 +89,8 @@ def test_two_ranks_train_as_one(battery, threads, variant, cuts):
         assert float((first[name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
     assert torch.equal(first["latents.tokens_since_fired"], expected["latents.tokens_since_fired"])
     for one, *shares in zip(told, *reports, strict=True):
-        together = sum(float(share.l0) * share.weight for share in shares) / 2
-        assert together == pytest.approx(float(one.l0), rel=1e-2)
+        together = sum(float(share.measured["l0"]) * share.weight for share in shares) / 2
+        assert together == pytest.approx(float(one.measured["l0"]), rel=1e-2)
 
 
 def test_gradients_go_in_buckets_while_backward_goes_on(battery, threads, monkeypatch):

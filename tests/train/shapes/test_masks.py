@@ -15,7 +15,7 @@ from saemill.train.sae.side_inputs import Side
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction import reconstruction
-from saemill.train.terms.sparsity import gate_l1, l1
+from saemill.train.terms.sparsity import TargetL0, gate_l1, l1
 
 RANGES, CONTEXT, LATENTS = 3, 12, 20
 
@@ -92,6 +92,20 @@ def test_the_gate_path_of_a_gated_sae_learns_inside_only(share, rng, shaping, mo
     expected, found = (pre.relu() * factor).sum(1).mean() / shaping.D**0.5, gate_l1(view)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, sae.W_enc), torch.autograd.grad(expected, sae.W_enc))
+
+
+def test_thresholds_of_a_jump_learn_inside_only(shaping, monkeypatch):
+    """Dense or sparse. Their windows reach below 0, to which a closed latent is multiplied."""
+    gradients = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr("saemill.train.sae.gates.DENSE_SHARE", share)
+        inner = shaping.make_sae(rng_at(7), JumpRelu(LATENTS, 0.4, 1.0).double())
+        sae = ShapedAutoencoder(inner, {"mask": hard_mask()})
+        view = shaping.make_views(rng_at(8), sae)()
+        assert (view.codes.support is None) == (share == 0.0)
+        gradients += torch.autograd.grad(reconstruction(view) + TargetL0(3.0)(view), sae.gate.raw_threshold)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -61,4 +61,4 @@ def test_dead_latents_fire_again_until_a_part_of_the_run_is_over(battery, every,
     if every:
         resampling = trainee.sae.extras["resampling"]
         assert isinstance(resampling, Resampling)
-        assert (float(report.notes["resampled"]) >= 10) == come_back
+        assert (float(report.measured["resampled"]) >= 10) == come_back

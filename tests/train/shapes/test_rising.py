@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from saemill.train.engine.adam import Optim
-from saemill.train.engine.schedules import Complement, Doubling, HalfLife, Onset, SigmoidRamp, Switch
+from saemill.train.engine.schedules import Complement, Doubling, HalfLife, Onset, Ramp, SigmoidRamp
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.variant_registry import config_type
 
@@ -17,10 +17,6 @@ def test_a_sigmoid_ramp_is_exactly_zero_and_one_at_its_ends_and_never_falls():
     values = [ramp(step, TOTAL) for step in range(TOTAL + 1)]
     assert values[:101] == [0.0] * 101 and values[600:] == [1.0] * 401
     assert values[350] == pytest.approx(0.5) and values == sorted(values)
-
-
-def test_a_switch_is_thrown_once():
-    assert [Switch(0.5)(step, 4) for step in range(5)] == [0, 0, 1, 1, 1]
 
 
 def test_windows_double_in_equal_parts_up_to_the_whole():
@@ -40,7 +36,7 @@ def test_an_onset_is_idle_then_rises_and_short_runs_have_short_ones():
 
 
 def test_a_complement_is_high_until_the_other_is_there():
-    assert [Complement(Switch(0.5), 1.0)(step, 4) for step in (0, 4)] == [2.0, 1.0]
+    assert [Complement(Ramp(0.0, 1.0, 0.5, 0.5), 1.0)(step, 4) for step in (0, 4)] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("onset", [Onset(50, 150, 0.2), Onset(5000, 5000, 0.1)])

@@ -76,7 +76,7 @@ def test_with_its_defaults_it_is_not_its_base(variant, battery, shaping):
 def test_every_base_can_be_wrapped(variant, base, battery):
     config = battery.quick(variant, base=base)
     _, reports = battery.train(config, battery.STEPS if base == BASES[0] else 12)
-    assert float(reports[-1].terms["reconstruction"]) < float(reports[0].terms["reconstruction"])
+    assert float(reports[-1].measured["loss/reconstruction"]) < float(reports[0].measured["loss/reconstruction"])
 
 
 @pytest.mark.parametrize("variant, settings", [(v, s) for v, each in SETTINGS.items() for s in each])
@@ -89,7 +89,7 @@ def test_every_setting_learns(variant, settings, battery):
     """By the end of a run: a tier that has just been switched on is noise at first, and a mask that comes in hides
     what was learned. What the start would give is not counted."""
     _, reports = battery.train(battery.quick(variant, **settings))
-    assert float(reports[-1].explained_variance) > float(reports[0].explained_variance)
+    assert float(reports[-1].measured["explained_variance"]) > float(reports[0].measured["explained_variance"])
 
 
 REFUSED = [

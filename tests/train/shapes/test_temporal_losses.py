@@ -199,7 +199,7 @@ def test_retired_latents_stay_silent_and_are_logged(battery):
     config = battery.quick("temporal", prune_share=1.0, prune_from=0.25, prune_every_steps=4, aux_k=4)
     trainee, reports = battery.train(config)
     retired = trainee.sae.extras["temporal"].retired
-    pruned = [float(report.notes["temporal/pruned"]) for report in reports]
+    pruned = [float(report.measured["temporal/pruned"]) for report in reports]
     assert pruned[9] == 0 and 0 < pruned[-1] == int(retired.sum()) < 96
     acts = trainee.sae.encode(battery.batches(config, 1)[0].x)
     assert not acts[:, retired].any() and acts[:, ~retired].any()

@@ -95,6 +95,11 @@ def test_uncertainty_starts_at_the_weights_and_is_not_normalised():
     torch.testing.assert_close(tiers.weights(torch.tensor([1.0, 1.0, 0.0])), torch.tensor([0.2, 0.3, 0.0]))
 
 
+def test_where_no_tier_with_a_weight_is_on_none_counts():
+    tiers = Tiers(SIZES, (0.0, 0.0, 1.0), "fixed")
+    assert tiers.weights(torch.tensor([1.0, 1.0, 0.0])).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_composition_is_the_distance_of_each_row_from_its_parts(sae, rng, shaping):
     views = shaping.make_views(rng, sae)
     tier, composition = sae.extras["tiers"].membership, sae.extras["composition"]
@@ -225,8 +230,8 @@ def test_living_latents_move_in_training_and_losses_of_tiers_end_lower(battery):
         battery.train(battery.quick("tiered", moves_every_steps=5, moves_at_once=0.1, moves_live=on, **EASY), 31)
         for on in (False, True)
     )
-    assert float(idle[1][-1].notes["tiers/moves"]) == 0 < float(live[1][-1].notes["tiers/moves"])
-    assert float(live[1][-1].terms["reconstruction"]) < float(idle[1][-1].terms["reconstruction"])
+    assert float(idle[1][-1].measured["tiers/moves"]) == 0 < float(live[1][-1].measured["tiers/moves"])
+    assert float(live[1][-1].measured["loss/reconstruction"]) < float(idle[1][-1].measured["loss/reconstruction"])
 
 
 def test_each_tiers_gradient_is_clipped_alone(sae, rng, shaping):
@@ -273,7 +278,7 @@ def test_a_tier_that_is_still_off_takes_no_latents_and_none_of_the_auxiliary_los
 def test_a_tier_stays_silent_until_its_time(battery):
     config = battery.quick("tiered", curriculum=(0.0, 0.25, 0.5))
     _, reports = battery.train(config)
-    activity = [[float(report.notes[f"tiers/activity_{tier}"]) for tier in (1, 2, 3)] for report in reports]
+    activity = [[float(report.measured[f"tiers/activity_{tier}"]) for tier in (1, 2, 3)] for report in reports]
     assert all(row[0] > 0 for row in activity)
     assert [row[1] > 0 for row in activity] == [step > 10 for step in range(battery.STEPS)]
     assert [row[2] > 0 for row in activity] == [step > 20 for step in range(battery.STEPS)]

@@ -49,11 +49,13 @@ def test_a_skip_explains_what_is_linear_and_leaves_the_latents_the_rest(battery,
     assert left["skip_transcoder"] < 0.5 * left["transcoder"]
 
 
-def test_no_chunk_of_rows_is_larger_than_asked(battery, rng, monkeypatch):
+@pytest.mark.parametrize(("chunk", "expected"), [(8, [7, 6]), (2, [2] * 6)])
+def test_no_chunk_of_rows_is_larger_than_asked_or_of_one_row(battery, rng, monkeypatch, chunk, expected):
     sizes, nearest = [], ortsae._nearest_cosine
     monkeypatch.setattr(ortsae, "_nearest_cosine", lambda rows: sizes.append(len(rows)) or nearest(rows))
-    learn(battery.quick("ortsae", width=13, k=3, chunk=8, every_steps=1), [Batch(torch.randn(ROWS, D, generator=rng))])
-    assert sizes == [7, 6]
+    config = battery.quick("ortsae", width=13, k=3, chunk=chunk, every_steps=1)
+    learn(config, [Batch(torch.randn(ROWS, D, generator=rng))])
+    assert sizes == expected
 
 
 def test_orthogonal_rows_do_not_absorb_what_fires_with_them(battery, rng):

@@ -10,6 +10,7 @@ import torch
 
 from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
+from saemill.train.data.scaling import Stats
 from saemill.train.engine.first_weights_from_data import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
@@ -41,7 +42,7 @@ def test_no_step_is_below_nothing(battery, variant, changes):
     batches = battery.batches(config, 12)
     if config.needs().targets is not None:  # another layer has much of this one
         batches = [dataclasses.replace(batch, target=batch.x + 0.5 * batch.target) for batch in batches]
-    found = [float(trainee.step(batch).explained_variance) for batch in batches]
+    found = [float(trainee.step(batch).measured["explained_variance"]) for batch in batches]
     assert min(found) >= 0.0
     assert found[0] > (0.3 if batches[0].target is None else 0.2) or variant == "pca"
 
@@ -58,7 +59,8 @@ def test_no_sae_of_a_recipe_is_below_nothing(battery, study):
                 continue
             seen.append(config)
             trainee = Trainee(member.label, config.build(D), 20)
-            found = [float(trainee.step(batch).explained_variance) for batch in battery.batches(config, 3, rows=256)]
+            reports = [trainee.step(batch) for batch in battery.batches(config, 3, rows=256)]
+            found = [float(report.measured["explained_variance"]) for report in reports]
             assert min(found) >= 0.0, (recipe.name, member.label, found)
 
 
@@ -87,7 +89,7 @@ def test_rows_of_what_maps_begin_where_the_target_is_when_their_latents_fire(bat
         (batch,) = battery.batches(battery.config_of(variant, width=16 * D), 1)
         turned = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(3)))[0]
         batch = dataclasses.replace(batch, target=(batch.x.unflatten(1, (-1, D)) @ turned).flatten(1))
-        explained[start] = float(trainee.step(batch).explained_variance)
+        explained[start] = float(trainee.step(batch).measured["explained_variance"])
         W_dec = trainee.sae.W_dec.detach()
         assert torch.equal(trainee.sae.clear_unwritten(W_dec.clone()), W_dec)
         torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(16 * D))
@@ -110,7 +112,15 @@ def test_a_start_as_drawn_changes_nothing(battery):
     (batch,) = battery.batches(battery.config_of("standard", width=16 * D), 1)
     x_hat = trainee.sae(batch.x).detach()
     expected = 1 - (batch.x - x_hat).square().sum() / len(batch.x) / D
-    assert float(trainee.step(batch).explained_variance) == pytest.approx(float(expected), rel=1e-4)
+    assert float(trainee.step(batch).measured["explained_variance"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_transcoders_bias_begins_at_the_mean_of_its_target_or_at_zero(battery):
+    config, target = battery.config_of("transcoder"), Stats(torch.ones(D), torch.arange(float(D)), float(D))
+    mean, zero = (
+        dataclasses.replace(config, decoder_bias=bias).build(D, None, target).sae.b_dec for bias in ("mean", "zero")
+    )
+    assert torch.equal(mean, target.mean) and not zero.any()
 
 
 def test_jumprelu_begins_and_ends_at_the_l0_it_was_asked_for(battery, planted):
@@ -119,7 +129,7 @@ def test_jumprelu_begins_and_ends_at_the_l0_it_was_asked_for(battery, planted):
     generator = torch.Generator().manual_seed(0)
     trainee = Trainee("one", battery.config_of("jumprelu", target_l0=3.0, width=8 * D).build(D), 150)
     drawn = (rows[torch.randint(len(rows), (512,), generator=generator)] for _ in range(150))
-    found = [float(trainee.step(Batch(x)).l0) for x in drawn]
+    found = [float(trainee.step(Batch(x)).measured["l0"]) for x in drawn]
     assert found[0] == pytest.approx(3.0, rel=0.02)
     assert float((trainee.sae.encode(rows) > 0).sum(1).double().mean()) == pytest.approx(3.0, rel=0.05)
 
@@ -131,5 +141,5 @@ def test_the_asked_number_fires_where_few_rows_have_most_of_the_squares(battery,
     for batch in battery.batches(battery.config_of(variant, width=16 * D, k=8), 3):
         x = batch.x * torch.where(torch.arange(len(batch.x)) % 64 == 0, 8.0, 0.9)[:, None]
         report = trainee.step(dataclasses.replace(batch, x=x))
-        assert float(report.l0) > 0.95 * 8
-        assert float(report.explained_variance) >= 0.0
+        assert float(report.measured["l0"]) > 0.95 * 8
+        assert float(report.measured["explained_variance"]) >= 0.0

@@ -13,7 +13,7 @@ The control moves rows between windows (`apart`): a token then gets what a token
 another window attended to. Everything else about the rows stays: how many keys, how far back, how sharp.
 
 Two more controls are links that are not the model's attention, in its place:
-- `nearest`: each token has as many links as its attention gave it, to the tokens just before, the nearer the
+- `nearest`: each token has links to as many tokens as its attention gave it, those just before, the nearer the
   stronger (1 / distance);
 - `same_token`: to the earlier tokens of the window that are the same token, all alike.
 A token counts only where its attention had links.
@@ -63,6 +63,15 @@ class Links:
     def offsets(self) -> Tensor:
         """int32 [L * B + 1], where the links of each layer and row begin."""
         return group_offsets(self.place, self.attends.numel())
+
+    @cached_property
+    def is_first(self) -> Tensor:
+        """bool [E], one link of each layer and row to each key that has a share; heads apart have one each."""
+        spot = self.place * self.context + self.key
+        number = torch.arange(len(spot), device=spot.device)
+        none = spot.new_full((self.attends.numel() * self.context,), len(spot))
+        first = none.scatter_reduce(0, spot, torch.where(self.share > 0, number, len(spot)), "amin")
+        return first[spot] == number
 
 
 def links_of(
@@ -129,7 +138,7 @@ def require_head(head: int, heads: int) -> None:
 
 def nearest_links(links: Links, side: Side) -> Links:
     window, position, row_of = side["window"][links.row], side["position"][links.row], side["row_of"]
-    is_link = links.share > 0  # on a GPU others lie among them
+    is_link = links.is_first  # others lie among them: of further heads, and on a GPU without a share
     before = torch.cat([is_link.new_zeros(1, dtype=torch.int64), is_link.cumsum(0)])
     rank = before[:-1] - before[links.offsets.long()[links.place]]
     key = (position - 1 - rank).clamp_min(0)

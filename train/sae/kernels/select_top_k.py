@@ -93,11 +93,6 @@ def topk_batch(pre: Tensor, count: int) -> Tensor:
     return _largest(pre, (pre > floor).view(-1).nonzero().view(-1), count)
 
 
-def positive(pre: Tensor, max_share: float) -> Support | None:
-    """Support of the positive entries; None where `marked` has none."""
-    return marked(pre > 0, max_share)
-
-
 def marked(mask: Tensor, max_share: float) -> Support | None:
     """Support of the true entries; None when they are more than `max_share` of the batch, or on a GPU.
 

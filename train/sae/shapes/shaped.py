@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..extra_modules import Part
-from ..gates import Gated
+from ..gates import Gated, JumpRelu
 from ..kernels.codes import Codes, codes_from_dense
 from ..kernels.dense_products import linear
 from ..kernels.sparse_support import Support
@@ -163,7 +163,7 @@ class ShapedAutoencoder(SparseAutoencoder):
         return self._changed(pre_all.index_copy(1, latents, pre), side)[:, latents]
 
     def choose(self, pre_all: Tensor, side: Side) -> Support | None:
-        factor = self._factor(_as_codes(pre_all), side)
+        factor = self._factor(codes_from_dense(pre_all, None), side)
         if factor is None:
             return super().choose(pre_all, side)
         # A closed latent is never chosen, not even where nothing else is above zero; of codes with signs zero is last.
@@ -178,6 +178,8 @@ class ShapedAutoencoder(SparseAutoencoder):
             opened, seen = super().open(pre, side), torch.where(factor > 0, pre.values, 0.0)
             return replace(opened, values=opened.values * factor, pre=seen)  # nor does its gate path see closed ones
         values = pre.values * factor
+        if isinstance(self.gate, JumpRelu):  # a closed latent's 0 may lie in its threshold's window
+            values = torch.where(factor > 0, values, -math.inf)
         return super().open(replace(pre, values=values, pre=values), side)
 
     def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
@@ -213,7 +215,7 @@ class ShapedAutoencoder(SparseAutoencoder):
         if self.is_plain:
             return super().encode(x, side)
         pre = self._dense_pre(self._adapted(x, side), side)
-        factor = self._factor(_as_codes(pre), side)
+        factor = self._factor(codes_from_dense(pre, None), side)
         if factor is None:
             return self.gate.infer(pre, self.b_enc)
         if isinstance(self.gate, Gated):
@@ -250,10 +252,6 @@ class ShapedAutoencoder(SparseAutoencoder):
     def _factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor | None:
         factors = [shape.factor(codes, side, latents) for shape in self._each() if shape.has_factor]
         return math.prod(factors[1:], start=factors[0]) if factors else None
-
-
-def _as_codes(dense: Tensor) -> Codes:
-    return Codes(dense, None, dense.shape[0], dense.shape[1])
 
 
 Init = Literal["tied", "xavier", "orthogonal"]

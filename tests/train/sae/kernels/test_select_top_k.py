@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.train.sae.kernels.select_top_k import BLOCK, marked, positive, topk_batch, topk_rows
+from saemill.train.sae.kernels.select_top_k import BLOCK, marked, topk_batch, topk_rows
 
 
 @pytest.mark.parametrize(("width", "k"), [(2304, 32), (512, 5), (4 * BLOCK * 8, 8), (100, 7), (64, 64)])
@@ -45,10 +45,10 @@ def test_topk_batch_when_a_few_rows_hold_everything(rng):
     assert torch.equal(pre.view(-1)[flat].sort().values, pre.view(-1).topk(40).values.sort().values)
 
 
-def test_positive_gives_way_to_the_dense_form_above_its_share(rng):
+def test_a_support_gives_way_to_the_dense_form_above_its_share(rng):
     pre = torch.randn(10, 20, generator=rng)
-    support = positive(pre, 1.0)
+    support = marked(pre > 0, 1.0)
     assert support is not None
     assert support.latents.numel() == int((pre > 0).sum())
-    assert positive(pre, 0.1) is None
+    assert marked(pre > 0, 0.1) is None
     assert marked(torch.zeros(3, 4, dtype=torch.bool), 0.0) is not None
