@@ -65,17 +65,18 @@ class _OfModel:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    subjects, failures = split_fitting(context, subjects, context.model, require_reading)
+    source = find_source(context, config.data)
+    config = filled(config, source)
+    assert config.context_length is not None
+    length = config.context_length
+    subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)
     yield from failures
     if not subjects:
         return
-    source = find_source(context, config.data)
-    config = filled(config, source)
     tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
     progress = {subject: _Progress(seeded(config.random_seed)) for subject in subjects}
     for task in tasks:
-        assert config.context_length is not None
-        pool = pool_task(context, subjects, task, config.context_length, config.llm_batch_size)
+        pool = pool_task(context, subjects, task, length, config.llm_batch_size)
         of_model = {subject.layers: _OfModel() for subject in subjects}
         with context.watch.stage(f"{task.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,17 +57,20 @@ class _Found:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    subjects, failures = split_fitting(context, subjects, context.model, require_reading)
+    source = find_source(context, config.data)
+    loaded = cache(lambda: load_sets(source, config))
+    length = min(MAX_TOKENS, context.model.facts.max_context)
+    subjects, failures = split_fitting(
+        context, subjects, context.model, lambda: longest_prompt(context.model, loaded()[0], length), require_reading
+    )
     yield from failures
     if not subjects:
         return
-    source = find_source(context, config.data)
-    sets, missing = load_sets(source, config)
+    sets, missing = loaded()
     found = {subject: _Found() for subject in subjects}
     for data in sets:
         split = split_rows(data.labels, config.random_seed)
         prompts = data.prompts[:MOST_ROWS]
-        length = min(MAX_TOKENS, context.model.facts.max_context)
         read = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
         baselines = score_residuals(read, data, split, config) if config.include_llm_baseline else {}
         with context.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
@@ -178,6 +182,11 @@ def read_prompts(
 def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:
     """BOS and the last tokens of each prompt, `context` in all."""
     return [[model.bos, *ids[-(context - 1) :]] for ids in model.tokenizer.encode(prompts)]
+
+
+def longest_prompt(model: LanguageModel, sets: Sequence[BinarySet], context: int) -> int:
+    """How many tokens are read of a prompt at most."""
+    return max(len(row) for data in sets for row in token_rows(model, data.prompts[:MOST_ROWS], context))
 
 
 EVALUATION = Evaluation(

@@ -99,6 +99,12 @@ def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: 
     return Prompt(word, SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)]))
 
 
+def longest_prompt(words: Sequence[str], classes: WordClasses, model: LanguageModel) -> int:
+    """How many tokens a prompt has at most, whatever is drawn: BOS, and the longest lines."""
+    lines = model.tokenizer.encode([f"{SEPARATOR}{_line(classes, word)} {classes.answer(word)}" for word in words])
+    return 1 + sum(sorted(map(len, lines))[-NUM_EXAMPLES - 1 :])
+
+
 def make_spots(prompts: Sequence[Prompt], classes: WordClasses, model: LanguageModel) -> list[Spot]:
     """Where prompts are read: at the word's last token, so many before the end as the line has behind the word."""
     position = word_position(model, classes.template)

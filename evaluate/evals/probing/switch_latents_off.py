@@ -159,11 +159,12 @@ def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Sett
     """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` gives for the others."""
 
     def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
-        able, unable = split_fitting(context, subjects, context.model)
+        source = find_source(context, config.data)
+        config = filled(config, source, source.perturbed)
+        able, unable = split_fitting(context, subjects, context.model, lambda: config.context_length or 0)
         yield from unable
         if able:
-            source = find_source(context, config.data)
-            yield from measure(context, able, source, filled(config, source, source.perturbed))
+            yield from measure(context, able, source, config)
 
     return Evaluation(
         Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=data_revision
