@@ -16,7 +16,6 @@ The latents of a letter:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ...model.logistic_regression import fitted
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,5 @@ def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
 
 
 def _f1_of_first(k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray) -> float:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
-
-    regression = LogisticRegression(max_iter=500, class_weight="balanced")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # SAEBench takes what 500 iterations give
-        regression.fit(train_NK[:, :k], is_train.astype(np.int64))
+    regression = fitted(train_NK[:, :k], is_train.astype(np.int64), max_iter=500, class_weight="balanced")
     return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)
