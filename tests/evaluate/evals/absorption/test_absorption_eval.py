@@ -131,9 +131,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, world) -> LanguageModel:
 
 
 def test_a_prompt_is_read_at_its_words_last_token(tiny):
-    prompts = [make_prompt(word, list(string.ascii_letters), FIRST_LETTER, random.Random(0)) for word in (" self", "x")]
-    for spot, prompt in zip(make_spots(prompts, FIRST_LETTER, tiny), prompts, strict=True):
-        assert tiny.tokenizer.backend.decode([spot.tokens[spot.position]]).strip() == prompt.word.strip()
+    words = (" self", "x")
+    prompts = [make_prompt(word, list(string.ascii_letters), FIRST_LETTER, random.Random(0)) for word in words]
+    for spot, word in zip(make_spots(prompts, FIRST_LETTER, tiny), words, strict=True):
+        assert tiny.tokenizer.backend.decode([spot.tokens[spot.position]]).strip() == word.strip()
         assert spot.tokens[0] == tiny.bos
     assert word_position(tiny, FIRST_LETTER.template) == -6  # as with Gemma's tokenizer
     spaced = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda texts: [list(f" {text}") for text in texts]))
