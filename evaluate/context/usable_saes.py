@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from ...cache_schema import AttentionSpec
 from ...cache_schema.strict_json import to_json
-from ..errors import DataMissing, NotRun, WidthMismatch
+from ..errors import DataMissing, NotApplicable, NotRun, WidthMismatch
 from ..model.prefix_suffix import LanguageModel
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of
@@ -34,17 +35,36 @@ def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
     require_reading(subject, model)
 
 
+def require_places(subject: LoadedSae, longest: int) -> None:
+    """An SAE that reads a token's place knows the places of the windows it was trained on, and none behind them."""
+    context = subject.metadata.get("context_size")
+    if isinstance(context, int) and context < longest:
+        raise NotApplicable(
+            f"{subject.name} reads the places of tokens and was trained on windows of {context}, but a text of this "
+            f"evaluation has up to {longest} tokens. Ask for shorter texts where there is a setting for it "
+            "(context_length, seq_len), or train the SAE on longer windows"
+        )
+
+
 def split_fitting(
-    context: Context, subjects: Sequence[LoadedSae], model: LanguageModel, require: Require = require_layer
+    context: Context,
+    subjects: Sequence[LoadedSae],
+    model: LanguageModel,
+    longest: Callable[[], int],
+    require: Require = require_layer,
 ) -> tuple[list[LoadedSae], list[Failure]]:
-    """SAEs that an evaluation can take, and for each other one the reason why not: what `require` raises, or that the
-    attention that it reads cannot come along."""
+    """SAEs that an evaluation can take, and for each other one the reason why not: what `require` raises, that the
+    attention that it reads cannot come along, or that texts are too long for it. `longest` says how many tokens a text
+    has at most; it is asked only where an SAE reads places."""
     fitting: list[LoadedSae] = []
     failures: list[Failure] = []
+    longest = cache(longest)
     for subject in subjects:
         try:
             require(subject, model)
             attention_of(context, [subject])
+            if "position" in subject.needs:
+                require_places(subject, longest())
         except (NotRun, WidthMismatch) as error:
             failures.append(Failure(subject, error))
         else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,10 +84,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 given = {"sae": x_hat, "mean_ablation": means[subject.layer]}
                 replace(context, subject, batch, rows, given, stored[subject.layer + 1], seen[subject])
             share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
-            if subject in able and len(share):
-                links = stored[subject.layer + 1][: len(share)]
-                part = rows[: len(share)], acts[: len(share)]
-                seen[subject].traced += trace(context, subject, share, *part, links, config)
+            if subject in able and len(share):  # along links between tokens that are neither special nor massive
+                some, links = len(share), stored[subject.layer + 1]
+                pairs = choose_pairs(links[:some].mean(1), rows[:some], config.trace_pairs, share.documents)
+                above = partial(context.model.attention, layer=subject.layer)
+                seen[subject].traced += trace_pairs(subject, share, acts[:some], pairs, above)
         windows += len(batch)
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
@@ -131,20 +133,6 @@ def replace(
         replaced = torch.where(rows_WT[:, :, None], resid, true)
         found = next_attention(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
         seen.compare(name, stored_WHTT, found.masked_fill(left_out, 0), rows_WT)
-
-
-def trace(
-    context: Context,
-    subject: LoadedSae,
-    batch: Windows,
-    rows_WT: Tensor,
-    acts_WTF: Tensor,
-    stored_WHTT: Tensor,
-    config: Config,
-) -> Traced:
-    """Along the strongest links between tokens that are neither special nor massive."""
-    pairs = choose_pairs(stored_WHTT.mean(1), rows_WT, config.trace_pairs, batch.documents)
-    return trace_pairs(subject, batch, acts_WTF, pairs, lambda resid: context.model.attention(resid, subject.layer))
 
 
 def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
@@ -200,5 +188,6 @@ EVALUATION = Evaluation(
         "tracing.change_attended",
         "tracing.change_unattended",
     ),
+    least={"trace_windows": 0, "trace_pairs": 0},
     revision=2,  # pairs lie in one document, and as many windows are traced as were asked for
 )

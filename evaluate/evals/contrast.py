@@ -58,19 +58,19 @@ class Effects:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    subjects, failures = split_fitting(context, subjects, context.model, require_reading)
-    yield from failures
-    if not subjects:
-        return
     source = find_source(context, config.data)
     config = filled(config, source, source.probing, MOST_TEXTS)
     assert config.context_length is not None
-    sizes, seed = config.sizes, config.random_seed
+    length, sizes, seed = config.context_length, config.sizes, config.random_seed
+    subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)
+    yield from failures
+    if not subjects:
+        return
     tasks, missing = load_all(config.dataset_names, lambda name: [source.load_task(name, *sizes, seed)])
     latents: dict[LoadedSae, list[Effects]] = {subject: [] for subject in subjects}
     channels: dict[tuple[int, ...], list[Effects]] = {subject.layers: [] for subject in subjects}
     for task in tasks:
-        pool = pool_task(context, subjects, task, config.context_length, config.llm_batch_size)
+        pool = pool_task(context, subjects, task, length, config.llm_batch_size)
         for layers, found in channels.items():
             found.append(effects_of(task.name, *(pool.of_model(layers, part) for part in (task.train, task.test))))
         with context.watch.stage(f"{task.name}: contrasts", len(subjects), "SAEs") as advance:

@@ -13,14 +13,14 @@ same number with epochs picked by held-out training rows is under `validated`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..context.usable_saes import official_config, require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import DataName, Source, data_revision, find_source, load_all
+from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all
 from .probing.draw_classes import Task
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
@@ -32,62 +32,42 @@ Accuracies = dict[str, dict[str, float]]  # by metric, then by class
 
 
 @dataclass(frozen=True)
-class Config:
-    data: DataName = "auto"
-    random_seed: int = 42
-    dataset_names: tuple[str, ...] = ()
-    """Empty: all of the data's."""
+class Config(DataChoice):
     probe_train_set_size: int | None = None
     """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
     probe_test_set_size: int | None = None
     """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
-    llm_batch_size: int = 32
     k_values: tuple[int, ...] = ALL_K
     """SAEBench's default is 1, 2, 5; every further k moves all draws after it."""
 
 
-@dataclass(eq=False)
-class _Progress:
-    """How far the steps have come for one SAE."""
-
-    generator: torch.Generator
-    results: dict[str, Accuracies] = field(default_factory=dict)  # by data set
-
-
-@dataclass(frozen=True)
-class _OfModel:
-    """Probes of the model's own features, which SAEs share as far as the draws agree."""
-
-    official: Memo[Accuracies] = field(default_factory=Memo)
-    validated: Memo[Accuracies] = field(default_factory=Memo)
-
-
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    subjects, failures = split_fitting(context, subjects, context.model, require_reading)
+    source = find_source(context, config.data)
+    config = filled(config, source)
+    assert config.context_length is not None
+    length = config.context_length
+    subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)
     yield from failures
     if not subjects:
         return
-    source = find_source(context, config.data)
-    config = filled(config, source)
     tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
-    progress = {subject: _Progress(seeded(config.random_seed)) for subject in subjects}
+    generators = {subject: seeded(config.random_seed) for subject in subjects}
+    found: dict[LoadedSae, dict[str, Accuracies]] = {subject: {} for subject in subjects}  # by data set
     for task in tasks:
-        assert config.context_length is not None
-        pool = pool_task(context, subjects, task, config.context_length, config.llm_batch_size)
-        of_model = {subject.layers: _OfModel() for subject in subjects}
+        pool = pool_task(context, subjects, task, length, config.llm_batch_size)
+        of_model = {subject.layers: Memo[Accuracies]() for subject in subjects}
         with context.watch.stage(f"{task.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
-                state = progress[subject]
-                state.results[task.name] = probe_subject(
-                    pool, subject, task, config, state.generator, of_model[subject.layers], context.device
+                found[subject][task.name] = probe_subject(
+                    pool, subject, task, config, generators[subject], of_model[subject.layers], context.device
                 )
                 advance(1)
     config = replace(config, dataset_names=tuple(task.name for task in tasks))
     settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **of_data(source))
     for subject in subjects:
-        yield make_result(subject, settings, progress[subject].results, missing)
+        yield make_result(subject, settings, found[subject], missing)
 
 
 def filled(config: Config, source: Source) -> Config:
@@ -108,18 +88,19 @@ def probe_subject(
     task: Task,
     config: Config,
     generator: torch.Generator,
-    of_model: _OfModel,
+    of_model: Memo[Accuracies],
     device: torch.device,
 ) -> Accuracies:
-    """Every probe of one data set for one SAE, in SAEBench's order."""
+    """Every probe of one data set for one SAE, in SAEBench's order. SAEs share those of the model's own features as far
+    as the draws agree."""
     residual = [pool.of_model(subject.layers, part) for part in (task.train, task.test)]
     latents = [pool.of_latents(subject, part) for part in (task.train, task.test)]
-    llm = of_model.official.recall(
-        generator, lambda: probe_features("llm", residual, config.k_values, generator, device)
+    llm = of_model.recall(
+        "official", generator, lambda: probe_features("llm", residual, config.k_values, generator, device)
     )
     sae = probe_features("sae", latents, config.k_values, generator, device)
     own = seeded(config.random_seed)  # our own probes draw nothing from SAEBench's generator
-    llm |= of_model.validated.recall(own, lambda: probe_validated("llm", residual, own, device))
+    llm |= of_model.recall("validated", own, lambda: probe_validated("llm", residual, own, device))
     sae |= probe_validated("sae", latents, seeded(config.random_seed), device)
     return {"sae_test_accuracy": sae.pop("sae_test_accuracy")} | llm | sae  # SAEBench's order of keys
 

@@ -11,7 +11,8 @@ that is too long loses its beginning, never its last token. N prompts, D residua
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..context.usable_saes import attention_of, official_config, require_reading
 from ..model.prefix_suffix import LanguageModel
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing import sae_probes_data, stdlib_tasks
-from .probing.choose_source import DataName, Source, data_revision, find_source, load_all
+from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all
 from .probing.sae_probes_data import BinarySet
 from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scr_and_tpp_scores import mean_scores
@@ -34,52 +35,43 @@ ByK = dict[int, Scores]
 
 
 @dataclass(frozen=True)
-class Config:
-    data: DataName = "auto"
-    random_seed: int = 42
-    dataset_names: tuple[str, ...] = ()
-    """Empty: all of the data's."""
+class Config(DataChoice):
     reg_type: Penalty = "l1"
     ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """SAEBench's default is 1, 2, 5."""
     binarize: bool = False
     include_llm_baseline: bool = True
-    llm_batch_size: int = 32
-
-
-@dataclass(eq=False)
-class _Found:
-    """Scores of one SAE, by data set."""
-
-    sae: dict[str, ByK] = field(default_factory=dict)
-    llm: dict[str, Scores] = field(default_factory=dict)
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    subjects, failures = split_fitting(context, subjects, context.model, require_reading)
+    source = find_source(context, config.data)
+    loaded = cache(lambda: load_sets(source, config))
+    length = min(MAX_TOKENS, context.model.facts.max_context)
+    subjects, failures = split_fitting(
+        context, subjects, context.model, lambda: longest_prompt(context.model, loaded()[0], length), require_reading
+    )
     yield from failures
     if not subjects:
         return
-    source = find_source(context, config.data)
-    sets, missing = load_sets(source, config)
-    found = {subject: _Found() for subject in subjects}
+    sets, missing = loaded()
+    found: dict[LoadedSae, dict[str, ByK]] = {subject: {} for subject in subjects}  # by data set
+    baselines: dict[tuple[int, ...], dict[str, Scores]] = {subject.layers: {} for subject in subjects}
     for data in sets:
         split = split_rows(data.labels, config.random_seed)
         prompts = data.prompts[:MOST_ROWS]
-        length = min(MAX_TOKENS, context.model.facts.max_context)
         read = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
-        baselines = score_residuals(read, data, split, config) if config.include_llm_baseline else {}
+        if config.include_llm_baseline:
+            for layers, resid in read.resid.items():
+                baselines[layers][data.name] = _scores(resid, data, split, "l2", config.random_seed)
         with context.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
-                found[subject].sae[data.name] = score_latents(read, subject, data, split, config)
-                if baselines:
-                    found[subject].llm[data.name] = baselines[subject.layers]
+                found[subject][data.name] = score_latents(read, subject, data, split, config)
                 advance(1)
     names = tuple(data.name for data in sets)
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
     settings = official_config(context, replace(config, dataset_names=names), **fixed, **of_data(source))
     for subject in subjects:
-        yield make_result(subject, settings, found[subject], missing)
+        yield make_result(subject, settings, found[subject], baselines[subject.layers], missing)
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
@@ -88,11 +80,6 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
         names = config.dataset_names or stdlib_tasks.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
     return load_all(config.dataset_names or sae_probes_data.names(), lambda name: [sae_probes_data.load(name)])
-
-
-def score_residuals(read: LastTokens, data: BinarySet, split: Split, config: Config) -> dict[tuple[int, ...], Scores]:
-    """The baseline, by the layers that SAEs read."""
-    return {layers: _scores(resid, data, split, "l2", config.random_seed) for layers, resid in read.resid.items()}
 
 
 def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:
@@ -108,12 +95,18 @@ def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: 
     return {k: at(k) for k in config.ks}
 
 
-def make_result(subject: LoadedSae, settings: Mapping[str, Any], found: _Found, missing: str | None) -> Result:
+def make_result(
+    subject: LoadedSae,
+    settings: Mapping[str, Any],
+    found: Mapping[str, ByK],
+    of_model: Mapping[str, Scores],
+    missing: str | None,
+) -> Result:
     """Means over data sets."""
-    by_set = {name: _flat(by_k) for name, by_k in found.sae.items()}
-    baselines = {name: _named("llm", scores) for name, scores in found.llm.items()}
+    by_set = {name: _flat(by_k) for name, by_k in found.items()}
+    baselines = {name: _named("llm", scores) for name, scores in of_model.items()}
     means = mean_scores(by_set)
-    ks = next(iter(found.sae.values()))
+    ks = next(iter(found.values()))
     return Result(
         subject,
         settings,
@@ -125,7 +118,7 @@ def make_result(subject: LoadedSae, settings: Mapping[str, Any], found: _Found, 
                 **by_set[name],
                 "sae_metrics_by_k": {str(k): asdict(scores) for k, scores in by_k.items()},
             }
-            for name, by_k in found.sae.items()
+            for name, by_k in found.items()
         ],
         extra={
             "sae_metrics_by_k": {
@@ -178,6 +171,11 @@ def read_prompts(
 def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:
     """BOS and the last tokens of each prompt, `context` in all."""
     return [[model.bos, *ids[-(context - 1) :]] for ids in model.tokenizer.encode(prompts)]
+
+
+def longest_prompt(model: LanguageModel, sets: Sequence[BinarySet], context: int) -> int:
+    """How many tokens are read of a prompt at most."""
+    return max(len(row) for data in sets for row in token_rows(model, data.prompts[:MOST_ROWS], context))
 
 
 EVALUATION = Evaluation(

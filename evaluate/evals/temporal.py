@@ -186,9 +186,11 @@ def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
     """
     unit_WTF = functional.normalize(acts_WTF, dim=2)
     cosine = unit_WTF @ unit_WTF.mT
-    paired = _paired(segment_WT)
-    usual = _mean_of_stretch(cosine, paired)
-    lag = _lags(segment_WT.shape[1], segment_WT.device)
+    same = (segment_WT[:, :, None] == segment_WT[:, None, :]) & (segment_WT >= 0)[:, :, None]
+    place = torch.arange(segment_WT.shape[1], device=segment_WT.device)
+    lag = place[:, None] - place
+    paired = same & (lag > 0)  # with an earlier key
+    usual = _mean_of_stretch(cosine, same, paired)
     chosen = [paired & (lag >= first) & (lag <= last) for first, last in SCALES.values()]
     return Consistency(
         torch.stack([cosine[pairs].double().sum() for pairs in chosen]),
@@ -245,27 +247,13 @@ def transitions(acts_WTM: Tensor, segment_WT: Tensor) -> Tensor:
     return (on[:, :-1].flatten(0, 1).float().T @ after).double()
 
 
-def _lags(context: int, device: torch.device) -> Tensor:
-    """[T, T]: query minus key."""
-    place = torch.arange(context, device=device)
-    return place[:, None] - place[None, :]
-
-
-def _paired(segment_WT: Tensor) -> Tensor:
-    """bool [W, T, T]: an earlier key of the same stretch."""
-    same = (segment_WT[:, :, None] == segment_WT[:, None, :]) & (segment_WT >= 0)[:, :, None]
-    return same & (_lags(segment_WT.shape[1], segment_WT.device) > 0)
-
-
-def _mean_of_stretch(cosine_WTT: Tensor, paired_WTT: Tensor) -> Tensor:
+def _mean_of_stretch(cosine_WTT: Tensor, same_WTT: Tensor, paired_WTT: Tensor) -> Tensor:
     """[W, T, T]: for each pair, the mean cosine over all pairs of its stretch.
 
     Tokens of a stretch lie side by side or apart (a special token between), so sums go by stretch, not by place:
-    a query's stretch is the set of tokens it is paired with, in either direction, and itself.
+    `same` has for each query all tokens of its stretch.
     """
-    together = (paired_WTT | paired_WTT.mT).float()
-    own = torch.eye(together.shape[1], device=together.device)
-    member = together + own * (together.sum(2) > 0).float()[:, :, None]
+    member = same_WTT.float()
     of_query = torch.where(paired_WTT, cosine_WTT, 0.0).sum(2)
     count_of_query = paired_WTT.sum(2).float()
     total = (member @ of_query[:, :, None]).squeeze(2)

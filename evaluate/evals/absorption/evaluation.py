@@ -29,6 +29,7 @@ from .task import (
     Task,
     WordClasses,
     alphabetic_words,
+    longest_prompt,
     make_task,
     require_template,
     word_position,
@@ -81,13 +82,12 @@ class Config:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     if config.prompt_template:
         require_template(config.prompt_template)
-    fitting, failures = split_fitting(context, subjects, context.model)
+    model, classes, words = context.model, choose_classes(context, config), choose_words(context, config)
+    fitting, failures = split_fitting(context, subjects, model, lambda: longest_prompt(words, classes, model))
     yield from failures
     if not fitting:
         return
-    classes = choose_classes(context, config)
-    reader = Reader(context.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
-    words = choose_words(context, config)
+    reader = Reader(model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
     with ExitStack() as stages:
         task = make_task(
             reader,

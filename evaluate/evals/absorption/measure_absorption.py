@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ....train.disk.plain_form import row_lengths
 from ...context.loaded_sae import LoadedSae
-from .probe import LetterLatents, Training, choose_latents, fit_probe, ranked_latents
+from .probe import Training, choose_latents, fit_probe, ranked_latents
 from .task import Task
 
 SILENT = 1e-8
@@ -111,7 +111,7 @@ def measure_letters(
     """One result a letter that has words which the probe found."""
     latents = letter_latents(task, subject, letters, sparse, generator)
     return [
-        _measure(task, subject, letter, latents[letter].latents, found)
+        _measure(task, subject, letter, latents[letter], found)
         for letter in letters
         if len(found := task.found_words(subject.layer, letter))
     ]
@@ -119,7 +119,7 @@ def measure_letters(
 
 def letter_latents(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
-) -> dict[int, LetterLatents]:
+) -> dict[int, tuple[int, ...]]:
     """The latents that stand for each letter."""
     train, lengths = task.train, row_lengths(subject.sae.W_dec)
     rows = torch.arange(len(train.words), device=train.labels.device)
@@ -136,7 +136,7 @@ def letter_latents(
     latents, halves = ranked[list(letters)].unique(), (task.train, task.test)
     columns = [(half.reading.columns_of(subject, latents) * lengths[latents]).cpu().numpy() for half in halves]
 
-    def choose(letter: int) -> LetterLatents:
+    def choose(letter: int) -> tuple[int, ...]:
         places = torch.searchsorted(latents, ranked[letter]).cpu().numpy()
         (train_NK, is_train), (test_NK, is_test) = (
             (table[:, places], half.is_of(letter)) for table, half in zip(columns, halves, strict=True)

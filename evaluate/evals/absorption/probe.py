@@ -16,7 +16,6 @@ The latents of a letter:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ...model.logistic_regression import fitted
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,6 @@ def _step(
     optimizer.step()
 
 
-@dataclass(frozen=True)
-class LetterLatents:
-    """The latents of a letter, and the F1 of each number of them that was tried."""
-
-    latents: tuple[int, ...]
-    f1: tuple[float, ...]
-
-
 def ranked_latents(sparse_probe: Probe, max_k: int) -> Tensor:
     """int64 [L, K]: for each letter the latents with the largest weights (not the largest in size)."""
     return sparse_probe.weights.topk(max_k, dim=1).indices
@@ -121,18 +114,18 @@ def choose_latents(
     test_NK: np.ndarray,
     is_test: np.ndarray,
     jump: float,
-) -> LetterLatents:
+) -> tuple[int, ...]:
     """The letter's latents; columns of the activations are those of `ranked_K`.
 
     Larger k than the first that does not gain enough are not looked at, so they are not fitted either.
     """
-    best, scores = -100.0, []
+    best = -100.0
     for k in range(1, len(ranked_K) + 1):
-        scores.append(_f1_of_first(k, train_NK, is_train, test_NK, is_test))
-        if scores[-1] <= best + jump:
-            return LetterLatents(tuple(ranked_K[: k - 1]), tuple(scores))
-        best = scores[-1]
-    return LetterLatents(tuple(ranked_K), tuple(scores))
+        f1 = _f1_of_first(k, train_NK, is_train, test_NK, is_test)
+        if f1 <= best + jump:
+            return tuple(ranked_K[: k - 1])
+        best = f1
+    return tuple(ranked_K)
 
 
 def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
@@ -142,11 +135,5 @@ def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
 
 
 def _f1_of_first(k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray) -> float:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
-
-    regression = LogisticRegression(max_iter=500, class_weight="balanced")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # SAEBench takes what 500 iterations give
-        regression.fit(train_NK[:, :k], is_train.astype(np.int64))
+    regression = fitted(train_NK[:, :k], is_train.astype(np.int64), max_iter=500, class_weight="balanced")
     return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)

@@ -87,23 +87,22 @@ def shape_of(word: str) -> str:
 WORD_SHAPES = WordClasses(SHAPES, shape_index, shape_of, "{word} is:")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    word: str
-    text: str
-
-
-def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> Prompt:
+def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> str:
     """A prompt about `word`; its examples are drawn anew until the word is not among them."""
     lines = [f"{_line(classes, example)} {classes.answer(example)}" for example in _draw(word, examples, draw)]
-    return Prompt(word, SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)]))
+    return SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)])
 
 
-def make_spots(prompts: Sequence[Prompt], classes: WordClasses, model: LanguageModel) -> list[Spot]:
+def longest_prompt(words: Sequence[str], classes: WordClasses, model: LanguageModel) -> int:
+    """How many tokens a prompt has at most, whatever is drawn: BOS, and the longest lines."""
+    lines = model.tokenizer.encode([f"{SEPARATOR}{_line(classes, word)} {classes.answer(word)}" for word in words])
+    return 1 + sum(sorted(map(len, lines))[-NUM_EXAMPLES - 1 :])
+
+
+def make_spots(prompts: Sequence[str], classes: WordClasses, model: LanguageModel) -> list[Spot]:
     """Where prompts are read: at the word's last token, so many before the end as the line has behind the word."""
     position = word_position(model, classes.template)
-    ids = model.tokenizer.encode([prompt.text for prompt in prompts])
-    return [Spot((model.bos, *tokens), position) for tokens in ids]
+    return [Spot((model.bos, *tokens), position) for tokens in model.tokenizer.encode(prompts)]
 
 
 def word_position(model: LanguageModel, template: str) -> int:
@@ -229,7 +228,7 @@ def require_template(template: str) -> None:
         )
 
 
-def _prompts(words: Sequence[str], examples: Sequence[str], classes: WordClasses, draw: random.Random) -> list[Prompt]:
+def _prompts(words: Sequence[str], examples: Sequence[str], classes: WordClasses, draw: random.Random) -> list[str]:
     return [make_prompt(word, examples, classes, draw) for word in words]
 
 

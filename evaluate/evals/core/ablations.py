@@ -63,9 +63,8 @@ class Baselines:
         key = f"{self._first + number:05d}.safetensors"
         model, targets = self._context.model, next_tokens(batch.tokens, batch.keep)
         others = [logits_of(model, h) for h in hidden]
-        kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
-        if kept is not None:
-            clean = _on_device(kept, self._context.device)
+        clean = _read(self._files, key, int(batch.keep.sum()), self._ablations, self._context.device)
+        if clean is not None:
             return clean, compare(logits_of(model, clean.hidden), others, targets, self._rows)[1]
         made, losses = self._make(batch, targets, others)
         self._keep(key, made)
@@ -140,12 +139,12 @@ def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str
     return open_files(f"{context.store.url.rstrip('/')}.evals/{context.manifest.cache_id}/clean-{name}")
 
 
-def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str]) -> Clean | None:
+def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str], device: torch.device) -> Clean | None:
     """What is kept, if it is whole."""
     if files is None:
         return None
     try:
-        found = load(files.read(key))
+        found = {name: tensor.to(device) for name, tensor in load(files.read(key)).items()}
         ablated = {name: Losses(*(found[f"{name}.{part}"] for part in PARTS)) for name in ablations}
         clean = Clean(found["hidden"], found["ce"], ablated)
     except (KeyError, OSError, SafetensorError):
@@ -164,11 +163,3 @@ def _write(files: Files, key: str, clean: Clean) -> bool:
     except OSError:
         return False
     return True
-
-
-def _on_device(clean: Clean, device: torch.device) -> Clean:
-    def moved(losses: Losses) -> Losses:
-        return Losses(*(getattr(losses, part).to(device) for part in PARTS))
-
-    ablated = {name: moved(losses) for name, losses in clean.ablated.items()}
-    return Clean(clean.hidden.to(device), clean.ce.to(device), ablated)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...errors import NotApplicable, SettingInvalid
-from ...model.batches import Windows, count_windows, store_batches
+from ...model.batches import Windows, store_batches
 from ...model.smaller_pieces import PieceSize, in_pieces
 
 RECONSTRUCTION, SPARSITY = 200, 2000
@@ -90,8 +90,3 @@ def run_prefix(context: Context, batch: Windows, layers: Sequence[int], size: Pi
     """The residuals of a batch, computed from its tokens."""
     pieces = list(in_pieces(len(batch), size, lambda a, b: context.model.resid(batch.tokens[a:b], layers)))
     return {layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers}
-
-
-def rows_of(context: Context, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
-    """The blocks of this context's store."""
-    return choose_rows(count_windows(context.store, split), split, batch_windows, reconstruction, sparsity)

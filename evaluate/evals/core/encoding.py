@@ -56,7 +56,11 @@ class Encoded:
         seen = torch.zeros(num_groups * width, dtype=torch.bool, device=groups_N.device)
         start = 0
         for codes in self.codes:
-            row, latent = _active_pairs(codes)
+            above = codes.values > 0
+            if codes.support is None:
+                row, latent = above.nonzero(as_tuple=True)
+            else:
+                row, latent = codes.support.rows[above].long(), codes.support.latents[above].long()
             seen[groups_N[start : start + codes.num_rows][row] * width + latent] = True
             start += codes.num_rows
         return seen.view(num_groups, width).sum(dim=0)
@@ -68,8 +72,7 @@ def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
     codes = encode_codes(subject, batch)
     if not subject.sae.is_plain or subject.needs:
         return Encoded(codes, torch.cat([subject.decode(part.dense()) for part in codes]))
-    parts = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
-    x_hat = torch.cat(parts) if parts else subject.sae.b_dec.new_empty(0, subject.sae.d_out)
+    x_hat = torch.cat([part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes])
     return Encoded(codes, subject.sae.skip(batch.x(subject.layers)[batch.keep], x_hat))
 
 
@@ -105,12 +108,3 @@ def _sparse(acts_NF: Tensor) -> Codes:
     if support is None:
         return Codes(acts_NF, None, rows, width)
     return Codes(acts_NF[support.rows.long(), support.latents.long()], support, rows, width)
-
-
-def _active_pairs(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Row and latent of each entry above zero: int64."""
-    if codes.support is None:
-        row, latent = (codes.values > 0).nonzero(as_tuple=True)
-        return row, latent
-    above = codes.values > 0
-    return codes.support.rows[above].long(), codes.support.latents[above].long()

@@ -14,11 +14,12 @@ from typing import Any
 from ...context.usable_saes import model_name_of
 from ...context.write_and_read_results import INTERVALS
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
+from ...model.batches import count_windows
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablations import ABLATIONS
 from .bootstrap import said
-from .choose_rows import Rows, rows_of
-from .saebench_keys import latent_details, latent_metrics, official_metrics, own_metrics
+from .choose_rows import Rows, choose_rows
+from .saebench_keys import latent_details, official_metrics, own_metrics, weight_metrics
 from .sparsity_and_variance import Sparsity, measure_sparsity
 from .spliced_ce_and_kl import LossSums, measure_losses, splice_layer
 
@@ -44,8 +45,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         raise SettingInvalid(
             f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(config.ablations)}"
         )
-    rows = rows_of(
-        context,
+    rows = choose_rows(
+        count_windows(context.store, config.split),
         config.split,
         config.batch_size_prompts,
         config.n_eval_reconstruction_batches,
@@ -93,7 +94,11 @@ def make_result(
     context: Context, subject: LoadedSae, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
 ) -> Result:
     """The document of one SAE."""
-    latents = latent_metrics(subject, sparsity)
+    latents = {  # of each latent [F], by SAEBench's names and in its order
+        "feature_density": sparsity.firing.density,
+        "consistent_activation_heuristic": sparsity.firing.tokens_per_window,
+        **weight_metrics(subject.sae),
+    }
     return Result(
         subject,
         settings_by_saebench(context, rows, losses is not None),

@@ -19,7 +19,6 @@ from torch.nn import functional
 from ....train.sae.gates import Gated
 from ....train.sae.kernels.dense_products import linear
 from ....train.sae.model import SparseAutoencoder
-from ...context.loaded_sae import LoadedSae
 from .bootstrap import Statistic, intervals
 from .choose_rows import Rows
 from .sparsity_and_variance import NAN, Sparsity, explained_variance_of, ratio, summarise_density
@@ -28,15 +27,6 @@ from .spliced_ce_and_kl import LossSums
 DECIMALS = 10
 OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
 OWN_LOSSES |= {name: name for name in ("ce_loss_score", "kl_div_score")}
-
-
-def latent_metrics(subject: LoadedSae, sparsity: Sparsity) -> dict[str, Tensor]:
-    """Of each latent: [F] by SAEBench's names, in its order."""
-    return {
-        "feature_density": sparsity.firing.density,
-        "consistent_activation_heuristic": sparsity.firing.tokens_per_window,
-        **weight_metrics(subject.sae),
-    }
 
 
 def official_metrics(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
 from ...context.stored_windows import ordinary_rows
-from ...model.batches import Windows
+from ...model.batches import Sums, Windows
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .bootstrap import DocumentSums
 from .choose_rows import Block, read_block
@@ -60,24 +60,18 @@ class Tokens:
         return self.square_hat.sqrt() / torch.where(norm < SMALL_NORM, 1.0, norm)
 
 
-@dataclass
-class Firing:
+@dataclass(frozen=True, eq=False)
+class Firing(Sums):
     """In how many tokens and windows each latent fires: int64 [F]."""
 
     tokens: Tensor
     windows: Tensor
-    total_tokens: int = 0
+    total_tokens: int
 
     @staticmethod
     def none(width: int, device: torch.device) -> Firing:
-        tokens = torch.zeros(width, dtype=torch.int64, device=device)
-        return Firing(tokens, tokens.clone())
-
-    def add(self, tokens_F: Tensor, windows_F: Tensor, total_tokens: int) -> None:
-        """Tokens and windows of a batch in which each latent fires."""
-        self.tokens += tokens_F
-        self.windows += windows_F
-        self.total_tokens += total_tokens
+        nothing = torch.zeros(width, dtype=torch.int64, device=device)
+        return Firing(nothing, nothing, 0)
 
     @property
     def density(self) -> Tensor:
@@ -252,5 +246,5 @@ def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, ordinary_
 
     pieces = list(in_pieces(len(batch), size, work))
     for tokens, in_tokens, in_windows in pieces:
-        sparsity.firing.add(in_tokens, in_windows, len(tokens.l0))
+        sparsity.firing += Firing(in_tokens, in_windows, len(tokens.l0))
     sparsity.add(Tokens.concat([piece[0] for piece in pieces]), x_ND, batch, ordinary_WT)

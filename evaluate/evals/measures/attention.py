@@ -98,28 +98,16 @@ def explain(
     return Explained(flat @ flat.T, attended, usual, rows)
 
 
-def row_divergence(reference_RK: Tensor, found_RK: Tensor) -> Tensor:
-    """KL [R] of found rows of probabilities from reference rows."""
-    reference, found = reference_RK.double().clamp_min(TINY), found_RK.double().clamp_min(TINY)
-    return (reference * (reference / found).log()).sum(-1)
-
-
-def with_rest(kept_RK: Tensor) -> Tensor:
-    """[R, K + 1]: rows of probabilities on their stored keys, with what they have elsewhere as one more."""
-    return torch.cat([kept_RK, (1 - kept_RK.sum(-1, keepdim=True)).clamp_min(0)], dim=-1)
-
-
 def attention_divergence(stored_WHTT: Tensor, found_WHTT: Tensor) -> Tensor:
     """KL [W, H, T] of computed attention from stored rows: on the stored keys, and on all others as one.
 
     `stored` is zero where nothing was kept. A float16 store is off by its rounding, so a difference of
     the rest below that is none.
     """
-    support = stored_WHTT > 0
-    found = torch.where(support, found_WHTT.float(), 0.0)
-    reference, other = with_rest(stored_WHTT.float()), with_rest(found)
-    total = reference.sum(-1, keepdim=True)
-    return row_divergence(reference / total, other / other.sum(-1, keepdim=True))
+    kept = stored_WHTT.float(), torch.where(stored_WHTT > 0, found_WHTT.float(), 0.0)
+    rows = [torch.cat([part, (1 - part.sum(-1, keepdim=True)).clamp_min(0)], dim=-1) for part in kept]
+    reference, found = ((row / row.sum(-1, keepdim=True)).double().clamp_min(TINY) for row in rows)
+    return (reference * (reference / found).log()).sum(-1)
 
 
 def _earlier_pairs(takes_part_WT: Tensor, documents_WT: Tensor | None) -> Tensor:

@@ -7,16 +7,14 @@ control that a mask has to beat. They are chosen on other windows than those the
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ...model.batches import Sums
+from ...model.logistic_regression import fitted
 
 ANYWHERE = -1  # the range of a latent that no mask binds
 
@@ -104,10 +102,7 @@ def accuracy(train_NF: Tensor, train_labels_N: Tensor, test_NF: Tensor, test_lab
     """Share of test examples that a logistic regression on the k best latents (None: all) gets right."""
     chosen = slice(None) if k is None else best_latents(train_NF, train_labels_N, k)
     train, test = (_scaled(part[:, chosen], train_NF[:, chosen]) for part in (train_NF, test_NF))
-    probe = LogisticRegression(max_iter=ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe stopped early is still a probe
-        probe.fit(train, train_labels_N.cpu().numpy())
+    probe = fitted(train, train_labels_N.cpu().numpy(), max_iter=ITERATIONS)
     return float(probe.score(test, test_labels_N.cpu().numpy()))
 
 

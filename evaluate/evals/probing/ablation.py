@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import Draw, Features, draw_probe
+from .features import Draw, Features
 from .fit_probes import LinearProbe
 
 Kind = Literal["absolute", "positive"]
@@ -86,17 +86,3 @@ class Ablatable:
     @cached_property
     def _biases(self) -> np.ndarray:
         return torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
-
-
-def effects_of_classes(
-    latents: Features,
-    probes: Mapping[str, LinearProbe],
-    classes: Sequence[str],
-    W_dec: Tensor,
-    kind: Kind,
-    generator: torch.Generator,
-    opposites: Mapping[str, str] | None = None,
-) -> dict[str, Tensor]:
-    """Effects on each class's own probe, rows drawn one class after the other."""
-    draws = {name: draw_probe(latents.spans, name, generator, (opposites or {}).get(name)) for name in classes}
-    return {name: effects(latents, draws[name], probes[name], W_dec, kind) for name in classes}

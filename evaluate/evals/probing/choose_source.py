@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 from ...context.context import Context
 from ...errors import DataMissing
@@ -124,14 +124,18 @@ def find_source(context: Context, wanted: DataName) -> Source:
     return STDLIB if context.takes_library(wanted) else HUB
 
 
-class ChoosesData(Protocol):
-    """Settings that say which data are meant."""
+@dataclass(frozen=True)
+class DataChoice:
+    """Settings of every evaluation on labelled texts."""
 
-    @property
-    def data(self) -> DataName: ...
+    data: DataName = "auto"
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = ()
+    """Empty: all of the data's."""
+    llm_batch_size: int = 32
 
 
-def data_revision(context: Context, settings: ChoosesData) -> str | None:
+def data_revision(context: Context, settings: DataChoice) -> str | None:
     """Of the data that the settings mean, as an evaluation's `data_revision`."""
     return find_source(context, settings.data).revision()
 

@@ -28,14 +28,14 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class Memo(Generic[T]):
-    """Remembers what was computed from a generator's state, and the state that it left."""
+    """Remembers what was computed from a generator's state, by name, and the state that it left."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[T, Tensor]] = {}
+        self._known: dict[tuple[str, bytes], tuple[T, Tensor]] = {}
 
-    def recall(self, generator: torch.Generator, compute: Callable[[], T]) -> T:
+    def recall(self, what: str, generator: torch.Generator, compute: Callable[[], T]) -> T:
         """What `compute` gives, and the generator where `compute` leaves it."""
-        key = generator.get_state().numpy().tobytes()
+        key = what, generator.get_state().numpy().tobytes()
         if key not in self._known:
             self._known[key] = compute(), generator.get_state()
         value, after = self._known[key]

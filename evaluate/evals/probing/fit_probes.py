@@ -9,17 +9,15 @@ B rows, F features.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...model.logistic_regression import fitted
 from .features import Draw, Features, draw_probe
 
 HELD_OUT = 5  # one row in so many judges the epochs of a validated probe
@@ -160,8 +158,5 @@ def top_features(train: Features, draw: Draw, k: int) -> np.ndarray:
 def sparse_accuracy(train: Features, train_draw: Draw, test: Features, test_draw: Draw, k: int) -> float:
     """Share of test rows that an L2-regularised logistic regression on k features gets right."""
     chosen = top_features(train, train_draw, k)
-    probe = LogisticRegression(C=1.0, max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # SAEBench scores a probe that is stopped early as it is
-        probe.fit(train.columns(train_draw, chosen), train_draw.labels)
+    probe = fitted(train.columns(train_draw, chosen), train_draw.labels, C=1.0, max_iter=MAX_ITERATIONS)
     return float(probe.score(test.columns(test_draw, chosen), test_draw.labels))

@@ -9,18 +9,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
+
+from ...model.logistic_regression import fitted
 
 Penalty = Literal["l1", "l2"]
 
@@ -114,9 +113,6 @@ def _folds(rows: np.ndarray, labels: np.ndarray, seed: int) -> Iterable[tuple[np
     return [(np.arange(first), np.arange(first, len(rows)))]
 
 
-def _fitted(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Penalty, seed: int) -> LogisticRegression:
+def _fitted(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Penalty, seed: int) -> Any:
     options = {"l1_ratio": 1.0, "solver": "saga"} if penalty == "l1" else {}
-    probe = LogisticRegression(C=strength, random_state=seed, max_iter=MAX_ITERATIONS, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at weak regularisation sae-probes stops it early
-        return probe.fit(rows, labels)
+    return fitted(rows, labels, C=strength, random_state=seed, max_iter=MAX_ITERATIONS, **options)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, TypeVar
 
 from ....harvest.corpus.hugging_face import find_repository
@@ -48,14 +48,7 @@ LICENSE_CHARACTERS = 150  # of a source file: mostly its licence
 FILE_CHARACTERS = 128 * 3  # a shorter rest is left out
 
 
-@dataclass(frozen=True)
-class Columns:
-    text: str
-    column1: str
-    column2: str
-
-
-COLUMNS = {BIOS: Columns("hard_text", "profession", "gender"), AMAZON: Columns("text", "category", "rating")}
+COLUMNS = {BIOS: ("hard_text", "profession", "gender"), AMAZON: ("text", "category", "rating")}
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
@@ -73,11 +66,11 @@ def load_table(name: str, is_test: bool) -> Table:
 
 @lru_cache(maxsize=2)  # train and test of one data set: a process outlives many
 def _table(id: str, is_test: bool) -> Table:
-    columns = COLUMNS[id]
-    rows = reached(id, lambda: load_dataset(id, split="test" if is_test else "train"))
-    return reached(
-        id, lambda: Table(*(list(rows[column]) for column in (columns.text, columns.column1, columns.column2)))
-    )
+    def read() -> Table:
+        rows = load_dataset(id, split="test" if is_test else "train")
+        return Table(*(list(rows[column]) for column in COLUMNS[id]))
+
+    return reached(id, read)
 
 
 def reached(id: str, load: Callable[[], T]) -> T:
@@ -140,7 +133,7 @@ def read_speeches(count: int) -> dict[str, list[str]]:
 
 def take_more_than(count: int, texts: Iterable[str]) -> list[str]:
     """The first count + 1 of them."""
-    return [text for text, _ in zip(texts, range(count + 1), strict=False)]
+    return list(islice(texts, count + 1))
 
 
 def read_files(count: int) -> dict[str, list[str]]:

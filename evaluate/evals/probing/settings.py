@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ...context.context import Context
 from ...context.usable_saes import official_config
 from .ablation import Kind
-from .choose_source import DataName, Source
+from .choose_source import DataChoice, Source
 from .fit_probes import Training
 
 ALL_N = (2, 5, 10, 20, 50, 100, 500)
@@ -22,20 +22,15 @@ S = TypeVar("S", bound="DataSettings")
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(DataChoice):
     """Which texts, and how many."""
 
-    data: DataName = "auto"
-    random_seed: int = 42
-    dataset_names: tuple[str, ...] = ()
-    """Empty: all of the data's."""
     train_set_size: int | None = None
     """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
     test_set_size: int | None = None
     """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
-    llm_batch_size: int = 32
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -16,13 +16,13 @@ ablated accuracies are of the same rows, and padding contributes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ...context.usable_saes import split_fitting
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
+from .ablation import Ablatable, Kind, Logits, effects, top_effects
 from .choose_source import Source, data_revision, find_source
 from .draw_classes import OPPOSITES, Task
 from .features import Draw, Features, Memo, draw_probe, seeded
@@ -70,14 +70,6 @@ class Perturbed:
 
 
 @dataclass(frozen=True)
-class OfModel:
-    """Probes that SAEs share: their training draws the same for all."""
-
-    official: Memo[Probed] = field(default_factory=Memo)
-    corrected: Memo[Probed] = field(default_factory=Memo)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What one task says of one SAE, as SAEBench does it and without its faults."""
 
@@ -86,13 +78,14 @@ class Outcome:
 
 
 def perturb(
-    pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: OfModel
+    pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: Memo[Probed]
 ) -> Outcome:
-    """Both ways; what is corrected draws nothing from SAEBench's generator."""
+    """Both ways; what is corrected draws nothing from SAEBench's generator. SAEs share probes, whose training draws the
+    same for all."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
-    official = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
-    corrected = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))
+    official = of_model.recall("official", generator, lambda: probe_model(*resid, setup, generator))
+    corrected = of_model.recall("corrected", own, lambda: probe_model(*resid, setup, own, corrected=True))
     latents = pool.of_latents(subject, task.train)
 
     def off(probed: Probed, tests: Features, new_generator: NewGenerator) -> Perturbed:
@@ -105,35 +98,26 @@ def perturb(
     )
 
 
-def probe_model(train: Features, test: Features, setup: Setup, generator: torch.Generator) -> Probed:
-    """Probes of all classes, and their accuracies on rows drawn anew."""
-    probes, _ = probe_every_class(train, test, setup.training, generator, opposites=setup.opposites)
-    return Probed(probes, accuracies(untouched(test, probes), setup, generator))
-
-
-def probe_model_corrected(train: Features, test: Features, setup: Setup, generator: torch.Generator) -> Probed:
-    """The same, but test rows are seen once: those of the clean accuracies, and of all that follow."""
-    probes, _ = probe_every_class(train, test, setup.training, generator, opposites=setup.opposites, validated=True)
-    return Probed(probes, accuracies(untouched(test, probes), setup, seeded(setup.seed)))
-
-
-def untouched(test: Features, probes: Mapping[str, LinearProbe]) -> Logits:
-    """What the probes say of the texts as they are."""
-    nothing = torch.empty(0, test.width)
-    return Ablatable(test, test, nothing, probes).logits()
+def probe_model(
+    train: Features, test: Features, setup: Setup, generator: torch.Generator, corrected: bool = False
+) -> Probed:
+    """Probes of all classes, and their accuracies on the texts as they are: on rows drawn anew; corrected, on test rows
+    that are seen once, the same for all accuracies that follow."""
+    probes, _ = probe_every_class(
+        train, test, setup.training, generator, opposites=setup.opposites, validated=corrected
+    )
+    untouched = Ablatable(test, test, torch.empty(0, test.width), probes).logits()
+    return Probed(probes, accuracies(untouched, setup, seeded(setup.seed) if corrected else generator))
 
 
 def switch_off(latents: Features, tests: Ablatable, setup: Setup, new_generator: NewGenerator) -> Ablated:
     """Accuracies of all probes with each class's strongest latents off."""
-    generator = new_generator()
-    effects = effects_of_classes(
-        latents, tests.probes, setup.classes, tests.W_dec, setup.kind, generator, setup.opposites
-    )
+    generator, opposites = new_generator(), setup.opposites or {}
+    draws = {name: draw_probe(latents.spans, name, generator, opposites.get(name)) for name in setup.classes}
+    found = {name: effects(latents, draws[name], tests.probes[name], tests.W_dec, setup.kind) for name in draws}
     return {
-        name: {
-            n: accuracies(tests.logits(top_effects(effects[name], n)), setup, new_generator()) for n in setup.n_values
-        }
-        for name in setup.classes
+        name: {n: accuracies(tests.logits(top_effects(of, n)), setup, new_generator()) for n in setup.n_values}
+        for name, of in found.items()
     }
 
 
@@ -159,11 +143,12 @@ def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Sett
     """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` gives for the others."""
 
     def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
-        able, unable = split_fitting(context, subjects, context.model)
+        source = find_source(context, config.data)
+        config = filled(config, source, source.perturbed)
+        able, unable = split_fitting(context, subjects, context.model, lambda: config.context_length or 0)
         yield from unable
         if able:
-            source = find_source(context, config.data)
-            yield from measure(context, able, source, filled(config, source, source.perturbed))
+            yield from measure(context, able, source, config)
 
     return Evaluation(
         Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=data_revision
@@ -185,7 +170,7 @@ def perturb_all(
     for task in tasks:
         setup = Setup(kind, classes_of(task), settings.n_values, settings.training, settings.random_seed)
         pool = pool_task(context, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
-        of_model = {subject.layers: OfModel() for subject in subjects}
+        of_model = {subject.layers: Memo[Probed]() for subject in subjects}
         with context.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
             for subject in subjects:
                 outcomes[subject][task.name] = perturb(

@@ -22,6 +22,7 @@ from ...context.evaluation_data_sets import library_revision
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
+from ...model.prefix_suffix import LanguageModel
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
 from .prompts import (
@@ -88,7 +89,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     require_selectable(selection, entities)
-    fitting, failures = split_fitting(context, subjects, context.model)
+    fitting, failures = split_fitting(
+        context, subjects, context.model, lambda: longest_prompt(context.model, entities, selection)
+    )
     yield from failures
     if not fitting:
         return
@@ -135,6 +138,14 @@ def study(
         others = [other for other in attributes if other != attribute]
         pairs = draw_pairs(prompts, attribute, others, config.num_pairs_per_attribute, draw)
         swap_attribute(context, swapper, entity_class.name, attribute, pairs, findings, config)
+
+
+def longest_prompt(
+    model: LanguageModel, entities: Sequence[EntityClass], selection: Mapping[str, Sequence[str]]
+) -> int:
+    """How many tokens a prompt has at most."""
+    made = (make_prompts(each, selection[each.name], model.tokenizer.encode, model.bos) for each in entities)
+    return max((len(prompt.tokens) for prompts in made for prompt in prompts), default=0)
 
 
 def known_prompts(

@@ -64,7 +64,7 @@ class Config:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     material = load_material(context, config)
-    fitting, failures = split_fitting(context, subjects, material.model)
+    fitting, failures = split_fitting(context, subjects, material.model, lambda: material.longest)
     yield from failures
     if not fitting:
         return
@@ -170,7 +170,7 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     summary=("unlearning.unlearning_score",),
-    least={"dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
+    least={"n_features_list": 1, "dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
     data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
     revision=2,  # top-k SAEs with decoder rows of any length are as if of length one
 )

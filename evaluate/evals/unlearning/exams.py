@@ -146,6 +146,12 @@ class ChoicePaper:
     orders: int = len(ALL_ORDERS)
     """How often the trial asks each question."""
 
+    @property
+    def longest(self) -> int:
+        """How many tokens a question has at most."""
+        asked = self.model.tokenizer.encode([question.prompt() for question in self.questions])
+        return max(map(len, asked), default=0)
+
     def trial(self) -> Exam:
         """All questions, the orders of each one after the other."""
         return self._exam(self.questions, ALL_ORDERS)
@@ -171,6 +177,10 @@ class TextPaper:
     special: Sequence[int]
     batch_size: int
     orders: int = 1
+
+    @property
+    def longest(self) -> int:
+        return self.rows.shape[1]
 
     def trial(self) -> Exam:
         return Exam(self.name, tuple(next_token_sheets(self.rows, self.special, self.batch_size)), most_likely)

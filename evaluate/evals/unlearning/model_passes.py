@@ -14,7 +14,7 @@ than all SAEs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -120,7 +120,8 @@ class SharedPasses:
         batch = self._run(part.tokens, valid_tokens(part))
         for subject in self.subjects:
             acts_WTF, resid_WTD = subject.encode(batch), batch.resid[subject.layer]
-            for essence, setting in distinct(settings[subject]).items():
+            distinct = {_essence(setting): setting for setting in settings[subject]}  # many choose the same latents
+            for essence, setting in distinct.items():
                 latents = list(setting.latents)
                 shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
                 changed_WTD = (resid_WTD.to(torch.float32) + shift_WTD).to(resid_WTD.dtype)
@@ -128,11 +129,6 @@ class SharedPasses:
                 answers = right_answers(self.model, hidden_WTD, part, exam.choose)
                 right[subject, exam.name, essence] = int(answers.sum())
         return right
-
-
-def distinct(settings: Sequence[Setting]) -> dict[Essence, Setting]:
-    """One of each intervention: thresholds and numbers often choose the same latents."""
-    return {_essence(setting): setting for setting in settings}
 
 
 def _essence(setting: Setting) -> Essence:
@@ -158,7 +154,10 @@ def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose
 
 def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
     """The numbers of the questions that the undisturbed model answers right in every order."""
-    right = torch.cat([right.cpu() for right in _trial_answers(model, paper.trial())])
+    exam = paper.trial()
+    sheets = (sheet.to(model.device) for sheet in exam.sheets)
+    answers = [right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose).cpu() for sheet in sheets]
+    right = torch.cat(answers)
     return right.view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
 
 
@@ -166,11 +165,6 @@ def valid_tokens(sheet: Sheet) -> Tensor:
     """bool [W, T]: positions up to the last question of each row; behind it is padding, or nothing to ask."""
     last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
     return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
-
-
-def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
-    for sheet in (sheet.to(model.device) for sheet in exam.sheets):
-        yield right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose)
 
 
 def remembered_questions(model: LanguageModel, paper: Paper, folder: str | Path) -> list[int]:

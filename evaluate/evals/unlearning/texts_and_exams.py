@@ -28,7 +28,7 @@ from ....harvest.model.tokenizer import TextEncoder
 from ....harvest.pocket.text import stdlib_documents
 from ...context.context import Context, find_model
 from ...context.evaluation_data_sets import load_rows
-from ...errors import DataMissing, NotApplicable
+from ...errors import DataMissing, NotApplicable, SettingInvalid
 from ...model.prefix_suffix import LanguageModel, load_language_model
 from .exams import ChoicePaper, Paper, Question, TextPaper
 from .sweep import Sweep
@@ -87,10 +87,17 @@ class Material:
     retain: Sequence[Paper]
     sweep: Sweep
     """What is tried unless the settings say otherwise."""
+    beside: Sequence[Paper] = ()
+    """Reported, and neither to be forgotten nor to be retained."""
 
     @property
     def papers(self) -> tuple[Paper, ...]:
-        return (*self.forget, *self.retain)
+        return (*self.forget, *self.retain, *self.beside)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a row or a question has at most."""
+        return max(self.forget_rows.shape[1], self.retain_rows.shape[1], *(paper.longest for paper in self.papers))
 
 
 TEXT_ROWS, EXAM_ROWS = 48, 24
@@ -151,6 +158,8 @@ def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: to
 
 FORGET_EXAM = "wmdp-bio"
 FORGET_SUBJECT = "biology"
+BESIDE = "college_biology"
+"""Near the topic: as in SAEBench, it is not among what must be retained."""
 MIN_CHARACTERS = 50
 REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 
@@ -159,6 +168,11 @@ def load_wmdp(
     context: Context, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
 ) -> Material:
     """All of it; what needs no download is looked at first, so that a missing file is said at once."""
+    if FORGET_EXAM not in names or not set(names) - {FORGET_EXAM, BESIDE}:
+        raise SettingInvalid(
+            f"unlearning.dataset_names: expected {FORGET_EXAM}, which is to be forgotten, and subjects of MMLU to be "
+            f"retained ({BESIDE} is none of them), found {', '.join(names) or 'none'}"
+        )
     forget_texts = read_corpus(Path(os.path.expanduser(corpus)))
     retain_texts = [row["text"] for row in load_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
     questions = {name: read_questions(name) for name in names}
@@ -172,8 +186,9 @@ def load_wmdp(
     forget_rows, retain_rows = (shuffled_rows(each, size, generator) for each in rows)
     papers = [ChoicePaper(name, asked, model, batch) for name, asked in questions.items()]
     forget = [paper for paper in papers if paper.name == FORGET_EXAM]
-    retain = [paper for paper in papers if paper.name != FORGET_EXAM]
-    return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep())
+    beside = [paper for paper in papers if paper.name == BESIDE]
+    retain = [paper for paper in papers if paper.name not in (FORGET_EXAM, BESIDE)]
+    return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep(), beside)
 
 
 def read_corpus(file: Path) -> list[str]:

@@ -101,6 +101,6 @@ def test_saes_of_other_widths_or_of_several_layers_are_named_with_the_reason(mod
     wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
     high = builder.subject(builder.make_sae(), "high", layers=(9,))
     cross = builder.subject(builder.make_sae(), "cross", layers=(1,), target_layers=[2])
-    fitting, failures = split_fitting(Context(None), [good, wide, high, cross], model)
+    fitting, failures = split_fitting(Context(None), [good, wide, high, cross], model, lambda: 0)
     assert fitting == [good]
     assert [type(failure.error) for failure in failures] == [WidthMismatch, WidthMismatch, NotApplicable]

@@ -12,7 +12,7 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reader, Spot
 from saemill.evaluate.context.usable_saes import attention_of, split_fitting
-from saemill.evaluate.errors import DataMissing
+from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.probing.draw_classes import Task
 from saemill.evaluate.evals.probing.pooling import pool_task
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts
@@ -92,8 +92,22 @@ def test_averaged_over_a_text(context, subject, stored):
 
 def test_who_reads_attention_where_there_is_no_store_costs_the_others_nothing(context, subject, builder):
     plain = builder.subject(builder.make_sae(), "plain")
-    fitting, (failure,) = split_fitting(Context(None), [subject, plain], context.model)
+    fitting, (failure,) = split_fitting(Context(None), [subject, plain], context.model, lambda: 0)
     assert fitting == [plain] and failure.subject is subject and isinstance(failure.error, DataMissing)
+
+
+def test_texts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(context, builder, monkeypatch):
+    """It looks them up in a table, or has never seen them."""
+    sizes = {"plain": 8, "fits": 9, "short": 8}
+    plain, *places = (builder.subject(builder.make_sae(), name, context_size=sizes[name]) for name in sizes)
+    for each in places:
+        monkeypatch.setattr(each.sae, "needs_side", ("position",))
+    asked = []
+    found, (failure,) = split_fitting(context, [plain, *places], context.model, lambda: asked.append(1) or 9)
+    assert found == [plain, places[0]] and failure.subject is places[1] and isinstance(failure.error, NotApplicable)
+    assert "windows of 8, but a text of this evaluation has up to 9 tokens" in str(failure.error)
+    assert split_fitting(context, [plain], context.model, lambda: asked.append(1) or 9) == ([plain], [])
+    assert asked == [1]  # to count tokens takes a while
 
 
 def test_a_store_without_attention_is_no_store_for_an_sae_that_reads_it(make_world, open_context, subject):

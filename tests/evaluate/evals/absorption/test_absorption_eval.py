@@ -11,6 +11,7 @@ import torch
 from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.write_and_read_results import Failure, Result
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
@@ -26,6 +27,7 @@ from saemill.evaluate.evals.absorption.task import (
     Half,
     Task,
     WordClasses,
+    longest_prompt,
     make_prompt,
     make_spots,
     shape_of,
@@ -129,13 +131,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, world) -> LanguageModel:
 
 
 def test_a_prompt_is_read_at_its_words_last_token(tiny):
-    prompts = [make_prompt(word, list(string.ascii_letters), FIRST_LETTER, random.Random(0)) for word in (" self", "x")]
-    for spot, prompt in zip(make_spots(prompts, FIRST_LETTER, tiny), prompts, strict=True):
-        assert tiny.tokenizer.backend.decode([spot.tokens[spot.position]]).strip() == prompt.word.strip()
+    words = (" self", "x")
+    prompts = [make_prompt(word, list(string.ascii_letters), FIRST_LETTER, random.Random(0)) for word in words]
+    for spot, word in zip(make_spots(prompts, FIRST_LETTER, tiny), words, strict=True):
+        assert tiny.tokenizer.backend.decode([spot.tokens[spot.position]]).strip() == word.strip()
         assert spot.tokens[0] == tiny.bos
     assert word_position(tiny, FIRST_LETTER.template) == -6  # as with Gemma's tokenizer
     spaced = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda texts: [list(f" {text}") for text in texts]))
     assert word_position(spaced, "{word} is:") == -5  # one that begins every text with a space
+
+
+def test_prompts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(tiny, builder, monkeypatch):
+    words, draw = absorption.vocabulary_words(tiny)[-200:], random.Random(0)
+    spots = make_spots([make_prompt(word, words, WORD_SHAPES, draw) for word in words], WORD_SHAPES, tiny)
+    most = max(len(spot.tokens) for spot in spots)
+    assert most <= longest_prompt(words, WORD_SHAPES, tiny) <= 1.5 * most
+    monkeypatch.setattr(LoadedSae, "needs", frozenset({"position"}))
+    failures = run(tiny, builder, classes="shape")
+    assert all(f"trained on windows of {builder.CONTEXT}, but" in str(failure.error) for failure in failures)
 
 
 def test_words_of_the_vocabulary_are_whole_tokens_in_the_order_of_their_ids(tiny):

@@ -212,8 +212,8 @@ def test_a_wide_sae_chooses_what_its_gate_would(builder, monkeypatch, gate, look
 
 def test_a_latent_that_never_fires_has_no_heuristic():
     firing = Firing.none(2, torch.device("cpu"))
-    firing.add(torch.tensor([2, 0]), torch.tensor([1, 0]), 5)
-    firing.add(torch.tensor([3, 0]), torch.tensor([2, 0]), 5)
+    firing += Firing(torch.tensor([2, 0]), torch.tensor([1, 0]), 5)
+    firing += Firing(torch.tensor([3, 0]), torch.tensor([2, 0]), 5)
     assert firing.density.tolist() == pytest.approx([0.5, 0])
     assert firing.tokens_per_window[0] == pytest.approx(5 / 3)
     assert firing.tokens_per_window[1].isnan()

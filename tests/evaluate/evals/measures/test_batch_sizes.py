@@ -31,7 +31,7 @@ def counting(monkeypatch, where, name: str, place: int) -> list[int]:
 
 @pytest.mark.parametrize("batch_windows", [2, 5, 12])
 @pytest.mark.parametrize(
-    ("module", "where", "name", "place"), [(tiers, tiers.Tracers, "of", 1), (attention, attention, "trace", 2)]
+    ("module", "where", "name", "place"), [(tiers, tiers.Tracers, "of", 1), (attention, attention, "trace_pairs", 1)]
 )
 def test_as_many_windows_are_traced_as_were_asked_for(
     module, where, name, place, batch_windows, world, builder, open_context, monkeypatch

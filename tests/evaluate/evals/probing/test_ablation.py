@@ -8,10 +8,10 @@ import torch
 
 from saemill.evaluate.evals.probing.ablation import Ablatable, effects, top_effects
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
-from saemill.evaluate.evals.probing.features import Draw, Features, seeded
+from saemill.evaluate.evals.probing.features import Draw, Features, Memo, seeded
 from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
 from saemill.evaluate.evals.probing.scr_and_tpp_scores import mean_scores, scr_scores, tpp_scores
-from saemill.evaluate.evals.probing.switch_latents_off import OfModel, Setup, perturb
+from saemill.evaluate.evals.probing.switch_latents_off import Setup, perturb
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
@@ -106,7 +106,7 @@ def test_tpp_finds_the_one_latent_of_each_class():
     made, subject = make_task("planted", parts), make_subject(identity_sae(width))
     pool = made.pool(subject, leaky=True)
     setup = Setup("positive", list("abc"), (2,), PROBES, 0)
-    both = perturb(pool, subject, made.task, setup, seeded(0), OfModel())
+    both = perturb(pool, subject, made.task, setup, seeded(0), Memo())
     for outcome in (both.official, both.corrected):
         scores, by_class = tpp_scores(outcome.ablated, outcome.clean)
         assert scores["tpp_threshold_2_intended_diff_only"] > 0.3
@@ -136,7 +136,7 @@ def test_scr_frees_a_probe_of_the_attribute():
     made, subject = make_task("planted", {"train": groups(), "test": groups()}), make_subject(identity_sae(width))
     setup = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0)
     pool = made.pool(subject, leaky=True)
-    outcome = perturb(pool, subject, made.task, setup, seeded(0), OfModel()).corrected
+    outcome = perturb(pool, subject, made.task, setup, seeded(0), Memo()).corrected
     scores = scr_scores(outcome.ablated, outcome.clean)
     assert scores["scr_dir1_threshold_2"] > 0.6
     assert scores["scr_metric_threshold_2"] == scores["scr_dir1_threshold_2"]  # there the probe did worse
@@ -160,7 +160,7 @@ def test_corrected_scores_compare_the_same_rows(official):
     made = official.probing[maker.PROBING[0]]
     setup = Setup("positive", list(made.task.train), (0,), PROBES, 0)
     pool = made.pool(official.subject, leaky=True)
-    both = perturb(pool, official.subject, made.task, setup, seeded(42), OfModel())
+    both = perturb(pool, official.subject, made.task, setup, seeded(42), Memo())
     assert all(by_n[0] == both.corrected.clean for by_n in both.corrected.ablated.values())
     assert any(by_n[0] != both.official.clean for by_n in both.official.ablated.values())
 
@@ -170,5 +170,5 @@ def test_both_ways_choose_latents_from_the_same_table_of_the_training_texts(offi
     made, pool = official.scr, official.scr.pool(official.subject, leaky=True)
     setup, cut, of_latents = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0), [], pool.of_latents
     monkeypatch.setattr(pool, "of_latents", lambda *given: cut.append(given[1]) or of_latents(*given))
-    perturb(pool, official.subject, made.task, setup, seeded(0), OfModel())
+    perturb(pool, official.subject, made.task, setup, seeded(0), Memo())
     assert cut == [made.task.train, made.task.test]

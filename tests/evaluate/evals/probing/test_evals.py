@@ -100,16 +100,21 @@ def test_results_have_the_official_keys_and_say_which_data_they_are_of(run, offi
 
 @pytest.mark.parametrize("module", [contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp])
 def test_saes_of_another_model_are_named_and_cost_no_text(module, context, builder, monkeypatch):
-    """One of another width, one of a layer that the model lacks, and of several layers one too many."""
+    """One of another width, one of a layer that the model lacks, of several layers one too many, and one that reads
+    places of shorter windows than texts have."""
     monkeypatch.setattr(context.model, "resid", None)
     wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
     high = builder.subject(builder.make_sae(), "high", layers=(9,))
     both = builder.subject(builder.make_sae(), "both", layers=(1, 2))
-    failures = list(module.EVALUATION.evaluate(context, [wide, high, both], module.EVALUATION.config(data="stdlib")))
-    assert [failure.subject for failure in failures] == [wide, high, both]
+    short = builder.subject(builder.make_sae(), "short", context_size=8)
+    monkeypatch.setattr(short.sae, "needs_side", ("position",))
+    subjects, config = [wide, high, both, short], module.EVALUATION.config(data="stdlib")
+    failures = list(module.EVALUATION.evaluate(context, subjects, config))
+    assert [failure.subject for failure in failures] == subjects
     of_one_layer = module in (scr, tpp)
     assert [type(failure.error) for failure in failures[:2]] == [WidthMismatch, WidthMismatch]
     assert type(failures[2].error) is (NotApplicable if of_one_layer else WidthMismatch)
+    assert type(failures[3].error) is NotApplicable and "trained on windows of 8, but" in str(failures[3].error)
     assert "reads width 17 after layer 2, but the model" in str(failures[0].error)
     assert of_one_layer or "reads width 16 after layers 1, 2, but" in str(failures[2].error)
 

@@ -106,19 +106,20 @@ def test_too_few_confounded_texts_are_refused():
         spurious(table, (0, 1), (0, 1), 5, 0)
 
 
-def test_a_memo_computes_once_per_state_and_moves_the_generator_on():
+def test_a_memo_computes_once_per_state_and_name_and_moves_the_generator_on():
     memo, calls = Memo(), []
 
-    def run(generator):
+    def run(generator, what="one"):
         def compute():
             calls.append(1)
             return torch.rand(3, generator=generator).tolist()
 
-        return memo.recall(generator, compute)
+        return memo.recall(what, generator, compute)
 
     one, two, three = seeded(0), seeded(0), seeded(1)
     assert run(one) == run(two) != run(three)
     assert len(calls) == 2
+    assert run(seeded(0), "other") == run(seeded(0)) and len(calls) == 3
     assert torch.equal(one.get_state(), two.get_state())
     torch.rand(3, generator=(expected := seeded(0)))
     assert torch.equal(two.get_state(), expected.get_state())

@@ -9,10 +9,10 @@ import torch
 from saemill.evaluate.evals import scr, sparse_probing, tpp
 from saemill.evaluate.evals.probing import saebench_texts
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES, Table, balanced, by_class, spurious
-from saemill.evaluate.evals.probing.features import seeded
+from saemill.evaluate.evals.probing.features import Memo, seeded
 from saemill.evaluate.evals.probing.fit_probes import Training
 from saemill.evaluate.evals.probing.sae_probes_regression import rank_latents, split_rows, tuned_scores
-from saemill.evaluate.evals.probing.switch_latents_off import OfModel, Setup, perturb
+from saemill.evaluate.evals.probing.switch_latents_off import Setup, perturb
 
 from ....golden import make_saebench_probes as maker
 
@@ -39,7 +39,7 @@ def test_sparse_probing(official):
     config = sparse_probing.Config(random_seed=SEED, k_values=tuple(maker.K_VALUES))
     generator, found = seeded(SEED), {}
     for name, made in official.probing.items():
-        shared = sparse_probing._OfModel()
+        shared = Memo()
         pool = made.pool(official.subject)
         found[name] = sparse_probing.probe_subject(
             pool, official.subject, made.task, config, generator, shared, torch.device("cpu")
@@ -57,7 +57,7 @@ def test_sparse_probing(official):
 
 def perturbed(official, made, setup):
     pool = made.pool(official.subject, leaky=True)
-    return {made.task.name: perturb(pool, official.subject, made.task, setup, seeded(SEED), OfModel())}
+    return {made.task.name: perturb(pool, official.subject, made.task, setup, seeded(SEED), Memo())}
 
 
 def test_tpp(official):

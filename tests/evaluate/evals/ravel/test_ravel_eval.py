@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.ravel.prompts import EntityClass, count_identifiers, load_facts, make_prompts
@@ -122,6 +123,14 @@ def test_an_untrained_mask_isolates_and_causes_nothing(context, builder, config)
     subject = builder.subject(aligned_sae(), layers=(2,))
     (result,) = ravel.evaluate(context, [subject], config(learning_rate=0.0))
     assert result.metrics["ravel"] == {"disentanglement_score": 0.5, "cause_score": 0.0, "isolation_score": 1.0}
+
+
+def test_prompts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(context, builder, config, monkeypatch):
+    monkeypatch.setattr(LoadedSae, "needs", frozenset({"position"}))
+    short, fits = (builder.subject(aligned_sae(), f"of {n}", layers=(2,), context_size=n) for n in (2, 3))
+    failure, result = ravel.evaluate(context, [short, fits], config(num_epochs=1))
+    assert failure.subject is short and "windows of 2, but a text of this evaluation has up to 3" in str(failure.error)
+    assert result.subject is fits
 
 
 @pytest.mark.parametrize("selection", [{"city": ("Country",)}, {"thing": ("Colour", "Weight")}, {"thing": ()}])

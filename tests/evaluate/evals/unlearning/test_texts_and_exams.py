@@ -117,13 +117,15 @@ def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, m
 
     monkeypatch.setattr(texts_and_exams, "load_rows", load_rows)
     monkeypatch.setattr(texts_and_exams, "load_instructed", lambda context, name: tiny)
-    config = unlearning.Config(data="wmdp", forget_corpus=str(corpus), dataset_size=10, seq_len=16)
+    names = (*unlearning.Config().dataset_names, "college_biology")
+    config = unlearning.Config(data="wmdp", forget_corpus=str(corpus), dataset_names=names, dataset_size=10, seq_len=16)
     made = unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
     assert made.forget_rows.shape == (10, 16)
     assert "virus" in text_of(tiny, made.forget_rows)
     assert "plain" in text_of(tiny, made.retain_rows)
-    assert [paper.name for paper in made.papers] == list(config.dataset_names)
+    assert [paper.name for paper in made.papers] == list(names)
     assert [paper.name for paper in made.forget] == ["wmdp-bio"]
+    assert [paper.name for paper in made.beside] == ["college_biology"]
     assert made.sweep == Sweep((0.001, 0.01), (10, 20), (25, 50, 100, 200))
     sheet = made.papers[0].trial().sheets[0]
     assert len(made.papers[0].trial()) == 3 * 24

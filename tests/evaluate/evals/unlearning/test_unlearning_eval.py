@@ -12,8 +12,9 @@ import torch
 
 from saemill.evaluate.context import evaluation_data_sets
 from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.write_and_read_results import Failure
-from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
+from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import model_passes, texts_and_exams
 from saemill.evaluate.evals.unlearning.exams import ChoicePaper, Question, TextPaper
@@ -83,9 +84,10 @@ def rows(start: int, count: int = 4, length: int = 12) -> torch.Tensor:
 
 def material() -> Material:
     model = PlantedModel()
-    papers = [TextPaper(name, rows(start), model.special, batch_size=3) for name, start in (("topic", 3), ("rest", 7))]
+    starts = {"topic": 3, "rest": 7, "near the topic": 4}
+    topic, rest, near = ([TextPaper(name, rows(start), model.special, batch_size=3)] for name, start in starts.items())
     sweep = Sweep((0.01,), (4,), (25, 50))
-    return Material("planted", "planted", model, rows(3), rows(7), papers[:1], papers[1:], sweep)
+    return Material("planted", "planted", model, rows(3), rows(7), topic, rest, sweep, near)
 
 
 def one_latent_a_token() -> SparseAutoencoder:
@@ -111,7 +113,7 @@ def test_a_topic_latent_unlearns_its_topic_and_dense_latents_unlearn_nothing(con
     assert dense.metrics == {"unlearning": {"unlearning_score": 0.0}}
     (first, _) = topic.extra["unlearning"]["runs"]
     assert sorted(first["latents"]) == list(TOPIC)
-    assert first["accuracy"] == {"topic": 0.0, "rest": 1.0}
+    assert first["accuracy"] == {"topic": 0.0, "rest": 1.0, "near the topic": 0.0}  # the last decides nothing
     assert list(topic.eval_config) == OFFICIAL_KEYS
     assert random.getstate() == state
     assert torch.equal(torch.random.get_rng_state(), torch_state)
@@ -124,6 +126,14 @@ def test_an_sae_of_another_width_fails_alone(context, builder):
     assert isinstance(failure, Failure)
     assert isinstance(failure.error, WidthMismatch)
     assert result.metrics["unlearning"]["unlearning_score"] == 1.0
+
+
+def test_rows_are_no_longer_than_the_windows_of_an_sae_that_reads_places(context, builder, monkeypatch):
+    monkeypatch.setattr(LoadedSae, "needs", frozenset({"position"}))
+    short, fits = (builder.subject(one_latent_a_token(), f"of {n}", layers=(1,), context_size=n) for n in (11, 12))
+    failure, result = unlearning.evaluate(context, [short, fits], unlearning.Config())
+    assert failure.subject is short and "windows of 11, but a text of this evaluation has" in str(failure.error)
+    assert result.subject is fits
 
 
 def test_a_model_that_knows_nothing_is_not_asked(context, builder, monkeypatch):
@@ -170,6 +180,7 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     monkeypatch.setattr(model_passes, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
+    assert paper.longest == len(QUESTIONS[0].prompt())
 
 
 @pytest.mark.parametrize("change", ["question", "answer", "model"])
@@ -197,6 +208,15 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
     words = "long \u2028\x85" * 20  # which end a line of text, and none of JSON
     (tmp_path / "good.jsonl").write_text(f'{{"text": "{words}"}}\r\n\n{{"text": "short"}}\n', encoding="utf-8")
     assert texts_and_exams.read_corpus(tmp_path / "good.jsonl") == [words]
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("wmdp-bio",), ("wmdp-bio", "college_biology"), ("human_aging", "college_biology")]
+)
+def test_data_sets_without_a_topic_or_without_a_rest_are_refused_before_anything_is_read(names):
+    config = unlearning.Config(data="wmdp", forget_corpus="nowhere.jsonl", dataset_names=names)
+    with pytest.raises(SettingInvalid, match="unlearning.dataset_names: expected wmdp-bio, .*college_biology is none"):
+        unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
 
 
 @pytest.mark.parametrize("text", ["", '{"text": "short"}\n'])
