@@ -105,7 +105,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
 
 
 def readable(context: Context, subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:
-    """SAEs whose layers and attention the store holds, and why each other one, alone, is not read."""
+    """SAEs of layers and attention that the store holds, and why each other one is not read: it costs these nothing."""
     fitting, failures = list[LoadedSae](), list[Failure]()
     for subject in subjects:
         layers, attention = layers_of([subject]), attention_layers_of([subject])
