@@ -248,4 +248,4 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 WRITERS = {"saedashboard": write_saedashboard, "neuronpedia": write_neuronpedia}
-TOKEN_BYTES = {"saedashboard": 14, "neuronpedia": 3}  # of an example, about; the second is compressed
+TOKEN_BYTES = {"saedashboard": 14, "neuronpedia": 2}  # of an example, about; the second is compressed

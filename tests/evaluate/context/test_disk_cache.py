@@ -57,6 +57,6 @@ def test_a_model_is_told_by_its_own_head_too_and_a_tied_one_counts_once() -> Non
         whole = SimpleNamespace(model=torch.nn.Sequential(*parts), stack=parts[0], dtype=torch.float32)
         return model_print(SimpleNamespace(tokenizer=SimpleNamespace(digest="d"), **vars(whole)))  # type: ignore[arg-type]
 
-    table, one, other = (torch.nn.Linear(2, 2, bias=False) for _ in range(3))
+    table, one, other = (torch.nn.Linear(2, 2, bias=False).requires_grad_(False) for _ in range(3))
     assert printed(table, one) != printed(table, other)
     assert printed(table, table) == json.dumps(["d", "torch.float32", [float(table.weight.sum())]])

@@ -561,7 +561,10 @@ def test_it_takes_the_tokenizer_and_the_head_and_leaves_the_layers_on_disk(world
 def test_exports_say_the_same_in_the_forms_of_others(made, world, open_context):
     home, acts, _ = made
     subjects = subjects_of(home)
-    make(open_context(world), subjects, replace(CONFIG, exports=("saedashboard", "neuronpedia")))
+    config = replace(CONFIG, exports=("saedashboard", "neuronpedia"))
+    make(open_context(world), subjects, config)
+    written = sum(file.stat().st_size for file in (home / "browser").rglob("*") if file.is_file())
+    assert evaluation.size_of(open_context(world), subjects, config, 30) == pytest.approx(written, rel=0.2)
     batch = json.loads((home / "browser/exports/saedashboard/a/batch-0.json").read_text())
     assert (batch["layer"], batch["sae_set"], len(batch["features"])) == (2, "run_1-a", 24)
     tokens = np.concatenate([part.tokens.numpy() for part in read_all(world)])
