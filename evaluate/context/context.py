@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -161,16 +159,6 @@ class Context:
 
     def say(self, text: str) -> None:
         self.watch.say(text)
-
-
-@contextmanager
-def open_context(store: Store | None, **settings: object) -> Iterator[Context]:
-    """A context that closes its store."""
-    try:
-        yield Context(store, **settings)  # type: ignore[arg-type]
-    finally:
-        if store is not None:
-            store.close()
 
 
 def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:

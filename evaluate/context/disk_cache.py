@@ -38,6 +38,7 @@ def remembered(folder: str | Path, name: str, decided: str, compute: Callable[[]
 
 
 def model_print(model: LanguageModel) -> str:
-    """What distinguishes a model from others: tokenizer, dtype, and the sum of every parameter, which is cheap."""
-    sums = [float(parameter.float().sum()) for parameter in model.stack.parameters()]
+    """What distinguishes a model from others: tokenizer, dtype, and the sum of every parameter, the head's too: it is
+    cheap."""
+    sums = [float(parameter.float().sum()) for parameter in model.model.parameters()]
     return json.dumps([model.tokenizer.digest, str(model.dtype), sums])

@@ -101,8 +101,8 @@ def store_batches(
     device: torch.device = HOST,
 ) -> Iterator[Windows]:
     """The windows first..first + count of a split in the store's order; the last batch may be smaller."""
-    begin, end = span_of(store, split)
-    stop = end - begin if count is None else min(first + count, end - begin)
+    total = count_windows(store, split)
+    stop = total if count is None else min(first + count, total)
     request = Request(
         layers=tuple(layers),
         attention_layers=tuple(attention_layers),
@@ -126,16 +126,12 @@ def store_batches(
 
 
 def count_windows(store: Store, split: str) -> int:
-    begin, end = span_of(store, split)
-    return end - begin
-
-
-def span_of(store: Store, split: str) -> tuple[int, int]:
-    """The windows of a split."""
+    """Of a split."""
     splits = store.manifest.splits
     if split not in splits:
         raise SettingInvalid(f"expected a split of {', '.join(splits)}, found {split!r}")
-    return splits[split]
+    begin, end = splits[split]
+    return end - begin
 
 
 def run_windows(
@@ -194,19 +190,15 @@ def joined(pieces: Sequence[Windows]) -> Windows:
     if len(pieces) == 1:
         return pieces[0]
     head = pieces[0]
+    documents = [piece.documents for piece in pieces if piece.documents is not None]
     return Windows(
         tokens=torch.cat([piece.tokens for piece in pieces]),
         keep=torch.cat([piece.keep for piece in pieces]),
         valid=torch.cat([piece.valid for piece in pieces]),
         resid={layer: torch.cat([piece.resid[layer] for piece in pieces]) for layer in head.resid},
-        documents=_cat([piece.documents for piece in pieces]),
+        documents=torch.cat(documents) if documents else None,
         attention={layer: _join_attention([p.attention[layer] for p in pieces]) for layer in head.attention},
     )
-
-
-def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None
 
 
 def _join_attention(parts: Sequence[AttentionRows]) -> AttentionRows:

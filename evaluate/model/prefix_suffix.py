@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,6 @@ from .smaller_pieces import is_out_of_memory
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-Splice = Callable[[Tensor], Tensor]
 Sinks = Mapping[int, Callable[[Tensor], None]]
 
 
@@ -150,14 +148,19 @@ class LanguageModel:
 
     @torch.inference_mode()
     def complete(
-        self, tokens_WT: Tensor, count: int, valid_WT: Tensor, splice: Mapping[int, Splice] | None = None
+        self,
+        tokens_WT: Tensor,
+        count: int,
+        valid_WT: Tensor,
+        splice: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
-        """The next `count` tokens [W, count], greedily, keys and values kept. The splice acts on the prompt alone."""
+        """The next `count` tokens [W, count], greedily, keys and values kept. The splice, which puts other residuals
+        in place of those after some layers, acts on the prompt alone."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.stack.config)
         positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
-        with self._spliced(splice):
+        with self.tapped({Site(RESID, layer): change for layer, change in (splice or {}).items()}):
             new = [self._next(tokens_WT, valid_WT, positions, cache)]
         for number in range(1, count):
             valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
@@ -174,14 +177,6 @@ class LanguageModel:
             use_cache=True,
         )
         return self.head(out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
-
-    def _spliced(self, splice: Mapping[int, Splice] | None) -> AbstractContextManager[None]:
-        """While it runs, the residuals after these layers are replaced."""
-
-        def replace(change: Splice, resid: Tensor) -> Tensor:
-            return change(resid).to(resid.dtype)
-
-        return self.tapped({Site(RESID, layer): partial(replace, change) for layer, change in (splice or {}).items()})
 
     def _part(self, start: int, stop: int, normed: bool) -> Any:
         """The stack with the layers start..stop alone; weights are shared, nothing is copied."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from ...train.config.parse_settings import parse_settings, split_key, with_setti
 from ...train.data.device_copies import take_device
 from ...train.errors import RunInterrupted, TrainError
 from .. import evals
-from ..context.context import Context, DtypeName, open_context
+from ..context.context import Context
 from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.write_and_read_results import Row
 from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
@@ -35,7 +36,7 @@ from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, 
 from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
 from .offer_training import offer_training
-from .run_evals import Keep, run_evals, standing_rows
+from .run_evals import Keep, run_evals
 from .saes_to_evaluate import Problem, find_all
 
 FAILED, NOT_RUN = 1, 3
@@ -45,9 +46,7 @@ Complain = Callable[[str], None]
 def run(words: Mapping[str, Any], complain: Complain) -> int:
     """Evaluate, print, draw; the exit status. What is wrong with one target does not stop the others."""
     with errors_told(complain):
-        if is_at_terminal():
-            offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
-        rows, problems = measure(words, lambda problem: complain(f"error: {problem}"))
+        rows, problems = measure(words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal())
         console = make_console(is_stderr=words["is_json"])
         print_results(console, rows)
         if words["plots"]:
@@ -67,27 +66,27 @@ def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
         return None
     subjects = dict.fromkeys(row.subject for row in rows if row.document is not None)
     bare = [one for one in subjects if set(one.hooks) == {RESID} and not (one.home / BROWSER).is_dir()]
-    are_there = {url: is_store(url) for url in {words["cache"] or one.cache_url for one in bare}}
-    bare = [one for one in bare if are_there[words["cache"] or one.cache_url]]
+    ids = {url: id_of_store(url) for url in {words["cache"] or one.cache_url for one in bare}}
+    bare = [one for one in bare if ids[words["cache"] or one.cache_url]]
     if not bare:
         return None
-    places = [] if words["runs"] == RUNS else ["--runs", words["runs"]]
-    places += ["--cache", words["cache"]] if words["cache"] else []
-    places += ["--layer", str(words["layer"])] if words["layer"] is not None else []
-    command = shlex.join(["sae-eval", *words["targets"], *places, "--evals", "browser"])
+    given = [] if words["runs"] == RUNS else ["runs"]
+    given += [name for name in ("cache", "layer", "model", "dtype", "massive_norms") if words[name] is not None]
+    options = chain.from_iterable((f"--{name.replace('_', '-')}", str(words[name])) for name in given)
+    command = shlex.join(["sae-eval", *words["targets"], *options, "--evals", "browser"])
     size = say_size(sum(subject.width for subject in bare) * LATENT_BYTES)
     return f"next: {command}    # pages to look at all latents, about {size}"
 
 
-def is_store(url: str | None) -> bool:
-    """Whether one is there and can be opened."""
+def id_of_store(url: str | None) -> str | None:
+    """Of the one that is there and can be opened."""
     if url is None:
-        return False
+        return None
     try:
-        with Store.open(url):
-            return True
+        with Store.open(url) as store:
+            return store.manifest.cache_id
     except StoreError:
-        return False
+        return None
 
 
 def is_at_terminal() -> bool:
@@ -95,15 +94,39 @@ def is_at_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def measure(words: Mapping[str, Any], refuse: Callable[[Problem], None]) -> tuple[list[Row], list[Problem]]:
+def measure(
+    words: Mapping[str, Any], refuse: Callable[[Problem], None], may_train: bool = False
+) -> tuple[list[Row], list[Problem]]:
     """Results of all targets that can be loaded, and what is wrong with the others, which is told at once: whoever
-    raises it has nothing evaluated."""
+    raises it has nothing evaluated. Where someone can be asked, a run that is missing may be trained."""
+    session = make_session(words)  # first: no run is trained for words that are refused then
+    if may_train:
+        offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
-    configs = make_configs(words["evals"], words["set"])
     subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"])
     for problem in problems:
         refuse(problem)
-    return evaluate(subjects, configs, words), problems
+    if words["compare"] and not words["cache"]:
+        require_one_store(subjects)
+    take_device(session.settings["device"])
+    rows = session.run(subjects)
+    if words["compare"]:
+        require_comparable(rows)
+    return rows, problems
+
+
+def make_session(words: Mapping[str, Any]) -> Session:
+    """What the words ask for, those that name SAEs aside."""
+    settings = {
+        "model_name": words["model"],
+        "dtype_name": words["dtype"],
+        "from_tokens": words["from_tokens"],
+        "massive_norms": parse_multiple(words["massive_norms"]),
+        "device": find_device(words["device"]),
+        "watch": Watch(),
+    }
+    keep: Keep = "any" if words["compare"] else "same" if words["resume"] else "none"
+    return Session(make_configs(words["evals"], words["set"]), settings, words["cache"], keep)
 
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -116,29 +139,6 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
             raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}, found {said!r}")
         given.setdefault(head, {})[key] = value
     return {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
-
-
-def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: Mapping[str, Any]) -> list[Row]:
-    """All that was asked for, of all SAEs that were found."""
-    if options["compare"] and not options["cache"]:
-        require_one_store(subjects)
-    device = find_device(options["device"])
-    take_device(device)
-    session = Session(
-        configs=configs,
-        device=device,
-        watch=Watch(),
-        cache=options["cache"],
-        model=options["model"],
-        dtype=options["dtype"],
-        from_tokens=options["from_tokens"],
-        massive_norms=parse_multiple(options["massive_norms"]),
-        keep="any" if options["compare"] else "same" if options["resume"] else "none",
-    )
-    rows = session.run(subjects)
-    if options["compare"]:
-        require_comparable(rows)
-    return rows
 
 
 def parse_multiple(text: str | None) -> float | Literal["store's"] | None:
@@ -184,60 +184,38 @@ class Session:
     """
 
     configs: Mapping[str, Any]
-    device: torch.device
-    watch: Watch
-    cache: str | None = None
-    model: str | None = None
-    dtype: DtypeName | None = None
-    from_tokens: bool = False
-    massive_norms: float | Literal["store's"] | None = "store's"
-    keep: Keep = "none"
+    settings: Mapping[str, Any]
+    """Of every context."""
+    cache: str | None
+    keep: Keep
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
         """Every evaluation of every SAE."""
-        rows: list[Row] = []
-        for url, group in self._by_store(subjects).items():
-            rows += self._run_group(url, group)
-        return rows
-
-    def _by_store(self, subjects: Sequence[LoadedSae]) -> dict[str | None, list[LoadedSae]]:
         groups: dict[str | None, list[LoadedSae]] = {}
         for subject in subjects:
             groups.setdefault(self.cache or subject.cache_url, []).append(subject)
-        return groups
+        return [row for url, group in groups.items() for row in self._run_group(url, group)]
 
     def _run_group(self, url: str | None, subjects: Sequence[LoadedSae]) -> list[Row]:
         try:
             store = open_store(url, subjects)
         except (EvalError, StoreError) as error:
             return self._run_without_store(subjects, error)
-        with self._context(store) as context:
-            return self._run_fitting(context, subjects)
-
-    def _context(self, store: Store | None) -> AbstractContextManager[Context]:
-        return open_context(
-            store,
-            model_name=self.model,
-            dtype_name=self.dtype,
-            from_tokens=self.from_tokens,
-            massive_norms=self.massive_norms,
-            device=self.device,
-            watch=self.watch,
-        )
+        with nullcontext() if store is None else store:
+            return self._run_fitting(Context(store, **self.settings), subjects)
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
         """What needs none goes on, and what was measured on it before stands, but where a store was asked for."""
         others = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
-        rows: list[Row] = []
+        context, rows = Context(None, **self.settings), list[Row]()
         if self.cache is None:
-            with self._context(None) as context:
-                on_store = {name: config for name, config in self.configs.items() if name not in others}
-                rows = standing_rows(context, subjects, on_store, self.keep)
+            on_store = {name: config for name, config in self.configs.items() if name not in others}
+            rows += run_evals(context, subjects, on_store, self.keep, only_kept=True)
         stands = {(row.subject, row.eval_id) for row in rows}
         refused = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
         rows += [row for row in refused if (row.subject, row.eval_id) not in stands]
         if others or any(row.is_good for row in rows):
-            self.watch.say(str(error))
+            context.say(str(error))
         if others:
             rows += replace(self, configs=others)._run_group(None, subjects)
         return rows
@@ -253,7 +231,7 @@ class Session:
                 rows += self._refused(subject, error)
             else:
                 fitting.append(subject)
-        groups = list(within(room_for_weights(self.device), fitting, lambda subject: subject.num_bytes))
+        groups = list(within(room_for_weights(context.device), fitting, lambda subject: subject.num_bytes))
         if len(groups) > 1 and BROWSER in self.configs:
             apart = "; ".join(", ".join(subject.name for subject in group) for group in groups)
             context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are looked for within {apart}")
@@ -268,12 +246,12 @@ class Session:
         try:
             for subject in subjects:
                 try:
-                    subject.to(self.device)
+                    subject.to(context.device)
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
                     subject.to(torch.device("cpu"))
-                    rows += self._refused(subject, MemoryTooSmall(f"it does not fit on {self.device}. {NO_ROOM}"))
+                    rows += self._refused(subject, MemoryTooSmall(f"it does not fit on {context.device}. {NO_ROOM}"))
             refused = {row.subject for row in rows}
             there = [subject for subject in subjects if subject not in refused]
             return rows + (run_evals(context, there, self.configs, self.keep) if there else [])
@@ -296,17 +274,6 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
             f"the store of {subjects[0].name} was at {url}, and there is none now. "
             "Give its new place by --cache, or harvest it again"
         ) from error
-
-
-def has_store(subject: LoadedSae) -> bool:
-    """Whether the store that an SAE of a run was trained on is here: its results are of that one."""
-    if subject.cache_url is None:
-        return False
-    try:
-        with Store.open(subject.cache_url) as store:
-            return store.manifest.cache_id == subject.cache_id
-    except StoreError:
-        return False
 
 
 def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:
@@ -342,8 +309,8 @@ def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = Fal
             f"{subject.name} is about layer {highest}, but the model of {store.url} ({manifest.model.id}) has {depth} "
             "layers, counted from 0"
         )
-    if subject.cache_id not in (None, manifest.cache_id):
-        require_stand_in(subject, store, is_named and not has_store(subject))
+    if subject.cache_id not in (None, manifest.cache_id):  # where its own is here, its results are of that one
+        require_stand_in(subject, store, is_named and id_of_store(subject.cache_url) != subject.cache_id)
     hook = subject.hooks[0]
     if hook != RESID and hook not in manifest.hooks:
         return  # of what the store does not keep; evaluations that read it say so

@@ -26,9 +26,7 @@ from ..errors import Incomparable
 
 MISSING = "-"
 PIPE_WIDTH = 160
-UNTRAINED: Mapping[
-    str, float
-] = {  # gemma-2-2b, layer 19, core, no training step; the probing score of any k is of layer 5
+UNTRAINED = {  # gemma-2-2b, layer 19, core, no training step; the probing score of any k is of layer 5
     "sparsity.l0": 0.0,
     "saemill_metrics.explained_variance": -0.785,
     "model_performance_preservation.ce_loss_score": -0.586,
@@ -54,17 +52,18 @@ def print_results(console: Console, rows: Sequence[Row]) -> None:
     if good:
         console.print(make_table(good, names_of))
         for line in measured_on(good, names_of):
-            console.print(line, style="dim", markup=False, soft_wrap=True)
+            console.print(line, style="dim")
     for row in good:
         for trait in untrained_traits(row.document or {}):
-            console.print(f"warning: {names_of[row.subject]} did not learn: {trait}", markup=False, soft_wrap=True)
-    for reason, concerned in _by_reason(rows).items():
-        status, eval_id, text = reason
-        names = ", ".join(names_of[row.subject] for row in concerned)
-        console.print(f"{status}: {eval_id} of {names}: {text}", markup=False, soft_wrap=True)
-    homes = dict.fromkeys(row.subject.home for row in good)
-    for home in homes:
-        console.print(f"results: {home / 'evals'}", markup=False, soft_wrap=True)
+            console.print(f"warning: {names_of[row.subject]} did not learn: {trait}")
+    concerned: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.reason:
+            concerned.setdefault((row.status, row.eval_id, row.reason), []).append(names_of[row.subject])
+    for (status, eval_id, reason), names in concerned.items():
+        console.print(f"{status}: {eval_id} of {', '.join(names)}: {reason}")
+    for home in dict.fromkeys(row.subject.home for row in good):
+        console.print(f"results: {home / 'evals'}")
 
 
 def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
@@ -167,14 +166,6 @@ def _require_equal(eval_id: str, settings: Mapping[str, Mapping[str, Any]]) -> N
                 f"{eval_id} was run with different {key} ({listed}). "
                 "Evaluate them again with the same settings, without --compare"
             )
-
-
-def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    reasons: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.reason:
-            reasons.setdefault((row.status, row.eval_id, row.reason), []).append(row)
-    return reasons
 
 
 def _cell(document: Mapping[str, Any] | None, eval_id: str, metric: str) -> str:

@@ -51,32 +51,25 @@ a later saemill wrote is never written over."""
 
 
 def run_evals(
-    context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], keep: Keep = "none"
+    context: Context,
+    subjects: Sequence[LoadedSae],
+    configs: Mapping[str, Any],
+    keep: Keep = "none",
+    only_kept: bool = False,
 ) -> list[Row]:
-    """Every evaluation for every SAE; configs are by the evaluations' ids."""
+    """Every evaluation for every SAE; configs are by the evaluations' ids. `only_kept`: results that are taken as they
+    are, and nothing is measured."""
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(context, eval_id, config)
-        kept = _all_kept(context, subjects, eval_id, settings, keep)
+        kept = {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
         rows += kept.values()
         pending = [subject for subject in subjects if subject not in kept]
-        if pending:
+        if pending and not only_kept:
             if context.from_tokens and not settings["from_tokens"]:
                 context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
             rows += _Attempts(context, eval_id, config, settings).run(pending)
     return rows
-
-
-def standing_rows(context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], keep: Keep) -> list[Row]:
-    """The results that are taken as they are, and nothing else."""
-    each = ((eval_id, settings_of(context, eval_id, config)) for eval_id, config in configs.items())
-    return [row for eval_id, of in each for row in _all_kept(context, subjects, eval_id, of, keep).values()]
-
-
-def _all_kept(
-    context: Context, subjects: Sequence[LoadedSae], eval_id: str, settings: Mapping[str, Any], keep: Keep
-) -> dict[LoadedSae, Row]:
-    return {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
 
 
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
@@ -87,20 +80,22 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
         return Row(subject, eval_id, "failed", str(error))
     if keep == "none" or document is None:
         return None
-    settings, store = _comparable(settings, document), settings_in(document).get("cache_id")
-    meant = settings["cache_id"] or subject.cache_id
+    found = settings_in(document)
+    # Where the store is gone nobody knows which data were meant: a result's own count where these name none.
+    settings = {name: found[name] for name in {DATA} & found.keys()} | dict(settings)
+    store, meant = found.get("cache_id"), settings["cache_id"] or subject.cache_id
     if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # of another one
         return None
-    is_gone = is_of_store_now_gone(document, settings)
+    is_gone = is_of_store_now_gone(document, settings) and context.dtype_name in (None, found.get("dtype"))
     if keep == "same" or is_gone:
         stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
         reason = "its result is of a store, and none is read now" if is_gone else ""
         return Row(subject, eval_id, "kept", reason, document) if stands else None
-    found, missing = describe_differences(document, settings), ours_in(document).get("missing")
-    if missing and not found:
+    other, missing = describe_differences(document, settings), ours_in(document).get("missing")
+    if missing and not other:
         return None  # what has a part of its numbers is done again, as --resume does it
     reason = (
-        f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
+        f"its result is of {other}. Evaluate it again without --compare to have what was asked for" if other else ""
     )
     if missing:
         return Row(subject, eval_id, "incomplete", f"{missing}; {reason}", document)
@@ -133,12 +128,6 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     if data is not None:
         settings[DATA] = data
     return settings if context.model_name is None else settings | {"model": context.model_name}
-
-
-def _comparable(settings: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with the result's own data revision where these name none: where the store is gone nobody knows which
-    data were meant."""
-    return {name: value for name, value in settings_in(document).items() if name == DATA} | dict(settings)
 
 
 def crash_path(subject: LoadedSae, eval_id: str) -> Path:
@@ -208,26 +197,24 @@ class _Attempts:
         if before and item.missing and self._eval_id != BROWSER and is_whole(before, self._settings):
             reason = f"{item.missing}. The whole result of these settings that was there stands"
             return Row(item.subject, self._eval_id, "kept", reason, before)
+        place, aside = result_path(item.subject, self._eval_id), None
         try:
-            if before and other and settings_in(before).get("cache_id") == item.subject.cache_id:
-                self._set_aside(item.subject)
+            if before and other and settings_in(before).get("cache_id") == item.subject.cache_id:  # which may be gone
+                aside = place.rename(place.with_suffix(f".{item.subject.cache_id}.json"))
             document = write_result(item, self._eval_id, self._settings)
         except OSError as error:  # of the disk, and no reason to measure anything again
-            place = result_path(item.subject, self._eval_id)
+            if aside is not None:
+                aside.rename(place)
             said = f"its result could not be written to {place} ({error}): make room, then --resume"
             return Row(item.subject, self._eval_id, "failed", said)
+        if aside is not None:
+            said = f"{item.subject.name} had a result on its own store, which is now {aside}"
+            self._context.say(f"{self._eval_id}: {said}")
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
         self._context.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
-
-    def _set_aside(self, subject: LoadedSae) -> None:
-        """A result on the store that an SAE was trained on, which may be gone, gives its place to one on another."""
-        path = result_path(subject, self._eval_id)
-        aside = path.with_suffix(f".{subject.cache_id}.json")
-        path.rename(aside)
-        self._context.say(f"{self._eval_id}: {subject.name} had a result on its own store, which is now {aside}")
 
     def _remark_of_store(self) -> str | None:
         """What a result says that was read from a store's activations, where these are not the model's own."""

@@ -56,7 +56,7 @@ def find_all(
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
-        home = runs / "hub" / target.replace("/", "--") if is_of_hub(target, runs) else None
+        home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_of_hub(target, runs) else None
         for folder, run in places:
             try:
                 subject = make_subject(folder, run, layer, home)
@@ -134,20 +134,14 @@ def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainErr
         return str(error)
     known = ", ".join(run_names(runs)) or "none"
     text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
-    recipe = how_to_make(target, cache)
-    return text if recipe is None else f"{text}. {recipe}"
-
-
-def how_to_make(target: str, cache: str | None = None) -> str | None:
-    """The command that makes a run that studies know by this name, where there is one."""
     found = studies_with(target)
     if not found:
-        return None
+        return text
     others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
     store = cache or known_store()
     first = "" if store else "; first `make harvest`, as there is no store here yet"
     command = f"sae-train --recipe {found[0]}/{target} --cache {shlex.quote(store or STORES[0])}"
-    return f"`{command}` makes that of the study {found[0]}{others}{first}"
+    return f"{text}. `{command}` makes that of the study {found[0]}{others}{first}"
 
 
 def known_store() -> str | None:

@@ -188,7 +188,8 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
 
 
 def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path: Path, small: Any) -> None:
-    words = {"targets": ("my run",), "runs": "else where", "cache": None, "layer": None}
+    words = {"targets": ("my run",), "runs": "else where"}
+    words |= dict.fromkeys(("cache", "layer", "model", "dtype", "massive_norms"))
 
     def said(
         hook: str = "resid", eval_id: str = "core", document: Any = (), store: str | None = small.store
@@ -204,6 +205,8 @@ def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path:
     assert said(store=None) is said(store=str(tmp_path / "gone")) is None  # it would end in `give --cache`
     words["cache"] = small.store
     assert said(store=None) == how.replace(" --evals", f" --cache {small.store} --layer 0 --evals")
+    words |= {"model": "pocket", "dtype": "float32", "massive_norms": "inf"}
+    assert " --layer 0 --model pocket --dtype float32 --massive-norms inf --evals browser " in (said() or "")
     (tmp_path / "browser").mkdir()
     assert said() is None
 
@@ -285,13 +288,23 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
     assert "attention/run_4 --cache ./store`" in type_("sae-eval", "run_4", answer="n\n", code=1).stderr
 
 
-def test_what_the_recipe_is_refused_for_is_said_before_the_question(
-    world: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "less than one batch"),  # the store has not even that
+        (["--evals", "cor"], "unknown evaluation 'cor'"),
+        (["--massive-norms", "0.5"], "--massive-norms: expected a multiple"),
+        (["--device", "nope"], "--device nope"),
+    ],
+)
+def test_what_is_refused_is_said_before_the_question(
+    world: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    """The store has not one batch."""
+    """And before steps of the recipe are timed."""
     recipe_of_one(monkeypatch)
-    result = type_("sae-eval", "run_4", "--cache", world.store, code=1)
-    assert "[Y/n]" not in result.stderr and "less than one batch" in result.stderr
+    result = type_("sae-eval", "run_4", "--cache", world.store, *words, code=1)
+    assert said in result.stderr and "[Y/n]" not in result.stderr
+    assert ("timing" in result.stderr) == (words == [])
 
 
 def test_a_long_run_has_a_shorter_one_beside_it(

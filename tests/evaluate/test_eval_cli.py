@@ -179,9 +179,10 @@ def test_results_of_the_hubs_saes_lie_under_the_runs(world, builder, sae_eval, m
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(cached))
     there = SimpleNamespace(siblings=[SimpleNamespace(rfilename="layer_2/sae_weights.safetensors")])
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: there)
-    for _ in range(2):
-        assert "owner--name--layer_2" in sae_eval("owner/name/layer_2", "--cache", world.store)
+    for name in ("owner/name/layer_2", "owner/name/layer_2/"):
+        assert "owner--name--layer_2" in sae_eval(name, "--cache", world.store)
     assert sorted(cached.rglob("*")) == before
+    assert [path.name for path in (builder.root / "runs/hub").iterdir()] == ["owner--name--layer_2"]
     assert set(results(builder.root / "runs/hub/owner--name--layer_2")) == {"owner--name--layer_2_eval_results.json"}
 
 
@@ -266,6 +267,8 @@ def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(movab
     assert "kept" not in sae_eval("run_1", keep, "--cache", store, code=1)
     if keep == "--resume":  # of other settings
         assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", code=1)
+        assert "kept" not in sae_eval("run_1", keep, "--dtype", "float32", code=1)
+        assert "kept" in sae_eval("run_1", keep, "--dtype", "bfloat16", code=1)  # as the store was
 
 
 @pytest.mark.parametrize("keep", [[], ["--compare"]])
@@ -287,9 +290,9 @@ def test_another_store_takes_nothing_from_results_on_one_that_is_gone(movable, w
 
 def test_the_own_store_is_looked_for_only_where_another_was_named(movable, world, sae_eval, monkeypatch):
     looked = []
-    monkeypatch.setattr(command, "has_store", lambda subject: bool(looked.append(subject)))
+    monkeypatch.setattr(command, "id_of_store", looked.append)
     sae_eval("run_1", "--cache", world.store, "--evals", "decoder_cosine", options=[])
-    assert not looked
+    assert set(looked) <= {world.store}
 
 
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
@@ -784,6 +787,24 @@ def test_a_disk_that_takes_no_result_costs_the_measuring_once(run_1, sae_eval, s
     output = sae_eval("run_1", "--evals", "second", code=1, options=[])
     assert output.count("could not be written to") == 2 and "then --resume" in output
     assert second_eval.asked == [["large", "small"]]
+
+
+def test_a_result_that_was_set_aside_comes_back_where_the_disk_takes_none_in_its_place(
+    movable, world, make_world, sae_eval, second_eval, monkeypatch
+):
+    run, store = movable
+    words = ("run_1/one", "--evals", "second")
+    sae_eval(*words, options=[])
+    before = results(run, "second")
+    shutil.rmtree(store)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("saemill.evaluate.run.run_evals.write_result", full)
+    other = make_world(model_id="lab/tiny", dtype="float32").store
+    output = sae_eval(*words, "--cache", other, "--model", world.model, code=1, options=[])
+    assert "could not be written to" in output and results(run, "second") == before
 
 
 def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval):

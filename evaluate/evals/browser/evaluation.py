@@ -20,13 +20,15 @@ import numpy as np
 import torch
 
 from .... import __version__
-from ....cache_schema.errors import StoreError
+from ....cache_schema.errors import RequestInvalid, StoreError
+from ....cache_schema.requests_and_spans import Request, validate_request
 from ....cache_schema.strict_json import to_json
 from ....train.errors import TrainError
 from ....train.run.folder import RunFolder
 from ....train.run.init_from_trained_sae import source_of
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
+from ...context.loaded_sae import attention_layers_of, layers_of
 from ...context.stored_windows import require_some
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid
 from ...model.batches import count_windows
@@ -35,9 +37,9 @@ from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from ..measures.token_text import Vocabulary
 from .config import Config
-from .exports import Exported, keep_exports, require_known, write_exports
+from .exports import Exported, bytes_of, keep_exports, require_known, write_exports
 from .firing_counts import lower_edges
-from .for_report import report_of
+from .for_report import contexts, pattern
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
@@ -56,6 +58,10 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     require_known(config.exports)
     windows = share_out(context, config)
+    subjects, failures = readable(context, subjects)
+    yield from failures
+    if not subjects:
+        return
     head, missing = find_head(context)
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
@@ -68,7 +74,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     try:
         require_own_store_or_none(context, home, subjects)
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
-        with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
+        with making(home, size_of(context, subjects, config, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
             near, promotes = {}, {}
@@ -94,8 +100,21 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     context.say(f"browser: {home / 'browser' / 'index.html'}")
     for one in shown:
         firing = {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}
-        report = report_of(one.seen, *one.kept, tokens, words)
+        report = {"latents": contexts(one.seen, *one.kept, tokens, words), "pattern": pattern(one.seen, tokens, words)}
         yield Result(one.subject, to_json(config), {"firing": firing}, unstructured=report, missing=missing)
+
+
+def readable(context: Context, subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:
+    """SAEs of layers and attention that the store holds, and why each other one is not read: it costs these nothing."""
+    fitting, failures = list[LoadedSae](), list[Failure]()
+    for subject in subjects:
+        layers, attention = layers_of([subject]), attention_layers_of([subject])
+        try:
+            validate_request(context.manifest, Request(layers=layers, attention_layers=attention))
+            fitting.append(subject)
+        except RequestInvalid as error:
+            failures.append(Failure(subject, error))
+    return fitting, failures
 
 
 def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[LoadedSae]) -> None:
@@ -120,10 +139,11 @@ def share_out(context: Context, config: Config) -> dict[str, int]:
     return {split: count for split, count in found.items() if count}
 
 
-def size_of(context: Context, subjects: Sequence[LoadedSae], windows: int) -> int:
+def size_of(context: Context, subjects: Sequence[LoadedSae], config: Config, windows: int) -> int:
     """Bytes on disk, about."""
-    token = 8 + 4 * 3 * len(context.manifest.attention.layers)
-    return windows * context.manifest.context * token + sum(subject.width for subject in subjects) * LATENT_BYTES
+    length, token = context.manifest.context, 8 + 4 * 3 * len(context.manifest.attention.layers)
+    latent = LATENT_BYTES + bytes_of(config, length)
+    return windows * length * token + sum(subject.width for subject in subjects) * latent
 
 
 def find_head(context: Context) -> tuple[Head | None, str | None]:
@@ -226,7 +246,6 @@ def describe(
         "levels": LEVELS,
         "edges": lower_edges(),
         "file_latents": FILE_LATENTS,
-        "sampled": config.sample,
         "without_words": words.obstacle,
         "without_model": missing,
     }
@@ -237,5 +256,6 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(store=True),
     summary=("firing.alive_share", "firing.dense_share"),
+    least=dict.fromkeys(("top", "sample", "low", "neighbours", "promoted", "attended"), 0),
     is_there=is_there,
 )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import SettingInvalid
+from .config import Config
 from .firing_counts import lower_edges
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
@@ -70,6 +71,11 @@ def require_known(exports: Sequence[str]) -> None:
     unknown = sorted(set(exports) - set(WRITERS))
     if unknown:
         raise SettingInvalid(f"browser.exports: expected some of {', '.join(WRITERS)}, found {unknown}")
+
+
+def bytes_of(config: Config, context: int) -> int:
+    """On disk of a latent in all forms asked for, about: most is the text of its examples, with every activation."""
+    return (config.top + config.sample) * context * sum(TOKEN_BYTES[name] for name in config.exports)
 
 
 def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> None:
@@ -242,3 +248,4 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 WRITERS = {"saedashboard": write_saedashboard, "neuronpedia": write_neuronpedia}
+TOKEN_BYTES = {"saedashboard": 14, "neuronpedia": 2}  # of an example, about; the second is compressed

@@ -15,7 +15,8 @@ import torch
 
 from ....train.sae.kernels.codes import Codes
 from ...model.batches import Windows
-from .top_firings import Firings, Keeper, Room
+from .config import Config
+from .top_firings import Firings, Keeper
 
 Table = Any  # a sparse matrix of scipy, whose stubs lose its kind at every step
 BINS = 128  # of activation: four to an octave, from 2^LOWEST up
@@ -48,7 +49,7 @@ class Batch:
 class Seen:
     """The sums and the kept firings of one SAE."""
 
-    def __init__(self, width: int, context: int, room: Room) -> None:
+    def __init__(self, width: int, context: int, config: Config) -> None:
         self.width, self.context = width, context
         self.parts = min(PARTS, context)
         self.tokens = 0
@@ -58,7 +59,7 @@ class Seen:
         self.histogram = np.zeros((width, BINS), np.int32)
         self.by_part = np.zeros((width, self.parts), np.int32)
         self.part_tokens = np.zeros(self.parts, np.int64)  # kept tokens
-        self.keeper = Keeper(width, room)
+        self.keeper = Keeper(width, config)
         self.massive = 0
         self._beginning: tuple[np.ndarray, np.ndarray] | None = None
         self._together: list[Table] = []

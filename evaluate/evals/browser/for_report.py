@@ -19,13 +19,6 @@ BEFORE, AFTER = 16, 8  # tokens of a context
 PATTERN_LATENTS = 24
 
 
-def report_of(
-    seen: Seen, kept: Firings, reasons: np.ndarray, tokens_WT: np.ndarray, words: Vocabulary
-) -> dict[str, Any]:
-    """Both, as JSON can hold them."""
-    return {"latents": contexts(seen, kept, reasons, tokens_WT, words), "pattern": pattern(seen, tokens_WT, words)}
-
-
 def contexts(
     seen: Seen, kept: Firings, reasons: np.ndarray, tokens_WT: np.ndarray, words: Vocabulary
 ) -> list[dict[str, Any]]:

@@ -94,7 +94,6 @@ def summary_of(shown: Shown) -> dict[str, Any]:
         "label": subject.label,
         "variant": subject.variant,
         "width": subject.width,
-        "layers": list(subject.layers),
         "target_layers": list(subject.target_layers),
         "tokens": shown.seen.tokens,
         **shown.shares,
@@ -177,9 +176,9 @@ def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def near_value(near: Near | list[tuple[str, str, Near]], rows: slice) -> Any:
-    if isinstance(near, list):
-        return [{"label": label, "by": by, **near_value(one, rows)} for label, by, one in near]
+def near_value(near: Near | list[tuple[LoadedSae, str, Near]], rows: slice) -> Any:
+    if isinstance(near, list):  # of these very weights: others may come to stand under the same label
+        return [{"label": of.label, "sha256": of.sha256, "by": by, **near_value(one, rows)} for of, by, one in near]
     return {"latents": near.latents[rows], "scores": near.scores[rows]}
 
 
@@ -192,15 +191,15 @@ def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[
         direction = by_direction(rows, rows, config.neighbours, is_same=True)
         kept.result()
     found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
-    others: list[tuple[str, str, Near]] = []
+    others: list[tuple[LoadedSae, str, Near]] = []
     for other in everyone:
         if other is shown:
             continue
         if other.subject.target_layers == shown.subject.target_layers:
             near = by_direction(rows, other.rows, COUNTERPARTS, is_same=False)
-            others.append((other.subject.label, "direction", near))
+            others.append((other.subject, "direction", near))
         near = by_firing(together, other.seen.together, COUNTERPARTS, is_same=False)
-        others.append((other.subject.label, "firing", near))
+        others.append((other.subject, "firing", near))
     return found | {"others": others} | hierarchy(shown)
 
 

@@ -32,7 +32,6 @@ from ..evaluation_contract import Context, LoadedSae
 from ..measures.token_text import Vocabulary
 from .config import Config
 from .firing_counts import Batch, Seen
-from .top_firings import Room
 from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
@@ -109,9 +108,8 @@ class Gathering:
         words: Vocabulary,
     ) -> None:
         length = context.manifest.context
-        room = Room(config.top, config.sample, config.low)
         self._layers, self._config, self._words = context.manifest.attention.layers, config, words
-        self._seen = {subject: Seen(subject.width, length, room) for subject in subjects}
+        self._seen = {subject: Seen(subject.width, length, config) for subject in subjects}
         self._texts = Pieces(folder, TEXT, files_of(TEXT_TOKENS, length))
         self._attention = Pieces(folder, ATTENTION, files_of(ATTENTION_TOKENS, length))
         self._every = max(1, windows * length // max(config.together_tokens, 1))

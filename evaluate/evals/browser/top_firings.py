@@ -15,18 +15,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from .config import Config
+
 TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
 WAITING = 1 << 20  # firings that wait at the least before any are sorted out
 MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-
-
-@dataclass(frozen=True)
-class Room:
-    """How many firings of a latent are kept."""
-
-    top: int
-    sample: int
-    low: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +67,10 @@ class Firings:
 
 
 class Keeper:
-    """Keeps the firings of one SAE."""
+    """Keeps the firings of one SAE, of each latent as many as `config` says."""
 
-    def __init__(self, width: int, room: Room) -> None:
-        self._room = room
+    def __init__(self, width: int, config: Config) -> None:
+        self._room = config
         self._width = width
         self._hold(Firings.none(), np.zeros(0, np.uint8))
 

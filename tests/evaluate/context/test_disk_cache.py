@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from saemill.evaluate.context import disk_cache
-from saemill.evaluate.context.disk_cache import remembered
+from saemill.evaluate.context.disk_cache import model_print, remembered
 
 
 def test_what_was_computed_once_is_read(tmp_path: Path) -> None:
@@ -47,3 +50,13 @@ def test_what_the_computation_itself_raises_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="planted"):
         remembered(tmp_path, "task", "abc", breaks)
+
+
+def test_a_model_is_told_by_its_own_head_too_and_a_tied_one_counts_once() -> None:
+    def printed(*parts: torch.nn.Module) -> str:
+        whole = SimpleNamespace(model=torch.nn.Sequential(*parts), stack=parts[0], dtype=torch.float32)
+        return model_print(SimpleNamespace(tokenizer=SimpleNamespace(digest="d"), **vars(whole)))  # type: ignore[arg-type]
+
+    table, one, other = (torch.nn.Linear(2, 2, bias=False).requires_grad_(False) for _ in range(3))
+    assert printed(table, one) != printed(table, other)
+    assert printed(table, table) == json.dumps(["d", "torch.float32", [float(table.weight.sum())]])

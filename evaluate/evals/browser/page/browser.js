@@ -483,7 +483,8 @@ async function latentData(sae, latent) {
     bins: { first: data.bins_first[row], counts: [...data.bins.subarray(bins[row], bins[row + 1])] },
     parts: [...slice(data.parts)],
     byDirection: near(data.by_direction), byFiring: near(data.by_firing), madeOf: near(data.made_of), partOf: near(data.part_of),
-    others: data.others.map((one) => ({ label: one.label, by: one.by, ...near(one) })),
+    // Of the very weights: another SAE may stand under the label by now.
+    others: data.others.filter((one) => one.sha256 && run.saes.some((other) => other.label === one.label && other.sha256 === one.sha256)).map((one) => ({ ...one, ...near(one) })),
     promoted: data.promoted && { tokens: slice(data.promoted.tokens), values: slice(data.promoted.values) },
     suppressed: data.suppressed && { tokens: slice(data.suppressed.tokens), values: slice(data.suppressed.values) },
   };
@@ -497,7 +498,7 @@ async function showLatent(sae, latent, window_, isNew) {
   await Promise.all(data.examples.map(async (example) => { example.text = await textOf(example.window); }));
   if (mine !== selecting || state.sae !== sae) return;
   const found = columns.get(sae.folder);
-  detail.replaceChildren(h("article", { class: "latent" }, title(sae, latent, found), factsOf(sae, data, found), ...(data.fired ? body(sae, data, found) : [h("p", { class: "quiet" }, `It never fired on the ${whole(sae.tokens)} tokens that were read.`), related(sae, data, found), logits(data)])));
+  detail.replaceChildren(h("article", { class: "latent" }, title(sae, latent, found), factsOf(sae, data, found), ...(data.fired ? body(sae, data, found) : [h("p", { class: "quiet" }, `It never fired on the ${whole(sae.tokens)} tokens that were read.`), related(sae, data, found), logits(sae, data)])));
   detail.scrollTop = 0;
   detail.dataset.latent = latent;
   if (window_ !== null) openExample(window_);
@@ -555,15 +556,16 @@ function body(sae, data, found) {
     h("section", { class: "card" }, h("h2", {}, "Position in the window"), bars(parts, { label: "density by position",
       title: (place) => `positions ${Math.ceil(place * each)} to ${Math.ceil((place + 1) * each) - 1}: fires on ${share(parts[place])} of tokens`, top: `up to ${share(Math.max(...parts))} of tokens`,
       ticks: [[0, "0", "start"], [parts.length / 2, String(run.context / 2)], [parts.length, String(run.context - 1), "end"]] })));
-  return [examplesCard(sae, data), attentionCard(), charts_, related(sae, data, found), logits(data)];
+  return [examplesCard(sae, data), attentionCard(), charts_, related(sae, data, found), logits(sae, data)];
 }
 
 function pairs(items, empty) {
   return items.length ? h("ul", { class: "pairs" }, items.map(([left, middle, right]) => h("li", {}, left, middle, h("span", {}, right)))) : h("p", { class: "small quiet" }, empty);
 }
 
-function logits(data) {
-  const why = run.without_model ?? "This SAE writes to several layers, so it has no one place in front of the model's head.";
+function logits(sae, data) {
+  const why = sae.target_layers.length > 1 ? "This SAE writes to several layers, so it has no one place in front of the model's head."
+    : run.without_model ?? "The model was not there when this SAE was read: name this SAE too when you make the browser again.";
   if (!data.promoted) return h("section", { class: "card" }, h("h2", {}, "Promoted tokens"), h("p", { class: "small quiet" }, why));
   const listed = ({ tokens, values }) => pairs([...tokens].map((token, place) => [chip(token), "", number(values[place])]), "none");
   return h("section", { class: "card", id: "logits" }, h("h2", { title: "the decoder's direction through the model's final norm and unembedding" }, "Through the model's head"), h("div", { class: "three" }, h("div", {}, h("h3", {}, "promotes"), listed(data.promoted)), h("div", {}, h("h3", {}, "suppresses"), listed(data.suppressed))));
@@ -577,7 +579,7 @@ function related(sae, data, found) {
   groups.push(h("div", {}, h("h3", { title: "tokens on which both fire, over the geometric mean of those on which each does" }, "fires on the same tokens"), listed(data.byFiring, "with none often enough to tell")));
   if (data.madeOf) groups.push(h("div", {}, h("h3", {}, "made of, in the tier below"), listed(data.madeOf, "nothing below it")), h("div", {}, h("h3", {}, "part of, in the tier above"), listed(data.partOf, "nothing above it")));
   const box = h("section", { class: "card", id: "related" }, h("h2", {}, "Near it"), h("div", { class: "three" }, groups));
-  const labels = [...new Set(data.others.map((one) => one.label))].filter((label) => run.saes.some((one) => one.label === label));
+  const labels = [...new Set(data.others.map((one) => one.label))];
   if (labels.length) {
     const others = h("div", { class: "three" });
     box.append(h("h2", { class: "again" }, "In the other SAEs"), others);
@@ -732,7 +734,7 @@ const attentionCard = () => run.attention_layers.length ? h("section", { class: 
   : h("section", { class: "card" }, h("h2", {}, "What the model looks back at"), h("p", { class: "small quiet" }, "The store holds no attention: harvest with --attention-layers to see it."));
 
 async function addAttention(sae, data, mine) {
-  await Promise.all([...new Set(shown)].map(async (example) => { example.attention = await attentionOf(example.window); }));
+  await Promise.all(shown.map(async (example) => { example.attention = await attentionOf(example.window); }));
   if (mine !== selecting) return;
   relook();
 }
@@ -790,8 +792,10 @@ function exportNotes() {
   setTimeout(() => URL.revokeObjectURL(address), 1000);
 }
 async function importNotes(event) {
+  const [file] = event.target.files;
+  event.target.value = ""; // else a browser tells nothing of the same file, chosen again
   try {
-    const given = JSON.parse(await event.target.files[0].text());
+    const given = JSON.parse(await file.text());
     if (given.saemill_notes !== 1) throw new Error("this is no file of notes");
     const taken = new Set(), others = [];
     readNotes();

@@ -33,7 +33,7 @@ from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.read_and_encode import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
-from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
+from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings, Keeper, largest
 from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
 from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
@@ -48,6 +48,7 @@ from saemill.train.sae.kernels import bfloat16_then_float32
 from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
+FEW = Config(top=2, sample=2, low=2)
 KINDS = tuple(write_pages.KINDS.values())
 SPLITS = ("test", "validation", "train")
 
@@ -126,6 +127,22 @@ def test_a_run_whose_browser_cannot_be_begun_costs_the_others_none(world, builde
     assert all(damaged in str(failure.error) for failure in found[:2])
     assert [result.subject.name for result in found[2:]] == ["q/a", "q/b"] and found[2].metrics
     assert [sae["label"] for sae in read_data(runs[1] / "browser", "run")["saes"]] == ["a", "b"]
+
+
+def test_an_sae_of_a_layer_that_the_store_does_not_hold_costs_the_others_nothing(world, builder, open_context):
+    home = builder.run(world, "run_1", {"a": builder.make_sae()})
+    builder.save(home / "b", builder.make_sae(), layers=(1,))
+    failure, result = make(open_context(world), subjects_of(home))
+    assert failure.subject.label == "b" and "residuals of layers [1]" in str(failure.error)
+    assert result.subject.label == "a" and evaluation.is_there(result.subject)
+
+
+def test_nothing_may_be_kept_of_what_is_shown(world, builder, open_context):
+    """Each number that may be 0 is."""
+    config = Config(windows=5, exports=("saedashboard", "neuronpedia"), **evaluation.EVALUATION.least)
+    (result,) = make(open_context(world), [builder.subject(builder.make_sae())], config)
+    assert result.metrics["firing"]["alive_share"] > 0
+    assert not data_of(result.subject.home, "sae_sae/latents/0")["counts"].any()
 
 
 def subjects_of(home):
@@ -242,7 +259,7 @@ firings_lists = st.lists(st.tuples(st.integers(0, 3), st.floats(0.125, 100, widt
 @settings(max_examples=40, deadline=None)
 def test_a_keeper_keeps_what_sorting_everything_would(listed, size):
     """However the firings come in, and however often what waits is sorted out."""
-    keeper = Keeper(4, Room(size, size, size))
+    keeper = Keeper(4, Config(top=size, sample=size, low=size))
     for start in range(0, len(listed), 7):
         part = sorted(enumerate(listed[start : start + 7], start), key=lambda entry: entry[1][0])
         if part:
@@ -298,7 +315,7 @@ def test_workers_share_out_the_threads_of_products_and_give_them_back():
 
 def seen_of(dense: np.ndarray, ordinary: np.ndarray, context: int = 16) -> Seen:
     """What is left of dense codes [N, F], some rows of which do not count."""
-    tokens, seen = np.arange(len(dense)), Seen(dense.shape[1], context, Room(2, 2, 2))
+    tokens, seen = np.arange(len(dense)), Seen(dense.shape[1], context, FEW)
     place = Batch(0, (tokens // context).astype(np.int32), (tokens % context).astype(np.uint16), is_sampled=True)
     seen.take([Codes(torch.from_numpy(dense), None, *dense.shape)], place, ordinary)
     return seen
@@ -308,7 +325,7 @@ def test_what_goes_on_samples_as_many_tokens_as_what_was_never_stopped(monkeypat
     """Where massive rows are left out of the sample."""
     monkeypatch.setattr(firing_counts, "SAMPLE_ENTRIES", 150)
     dense, ordinary = np.ones((16, 12), np.float32), np.arange(16) < 8  # 192 that fire, 96 of them kept
-    whole, stopped = seen_of(dense, ordinary), Seen(12, 16, Room(2, 2, 2))
+    whole, stopped = seen_of(dense, ordinary), Seen(12, 16, FEW)
     stopped.restore(whole.state())
     place = Batch(1, np.ones(16, np.int32), np.arange(16).astype(np.uint16), is_sampled=True)
     for seen in (whole, stopped):
@@ -341,7 +358,7 @@ def test_a_first_window_without_ordinary_tokens_has_no_pattern():
 def test_a_sample_is_even():
     """Each of many firings is as likely to be kept as any other."""
     count, keep = 4000, 400
-    keeper = Keeper(1, Room(0, keep, 0))
+    keeper = Keeper(1, Config(top=0, sample=keep, low=0))
     keeper.add(firings_of([(number, (0, 1.0 + number)) for number in range(count)]))
     kept, _ = keeper.finish()
     quarters = np.bincount(kept.window * 4 // count, minlength=4)
@@ -350,7 +367,7 @@ def test_a_sample_is_even():
 
 def test_memory_grows_with_the_latents_and_not_with_the_text(monkeypatch):
     monkeypatch.setattr(top_firings, "WAITING", 1 << 12)
-    seen, tokens = Seen(64, 16, Room(3, 4, 2)), np.arange(256)
+    seen, tokens = Seen(64, 16, Config(top=3, sample=4, low=2)), np.arange(256)
     position = (tokens % 16).astype(np.uint16)
     generator, peaks = torch.Generator().manual_seed(0), []
     tracemalloc.start()
@@ -544,7 +561,10 @@ def test_it_takes_the_tokenizer_and_the_head_and_leaves_the_layers_on_disk(world
 def test_exports_say_the_same_in_the_forms_of_others(made, world, open_context):
     home, acts, _ = made
     subjects = subjects_of(home)
-    make(open_context(world), subjects, replace(CONFIG, exports=("saedashboard", "neuronpedia")))
+    config = replace(CONFIG, exports=("saedashboard", "neuronpedia"))
+    make(open_context(world), subjects, config)
+    written = sum(file.stat().st_size for file in (home / "browser").rglob("*") if file.is_file())
+    assert evaluation.size_of(open_context(world), subjects, config, 30) == pytest.approx(written, rel=0.2)
     batch = json.loads((home / "browser/exports/saedashboard/a/batch-0.json").read_text())
     assert (batch["layer"], batch["sae_set"], len(batch["features"])) == (2, "run_1-a", 24)
     tokens = np.concatenate([part.tokens.numpy() for part in read_all(world)])

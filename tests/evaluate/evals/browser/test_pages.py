@@ -368,6 +368,17 @@ def test_it_shows_what_the_model_looked_back_at(site, open_page):
     assert page.locator("#attention h3").first.inner_text().startswith("layer ")
 
 
+def test_what_another_sae_or_the_model_would_say_is_shown_where_it_is_the_very_one_and_was_there(site, open_page):
+    page = open_page(site.home, "#/sae/first/3")
+    page.wait_for_selector("#detail[data-latent='3']")
+    assert "In the other SAEs" in page.locator("#related").text_content()
+    page.evaluate("run.saes[1] = { ...run.saes[1], sha256: 'of others' }")
+    page.evaluate("showSae('first', 3, null)")
+    assert "In the other SAEs" not in page.locator("#related").text_content()
+    said = page.evaluate("[[1], [1, 2]].map((layers) => logits({ target_layers: layers }, {}).textContent)")
+    assert "The model was not there when this SAE was read" in said[0] and "writes to several layers" in said[1]
+
+
 def test_keys_alone_are_enough(site, open_page):
     page = open_page(site.home, "#/sae/first")
     for key, latent in (("j", 1), ("ArrowDown", 2), ("k", 1)):
@@ -419,6 +430,7 @@ def test_notes_are_kept_exported_and_imported(site, open_page, tmp_path):
     (tmp_path / "bad.json").write_text("[1")
     other.locator("#notes-file").set_input_files(tmp_path / "bad.json")
     other.wait_for_selector("text=not imported")
+    assert other.locator("#notes-file").evaluate("(one) => one.files.length") == 0  # the same one can be chosen again
 
 
 def test_two_tabs_keep_each_others_notes(site, open_page):
@@ -659,12 +671,12 @@ def write_wide(path, width, windows=64, context=128, kept=40):
     """A browser with columns of so many latents; they share one file of examples' text."""
     random = np.random.default_rng(0)
     (path / "data").mkdir(parents=True)
-    sae = {"folder": "wide", "label": "wide", "variant": "topk", "width": width, "layers": [1], "target_layers": [1],
+    sae = {"folder": "wide", "label": "wide", "variant": "topk", "width": width, "target_layers": [1],
            "tokens": windows * context, "alive_share": 1.0, "dense_share": 0.0, "l0": 64.0, "dense": 0.1,
            "density": {"edges": np.arange(-6, 0.01, 0.25).tolist(), "counts": [1] * 24}}  # fmt: skip
     about = {"format": 1, "build": "b", "run": "wide", "model": "m", "corpus": "c", "cache_id": "i", "context": context,
              "windows": {"test": windows}, "text_windows": windows, "attention_windows": 8, "attention_layers": [],
-             "attended": 0, "levels": 255, "edges": lower_edges(), "file_latents": 32, "sampled": 25,
+             "attended": 0, "levels": 255, "edges": lower_edges(), "file_latents": 32,
              "without_words": None, "without_model": None, "saes": [sae]}  # fmt: skip
     write_data(path, "run", about)
     write_data(path, "numbers", {"columns": [], "saes": {}})

@@ -64,7 +64,7 @@ class PlantedModel:
         return torch.cat([torch.zeros(len(x), FIRST_ANSWER), answers], dim=1)
 
     calls = 0
-    stack = SimpleNamespace(parameters=lambda: [torch.ones(2)])
+    model = SimpleNamespace(parameters=lambda: [torch.ones(2)])
 
     def complete(self, tokens, count, valid, splice=None):
         self.calls += 1
@@ -188,7 +188,7 @@ def test_what_another_model_says_or_what_is_said_to_other_prompts_is_asked_again
     ravel.known_prompts(context, THINGS, ("Colour",), config())
     assert context.model.calls > calls
     calls = context.model.calls
-    context.model.stack = SimpleNamespace(parameters=lambda: [torch.ones(3)])
+    context.model.model = SimpleNamespace(parameters=lambda: [torch.ones(3)])
     ravel.known_prompts(context, THINGS, ("Colour",), config())
     assert context.model.calls > calls
 

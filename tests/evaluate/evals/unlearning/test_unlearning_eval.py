@@ -156,7 +156,7 @@ class AnswersByText(PlantedModel):
     """Says the letter whose choice is "right"; for questions with a bias it says A."""
 
     tokenizer = Letters()
-    stack = SimpleNamespace(parameters=lambda: [torch.ones(2)])
+    model = SimpleNamespace(parameters=lambda: [torch.ones(2)])
 
     def hidden(self, tokens, splice=None, valid=None):
         self.calls += 1
@@ -193,7 +193,7 @@ def test_what_is_asked_otherwise_is_asked_again(tmp_path, change):
     elif change == "answer":
         questions = [dataclasses.replace(QUESTIONS[0], answer=1)]
     else:
-        model.stack = SimpleNamespace(parameters=lambda: [torch.ones(3)])
+        model.model = SimpleNamespace(parameters=lambda: [torch.ones(3)])
     calls = model.calls
     assert remembered_questions(model, ChoicePaper("quiz", questions, model, batch_size=5), tmp_path) == known
     assert model.calls > calls
