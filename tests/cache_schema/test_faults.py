@@ -204,6 +204,8 @@ CSR_DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], None], str]] = {
     "a position outside the window": ("indices", lambda i: i.__setitem__((0, 5), 200), "outside the window"),
     "positions do not rise": ("indices", lambda i: i.fill(0), "do not rise"),
     "a position after its query": ("indices", lambda i: np.subtract(7, i, out=i), "rise|later position"),
+    "a mass of NaN": ("kept_mass", lambda m: m.__setitem__((1, 0, 3), np.nan), "kept mass of row 19 is no number"),
+    "an endless mass": ("kept_mass", lambda m: m.__setitem__((0, 1, 0), np.inf), "kept mass of row 8 is no number"),
 }
 
 
@@ -218,6 +220,8 @@ def test_rows_that_break_a_rule_are_found_behind_right_checksums(finished, damag
         store.read(request, span)
     for word in (f"shard {HURT}", "attention/layer_2", "sae-store repair"):
         assert word in str(caught.value)
+    with Store.open(folder) as store:
+        assert [report.shard for report in verify_and_repair.verify_shards(store) if report.damage] == [HURT]
 
 
 def edit(file: Path, change: Callable[[dict], object]) -> None:
