@@ -222,7 +222,8 @@ def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone.
 
-    A writer that gave up waiting may have written its index over this one's while the records were still there.
+    A writer that gave up waiting may have written its index over this one's while the records were still there, and a
+    summary of them.
     """
     gone = sorted(set(shards))
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
@@ -232,6 +233,7 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     for shard in gone:
         files.remove(record_key(shard))
     compact(files, manifest, is_alone=False)
+    files.remove(SUMMARY)
 
 
 def derive_index(files: Files, manifest: Manifest, committed: np.ndarray) -> Index:

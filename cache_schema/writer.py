@@ -31,6 +31,7 @@ from .layout import (
     BEGINNING,
     COUNTS,
     ROOT,
+    SUMMARY,
     ArrayLayout,
     arrays_of,
     documents_of,
@@ -238,6 +239,8 @@ def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> None:
             write_counts(files, count_all(manifest, store.ids))
     if index.mask(manifest.shards).all() and read_summary(files, manifest) is None:
         write_summary(files, derive_summary(files, manifest, index))
+        if not (is_alone or compact(files, manifest, is_alone).mask(manifest.shards).all()):
+            files.remove(SUMMARY)  # somebody took shards away meanwhile
 
 
 def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:
