@@ -27,6 +27,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
+    CorpusSpec,
     Request,
     Site,
     Store,
@@ -688,6 +689,20 @@ def test_two_cannot_tokenise_for_one_store(make_config: Make):
         harvest(make_config())
 
 
+def test_a_store_that_another_began_meanwhile_is_not_tokenised_again(make_config: Make, straight, monkeypatch):
+    """Between the look for a store and the lock lies the opening of the corpus, which may take minutes."""
+    out, open_corpus = Path(make_config().out), create_or_resume_store.open_corpus
+
+    def begun_meanwhile(options: DatasetOptions) -> Any:
+        shutil.copytree(straight, out, dirs_exist_ok=True)
+        return open_corpus(options)
+
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", begun_meanwhile)
+    monkeypatch.setattr(create_or_resume_store, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
+    assert harvest(make_config()).committed == 8
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
 @pytest.mark.parametrize("leave_out", [(), ("bos", "self")])
 def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch, capsys, leave_out):
     config = make_config(leave_out=leave_out)
@@ -823,6 +838,16 @@ def test_repair_without_the_model_removes_nothing(harvested, model_folder, tmp_p
     )
     assert result.exit_code == 0 and "1 shard harvested again: [2]" in result.output, result.output
     assert digest_of(harvested.out) == before
+
+
+def test_repair_of_what_no_harvest_wrote_removes_nothing(straight, tmp_path):
+    """It says nothing of batches, which decide the last digits."""
+    with Store.open(straight) as store:
+        manifest = replace(store.manifest, corpus=CorpusSpec("mine"))
+    ids = np.zeros((manifest.windows, manifest.context), np.uint32)
+    StoreWriter.create(tmp_path / "mine", manifest, ids, ids).close()
+    with pytest.raises(StoreError, match="mine was not written by a harvest: .*No shard was removed.* --remove-only"):
+        reharvest(str(tmp_path / "mine"), [0], undo=lambda: pytest.fail("removed"))
 
 
 def test_a_host_that_locks_no_more_pages_computes_all_the_same(monkeypatch):
