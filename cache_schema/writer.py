@@ -48,6 +48,7 @@ from .shard_claims import CREATION, open_claims
 from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .sites import RESID, Site
 from .stats_summary import LayerSummary, Summary, read_summary, summarise, write_summary
+from .stored_dtypes import say_not_uint32
 from .token_counts import count_all, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
@@ -272,8 +273,12 @@ def _shard_moments(store: Store, site: Site) -> Iterator[Moments]:
 def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarray) -> None:
     expected = (manifest.windows, manifest.context)
     for name, array in (("tokens", tokens), ("documents", documents)):
-        if array.shape != expected or array.dtype.kind not in "iu":
-            raise ShardInvalid(f"expected {name} as integers of shape {expected}, found {array.dtype} {array.shape}")
+        found = say_not_uint32(array)
+        if found or array.shape != expected:
+            raise ShardInvalid(
+                f"expected {name} as integers from 0 to 2^32 - 1 of shape {expected}, found {found or array.dtype} "
+                f"{array.shape}"
+            )
 
 
 def _sum_by_path(tasks: list[tuple[ShardPart, int]], sizes: list[int]) -> dict[str, int]:

@@ -464,7 +464,8 @@ def test_tokens_that_do_not_fit_are_refused(synthetic, tmp_path, name):
     manifest = synthetic.make_manifest()
     corpus = synthetic.make_corpus(manifest)
     arrays = {"tokens": corpus.tokens, "documents": corpus.documents}
-    for wrong in (arrays[name][:-1], arrays[name].astype(np.float32)):
+    below, above = arrays[name] - np.int64(60), arrays[name] + np.int64(2**32)  # would be stored as others
+    for wrong in (arrays[name][:-1], arrays[name].astype(np.float32), below, above):
         with pytest.raises(ShardInvalid, match=f"expected {name}"):
             StoreWriter.create(tmp_path, manifest, **{**arrays, name: wrong})
     assert not (tmp_path / "zarr.json").exists()
