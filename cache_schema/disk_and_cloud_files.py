@@ -13,7 +13,7 @@ import shutil
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,11 +167,8 @@ class LocalFiles:
     def free_bytes(self) -> int | None:
         return free_bytes_at(self.root)
 
-    @contextmanager
-    def _name_failure(self, key: str) -> Iterator[None]:
-        doing = f"writing {key} of {self.url}; committed shards are untouched"
-        with name_failure(doing), name_full_disk(doing):
-            yield
+    def _name_failure(self, key: str) -> AbstractContextManager[None]:
+        return name_failure(f"writing {key} of {self.url}; committed shards are untouched")
 
 
 class RemoteFiles:
@@ -331,9 +328,10 @@ def name_full_disk(doing: str) -> Iterator[None]:
 
 @contextmanager
 def name_failure(doing: str) -> Iterator[None]:
-    """Turn what a disk answers into an error that says at what."""
+    """Turn what a disk answers into an error that says at what, a full one too."""
     try:
-        yield
+        with name_full_disk(doing):
+            yield
     except OSError as error:
         if isinstance(error, StoreError):
             raise

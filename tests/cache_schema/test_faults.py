@@ -46,6 +46,7 @@ from saemill.cache_schema.cli import main
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path, record_key
 from saemill.cache_schema.manifest import FORMAT
+from saemill.cache_schema.shard_claims import open_claims
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 HURT = 2  # the shard that is damaged; all others must stay readable
@@ -511,6 +512,8 @@ def test_a_disk_without_space_for_a_folder_ends_in_the_same_name(tmp_path, monke
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(StoreFull, match=r"writing folder.*key.* of .*committed shards are untouched"):
         write(LocalFiles(tmp_path), "folder/key", b"" if write is LocalFiles.replace else [])
+    with pytest.raises(StoreFull, match="full while opening .*commits/lock"):
+        open_claims(LocalFiles(tmp_path))
 
 
 @contextmanager
