@@ -540,9 +540,8 @@ def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_fil
     source = DatasetOptions("owner/name")
     corpus = HubCorpus(
         source,
-        "c0ffee",
+        Repository("owner/name", "c0ffee", part="partial-train"),
         lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True),
-        part="partial-train",
     )
     monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     said = io.StringIO()
@@ -1056,10 +1055,9 @@ def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypat
 
 def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
-    monkeypatch.setattr(
-        create_or_resume_store, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read"))
-    )
     source = DatasetOptions("owner/name")
+    corpus = HubCorpus(source, Repository("owner/name", "c0ffee"), lambda: pytest.fail("was read"))
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
         harvest(make_config(corpus=source, tokens=10**10))
 
@@ -1111,9 +1109,8 @@ def interrupt(*_: Any) -> None:
 
 def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file, monkeypatch):
     source = DatasetOptions("owner/name")
-    corpus = HubCorpus(
-        source, "c0ffee", lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True)
-    )
+    load = partial(load_dataset, "text", data_files=str(text_file), split="train", streaming=True)
+    corpus = HubCorpus(source, Repository("owner/name", "c0ffee"), load)
     monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     harvest(make_config(corpus=source))
     monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: pytest.fail("asked the hub"))
