@@ -114,39 +114,29 @@ class Index:
 
 def read_index(files: Files, manifest: Manifest) -> Index:
     """The index, or an empty one where none was written yet."""
-    raw = read_if_there(files, INDEX)
-    if raw is None:
+    found = read_checked(Index, files, manifest, INDEX)
+    if found is None:
         return Index(manifest.cache_id, format=manifest.format)
-    where, remedy = f"{files.url}/{INDEX}", MADE_AGAIN
-    value = _decode(raw, where, manifest, remedy)
-    spans = value.get("committed")
-    if isinstance(spans, list) and all(map(_is_span, spans)):  # 100,000 where many workers fill a store: all at once
-        index = _read_as(Index, {**value, "committed": []}, where, remedy)
-        index = replace(index, committed=tuple(map(tuple, spans)))
-    else:
-        index = _read_as(Index, value, where, remedy)
+    index, where = found
     edges = [edge for span in index.committed for edge in span]
     if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] <= edges[-1] <= manifest.shards):
         raise ManifestInvalid(
-            f"{where}: expected rising ranges of the {manifest.shards} shards, found {list(index.committed)}. {remedy}"
+            f"{where}: expected rising ranges of the {manifest.shards} shards, found {list(index.committed)}. "
+            f"{MADE_AGAIN}"
         )
     return index
 
 
-def _is_span(value: Any) -> bool:
-    return type(value) is list and len(value) == 2 and type(value[0]) is int and type(value[1]) is int
-
-
 def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
     """The record of a committed shard."""
-    raw = read_if_there(files, record_key(shard))
-    if raw is None:
+    remedy = "`sae-store repair` removes the shard"
+    found = read_checked(CommitRecord, files, manifest, record_key(shard), remedy)
+    if found is None:
         raise StoreUnfinished(
             f"shard {shard} of {files.url} has no commit record: it was never finished. "
             "Run the harvest again, it goes on where it stopped"
         )
-    where, remedy = f"{files.url}/{record_key(shard)}", "`sae-store repair` removes the shard"
-    record = _read_as(CommitRecord, _decode(raw, where, manifest, remedy), where, remedy)
+    record, where = found
     if record.shard != shard or record.windows != manifest.shard_range(shard):
         raise ManifestInvalid(
             f"{where}: expected shard {shard} with windows {manifest.shard_range(shard)}, "
@@ -222,7 +212,8 @@ def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone.
 
-    A writer that gave up waiting may have written its index over this one's while the records were still there.
+    A writer that gave up waiting may have written its index over this one's while the records were still there, and a
+    summary of them.
     """
     gone = sorted(set(shards))
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
@@ -232,6 +223,7 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     for shard in gone:
         files.remove(record_key(shard))
     compact(files, manifest, is_alone=False)
+    files.remove(SUMMARY)
 
 
 def derive_index(files: Files, manifest: Manifest, committed: np.ndarray) -> Index:
@@ -262,8 +254,15 @@ def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True))
 
 
-def _decode(raw: bytes, where: str, manifest: Manifest, remedy: str) -> dict[str, Any]:
-    """A record of this store, in a format that is known."""
+def read_checked(
+    cls: type[T], files: Files, manifest: Manifest, key: str, remedy: str = MADE_AGAIN
+) -> tuple[T, str] | None:
+    """A record of this store, in a format that is known, and where it is; None where the store has none. By default it
+    is one that can be made again."""
+    raw = read_if_there(files, key)
+    if raw is None:
+        return None
+    where = f"{files.url}/{key}"
     value = decode_json(raw, where, remedy)
     check_format(value.get("format"), where)
     if value.get("cache_id") != manifest.cache_id:
@@ -271,23 +270,10 @@ def _decode(raw: bytes, where: str, manifest: Manifest, remedy: str) -> dict[str
             f"{where}: expected cache id {manifest.cache_id}, found {value.get('cache_id')!r}: "
             f"this file belongs to another store. {remedy}"
         )
-    return value
-
-
-def _read_as(cls: type[T], value: dict[str, Any], where: str, remedy: str) -> T:
     try:
-        return from_json(cls, value)
+        return from_json(cls, value), where
     except StrictError as error:
         raise ManifestInvalid(f"{where}: {error}. {remedy}") from None
-
-
-def read_derived(cls: type[T], files: Files, manifest: Manifest, key: str) -> tuple[T, str] | None:
-    """A file that can be made again, and where it is; None where the store has none."""
-    raw = read_if_there(files, key)
-    if raw is None:
-        return None
-    where = f"{files.url}/{key}"
-    return _read_as(cls, _decode(raw, where, manifest, MADE_AGAIN), where, MADE_AGAIN), where
 
 
 def decode_json(raw: bytes, where: str, remedy: str) -> dict[str, Any]:

@@ -120,6 +120,9 @@ def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | No
     if (lengths > limit).any():
         row = int(np.argmax(lengths > limit))
         return f"row {row} claims {lengths[row]} entries, at most {limit} are kept: a hole in the row pointers"
+    is_number = np.isfinite(csr.kept_mass)
+    if not is_number.all():
+        return f"the kept mass of row {int(np.argmin(is_number))} is no number"
     return _find_entry_problem(csr, lengths, causal)
 
 

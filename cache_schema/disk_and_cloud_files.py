@@ -13,7 +13,7 @@ import shutil
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +91,7 @@ class LocalFiles:
 
     def exists(self, key: str) -> bool:
         with name_failure(f"looking for {key} of {self.url}"):
-            return (self.root / key).exists()
+            return _is_there(self.root / key)
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """Those of `names` that are in the folder, in this order.
@@ -103,7 +103,7 @@ class LocalFiles:
             except FileNotFoundError:
                 return []
             try:
-                return [name for name in names if os.access(name, os.F_OK, dir_fd=fd)]
+                return [name for name in names if _is_there(name, fd)]
             finally:
                 os.close(fd)
 
@@ -167,11 +167,8 @@ class LocalFiles:
     def free_bytes(self) -> int | None:
         return free_bytes_at(self.root)
 
-    @contextmanager
-    def _name_failure(self, key: str) -> Iterator[None]:
-        doing = f"writing {key} of {self.url}; committed shards are untouched"
-        with name_failure(doing), name_full_disk(doing):
-            yield
+    def _name_failure(self, key: str) -> AbstractContextManager[None]:
+        return name_failure(f"writing {key} of {self.url}; committed shards are untouched")
 
 
 class RemoteFiles:
@@ -200,10 +197,15 @@ class RemoteFiles:
             return cast(int, self.fs.size(f"{self.path}/{key}"))
 
     def exists(self, key: str) -> bool:
-        """As it is now: fsspec would answer from the last listing, which another writer's record is not in."""
+        """As it is now: fsspec would answer from the last listing, which another writer's record is not in. Its own
+        `exists` says no whatever went wrong, of some file systems."""
         with self._name_failure("looking for", key):
             self.fs.invalidate_cache(f"{self.path}/{key}")
-            return self.fs.exists(f"{self.path}/{key}")
+            try:
+                self.fs.info(f"{self.path}/{key}")
+            except FileNotFoundError:
+                return False
+            return True
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """One listing: a request answers for a thousand names, where asking for each is a request each."""
@@ -326,9 +328,10 @@ def name_full_disk(doing: str) -> Iterator[None]:
 
 @contextmanager
 def name_failure(doing: str) -> Iterator[None]:
-    """Turn what a disk answers into an error that says at what."""
+    """Turn what a disk answers into an error that says at what, a full one too."""
     try:
-        yield
+        with name_full_disk(doing):
+            yield
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -337,6 +340,16 @@ def name_failure(doing: str) -> Iterator[None]:
             f"{error.strerror or error} while {doing}. "
             "Mend what the disk or its permissions say, then run the same command again: it goes on where it stopped",
         ) from error
+
+
+def _is_there(path: Path | str, folder: int | None = None) -> bool:
+    """Whether there is such a file, in a folder that is open or anywhere: `os.access` says no whatever went wrong, as
+    `Path.exists` does from Python 3.14 on."""
+    try:
+        os.stat(path, dir_fd=folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _read_checksummed(fd: int, body: np.ndarray, tail: np.ndarray) -> int:

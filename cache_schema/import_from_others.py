@@ -42,16 +42,15 @@ class ImportSettings:
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
     """Write the source as a store; goes on where an earlier import of the same source stopped."""
-    if not source.has_tokens and (settings.special_tokens or settings.bos_token is not None):
+    tokens = source.tokens
+    if tokens is None and (settings.special_tokens or settings.bos_token is not None):
         raise ImportInvalid(
             "special tokens and BOS cannot be found without tokens: give them (--tokens FILE), or leave out "
             "--special-token and --bos-token, so that every row trains"
         )
-    shape = (source.windows, source.context, source.d_model)
-    if 0 in shape:
-        raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
-    tokens = source.tokens(0, source.windows)
-    documents = np.broadcast_to(source.document_of[:, None], (source.windows, source.context))
+    shape = (source.windows, source.context)
+    tokens = np.zeros(shape, np.uint32) if tokens is None else tokens
+    documents = np.broadcast_to(source.document_of[:, None], shape)
     manifest = _manifest(source, settings, _fingerprint(source, tokens))
     with StoreWriter.create(url, manifest, tokens, documents) as writer:
         left = []
@@ -90,7 +89,7 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
             "import",
             fingerprint,
             "as given",
-            {"tokens": source.has_tokens} | ({KEEP: True} if settings.keep_massive else {}),
+            {"tokens": source.tokens is not None} | ({KEEP: True} if settings.keep_massive else {}),
         ),
         context=source.context,
         layers=hooks.pop(RESID, ()),

@@ -1,6 +1,6 @@
 """Activations that people already have: numpy files, and the cached activations of SAELens.
 
-A source answers for windows start..stop, so that a file of any size is imported a shard at a time.
+A source gives activations of windows start..stop, so that a file of any size is imported a shard at a time.
 W windows, T context, D residual width.
 """
 
@@ -13,25 +13,24 @@ import numpy as np
 
 from .errors import ImportInvalid
 from .sites import RESID, Site, site_named
-from .stored_dtypes import STORED_AS
+from .stored_dtypes import STORED_AS, say_not_uint32
 
 _DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}
 
 
 class Source(Protocol):
-    """Windows of activations, by site, and of tokens."""
+    """Windows of activations, by site, and their tokens."""
 
     windows: int
     context: int
     d_model: int
     dtype: str  # float32, float16 or bfloat16
     sites: tuple[Site, ...]
-    has_tokens: bool
+    tokens: np.ndarray | None  # uint32 [W, T]; None where they are not known
     document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
     left_out: str  # for a person: what is in no window; empty where all is in one
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
-    def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
 
 class NumpySource:
@@ -45,20 +44,14 @@ class NumpySource:
         dtypes = {array.dtype.name for array in self._acts.values()}
         if len(shapes) != 1 or len(dtypes) != 1:
             raise ImportInvalid(f"expected activations of one shape and type, found {sorted(shapes)}, {sorted(dtypes)}")
-        self.windows, self.context, self.d_model = shapes.pop()
+        self.windows, self.context, self.d_model = _require_some(shapes.pop())
         self.dtype = _stored_dtype(dtypes.pop())
         self.sites = tuple(sorted(acts))
-        self._tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
-        self.has_tokens = self._tokens is not None
+        self.tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
         self.document_of = np.arange(self.windows, dtype=np.uint32)
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         return np.ascontiguousarray(self._acts[site][start:stop], STORED_AS[self.dtype])  # a file may be big-endian
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        if self._tokens is None:
-            return np.zeros((stop - start, self.context), np.uint32)
-        return as_tokens(self._tokens[start:stop])
 
 
 class SaelensSource:
@@ -81,27 +74,20 @@ class SaelensSource:
         self._rows = rows.with_format("numpy")
         hook, feature = _hook_column(folder, self._rows.features)
         self._hook = hook
-        self.windows = len(self._rows)
-        self.context, self.d_model = feature.shape
+        self.windows, self.context, self.d_model = _require_some((len(self._rows), *feature.shape))
         self.dtype = _stored_dtype(feature.dtype)
         self.sites = (_site_of(hook, layer),)
         has_ids = "token_ids" in self._rows.features
         if has_ids and tokens is not None:
             raise ImportInvalid(f"{folder} holds token_ids: leave out --tokens {tokens}")
-        self._tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
-        self.has_tokens = has_ids or tokens is not None
+        self.tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
+        if has_ids:
+            self.tokens = as_tokens(np.asarray(self._read("token_ids", 0, self.windows)))
         self.document_of = np.arange(self.windows, dtype=np.uint32)
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         values = np.asarray(self._read(self._hook, start, stop), STORED_AS[self.dtype])
         return values.reshape(stop - start, self.context, self.d_model)
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        if not self.has_tokens:
-            return np.zeros((stop - start, self.context), np.uint32)
-        if self._tokens is not None:
-            return as_tokens(self._tokens[start:stop])
-        return as_tokens(np.asarray(self._read("token_ids", start, stop)))
 
     def _read(self, column: str, start: int, stop: int) -> Any:
         """Of this column alone: rows are decoded whole, and the tokens of all windows are read at once."""
@@ -127,11 +113,17 @@ def _load(path: Path, ndim: int) -> np.ndarray:
     return array
 
 
+def _require_some(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if 0 in shape:
+        raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
+    return shape
+
+
 def _load_tokens(path: Path, windows: int, context: int) -> np.ndarray:
     tokens = _load(path, 2)
     if tokens.shape != (windows, context):
         raise ImportInvalid(f"expected tokens of shape {(windows, context)}, found {tokens.shape}")
-    return tokens
+    return as_tokens(tokens)
 
 
 def _stored_dtype(name: str) -> str:
@@ -144,8 +136,8 @@ def _stored_dtype(name: str) -> str:
 
 
 def as_tokens(tokens: np.ndarray) -> np.ndarray:
-    if tokens.dtype.kind not in "iu" or (tokens.size and (tokens.min() < 0 or tokens.max() >= 2**32)):
-        raise ImportInvalid(f"expected token ids from 0 to 2^32 - 1, found {tokens.dtype} from {tokens.min()}")
+    if found := say_not_uint32(tokens):
+        raise ImportInvalid(f"expected token ids from 0 to 2^32 - 1, found {found}")
     return np.ascontiguousarray(tokens, np.uint32)
 
 

@@ -25,6 +25,7 @@ LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
 COUNTS = "stats/counts.json"
 BEGINNING = ("tokens", "documents")  # arrays that are whole before the first shard is written
+ATTENTION_PARTS = ("indptr", "indices", "data", "kept_mass")  # of a layer, as `AttentionCsr` has them
 MAX_CHUNK_BYTES = 2**31 - 17  # more no compressor takes; a chunk read in part goes through memory, which none may fill
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 

@@ -42,8 +42,7 @@ def require_writable(url: str, root: Root) -> None:
 
 
 def has_root(files: Files) -> bool:
-    """Whether there is a store. It is read to find out: asked whether an object exists, some of fsspec's file systems
-    say no whatever went wrong, and a beginning would be written over the store that is there."""
+    """Whether there is a store; a failed connection is no answer, or a beginning would be written over it."""
     return read_if_there(files, ROOT) is not None
 
 

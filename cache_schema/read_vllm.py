@@ -55,8 +55,6 @@ class _Sequence:
 class VllmSource:
     """A folder of such files."""
 
-    has_tokens = True
-
     def __init__(self, folder: Path, layers: Sequence[int], context: int | None) -> None:
         paths = sorted(folder.glob("**/*.safetensors"))
         if not paths:
@@ -97,13 +95,11 @@ class VllmSource:
         self.left_out = _say_left_out(lengths, self.context)
         self._place = {Site(RESID, layer): at for at, layer in enumerate(layers)}
         self.sites = tuple(sorted(self._place))
+        self.tokens: np.ndarray | None = as_tokens(np.stack([one.tokens.read(window) for one, window in self._windows]))
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         at = self._place[site]
         return np.stack([one.hidden.read(window, at) for one, window in self._windows[start:stop]])
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        return as_tokens(np.stack([one.tokens.read(window) for one, window in self._windows[start:stop]]))
 
 
 def _say_left_out(lengths: Sequence[int], context: int) -> str:

@@ -12,7 +12,7 @@ import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -22,7 +22,16 @@ from .commits import CommitRecord, find_committed, read_record
 from .csr import AttentionCsr
 from .disk_and_cloud_files import Files, LocalFiles, open_files
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
-from .layout import BEGINNING, arrays_of, attention_path, is_line, moments_length, moments_path, scales_path
+from .layout import (
+    ATTENTION_PARTS,
+    BEGINNING,
+    arrays_of,
+    attention_path,
+    is_line,
+    moments_length,
+    moments_path,
+    scales_path,
+)
 from .manifest import Manifest
 from .moments import Moments, from_line, merge
 from .open_and_check_root import read_root
@@ -47,8 +56,7 @@ def shard_memory(manifest: Manifest, request: Request) -> dict[str, np.ndarray]:
     paths += [site.path for site in request.sites]
     if manifest.stored_as:
         paths += [scales_path(site) for site in request.sites]
-    parts = ("indptr", "indices", "data", "kept_mass")
-    paths += [attention_path(layer, part) for layer in request.attention_layers for part in parts]
+    paths += [attention_path(layer, part) for layer in request.attention_layers for part in ATTENTION_PARTS]
     layouts, windows = arrays_of(manifest), manifest.shard_windows
     shapes = {path: (1 if is_line(path) else windows, *layouts[path].shape[1:]) for path in paths}
     return {path: np.empty(shape, layouts[path].dtype) for path, shape in shapes.items()}
@@ -280,21 +288,14 @@ class _Reading:
 
     def _attention(self, layer: int) -> AttentionCsr:
         """The span's rows of a shard's lines, checked against the rules of the layout."""
-        arrays, manifest = self.memory, self.store.manifest
-        indptr, indices, data = (arrays[attention_path(layer, part)][0] for part in ("indptr", "indices", "data"))
-        first_window = self.span.start - self.span.shard * manifest.shard_windows
-        rows = manifest.attention.heads * manifest.context
-        pointers = indptr[first_window * rows : (first_window + self.span.windows) * rows + 1]
-        first, last = int(pointers[0]), int(pointers[-1])
-        csr = AttentionCsr(
-            indptr=pointers - pointers[0],
-            indices=indices[first:last],
-            data=data[first:last],
-            kept_mass=arrays[attention_path(layer, "kept_mass")][: self.span.windows],
-        )
+        manifest, windows = self.store.manifest, self.span.windows
+        indptr, indices, data, kept_mass = (self.memory[attention_path(layer, part)] for part in ATTENTION_PARTS)
+        whole = AttentionCsr(indptr[0], indices[0], data[0], kept_mass)
+        first = self.span.start - self.span.shard * manifest.shard_windows
+        csr = replace(whole.slice(first, first + windows), kept_mass=kept_mass[:windows])  # of the span alone
         try:
-            if first_window == 0 and first != 0:
-                raise CsrInvalid(f"expected the first row to start at entry 0, found {first}: a hole in front")
+            if first == 0 and (begin := whole.indptr[0]):
+                raise CsrInvalid(f"expected the first row to start at entry 0, found {begin}: a hole in front")
             csr.validate(manifest.attention.topk, manifest.attention.causal, "attention rows")
         except CsrInvalid as error:
             raise self.store._damage(self.span.shard, attention_path(layer, "indptr"), error) from None

@@ -79,6 +79,8 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
             held |= dict.fromkeys(range(max(first, start), min(last, stop)), "writers on this disk")
             unknown += [(start, first), (last, stop)]
         return held
+    except OSError:  # a disk without locks
+        return None
     finally:
         os.close(fd)
 

@@ -13,6 +13,7 @@ from .commits import ArrayRecord, AttentionTotals, CommitRecord
 from .csr import AttentionCsr, index_dtype
 from .errors import ShardInvalid
 from .layout import (
+    ATTENTION_PARTS,
     BEGINNING,
     ArrayLayout,
     arrays_of,
@@ -143,11 +144,11 @@ def digests_by_path(
     attention: Mapping[int, AttentionCsr],
 ) -> dict[str, str]:
     """Path -> digest; `plain` has the paths of its arrays already."""
-    arrays, parts = dict(plain), ("indptr", "indices", "data", "kept_mass")
+    arrays = dict(plain)
     arrays |= {site.path: values for site, values in acts.items()}
     arrays |= {scales_path(site): values for site, values in scales.items()}
     for layer, csr in attention.items():
-        arrays |= {attention_path(layer, part): getattr(csr, part) for part in parts}
+        arrays |= {attention_path(layer, part): getattr(csr, part) for part in ATTENTION_PARTS}
     return {path: array_digest(values) for path, values in arrays.items()}
 
 

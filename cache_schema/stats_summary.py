@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from .commits import MADE_AGAIN, read_derived
+from .commits import MADE_AGAIN, read_checked
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
 from .layout import SUMMARY, encode_json
@@ -62,7 +62,7 @@ def summarise(moments: Moments) -> LayerSummary:
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:
     """The summary, or None where the store has none."""
-    opened = read_derived(Summary, files, manifest, SUMMARY)
+    opened = read_checked(Summary, files, manifest, SUMMARY)
     if opened is None:
         return None
     summary, where = opened

@@ -34,6 +34,16 @@ ROUND_VALUES = 2**16  # at a time: they stay in a processor's cache
 LEAST_SCALE = np.finfo(np.float32).tiny  # rows that would need a smaller one are zeros
 
 
+def say_not_uint32(ids: np.ndarray) -> str:
+    """What an array of tokens or documents holds that uint32, as which it is stored, does not; empty: nothing."""
+    if ids.dtype.kind not in "iu":
+        return f"{ids.dtype}"
+    if not ids.size or np.can_cast(ids.dtype, np.uint32):
+        return ""
+    low, high = int(ids.min()), int(ids.max())
+    return "" if low >= 0 and high < 2**32 else f"{ids.dtype} from {low} to {high}"
+
+
 def to_float32(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:
     """Stored activations [..., D] as float32 values; `scales` [...] are those of their tokens where there are some."""
     if dtype == "bfloat16":

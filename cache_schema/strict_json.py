@@ -154,10 +154,17 @@ def _read_sequence(kind: Any, origin: type, raw: Any, where: str, problems: list
         kinds = list(args)
     elif args[0] in _SCALARS and set(map(type, raw)) <= {args[0]}:  # there may be millions: all at once
         return origin(raw)
+    elif typing.get_origin(args[0]) is tuple and _are_rows(raw, typing.get_args(args[0])):  # likewise
+        return origin(map(tuple, raw))
     else:
         kinds = [args[0]] * len(raw)
     items = zip(kinds, raw, strict=True)
     return origin(_read(item_kind, item, f"{where}[{i}]", problems) for i, (item_kind, item) in enumerate(items))
+
+
+def _are_rows(raw: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether all are lists of just these types."""
+    return set(map(type, raw)) <= {list} and {tuple(map(type, row)) for row in raw} <= {kinds}
 
 
 def _read_mapping(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:

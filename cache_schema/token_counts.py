@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .commits import MADE_AGAIN, read_derived
+from .commits import MADE_AGAIN, read_checked
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
 from .layout import COUNTS, encode_json
@@ -78,7 +78,7 @@ def pair_share(group_sizes: np.ndarray) -> float:
 
 def read_counts(files: Files, manifest: Manifest) -> Counts | None:
     """None where the store has none."""
-    found = read_derived(Counts, files, manifest, COUNTS)
+    found = read_checked(Counts, files, manifest, COUNTS)
     if found is None:
         return None
     counts, where = found

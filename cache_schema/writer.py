@@ -31,6 +31,7 @@ from .layout import (
     BEGINNING,
     COUNTS,
     ROOT,
+    SUMMARY,
     ArrayLayout,
     arrays_of,
     documents_of,
@@ -47,6 +48,7 @@ from .shard_claims import CREATION, open_claims
 from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .sites import RESID, Site
 from .stats_summary import LayerSummary, Summary, read_summary, summarise, write_summary
+from .stored_dtypes import say_not_uint32
 from .token_counts import count_all, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
@@ -238,6 +240,8 @@ def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> None:
             write_counts(files, count_all(manifest, store.ids))
     if index.mask(manifest.shards).all() and read_summary(files, manifest) is None:
         write_summary(files, derive_summary(files, manifest, index))
+        if not (is_alone or compact(files, manifest, is_alone).mask(manifest.shards).all()):
+            files.remove(SUMMARY)  # somebody took shards away meanwhile
 
 
 def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:
@@ -269,8 +273,12 @@ def _shard_moments(store: Store, site: Site) -> Iterator[Moments]:
 def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarray) -> None:
     expected = (manifest.windows, manifest.context)
     for name, array in (("tokens", tokens), ("documents", documents)):
-        if array.shape != expected or array.dtype.kind not in "iu":
-            raise ShardInvalid(f"expected {name} as integers of shape {expected}, found {array.dtype} {array.shape}")
+        found = say_not_uint32(array)
+        if found or array.shape != expected:
+            raise ShardInvalid(
+                f"expected {name} as integers from 0 to 2^32 - 1 of shape {expected}, found {found or array.dtype} "
+                f"{array.shape}"
+            )
 
 
 def _sum_by_path(tasks: list[tuple[ShardPart, int]], sizes: list[int]) -> dict[str, int]:

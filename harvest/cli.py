@@ -195,12 +195,11 @@ def _document_of(finished: Finished) -> dict[str, Any]:
 def _estimate(config: HarvestConfig, is_json: bool) -> None:
     from .dry_run import document_of, dry_run, render
     from .estimate_cost import require_space
-    from .progress import Watch
 
-    estimate = dry_run(config, Watch())
-    if is_json:
+    estimate = dry_run(config)
+    if estimate.speaks and is_json:
         print_json(document_of(estimate))
-    else:
+    elif estimate.speaks:
         Console().print(render(estimate))
     is_begun, weights = estimate.work.is_begun, estimate.weights_beside
     require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=is_begun, weights=weights)

@@ -47,11 +47,11 @@ class HarvestConfig:
     model: str = "auto"
     layer: int | None = None
     resid_layers: tuple[int, ...] | str = "none"
-    """As text: layers beside `layer`, in the words of `parse_layers`."""
+    """As text: layers beside `layer`, in the words of `read_layers`."""
     attention_layers: tuple[int, ...] | str | None = None
     """None: `ATTENTION_AROUND`, as far as the model has these layers."""
     hooks: Mapping[str, tuple[int, ...]] | str = field(default_factory=dict)
-    """Hook to layers, beside the residual stream. As text: all that is kept, in the words of `parse_hooks`."""
+    """Hook to layers, beside the residual stream. As text: all that is kept, in the words of `read_hooks`."""
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
@@ -117,41 +117,35 @@ def parse_count(text: str) -> int:
 
 
 def read_layers(layers: tuple[int, ...] | str, layer: int | None) -> tuple[int, ...]:
-    """Rising layers, given as numbers or in the words of the command line: their order makes no other store."""
-    return tuple(sorted(set(layers))) if isinstance(layers, tuple) else parse_layers(layers, layer)
+    """Rising layers, as the order makes no other store, given as numbers or as text: `17,19`, `17..20` or, counted from
+    `layer`, `-2..+1`; `none` for no layer. Where `layer` is not known yet (None), a range such as `17..+1` is read, and
+    not what it holds."""
+    if isinstance(layers, tuple):
+        return tuple(sorted(set(layers)))
+    if layers.strip().lower() == "none":
+        return ()
+    found: set[int] = set()
+    for item in layers.split(","):
+        ends = [_parse_layer(end, layer or 0, layers) for end in item.split("..")]
+        if len(ends) > 2 or (layer is not None and ends[0] > ends[-1]):
+            raise SettingInvalid(f"{layers!r}: expected a range such as 17..20 or -2..+1, found {item!r}")
+        found.update(range(ends[0], max(ends) + 1))
+    return tuple(sorted(found))
 
 
 def read_hooks(
     hooks: Mapping[str, tuple[int, ...]] | str, layer: int | None, layers: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """Hook to layers, the residual stream among them, likewise."""
-    if isinstance(hooks, str):
-        return parse_hooks(hooks, layer, layers)
-    return by_hook(Site(hook, number) for hook, own in {RESID: layers, **hooks}.items() for number in own)
-
-
-def parse_layers(text: str, layer: int | None) -> tuple[int, ...]:
-    """Layers such as `17,19`, `17..20` or, counted from `layer`, `-2..+1`; `none` for no layer. Where `layer` is not
-    known yet (None), a range such as `17..+1` is read, and not what it holds."""
-    if text.strip().lower() == "none":
-        return ()
-    layers: set[int] = set()
-    for item in text.split(","):
-        ends = [_parse_layer(end, layer or 0, text) for end in item.split("..")]
-        if len(ends) > 2 or (layer is not None and ends[0] > ends[-1]):
-            raise SettingInvalid(f"{text!r}: expected a range such as 17..20 or -2..+1, found {item!r}")
-        layers.update(range(ends[0], max(ends) + 1))
-    return tuple(sorted(layers))
-
-
-def parse_hooks(text: str, layer: int | None, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Hooks such as `resid,mlp_in,mlp_out`, all of the same `layers`, or `resid,mlp_in:12..19`, which says its own."""
+    """Hook to layers, the residual stream among them: given as those beside it, or as text such as
+    `resid,mlp_in,mlp_out`, all of the same `layers`, or `resid,mlp_in:12..19`, which says its own."""
+    if not isinstance(hooks, str):
+        return by_hook(Site(hook, number) for hook, own in {RESID: layers, **hooks}.items() for number in own)
     sites: list[Site] = []
-    for item in text.split(","):
+    for item in hooks.split(","):
         hook, colon, own = (part.strip() for part in item.partition(":"))
         if hook not in HOOKS:
-            raise SettingInvalid(f"--hooks {text}: unknown hook {hook!r}{nearest(hook, HOOKS)}")
-        sites += [Site(hook, number) for number in (parse_layers(own, layer) if colon else layers)]
+            raise SettingInvalid(f"--hooks {hooks}: unknown hook {hook!r}{nearest(hook, HOOKS)}")
+        sites += [Site(hook, number) for number in (read_layers(own, layer) if colon else layers)]
     return by_hook(sites)
 
 

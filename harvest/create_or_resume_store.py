@@ -54,8 +54,8 @@ WORTH_TELLING = 10  # per mille of the documents: so many more than needed are f
 def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
     """The store's writer; of whoever is not first once all tokens are written."""
     files = open_files(plan.config.out)
-    if process.is_first and not has_root(files):
-        return _create(plan, files, watch)
+    if process.is_first and not has_root(files) and (begun := _create(plan, files, watch)):
+        return begun
     writer = StoreWriter.open(plan.config.out)
     try:
         require_ours(plan, writer.manifest, files.url)
@@ -98,13 +98,13 @@ def _require_folder(path: Path, url: str) -> None:
         )
 
 
-def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
-    """Tokenise, pack, and write the beginning of the store."""
+def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter | None:
+    """Tokenise, pack, and write the beginning of the store; None where another process has meanwhile."""
     folder = spool_folder(files)
     corpus = _corpus_of_begun(plan, folder) or open_corpus(plan.corpus)
     # the store names a full disk by itself; this is for what comes before it
     with name_full_disk(f"tokenising into {folder}"), lock_spool(folder):
-        return _tokenise(plan, corpus, folder, watch)
+        return None if has_root(files) else _tokenise(plan, corpus, folder, watch)
 
 
 def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWriter:

@@ -67,6 +67,7 @@ class Estimate:
     free_bytes: int | None  # None where the store does not lie on a disk of this machine
     to_download: int | None = None  # of weights; without them sizes of attention are the most that there can be
     weights_beside: int = 0  # of these, what comes onto the store's disk
+    speaks: bool = True  # whether this process is to say so: of one launch only the first
 
     @property
     def least_bytes(self) -> int:
@@ -96,11 +97,12 @@ class Estimate:
         return tokens_in(self.work.manifest, self.work.shards) / self.cost.tokens_per_second
 
 
-def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
+def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
     """Time a few batches of the corpus and scale up to what is not harvested yet."""
     files = open_files(config.out)
     require_place(files)
     with open_process(config.device, config.worker) as process:
+        watch = watch or Watch(is_quiet=not process.speaks)
         plan = decide(config, watch)
         is_begun = has_root(files)
         if process.is_first and not is_begun:
@@ -112,7 +114,7 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
             work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
             cost = cost_before(plan, work.manifest, process.device)
     weights = weights_beside(plan.source, files) if work.shards else 0
-    return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights)
+    return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights, process.speaks)
 
 
 def document_of(estimate: Estimate) -> dict[str, Any]:
@@ -190,15 +192,17 @@ def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:
 
 
 def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:
-    """Enough windows of the corpus for one batch, or as many as it quickly gives."""
+    """Enough windows of the corpus for one batch: fewer are taken again and again, which compresses too well."""
     packer = Packer(plan.config.context, plan.encoder.bos_token, plan.config.packing)
     documents, read = islice(corpus.documents(), TRIAL_DOCUMENTS), 0
-    while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
+    found = np.empty((0, plan.config.context), np.uint32)
+    while len(found) < plan.windows_per_batch and (texts := list(islice(documents, DOCUMENTS_AT_ONCE))):
         read += len(texts)
         windows = packer.pack(plan.encoder.encode(texts), [0] * len(texts))
-        if len(windows):
-            return windows.tokens[: plan.windows_per_batch]
-    raise CorpusEmpty(
-        f"the first {read:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
-        f"{what_fills_windows(plan.config.packing)}"
-    )
+        found = np.concatenate([found, windows.tokens])
+    if not len(found):
+        raise CorpusEmpty(
+            f"the first {read:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
+            f"{what_fills_windows(plan.config.packing)}"
+        )
+    return found[: plan.windows_per_batch]

@@ -34,7 +34,7 @@ from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetc
 from .process import Process, open_process
 from .progress import Stage, Watch
 from .shards import Harvester, find_others, harvest_shards
-from .store_plan import Plan, make_plan
+from .store_plan import BATCH, Plan, make_plan
 from .tokenise_corpus import spool_folder
 
 
@@ -115,6 +115,11 @@ def reharvest(
     `undo` takes away what there is of them, and is called when the model is there to make them anew.
     """
     manifest = read_root(open_files(url)).manifest
+    if BATCH not in manifest.corpus.settings:
+        raise StoreError(
+            f"{url} was not written by a harvest: expected {BATCH} in the settings of its corpus, found none. No shard "
+            "was removed. Take the damaged ones out with --remove-only, and write them again with what wrote the others"
+        )
     try:
         harvester = make_harvester(manifest, fetch_recorded(manifest.model, model), find_device(device or "auto"))
     except HarvestError as error:

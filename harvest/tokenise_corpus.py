@@ -15,14 +15,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_failure, name_full_disk, sync
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_failure, sync
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
 from .corpus.source import Corpus, State
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
@@ -79,26 +79,23 @@ class Spool:
     def resume(self) -> dict[str, Any] | None:
         """Go back to the last checkpoint of the same job; the state of the corpus there, or None."""
         with self._named():
-            return self._resume()
-
-    def _resume(self) -> dict[str, Any] | None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = self._read_checkpoint()
-        if checkpoint is None:
-            self.starts_anew = self._checkpoint.exists()
-            # It may be another job's, for whose text these files would pass.
-            self._checkpoint.unlink(missing_ok=True)
-            sync(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint = self._read_checkpoint()
+            if checkpoint is None:
+                self.starts_anew = self._checkpoint.exists()
+                # It may be another job's, for whose text these files would pass.
+                self._checkpoint.unlink(missing_ok=True)
+                sync(self.folder)
+                for split, array in self._keys():
+                    self._path(split, array).write_bytes(b"")
+                return None
+            self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
+            self.has_text = checkpoint["has_text"]
             for split, array in self._keys():
-                self._path(split, array).write_bytes(b"")
-            return None
-        self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
-        self.has_text = checkpoint["has_text"]
-        for split, array in self._keys():
-            os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
-        for split, packer in self._packers.items():
-            packer.tokens, packer.documents = (np.array(row, np.uint32) for row in checkpoint["rows"][split])
-        return checkpoint["corpus"]
+                os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
+            for split, packer in self._packers.items():
+                packer.tokens, packer.documents = (np.array(row, np.uint32) for row in checkpoint["rows"][split])
+            return checkpoint["corpus"]
 
     def append(self, split: str, texts: list[list[int]], numbers: list[int]) -> None:
         """Pack documents and write the windows they complete, up to the split's share."""
@@ -145,12 +142,9 @@ class Spool:
                         shutil.copyfileobj(part, out, 1 << 24)
             return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self) -> AbstractContextManager[None]:
         """What the disk answers, by what was being done."""
-        doing = f"tokenising into {self.folder}"
-        with name_failure(doing), name_full_disk(doing):
-            yield
+        return name_failure(f"tokenising into {self.folder}")
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """None as well where it is damaged, or files are shorter than it says: what lacks would become zeros."""

@@ -125,6 +125,13 @@ class _Page(HTMLParser):
         elif tag not in self.INLINE:
             self.parts.append("\n")
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """Of an unknown name a comment, to browsers and to later Pythons; earlier ones end in an error of their own."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            return self.parse_bogus_comment(i, report)
+
     def handle_data(self, data: str) -> None:
         if not self._hidden:
             self.parts.append(data if self._pre else re.sub(r"\s+", " ", data))

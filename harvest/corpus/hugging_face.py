@@ -62,17 +62,13 @@ class HubCorpus:
     def __init__(
         self,
         source: DatasetOptions,
-        commit: str,
+        repository: Repository,
         load: Callable[[], Any],
         waits: Sequence[float] = WAITS_SECONDS,
-        part: str | None = None,
-        files: tuple[str, ...] = (),
     ) -> None:
-        self.id = source.dataset
-        self.part = part
-        self.files = files
-        self.revision = commit
+        self.id, self.revision, self.part = repository.id, repository.commit, repository.part
         self._source = source
+        self._repository = repository
         self._load = load
         self._waits = waits
         self._position: Any = None
@@ -89,7 +85,7 @@ class HubCorpus:
             yield self._text(row)
 
     def state(self) -> State:
-        pinned = asdict(Repository(self.id, self.revision, self.files, self.part))
+        pinned = asdict(self._repository)
         return {"documents": self._read, "stream": self._position, "options": asdict(self._source), "pinned": pinned}
 
     def _stream(self) -> Iterator[dict[str, Any]]:
@@ -158,8 +154,7 @@ def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
 
 
 def _corpus_of(source: DatasetOptions, repository: Repository) -> HubCorpus:
-    load = partial(_load, source, repository)
-    return HubCorpus(source, repository.commit, load, part=repository.part, files=repository.files)
+    return HubCorpus(source, repository, partial(_load, source, repository))
 
 
 def find_repository(source: DatasetOptions, api: Any = None) -> Repository:

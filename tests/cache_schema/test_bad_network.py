@@ -438,6 +438,40 @@ def test_a_disk_that_fails_while_it_is_read_is_named(material, tmp_path, monkeyp
     tell("1 store, read", faults)
 
 
+def test_a_disk_that_fails_is_not_taken_for_a_file_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "commits").mkdir()
+    files = LocalFiles(tmp_path)
+    asks = {
+        "for zarr.json": lambda: files.exists("zarr.json"),
+        "into commits": lambda: files.which_exist("commits", "1"),
+    }
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for place, ask in asks.items():
+        assert not ask()
+        with (
+            pytest.raises(StoreUnreachable, match=f"Stale file handle while looking {place}"),
+            monkeypatch.context() as patch,
+        ):
+            patch.setattr(os, "stat", fail)
+            ask()
+
+
+def test_a_connection_that_fails_is_not_taken_for_a_file_that_is_not_there(monkeypatch):
+    """fsspec's own `exists` is False of whatever goes wrong while it looks."""
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("reset")
+
+    assert not files.exists("zarr.json")
+    monkeypatch.setattr(files.fs, "info", fail)
+    with pytest.raises(StoreUnreachable, match="ConnectionError while looking for zarr.json"):
+        files.exists("zarr.json")
+
+
 def test_a_store_that_a_file_system_wrongly_says_is_not_there_is_not_begun_again(synthetic, monkeypatch):
     """fsspec's own `exists` is False of whatever goes wrong while it looks."""
     manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"

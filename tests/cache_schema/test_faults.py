@@ -46,6 +46,7 @@ from saemill.cache_schema.cli import main
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path, record_key
 from saemill.cache_schema.manifest import FORMAT
+from saemill.cache_schema.shard_claims import open_claims
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 HURT = 2  # the shard that is damaged; all others must stay readable
@@ -204,6 +205,8 @@ CSR_DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], None], str]] = {
     "a position outside the window": ("indices", lambda i: i.__setitem__((0, 5), 200), "outside the window"),
     "positions do not rise": ("indices", lambda i: i.fill(0), "do not rise"),
     "a position after its query": ("indices", lambda i: np.subtract(7, i, out=i), "rise|later position"),
+    "a mass of NaN": ("kept_mass", lambda m: m.__setitem__((1, 0, 3), np.nan), "kept mass of row 19 is no number"),
+    "an endless mass": ("kept_mass", lambda m: m.__setitem__((0, 1, 0), np.inf), "kept mass of row 8 is no number"),
 }
 
 
@@ -218,6 +221,8 @@ def test_rows_that_break_a_rule_are_found_behind_right_checksums(finished, damag
         store.read(request, span)
     for word in (f"shard {HURT}", "attention/layer_2", "sae-store repair"):
         assert word in str(caught.value)
+    with Store.open(folder) as store:
+        assert [report.shard for report in verify_and_repair.verify_shards(store) if report.damage] == [HURT]
 
 
 def edit(file: Path, change: Callable[[dict], object]) -> None:
@@ -460,7 +465,8 @@ def test_tokens_that_do_not_fit_are_refused(synthetic, tmp_path, name):
     manifest = synthetic.make_manifest()
     corpus = synthetic.make_corpus(manifest)
     arrays = {"tokens": corpus.tokens, "documents": corpus.documents}
-    for wrong in (arrays[name][:-1], arrays[name].astype(np.float32)):
+    below, above = arrays[name] - np.int64(60), arrays[name] + np.int64(2**32)  # would be stored as others
+    for wrong in (arrays[name][:-1], arrays[name].astype(np.float32), below, above):
         with pytest.raises(ShardInvalid, match=f"expected {name}"):
             StoreWriter.create(tmp_path, manifest, **{**arrays, name: wrong})
     assert not (tmp_path / "zarr.json").exists()
@@ -506,6 +512,8 @@ def test_a_disk_without_space_for_a_folder_ends_in_the_same_name(tmp_path, monke
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(StoreFull, match=r"writing folder.*key.* of .*committed shards are untouched"):
         write(LocalFiles(tmp_path), "folder/key", b"" if write is LocalFiles.replace else [])
+    with pytest.raises(StoreFull, match="full while opening .*commits/lock"):
+        open_claims(LocalFiles(tmp_path))
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from saemill.cache_schema import (
 from saemill.cache_schema import disk_and_cloud_files as files_module
 from saemill.cache_schema import shard_claims as claims_module
 from saemill.cache_schema.disk_and_cloud_files import Files, RemoteFiles, S3Files, open_files
-from saemill.cache_schema.layout import INDEX, device_name, record_key, record_name
+from saemill.cache_schema.layout import INDEX, SUMMARY, device_name, record_key, record_name
 from saemill.cache_schema.reader import READERS, REMOTE_READERS
 from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.verify_and_repair import repair
@@ -377,9 +377,9 @@ def test_repair_without_the_claim_looks_for_all_records_itself(synthetic, monkey
     slow.close()
 
 
-@pytest.mark.parametrize("writes_last", ["writer", "repair"])
+@pytest.mark.parametrize("writes_last", ["writer", "repair", "writer of the summary"])
 def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthetic, monkeypatch, writes_last):
-    """Whichever of it and repair writes the index last: what repair took away is in it, with no record."""
+    """Whichever of it and repair writes the index last: what repair took away is not in it, and there is no summary."""
     manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
     corpus = synthetic.write_store(url, manifest, shards=range(5))
     files, late = open_files(url), StoreWriter.open(url)
@@ -392,10 +392,11 @@ def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthe
     if writes_last == "repair":
         first, second = second, first
     between, replace = [second], RemoteFiles.replace
+    meets_at = SUMMARY if writes_last == "writer of the summary" else INDEX
 
     def interrupted(self: RemoteFiles, key: str, data: bytes) -> None:
-        other = between.pop() if key == INDEX and between else lambda: None
-        if writes_last == "writer":
+        other = between.pop() if key == meets_at and between else lambda: None
+        if writes_last != "repair":
             other()
             replace(self, key, data)
         else:  # of repair the record is what goes last
@@ -408,6 +409,7 @@ def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthe
     with Store.open(url) as store:
         assert np.flatnonzero(~store.committed).tolist() == [1]
         assert commits.read_index(files, manifest) == commits.derive_index(files, manifest, store.committed)
+    assert not files.exists(SUMMARY)
     repairing.close()
 
 

@@ -115,7 +115,7 @@ def test_more_requests_than_a_process_may_open_files(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (tenth_free, hard))
     try:
         source = VllmSource(tmp_path, (3, 19), None)
-        acts, tokens = source.acts(Site("resid", 19), 0, 100), source.tokens(0, 100)
+        acts, tokens = source.acts(Site("resid", 19), 0, 100), source.tokens
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert acts.shape == (100, 4, 6)

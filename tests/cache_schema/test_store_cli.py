@@ -168,7 +168,8 @@ def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None
         (np.zeros((4, 8, 2), np.float32), np.zeros((4, 7), int), "expected tokens of shape (4, 8), found (4, 7)"),
         (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
         (np.zeros((4, 8, 0), np.float32), None, "of at least 1 each, found (4, 8, 0)"),
-        (np.zeros((0, 8, 2), np.float32), None, "of at least 1 each, found (0, 8, 2)"),
+        (np.zeros((0, 8, 2), np.float32), np.zeros((0, 8)), "of at least 1 each, found (0, 8, 2)"),
+        (np.zeros((4, 1, 2), np.float32), np.array([["a"]] * 4), "expected token ids from 0 to 2^32 - 1, found <U1"),
         (np.repeat([0, np.nan], [300, 100]).astype(np.float32).reshape(400, 1, 1), None, "window 300: expected finite"),
         (np.full((4, 1, 2), 0x7F80, np.uint16), None, "window 0: expected finite residuals, found NaN or infinity"),
     ],
@@ -281,13 +282,12 @@ def test_import_of_a_saelens_folder(
 
 def test_tokens_of_a_saelens_folder_are_read_without_its_activations(tmp_path: Path) -> None:
     """Those of all windows are read at once, and their activations may be larger than memory."""
-    acts, tokens = np.zeros((64, 16, 256), np.float32), np.arange(1024).reshape(64, 16)
+    acts, tokens = np.zeros((64, 16, 1024), np.float32), np.arange(1024).reshape(64, 16)
     write_saelens(tmp_path / "cache", "blocks.12.hook_resid_post", acts, tokens)
-    source = import_sources.SaelensSource(tmp_path / "cache", None)
-    source.tokens(0, 1)  # imports what it takes
+    import_sources.SaelensSource(tmp_path / "cache", None)  # imports what it takes
     tracemalloc.start()
     try:
-        found = source.tokens(0, 64)
+        found = import_sources.SaelensSource(tmp_path / "cache", None).tokens
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -28,6 +28,7 @@ class Tree:
     name: str
     leaves: tuple[Leaf, ...] = ()
     pair: tuple[int, str] = (1, "a")
+    rows: tuple[tuple[int, str], ...] = ()
     by_layer: dict[int, float] = field(default_factory=dict)
     kind: Literal["raw", "lz4"] = "raw"
     note: str | None = None
@@ -46,6 +47,7 @@ trees = st.builds(
     name=st.text(),
     leaves=st.lists(st.builds(Leaf, st.integers(), numbers)).map(tuple),
     pair=st.tuples(st.integers(), st.text()),
+    rows=st.lists(st.tuples(st.integers(), st.text())).map(tuple),
     by_layer=st.dictionaries(st.integers(-(10**15), 10**15), numbers),
     kind=st.sampled_from(["raw", "lz4"]),
     note=st.none() | st.text(),
@@ -78,6 +80,8 @@ def test_what_goes_out_comes_back(value):
         ({"name": "a", "leaves": [{"count": True}]}, "leaves[0].count: expected int, found True"),
         ({"name": "a", "leaves": [{"count": 1.0}]}, "leaves[0].count: expected int, found 1.0"),
         ({"name": "a", "pair": [1]}, "pair: expected 2 items, found [1]"),
+        ({"name": "a", "rows": [[1, "a"], [True, "b"]]}, "rows[1][0]: expected int, found True"),
+        ({"name": "a", "rows": [[1, "a"], [2]]}, "rows[1]: expected 2 items, found [2]"),
         ({"name": "a", "by_layer": {"x": 1.0}}, "by_layer.x: expected an integer key"),
         ({"name": "a", "by_layer": {"--5": 1.0}}, "by_layer.--5: expected an integer key"),
         ({"name": "a", "by_layer": {"007": 1.0}}, "by_layer.007: expected an integer key"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_layers, parse_worker
+from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_worker, read_layers
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import LayerOutOfRange, SettingInvalid
 from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted
@@ -49,13 +49,13 @@ def test_counts_that_are_none(text):
     ],
 )
 def test_layers(text, expected):
-    assert parse_layers(text, 19) == expected
+    assert read_layers(text, 19) == expected
 
 
 @pytest.mark.parametrize("text", ["", "..", "1..2..3", "+1..-2", "all", "1;2", "1-2", "0..9999999999"])
 def test_layers_that_are_none(text):
     with pytest.raises(SettingInvalid, match="expected"):
-        parse_layers(text, 19)
+        read_layers(text, 19)
 
 
 def test_workers():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,16 +18,19 @@ from rich.console import Console
 from saemill.cache_schema import Store, StoreFull
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.harvest import cli, estimate_cost, run
+from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run, render
 from saemill.harvest.errors import ContextTooLong, DeviceFull, SettingInvalid
-from saemill.harvest.estimate_cost import bytes_by_array, manifest_before, tokens_per_second
+from saemill.harvest.estimate_cost import Cost, bytes_by_array, manifest_before, tokens_per_second
 from saemill.harvest.model.load_and_truncate import load_model
 from saemill.harvest.model.resolve import Choice, ModelSource
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import harvest
 from saemill.harvest.store_plan import Plan, make_plan
+
+from .conftest import make_text
 
 Make = Callable[..., HarvestConfig]
 
@@ -77,6 +81,15 @@ def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):
     assert estimate.bytes_per_token["resid/layer_2"] == pytest.approx(2 * 16, rel=1e-3)
     assert estimate.seconds > 0
     assert not Path(config.out).exists()
+
+
+def test_a_batch_of_windows_is_measured_however_short_the_documents_are(make_config: Make, tmp_path, monkeypatch):
+    """The first few alone, again and again, would be compressed to next to nothing."""
+    (tmp_path / "short.txt").write_text("\n\n".join(make_text(seed, 2) for seed in range(200)))
+    samples = []
+    monkeypatch.setattr(dry_run_module, "measure_cost", lambda _, sample: samples.append(sample) or Cost({}, 1.0))
+    dry_run(make_config(corpus=DatasetOptions(str(tmp_path / "short.txt"))), Watch(is_quiet=True))
+    assert samples[0].shape == (8, 32) and len(np.unique(samples[0], axis=0)) == 8
 
 
 def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, described, model_folder, monkeypatch):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +26,14 @@ from saemill.cache_schema import CorpusSpec, HookSpec, Manifest, ModelSpec, Stor
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.sites import by_hook
 from saemill.harvest import cli, run, shards
+from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.cli import main
-from saemill.harvest.config import HarvestConfig
+from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.errors import TokenizerUnsuitable
 from saemill.harvest.estimate_cost import RESERVE_BYTES
 from saemill.harvest.model import load_and_truncate
 from saemill.harvest.model.resolve import Choice
+from saemill.harvest.process import Process
 from saemill.harvest.store_plan import require_known_tokens
 from saemill.train import train_runs
 from saemill.train.cli import main as sae_train
@@ -202,6 +205,14 @@ def test_the_estimate_is_near_the_truth(type_: Type, tmp_path):
         actual = np.mean([store.record(s).arrays["resid/layer_2"].bytes / 16 / 32 for s in range(7)])
     line = next(line for line in estimate.splitlines() if "resid/layer_2" in line)
     assert float(line.split("│")[2]) == pytest.approx(actual, rel=0.05)
+
+
+def test_of_one_launch_the_first_process_alone_says_what_it_would_cost(type_: Type, monkeypatch):
+    """Else `--json` would be one document for each."""
+    process = Process(torch.device("cpu"), Worker(1, 2), speaks=False)
+    monkeypatch.setattr(dry_run_module, "open_process", lambda *_: nullcontext(process))
+    for more in ([], ["--json"]):
+        assert type_("--dry-run", *more).output == ""
 
 
 def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):

@@ -18,7 +18,7 @@ from saemill.cache_schema.verify_and_repair import repair, verify_shards
 from saemill.harvest import run, stats
 from saemill.harvest.capture import capture
 from saemill.harvest.cli import main
-from saemill.harvest.config import HarvestConfig, Worker, parse_hooks
+from saemill.harvest.config import HarvestConfig, Worker, read_hooks
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import HookMissing, LayerOutOfRange, NonFiniteResidual, SettingInvalid
 from saemill.harvest.model.architectures import ARCHITECTURES
@@ -237,12 +237,12 @@ def test_hooks_that_a_model_lacks_end_before_work(make_config: Make, hooks, erro
 
 
 def test_hooks_on_the_command_line():
-    assert parse_hooks("resid,mlp_out", 4, (3, 4)) == {"resid": (3, 4), "mlp_out": (3, 4)}
-    assert parse_hooks("mlp_in:0..2, mlp_in:+1", 4, (4,)) == {"mlp_in": (0, 1, 2, 5)}
+    assert read_hooks("resid,mlp_out", 4, (3, 4)) == {"resid": (3, 4), "mlp_out": (3, 4)}
+    assert read_hooks("mlp_in:0..2, mlp_in:+1", 4, (4,)) == {"mlp_in": (0, 1, 2, 5)}
     with pytest.raises(SettingInvalid, match=r"--hooks resid,mlpin: unknown hook 'mlpin' \(did you mean 'mlp_in'"):
-        parse_hooks("resid,mlpin", 4, (4,))
+        read_hooks("resid,mlpin", 4, (4,))
     with pytest.raises(SettingInvalid, match="expected layers such as"):
-        parse_hooks("mlp_in:low", 4, (4,))
+        read_hooks("mlp_in:low", 4, (4,))
     contradicting = CliRunner().invoke(main, ["--hooks=mlp_in", "--resid-layers=1,2"])
     assert contradicting.exit_code == 1 and "add resid" in contradicting.output
 

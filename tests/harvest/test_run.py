@@ -27,6 +27,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
+    CorpusSpec,
     Request,
     Site,
     Store,
@@ -539,9 +540,8 @@ def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_fil
     source = DatasetOptions("owner/name")
     corpus = HubCorpus(
         source,
-        "c0ffee",
+        Repository("owner/name", "c0ffee", part="partial-train"),
         lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True),
-        part="partial-train",
     )
     monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     said = io.StringIO()
@@ -688,6 +688,20 @@ def test_two_cannot_tokenise_for_one_store(make_config: Make):
         harvest(make_config())
 
 
+def test_a_store_that_another_began_meanwhile_is_not_tokenised_again(make_config: Make, straight, monkeypatch):
+    """Between the look for a store and the lock lies the opening of the corpus, which may take minutes."""
+    out, open_corpus = Path(make_config().out), create_or_resume_store.open_corpus
+
+    def begun_meanwhile(options: DatasetOptions) -> Any:
+        shutil.copytree(straight, out, dirs_exist_ok=True)
+        return open_corpus(options)
+
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", begun_meanwhile)
+    monkeypatch.setattr(create_or_resume_store, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
+    assert harvest(make_config()).committed == 8
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
 @pytest.mark.parametrize("leave_out", [(), ("bos", "self")])
 def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch, capsys, leave_out):
     config = make_config(leave_out=leave_out)
@@ -823,6 +837,16 @@ def test_repair_without_the_model_removes_nothing(harvested, model_folder, tmp_p
     )
     assert result.exit_code == 0 and "1 shard harvested again: [2]" in result.output, result.output
     assert digest_of(harvested.out) == before
+
+
+def test_repair_of_what_no_harvest_wrote_removes_nothing(straight, tmp_path):
+    """It says nothing of batches, which decide the last digits."""
+    with Store.open(straight) as store:
+        manifest = replace(store.manifest, corpus=CorpusSpec("mine"))
+    ids = np.zeros((manifest.windows, manifest.context), np.uint32)
+    StoreWriter.create(tmp_path / "mine", manifest, ids, ids).close()
+    with pytest.raises(StoreError, match="mine was not written by a harvest: .*No shard was removed.* --remove-only"):
+        reharvest(str(tmp_path / "mine"), [0], undo=lambda: pytest.fail("removed"))
 
 
 def test_a_host_that_locks_no_more_pages_computes_all_the_same(monkeypatch):
@@ -1031,10 +1055,9 @@ def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypat
 
 def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
-    monkeypatch.setattr(
-        create_or_resume_store, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read"))
-    )
     source = DatasetOptions("owner/name")
+    corpus = HubCorpus(source, Repository("owner/name", "c0ffee"), lambda: pytest.fail("was read"))
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
         harvest(make_config(corpus=source, tokens=10**10))
 
@@ -1086,9 +1109,8 @@ def interrupt(*_: Any) -> None:
 
 def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file, monkeypatch):
     source = DatasetOptions("owner/name")
-    corpus = HubCorpus(
-        source, "c0ffee", lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True)
-    )
+    load = partial(load_dataset, "text", data_files=str(text_file), split="train", streaming=True)
+    corpus = HubCorpus(source, Repository("owner/name", "c0ffee"), load)
     monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     harvest(make_config(corpus=source))
     monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: pytest.fail("asked the hub"))

@@ -7,6 +7,8 @@ import hashlib
 import tracemalloc
 from pathlib import Path
 
+import pytest
+
 from saemill.harvest.corpus.docs import LARGEST_BYTES, DocsCorpus, html_to_text
 
 LONG = "Some words about a command that one may read. " * 10
@@ -26,6 +28,11 @@ def test_a_page_is_its_words_in_the_lines_of_its_blocks():
 
 def test_a_body_is_read_though_its_head_never_ends():
     assert html_to_text("<head><title>no</title><body>words") == "words\n"
+
+
+@pytest.mark.parametrize("odd", ["<![word]>", "<![ CDATA[x]>", "<![if !IE]>", "<!>", "<!word>"])
+def test_markup_that_is_in_no_standard_ends_nothing(odd):
+    assert html_to_text(f"<p>one {odd}two") == "one two\n"
 
 
 def test_each_text_is_read_once_and_what_is_no_documentation_not_at_all(tmp_path: Path):

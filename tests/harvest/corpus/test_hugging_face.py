@@ -18,13 +18,14 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from saemill.harvest.corpus.hugging_face import CONVERSION, HubCorpus, find_repository, open_hub
+from saemill.harvest.corpus.hugging_face import CONVERSION, HubCorpus, Repository, find_repository, open_hub
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 
 TEXTS = [f"document {i}" for i in range(50)]
 SOURCE = DatasetOptions("owner/name")
+PINNED = Repository("owner/name", "c0ffee")
 
 
 @dataclass
@@ -57,14 +58,14 @@ def parquet(tmp_path):
 
 def test_a_broken_connection_loses_and_repeats_nothing(parquet):
     network = Network(parquet, [0, 13, 14, 49])
-    corpus = HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0))
+    corpus = HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0))
     assert list(corpus.documents()) == TEXTS
     assert network.loads == 5
 
 
 def test_a_network_that_stays_away_stops_resumable(parquet):
     network = Network(parquet, [21, 21, 21])
-    corpus = HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0))
+    corpus = HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0))
     with pytest.raises(NetworkLost, match=r"3 times in a row after 21 documents .*same command again"):
         list(corpus.documents())
     assert network.loads == 3
@@ -74,24 +75,24 @@ def test_a_network_that_stays_away_stops_resumable(parquet):
 def test_a_folder_that_takes_no_files_is_no_lost_network(number, parquet):
     network = Network(parquet, [21, 21, 21], error=OSError(number, os.strerror(number), "/cache"))
     with pytest.raises(CorpusUnavailable, match="kept under HF_HOME: make room there"):
-        list(HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0)).documents())
+        list(HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0)).documents())
     assert network.loads == 1
 
 
 def test_reading_goes_on_from_a_saved_state(parquet):
-    corpus = HubCorpus(SOURCE, "c0ffee", Network(parquet).load)
+    corpus = HubCorpus(SOURCE, PINNED, Network(parquet).load)
     documents = corpus.documents()
     head = [next(documents) for _ in range(17)]
     state = json.loads(json.dumps(corpus.state()))
-    rest = list(HubCorpus(SOURCE, "c0ffee", Network(parquet).load).documents(state))
+    rest = list(HubCorpus(SOURCE, PINNED, Network(parquet).load).documents(state))
     assert head + rest == TEXTS
 
 
 def test_bad_rows_of_a_stream_are_named(parquet):
     with pytest.raises(CorpusUnavailable, match="no column 'body'; it has text"):
-        next(HubCorpus(DatasetOptions("owner/name", column="body"), "c", Network(parquet).load).documents())
+        next(HubCorpus(DatasetOptions("owner/name", column="body"), PINNED, Network(parquet).load).documents())
     with pytest.raises(DocumentInvalid, match="owner/name, document 0: expected text, found int"):
-        next(HubCorpus(SOURCE, "c", lambda: Network(parquet).load().map(lambda _: {"text": 7})).documents())
+        next(HubCorpus(SOURCE, PINNED, lambda: Network(parquet).load().map(lambda _: {"text": 7})).documents())
 
 
 def test_a_row_without_text_is_an_empty_document(tmp_path):
@@ -105,7 +106,7 @@ def streamed(path: Path) -> HubCorpus:
     kind = "json" if path.suffix == ".jsonl" else "parquet"
     return HubCorpus(
         SOURCE,
-        "c0ffee",
+        PINNED,
         lambda: load_dataset(kind, data_files={"train": str(path)}, split="train", streaming=True),
         waits=(),
     )
@@ -138,7 +139,7 @@ def test_a_corrupt_page_is_no_reason_to_wait_for_a_network(tmp_path):
 def test_damage_further_on_says_how_far_the_stream_came(parquet, error):
     network = Network(parquet, [21], error=error)
     with pytest.raises(CorpusUnavailable, match=r"damaged after document 21 .*--dataset-revision"):
-        list(HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0)).documents())
+        list(HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0)).documents())
     assert network.loads == 1
 
 
@@ -160,7 +161,7 @@ def test_what_waiting_does_not_mend_is_not_waited_for(error):
         raise error
 
     with pytest.raises(CorpusUnavailable, match=r"owner/name cannot be reached .*hf auth login"):
-        list(HubCorpus(SOURCE, "c0ffee", refused, waits=(0, 0)).documents())
+        list(HubCorpus(SOURCE, PINNED, refused, waits=(0, 0)).documents())
     assert len(loads) == 1
 
 
