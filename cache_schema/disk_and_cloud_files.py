@@ -96,14 +96,18 @@ class LocalFiles:
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """Those of `names` that are in the folder, in this order.
 
-        One stat a name: a listing would read every name of a folder that may hold 100,000."""
+        One question a name: a listing would read every name of a folder that may hold 100,000. `os.access` is the
+        fastest, and says no whatever went wrong, so that one of these is asked for once more."""
         with name_failure(f"looking into {folder} of {self.url}"):
             try:
                 fd = os.open(self.root / folder, os.O_RDONLY)
             except FileNotFoundError:
                 return []
             try:
-                return [name for name in names if _is_there(name, fd)]
+                found = [name for name in names if os.access(name, os.F_OK, dir_fd=fd)]
+                if len(found) < len(names):
+                    _is_there(next(iter(set(names).difference(found))), fd)
+                return found
             finally:
                 os.close(fd)
 

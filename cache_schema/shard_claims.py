@@ -7,6 +7,7 @@ renews it, and a claim whose writer died lapses after `LEASE_SECONDS`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -40,7 +41,8 @@ def open_claims(files: Files) -> Claims:
 def find_held(files: Files, shards: int) -> dict[int, str] | None:
     """Shards that are claimed right now, and by whom as far as that can be known; None where nothing can."""
     if isinstance(files, LocalFiles):
-        return _find_locked(files.root / LOCK, shards)
+        with name_failure(f"asking who writes into {files.url}"):
+            return _find_locked(files.root / LOCK, shards)
     names = [name for name in files.list("claims") if name.removesuffix(".json").isdecimal()]
     held = {}
     for number in sorted(int(name.removesuffix(".json")) for name in names):
@@ -79,10 +81,15 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
             held |= dict.fromkeys(range(max(first, start), min(last, stop)), "writers on this disk")
             unknown += [(start, first), (last, stop)]
         return held
-    except OSError:  # a disk without locks
-        return None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
     finally:
         os.close(fd)
+
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of a disk without them
 
 
 def no_locks(error: OSError, path: Path) -> StoreUnreachable:

@@ -209,10 +209,12 @@ def test_the_estimate_is_near_the_truth(type_: Type, tmp_path):
 
 def test_of_one_launch_the_first_process_alone_says_what_it_would_cost(type_: Type, monkeypatch):
     """Else `--json` would be one document for each."""
-    process = Process(torch.device("cpu"), Worker(1, 2), speaks=False)
-    monkeypatch.setattr(dry_run_module, "open_process", lambda *_: nullcontext(process))
-    for more in ([], ["--json"]):
-        assert type_("--dry-run", *more).output == ""
+    for speaks in (False, True):
+        process = Process(torch.device("cpu"), Worker(1, 2), speaks=speaks)
+        monkeypatch.setattr(dry_run_module, "open_process", lambda *_, one=process: nullcontext(one))
+        for more in ([], ["--json"]):
+            result = type_("--dry-run", *more)
+            assert (result.exit_code, result.output != "") == (0, speaks)
 
 
 def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
