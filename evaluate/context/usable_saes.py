@@ -41,8 +41,8 @@ def require_places(subject: LoadedSae, longest: int) -> None:
     if isinstance(context, int) and context < longest:
         raise NotApplicable(
             f"{subject.name} reads the places of tokens and was trained on windows of {context}, but a text of this "
-            f"evaluation has up to {longest} tokens. Ask for shorter texts where there is a setting for it "
-            "(context_length, seq_len), or train the SAE on longer windows"
+            f"evaluation has up to {longest} tokens. Ask for shorter texts where a setting says how long they are "
+            "(context_length), or train the SAE on longer windows"
         )
 
 

@@ -196,7 +196,7 @@ def joined(pieces: Sequence[Windows]) -> Windows:
         keep=torch.cat([piece.keep for piece in pieces]),
         valid=torch.cat([piece.valid for piece in pieces]),
         resid={layer: torch.cat([piece.resid[layer] for piece in pieces]) for layer in head.resid},
-        documents=torch.cat(documents) if documents else None,
+        documents=torch.cat(documents) if len(documents) == len(pieces) else None,
         attention={layer: _join_attention([p.attention[layer] for p in pieces]) for layer in head.attention},
     )
 

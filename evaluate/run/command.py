@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +109,7 @@ def measure(
         refuse(problem)
     if words["compare"] and not words["cache"]:
         require_one_store(subjects)
-    take_device(session.settings["device"])
+    take_device(session.device)
     rows = session.run(subjects)
     if words["compare"]:
         require_comparable(rows)
@@ -117,16 +118,18 @@ def measure(
 
 def make_session(words: Mapping[str, Any]) -> Session:
     """What the words ask for, those that name SAEs aside."""
-    settings = {
-        "model_name": words["model"],
-        "dtype_name": words["dtype"],
-        "from_tokens": words["from_tokens"],
-        "massive_norms": parse_multiple(words["massive_norms"]),
-        "device": find_device(words["device"]),
-        "watch": Watch(),
-    }
+    device = find_device(words["device"])
+    context = partial(
+        Context,
+        model_name=words["model"],
+        dtype_name=words["dtype"],
+        from_tokens=words["from_tokens"],
+        massive_norms=parse_multiple(words["massive_norms"]),
+        device=device,
+        watch=Watch(),
+    )
     keep: Keep = "any" if words["compare"] else "same" if words["resume"] else "none"
-    return Session(make_configs(words["evals"], words["set"]), settings, words["cache"], keep)
+    return Session(make_configs(words["evals"], words["set"]), context, device, words["cache"], keep)
 
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -138,7 +141,10 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
         if head not in names or not key:
             raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}, found {said!r}")
         given.setdefault(head, {})[key] = value
-    return {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
+    configs = {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
+    for name, config in configs.items():
+        evals.load(name).require(config)
+    return configs
 
 
 def parse_multiple(text: str | None) -> float | Literal["store's"] | None:
@@ -184,8 +190,8 @@ class Session:
     """
 
     configs: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    """Of every context."""
+    context: Callable[[Store | None], Context]
+    device: torch.device
     cache: str | None
     keep: Keep
 
@@ -202,12 +208,12 @@ class Session:
         except (EvalError, StoreError) as error:
             return self._run_without_store(subjects, error)
         with nullcontext() if store is None else store:
-            return self._run_fitting(Context(store, **self.settings), subjects)
+            return self._run_fitting(self.context(store), subjects)
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
         """What needs none goes on, and what was measured on it before stands, but where a store was asked for."""
         others = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
-        context, rows = Context(None, **self.settings), list[Row]()
+        context, rows = self.context(None), list[Row]()
         if self.cache is None:
             on_store = {name: config for name, config in self.configs.items() if name not in others}
             rows += run_evals(context, subjects, on_store, self.keep, only_kept=True)

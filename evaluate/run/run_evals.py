@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import shutil
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -200,11 +202,13 @@ class _Attempts:
         place, aside = result_path(item.subject, self._eval_id), None
         try:
             if before and other and settings_in(before).get("cache_id") == item.subject.cache_id:  # which may be gone
-                aside = place.rename(place.with_suffix(f".{item.subject.cache_id}.json"))
+                aside = place.with_suffix(f".{item.subject.cache_id}.json")
+                shutil.copyfile(place, aside)
             document = write_result(item, self._eval_id, self._settings)
         except OSError as error:  # of the disk, and no reason to measure anything again
             if aside is not None:
-                aside.rename(place)
+                with suppress(OSError):
+                    aside.unlink()
             said = f"its result could not be written to {place} ({error}): make room, then --resume"
             return Row(item.subject, self._eval_id, "failed", said)
         if aside is not None:

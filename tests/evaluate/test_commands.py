@@ -293,6 +293,7 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
     [
         ([], "less than one batch"),  # the store has not even that
         (["--evals", "cor"], "unknown evaluation 'cor'"),
+        (["--evals", "browser", "--set", "browser.top=-1"], "top: expected 0 or more, found -1"),
         (["--massive-norms", "0.5"], "--massive-norms: expected a multiple"),
         (["--device", "nope"], "--device nope"),
     ],

@@ -43,7 +43,7 @@ from .for_report import contexts, pattern
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
-from .write_pages import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
+from .write_pages import LATENT_BYTES, NAME, Folder, making, read_data, require_space, unpacked, write_page
 
 FORMAT = 1
 SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can stand side by side
@@ -74,9 +74,11 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     try:
         require_own_store_or_none(context, home, subjects)
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
-        with making(home, size_of(context, subjects, config, sum(windows.values())), inputs) as folder:
+        with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
+            examples = sum(len(one.kept[0].latent) for one in shown)
+            require_space(home, bytes_of(config.exports, examples, context.manifest.context))
             near, promotes = {}, {}
             for one in shown:
                 near[one] = neighbours(one, shown, config)
@@ -139,11 +141,10 @@ def share_out(context: Context, config: Config) -> dict[str, int]:
     return {split: count for split, count in found.items() if count}
 
 
-def size_of(context: Context, subjects: Sequence[LoadedSae], config: Config, windows: int) -> int:
-    """Bytes on disk, about."""
-    length, token = context.manifest.context, 8 + 4 * 3 * len(context.manifest.attention.layers)
-    latent = LATENT_BYTES + bytes_of(config, length)
-    return windows * length * token + sum(subject.width for subject in subjects) * latent
+def size_of(context: Context, subjects: Sequence[LoadedSae], windows: int) -> int:
+    """Bytes on disk, about, without exports."""
+    token = 8 + 4 * 3 * len(context.manifest.attention.layers)
+    return windows * context.manifest.context * token + sum(subject.width for subject in subjects) * LATENT_BYTES
 
 
 def find_head(context: Context) -> tuple[Head | None, str | None]:

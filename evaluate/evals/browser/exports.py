@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import SettingInvalid
-from .config import Config
 from .firing_counts import lower_edges
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
@@ -73,9 +72,9 @@ def require_known(exports: Sequence[str]) -> None:
         raise SettingInvalid(f"browser.exports: expected some of {', '.join(WRITERS)}, found {unknown}")
 
 
-def bytes_of(config: Config, context: int) -> int:
-    """On disk of a latent in all forms asked for, about: most is the text of its examples, with every activation."""
-    return (config.top + config.sample) * context * sum(TOKEN_BYTES[name] for name in config.exports)
+def bytes_of(exports: Sequence[str], examples: int, context: int) -> int:
+    """On disk in all forms asked for, about: most is the text of the examples, with every activation."""
+    return examples * context * sum(TOKEN_BYTES[name] for name in exports)
 
 
 def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> None:

@@ -70,7 +70,7 @@ class Keeper:
     """Keeps the firings of one SAE, of each latent as many as `config` says."""
 
     def __init__(self, width: int, config: Config) -> None:
-        self._room = config
+        self._config = config
         self._width = width
         self._hold(Firings.none(), np.zeros(0, np.uint8))
 
@@ -103,10 +103,10 @@ class Keeper:
 
     def _settle(self) -> None:
         """Drop what is no longer among the best of its latent."""
-        everything, room = self._everything, self._room
+        everything, config = self._everything, self._config
         latent, peak, priority = everything.latent, everything.peak, everything.priority
-        top, sample = largest(latent, peak, room.top), largest(latent, priority, room.sample)
-        low = largest(latent, -peak, room.low)
+        top, sample = largest(latent, peak, config.top), largest(latent, priority, config.sample)
+        low = largest(latent, -peak, config.low)
         reasons = np.zeros(len(latent), np.uint8)
         for bit, chosen in ((TOP, top), (SAMPLE, sample), (LOW, low)):
             reasons[chosen] |= bit
@@ -122,11 +122,11 @@ class Keeper:
         self._kept, self._reasons = kept, reasons
         self._waiting: list[Firings] = []
         self._waits = 0
-        latent, peak, priority, room, width = kept.latent, kept.peak, kept.priority, self._room, self._width
+        latent, peak, priority, config, width = kept.latent, kept.peak, kept.priority, self._config, self._width
         top, sample, low = (np.flatnonzero(reasons & reason) for reason in (TOP, SAMPLE, LOW))
-        self._least_peak = bound(latent[top], peak[top], width, room.top, np.minimum, -np.inf)
-        self._most_peak = bound(latent[low], peak[low], width, room.low, np.maximum, np.inf)
-        self._least_priority = bound(latent[sample], priority[sample], width, room.sample, np.minimum, -1.0)
+        self._least_peak = bound(latent[top], peak[top], width, config.top, np.minimum, -np.inf)
+        self._most_peak = bound(latent[low], peak[low], width, config.low, np.maximum, np.inf)
+        self._least_priority = bound(latent[sample], priority[sample], width, config.sample, np.minimum, -1.0)
 
 
 def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:

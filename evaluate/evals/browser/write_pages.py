@@ -136,7 +136,8 @@ def require_space(home: Path, least_bytes: int) -> None:
     if free < least_bytes:
         raise BrowserUnwritten(
             f"{home / NAME} needs about {say_size(least_bytes)}, what is saved on the way not counted, and "
-            f"{say_size(free)} are free there: free some, or read fewer windows (--set browser.windows=...)"
+            f"{say_size(free)} are free there: free some, or ask for fewer windows or examples "
+            "(--set browser.windows=..., browser.sample=...), or for fewer exports"
         )
 
 

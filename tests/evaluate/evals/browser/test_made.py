@@ -25,7 +25,15 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, firing_counts, latents, read_and_encode, top_firings, write_pages
+from saemill.evaluate.evals.browser import (
+    evaluation,
+    exports,
+    firing_counts,
+    latents,
+    read_and_encode,
+    top_firings,
+    write_pages,
+)
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.for_report import pattern
@@ -563,8 +571,9 @@ def test_exports_say_the_same_in_the_forms_of_others(made, world, open_context):
     subjects = subjects_of(home)
     config = replace(CONFIG, exports=("saedashboard", "neuronpedia"))
     make(open_context(world), subjects, config)
-    written = sum(file.stat().st_size for file in (home / "browser").rglob("*") if file.is_file())
-    assert evaluation.size_of(open_context(world), subjects, config, 30) == pytest.approx(written, rel=0.2)
+    written = sum(file.stat().st_size for file in (home / "browser/exports").rglob("*") if file.is_file())
+    kept = sum(len(listed) for subject in subjects for listed in examples_of(home, subject.label).values())
+    assert exports.bytes_of(config.exports, kept, read_all(world)[0].tokens.shape[1]) == pytest.approx(written, rel=0.3)
     batch = json.loads((home / "browser/exports/saedashboard/a/batch-0.json").read_text())
     assert (batch["layer"], batch["sae_set"], len(batch["features"])) == (2, "run_1-a", 24)
     tokens = np.concatenate([part.tokens.numpy() for part in read_all(world)])
@@ -727,7 +736,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(made, open_context, world, m
     assert listing(home / "browser") == before and not (home / write_pages.MAKING).exists()
     monkeypatch.setattr(evaluation, "LATENT_BYTES", 1 << 50)
     (failure, _) = make(open_context(world), subjects_of(home))
-    assert "are free there: free some, or read fewer windows" in str(failure.error)
+    assert "are free there: free some, or ask for fewer windows or examples" in str(failure.error)
 
 
 def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
