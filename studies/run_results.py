@@ -24,7 +24,7 @@ from ..evaluate.output.figures.records import SEED, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
-from ..train.run.folder import RunFolder, cache_of
+from ..train.run.folder import RunFolder, cache_of, is_run
 from .decision_rule import Families
 
 CORE = "core"
@@ -68,6 +68,7 @@ def read_lines(
     result = read_json(folder.path / "result.json")
     half = RunFolder(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json") if half.is_finished else {"saes": {}}
+    without_half = half.read_config()["saes"] if is_run(half.path) and not half.is_finished else ()
     lines = []
     documents = {
         eval_id: {
@@ -96,6 +97,8 @@ def read_lines(
                 f"its growth is not known: expected {result['steps'] // 2} steps of {half.name}, found "
                 f"{at_half['steps']}: remove {half.path} and ask for the study again"
             )
+        if label in without_half:
+            problems.append(f"its growth is not known: {half.name} diverged, or has not ended")
         for eval_id in eval_ids:
             document = documents[eval_id].get(label)
             if document is None:

@@ -640,6 +640,10 @@ def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_pat
     assert study.half_command(decisive, course) == ["--recipe", "attention/decisive_half", *start, *length]
     assert all("growth" not in line.values for line in read_lines(folder, ["core"]))
     half.mkdir()
+    (half / "config.json").write_text(json.dumps({"saes": {"base_seed0": {}}, "cache": {}}))
+    base, guided = read_lines(folder, ["core"])
+    assert base.problems == ["its growth is not known: decisive_half diverged, or has not ended"]
+    assert not guided.problems
     of_half = {"steps": 100, "saes": {"base_seed0": {"explained_variance": 0.7}}}
     (half / "result.json").write_text(json.dumps(of_half))
     base, guided = read_lines(folder, ["core"])

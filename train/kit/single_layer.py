@@ -27,6 +27,11 @@ from .variant_contract import Variant
 
 DecoderBias = Literal["mean", "zero"]
 
+
+def first_bias(kind: DecoderBias, stats: Stats) -> Tensor:
+    return stats.mean.clone() if kind == "mean" else torch.zeros(stats.width)
+
+
 RECONSTRUCTION = Term("reconstruction", reconstruction, Constant(1.0))
 
 
@@ -99,7 +104,7 @@ def build_plain(
     stats = stats_or_unit(stats, d_in)
     generator = torch.Generator().manual_seed(config.seed)
     W_enc, W_dec = tied_weights(config.width, d_in, generator)
-    b_dec = stats.mean.clone() if config.decoder_bias == "mean" else torch.zeros(d_in)
+    b_dec = first_bias(config.decoder_bias, stats)
     return Assembly(
         sae=SparseAutoencoder(W_enc, W_dec, gate, b_dec=b_dec, encoder_product=config.encoder_product),
         terms=tuple(terms),

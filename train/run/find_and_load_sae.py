@@ -118,9 +118,9 @@ def _download(name: str, looked: str) -> Path:
     wanted = [glob.escape(file) for file in files if _is_of(inside, file)]
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
-    except Exception as error:  # noqa: BLE001  what transports files is a library of its own, and the disk may be full
+    except Exception as error:
         reason = obstacle or _said_of(error)
-        raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from None
+        raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from error
     return Path(root, inside)
 
 

@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int) -> None:
         self._console, self._total = console, total_steps
         self._bars = self._tasks = None
-        self._shown = time.perf_counter()
+        self._asked = self._printed = time.perf_counter()
         if console.is_terminal:
             self._bars = _make_bars(console)
             self._tasks: dict[str, TaskID] | None = {
@@ -37,21 +37,20 @@ class Progress:
             self._bars.start()
 
     def is_due(self) -> bool:
-        """Whether it is time to show something again; the numbers are waited for."""
-        return time.perf_counter() - self._shown > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
+        """Whether it is time to ask for numbers again, which are waited for."""
+        return time.perf_counter() - self._asked > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
 
     def show(self, steps: int, scalars: Mapping[str, Mapping[str, float]], tokens_per_second: float) -> None:
         """The state after so many steps."""
+        self._asked = time.perf_counter()
         if self._bars is not None and self._tasks is not None:
             for label, values in scalars.items():
                 self._bars.update(self._tasks[label], completed=steps, numbers=summary(values, tokens_per_second))
-        elif self.is_due() or steps == self._total:
+        elif self._asked - self._printed > PLAIN_SECONDS or steps == self._total:
+            self._printed = self._asked
             for label, values in scalars.items():
                 line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}"
                 self._console.print(line, highlight=False, soft_wrap=True, markup=False)
-        else:
-            return
-        self._shown = time.perf_counter()
 
     def close(self) -> None:
         if self._bars is not None:

@@ -16,7 +16,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
 from ..kit.check_variant_settings import require, require_layers, require_sparsity, stats_or_unit, write_hook
-from ..kit.single_layer import Dictionary, WithAux, assemble_mapping
+from ..kit.single_layer import Dictionary, WithAux, assemble_mapping, first_bias
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
 from ..sae.kernels.dense_products import Product
@@ -63,7 +63,7 @@ def build_cross_layer(
     target_stats = stats if target_stats is None else target_stats
     generator = torch.Generator().manual_seed(config.seed)
     rows, _ = tied_weights(config.width, d_model, generator)
-    b_dec = target_stats.mean.clone() if config.decoder_bias == "mean" else torch.zeros(target_stats.width)
+    b_dec = first_bias(config.decoder_bias, target_stats)
     sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
     with torch.no_grad():  # of an input that is not centred
         sae.b_enc.sub_(sae.encoder_times(stats.mean.to(torch.float32)).sum(1))

@@ -16,7 +16,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats, unit_stats
 from ..engine.terms_and_constraints import Assembly
 from ..kit.check_variant_settings import require, require_sparsity, stats_or_unit, write_hook
-from ..kit.single_layer import SingleLayer, WithAux, assemble_mapping
+from ..kit.single_layer import SingleLayer, WithAux, assemble_mapping, first_bias
 from ..sae.gates import BatchTopK, TopK
 from ..sae.kernels.dense_products import Product
 from ..sae.model import SparseAutoencoder, tied_weights
@@ -51,12 +51,11 @@ class Config(WithAux, SingleLayer):
         W_enc, W_dec = tied_weights(self.width, d_model, generator)
         if target_stats.width != d_model:  # all heads side by side need not be as wide as the residual stream
             _, W_dec = tied_weights(self.width, target_stats.width, generator)
-        is_mean = self.decoder_bias == "mean"
         sae = SparseAutoencoder(
             W_enc,
             W_dec,
             TopK(self.k) if self.gate == "topk" else BatchTopK(self.k),
-            b_dec=target_stats.mean.clone() if is_mean else torch.zeros(target_stats.width),
+            b_dec=first_bias(self.decoder_bias, target_stats),
             b_enc=-(W_enc @ stats.mean.to(torch.float32)),
             centres_input=False,
             encoder_product=self.encoder_product,

@@ -50,6 +50,10 @@ def test_numbers_are_asked_for_where_they_are_shown(monkeypatch):
     for one in (plain, bars):
         one.show(40, {"a": NUMBERS}, 1234.0)
     assert not plain.is_due() and not bars.is_due()
+    now[0] = 60.0
+    plain.show(60, {"a": NUMBERS}, 1234.0)  # too soon for a line; its numbers were there, those of all ranks
+    now[0] = 62.0
+    assert not plain.is_due()
     bars.close()
 
 

@@ -197,6 +197,7 @@ def test_no_sum_over_an_index_depends_on_the_order_of_a_gpus_atomics():
     """`index_sum` and the kernels' own sums sort on a GPU; whole numbers may be added in any order."""
     room = Path(sparse_support.__file__).parents[2]
     allowed = {"sae/kernels/sparse_support.py": 1, "sae/kernels/sparse_products.py": 3, "variants/treesae.py": 1}
+    allowed["sae/attention/attention_links.py"] = 1
     found = {
         str(file.relative_to(room)): len(
             re.findall(r"\.(?:index_add|scatter_add|scatter_reduce)_?\(", file.read_text())

@@ -53,6 +53,7 @@ class Links:
     share: Tensor  # float32 [E], sums to one over the links of a layer and row
     attends: Tensor  # bool [L, B], the rows that a layer has links for
     context: int
+    has_heads: bool = False  # apart: several links of a layer and row may go to one key
 
     @property
     def place(self) -> Tensor:
@@ -66,11 +67,13 @@ class Links:
 
     @cached_property
     def is_first(self) -> Tensor:
-        """bool [E], one link of each layer and row to each key that has a share; heads apart have one each."""
+        """bool [E], one link of each layer and row to each key that has a share."""
+        if not self.has_heads:
+            return self.share > 0
         spot = self.place * self.context + self.key
-        number = torch.arange(len(spot), device=spot.device)
-        none = spot.new_full((self.attends.numel() * self.context,), len(spot))
-        first = none.scatter_reduce(0, spot, torch.where(self.share > 0, number, len(spot)), "amin")
+        number = torch.arange(len(spot), device=spot.device, dtype=torch.int32)
+        first = number.new_full((self.attends.numel() * self.context,), len(spot))
+        first.scatter_reduce_(0, spot, torch.where(self.share > 0, number, len(spot)), "amin")
         return first[spot] == number
 
 
@@ -90,6 +93,7 @@ def links_of(
     layer = torch.cat(number)
     row, key, key_row, weight = (torch.cat(column) for column in zip(*parts, strict=True))
     place = layer * num_rows + row
+    has_heads = head is None and any(attention[number].kept_mass.shape[1] > 1 for number in layers)
     if not reads_at_once(place) or not bool((place[1:] >= place[:-1]).all()):  # several heads, or rows moved apart
         order = torch.argsort(place, stable=True)
         layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
@@ -98,10 +102,10 @@ def links_of(
     kept, found = attends[place], attends.view(len(layers), num_rows)
     if not reads_at_once(place):
         share = torch.where(kept, weight / mass[place], 0.0)
-        return Links(layer, row, key, key_row, share, found, row_of.shape[1])
+        return Links(layer, row, key, key_row, share, found, row_of.shape[1], has_heads)
     kept = kept.nonzero().view(-1)
     share = weight[kept] / mass[place[kept]]
-    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, found, row_of.shape[1])
+    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, found, row_of.shape[1], has_heads)
 
 
 def _layer_links(
