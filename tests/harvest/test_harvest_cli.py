@@ -119,9 +119,11 @@ def test_a_small_model_in_place_of_the_real_one_is_told_first_and_last_and_in_th
 
 
 def test_make_passes_every_option_on():
+    path = {"PATH": os.environ["PATH"]}  # of the environment nothing else, where variables of make may be set too
+
     def said(*variables: str) -> list[str]:
         make = ["make", "-n", "--no-print-directory", "-C", str(Path(__file__).parents[2]), "harvest"]
-        out = subprocess.run([*make, *variables], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run([*make, *variables], capture_output=True, text=True, check=True, env=path).stdout
         return out[out.index("sae-harvest") :].replace("\\\n", " ").split()
 
     assert said() == ["sae-harvest", "--model", "auto", "--out", "./store"]

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -259,7 +260,7 @@ def share_of(monkeypatch):
 
 def test_what_is_left_to_others_is_counted_and_not_as_many_as_were_tried(share_of):
     """On an object store a worker tries few of the claims that others hold: what it says is of all."""
-    files = open_files("memory://left-to-others")
+    files = open_files(f"memory://{uuid.uuid4().hex}")
     other, mine = open_claims(files), open_claims(files)
     assert all(other.take(shard) for shard in range(10, 40))
     written, said = share_of(Worker(0, 40), 40, mine, set())
@@ -271,7 +272,7 @@ def test_what_is_left_to_others_is_counted_and_not_as_many_as_were_tried(share_o
 
 
 def test_a_worker_whose_whole_share_is_held_takes_what_is_free(share_of):
-    files = open_files("memory://whole-share-held")
+    files = open_files(f"memory://{uuid.uuid4().hex}")
     other, mine = open_claims(files), open_claims(files)
     assert other.take(0) and other.take(2)
     written, said = share_of(Worker(0, 2), 4, mine, set())
@@ -498,14 +499,14 @@ def test_who_gets_the_small_model_for_the_real_one_is_told_again_at_the_end(make
         (Choice(FIRST_CHOICE, banner=banner), ()),
     ]:
         monkeypatch.setattr(run, "choose", lambda _, choice=choice: choice)
-        assert harvest(make_config(model="auto", out=f"memory://{choice.name}{len(told)}")).fell_back == told
+        assert harvest(make_config(model="auto", out=f"memory://{uuid.uuid4().hex}")).fell_back == told
 
 
 @pytest.mark.usefixtures("share_only")
 def test_a_store_keeps_the_tests_it_was_begun_with(make_config: Make, monkeypatch):
     """Whatever rule is made later, and whether the store was begun before there was one."""
     for begun, later in [(40, 225), (225, 40)]:
-        config = make_config(out=f"memory://tests-{begun}")
+        config = make_config(out=f"memory://{uuid.uuid4().hex}")
         monkeypatch.setattr(store_plan, "per_mille_for_tests", lambda _, begun=begun: begun)
         harvest(replace(config, worker=Worker(0, 2)))
         monkeypatch.setattr(store_plan, "per_mille_for_tests", lambda _, later=later: later)
@@ -960,7 +961,7 @@ def test_too_little_text_is_refused(make_config: Make, tmp_path):
 
 def test_a_store_at_any_url_is_the_same_store(make_config: Make):
     harvest(make_config())
-    remote = make_config(out="memory://harvest-anywhere")
+    remote = make_config(out=f"memory://{uuid.uuid4().hex}")
     harvest(remote)
     assert digest_of(remote.out) == digest_of(make_config().out)
 
