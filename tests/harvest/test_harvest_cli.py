@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from saemill.harvest.store_plan import require_known_tokens
 from saemill.train import train_runs
 from saemill.train.cli import main as sae_train
 
+from ..free_port import free_port
 from .conftest import digest_of
 
 Type = Callable[..., Result]
@@ -381,9 +381,7 @@ def test_a_killed_harvest_goes_on_to_the_same_store(words, type_: Type, straight
 
 def test_two_launched_processes_give_the_same_store(words, straight, tmp_path):
     """As launchers start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", RUN, *words]
     started = [
         subprocess.Popen(

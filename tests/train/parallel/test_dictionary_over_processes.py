@@ -162,6 +162,13 @@ def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant
     expected = whole.state()
     assert states[0].keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for state in states for name, tensor in state.items())
+
+    def gathered(at):
+        with parts[at].gather_weights():
+            return parts[at].sae.W_dec.detach(), len(parts[at].counters.tokens_since_fired)
+
+    (decoder, latents), _ = run(gathered)
+    assert torch.equal(decoder, expected["sae.W_dec"]) and latents == 67 and len(parts[0].sae.W_dec) == 33
     x = torch.randn(50, battery.D, generator=rng)
     torch.testing.assert_close(whole.sae(x * stats.scale) / stats.scale, plain(x), rtol=1e-5, atol=1e-5)
     (batch,) = battery.batches(config, 1, rows=32)
