@@ -33,8 +33,8 @@ settings.load_profile("at any speed")
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)  # tests read what commands say, whatever the terminal is that they are run in
-for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
-    os.environ.pop(name, None)
+for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "AWS_PROFILE"):
+    os.environ.pop(name, None)  # the last also from the server of S3's protocol
 os.environ["TERM"] = "xterm"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel

@@ -79,7 +79,7 @@ def s3_at(address: str) -> Iterator[None]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("NO_PROXY", "127.0.0.1")
-        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "no_proxy"):
+        for name in ("AWS_ENDPOINT_URL_S3", "no_proxy"):
             patch.delenv(name, raising=False)
         forget_instances()
         fsspec.filesystem("s3").makedirs("mill", exist_ok=True)
