@@ -5,9 +5,13 @@ Tests that do harm on purpose tell what they did; `pytest -s -m faults` prints i
 
 from __future__ import annotations
 
+import os
+
+os.environ.pop("HF_HUB_OFFLINE", None)  # read when the hub's library is imported
+os.environ.pop("TRANSFORMERS_OFFLINE", None)
+
 import gc
 import importlib
-import os
 import re
 import sys
 import tempfile
@@ -26,6 +30,12 @@ from . import thread_ranks
 
 settings.register_profile("at any speed", deadline=None)  # on a busy machine an example takes what it takes
 settings.load_profile("at any speed")
+torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
+for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # tests read what commands say, whatever the terminal is that they are run in
+for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "AWS_PROFILE"):
+    os.environ.pop(name, None)  # the last also from the server of S3's protocol
+os.environ["TERM"] = "xterm"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 

@@ -23,6 +23,8 @@ import pytest
 from saemill.cache_schema import Store
 from saemill.cache_schema.verify_and_repair import digest
 
+from .free_port import free_port
+
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "docs" / "cluster"
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -50,12 +52,6 @@ JobRequeue=1
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES State=UP
 """
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

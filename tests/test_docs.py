@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -106,7 +107,12 @@ def test_every_command_of_the_pages_is_understood(page, line):
 @pytest.mark.parametrize("model", ["auto", "smollm2"])
 def test_every_command_of_a_recipe_of_the_makefile_is_understood(target, model):
     expanded = subprocess.run(
-        ["make", "-n", target, f"MODEL={model}", "VENV=venv"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", target, f"MODEL={model}", "VENV=venv"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.replace("\\\n", " ")
     lines = re.findall(r"venv/bin/(sae-[^|>;&'\n]*)", expanded.replace("{}", "tiered"))
     assert lines and {line.split()[0] for line in lines} <= set(BUILD.COMMANDS)

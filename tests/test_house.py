@@ -337,20 +337,27 @@ for room in ("train", "evaluate"):
     assert not {"transformers", "wandb", "datasets"} & of_evaluate
 
 
-def test_every_command_is_also_a_module_and_its_help_does_not_wait_for_torch():
+def test_every_command_is_also_a_module_and_neither_completion_nor_help_waits_for_torch():
     """`python -m` in an environment that has no scripts: not a silent success."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     modules = sorted((place.removesuffix(":main") for place in scripts.values()), key=lambda name: name[-4:] != ".cli")
     code = f"""
 import io, json, runpy, sys
 from contextlib import redirect_stdout, suppress
+from click.shell_completion import ShellComplete
+from saemill.evaluate.cli import main as e
+from saemill.train.cli import main as t
+for main, words in ((t, ["--variant"]), (t, ["--recipe"]), (t, ["--resume"]), (e, ["--evals"]), (e, [])):
+    ShellComplete(main, {{}}, "x", "_X").get_completions(words, "")
+print(json.dumps("torch" in sys.modules))
 sys.argv[1:] = ["--help"]
 for module in {modules}:
     with redirect_stdout(io.StringIO()) as said, suppress(SystemExit):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     print(json.dumps([module, said.getvalue(), sorted({{"torch", "transformers"}} & set(sys.modules))]))
 """
-    told = [json.loads(line) for line in run_python(code).splitlines()]
+    waits, *told = [json.loads(line) for line in run_python(code).splitlines()]
+    assert not waits, "completion waits for torch"
     assert [module for module, *_ in told] == modules
     for module, said, loaded in told:
         assert f"Usage: python -m {module}" in said, module

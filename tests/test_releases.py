@@ -33,6 +33,7 @@ from saemill.train.disk.write_and_load_checkpoints import load_checkpoint
 from saemill.train.errors import CheckpointDamaged
 
 from .golden.make_run import STORE
+from .test_house import copy_of_the_sources
 from .train.conftest import make_store
 
 ROOT = Path(__file__).parent.parent
@@ -142,9 +143,7 @@ QUIET = ["-q", "--no-deps", "--no-index", "--disable-pip-version-check"]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("wheel")
-    leave_out = shutil.ignore_patterns(".*", "tests", "bench", "*.egg-info", "build", "__pycache__", "store", "runs")
-    shutil.copytree(ROOT, home / "sources", ignore=leave_out)
-    build = [*PIP, "wheel", *QUIET, "--no-build-isolation", "-w", home / "out", home / "sources"]
+    build = [*PIP, "wheel", *QUIET, "--no-build-isolation", "-w", home / "out", copy_of_the_sources(home)]
     subprocess.run(build, check=True, cwd=home)
     (found,) = (home / "out").glob("saemill-*.whl")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import subprocess
 import sys
 import warnings
@@ -43,14 +45,42 @@ def s3_server() -> Iterator[str]:
         yield process.stdout.readline().decode().strip()
 
 
+class Nursery:
+    """The other end of `crash_nursery.py`."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("crash_nursery.py")
+        self.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, **request) -> int:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def run(self, folder: Path, shards: int, die_at: int | None = None) -> int:
+        """Write until done or dead; return the exit status."""
+        return self.ask(wait=self.ask(start=str(folder), shards=shards, die_at=die_at))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
 @contextmanager
 def s3_at(address: str) -> Iterator[None]:
     """With a bucket called mill; found through the environment, as a user's would be."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [*filter(lambda name: name.startswith("AWS_"), os.environ), "no_proxy"]:
+            patch.delenv(name, raising=False)
         patch.setenv("AWS_ENDPOINT_URL", address)
         patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("NO_PROXY", "127.0.0.1")
         forget_instances()
         fsspec.filesystem("s3").makedirs("mill", exist_ok=True)
         yield

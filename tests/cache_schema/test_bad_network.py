@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import threading
 import time
 import uuid
@@ -40,6 +39,7 @@ from saemill.cache_schema.layout import arrays_of
 from saemill.cache_schema.shard_claims import LeaseClaims
 
 from .conftest import forget_instances, s3_at
+from .faulty_proxy import FaultyProxy
 
 s3fs = pytest.importorskip("s3fs")
 botocore = pytest.importorskip("botocore")
@@ -50,11 +50,6 @@ EVERYTHING = Request(layers=(3,), attention_layers=(2,), tokens=True, documents=
 @pytest.fixture(scope="module")
 def proxy(s3_server: str) -> Iterator[Any]:
     """s3fs tries again quickly here, and not for long."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        from faulty_proxy import FaultyProxy
-    finally:
-        sys.path.pop(0)
     proxy = FaultyProxy(s3_server)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -224,8 +219,12 @@ def test_a_claim_that_is_just_being_removed_is_tried_again(monkeypatch, conflict
         assert len(left) == 9 - 4
 
 
+def pass_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 1.1 * claims_module.LEASE_SECONDS)
+
+
 @pytest.mark.faults
-@pytest.mark.usefixtures("short_leases")
 def test_two_writers_that_see_one_lapsed_lease(synthetic, material, monkeypatch, tell):
     """Both may take it, in the moment between a look and a removal: they write the same bytes, and one record."""
     manifest, corpus, expected = material
@@ -237,7 +236,7 @@ def test_two_writers_that_see_one_lapsed_lease(synthetic, material, monkeypatch,
     dead = LeaseClaims(files)
     assert dead.take(0)
     dead.close()
-    time.sleep(0.6)
+    pass_lease(monkeypatch)
     lapsed = LeaseClaims._has_lapsed
 
     def together(claims: LeaseClaims, number: int) -> bool:
@@ -255,7 +254,7 @@ def test_two_writers_that_see_one_lapsed_lease(synthetic, material, monkeypatch,
 
     side_by_side(write)
     monkeypatch.setattr(LeaseClaims, "_has_lapsed", lapsed)
-    time.sleep(0.6)
+    pass_lease(monkeypatch)
     synthetic.write_store(url, manifest, corpus)
     assert {0} <= set(wrote)
     with Store.open(url) as store:

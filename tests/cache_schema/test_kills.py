@@ -7,13 +7,12 @@ work on one store, which leaves no interleaving out.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,38 +20,15 @@ import pytest
 
 from saemill.cache_schema import Request, Site, Span, Store, StoreMissing
 
+from .conftest import Nursery
+
 KILLED = signal.SIGKILL.value
-
-
-class Nursery:
-    """The other end of `crash_nursery.py`."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("crash_nursery.py")
-        self.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def ask(self, **request) -> int:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def run(self, folder: Path, shards: int, die_at: int | None = None) -> int:
-        """Write until done or dead; return the exit status."""
-        return self.ask(wait=self.ask(start=str(folder), shards=shards, die_at=die_at))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
 def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+    with closing(Nursery()) as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="module")

@@ -72,12 +72,11 @@ def test_merging_nothing_is_refused():
         merge([])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_commit_order_leaves_no_trace(synthetic, tmp_path, seed):
+def test_commit_order_leaves_no_trace(synthetic, tmp_path):
     """Shards in any order by several writers: the same files, and so the same statistics to the bit."""
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(tmp_path / "straight", manifest)
-    order = np.random.default_rng(seed).permutation(manifest.shards).tolist()
+    order = np.random.default_rng(0).permutation(manifest.shards).tolist()
     for shards in (order[:2], order[2:5], order[5:]):
         with StoreWriter.create(tmp_path / "shuffled", manifest, corpus.tokens, corpus.documents) as writer:
             synthetic.write_pending(writer, corpus, shards)

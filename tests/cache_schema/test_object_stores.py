@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 import time
 import uuid
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -44,7 +44,7 @@ from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.verify_and_repair import repair
 from saemill.cache_schema.writer import compacts_after
 
-from .conftest import s3_at
+from .conftest import Nursery, s3_at
 
 s3fs = pytest.importorskip("s3fs")  # a machine without a network may lack it
 
@@ -110,18 +110,11 @@ def test_two_writers_share_the_shards(synthetic, url):
 
 def test_processes_side_by_side_make_the_store_of_one(synthetic, bucket, tmp_path):
     """Real processes, so that nothing is shared but the server."""
-    script, url = Path(__file__).with_name("crash_nursery.py"), f"{bucket}/{uuid.uuid4().hex}"
-    nursery = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert nursery.stdin is not None and nursery.stdout is not None
-
-    def ask(**request) -> int:
-        print(json.dumps(request), file=nursery.stdin, flush=True)
-        return int(nursery.stdout.readline())
-
-    with nursery:
-        writers = [ask(start=url, shards=4) for _ in range(2)]
-        assert [ask(wait=pid) for pid in writers] == [0, 0]
-        assert ask(wait=ask(start=str(tmp_path), shards=4)) == 0
+    url = f"{bucket}/{uuid.uuid4().hex}"
+    with closing(Nursery()) as nursery:
+        writers = [nursery.ask(start=url, shards=4) for _ in range(2)]
+        assert [nursery.ask(wait=pid) for pid in writers] == [0, 0]
+        assert nursery.run(tmp_path, 4) == 0
     on_disk = synthetic.tree_of(tmp_path)
     del on_disk["commits/lock"]
     assert synthetic.objects_of(url) == on_disk
@@ -446,9 +439,22 @@ def test_the_work_on_the_index_is_dealt_out(shards, workers):
 
 
 @pytest.fixture
-def short_leases(monkeypatch):
-    monkeypatch.setattr(claims_module, "LEASE_SECONDS", 0.4)
-    monkeypatch.setattr(claims_module, "RENEW_SECONDS", 0.02)
+def clock(monkeypatch):
+    """A clock that goes on only when a test moves it. Claims are renewed all the time."""
+    clock = SimpleNamespace(now=time.time())
+    monkeypatch.setattr(time, "time", lambda: clock.now)
+    monkeypatch.setattr(claims_module, "RENEW_SECONDS", 0.001)
+    return clock
+
+
+def move(clock: SimpleNamespace, seconds: float, files: Files, number: int) -> None:
+    """In two steps, in each of which this claim is renewed: between them all that its writer has are."""
+    for _ in range(2):
+        clock.now += seconds / 2
+        last = time.monotonic() + 30
+        while json.loads(files.read(f"claims/{number}.json"))["until"] < clock.now + claims_module.LEASE_SECONDS:
+            assert time.monotonic() < last, "the claim was not renewed"
+            time.sleep(0.001)
 
 
 def make_claims(files: Files) -> LeaseClaims:
@@ -456,46 +462,43 @@ def make_claims(files: Files) -> LeaseClaims:
     return LeaseClaims(files)
 
 
-@pytest.mark.usefixtures("short_leases")
-def test_a_living_writer_keeps_its_claim_beyond_the_lease():
+def test_a_living_writer_keeps_its_claim_beyond_the_lease(clock):
     files = open_files(f"memory://{uuid.uuid4().hex}")
     living, other = make_claims(files), make_claims(files)
     assert living.take(0)
-    time.sleep(0.8)
+    move(clock, 1.5 * claims_module.LEASE_SECONDS, files, 0)
     assert not other.take(0)
     living.close()
-    time.sleep(0.8)
+    clock.now += 1.1 * claims_module.LEASE_SECONDS
     assert other.take(0)
     other.close()
 
 
-@pytest.mark.usefixtures("short_leases")
-def test_a_released_claim_is_not_brought_back():
+def test_a_released_claim_is_not_brought_back(clock):
     files = open_files(f"memory://{uuid.uuid4().hex}")
     claims = make_claims(files)
     assert claims.take(0) and claims.take(1)
     claims.release(0)
-    time.sleep(0.2)
+    move(clock, 1, files, 1)
     assert files.list("claims") == ["1.json"]
     claims.close()
 
 
-@pytest.mark.usefixtures("short_leases")
-def test_a_claim_that_another_took_over_is_left_to_it():
+def test_a_claim_that_another_took_over_is_left_to_it(clock):
     files = open_files(f"memory://{uuid.uuid4().hex}")
     slept, other = make_claims(files), make_claims(files)
-    assert slept.take(0)
-    files.remove("claims/0.json")
-    assert other.take(0)
+    assert slept.take(0) and slept.take(1)
+    with slept._turn:  # it renews nothing meanwhile
+        files.remove("claims/0.json")
+        assert other.take(0)
     other.close()  # so that only the first one could still change it
     lease = files.read("claims/0.json")
-    time.sleep(0.2)
+    move(clock, 1, files, 1)
     assert files.read("claims/0.json") == lease
     slept.close()
 
 
-@pytest.mark.usefixtures("short_leases")
-def test_a_renewal_that_fails_is_tried_again(monkeypatch):
+def test_a_renewal_that_fails_is_tried_again(clock, monkeypatch):
     files = open_files(f"memory://{uuid.uuid4().hex}")
     living, other = make_claims(files), make_claims(files)
     replace, failures = RemoteFiles.replace, [TimeoutError("slow"), RuntimeError("odd")]
@@ -507,7 +510,7 @@ def test_a_renewal_that_fails_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(RemoteFiles, "replace", failing)
     assert living.take(0)
-    time.sleep(0.8)
+    move(clock, 1.5 * claims_module.LEASE_SECONDS, files, 0)
     assert not failures and not other.take(0)
     living.close()
 

@@ -44,8 +44,6 @@ from saemill.train.sae.model import SparseAutoencoder
 
 from ..write_shards import write_shards
 
-torch.set_num_threads(1)
-
 GOLDEN = Path(__file__).parent.parent / "golden" / "saebench"
 LAYER, CONTEXT, VOCAB, D, F = 2, 12, 50, 16, 24
 SPECIAL = (0, 1, 2)

@@ -123,19 +123,6 @@ def test_completion(
     assert {item.value for item in found} == expected
 
 
-def test_completion_does_not_wait_for_torch() -> None:
-    code = """
-import sys
-from saemill.evaluate.cli import main as e
-from saemill.train.cli import main as t
-from click.shell_completion import ShellComplete
-for main, words in ((t, ["--variant"]), (t, ["--recipe"]), (t, ["--resume"]), (e, ["--evals"]), (e, [])):
-    ShellComplete(main, {}, "x", "_X").get_completions(words, "")
-sys.exit("torch" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

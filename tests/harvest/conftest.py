@@ -31,8 +31,6 @@ from saemill.harvest.model.products_in_16_bits import is_widened
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 
-torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
-
 LAYERS, CONTEXT, VOCAB, WINDOWS = 5, 24, 60, 4
 
 SHARED = {

@@ -19,7 +19,6 @@ from saemill.harvest import run, stats
 from saemill.harvest.capture import capture
 from saemill.harvest.cli import main
 from saemill.harvest.config import HarvestConfig, Worker, read_hooks
-from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import HookMissing, LayerOutOfRange, NonFiniteResidual, SettingInvalid
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.load_and_truncate import Wanted, truncate
@@ -111,23 +110,9 @@ def test_nothing_is_left_on_the_modules_after_a_pass(make_model):
 
 
 @pytest.fixture(scope="module")
-def straight(model_folder, text_file, tmp_path_factory) -> str:
+def straight(settings_of: Make, tmp_path_factory) -> str:
     """A store with hooks, harvested in one go."""
-    return harvest(
-        HarvestConfig(
-            out=str(tmp_path_factory.mktemp("hooks") / "store"),
-            model=str(model_folder),
-            resid_layers=(2,),
-            attention_layers=(0, 1, 2, 3),
-            hooks=BOTH,
-            corpus=DatasetOptions(str(text_file)),
-            tokens=4000,
-            context=32,
-            shard_windows=16,
-            batch_windows=8,
-            device="cpu",
-        )
-    )
+    return harvest(settings_of(out=str(tmp_path_factory.mktemp("hooks") / "store"), hooks=BOTH))
 
 
 def test_the_store_holds_them_with_their_moments(straight, model_folder):

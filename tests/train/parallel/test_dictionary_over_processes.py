@@ -10,6 +10,7 @@ import torch
 
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
+from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.variant_registry import names
@@ -106,7 +107,7 @@ def test_latents_in_several_processes_train_as_in_one(battery, threads, variant,
     assert "loss/aux" not in told[-1] or told[-1]["loss/aux"] > 0, "the auxiliary loss is not tried"
 
 
-def test_a_split_run_goes_on_in_any_number_of_processes(battery, threads):
+def test_a_split_run_goes_on_from_its_checkpoint_in_any_number_of_processes(battery, threads, tmp_path):
     config = battery.quick("batchtopk", dead_after_tokens=32, encoder_product="float32", width=67, k=2)
     batches = battery.batches(config, STEPS, rows=32)
     half = STEPS // 2
@@ -124,7 +125,8 @@ def test_a_split_run_goes_on_in_any_number_of_processes(battery, threads):
 
         return run(work)[0]
 
-    begun = train(3, None, batches[:half])
+    save_checkpoint(tmp_path, Standing(half, 0, 0.0, 0.0, 0, 0), {"one": train(3, None, batches[:half])})
+    begun = load_checkpoint(tmp_path).tensors["one"]
     straight, again = train(3, None, batches), train(3, begun, batches[half:])
     assert all(torch.equal(again[name], straight[name]) for name in straight)
     for size in (1, 2):
@@ -162,6 +164,13 @@ def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant
     expected = whole.state()
     assert states[0].keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for state in states for name, tensor in state.items())
+
+    def gathered(at):
+        with parts[at].gather_weights():
+            return parts[at].sae.W_dec.detach(), len(parts[at].counters.tokens_since_fired)
+
+    (decoder, latents), _ = run(gathered)
+    assert torch.equal(decoder, expected["sae.W_dec"]) and latents == 67 and len(parts[0].sae.W_dec) == 33
     x = torch.randn(50, battery.D, generator=rng)
     torch.testing.assert_close(whole.sae(x * stats.scale) / stats.scale, plain(x), rtol=1e-5, atol=1e-5)
     (batch,) = battery.batches(config, 1, rows=32)
@@ -182,7 +191,7 @@ def test_a_loss_that_is_no_number_in_one_part_stops_all(battery, threads):
         if at == 1:
             with torch.no_grad():
                 trainee.sae.b_enc[0] = float("nan")
-        with pytest.raises(NonFiniteLoss):
+        with pytest.raises(NonFiniteLoss, match="reconstruction = nan"):
             trainee.step(batch)
 
     run(work)

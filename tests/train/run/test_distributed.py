@@ -2,10 +2,7 @@
 
 import io
 import json
-import random
 import shutil
-import socket
-from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -22,14 +19,7 @@ from saemill.train.run.folder import MetricsLog, RunFolder
 from saemill.train.run.process import Process
 from saemill.train.run.start_or_resume import resume_run
 
-
-def free_port():
-    """Below those that the system deals out, so that nobody is given it before it is used."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as found, suppress(OSError):
-            found.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
+from ...free_port import free_port
 
 
 def launch(spawn, words, codes=(0, 0), **options):
@@ -42,12 +32,15 @@ def launch(spawn, words, codes=(0, 0), **options):
 
 
 TWICE = """
+import torch
 from saemill.train import train_runs
 from saemill.train.cli import main
 
 train_all = train_runs.train_all
 
 def twice(words, process):
+    counts = torch.arange(3)
+    assert process.team.sum(counts).tolist() == [0, 2, 4] and counts.tolist() == [0, 1, 2]
     yield from train_all({**words, "name": "two"}, process)
     yield from train_all({**words, "name": "split", "set": (*words["set"], "course.shard_width=true")}, process)
 
@@ -89,88 +82,6 @@ def test_a_split_dictionary_begins_where_another_ended(big, spawn, sae_train, qu
     one, two = (load_file(tmp_path / "runs" / name / "jumprelu/sae_weights.safetensors") for name in ("one", "two"))
     for key in one:
         assert torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-4), key
-
-
-SPLIT = """
-import os, sys, torch, torch.distributed as dist
-from pathlib import Path
-from saemill.train.errors import NonFiniteLoss
-from saemill.train.data.batch import Batch
-from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
-from saemill.train.parallel.processes import Processes
-from saemill.train.engine.step import Trainee
-from saemill.train.kit.variant_registry import config_type
-from saemill.train.disk.plain_form import begin_as
-
-dist.init_process_group("gloo")
-rank, size, folder = dist.get_rank(), dist.get_world_size(), Path(sys.argv[-1])
-rows_here = 41 * (rank + 1) // size - 41 * rank // size
-
-def build(seed=0):
-    return config_type("topk")(layer=0, width=41, k=3, encoder_product="float32", seed=seed).build(8)
-
-def trainee():
-    return Trainee("one", build(), 6, torch.device("cpu"), split=Processes())
-
-def rows(at):
-    return torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
-
-def step(trainee, at):
-    trainee.step(Batch(rows(at)))
-
-counts = torch.arange(3)
-assert Processes().sum(counts).tolist() == [0, size, 2 * size]
-assert counts.tolist() == [0, 1, 2], "changed in place"
-straight, alone = trainee(), Trainee("one", build(), 6)
-for tensor in (straight.sae.W_enc, straight.sae.W_dec, straight.optimiser._first["W_enc"]):
-    assert tensor.shape == (rows_here, 8)
-for at in range(6):
-    step(straight, at)
-    alone.step(Batch(rows(at)))
-first = trainee()
-for at in range(3):
-    step(first, at)
-begun = first.state()
-assert (rank == 0) == ("sae.W_enc" in begun) == ("latents.listed" in begun), "only who writes has the tables"
-if rank == 0:
-    save_checkpoint(folder, Standing(3, 0, 0.0, 0.0, 0, 0), {"one": begun})
-Processes().any(False)  # all wait for the file
-second = trainee()
-second.load_state(load_checkpoint(folder).tensors["one"])
-for at in range(3, 6):
-    step(second, at)
-one, two = straight.state(), second.state()
-assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
-parts = {name: Processes().gather(straight.sae.get_parameter(name).detach()) for name in ("W_enc", "W_dec")}
-if rank == 0:
-    for name, held in parts.items():
-        assert torch.equal(one[f"sae.{name}"], torch.cat(held)), name
-    for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
-        assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
-    assert torch.equal(one["latents.tokens_since_fired"], alone.counters.tokens_since_fired)
-with straight.gather_weights():
-    assert rank or torch.equal(straight.sae.W_dec, one["sae.W_dec"])
-    assert rank or len(straight.counters.tokens_since_fired) == 41
-assert straight.sae.W_dec.shape == (rows_here, 8)
-begun, source = trainee(), build(1)
-begin_as(begun.sae, source.sae, source.input_stats, source.target_stats, begun.latents)
-assert begun.sae.W_enc.shape == (rows_here, 8)
-assert torch.equal(torch.cat(Processes().gather(begun.sae.W_enc.detach())), source.sae.W_enc)
-step(straight, 6)
-if rank == 0:
-    straight.sae.b_enc.data[:] = float("nan")
-try:
-    straight.step(Batch(rows(7)))
-    raise AssertionError("the others went on alone")
-except NonFiniteLoss as error:
-    assert "reconstruction = nan" in str(error)
-Processes().close()
-"""
-
-
-def test_each_process_holds_its_part_and_resumes_to_the_same_bits(spawn, tmp_path):
-    """Weights and moments by latents; 3 steps, a checkpoint, 3 steps equal 6 straight, and those of one process."""
-    launch(spawn, [tmp_path], codes=(0, 0, 0), code=SPLIT)
 
 
 SPREAD = """

@@ -112,6 +112,8 @@ def test_refused_with_numbers(monkeypatch):
 
 def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ({0: 3 * 2**30, 1: 2**20}[device.index], 80 * 2**30))
+    for free in ("_free_on_host", "_free_in_group"):
+        monkeypatch.setattr(fits_in_memory, free, lambda: 2**42)
     one, small = member("width=200000"), member("width=1000")
 
     def refused(members, d_model, *asked, device=1):
@@ -161,6 +163,7 @@ def test_of_processes_that_share_a_memory_one_measures(monkeypatch):
     """Not so of SAEs that are spread: each process measures its own. Nor of GPUs: each has its memory."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(fits_in_memory, "_free_on_host", lambda: 4 * 2**30)
+    monkeypatch.setattr(fits_in_memory, "_free_in_group", lambda: 2**42)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**40))
     wide = [member("width=40000")]  # 1.8 GiB to measure, and 0.03 of weights
 

@@ -62,7 +62,7 @@ def test_going_on_changes_no_bit(big, sae_train, quick, tmp_path, same_bits, rew
     sae_train(*words, "--name", "straight")
     stopped = shutil.copytree(tmp_path / "runs/straight", tmp_path / "runs/stopped")
     rewind(stopped)
-    sae_train("--resume", "stopped")
+    sae_train("--resume", "stopped", "--device", "cpu")
     same_bits(tmp_path / "runs/straight", stopped)
 
 

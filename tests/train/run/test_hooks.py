@@ -129,7 +129,7 @@ def test_a_resumed_run_on_hooks_is_the_same(planted, sae_train, same_bits, tmp_p
     sae_train(*words, "--name", "straight")
     again = shutil.copytree(tmp_path / "runs/straight", tmp_path / "runs/again")
     rewind(again)
-    sae_train("--resume", "again")
+    sae_train("--resume", "again", "--device", "cpu")
     same_bits(again, tmp_path / "runs/straight")
 
 

@@ -157,10 +157,10 @@ def test_a_run_goes_on_when_its_source_is_gone_and_begins_anew_only_with_it(big,
     run = tmp_path / "runs/second"
     shutil.rmtree(tmp_path / "runs/first")
     (run / "result.json").unlink()
-    assert "continuing after step" in sae_train("--resume", "second").output
+    assert "continuing after step" in sae_train("--resume", "second", "--device", "cpu").output
     shutil.rmtree(run / "checkpoints")
     (run / "result.json").unlink()
-    assert "is gone" in sae_train("--resume", "second", code=1).output
+    assert "is gone" in sae_train("--resume", "second", "--device", "cpu", code=1).output
 
 
 def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):

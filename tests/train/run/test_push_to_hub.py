@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -580,15 +577,3 @@ def test_folders_of_other_tools_are_to_be_converted_first(hub, run, push):
 def test_options_that_do_not_go_together(words):
     result = CliRunner().invoke(main, ["run_1", *words])
     assert result.exit_code == 2 and "Error: " in result.output
-
-
-def test_the_endpoint_of_the_environment_is_taken(hub, run, tmp_path):
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    words = ["run_1/topk", "--push-to-hub", "me/saes", "--runs", str(run.parent)]
-    done = subprocess.run(
-        [sys.executable, "-m", "saemill.train.export", *words], env=env, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("pushed: ")
-    assert (
-        Path(run / "topk" / "sae_weights.safetensors").read_bytes() == hub.files("me/saes")["sae_weights.safetensors"]
-    )

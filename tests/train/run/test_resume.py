@@ -1,7 +1,6 @@
 """Killed and resumed runs end with the bits of those that were left alone."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -43,42 +42,47 @@ def straight(big, quick, tmp_path_factory):
     return out / "run"
 
 
-def test_killed_without_warning(big, spawn, sae_train, quick, tmp_path, straight, same_bits):
-    """kill -9 at a random step."""
-    step = random.randrange(20, 100)
-    process = spawn(*COURSE, *quick, "--cache", big["path"], "--name", "run")
-    wait_for_step(tmp_path / "runs/run", step, process)
-    os.kill(process.pid, signal.SIGKILL)
+@pytest.fixture(scope="module")
+def killed(big, spawn_in, quick, tmp_path_factory):
+    """A run with two checkpoints that was killed without warning, at a random step."""
+    out = tmp_path_factory.mktemp("killed")
+    process = spawn_in(out, *COURSE, *quick, "--cache", big["path"], "--name", "run")
+    wait_for_step(out / "run", random.randrange(30, 70), process)
+    process.kill()
     process.wait()
-    assert not (tmp_path / "runs/run/result.json").exists()
-    result = sae_train("--resume", "run", "--device", "cpu")
-    assert "continuing after step" in result.output
-    same_bits(tmp_path / "runs/run", straight)
+    return out / "run"
+
+
+@pytest.fixture
+def stopped(killed, tmp_path):
+    """A copy of it, to go on from or to damage."""
+    return shutil.copytree(killed, tmp_path / "runs/run")
+
+
+def test_killed_without_warning(stopped, sae_train, straight, same_bits):
+    assert not (stopped / "result.json").exists()
+    assert "continuing after step" in sae_train("--resume", "run", "--device", "cpu").output
+    same_bits(stopped, straight)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop(big, spawn, sae_train, quick, tmp_path, straight, same_bits, number, monkeypatch):
-    """Ctrl-C, here, and kill -TERM of a process save at the step they came in."""
+def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, number, monkeypatch):
+    """Ctrl-C and kill -TERM save at the step they came in."""
     words = [*COURSE, *quick, "--cache", big["path"], "--name", "run", "--set", "course.checkpoint_every_steps=9999"]
-    if number == signal.SIGINT:
-        step = Fleet.step
+    step = Fleet.step
 
-        def press_at_40(fleet, draw):
-            if fleet.steps_taken == 40:
-                signal.raise_signal(number)
-            return step(fleet, draw)
+    def press_at_40(fleet, draw):
+        if fleet.steps_taken == 40:
+            signal.raise_signal(number)
+        return step(fleet, draw)
 
-        monkeypatch.setattr(Fleet, "step", press_at_40)
-        before = signal.signal(number, signal.default_int_handler)  # these tests may run in the background of a shell
+    monkeypatch.setattr(Fleet, "step", press_at_40)
+    before = signal.signal(number, signal.default_int_handler)  # these tests may run in the background of a shell
+    try:
         said = sae_train(*words, code=128 + number).output
+    finally:
         signal.signal(number, before)
-        monkeypatch.undo()
-    else:
-        process = spawn(*words)
-        wait_for_step(tmp_path / "runs/run", random.randrange(20, 100), process)
-        process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
+    monkeypatch.undo()
     assert "go on with: sae-train --resume" in said
     assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 1
     sae_train("--resume", "run", "--device", "cpu")
@@ -102,23 +106,6 @@ def test_killed_again_and_again(big, spawn, quick, tmp_path, straight, same_bits
     else:
         assert spawn(*words).wait() == 0
     same_bits(tmp_path / "runs/run", straight)
-
-
-@pytest.fixture(scope="module")
-def killed(big, spawn_in, quick, tmp_path_factory):
-    """A run with two checkpoints that was killed."""
-    out = tmp_path_factory.mktemp("killed")
-    process = spawn_in(out, *COURSE, *quick, "--cache", big["path"], "--name", "run")
-    wait_for_step(out / "run", 40, process)
-    process.kill()
-    process.wait()
-    return out / "run"
-
-
-@pytest.fixture
-def stopped(killed, tmp_path):
-    """A copy of it, to go on from or to damage."""
-    return shutil.copytree(killed, tmp_path / "runs/run")
 
 
 def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits, tmp_path):

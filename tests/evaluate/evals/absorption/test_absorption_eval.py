@@ -167,6 +167,9 @@ def test_shapes():
     assert len(set(SHAPES)) == 6
 
 
+KNOWN = {"classes": "shape", "min_GT_probe_f1": 0.05, "min_feats_for_eval": 1}  # with which a random model knows some
+
+
 def run(tiny: LanguageModel, builder, layers: tuple[int, ...] = (2, 2), **settings: object) -> list[Result | Failure]:
     """Of an SAE of each of these layers."""
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
@@ -180,9 +183,8 @@ def run(tiny: LanguageModel, builder, layers: tuple[int, ...] = (2, 2), **settin
 
 
 def test_the_whole_evaluation_repeats_by_its_seed_and_leaks_none(tiny, builder):
-    settings = {"classes": "shape", "min_GT_probe_f1": 0.05, "min_feats_for_eval": 1}
     state, torch_state = random.getstate(), torch.random.get_rng_state()
-    first, again = run(tiny, builder, **settings), run(tiny, builder, **settings)
+    first, again = run(tiny, builder, **KNOWN), run(tiny, builder, **KNOWN)
     assert random.getstate() == state
     assert torch.equal(torch.random.get_rng_state(), torch_state)
     assert [each.metrics for each in first] == [each.metrics for each in again]
@@ -191,26 +193,27 @@ def test_the_whole_evaluation_repeats_by_its_seed_and_leaks_none(tiny, builder):
     assert result.eval_config["prompt_token_pos"] == -3
     assert 0 <= result.metrics["mean"]["mean_absorption_fraction_score"] <= 1
     assert len(result.details) >= 1
-    other = run(tiny, builder, random_seed=7, **settings)
+    other = run(tiny, builder, random_seed=7, **KNOWN)
     assert other[0].extra["absorption"]["probe_f1"] != result.extra["absorption"]["probe_f1"]
 
 
 def test_an_sae_is_asked_the_same_beside_an_sae_of_another_layer(tiny, builder):
-    settings = {"classes": "shape", "min_GT_probe_f1": 0.05, "min_feats_for_eval": 1}
-    (alone,) = run(tiny, builder, layers=(3,), **settings)
-    beside = run(tiny, builder, layers=(3, 0), **settings)[0]
+    (alone,) = run(tiny, builder, layers=(3,), **KNOWN)
+    beside = run(tiny, builder, layers=(3, 0), **KNOWN)[0]
     assert (alone.metrics, alone.details) == (beside.metrics, beside.details)
 
 
 def test_a_layer_whose_probe_finds_no_word_is_a_reason_not_to_run(tiny, builder, monkeypatch):
     monkeypatch.setattr(Probe, "scores", lambda self, x: torch.full((len(x), len(self.weights)), -1.0))
-    assert all("are needed" in str(failure.error) for failure in run(tiny, builder))
+    first, second = run(tiny, builder, **KNOWN)
+    for failure in (first, second):
+        assert isinstance(failure, Failure) and "knows 0 of 6 classes of words (none)" in str(failure.error)
 
 
 def test_too_few_known_letters_are_a_reason_not_to_run(tiny, builder):
-    failures = run(tiny, builder)
-    assert all(isinstance(failure, Failure) for failure in failures)
-    assert "20 are needed" in str(failures[0].error)
+    first, second = run(tiny, builder)
+    for failure in (first, second):
+        assert isinstance(failure, Failure) and "20 are needed" in str(failure.error)
 
 
 @pytest.mark.parametrize("template", ["what is it:", "{word} and {word}:", "{word} {letter}:", "{word} {", "{word!r}:"])

@@ -501,11 +501,10 @@ def test_a_split_without_windows_is_not_applicable(make_world, builder, open_con
         one(temporal, open_context(world), builder.subject(builder.make_sae()))
 
 
-@pytest.mark.parametrize("windows", [0, -3])
 @pytest.mark.parametrize("module", [attention, position, temporal, tiers])
-def test_a_number_of_windows_that_is_none_is_the_settings_fault(module, windows, world, builder, open_context):
-    config, subject = replace(CONFIGS[module], windows=windows), builder.subject(builder.make_sae())
-    with pytest.raises(SettingInvalid, match=f"windows: expected at least 1 to be read, found {windows}"):
+def test_a_number_of_windows_that_is_none_is_the_settings_fault(module, world, builder, open_context):
+    config, subject = replace(CONFIGS[module], windows=0), builder.subject(builder.make_sae())
+    with pytest.raises(SettingInvalid, match="windows: expected at least 1 to be read, found 0"):
         list(module.evaluate(open_context(world), [subject], config))
 
 
