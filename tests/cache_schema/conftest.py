@@ -70,8 +70,8 @@ class Nursery:
 
 
 @contextmanager
-def s3_at(address: str) -> Iterator[None]:
-    """With a bucket called mill; found through the environment, as a user's would be."""
+def s3_at(address: str, **settings: str) -> Iterator[None]:
+    """With a bucket called mill; found through the environment, as a user's would be, and none of that of the user."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [*filter(lambda name: name.startswith("AWS_"), os.environ), "no_proxy"]:
             patch.delenv(name, raising=False)
@@ -81,6 +81,8 @@ def s3_at(address: str) -> Iterator[None]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("NO_PROXY", "127.0.0.1")
+        for name, value in settings.items():
+            patch.setenv(name, value)
         forget_instances()
         fsspec.filesystem("s3").makedirs("mill", exist_ok=True)
         yield

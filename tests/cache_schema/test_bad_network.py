@@ -52,9 +52,8 @@ def proxy(s3_server: str) -> Iterator[Any]:
     """s3fs tries again quickly here, and not for long."""
     proxy = FaultyProxy(s3_server)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
         patch.setattr(s3fs.S3FileSystem, "retries", 2)
-        with s3_at(proxy.url):
+        with s3_at(proxy.url, AWS_MAX_ATTEMPTS="1"):
             yield proxy
     proxy.shutdown()
     proxy.server_close()
