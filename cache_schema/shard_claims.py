@@ -31,6 +31,7 @@ LEASE_SECONDS = 600
 RENEW_SECONDS = 120
 SURE = 1 / 60  # of a lease: a claim so young is not looked at again; only a clock that is wrong by a lease takes it
 HELD_TRIED, FREE_TRIED = 16, 64  # shards that others hold, and that nobody holds, of all that a writer looks at again
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what such a disk answers
 DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
 
 
@@ -82,14 +83,11 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
             unknown += [(start, first), (last, stop)]
         return held
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in WITHOUT_LOCKS:
             return None
         raise
     finally:
         os.close(fd)
-
-
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of a disk without them
 
 
 def no_locks(error: OSError, path: Path) -> StoreUnreachable:

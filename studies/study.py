@@ -27,13 +27,11 @@ from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import name_full_disk
-from ..cache_schema.errors import StoreError
-from ..cache_schema.reader import Store
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.write_and_read_results import RESULTS
 from ..evaluate.errors import EvalError
-from ..evaluate.run.command import errors_told, make_configs
+from ..evaluate.run.command import errors_told, id_of_store, make_configs
 from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
 from ..train.cli_support import beginning_with
@@ -183,7 +181,7 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     for recipe in ended:
         if recipe.name == DECISIVE:
             train(half_command(recipe, course), console)
-    place = ["--runs", str(course.out), *(["--cache", course.cache] if id_of_store(course) else [])]
+    place = ["--runs", str(course.out), *(["--cache", course.cache] if id_of_store(course.cache) else [])]
     for eval_ids in dict.fromkeys(recipe.evals for recipe in ended if recipe.evals):
         runs = [recipe.name for recipe in ended if recipe.evals == eval_ids]
         words = [*runs, *place, "--evals", ",".join(eval_ids), "--resume"]
@@ -269,22 +267,14 @@ def keep_course(course: Course) -> None:
 def require_one_store(course: Course, begun: Sequence[Path]) -> None:
     """Another one at the same place, of other text, would go into the same table."""
     trained = {path: read_json(path)["cache"]["cache_id"] for path in begun}
-    found = id_of_store(course) or next(iter(trained.values()))  # where it is gone, results that are there can be told
+    # Where it is gone, results that are there can be told.
+    found = id_of_store(course.cache) or next(iter(trained.values()))
     for path, trained_on in trained.items():
         if trained_on != found:
             raise click.ClickException(
                 f"{path.parent} was trained on store {trained_on}, and {course.cache} is store {found}: give --cache "
                 "the store that the study was begun with, or choose another --out"
             )
-
-
-def id_of_store(course: Course) -> str | None:
-    """None where there is none, or none that can be read now."""
-    try:
-        with Store.open(course.cache) as store:
-            return store.manifest.cache_id
-    except StoreError:
-        return None
 
 
 def half_command(recipe: Recipe, course: Course) -> list[str]:

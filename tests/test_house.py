@@ -87,7 +87,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "cli_support config data disk errors file_registry kit run sae sae/kernels study_recipes train_runs",
     },
     "studies": {
-        "cache_schema": "cli disk_and_cloud_files errors reader strict_json",
+        "cache_schema": "cli disk_and_cloud_files strict_json",
         "train": "cli cli_support config disk errors run study_recipes",
         "evaluate": "cli context errors evals output/figures output/plots run",
     },

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from saemill.cache_schema import StoreUnreachable
+from saemill.cache_schema import Store, StoreUnreachable
 from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
@@ -67,7 +67,7 @@ def write_run(folder, steps=100, labels=("one",), **scores):
 def any_store(monkeypatch):
     """Wherever one is looked for, there is the same."""
     store = SimpleNamespace(manifest=SimpleNamespace(cache_id=CACHE_ID))
-    monkeypatch.setattr(study.Store, "open", lambda url: nullcontext(store))
+    monkeypatch.setattr(Store, "open", lambda url: nullcontext(store))
 
 
 def begin(course, run="run_1", cache_id=CACHE_ID):
@@ -584,7 +584,7 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
     begin(course)
     study.keep_course(replace(course, cache="./elsewhere"))
     with monkeypatch.context() as patch:  # what is there can be told without it
-        patch.setattr(study.Store, "open", gone)
+        patch.setattr(Store, "open", gone)
         study.keep_course(course)
     begin(course, "run_2", "id of another")
     with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):

@@ -145,7 +145,9 @@ def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Sett
     def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
         source = find_source(context, config.data)
         config = filled(config, source, source.perturbed)
-        able, unable = split_fitting(context, subjects, context.model, lambda: config.context_length or 0)
+        assert config.context_length is not None
+        length = config.context_length
+        able, unable = split_fitting(context, subjects, context.model, lambda: length)
         yield from unable
         if able:
             yield from measure(context, able, source, config)
