@@ -16,6 +16,7 @@ import torch
 from worker_pipe import serve
 
 ROWS = 2048  # of a batch
+DEAD_PART = 30  # a latent is dead when it has not fired for this part of the run, our default: the peers' too
 FEWER_ROWS = 512  # of one of cross-layer transcoders, whose steps cost a peer most
 TRANSCODERS = ("transcoder", "skip_transcoder")
 CROSS_LAYER = "clt"

@@ -53,7 +53,7 @@ OF_CROSS_LAYER = ("ours", "clt_forge")
 BY_K = ("topk", "batchtopk", "matryoshka", *TRANSCODERS)
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated")
 SEEDS = (0, 1, 2)
-PROTOCOL = 3  # raised when a contestant is trained in another way: rows of before are of another comparison
+PROTOCOL = 4  # raised when a contestant is trained in another way: rows of before are of another comparison
 OFF = 0.1  # how far L0 may be from what was asked
 NEAR = 0.03  # where a coefficient is sought, the search ends here
 FACTOR = 3.0  # between learning rates
@@ -151,7 +151,7 @@ def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
         case "clt_forge", _:
             return 4e-4  # of its GPT-2 runner; the field's default is 1e-5
         case "sae_lens", _:
-            return 3e-4  # of its documentation's trainings; the field's default is 5e-5
+            return 3e-4  # its default
         case _, "jumprelu":
             return 7e-5
         case _, "gated":
@@ -238,8 +238,9 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
         found = train(fit)
         off = math.log(max(found.as_trained, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
-        has_diverged = found.validation < 0.0  # no penalty mends that
-        if has_diverged or abs(off) <= (NEAR if found.came_to is None else OFF):
+        # No penalty mends that, unless what is wanted lies between this one and another.
+        is_hopeless = found.validation < 0.0 and all(off * other >= 0 for _, other, _ in seen)
+        if is_hopeless or abs(off) <= (NEAR if found.came_to is None else OFF):
             break
         if len(seen) > 1:
             (before, off_before, _), (now, off_now, _) = seen[-2:]
@@ -310,10 +311,24 @@ def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
 
 
 def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
-    """Of each variant's latest comparison: rows of other steps, of another store or protocol are not beside it."""
-    same = [tuple(row.get(name) for name in ("steps", "cache_id", "protocol")) for row in rows]
-    last = {row["variant"]: run for row, run in zip(rows, same, strict=True)}
-    return {fit_of(row): score_of(row) for row, run in zip(rows, same, strict=True) if run == last[row["variant"]]}
+    """Of each variant's latest comparison, of those with most contestants that have all seeds: rows of other steps, of
+    another store or protocol are not beside it."""
+    runs: dict[str, dict[tuple[Any, ...], dict[Fit, Score]]] = {}
+    for row in rows:
+        # Taken out and put back: the latest at the end.
+        of_variant = runs[row["variant"]] = runs.pop(row["variant"], {})
+        run = tuple(row.get(name) for name in ("steps", "cache_id", "protocol"))
+        of_variant[run] = of_variant.pop(run, {}) | {fit_of(row): score_of(row)}
+    chosen = (max(reversed(of_variant.values()), key=count_whole) for of_variant in runs.values())
+    return {fit: score for scores in chosen for fit, score in scores.items()}
+
+
+def count_whole(scores: dict[Fit, Score]) -> int:
+    """How many contestants have a rate with all seeds."""
+    seeds: dict[tuple[str, float], set[int]] = {}
+    for fit in scores:
+        seeds.setdefault((fit.contestant, fit.lr), set()).add(fit.seed)
+    return len({contestant for (contestant, _), found in seeds.items() if len(found) >= len(SEEDS)})
 
 
 def show(scores: dict[Fit, Score]) -> None:

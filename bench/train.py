@@ -3,7 +3,8 @@
 Every contestant is a process of its own (the peers in their own environment) that makes a few steps when told to.
 Rounds go through the contestants in an order drawn anew, so that a machine with other work slows all of them alike;
 a ratio is the median over rounds of (faster peer's seconds / ours). Peers in float32, as they are by default, and
-under bfloat16 autocast where the processor multiplies bfloat16 itself.
+under bfloat16 autocast where the processor multiplies bfloat16 itself; with torch's fused Adam, which they do not
+choose themselves and which is faster.
 
     python bench/train.py --peers-python PATH --variant topk --width 2304 --width 9216
 """
@@ -29,7 +30,7 @@ PRECISIONS = ("float32", "bfloat16")
 def entrants(peers: Iterable[str], precisions: Iterable[str]) -> list[Entrant]:
     ours = [Entrant(f"ours {precision}", "ours", {"precision": precision}) for precision in PRECISIONS]
     theirs = [
-        Entrant(f"{peer} {precision}", peer, {"precision": precision})
+        Entrant(f"{peer} {precision}, fused", peer, {"precision": precision, "fused": True})
         for peer in peers
         for precision in precisions
         if (peer, precision) != ("sparsify", "bfloat16")  # it has no such switch on a CPU

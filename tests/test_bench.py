@@ -229,6 +229,29 @@ def test_no_coefficient_is_sought_for_what_has_diverged(bench):
     assert len(fits) == 1
 
 
+def test_a_coefficient_is_sought_between_one_that_gives_too_many_and_one_that_has_diverged(bench):
+    quality = bench("quality")
+
+    def train(fit):
+        return score_of_fit(quality, 0.5 if fit.coefficient < 45 else -0.1, 32.0 * (42.0 / fit.coefficient) ** 2.5)
+
+    found = quality.seek(quality.Fit("gated", 64, 32.0, "sae_lens", 1e-3, 47.0 / math.e**1.5), train)
+    assert found.coefficient == pytest.approx(42.0, rel=0.02)
+
+
+def test_a_comparison_that_has_just_begun_does_not_stand_for_one_that_is_whole(bench):
+    quality = bench("quality")
+    first = quality.Fit("topk", 64, 32.0, "ours", 1e-3)
+
+    def rows_of(cache_id, contestants):
+        fits = [dataclasses.replace(first, contestant=who, seed=seed) for who in contestants for seed in quality.SEEDS]
+        return [quality.row_of(fit, score_of_fit(quality, 0.5)) | {"cache_id": cache_id} for fit in fits]
+
+    whole, half, two = rows_of("a", ["ours", "sae_lens"]), rows_of("b", ["ours"]), rows_of("c", ["ours", "sae_lens"])
+    for rows, chosen in (([*whole, *half], whole), ([*whole, *half, *two], two), (half[:1], half[:1])):
+        assert set(quality.last_scores(rows)) == {quality.fit_of(row) for row in chosen}
+
+
 def test_each_stands_at_its_best_rate_beside_its_own(bench):
     quality = bench("quality")
     own = quality.Fit("topk", 64, 32.0, "sae_lens", 1e-3)

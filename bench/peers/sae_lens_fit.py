@@ -1,8 +1,8 @@
 """Train SAEs of SAELens for the quality benchmark.
 
 The settings its documentation recommends: rows of mean norm sqrt(D), rate falling to a tenth in the last fifth,
-sparsity warming up over 5 % of the run (JumpReLU: tanh, over all of it). Dead after a tenth of the run; of
-ours the top-k family after a thirtieth, its default.
+sparsity warming up over 5 % of the run (JumpReLU: tanh, over all of it), dead after a thirtieth of it, which are its
+1,000 of 30,000 steps. With torch's fused Adam, which is faster and the same.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from sae_lens import SAE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import ROWS, Ask, batches, norms, score, serve_fits, threshold_of
+from fitting import DEAD_PART, ROWS, Ask, batches, norms, score, serve_fits, threshold_of
 from sae_lens_step import make_sae, make_trainer
+from stepping import fuse
 
 
 def settings_of(variant: str, coefficient: float, steps: int) -> dict[str, Any]:
@@ -38,8 +39,9 @@ def fit(ask: Ask) -> dict[str, Any]:
     scale = d_model**0.5 / norms(ask.folder)["mean"]
     sae = make_sae(ask.variant, ask.width, ask.k, d_model, settings_of(ask.variant, ask.coefficient, ask.steps))
     course = {"total_training_samples": ask.steps * ROWS, "lr": ask.lr, "lr_end": ask.lr / 10}
-    course |= {"lr_decay_steps": ask.steps // 5, "dead_feature_window": max(1, ask.steps // 10)}
+    course |= {"lr_decay_steps": ask.steps // 5, "dead_feature_window": max(1, ask.steps // DEAD_PART)}
     trainer = make_trainer(sae, ROWS, course)
+    fuse(trainer.optimizer)
     for x in batches(ask):
         trainer.step(x * scale)
         trainer.n_training_steps += 1
