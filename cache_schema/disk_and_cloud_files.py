@@ -69,7 +69,7 @@ class LocalFiles:
     def read(self, key: str) -> bytes:
         with name_failure(f"reading {key} of {self.url}"):
             try:
-                return (self.root / key).read_bytes()
+                return _read_surely(self.root / key)
             except (FileNotFoundError, NotADirectoryError):
                 raise KeyError(key) from None
 
@@ -354,6 +354,15 @@ def _is_there(path: Path | str, folder: int | None = None) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def _read_surely(path: Path) -> bytes:
+    """A disk of the network may remember that a file was not there, until its folder is opened."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        os.close(os.open(path.parent, os.O_RDONLY))
+        return path.read_bytes()
 
 
 def _read_checksummed(fd: int, body: np.ndarray, tail: np.ndarray) -> int:

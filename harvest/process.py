@@ -45,7 +45,13 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
         )
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # Without a GPU it takes each process for the only one, where it is not told that they are on processors.
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise SettingInvalid(
+            f"expected RANK and LOCAL_RANK beside WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets them, found "
+            "that not both are there: start it by torchrun, or each process by hand with --worker I/N and no WORLD_SIZE"
+        )
     index = worker.index * state.num_processes + state.process_index
     try:
         given = find_device(str(state.device))

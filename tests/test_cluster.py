@@ -97,7 +97,7 @@ STUBS = {
     "sae-harvest": 'echo "harvest $*" >> log',
     "sae-eval": 'echo "eval $*" >> log',
     "scontrol": 'case $1 in show) echo node1 ;; *) echo "scontrol $*" >> log ;; esac',
-    "srun": 'echo $$ > step; exec "$@"',
+    "srun": 'echo $$ > step; while [[ $1 == --* ]]; do shift; done; exec "$@"',
     # srun's first process; where the cluster signals all of a step, torchrun too; and it may find some ended
     "scancel": 'echo "scancel $*" >> log; kill -USR1 "$(cat step)"; kill -USR1 "$(cat torchrun_pid)"; exit 1',
     "torchrun": """\

@@ -15,7 +15,7 @@ from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
-from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume_command
+from .errors import ConfigInvalid, MemoryTooSmall, RunInterrupted, StoppedElsewhere, resume_command
 from .kit.variant_registry import names
 from .parallel.processes import SOLO, join
 from .run.checkpoint_times import catch_signals
@@ -43,8 +43,13 @@ def open_process(device: str, console: Console, spread: bool = False, is_watched
     process = Process(group, SOLO if spread and group.size > 1 else group, place, console, is_watched)
     try:
         yield process
-    finally:
-        process.group.close()
+    except RunInterrupted:  # by all of them
+        group.close()
+        raise
+    except BaseException as error:
+        group.leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    group.close()
 
 
 def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
@@ -95,7 +100,7 @@ def train(run: Run) -> Outcome | None:
     """From the fleet's step to the last, then the end of the run; rank 0 returns the results."""
     try:
         run.watch.begin()
-        with catch_signals() as caught:
+        with catch_signals(is_launched=run.process.group.size > 1) as caught:
             for step in range(run.fleet.steps_taken, run.total_steps):
                 _take_step(run, step)
                 run.saver.save_if_due(step + 1, run.total_steps, caught)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from saemill.cache_schema import StoreWriter, disk_and_cloud_files
+from saemill.cache_schema.disk_and_cloud_files import read_if_there
 
 
 @pytest.fixture
@@ -79,3 +80,19 @@ def test_a_folder_below_one_that_nobody_may_read_can_be_used(tmp_path, monkeypat
 
     monkeypatch.setattr(disk_and_cloud_files, "sync", refuse)
     disk_and_cloud_files.make_folder(tmp_path)
+
+
+def test_a_file_is_there_that_a_disk_of_the_network_remembers_as_missing(tmp_path, monkeypatch):
+    """Until its folder is opened: another node may have committed a shard since it was looked for."""
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits/7.json").write_bytes(b"here")
+    opened, read, open_file = [], Path.read_bytes, os.open
+
+    def read_what_is_known(path):
+        if path.parent not in opened:
+            raise FileNotFoundError
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_what_is_known)
+    monkeypatch.setattr(os, "open", lambda path, flags: opened.append(path) or open_file(path, flags))
+    assert read_if_there(disk_and_cloud_files.LocalFiles(tmp_path), "commits/7.json") == b"here"

@@ -380,6 +380,24 @@ def test_a_launch_that_gives_another_device_than_was_asked_for_is_refused(make_c
         harvest(make_config(device="cuda"))
 
 
+def test_a_launch_without_gpus_is_several_processes_and_one_that_lacks_a_number_is_refused(
+    make_config: Make, monkeypatch
+):
+    """Else each took itself for the only one, and all for the first."""
+    asked: list[bool] = []
+
+    def state(cpu: bool) -> SimpleNamespace:
+        asked.append(cpu)
+        return SimpleNamespace(device="cpu", num_processes=1, process_index=0, destroy_process_group=lambda: None)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingInvalid, match="expected RANK and LOCAL_RANK beside WORLD_SIZE=2"):
+        harvest(make_config(device="auto"))
+    assert asked == [True]
+
+
 @pytest.fixture
 def chosen(model_folder, monkeypatch) -> list[Choice]:
     """What was fetched; every model has the files of the tiny one."""

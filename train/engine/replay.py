@@ -175,6 +175,8 @@ class Memory:
         try:
             graph.capture_end()
         except RuntimeError:  # CUDA has broken it off, and torch leaves both as they were in the middle of it
+            if _memories.get(self._device) is self:  # whose page-locked part torch before 2.12 does not even let go of
+                del _memories[self._device]
             here = self._stream.device_index
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(here, self._pool)

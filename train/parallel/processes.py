@@ -7,11 +7,14 @@ processes only tell each other how it goes. Words and flags go through gloo from
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,7 @@ from .ranks import Ranks
 
 _REST_SECONDS = 0.2
 PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
+MEETING = timedelta(minutes=30)  # until all have begun; and for a sum on GPUs, which nobody reaches much later
 
 
 class Group(Ranks):
@@ -42,7 +46,10 @@ class Group(Ranks):
         return self
 
     def close(self) -> None:
-        pass
+        """The way out when all has ended."""
+
+    def leave(self, code: int) -> None:
+        """The way out of a process that failed, whatever the others do."""
 
 
 SOLO = Group()
@@ -51,20 +58,24 @@ SOLO = Group()
 class Processes(Group):
     """Several processes over torch.distributed."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self._host = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def _joining(self, tensor: Tensor) -> Any:
+        """The group that a tensor goes through: that of the hosts, or of the GPUs."""
+        return None if tensor.is_cuda else self._host
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         with _all_there():
-            dist.all_reduce(total, group=self._group)
+            dist.all_reduce(total, group=self._joining(total))
         return total
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         with _all_there():
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+            work = dist.all_reduce(tensor, group=self._joining(tensor), async_op=True)
         assert work is not None
 
         def wait() -> None:
@@ -78,13 +89,13 @@ class Processes(Group):
         length = torch.tensor([len(tensor)])
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         with _all_there():
-            dist.all_gather(lengths, length, group=self._group)
+            dist.all_gather(lengths, length, group=self._host)
         longest = int(torch.stack(lengths).max())
         padded = tensor.new_zeros((longest, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         with _all_there():
-            dist.all_gather(parts, padded, group=self._group)
+            dist.all_gather(parts, padded, group=self._joining(padded))
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
     def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
@@ -92,7 +103,7 @@ class Processes(Group):
         if self.rank > 0:
             with _all_there():
                 if len(part):
-                    dist.send(part.contiguous(), 0, group=self._group)
+                    dist.send(part.contiguous(), 0, group=self._joining(part))
             return None
         whole = part.new_empty((sum(lengths), *part.shape[1:]))
         for rank, place in enumerate(whole.split(list(lengths))):
@@ -100,7 +111,7 @@ class Processes(Group):
                 place.copy_(part)
             elif len(place):
                 with _all_there():
-                    dist.recv(place, rank, group=self._group)
+                    dist.recv(place, rank, group=self._joining(place))
         return whole
 
     def any(self, flag: bool) -> bool:
@@ -111,20 +122,31 @@ class Processes(Group):
         return [bytes(part.tolist()).decode() for part in self.gather(data)]
 
     def beside(self) -> Group:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        assert isinstance(group, dist.ProcessGroup), "every process is in it"
-        return Processes(group)
+        return Processes()
 
     def close(self) -> None:
         """Let gloo's worker threads come to rest first, and leave.
 
         A worker drops the tensors of a finished collective after its caller has gone on, and needs the
         interpreter for it. Before Python 3.14 a thread that asks for one that is shutting down is ended in the
-        middle of C++, which aborts the process: a finished run exited with -6, one time in five. No collective
-        here: this is also the way out of a process whose peers have failed.
+        middle of C++, which aborts the process: a finished run exited with -6, one time in five.
         """
         time.sleep(_REST_SECONDS)
         dist.destroy_process_group()
+
+    def leave(self, code: int) -> None:
+        """End at the interpreter's exit, when why has been told, and take no leave of the others.
+
+        NCCL's end waits for all processes of a machine, who wait for this one in gloo, whose connections close after
+        it. What the system closes of a process that is gone they see at once.
+        """
+
+        def end() -> None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        atexit.register(end)
 
 
 @contextmanager
@@ -136,8 +158,8 @@ def _all_there() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise StoppedElsewhere(
-            f"another process of the run is gone, or cannot be reached: its own message says why, "
-            f"if it had time to leave one (here: {str(error).strip().splitlines()[0][:200]})"
+            "another process of the run is gone, or cannot be reached: its own message says why, "
+            f"if it had time to leave one (here: {' '.join(str(error).split())[:1000]})"
         ) from error
 
 
@@ -174,15 +196,26 @@ def join(device: str) -> tuple[Group, torch.device]:
             f"own: say --device {chosen.type}, and choose cards by CUDA_VISIBLE_DEVICES"
         )
     if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
-    state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
+    state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
     place, group = torch.device(state.device or "cpu"), Processes()
     try:
+        require_one_kind(group.texts(place.type))
         require_own_devices(group.texts(_name(place)))
     except TrainError:
-        group.close()
+        group.leave(1)
         raise
     return group, place
+
+
+def require_one_kind(kinds: list[str]) -> None:
+    """Refuse processes of which some compute on a GPU and some do not: their sums would never meet."""
+    if len(set(kinds)) > 1:
+        on_cpu = ", ".join(str(rank) for rank, kind in enumerate(kinds) if kind == "cpu")
+        raise ConfigInvalid(
+            f"expected a GPU for each of {len(kinds)} processes, found none for {on_cpu}: look at CUDA_VISIBLE_DEVICES "
+            "and the driver there, or start all with --device cpu"
+        )
 
 
 def require_own_devices(names: list[str]) -> None:

@@ -30,14 +30,19 @@ class Caught:
 
 
 @contextmanager
-def catch_signals() -> Iterator[Caught]:
+def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
     """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once. They reach the main thread, and
-    no other may catch them; what is ignored, as Ctrl-C is by what a shell runs in the background, stays so."""
+    no other may catch them; what is ignored, as Ctrl-C is by what a shell runs in the background, stays so.
+
+    Of a launch a second SIGTERM changes nothing: a cluster may send one to every process and the launcher another,
+    and the launcher ends by SIGKILL what does not end.
+    """
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:
         caught.signal = number
-        signal.signal(number, before[number])
+        if not (is_launched and number == signal.SIGTERM):
+            signal.signal(number, before[number])
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {int(number): signal.getsignal(number) for number in numbers}

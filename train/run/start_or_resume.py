@@ -117,7 +117,7 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
     gc.collect()  # what an earlier run of this process has left, which a check of free memory would count
     if process.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.accelerator.empty_host_cache()  # page-locked, as checkpoints take it
+        empty_host_cache()
         # By the largest amount since then, a recording of steps tells what they need.
         torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1
@@ -127,6 +127,13 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
         stats = check(settled, store, members, rows.size, 1 if split is None else split.size, process.device)
         configs = {member.label: member.config for member in members}
         return Fleet(configs, stats, settled.total_steps, process.device, rows, split, process.is_spread)
+
+
+def empty_host_cache() -> None:
+    """Give back page-locked memory, as checkpoints take it. torch before 2.12 has no public name for it."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:

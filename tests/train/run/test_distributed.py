@@ -173,6 +173,33 @@ def test_a_process_lost_between_the_sums_of_a_step_ends_the_other(big, spawn, sa
     assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu").output
 
 
+FAILS = """
+import os, time
+import torch.distributed as dist
+from saemill.train.cli import main
+from saemill.train.engine.fleet_of_saes import Fleet
+from saemill.train.errors import TrainError
+
+take_step = Fleet.step
+
+def fail_at_12(self, draw):
+    if os.environ["RANK"] == "1" and self.steps_taken == 12:
+        raise TrainError("mine alone")
+    return take_step(self, draw)
+
+Fleet.step = fail_at_12
+dist.destroy_process_group = lambda: time.sleep(1000)  # as NCCL's, which waits for all processes of a machine
+main()
+"""
+
+
+def test_an_error_of_one_process_alone_is_told_and_ends_all(big, spawn, quick, tmp_path):
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "lost"]
+    first, second = launch(spawn, words, codes=(1, 1), code=FAILS)
+    assert "error: mine alone" in second and "another process of the run is gone" in first
+    assert "Traceback" not in first + second
+
+
 @pytest.mark.slow
 def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, quick, same_bits, tmp_path, rewind):
     words = [*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20]

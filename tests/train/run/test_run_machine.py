@@ -202,7 +202,9 @@ class RunMachine(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints_module.Writer, "finish", noting)
             patch.setattr(Watch, "observe", dying)
-            patch.setattr(train_runs, "catch_signals", lambda: nullcontext(checkpoints_module.Caught()))  # of threads
+            patch.setattr(
+                train_runs, "catch_signals", lambda **_: nullcontext(checkpoints_module.Caught())
+            )  # of threads
             yield
 
     @rule(place=places, end=ends, seed=st.none() | seeds)

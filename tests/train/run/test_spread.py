@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from saemill.train.config.run_config import Member
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.parallel.processes import require_own_devices
-from saemill.train.run.start_or_resume import deal_members, members_of
+from saemill.train.parallel.processes import require_one_kind, require_own_devices
+from saemill.train.run.start_or_resume import deal_members, empty_host_cache, members_of
 
 
 def members(**settings):
@@ -53,3 +54,24 @@ def test_two_processes_on_one_gpu_are_named():
     require_own_devices(["H100, one", "H100, two"])
     with pytest.raises(ConfigInvalid, match=r"each of 3 processes, found processes 0, 2 on one \(H100, one\)"):
         require_own_devices(["H100, one", "H100, two", "H100, one"])
+
+
+def test_processes_with_and_without_a_gpu_are_refused():
+    """Their sums go by other ways and never meet."""
+    require_one_kind(["cuda", "cuda"])
+    with pytest.raises(
+        ConfigInvalid, match="a GPU for each of 3 processes, found none for 1: look at CUDA_VISIBLE_DEV"
+    ):
+        require_one_kind(["cuda", "cpu", "cuda"])
+
+
+@pytest.mark.parametrize(("room", "name"), [(torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")])
+def test_page_locked_memory_is_given_back_by_the_name_that_torch_has_for_it(monkeypatch, room, name):
+    """The public one is there from 2.12 on; where there is none, training begins all the same."""
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    empty_host_cache()
+    called = []
+    monkeypatch.setattr(room, name, lambda: called.append(name), raising=False)
+    empty_host_cache()
+    assert called == [name]

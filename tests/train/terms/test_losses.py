@@ -213,3 +213,5 @@ def test_index_sum_adds_numbers_and_rows(shape, rng):
     values, index = torch.randn(shape, generator=rng), torch.randint(5, (30,), generator=rng)
     expected = torch.stack([values[index == place].sum(0) for place in range(5)])
     torch.testing.assert_close(index_sum(values, index, 5), expected)
+    if values.ndim == 1:
+        torch.testing.assert_close(sparse_support.sum_few(values, index, 5), expected)

@@ -64,7 +64,7 @@ knobs.nvidia.dump_ptxas_log = True  # which says how many registers there were t
 run, JITFunction.run = JITFunction.run, compile_only
 
 both, low = (torch.float32, torch.bfloat16), (torch.bfloat16,)
-selections = [(8, 1, both), (20000, 64, both), (40000, 512, low)]
+selections = [(8, 1, both), (16384, 64, low), (20000, 64, both), (40000, 512, low)]
 if is_long:
     selections += [(20000, 1, low), (1000, 64, both), (65536, 64, both), (40000, 512, both), (131072, 32, low)]
 for width, k, dtypes in selections:
