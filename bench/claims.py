@@ -7,7 +7,8 @@
     sae-harvest --model smollm2 --dataset docs:/usr/share/doc --tokens 1200k --out ./store
     python bench/claims.py ./store
 
-A run that is in the folder of runs already is gone on with, or read.
+A run that is in the folder of runs already is gone on with, or read, where it was begun by the same commit and
+packages. Which machine trained it a run does not record: the seconds of its steps are told as if this one had.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from saemill import Store, train
 from saemill.api.run import Run
 from saemill.evaluate.evals.core.saebench_keys import max_cosine
 from saemill.studies.tables import spread
-from saemill.train.run.folder import RunFolder
+from saemill.train.run.folder import RunFolder, provenance
 from saemill.train.sae.model import SparseAutoencoder
 
 K = 32
@@ -126,9 +127,22 @@ def train_all(out: Path, **words: Any) -> list[Run]:
 
 def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
     """A run that has ended, or the rest of it, or all of it."""
-    if (folder / "result.json").is_file():
-        return Run(folder)
-    return train(resume=str(folder)) if (folder / "config.json").is_file() else train(plots=False, **words)
+    if not (folder / "config.json").is_file():
+        return train(plots=False, **words)
+    require_same_code(folder)
+    return Run(folder) if (folder / "result.json").is_file() else train(resume=str(folder))
+
+
+def require_same_code(folder: Path) -> None:
+    """Rows name the commit and the packages of now, so a run that was there already has to be of these."""
+    found, now = (_code(about) for about in (RunFolder(folder).read_config()["provenance"], provenance()))
+    if found != now:
+        raise click.ClickException(f"{folder} was begun with {found}, and this is {now}: choose other --runs")
+
+
+def _code(about: Mapping[str, Any]) -> str:
+    commit = (about["git"] or {}).get("commit") or "no commit"
+    return ", ".join([commit, *(f"{name} {version}" for name, version in about["packages"].items())])
 
 
 def require_of(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> None:

@@ -22,7 +22,18 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality import CONTESTANTS, SEEDS, Contestants, Fit, Results, best_of, from_to, last_scores, write_rows_of
+from quality import (
+    CONTESTANTS,
+    PROTOCOL,
+    SEEDS,
+    Contestants,
+    Fit,
+    Results,
+    best_of,
+    from_to,
+    last_scores,
+    write_rows_of,
+)
 from rich.console import Console
 from rich.table import Table
 from timing_and_tables import gather_facts
@@ -111,7 +122,9 @@ def best_rates(path: Path) -> dict[tuple[str, str], float]:
     return {(fit.variant, fit.contestant): fit.lr for fit in rising}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
+    """Of the rows of one run: the file keeps those of other stores, steps and widths too."""
+    rows = [row for row in rows if row.items() >= run.items()]
     table = Table(title="each at its best rate: median of seeds (from to)")
     for heading in ("variant", "trained on", "contestant", "rate", "dead", *MEASURES.values()):
         table.add_column(heading)
@@ -159,12 +172,12 @@ def main(
         found = best_rates(rates)
         untouched = held.cross_entropy(held.windows.resid[layer])
         facts = gather_facts(peers_python, model=manifest.model.id, layer=layer) | {
-            "windows": windows,
             "massive": int((held.windows.keep & ~held.is_ordinary).sum()),
             "ce_clean": untouched,
         }
+        run = {"steps": steps, "cache_id": manifest.cache_id, "windows": windows}
         for kind in (ALL, ORDINARY):
-            results = Results(out, {"steps": steps, "cache_id": manifest.cache_id, "trained_on": kind}, facts)
+            results = Results(out, run | {"trained_on": kind}, facts)
             workers = Contestants(folder / kind, steps, peers_python, None)
 
             def train(fit: Fit, results: Results = results, workers: Contestants = workers, kind: str = kind) -> Any:
@@ -184,7 +197,7 @@ def main(
                     for seed in SEEDS:
                         train(replace(best, seed=seed))
             workers.close()
-    show(results.rows)
+    show(results.rows, run | {"protocol": PROTOCOL, "width": width, "l0": l0})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import click
 from fitting import ROWS
 from quality import CONTESTANTS, last_scores, lines_of
 
+from saemill.studies.comparisons import half_width
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
 PAGE, SMALLER = "docs/measured.md", "docs/smaller_stores.md"
@@ -73,8 +75,8 @@ SPEED = {  # file of results: command, and what is told of it by the names of it
         TRAIN,
         {
             "a hierarchical step against its base's on the same windows: base standard; base topk": (
-                "standard, 32 active: step",
-                "topk, 32 active: step",
+                "standard, 32 active, float32: step",
+                "topk, 32 active, float32: step",
             ),
         },
     ),
@@ -95,8 +97,8 @@ GPU_PARTS = ("steps", "fleet", "guided", "harvest")
 PEERS = ("sae_lens", "dictionary_learning", "sparsify", "SAELens")
 ABOUT_SPEED = (
     "Ratios of medians, of training steps the median of each round's ratio and the lowest in brackets; elsewhere from "
-    "where to where the rounds went where rounds were kept. Core is of 21 November, an earlier machine, but for the "
-    "pocket model's rows of eight SAEs in float32."
+    "where to where the rounds went where rounds were kept. Where rows of one benchmark are of several days or "
+    "processors, theirs is in square brackets."
 )
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
@@ -110,7 +112,7 @@ ABOUT_SMALLER = (
     "The pocket model after layer 19, 276,096 tokens to train on, three epochs; topk, 1,024 latents, 32 active, three "
     "seeds, 198 steps of 4,096 tokens"
 )
-DIGITS = {"explained variance": 4, "CE": 3, "KL": 4}
+SMALLER_MEASURES = ("explained variance", "CE", "KL")
 RATES = {"best": "its best", "own": "its own"}
 
 
@@ -129,18 +131,28 @@ def ratio_of(row: dict[str, Any]) -> str:
     return text if row["is_met"] else f"{text}, wanted {row['target']:.3g}"
 
 
+def ratios_of(rows: Rows, beside: Iterable[dict[str, Any]]) -> str:
+    """And of which day and processor they are, where those of their file differ in it."""
+    told = ", ".join(map(ratio_of, rows))
+    return told if len(set(map(when, beside))) == 1 else f"{told} [{'; '.join(dict.fromkeys(map(when, rows)))}]"
+
+
+def when(row: dict[str, Any]) -> str:
+    return f"{row['date']}, {row.get('processor') or row['machine']}"
+
+
 def speed_lines() -> Iterable[tuple[str, str, str]]:
     for name, (command, told) in SPEED.items():
         found = {row["name"]: row for row in rows_of(name)}
         for what, wanted in told.items():
-            yield what, "; ".join(ratio_of(found[key]) for key in wanted), command
+            yield what, "; ".join(ratios_of([found[key]], found.values()) for key in wanted), command
     yield from train_lines()
     found = {row["name"]: row for row in rows_of("evaluate")}
     for key, model in MODELS.items():
         for dtype in ("float32", "bfloat16"):
             pairs = [[f"{key}, {dtype}, {saes}, {state}" for state in ("cold", "warm")] for saes in ("1 SAE", "8 SAEs")]
             what = f"core evaluation on {model} in {dtype}, against official SAEBench: one SAE; eight"
-            ratios = "; ".join(", ".join(ratio_of(found[name]) for name in pair) for pair in pairs)
+            ratios = "; ".join(ratios_of([found[name] for name in pair], found.values()) for pair in pairs)
             yield f"{what} (clean pass computed, kept from before)", ratios, CORE
     for row in rows_of("browser"):
         what, _, kind = row["name"].rpartition(": ")
@@ -246,25 +258,35 @@ def gpu_line(what: str, beside: Rows) -> str:
 def smaller_lines() -> Iterable[str]:
     """Of each model: every kind of store, then what it costs seed by seed against the exact one."""
     for path in sorted(RESULTS.glob("smaller_stores*.json")):
-        rows = [row for row in rows_of(path.stem) if "explained variance" in row.get("rounds", {})]
-        exact = rows[0]["rounds"]
-        yield from ("", f"{rows[0].get('about', ABOUT_SMALLER)} ([all rounds](../bench/results/{path.name})):", "")
-        yield from ("| store | bytes a token | explained variance | CE | KL |", "|---|---|---|---|---|")
-        for row in rows:
-            size = row["found"].partition(" bytes")[0].removesuffix(".0")
-            yield f"| {row['name']} | {size} | {' | '.join(spread(row['rounds'][of], '', of) for of in DIGITS)} |"
-        seeds = len(exact["CE"])
-        yield from ("", f"| against {rows[0]['name']}, the same seed, {seeds} of them | explained variance | CE | KL |")
-        yield "|---|---|---|---|"
-        for row in rows[1:]:
-            costs = {of: [a - b for a, b in zip(row["rounds"][of], exact[of], strict=True)] for of in DIGITS}
-            yield f"| {row['name']} | {' | '.join(spread(costs[of], '+', of) for of in DIGITS)} |"
+        measured = [row for row in rows_of(path.stem) if "explained variance" in row.get("rounds", {})]
+        for about in dict.fromkeys(row.get("about") for row in measured):
+            yield from smaller_lines_of([row for row in measured if row.get("about") == about], path)
 
 
-def spread(values: list[float], sign: str, of: str) -> str:
+def smaller_lines_of(rows: Rows, path: Path) -> Iterable[str]:
+    exact = rows[0]["rounds"]
+    yield from ("", f"{rows[0].get('about', ABOUT_SMALLER)} ([all rounds](../bench/results/{path.name})):", "")
+    yield from ("| store | bytes a token | explained variance | CE | KL |", "|---|---|---|---|---|")
+    for row in rows:
+        size = row["found"].partition(" bytes")[0].removesuffix(".0")
+        yield f"| {row['name']} | {size} | {' | '.join(spread(row['rounds'][of]) for of in SMALLER_MEASURES)} |"
+    seeds = len(exact["CE"])
+    told = f"against {rows[0]['name']}, the same seed, {seeds} of them: mean ± 95 % (from to)"
+    yield from ("", f"| {told} | explained variance | CE | KL |", "|---|---|---|---|")
+    for row in rows[1:]:
+        pairs = (zip(row["rounds"][of], exact[of], strict=True) for of in SMALLER_MEASURES)
+        yield f"| {row['name']} | {' | '.join(cost([a - b for a, b in pair]) for pair in pairs)} |"
+
+
+def spread(values: list[float]) -> str:
     """Mean of the seeds, and from where to where they go."""
-    mean, least, most = (f"{x:{sign}.{DIGITS[of]}f}" for x in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({least} to {most})"
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def cost(values: list[float]) -> str:
+    """The same of differences by seed, with the interval of their mean where there is one."""
+    reach = f" ± {half_width(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.4f}{reach} ({min(values):+.4f} to {max(values):+.4f})"
 
 
 def write_tables() -> str:

@@ -335,7 +335,7 @@ def lay_out_on_paper(name: str, layers: int, hooks: tuple[str, ...], width: int,
         ("one worker's pass at 1 GB/s", f"{size / 1e9 / 86400:,.0f} days"),
         ("deaths a day of 1,000 workers", "1,000 at one a day each; each costs a shard's work and ten minutes' claim"),
     ]
-    return [Row(what, found, name, None) for what, found in lines]
+    return [Row(f"{name}: {what}", found) for what, found in lines]
 
 
 BATCH, DOCUMENT = 4096, 1000  # tokens, of a document in the mean

@@ -10,6 +10,7 @@ import random
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -179,13 +180,23 @@ def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more
 
 def conclude(title: str, rows: list[Row], json_file: Path | None, facts: Mapping[str, Any]) -> int:
     """Print, keep, and return the exit status: 1 where a target is missed. Rows that were kept and are of other parts
-    of the benchmark stay, with the date and the commit that they have."""
+    of the benchmark, or about something else, stay, with the date and the commit that they have."""
     Console(width=160).print(render(title, rows))
+    made = [row.document(facts) for row in rows]
+    twice = [what for what, count in Counter(map(_what, made)).items() if count > 1]
+    if twice:
+        raise ValueError(f"expected a name for each row, found two of {twice}: say in the name what they differ in")
     if json_file is not None:
         kept = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
-        found = {row["name"]: row for row in kept} | {row.name: row.document(facts) for row in rows}
-        write_rows(json_file, title, found.values())
+        told = {row["name"] for row in made if "about" in row}
+        kept = [row for row in kept if "about" in row or row["name"] not in told]  # of before rows said it
+        write_rows(json_file, title, ({_what(row): row for row in kept} | {_what(row): row for row in made}).values())
     return int(not all(row.is_met for row in rows))
+
+
+def _what(row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What a row is of: its name, and what it is about (a store, a model) where it says so."""
+    return row["name"], row.get("about")
 
 
 def resident(field_name: str = "VmRSS") -> int:

@@ -244,7 +244,8 @@ def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
     ):
         rows.append(compare(what, speeds[ours], speeds[plain], "GB/s", 0.9, f"{plain}s"))
         busy, other = jobs.median(ours).busy, jobs.median(plain).busy
-        rows.append(Row("  the server's processor time", f"{busy:.2f} s", f"{plain}s {other:.2f} s", other / busy))
+        name = f"  the server's processor time to {ours}"
+        rows.append(Row(name, f"{busy:.2f} s", f"{plain}s {other:.2f} s", other / busy))
     ends = jobs.median("write", 1)
     rows.append(Row("  all end: index, summary", f"{ends.seconds:.2f} s, {ends.busy:.2f} s of the server", "", None))
     return rows

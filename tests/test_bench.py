@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -116,6 +118,63 @@ def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatc
     ]
 
 
+def test_a_number_says_its_day_and_processor_where_those_beside_it_are_of_others(bench):
+    table = bench("measured_tables")
+    old = {"ratio": 2.0, "is_met": True, "date": "2026-11-21", "machine": "x86_64"}
+    new = {"ratio": 3.0, "is_met": True, "date": "2026-11-27", "processor": "AMD EPYC"}
+    assert table.ratios_of([old], [old, old]) == "2.00"
+    assert table.ratios_of([old, old], [old, new]) == "2.00, 2.00 [2026-11-21, x86_64]"
+    assert table.ratios_of([old, new], [old, new]) == "2.00, 3.00 [2026-11-21, x86_64; 2026-11-27, AMD EPYC]"
+
+
+def test_small_stores_of_two_models_in_one_file_are_two_tables(bench, monkeypatch, tmp_path):
+    table = bench("measured_tables")
+    values = {"explained variance": [0.5, 0.6], "CE": [3.0, 3.2], "KL": [0.1, 0.2]}
+    better = values | {"CE": [2.9, 3.0]}
+    rows = [
+        {"name": name, "found": "2 bytes a token", "rounds": rounds, "about": about}
+        for about in ("one model", "another")
+        for name, rounds in (("bfloat16", values), ("int8", better))
+    ]
+    (tmp_path / "smaller_stores.json").write_text(json.dumps({"title": "", "rows": rows}))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = list(table.smaller_lines())
+    assert [line.split(" (")[0] for line in lines if "all rounds" in line] == ["one model", "another"]
+    assert (
+        lines.count(
+            "| bfloat16 | 2 | 0.5500 (0.5000 to 0.6000) | 3.1000 (3.0000 to 3.2000) | 0.1500 (0.1000 to 0.2000) |"
+        )
+        == 2
+    )
+    # of two seeds that differ by -0.1 and -0.2 Student's t has 12.706 of one degree of freedom
+    assert sum("| -0.1500 ± 0.6353 (-0.2000 to -0.1000) |" in line for line in lines) == 2
+    assert "±" in table.cost([0.1, 0.2]) and "±" not in table.cost([0.1])
+
+
+def names_in(script: Path) -> list[str]:
+    """Patterns of the texts in a script: what it fills in may be anything."""
+    found = []
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(re.escape(node.value))
+        if isinstance(node, ast.JoinedStr):
+            parts = [re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in node.values]
+            found.append("".join(parts))
+    return found
+
+
+def test_every_row_that_the_page_looks_up_is_one_that_its_benchmark_makes(bench):
+    """Else the page would show for ever the row that is kept."""
+    table, guided = bench("measured_tables"), bench("guided")
+    settings = {"windows": 1, "context": 16, "d_model": 64, "width": 64, "device": "cpu", "rounds": 1, "steps": 1}
+    settings |= {option.name: option.default for option in guided.main.params if option.name in ("sparsity", "product")}
+    made = {row.name for base in ("standard", "topk") for row in guided.measure(base, settings)}
+    for name, (_, told) in table.SPEED.items():
+        for wanted in (wanted for rows in told.values() for wanted in rows):
+            patterns = map(re.escape, made) if name == "guided" else names_in(ROOT / f"bench/{name}.py")
+            assert any(re.fullmatch(pattern, wanted) for pattern in patterns), (name, wanted)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem)
 def test_every_row_says_when_and_of_what_code_it_is(path):
     rows = json.loads(path.read_text())["rows"]
@@ -148,6 +207,20 @@ def test_a_claim_refuses_a_run_of_other_settings(bench, tmp_path, what):
     claims.require_of([run], **asked)
     with pytest.raises(Exception, match="were asked for"):
         claims.require_of([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
+
+
+@pytest.mark.parametrize("other", [{"git": {"commit": "another", "is_dirty": False}}, {"packages": {"torch": "1.0"}}])
+def test_a_claim_refuses_a_run_of_another_commit_or_other_packages(bench, tmp_path, other):
+    """Rows name the commit and the packages of now, so it is neither gone on with nor read."""
+    claims = bench("claims")
+    config, result = tmp_path / "config.json", tmp_path / "result.json"
+    config.write_text(json.dumps({"provenance": claims.provenance() | other}))
+    for _ in range(2):
+        with pytest.raises(Exception, match="choose other --runs"):
+            claims.run_of(tmp_path, {})
+        result.write_text("{}")
+    config.write_text(json.dumps({"provenance": claims.provenance()}))
+    assert claims.run_of(tmp_path, {}).path == tmp_path
 
 
 def score_of_fit(quality, value, l0=32.0, dead=0.0):
@@ -347,6 +420,39 @@ def test_a_part_of_a_benchmark_leaves_the_rows_of_the_others(bench, tmp_path):
         table.conclude("title", [table.Row(name, found) for name, found in rows.items()], file, {})
     kept = {row["name"]: row["found"] for row in json.loads(file.read_text())["rows"]}
     assert kept == {"a": "1", "b": "3", "c": "4"}
+
+
+def test_a_row_about_another_model_leaves_the_one_that_is_kept(bench, tmp_path):
+    table, file = bench("timing_and_tables"), tmp_path / "kept.json"
+    for about in (None, "one model", "another", "one model"):  # a row that does not say it gives way to one that does
+        table.conclude("title", [table.Row("int8", "1", facts={"about": about} if about else {})], file, {})
+    assert [row["about"] for row in json.loads(file.read_text())["rows"]] == ["one model", "another"]
+
+
+def test_two_rows_of_one_name_are_refused(bench, tmp_path):
+    table, file = bench("timing_and_tables"), tmp_path / "kept.json"
+    with pytest.raises(ValueError, match="peak memory"):
+        table.conclude("title", [table.Row("peak memory", found) for found in "12"], file, {})
+    assert not file.exists()
+
+
+def test_rows_of_one_benchmark_have_names_of_their_own(bench):
+    simulate, results = bench("simulate"), sorted((ROOT / "bench/results").glob("*.json"))
+    made = [[row.name for paper in simulate.PAPERS for row in simulate.lay_out_on_paper(*paper)]]
+    kept = [[row["name"] for row in json.loads(path.read_text())["rows"] if "name" in row] for path in results]
+    assert all(len(names) == len(set(names)) for names in made + kept)
+
+
+def test_massive_rows_are_told_of_one_run(bench, capsys):
+    """Not of another store's, another number of steps or another width, which the file keeps beside them."""
+    massive = bench("massive_rows")
+    run = {"steps": 440, "cache_id": "a", "windows": 128, "protocol": 3, "width": 2304, "l0": 32.0}
+    row = {"variant": "topk", "trained_on": "all rows", "contestant": "ours", "seed": 0, "validation": 0.5, "lr": 0.01}
+    row |= {"dead": 0.0} | dict.fromkeys(massive.MEASURES, 0.25) | run
+    others = [{"cache_id": "b"}, {"steps": 9}, {"width": 8}, {"windows": 4}, {"l0": 9.0}, {"protocol": 2}]
+    massive.show([row, *(row | other | dict.fromkeys(massive.MEASURES, 0.75) for other in others)], run)
+    told = capsys.readouterr().out
+    assert "0.250 (0.2500)" in told and "0.75" not in told
 
 
 def test_a_worker_that_fails_says_why_and_answers_the_next_request(bench, tmp_path):
