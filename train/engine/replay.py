@@ -73,6 +73,11 @@ class Replays:
         """What recordings were made of has been replaced."""
         self._kinds.clear()
 
+    def end(self) -> None:
+        """No more are made, and what they took of the device, as much as a step, is given back."""
+        self.is_possible, self._memory = False, None
+        self.forget()
+
     def _kind(self, key: Hashable) -> Kind:
         kind = self._kinds.pop(key, None) or Kind()
         self._kinds[key] = kind
@@ -95,8 +100,7 @@ class Replays:
             failed = str(error).partition("\n")[0]
         self._undo()
         if failed is not None:  # outside: the error holds what was recorded so far
-            self.is_possible, self._memory = False, None
-            self.forget()
+            self.end()
             warnings.warn(f"{self._name}: its steps are launched one by one, which is slower: {failed}", stacklevel=2)
         return None
 

@@ -81,6 +81,8 @@ def conclude(run: Run) -> Outcome | None:
     """Validate, save and write, on rank 0."""
     own: dict[str, Any] = {}
     run.feed.close()  # what it holds is as large as what held-out text takes
+    for trainee in run.fleet.trainees.values():
+        trainee.replays.end()
     with run.fleet.gather_weights(), all_or_none(run.process.group):
         if run.process.team.rank == 0:  # the others wait
             own = {label: say_diverged(step) for label, step in run.fleet.diverged.items()} | _measure_and_save(run)

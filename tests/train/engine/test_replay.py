@@ -244,6 +244,9 @@ def test_a_recording_that_hardly_serves_is_made_less_often(monkeypatch):
     for index in range(80):
         replays.take(batch, index // 4, work)
     assert len(made) == replay.KEPT
+    replays.end()
+    assert replays.served == 0 and replays.take(batch, 0, work)["loss"] == batch.x.sum()
+    assert len(made) == replay.KEPT
 
 
 @pytest.mark.gpu
@@ -266,9 +269,12 @@ def test_recordings_that_move_other_tables_take_turns():
 
 @pytest.mark.gpu
 def test_a_step_that_a_gpu_cannot_record_leaves_it_whole():
-    """A number is read on the host in the middle of it: CUDA breaks the recording off."""
+    """A number is read on the host in the middle of it: CUDA breaks the recording off. Recordings that were made stay,
+    and others are made."""
     torch.cuda.init()
-    ours, other = make("topk", "cuda", k=4), make("topk", "cuda", k=4)
+    held, ours, other = (make("topk", "cuda", k=4) for _ in range(3))
+    for batch in batches(5, "cuda"):
+        held.step(batch)
     term = ours.assembly.terms[0]
     reads = replace(term, fn=lambda view: term.fn(view) * float(view.x.sum() > -torch.inf))
     ours.assembly = ours.assembly.replacing(reads)
@@ -278,5 +284,6 @@ def test_a_step_that_a_gpu_cannot_record_leaves_it_whole():
     torch.cuda.empty_cache()
     assert torch.randn(3, device="cuda").isfinite().all()
     for batch in batches(5, "cuda"):
+        held.step(batch)
         other.step(batch)
-    assert other.replays.served == 3
+    assert (held.replays.served, other.replays.served) == (8, 3)
