@@ -14,6 +14,7 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,6 +109,11 @@ def main(
     is_json: bool,
 ) -> None:
     """Train, evaluate and compare all runs of STUDY, or of every study."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        refuse(
+            "a study is one process, found several, as torchrun starts them: start it by itself, and train what is too "
+            "large for it by torchrun, with sae-train --recipe STUDY/RUN"
+        )
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]

@@ -445,6 +445,13 @@ def test_settings_of_no_evaluation_are_refused_before_anything_is_trained(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_of_a_study_are_refused(tmp_path, monkeypatch):
+    """Each would train all runs, and its second could not meet the others again."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(study.main, ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+    assert result.exit_code == 1 and "a study is one process" in result.output and not (tmp_path / "o").exists()
+
+
 def test_studies_run_what_no_variant_is_trained_on_and_what_their_notes_ask_for():
     asked = {name: {one.name: set(one.evals) for one in runs_of(name)} for name in studies()}
     for runs in asked.values():
