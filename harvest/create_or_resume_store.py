@@ -244,9 +244,10 @@ def _remove_leftover(folder: Path) -> None:
 @contextmanager
 def lock_spool(folder: Path) -> Iterator[None]:
     """One process at a time tokenises for a store; those that wait for it see that it is about it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_own(folder)
-    fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    with name_full_disk(f"making {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(folder)
+        fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take_lock(fd, folder)
         yield

@@ -1031,12 +1031,14 @@ def test_the_root_of_the_disk_is_no_place_for_a_store(make_config: Make):
         harvest(make_config(out="/"))
 
 
-def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypatch):
+@pytest.mark.parametrize("to_download", [None, 7])
+def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, model_folder, monkeypatch, to_download):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(run, "look", lambda *_: ModelSource("somebody/model", "c0ffee", model_folder, to_download))
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(StoreFull, match="full while tokenising"):
+    with pytest.raises(StoreFull, match=r"full while making \S+spool\."):
         harvest(make_config())
 
 
