@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...cache_schema import StoreError
+from ...cache_schema.numbers_in_words import first_line
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .ranks import Ranks
 
@@ -137,7 +138,7 @@ def _all_there() -> Iterator[None]:
     except RuntimeError as error:
         raise StoppedElsewhere(
             f"another process of the run is gone, or cannot be reached: its own message says why, "
-            f"if it had time to leave one (here: {str(error).strip().splitlines()[0][:200]})"
+            f"if it had time to leave one (here: {first_line(error)[:200]})"
         ) from error
 
 
