@@ -1,4 +1,4 @@
-"""Numbers for a person: how many, how large, how long."""
+"""Numbers and errors for a person: how many, how large, how long, what went wrong."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def say_time(seconds: float) -> str:
         if seconds >= from_length:
             return f"{seconds / length:,.1f} {unit}"
     return counted(max(1, round(seconds)), "second")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says at first, or the kind of its error where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

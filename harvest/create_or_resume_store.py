@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk
 from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.numbers_in_words import say_time
 from ..cache_schema.open_and_check_root import has_root
@@ -51,11 +51,8 @@ LOCK_FILE = "lock"
 WORTH_TELLING = 10  # per mille of the documents: so many more than needed are for tests
 
 
-def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
-    """The store's writer; of whoever is not first once all tokens are written."""
-    files = open_files(plan.config.out)
-    if process.is_first and not has_root(files) and (begun := _create(plan, files, watch)):
-        return begun
+def go_on_with_store(plan: Plan, process: Process, files: Files, watch: Watch) -> StoreWriter:
+    """The writer of a store whose tokens are there, if it is the plan's."""
     writer = StoreWriter.open(plan.config.out)
     try:
         require_ours(plan, writer.manifest, files.url)
@@ -98,7 +95,7 @@ def _require_folder(path: Path, url: str) -> None:
         )
 
 
-def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter | None:
+def create_store(plan: Plan, files: Files, watch: Watch) -> StoreWriter | None:
     """Tokenise, pack, and write the beginning of the store; None where another process has meanwhile."""
     folder = spool_folder(files)
     corpus = _corpus_of_begun(plan, folder) or open_corpus(plan.corpus)
@@ -247,9 +244,10 @@ def _remove_leftover(folder: Path) -> None:
 @contextmanager
 def lock_spool(folder: Path) -> Iterator[None]:
     """One process at a time tokenises for a store; those that wait for it see that it is about it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_own(folder)
-    fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    with name_full_disk(f"making {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(folder)
+        fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take_lock(fd, folder)
         yield

@@ -26,7 +26,7 @@ from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blo
 from ..cache_schema.numbers_in_words import counted, say_size
 from ..cache_schema.open_and_check_root import has_root, read_root
 from .config import HarvestConfig
-from .create_or_resume_store import begin_store, lock_spool, require_place, wait_for_tokens
+from .create_or_resume_store import create_store, go_on_with_store, lock_spool, require_place, wait_for_tokens
 from .errors import HarvestError, ModelDiffers, ModelUnavailable
 from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, sizes_of, tokens_in
 from .model.load_and_truncate import Wanted, find_device, load_model
@@ -59,11 +59,10 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
             wait_for_tokens(files, watch)  # the first worker decides for all
         is_begun = has_root(files)
         plan = decide(config, watch)
+        writer = None
         if not is_begun:
-            if process.is_first:
-                announce(plan, process.device, files, watch)
-            plan = _with_tokens_to_come(plan, process, files, watch)
-        writer = begin_store(plan, process, watch)
+            writer, plan = _begin(plan, process, files, watch)
+        writer = writer or go_on_with_store(plan, process, files, watch)
         try:
             written = _harvest_share(plan, process, writer, watch)
         finally:
@@ -74,17 +73,21 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
             return Finished(store.url, *counts, process.speaks or ended, plan.fell_back)
 
 
-def _with_tokens_to_come(plan: Plan, process: Process, files: Files, watch: Watch) -> Plan:
-    """The plan with its weights; of whoever is not first once the tokens are there, and as they were begun: the first
-    worker may have found another commit of the model."""
+def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[StoreWriter | None, Plan]:
+    """The first worker's writer, and the plan with its weights. Where another has begun the store, no writer once its
+    tokens are there, and the plan as it was begun: the other may have found another commit of the model."""
     if process.is_first:
+        announce(plan, process.device, files, watch)
         is_long = plan.source.to_download is not None
         with lock_spool(spool_folder(files)) if is_long else nullcontext():  # those who wait see that it is about it
-            return with_weights(plan)
-    plan = with_weights(plan)
-    wait_for_tokens(files, watch)
+            plan = with_weights(plan)
+        if writer := create_store(plan, files, watch):
+            return writer, plan
+    else:
+        plan = with_weights(plan)
+        wait_for_tokens(files, watch)
     is_same = read_root(files).manifest.model == plan.model_spec
-    return plan if is_same else decide(plan.config, watch)
+    return None, plan if is_same else decide(plan.config, watch)
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:

@@ -35,6 +35,9 @@ for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERA
     os.environ.pop(name, None)  # tests read what commands say, whatever the terminal is that they are run in
 for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "AWS_PROFILE"):
     os.environ.pop(name, None)  # the last also from the server of S3's protocol
+for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+    del os.environ[name]
+os.environ["NO_PROXY"] = "127.0.0.1"  # where the servers of tests are, whatever proxies a user has
 os.environ["TERM"] = "xterm"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel

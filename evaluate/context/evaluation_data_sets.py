@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.numbers_in_words import first_line
 from ...harvest.network import NETWORK_ERRORS, load_dataset
 from ...harvest.pocket.text import stdlib_documents, text_digest
 from ..errors import DataMissing
@@ -42,9 +43,8 @@ def library_revision() -> str:
 
 
 def _missing(dataset: str, part: str | None, error: Exception) -> DataMissing:
-    reason = str(error).partition("\n")[0] or type(error).__name__
     return DataMissing(
-        f"data set {dataset}{f' ({part})' if part else ''} cannot be loaded ({reason}). Open "
+        f"data set {dataset}{f' ({part})' if part else ''} cannot be loaded ({first_line(error)}). Open "
         f"https://huggingface.co/datasets/{dataset} and accept its terms if it asks, then `hf auth login`, and run "
         "this again with a network, or once elsewhere and copy ~/.cache/huggingface here"
     )

@@ -63,7 +63,7 @@ def split_fitting(
         try:
             require(subject, model)
             attention_of(context, [subject])
-            if "position" in subject.needs:
+            if "position" in subject.needs and "attention" not in subject.needs:  # links count places, and know none
                 require_places(subject, longest())
         except (NotRun, WidthMismatch) as error:
             failures.append(Failure(subject, error))

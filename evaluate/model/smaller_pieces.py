@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from ...cache_schema.numbers_in_words import first_line
 from ..errors import MemoryTooSmall
 
 T = TypeVar("T")
@@ -24,9 +25,9 @@ class PieceSize:
 
     def halve(self, error: BaseException) -> None:
         if self.size == self._together:
-            few, said = "one" if self._together == 1 else "two", str(error).partition("\n")[0]
+            few = "one" if self._together == 1 else "two"
             raise MemoryTooSmall(
-                f"not even {few} of the {self._what} at a time fits into memory ({said}). {NO_ROOM}"
+                f"not even {few} of the {self._what} at a time fits into memory ({first_line(error)}). {NO_ROOM}"
             ) from error
         self.size = whole(self.size // 2, self._together)
         self._say(f"out of memory: going on with {self.size} {self._what} at a time")

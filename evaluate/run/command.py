@@ -287,7 +287,10 @@ def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:
     positions that it was not trained at. Layers and hooks that the store does not keep evaluations tell."""
     name, revision, context = (subject.metadata.get(key) for key in ("model_name", "model_revision", "context_size"))
     manifest, model = store.manifest, store.manifest.model
-    if name is None or str(name).split("/")[-1] != model.id.split("/")[-1]:
+    told = str(name), model.id
+    if not all(one.count("/") == 1 for one in told):  # not owner/name on both sides: of a folder the last part says it
+        told = [one.split("/")[-1] for one in told]
+    if name is None or told[0] != told[1]:
         why = f", of the model {model.id} and not of {name or 'one that the SAE names'}"
     elif None not in (revision, model.revision) and revision != model.revision:
         why = f", of revision {model.revision} of {model.id} and not of {revision}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...cache_schema import StoreError
+from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
@@ -259,5 +260,5 @@ class _Attempts:
         sizes = {field.name: getattr(self._config, field.name) for field in fields(self._config)}
         smaller = [f"{self._eval_id}.{name}=N, less than {sizes[name]}" for name in BATCHES if sizes.get(name, 1) > 1]
         learns = ", which changes its numbers, since it learns by them" if "learning_rate" in sizes else ""
-        advice, said = "".join(f"Make batches smaller by --set {setting}{learns}. " for setting in smaller), str(error)
-        return f"out of memory ({said.splitlines()[0] if said else type(error).__name__}). {advice}{NO_ROOM}"
+        advice = "".join(f"Make batches smaller by --set {setting}{learns}. " for setting in smaller)
+        return f"out of memory ({first_line(error)}). {advice}{NO_ROOM}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.sites import RESID, Site
 from ..errors import (
     UNREADABLE,
@@ -314,5 +315,5 @@ def find_device(name: str) -> torch.device:
             raise RuntimeError("harvests run on these alone")
         return device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SettingInvalid(f"--device {name}: {reason}. Expected auto, cpu, cuda or cuda:1 and the like") from None
+        said = f"--device {name}: {first_line(error)}. Expected auto, cpu, cuda or cuda:1 and the like"
+        raise SettingInvalid(said) from None

@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 
 from ...cache_schema import ModelSpec
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
+from ...cache_schema.numbers_in_words import first_line
 from ..errors import ModelDiffers, ModelUnavailable
 from ..network import NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER
@@ -237,10 +238,9 @@ def _explain(error: Exception, model: str) -> str:
             f"the disk is full while downloading into {constants.HF_HUB_CACHE}: free some space, or set HF_HOME to a "
             "folder on another disk, and run the same command again"
         )
-    reason = str(error).partition("\n")[0] or type(error).__name__
     if isinstance(error, HfHubHTTPError):
-        return f"the hub refused ({reason}): check your token with `hf auth whoami`"
-    return f"the hub could not be reached ({reason}): check the network, or name a folder"
+        return f"the hub refused ({first_line(error)}): check your token with `hf auth whoami`"
+    return f"the hub could not be reached ({first_line(error)}): check the network, or name a folder"
 
 
 def _is_full_disk(error: Exception) -> bool:

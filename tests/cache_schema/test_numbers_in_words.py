@@ -2,7 +2,7 @@
 
 import pytest
 
-from saemill.cache_schema.numbers_in_words import counted, say_size, say_time
+from saemill.cache_schema.numbers_in_words import counted, first_line, say_size, say_time
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 shards"), (1, "1 shard"), (2000, "2,000 shards")])
@@ -23,3 +23,11 @@ def test_of_one_there_is_no_plural(number, words):
 )
 def test_the_unit_is_one_that_fits(said, words):
     assert said == words
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(OSError("\nno route\nmore"), "no route"), (MemoryError(), "MemoryError"), (OSError(" "), "OSError")],
+)
+def test_of_an_error_there_is_a_line(error, words):
+    assert first_line(error) == words

@@ -25,7 +25,7 @@ from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.write_and_read_results import Row, result_path, sae_config
-from saemill.evaluate.errors import Incomparable, ModelMissing, WidthMismatch
+from saemill.evaluate.errors import CacheIdMismatch, Incomparable, ModelMissing, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
@@ -988,3 +988,16 @@ def test_a_store_that_is_unlike_an_saes_own_does_not_stand_in_for_it(world, buil
     folder = builder.save(builder.root / "elsewhere", builder.make_sae(), **told)
     assert why in sae_eval(folder, "--cache", world.store, code=1)
     assert not results(folder)
+
+
+def test_models_of_two_owners_are_not_the_same_by_their_names(make_world, builder):
+    """Of a folder, as other tools say it too, there is the last part alone."""
+    names = ("lab/tiny", "tiny", "/models/tiny", "others/tiny")
+    *alike, another = (
+        builder.subject(builder.make_sae(), str(at), cache_id="f00d", model_name=name) for at, name in enumerate(names)
+    )
+    with Store.open(make_world(model_id="lab/tiny").store) as store:
+        for subject in alike:
+            command.require_fit(subject, store, is_named=True)
+        with pytest.raises(CacheIdMismatch, match="of the model lab/tiny and not of others/tiny"):
+            command.require_fit(another, store, is_named=True)

@@ -357,9 +357,7 @@ def test_of_one_launch_only_the_first_shows_what_it_does(make_config: Make, monk
     watches: list[Watch] = []
     monkeypatch.setattr(run, "open_process", lambda *_: nullcontext(Process(torch.device("cpu"), Worker(0), rank == 0)))
     monkeypatch.setattr(run, "decide", lambda _, watch: watches.append(watch))
-    monkeypatch.setattr(run, "announce", lambda *_: None)
-    monkeypatch.setattr(run, "_with_tokens_to_come", lambda plan, *_: plan)
-    monkeypatch.setattr(run, "begin_store", interrupted)
+    monkeypatch.setattr(run, "_begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.harvest(make_config())
     assert watches[0].console.quiet is is_quiet
@@ -464,18 +462,22 @@ def test_a_model_of_the_hub_stays_at_the_commit_of_the_store(make_config: Make, 
 
 
 @pytest.mark.usefixtures("share_only")
-def test_who_has_waited_takes_the_commit_of_the_store(make_config: Make, model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("worker", "meanwhile"), [(Worker(1, 2), "wait_for_tokens"), (Worker(0), "announce")])
+def test_who_has_waited_or_lost_the_race_takes_the_commit_of_the_store(
+    make_config: Make, model_folder, tmp_path, monkeypatch, worker, meanwhile
+):
     """Not its own, which was looked up before there was a store, and after the hub's `main` had moved."""
     main = put_on_hub(model_folder, tmp_path, monkeypatch, LATER)
     config = make_config(model="somebody/model")
 
-    def wait(*_: object) -> None:
+    def begin(*_: object) -> None:
+        monkeypatch.setattr(run, meanwhile, lambda *_: None)
         main[0] = FIRST
         harvest(replace(config, worker=Worker(0, 2)))
         main[0] = LATER
 
-    monkeypatch.setattr(run, "wait_for_tokens", wait)
-    assert harvest(replace(config, worker=Worker(1, 2))).committed == 8
+    monkeypatch.setattr(run, meanwhile, begin)
+    assert harvest(replace(config, worker=worker)).committed == 8
 
 
 @pytest.mark.usefixtures("share_only")
@@ -531,7 +533,9 @@ def test_no_batch_is_said_to_be_larger_than_its_shard(make_config: Make, monkeyp
 
     def batch_of(config: HarvestConfig) -> int:
         watch = Watch(is_quiet=True)
-        with run.begin_store(run.decide(config, watch), Process(torch.device("cpu"), Worker()), watch) as writer:
+        plan, files = run.decide(config, watch), open_files(config.out)
+        process = Process(torch.device("cpu"), Worker())
+        with run.create_store(plan, files, watch) or run.go_on_with_store(plan, process, files, watch) as writer:
             return writer.manifest.corpus.settings["batch_windows"]
 
     config = make_config(shard_windows=8, batch_windows=None)
@@ -1045,12 +1049,14 @@ def test_the_root_of_the_disk_is_no_place_for_a_store(make_config: Make):
         harvest(make_config(out="/"))
 
 
-def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypatch):
+@pytest.mark.parametrize("to_download", [None, 7])
+def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, model_folder, monkeypatch, to_download):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(run, "look", lambda *_: ModelSource("somebody/model", "c0ffee", model_folder, to_download))
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(StoreFull, match="full while tokenising"):
+    with pytest.raises(StoreFull, match=r"full while making \S+spool\."):
         harvest(make_config())
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...cache_schema.disk_and_cloud_files import make_folder
+from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.sites import RESID
 from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
@@ -189,7 +190,7 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise SaeInvalid(f"{folder}: no {built[0]} can be built of its settings ({said}): copy it anew") from None
     sae.metadata = dict(metadata)
     return sae

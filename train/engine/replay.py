@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ...cache_schema.numbers_in_words import first_line
 from ..data.batch import Batch
 from ..data.device_copies import NotRecordable
 
@@ -97,7 +98,7 @@ class Replays:
             kind.is_recordable = False
             self._patience *= 2
         except RuntimeError as error:  # CUDA refuses by one, and so does a full device
-            failed = str(error).partition("\n")[0]
+            failed = first_line(error)
         self._undo()
         if failed is not None:  # outside: the error holds what was recorded so far
             self.end()

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.strict_json import StrictError, from_json
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
@@ -119,7 +120,7 @@ def _download(name: str, looked: str) -> Path:
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except Exception as error:
-        reason = obstacle or _said_of(error)
+        reason = obstacle or first_line(error)
         raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from error
     return Path(root, inside)
 
@@ -158,12 +159,8 @@ def _files_of(repository: str) -> tuple[list[str], str | None]:
         return [], "HF_HUB_OFFLINE is set, and it is not in the local cache"
     answer = ask_hub(lambda: HfApi().repo_info(repository, timeout=ANSWER_SECONDS))
     if isinstance(answer, Exception):
-        return [], _said_of(answer)
+        return [], first_line(answer)
     return [one.rfilename for one in answer.siblings or ()], None
-
-
-def _said_of(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def ask_hub(ask: Callable[[], Any]) -> Any:

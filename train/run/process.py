@@ -32,11 +32,11 @@ class Process:
         return self.team is not self.group
 
     def collect(self, own: Mapping[str, Any], labels: Iterable[str]) -> dict[str, Any]:
-        """What each process has of its SAEs, as JSON, in the order of the labels; a collective call if spread."""
-        found = dict(own)
-        if self.is_spread:
-            for text in self.group.texts(json.dumps(own)):
-                found |= json.loads(text)
+        """What each process has of its SAEs, as JSON, in the order of the labels; a collective call. Of an SAE that
+        several train it is what the first says."""
+        found: dict[str, Any] = {}
+        for text in reversed(self.group.texts(json.dumps(own))):
+            found |= json.loads(text)
         return {label: found[label] for label in labels if label in found}
 
     @property

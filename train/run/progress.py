@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.strict_json import flatten
 from ..errors import ConfigInvalid, TrackerMissing
 
@@ -122,6 +123,5 @@ def _open_tracker(name: str, folder: Path) -> Any:
         tracker = kind(folder.name, **place)
         tracker.start()
     except Exception as error:  # of another package, which raises what it likes
-        reason = str(error).strip().partition("\n")[0]
-        raise TrackerMissing(f"the tracker {name} could not be started: {reason}") from error
+        raise TrackerMissing(f"the tracker {name} could not be started: {first_line(error)}") from error
     return tracker

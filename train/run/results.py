@@ -88,11 +88,11 @@ def conclude(run: Run) -> Outcome | None:
             own = {label: say_diverged(step) for label, step in run.fleet.diverged.items()} | _measure_and_save(run)
     found = run.process.collect(own, run.labels)
     with all_or_none(run.process.group):
+        diverged = {label: raw for label, raw in found.items() if isinstance(raw, str)}
+        if len(diverged) == len(found):  # said by every process: none of them has anything to go on with
+            raise TrainingDiverged(say_all_diverged(diverged))
         if not run.process.is_first:
             return None
-        diverged = {label: raw for label, raw in found.items() if isinstance(raw, str)}
-        if len(diverged) == len(found):
-            raise TrainingDiverged(say_all_diverged(diverged))
         saes = {label: from_json(SaeOutcome, raw, label) for label, raw in found.items() if label not in diverged}
         outcome = _outcome(run, saes, diverged)
         run.folder.write_result(to_json(outcome))

@@ -43,7 +43,7 @@ from .for_report import contexts, pattern
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
-from .write_pages import LATENT_BYTES, NAME, Folder, making, read_data, require_space, unpacked, write_page
+from .write_pages import LATENT_BYTES, NAME, TEXT, Folder, making, read_data, require_space, unpacked, write_page
 
 FORMAT = 1
 SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can stand side by side
@@ -178,13 +178,14 @@ def keep_others(
     if _deciding(before) != _deciding(about):
         leave_out(same, "read with other settings")
         return []
-    ids, data = ids_of_words(home / NAME), home / NAME / "data"
+    ids, data = stored(home / NAME, "words", "ids"), home / NAME / "data"
     kept = [sae for sae in same if ids is not None and (data / sae["folder"]).is_dir()]
     leave_out([sae for sae in same if sae not in kept], "whose pages are damaged")
     if ids is None or not kept:
         return []
     for sae in kept:
         shutil.copytree(data / sae["folder"], folder.path / "data" / sae["folder"])
+    keep_marks(home / NAME, folder)
     keep_exports(home / NAME, folder.path, about["run"], [sae["label"] for sae in kept])
     words.meet(ids)
     return kept
@@ -203,10 +204,20 @@ def _has_folder(sae: Any) -> bool:
     return isinstance(label, str) and label == Path(label).name and sae.get("folder") == f"sae_{label}"
 
 
-def ids_of_words(folder: Path) -> np.ndarray | None:
-    """The tokens that a browser shows, if its file of them is there and whole."""
+def keep_marks(before: Path, folder: Folder) -> None:
+    """Text goes on to be marked where SAEs that are kept leave rows out that none of those read now does."""
+    for file in (folder.path / "data" / TEXT).glob("*.js"):
+        name = f"{TEXT}/{file.stem}"
+        marks = stored(before, name, "marks")
+        text = {key: unpacked(array) for key, array in (read_data(folder.path, name) or {}).items()}
+        if marks is not None and len(marks) == len(text["marks"]):
+            folder.write(name, text | {"marks": text["marks"] | marks})
+
+
+def stored(folder: Path, name: str, key: str) -> np.ndarray | None:
+    """An array of a browser, if its file is there and whole."""
     try:
-        return unpacked((read_data(folder, "words") or {})["ids"])
+        return unpacked((read_data(folder, name) or {})[key])
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -64,12 +64,14 @@ class Config:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     material = load_material(context, config)
-    fitting, failures = split_fitting(context, subjects, material.model, lambda: material.longest)
+    fitting, failures = split_fitting(context, subjects, material.model, lambda: material.longest_row)
+    yield from failures
+    exams = set_exams(material, config) if fitting else []
+    fitting, failures = split_fitting(context, fitting, material.model, lambda: max(exam.longest for exam in exams))
     yield from failures
     if not fitting:
         return
     passes = SharedPasses(material.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
-    exams = set_exams(material, config)
     settings = choose_settings(context, passes, material, config)
     with context.watch.stage("unlearning: exams", sum(map(len, exams)), "questions") as advance:
         outcomes = passes.sit(exams, settings, advance)

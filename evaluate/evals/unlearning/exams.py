@@ -74,6 +74,11 @@ class Exam:
     def __len__(self) -> int:
         return sum(len(sheet) for sheet in self.sheets)
 
+    @property
+    def longest(self) -> int:
+        """How many tokens a row of it has at most."""
+        return max((sheet.tokens.shape[1] for sheet in self.sheets), default=0)
+
     def only(self, chosen: Sequence[Tensor]) -> Exam:
         """The same with some of the questions of each sheet; sheets left empty are dropped."""
         sheets = tuple(sheet.only(mask) for sheet, mask in zip(self.sheets, chosen, strict=True) if bool(mask.any()))
@@ -146,12 +151,6 @@ class ChoicePaper:
     orders: int = len(ALL_ORDERS)
     """How often the trial asks each question."""
 
-    @property
-    def longest(self) -> int:
-        """How many tokens a question has at most."""
-        asked = self.model.tokenizer.encode([question.prompt() for question in self.questions])
-        return max(map(len, asked), default=0)
-
     def trial(self) -> Exam:
         """All questions, the orders of each one after the other."""
         return self._exam(self.questions, ALL_ORDERS)
@@ -177,10 +176,6 @@ class TextPaper:
     special: Sequence[int]
     batch_size: int
     orders: int = 1
-
-    @property
-    def longest(self) -> int:
-        return self.rows.shape[1]
 
     def trial(self) -> Exam:
         return Exam(self.name, tuple(next_token_sheets(self.rows, self.special, self.batch_size)), most_likely)

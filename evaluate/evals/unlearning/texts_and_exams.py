@@ -95,9 +95,8 @@ class Material:
         return (*self.forget, *self.retain, *self.beside)
 
     @property
-    def longest(self) -> int:
-        """How many tokens a row or a question has at most."""
-        return max(self.forget_rows.shape[1], self.retain_rows.shape[1], *(paper.longest for paper in self.papers))
+    def longest_row(self) -> int:
+        return max(self.forget_rows.shape[1], self.retain_rows.shape[1])
 
 
 TEXT_ROWS, EXAM_ROWS = 48, 24

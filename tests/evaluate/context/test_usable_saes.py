@@ -20,6 +20,7 @@ from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.model.tokenizer import TextEncoder
 from saemill.train.kit.variant_registry import config_type
+from saemill.train.sae.attention.attention_links import READ_BESIDE
 
 
 class Numbers:
@@ -96,15 +97,18 @@ def test_who_reads_attention_where_there_is_no_store_costs_the_others_nothing(co
     assert fitting == [plain] and failure.subject is subject and isinstance(failure.error, DataMissing)
 
 
-def test_texts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(context, builder, monkeypatch):
-    """It looks them up in a table, or has never seen them."""
+def test_texts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(context, builder, subject, monkeypatch):
+    """It looks them up in a table, or has never seen them; links that are a control only count them."""
     sizes = {"plain": 8, "fits": 9, "short": 8}
     plain, *places = (builder.subject(builder.make_sae(), name, context_size=sizes[name]) for name in sizes)
     for each in places:
         monkeypatch.setattr(each.sae, "needs_side", ("position",))
+    linked = replace(subject, config={"metadata": {**subject.metadata, "context_size": 8}})
+    monkeypatch.setattr(linked.sae, "needs_side", ("attention", "row_of", *READ_BESIDE["nearest"]))
     asked = []
-    found, (failure,) = split_fitting(context, [plain, *places], context.model, lambda: asked.append(1) or 9)
-    assert found == [plain, places[0]] and failure.subject is places[1] and isinstance(failure.error, NotApplicable)
+    found, (failure,) = split_fitting(context, [plain, *places, linked], context.model, lambda: asked.append(1) or 9)
+    assert found == [plain, places[0], linked] and failure.subject is places[1]
+    assert isinstance(failure.error, NotApplicable)
     assert "windows of 8, but a text of this evaluation has up to 9 tokens" in str(failure.error)
     assert split_fitting(context, [plain], context.model, lambda: asked.append(1) or 9) == ([plain], [])
     assert asked == [1]  # to count tokens takes a while

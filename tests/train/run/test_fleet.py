@@ -1,10 +1,19 @@
 """A member of a fleet trains to the bits it has alone."""
 
+import io
 import json
 import shutil
 
+import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+
+from saemill.train.cli import main
+from saemill.train.errors import TrainingDiverged
+from saemill.train.parallel.processes import SOLO
+from saemill.train.run.process import Process
+from saemill.train.train_runs import train_all
 
 
 def final_state(run, label):
@@ -51,6 +60,22 @@ def test_one_that_diverges_costs_the_others_nothing(big, sae_train, quick, same_
     rewind(resumed)
     assert error in sae_train("--resume", "resumed", "--device", "cpu", code=1).output.splitlines()[-1]
     same_bits(resumed, run)
+
+
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_every_process_says_that_all_diverged(big, quick, threads, tmp_path, is_spread):
+    """And none that the run could go on: what it could go on with has diverged too."""
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 64, "--grid", "k=3,4", "--lr", 1e39]
+    words = main.make_context("sae-train", [*map(str, words), "--out", str(tmp_path)]).params
+    ranks, run = threads(2)
+
+    def end(at):
+        team = SOLO if is_spread else ranks[at]
+        process = Process(ranks[at], team, torch.device("cpu"), Console(file=io.StringIO()))
+        with pytest.raises(TrainingDiverged, match="topk_k3: .*; topk_k4: .*. Start the run anew"):
+            list(train_all(words, process))
+
+    run(end)
 
 
 def test_each_has_its_own_lines(big, sae_train, quick, tmp_path):

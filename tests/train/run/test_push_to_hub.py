@@ -201,7 +201,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
     server.shutdown()
     server.server_close()

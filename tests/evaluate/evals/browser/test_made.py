@@ -753,8 +753,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(made, open_context, world, m
 def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
     home, _, _ = made
     (a, b) = subjects_of(home)
-    other = listing(home / "browser" / "data" / "sae_a")
+    other, text = listing(home / "browser" / "data" / "sae_a"), data_of(home, "text/0")
+    marks = text["marks"] | LEFT_OUT  # as if `a` left out more than `b`
+    write_pages.write_data(home / "browser", "text/0", text | {"marks": marks})
     make(open_context(world), [b])
+    assert (data_of(home, "text/0")["marks"] == marks).all()
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b", "a"]
     assert listing(home / "browser" / "data" / "sae_a") == other
     assert evaluation.is_there(a) and evaluation.is_there(b)

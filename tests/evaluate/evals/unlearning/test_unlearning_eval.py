@@ -134,6 +134,10 @@ def test_rows_are_no_longer_than_the_windows_of_an_sae_that_reads_places(context
     failure, result = unlearning.evaluate(context, [short, fits], unlearning.Config())
     assert failure.subject is short and "windows of 11, but a text of this evaluation has" in str(failure.error)
     assert result.subject is fits
+    longer = dataclasses.replace(material(), forget=[TextPaper("topic", rows(3, length=13), (0, 1, 2), batch_size=3)])
+    monkeypatch.setattr(unlearning, "load_material", lambda *_: longer)
+    _, failure = unlearning.evaluate(context, [short, fits], unlearning.Config())
+    assert failure.subject is fits and "windows of 12, but a text of this evaluation has up to 13" in str(failure.error)
 
 
 def test_a_model_that_knows_nothing_is_not_asked(context, builder, monkeypatch):
@@ -169,7 +173,7 @@ class AnswersByText(PlantedModel):
 
 
 CHOICES = ("right", "w", "x", "y")
-QUESTIONS = [Question("s", "good", CHOICES, 0), Question("s", "bias", CHOICES, 0), Question("s", "also", CHOICES, 0)]
+QUESTIONS = [Question("s", "good", CHOICES, 0), Question("s", "a bias", CHOICES, 0), Question("s", "also", CHOICES, 0)]
 
 
 def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tmp_path, monkeypatch):
@@ -179,8 +183,9 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     monkeypatch.setattr(model_passes, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
-    assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
-    assert paper.longest == len(QUESTIONS[0].prompt())
+    exam = paper.exam([0, 2])
+    assert [len(sheet) for sheet in exam.sheets] == [2]
+    assert exam.longest == len(QUESTIONS[0].prompt()) < len(QUESTIONS[1].prompt())  # which is not asked
 
 
 @pytest.mark.parametrize("change", ["question", "answer", "model"])
