@@ -133,6 +133,17 @@ def test_a_gpu_leaves_out_what_a_cpu_leaves_out(spiked):
         cpu.close()
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_trained_saved_and_gone_on_with(spiked, sae_train, quick, rewind, tmp_path):
+    """The whole way from the command, which on a card no test of a part goes."""
+    words = ["--variant", "topk", *quick, "--device", "cuda", "--set", "course.checkpoint_every_steps=5"]
+    sae_train(*words, "--cache", spiked["path"], "--tokens", 64 * 20, "--name", "one")
+    before = (tmp_path / "runs/one/topk/sae_weights.safetensors").read_bytes()
+    rewind(tmp_path / "runs/one")
+    assert "continuing after step 15" in sae_train("--resume", "one", "--device", "cuda").output
+    assert (tmp_path / "runs/one/topk/sae_weights.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
