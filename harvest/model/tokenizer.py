@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from ..errors import UNREADABLE, TokenizerUnsuitable
 
 
@@ -40,19 +42,28 @@ def load_encoder(source: str | Path) -> TextEncoder:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of transformers."""
-    from transformers import AutoTokenizer
+    """The tokenizer of transformers, by the rules of tokenizer.json, for some of its classes put in their own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    alone: dict[str, Any] = {"trust_remote_code": False}  # left open, it asks at a terminal whether to run their code
     try:
-        return AutoTokenizer.from_pretrained(
-            source,
-            trust_remote_code=False,  # left open, it asks at a terminal whether to run a folder's code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **alone)
+        file = Path(source, "tokenizer.json")
+        if not file.is_file() or not getattr(tokenizer, "is_fast", False):
+            return tokenizer
+        is_as_published = _rules_of(tokenizer.backend_tokenizer) == _rules_of(Tokenizer.from_file(str(file)))
+        return tokenizer if is_as_published else PreTrainedTokenizerFast.from_pretrained(source, **alone)
     except UNREADABLE as error:
         raise TokenizerUnsuitable(
             f"{source} has no tokenizer that can be loaded ({error}). Save one beside the model "
             "with `tokenizer.save_pretrained`"
         ) from error
+
+
+def _rules_of(backend: Tokenizer) -> list[Any]:
+    """What decides the tokens of a text beside vocabulary and merges, which every class takes from the file."""
+    stages = [stage and stage.__getstate__() for stage in (backend.normalizer, backend.pre_tokenizer)]
+    return [*stages, *(getattr(backend.model, name, None) for name in ("byte_fallback", "ignore_merges"))]
 
 
 def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
