@@ -24,6 +24,7 @@ from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -225,6 +226,8 @@ def _obstacle(model: str) -> str | None:
 
 def _explain(error: Exception, model: str) -> str:
     """What is wrong and what to do, by kind of error."""
+    if isinstance(error, (DryRunError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # these say of any failure that the network may be gone
     if isinstance(error, GatedRepoError):
         return f"its licence is not accepted here: accept it at https://huggingface.co/{model}, then `hf auth login`"
     if isinstance(error, RevisionNotFoundError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
@@ -76,6 +77,8 @@ class Hub:
                 raise LocalEntryNotFoundError("nothing cached")
             return str(self.snapshot)
         if self.failure:
+            if dry_run and not isinstance(self.failure, RevisionNotFoundError):
+                raise DryRunError("please check your internet connection or authentication token") from self.failure
             raise self.failure
         names = [name for name in self.files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
         if dry_run:
