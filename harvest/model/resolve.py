@@ -48,6 +48,7 @@ SMOLLM2 = "smollm2"
 GGUF = "gguf-"  # begins the revision of a model from such a file
 FIRST_CHOICE = "google/gemma-2-2b"
 
+FORBIDDEN = 403  # what a hub answers to a token with too few rights
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5
 DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -241,8 +242,11 @@ def _explain(error: Exception, model: str) -> str:
             f"the disk is full while downloading into {constants.HF_HUB_CACHE}: free some space, or set HF_HOME to a "
             "folder on another disk, and run the same command again"
         )
-    if isinstance(error, HfHubHTTPError):
-        return f"the hub refused ({first_line(error)}): check your token with `hf auth whoami`"
+    if isinstance(error, HfHubHTTPError):  # whose first line may be the number of the request alone
+        said = (error.server_message or first_line(error)).partition("\n")[0]
+        gates = ", and give it read access to gated repositories at huggingface.co/settings/tokens"
+        asks = gates if error.response.status_code == FORBIDDEN else ""
+        return f"the hub refused ({said}): check your token with `hf auth whoami`{asks}"
     return f"the hub could not be reached ({first_line(error)}): check the network, or name a folder"
 
 

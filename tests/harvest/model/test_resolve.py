@@ -31,8 +31,9 @@ from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_a
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def refusal(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
-    return kind("refused\nwith details", response=SimpleNamespace(headers={}, request=None))
+def refusal(kind: type[HfHubHTTPError], says: str = "refused\nwith details", **more: Any) -> HfHubHTTPError:
+    response = SimpleNamespace(headers={}, request=None, status_code=more.pop("status", 401))
+    return kind(says, response=response, **more)
 
 
 GATED = refusal(GatedRepoError)
@@ -43,6 +44,10 @@ FAILURES = [
     (refusal(RepositoryNotFoundError), "no model of that name on the hub"),
     (refusal(RevisionNotFoundError), "no such revision"),
     (refusal(HfHubHTTPError), r"the hub refused \(refused\): check your token"),
+    (
+        refusal(HfHubHTTPError, "(Request ID: 1)\n\n403 Forbidden", status=403, server_message="gates\nare shut"),
+        r"the hub refused \(gates\): check your token .*, and give it read access to gated repositories",
+    ),
     (UNREACHABLE, r"could not be reached \(Name or service not known\): check the network"),
     (OFFLINE, r"could not be reached \(offline mode is enabled\)"),
     (LocalEntryNotFoundError("no snapshot here"), r"could not be reached \(no snapshot here\)"),
