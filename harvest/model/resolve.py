@@ -54,6 +54,15 @@ ANSWER_SECONDS = 5
 DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 FILES = [*DESCRIPTION, *WEIGHTS]
+# Where a repository has them, a snapshot in the cache is not whole without these. Weights are looked at apart.
+NEEDED = [
+    CONFIG_FILE,
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+]
 OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
 SNAPSHOTS = "snapshots"  # of a model's folder in the hub's cache: its folders are called by their commits
 KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, where a hub does not say
@@ -184,9 +193,9 @@ def _converted(name: str, file: Path, say: Callable[[str], None]) -> ModelSource
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
-    """The snapshot in the local cache, if it is all there."""
+    """The snapshot in the local cache, if all is there that a harvest reads; others may have brought it, or we."""
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=FILES))
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=NEEDED))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)

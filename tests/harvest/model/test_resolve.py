@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event
@@ -16,6 +17,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -58,6 +60,10 @@ FAILURES = [
 ]
 
 
+def is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
 class Hub:
     """A cache and a network; `calls` lists what was asked of them."""
 
@@ -75,17 +81,21 @@ class Hub:
         for name in names:
             (self.snapshot / name).write_text("{}")
 
-    def snapshot_download(self, _model, *, local_files_only=False, dry_run=False, allow_patterns=(), **_options) -> Any:
+    def snapshot_download(
+        self, _model, *, local_files_only=False, dry_run=False, allow_patterns=(), ignore_patterns=(), **_options
+    ) -> Any:
         self.calls.append("cache" if local_files_only else "sizes" if dry_run else "download")
+        names = [name for name in self.files if is_any(name, allow_patterns) and not is_any(name, ignore_patterns)]
         if local_files_only:
             if not self.snapshot.is_dir():
                 raise LocalEntryNotFoundError("nothing cached")
+            if not all((self.snapshot / name).is_file() for name in names):
+                raise IncompleteSnapshotError("files are missing", str(self.snapshot))
             return str(self.snapshot)
         if self.failure:
             if dry_run and not isinstance(self.failure, RevisionNotFoundError):
                 raise DryRunError("please check your internet connection or authentication token") from self.failure
             raise self.failure
-        names = [name for name in self.files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
         if dry_run:
             return [SimpleNamespace(file_size=self.bytes, will_download=True) for _ in names]
         self.fill_cache(*names)
@@ -162,6 +172,20 @@ def test_a_cache_that_lacks_something_is_no_cache(hub, cached):
     hub.fill_cache(*cached)
     hub.failure = UNREACHABLE
     assert choose("auto").name == "pocket"
+
+
+def test_what_no_harvest_reads_may_be_missing_from_the_cache(hub):
+    """Of Llama-3 and Mistral the same weights lie there once more, which are not brought; other tools bring less."""
+    whole = (*hub.files, "tokenizer_config.json")
+    hub.files = (*whole, "original/params.json", "consolidated.safetensors")
+    fetch(Choice("owner/name"))
+    hub.failure = UNREACHABLE
+    assert fetch(Choice("owner/name")).folder == hub.snapshot
+    hub.files = (*hub.files, "params.json", "tokenizer.model")
+    assert fetch(Choice("owner/name")).folder == hub.snapshot
+    (hub.snapshot / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelUnavailable):
+        fetch(Choice("owner/name"))
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
