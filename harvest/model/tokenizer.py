@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import UNREADABLE, TokenizerUnsuitable
+from .load_and_truncate import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class TextEncoder:
     backend: Any  # of the `tokenizers` library: encodes a batch on all cores
     bos_token: int
     special_tokens: tuple[int, ...]
+    is_bos_of_configuration: bool = False  # whether the tokenizer itself names none
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -70,7 +72,9 @@ def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
     """The encoder of a tokenizer of transformers."""
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerUnsuitable(f"the tokenizer of {name} has no fast form (tokenizer.json); convert it first")
-    if tokenizer.bos_token_id is None:
+    named = tokenizer.bos_token_id
+    bos = _bos_of_configuration(tokenizer, Path(name)) if named is None else int(named)
+    if bos is None:
         raise TokenizerUnsuitable(
             f"the tokenizer of {name} has no BOS token, but every window starts with one. "
             "Set `bos_token` in its tokenizer_config.json (often the end-of-text token serves)"
@@ -78,4 +82,15 @@ def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return TextEncoder(backend, int(tokenizer.bos_token_id), tuple(sorted(set(map(int, tokenizer.all_special_ids)))))
+    return TextEncoder(backend, bos, tuple(sorted({bos, *map(int, tokenizer.all_special_ids)})), named is None)
+
+
+def _bos_of_configuration(tokenizer: Any, folder: Path) -> int | None:
+    """What Qwen's models name as BOS and their tokenizers do not. Only what is special there: some configurations have
+    a number that nobody chose."""
+    try:
+        found = json.loads((folder / CONFIG_FILE).read_text()).get("bos_token_id")
+    except FileNotFoundError:
+        return None
+    token = tokenizer.added_tokens_decoder.get(found) if isinstance(found, int) else None
+    return found if token and token.special else None
