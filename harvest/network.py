@@ -12,7 +12,9 @@ from ..cache_schema.disk_and_cloud_files import free_bytes_at
 from ..cache_schema.numbers_in_words import say_size
 from .errors import ModelUnavailable
 
-NETWORK_ERRORS = (OSError, HTTPError)
+# The last is raised where a proxy is set that takes a package which is not installed.
+NETWORK_ERRORS = (OSError, HTTPError, ImportError)
+INSTALL = "install the package that is missing, `pip install socksio` for a SOCKS proxy, or unset the proxy"
 
 
 def load_dataset(*args: Any, **kwargs: Any) -> Any:

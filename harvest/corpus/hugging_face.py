@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
-from ..network import NETWORK_ERRORS, load_dataset
+from ..network import INSTALL, NETWORK_ERRORS, load_dataset
 from .source import DatasetOptions, Source, State, cell_text
 
 CONVERSION = "refs/convert/parquet"
@@ -216,6 +216,8 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
         _refuse(
             dataset, error, "check the id and the revision, accept its terms on the hub, and log in (`hf auth login`)"
         )
+    if isinstance(error, ImportError):
+        _refuse(dataset, error, INSTALL)
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL_DISK):
         _refuse(dataset, error, "files are kept under HF_HOME: make room there, or name a folder that can be written")
     if _is_damage(error):

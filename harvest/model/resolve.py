@@ -37,7 +37,7 @@ from ...cache_schema import ModelSpec
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ...cache_schema.numbers_in_words import first_line
 from ..errors import ModelDiffers, ModelUnavailable
-from ..network import NETWORK_ERRORS, require_room
+from ..network import INSTALL, NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER
 from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
 from .load_and_truncate import CONFIG_FILE, find_weights
@@ -256,7 +256,8 @@ def _explain(error: Exception, model: str) -> str:
         gates = ", and give it read access to gated repositories at huggingface.co/settings/tokens"
         asks = gates if error.response.status_code == FORBIDDEN else ""
         return f"the hub refused ({said}): check your token with `hf auth whoami`{asks}"
-    return f"the hub could not be reached ({first_line(error)}): check the network, or name a folder"
+    remedy = INSTALL if isinstance(error, ImportError) else "check the network, or name a folder"
+    return f"the hub could not be reached ({first_line(error)}): {remedy}"
 
 
 def _is_full_disk(error: Exception) -> bool:
@@ -267,7 +268,14 @@ def _is_full_disk(error: Exception) -> bool:
 def _ask_in_time(question: Callable[[], str | None]) -> str | None:
     """The answer of `question`, or that there was none: a name lookup without a network can hang for long."""
     answers: list[str | None] = []
-    thread = Thread(target=lambda: answers.append(question()), daemon=True)
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except Exception as error:  # noqa: BLE001  whatever stands in the way is the answer
+            answers.append(f"the hub could not be asked ({first_line(error)})")
+
+    thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(DECISION_SECONDS)
     return answers[0] if answers else f"the hub did not answer within {DECISION_SECONDS} seconds"

@@ -165,6 +165,13 @@ def test_what_waiting_does_not_mend_is_not_waited_for(error):
     assert len(loads) == 1
 
 
+def test_a_package_that_a_proxy_takes_is_not_waited_for(parquet):
+    network = Network(parquet, [21, 21], error=ImportError("Using SOCKS proxy"))
+    with pytest.raises(CorpusUnavailable, match=r"Using SOCKS proxy\): .*`pip install socksio`"):
+        list(HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0)).documents())
+    assert network.loads == 1
+
+
 def test_a_name_that_the_hub_could_not_have_is_refused_without_asking():
     with pytest.raises(CorpusUnavailable, match="data set my data cannot be reached.*neither a file"):
         open_hub(DatasetOptions("my data"))

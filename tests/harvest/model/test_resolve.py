@@ -51,6 +51,7 @@ FAILURES = [
         r"the hub refused \(gates\): check your token .*, and give it read access to gated repositories",
     ),
     (UNREACHABLE, r"could not be reached \(Name or service not known\): check the network"),
+    (ImportError("Using SOCKS proxy"), r"could not be reached \(Using SOCKS proxy\): .*`pip install socksio`"),
     (OFFLINE, r"could not be reached \(offline mode is enabled\)"),
     (LocalEntryNotFoundError("no snapshot here"), r"could not be reached \(no snapshot here\)"),
     (
@@ -93,7 +94,7 @@ class Hub:
                 raise IncompleteSnapshotError("files are missing", str(self.snapshot))
             return str(self.snapshot)
         if self.failure:
-            if dry_run and not isinstance(self.failure, RevisionNotFoundError):
+            if dry_run and not isinstance(self.failure, (RevisionNotFoundError, ImportError)):
                 raise DryRunError("please check your internet connection or authentication token") from self.failure
             raise self.failure
         if dry_run:
@@ -195,6 +196,11 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
     hub.answers.set()
     assert choice.name == "pocket"
     assert "did not answer within" in choice.banner[0]
+
+
+def test_what_nobody_thought_of_is_told_by_its_own_words(hub):
+    hub.failure = ValueError("Unknown scheme for proxy URL")
+    assert "the hub could not be asked (Unknown scheme for proxy URL)" in choose("auto").banner[0]
 
 
 def test_the_decision_takes_less_than_ten_seconds_at_worst():
