@@ -21,10 +21,11 @@ INSTALL = "install the package that is missing, `pip install socksio` for a SOCK
 def load_dataset(*args: Any, **kwargs: Any) -> Any:
     """The function of `datasets`, whose import takes seconds. Off a terminal its bars would be control characters."""
     import datasets
+    from datasets import config
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = TRIES
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = TRIES
     return datasets.load_dataset(*args, **kwargs)
 
 

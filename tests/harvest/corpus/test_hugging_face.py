@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import config, load_dataset
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -84,7 +83,7 @@ def test_a_folder_that_takes_no_files_is_no_lost_network(number, parquet):
 def test_a_stream_does_not_wait_for_long_inside_another_library(parquet):
     """Twenty times for five seconds, or for a minute, in each of our own tries."""
     load_quietly("parquet", data_files={"train": parquet}, split="train", streaming=True)
-    assert datasets.config.STREAMING_READ_MAX_RETRIES == datasets.config.STREAMING_OPEN_MAX_RETRIES == 2
+    assert config.STREAMING_READ_MAX_RETRIES == config.STREAMING_OPEN_MAX_RETRIES == 2
 
 
 def test_reading_goes_on_from_a_saved_state(parquet):
