@@ -95,10 +95,14 @@ def _require_folder(path: Path, url: str) -> None:
         )
 
 
-def create_store(plan: Plan, files: Files, watch: Watch) -> StoreWriter | None:
+def find_corpus(plan: Plan, files: Files) -> Corpus:
+    """The text that a new store is made of, or that its tokenising was begun with."""
+    return _corpus_of_begun(plan, spool_folder(files)) or open_corpus(plan.corpus)
+
+
+def create_store(plan: Plan, corpus: Corpus, files: Files, watch: Watch) -> StoreWriter | None:
     """Tokenise, pack, and write the beginning of the store; None where another process has meanwhile."""
     folder = spool_folder(files)
-    corpus = _corpus_of_begun(plan, folder) or open_corpus(plan.corpus)
     # the store names a full disk by itself; this is for what comes before it
     with name_full_disk(f"tokenising into {folder}"), lock_spool(folder):
         return None if has_root(files) else _tokenise(plan, corpus, folder, watch)

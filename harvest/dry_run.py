@@ -1,7 +1,7 @@
 """A harvest without writing a store: what it would cost in bytes and in time.
 
-Where the model's weights are here, a few batches of the corpus are harvested; else its configuration has to do. A GGUF
-file is converted for that, once, as for a harvest.
+Where the model's weights are here, a few batches of the corpus are harvested; else its configuration has to do, and of
+the corpus that it is there. A GGUF file is converted for that, once, as for a harvest.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
             work, sample = _rest_of(plan, files) if is_begun else _whole(plan)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
         else:
+            if not is_begun:
+                open_corpus(plan.corpus)  # which refuses one that is not there
             work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
             cost = cost_before(plan, work.manifest, process.device)
     weights = weights_beside(plan.source, files) if work.shards else 0

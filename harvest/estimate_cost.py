@@ -213,6 +213,9 @@ def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
         f"to write: {say_size(total)} at most ({arrays}){at}",
         f"memory: about {say_size(memory_of_shards(manifest))} for two shards; less with --shard-windows",
     ]
+    if plan.encoder.is_bos_of_configuration:
+        bos = plan.encoder.backend.id_to_token(plan.encoder.bos_token)
+        lines.append(f"BOS: {bos}, as the model's configuration says, for its tokenizer names none")
     if plan.source.to_download is not None:
         lines.append(f"to download: {say_size(plan.source.to_download)} of weights into {constants.HF_HUB_CACHE}")
     return lines

@@ -1,8 +1,8 @@
 """A whole harvest: model and corpus to a store, from the start or from where another one stopped.
 
 1. Decide the model, or take the one a store was begun with; look at its configuration and tokenizer, refuse
-   what they do not have, and say what a new store will cost. Only then download weights; where there is a
-   store, only for what is left to harvest.
+   what they do not have, say what a new store will cost, and find its corpus. Only then download weights; where
+   there is a store, only for what is left to harvest.
 2. Where there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
    others wait for it. Where there is one, its settings must be the same, and nothing is tokenised again.
 3. Check that the disk can hold what is to come of all workers.
@@ -26,7 +26,14 @@ from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blo
 from ..cache_schema.numbers_in_words import counted, say_size
 from ..cache_schema.open_and_check_root import has_root, read_root
 from .config import HarvestConfig
-from .create_or_resume_store import create_store, go_on_with_store, lock_spool, require_place, wait_for_tokens
+from .create_or_resume_store import (
+    create_store,
+    find_corpus,
+    go_on_with_store,
+    lock_spool,
+    require_place,
+    wait_for_tokens,
+)
 from .errors import HarvestError, ModelDiffers, ModelUnavailable
 from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, sizes_of, tokens_in
 from .model.load_and_truncate import Wanted, find_device, load_model
@@ -78,10 +85,11 @@ def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[St
     tokens are there, and the plan as it was begun: the other may have found another commit of the model."""
     if process.is_first:
         announce(plan, process.device, files, watch)
+        corpus = find_corpus(plan, files)  # before hours of download for a text that is not there
         is_long = plan.source.to_download is not None
         with lock_spool(spool_folder(files)) if is_long else nullcontext():  # those who wait see that it is about it
             plan = with_weights(plan)
-        if writer := create_store(plan, files, watch):
+        if writer := create_store(plan, corpus, files, watch):
             return writer, plan
     else:
         plan = with_weights(plan)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...cache_schema.sites import RESID, Site
-from ...harvest.errors import HarvestError
+from ...harvest.errors import UNREADABLE, HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.hooks import kept, tapped
@@ -209,7 +209,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
                 )
-        except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        except (SafetensorError, MemoryError, *UNREADABLE) as error:
             if is_out_of_memory(error):
                 raise
             raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
-from ..network import NETWORK_ERRORS, load_dataset
+from ..network import INSTALL, NETWORK_ERRORS, first_words, load_dataset
 from .source import DatasetOptions, Source, State, cell_text
 
 CONVERSION = "refs/convert/parquet"
@@ -41,6 +41,7 @@ REFUSALS = (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+REFUSING = (401, 403, 404)  # what a hub answers to what it will not give the next time either
 DAMAGE = (ValueError, EOFError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
 WAITS_SECONDS = (1, 2, 4, 8, 16)  # after so many failures in a row without one document in between, stop
 TIMEOUT_SECONDS = 10
@@ -115,7 +116,7 @@ class HubCorpus:
         if failures == len(self._waits):
             raise NetworkLost(
                 f"the connection to {self.id} was lost {failures + 1} times in a row after {self._read:,} documents "
-                f"({error}). Nothing is lost: run the same command again and it continues from there"
+                f"({first_words(error)}). Nothing is lost: run the same command again and it continues from there"
             ) from error
         time.sleep(self._waits[failures])
 
@@ -212,15 +213,18 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import FileNotFoundDatasetsError
 
-    if isinstance(error, (*REFUSALS, EmptyDatasetError, FileNotFoundDatasetsError)):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in REFUSING or isinstance(error, (*REFUSALS, EmptyDatasetError, FileNotFoundDatasetsError)):
         _refuse(
             dataset, error, "check the id and the revision, accept its terms on the hub, and log in (`hf auth login`)"
         )
+    if isinstance(error, ImportError):
+        _refuse(dataset, error, INSTALL)
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL_DISK):
         _refuse(dataset, error, "files are kept under HF_HOME: make room there, or name a folder that can be written")
     if _is_damage(error):
         raise CorpusUnavailable(
-            f"data set {dataset} is damaged after document {documents:,} ({error}). "
+            f"data set {dataset} is damaged after document {documents:,} ({first_words(error)}). "
             "Take another --dataset-revision, or another data set"
         ) from error
 
@@ -232,7 +236,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _refuse(dataset: str, error: Exception, remedy: str) -> NoReturn:
-    raise CorpusUnavailable(f"data set {dataset} cannot be reached ({error}): {remedy}") from error
+    raise CorpusUnavailable(f"data set {dataset} cannot be reached ({first_words(error)}): {remedy}") from error
 
 
 SOURCE = Source(

@@ -24,6 +24,7 @@ from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -36,7 +37,7 @@ from ...cache_schema import ModelSpec
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ...cache_schema.numbers_in_words import first_line
 from ..errors import ModelDiffers, ModelUnavailable
-from ..network import NETWORK_ERRORS, require_room
+from ..network import INSTALL, NETWORK_ERRORS, first_words, require_room
 from ..pocket import MODEL_FOLDER
 from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
 from .load_and_truncate import CONFIG_FILE, find_weights
@@ -47,11 +48,21 @@ SMOLLM2 = "smollm2"
 GGUF = "gguf-"  # begins the revision of a model from such a file
 FIRST_CHOICE = "google/gemma-2-2b"
 
+FORBIDDEN = 403  # what a hub answers to a token with too few rights
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5
 DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 FILES = [*DESCRIPTION, *WEIGHTS]
+# Where a repository has them, a snapshot in the cache is not whole without these. Weights are looked at apart.
+NEEDED = [
+    CONFIG_FILE,
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+]
 OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
 SNAPSHOTS = "snapshots"  # of a model's folder in the hub's cache: its folders are called by their commits
 KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, where a hub does not say
@@ -182,9 +193,9 @@ def _converted(name: str, file: Path, say: Callable[[str], None]) -> ModelSource
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
-    """The snapshot in the local cache, if it is all there."""
+    """The snapshot in the local cache, if all is there that a harvest reads; others may have brought it, or we."""
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=FILES))
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=NEEDED))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -225,6 +236,8 @@ def _obstacle(model: str) -> str | None:
 
 def _explain(error: Exception, model: str) -> str:
     """What is wrong and what to do, by kind of error."""
+    if isinstance(error, (DryRunError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # these say of any failure that the network may be gone
     if isinstance(error, GatedRepoError):
         return f"its licence is not accepted here: accept it at https://huggingface.co/{model}, then `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
@@ -239,8 +252,11 @@ def _explain(error: Exception, model: str) -> str:
             "folder on another disk, and run the same command again"
         )
     if isinstance(error, HfHubHTTPError):
-        return f"the hub refused ({first_line(error)}): check your token with `hf auth whoami`"
-    return f"the hub could not be reached ({first_line(error)}): check the network, or name a folder"
+        gates = ", and give it read access to gated repositories at huggingface.co/settings/tokens"
+        asks = gates if error.response.status_code == FORBIDDEN else ""
+        return f"the hub refused ({first_words(error)}): check your token with `hf auth whoami`{asks}"
+    remedy = INSTALL if isinstance(error, ImportError) else "check the network, or name a folder"
+    return f"the hub could not be reached ({first_line(error)}): {remedy}"
 
 
 def _is_full_disk(error: Exception) -> bool:
@@ -251,7 +267,14 @@ def _is_full_disk(error: Exception) -> bool:
 def _ask_in_time(question: Callable[[], str | None]) -> str | None:
     """The answer of `question`, or that there was none: a name lookup without a network can hang for long."""
     answers: list[str | None] = []
-    thread = Thread(target=lambda: answers.append(question()), daemon=True)
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except Exception as error:  # noqa: BLE001  whatever stands in the way is the answer
+            answers.append(f"the hub could not be asked ({first_line(error)})")
+
+    thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(DECISION_SECONDS)
     return answers[0] if answers else f"the hub did not answer within {DECISION_SECONDS} seconds"

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from ..errors import UNREADABLE, TokenizerUnsuitable
+from .load_and_truncate import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class TextEncoder:
     backend: Any  # of the `tokenizers` library: encodes a batch on all cores
     bos_token: int
     special_tokens: tuple[int, ...]
+    is_bos_of_configuration: bool = False  # whether the tokenizer itself names none
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -40,14 +44,17 @@ def load_encoder(source: str | Path) -> TextEncoder:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of transformers."""
-    from transformers import AutoTokenizer
+    """The tokenizer of transformers, by the rules of tokenizer.json, for some of its classes put in their own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    alone: dict[str, Any] = {"trust_remote_code": False}  # left open, it asks at a terminal whether to run their code
     try:
-        return AutoTokenizer.from_pretrained(
-            source,
-            trust_remote_code=False,  # left open, it asks at a terminal whether to run a folder's code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **alone)
+        file = Path(source, "tokenizer.json")
+        if not file.is_file() or not getattr(tokenizer, "is_fast", False):
+            return tokenizer
+        is_as_published = _rules_of(tokenizer.backend_tokenizer) == _rules_of(Tokenizer.from_file(str(file)))
+        return tokenizer if is_as_published else PreTrainedTokenizerFast.from_pretrained(source, **alone)
     except UNREADABLE as error:
         raise TokenizerUnsuitable(
             f"{source} has no tokenizer that can be loaded ({error}). Save one beside the model "
@@ -55,11 +62,19 @@ def load_tokenizer(source: str | Path) -> Any:
         ) from error
 
 
+def _rules_of(backend: Tokenizer) -> list[Any]:
+    """What decides the tokens of a text beside vocabulary and merges, which every class takes from the file."""
+    stages = [stage and stage.__getstate__() for stage in (backend.normalizer, backend.pre_tokenizer)]
+    return [*stages, *(getattr(backend.model, name, None) for name in ("byte_fallback", "ignore_merges"))]
+
+
 def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
     """The encoder of a tokenizer of transformers."""
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerUnsuitable(f"the tokenizer of {name} has no fast form (tokenizer.json); convert it first")
-    if tokenizer.bos_token_id is None:
+    named = tokenizer.bos_token_id
+    bos = _bos_of_configuration(tokenizer, Path(name)) if named is None else int(named)
+    if bos is None:
         raise TokenizerUnsuitable(
             f"the tokenizer of {name} has no BOS token, but every window starts with one. "
             "Set `bos_token` in its tokenizer_config.json (often the end-of-text token serves)"
@@ -67,4 +82,15 @@ def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return TextEncoder(backend, int(tokenizer.bos_token_id), tuple(sorted(set(map(int, tokenizer.all_special_ids)))))
+    return TextEncoder(backend, bos, tuple(sorted({bos, *map(int, tokenizer.all_special_ids)})), named is None)
+
+
+def _bos_of_configuration(tokenizer: Any, folder: Path) -> int | None:
+    """What Qwen's models name as BOS and their tokenizers do not. Only what is special there: some configurations have
+    a number that nobody chose."""
+    try:
+        found = json.loads((folder / CONFIG_FILE).read_text()).get("bos_token_id")
+    except FileNotFoundError:
+        return None
+    token = tokenizer.added_tokens_decoder.get(found) if isinstance(found, int) else None
+    return found if token and token.special else None

@@ -20,9 +20,10 @@ from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.harvest import cli, estimate_cost, run
 from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig
+from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run, render
-from saemill.harvest.errors import ContextTooLong, DeviceFull, SettingInvalid
+from saemill.harvest.errors import ContextTooLong, CorpusUnavailable, DeviceFull, SettingInvalid
 from saemill.harvest.estimate_cost import Cost, bytes_by_array, manifest_before, tokens_per_second
 from saemill.harvest.model.load_and_truncate import load_model
 from saemill.harvest.model.resolve import Choice, ModelSource
@@ -37,12 +38,13 @@ Make = Callable[..., HarvestConfig]
 
 @pytest.fixture
 def described(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSource:
-    """A model of which only the description is here; to fetch it fails the test."""
+    """A model of which only the description is here; to fetch it fails the test. Any text is on the hub."""
     folder = tmp_path / "described"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     source = ModelSource("owner/name", "c0ffee", folder, to_download=10_460_000_000)
     monkeypatch.setattr(run, "look", lambda *_: source)
     monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("was downloaded"))
+    monkeypatch.setattr(hugging_face, "find_repository", lambda text: hugging_face.Repository(text.dataset, "c0ffee"))
     return source
 
 
@@ -71,7 +73,7 @@ def test_a_context_that_attention_cannot_be_kept_of_is_refused_before_anything_i
     plan_of(make_config(context=32769, tokens=10**6, attention_layers=()), described)
 
 
-def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):
+def test_a_dry_run_needs_no_weights_and_of_the_text_only_that_it_is_there(make_config: Make, described):
     config = make_config(model="owner/name", corpus=DatasetOptions("owner/text"), tokens=10_000_000, context=64)
     estimate = dry_run(config, Watch(is_quiet=True))
     page = io.StringIO()
@@ -81,6 +83,12 @@ def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):
     assert estimate.bytes_per_token["resid/layer_2"] == pytest.approx(2 * 16, rel=1e-3)
     assert estimate.seconds > 0
     assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("do", [harvest, dry_run])
+def test_a_text_that_is_not_there_is_refused_before_the_weights_are_downloaded(make_config: Make, described, do):
+    with pytest.raises(CorpusUnavailable, match=r"no file or folder '\./nowhere'"):
+        do(make_config(model="owner/name", corpus=DatasetOptions("./nowhere")), Watch(is_quiet=True))
 
 
 def test_a_batch_of_windows_is_measured_however_short_the_documents_are(make_config: Make, tmp_path, monkeypatch):

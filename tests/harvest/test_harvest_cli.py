@@ -300,14 +300,25 @@ def test_what_the_disk_refuses_gets_one_line(type_: Type, text_file, monkeypatch
     assert result.exit_code == 1 and f"{os.strerror(code).lower()}: {text_file}" in result.output
 
 
-def test_a_tokenizer_without_bos_is_refused(type_: Type, model_folder, tmp_path):
+def test_a_tokenizer_without_bos_takes_the_configurations_or_is_refused(type_: Type, model_folder, tmp_path):
+    """As those of Qwen. Of what the configuration names only a special token is taken."""
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
-    settings = folder / "tokenizer_config.json"
+    settings, config = folder / "tokenizer_config.json", folder / "config.json"
     settings.write_text(settings.read_text().replace('"bos_token": "<bos>",', ""))
+    for other in ("null", "9"):
+        config.write_text(
+            (model_folder / "config.json").read_text().replace('"bos_token_id": 2', f'"bos_token_id": {other}')
+        )
+        result = type_(f"--model={folder}")
+        assert result.exit_code == 1
+        assert "TokenizerUnsuitable" in result.output and "no BOS token" in result.output
+    shutil.copy(model_folder / "config.json", config)
     result = type_(f"--model={folder}")
-    assert result.exit_code == 1
-    assert "TokenizerUnsuitable" in result.output and "no BOS token" in result.output
+    assert result.exit_code == 0 and "BOS: <bos>, as the model's configuration says" in result.output
+    with Store.open(tmp_path / "store") as store:
+        spec = store.manifest.model
+        assert spec.bos_token == 2 and spec.special_tokens == (0, 1, 2)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(type_: Type, model_folder, tmp_path):

@@ -535,7 +535,9 @@ def test_no_batch_is_said_to_be_larger_than_its_shard(make_config: Make, monkeyp
         watch = Watch(is_quiet=True)
         plan, files = run.decide(config, watch), open_files(config.out)
         process = Process(torch.device("cpu"), Worker())
-        with run.create_store(plan, files, watch) or run.go_on_with_store(plan, process, files, watch) as writer:
+        with run.create_store(plan, run.find_corpus(plan, files), files, watch) or run.go_on_with_store(
+            plan, process, files, watch
+        ) as writer:
             return writer.manifest.corpus.settings["batch_windows"]
 
     config = make_config(shard_windows=8, batch_windows=None)

@@ -186,7 +186,13 @@ def test_a_model_that_cannot_be_had_is_asked_for_once(make_world, open_context):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", None), ("config.json", "{}"), ("model.safetensors", None), ("model.safetensors", "x")],
+    [
+        ("config.json", None),
+        ("config.json", "{}"),
+        ("model.safetensors", None),
+        ("model.safetensors", "x"),
+        ("generation_config.json", '{"early_stopping": "x"}'),
+    ],
 )
 def test_a_damaged_model_is_named(world, tmp_path, file, content):
     for part in world.model.iterdir():

@@ -13,15 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import config, load_dataset
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from saemill.harvest.corpus.hugging_face import CONVERSION, HubCorpus, Repository, find_repository, open_hub
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
+from saemill.harvest.network import load_dataset as load_quietly
 
 TEXTS = [f"document {i}" for i in range(50)]
 SOURCE = DatasetOptions("owner/name")
@@ -77,6 +78,12 @@ def test_a_folder_that_takes_no_files_is_no_lost_network(number, parquet):
     with pytest.raises(CorpusUnavailable, match="kept under HF_HOME: make room there"):
         list(HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0)).documents())
     assert network.loads == 1
+
+
+def test_a_stream_does_not_wait_for_long_inside_another_library(parquet):
+    """Twenty times for five seconds, or for a minute, in each of our own tries."""
+    load_quietly("parquet", data_files={"train": parquet}, split="train", streaming=True)
+    assert config.STREAMING_READ_MAX_RETRIES == config.STREAMING_OPEN_MAX_RETRIES == 2
 
 
 def test_reading_goes_on_from_a_saved_state(parquet):
@@ -148,6 +155,11 @@ REFUSED = [
         kind("refused", response=SimpleNamespace(headers={}, request=None))  # pyright: ignore[reportArgumentType]
         for kind in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)
     ),
+    HfHubHTTPError(
+        "(Request ID: 1)\n\n403 Forbidden",
+        response=SimpleNamespace(headers={}, request=None, status_code=403),  # pyright: ignore[reportArgumentType]
+        server_message="Please enable access\nto gated repositories",
+    ),
     *(kind("nothing there") for kind in (EmptyDatasetError, DataFilesNotFoundError, DatasetNotFoundError)),
 ]
 
@@ -160,9 +172,16 @@ def test_what_waiting_does_not_mend_is_not_waited_for(error):
         loads.append(None)
         raise error
 
-    with pytest.raises(CorpusUnavailable, match=r"owner/name cannot be reached .*hf auth login"):
+    with pytest.raises(CorpusUnavailable, match=r"owner/name cannot be reached \([^\n(]+\): .*hf auth login"):
         list(HubCorpus(SOURCE, PINNED, refused, waits=(0, 0)).documents())
     assert len(loads) == 1
+
+
+def test_a_package_that_a_proxy_takes_is_not_waited_for(parquet):
+    network = Network(parquet, [21, 21], error=ImportError("Using SOCKS proxy"))
+    with pytest.raises(CorpusUnavailable, match=r"Using SOCKS proxy\): .*`pip install socksio`"):
+        list(HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0)).documents())
+    assert network.loads == 1
 
 
 def test_a_name_that_the_hub_could_not_have_is_refused_without_asking():

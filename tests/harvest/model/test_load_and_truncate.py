@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from saemill.cache_schema import Site
@@ -173,6 +174,23 @@ def test_code_that_comes_with_a_tokenizer_is_refused_and_nobody_is_asked(tmp_pat
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(TokenizerUnsuitable, match="no tokenizer that can be loaded"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_text_is_split_as_tokenizer_json_says_whatever_class_is_named_beside_it(named, tmp_path):
+    """Classes of transformers that have rules of their own put these in place of the file's."""
+    rules = json.loads((MODEL_FOLDER / "tokenizer.json").read_text())
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    rules["normalizer"] = {"type": "Lowercase"}
+    rules["pre_tokenizer"]["pretokenizers"] = [{"type": "Digits", "individual_digits": True}, byte_level]
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    said = {"tokenizer_class": named, "bos_token": "<bos>", "eos_token": "<eos>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    text, encoder = "In  1234 It's", load_encoder(tmp_path)
+    published = Tokenizer.from_file(f"{tmp_path}/tokenizer.json")
+    assert encoder.encode([text]) == [published.encode(text, add_special_tokens=False).ids]
+    assert encoder.bos_token == 2 and {1, 2} <= set(encoder.special_tokens)
 
 
 def test_files_whose_fields_are_no_model_and_no_tokenizer(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -30,8 +33,9 @@ from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_a
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def refusal(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
-    return kind("refused\nwith details", response=SimpleNamespace(headers={}, request=None))
+def refusal(kind: type[HfHubHTTPError], says: str = "refused\nwith details", **more: Any) -> HfHubHTTPError:
+    response = SimpleNamespace(headers={}, request=None, status_code=more.pop("status", 401))
+    return kind(says, response=response, **more)
 
 
 GATED = refusal(GatedRepoError)
@@ -42,7 +46,12 @@ FAILURES = [
     (refusal(RepositoryNotFoundError), "no model of that name on the hub"),
     (refusal(RevisionNotFoundError), "no such revision"),
     (refusal(HfHubHTTPError), r"the hub refused \(refused\): check your token"),
+    (
+        refusal(HfHubHTTPError, "(Request ID: 1)\n\n403 Forbidden", status=403, server_message="gates\nare shut"),
+        r"the hub refused \(gates\): check your token .*, and give it read access to gated repositories",
+    ),
     (UNREACHABLE, r"could not be reached \(Name or service not known\): check the network"),
+    (ImportError("Using SOCKS proxy"), r"could not be reached \(Using SOCKS proxy\): .*`pip install socksio`"),
     (OFFLINE, r"could not be reached \(offline mode is enabled\)"),
     (LocalEntryNotFoundError("no snapshot here"), r"could not be reached \(no snapshot here\)"),
     (
@@ -50,6 +59,10 @@ FAILURES = [
         "disk is full while downloading into .*: free some space, or set HF_HOME",
     ),
 ]
+
+
+def is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 class Hub:
@@ -69,15 +82,21 @@ class Hub:
         for name in names:
             (self.snapshot / name).write_text("{}")
 
-    def snapshot_download(self, _model, *, local_files_only=False, dry_run=False, allow_patterns=(), **_options) -> Any:
+    def snapshot_download(
+        self, _model, *, local_files_only=False, dry_run=False, allow_patterns=(), ignore_patterns=(), **_options
+    ) -> Any:
         self.calls.append("cache" if local_files_only else "sizes" if dry_run else "download")
+        names = [name for name in self.files if is_any(name, allow_patterns) and not is_any(name, ignore_patterns)]
         if local_files_only:
             if not self.snapshot.is_dir():
                 raise LocalEntryNotFoundError("nothing cached")
+            if not all((self.snapshot / name).is_file() for name in names):
+                raise IncompleteSnapshotError("files are missing", str(self.snapshot))
             return str(self.snapshot)
         if self.failure:
+            if dry_run and not isinstance(self.failure, (RevisionNotFoundError, ImportError)):
+                raise DryRunError("please check your internet connection or authentication token") from self.failure
             raise self.failure
-        names = [name for name in self.files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
         if dry_run:
             return [SimpleNamespace(file_size=self.bytes, will_download=True) for _ in names]
         self.fill_cache(*names)
@@ -156,6 +175,20 @@ def test_a_cache_that_lacks_something_is_no_cache(hub, cached):
     assert choose("auto").name == "pocket"
 
 
+def test_what_no_harvest_reads_may_be_missing_from_the_cache(hub):
+    """Of Llama-3 and Mistral the same weights lie there once more, which are not brought; other tools bring less."""
+    whole = (*hub.files, "tokenizer_config.json")
+    hub.files = (*whole, "original/params.json", "consolidated.safetensors")
+    fetch(Choice("owner/name"))
+    hub.failure = UNREACHABLE
+    assert fetch(Choice("owner/name")).folder == hub.snapshot
+    hub.files = (*hub.files, "params.json", "tokenizer.model")
+    assert fetch(Choice("owner/name")).folder == hub.snapshot
+    (hub.snapshot / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelUnavailable):
+        fetch(Choice("owner/name"))
+
+
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
     monkeypatch.setattr(resolve, "DECISION_SECONDS", 0.05)
     hub.answers.clear()
@@ -163,6 +196,11 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
     hub.answers.set()
     assert choice.name == "pocket"
     assert "did not answer within" in choice.banner[0]
+
+
+def test_what_nobody_thought_of_is_told_by_its_own_words(hub):
+    hub.failure = ValueError("Unknown scheme for proxy URL")
+    assert "the hub could not be asked (Unknown scheme for proxy URL)" in choose("auto").banner[0]
 
 
 def test_the_decision_takes_less_than_ten_seconds_at_worst():
