@@ -43,7 +43,7 @@ REFUSALS = (
 )
 REFUSING = (401, 403, 404)  # what a hub answers to what it will not give the next time either
 DAMAGE = (ValueError, EOFError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
-WAITS_SECONDS = (1, 2, 4, 8, 16)  # after so many failures in a row without one document in between, stop
+WAITS_SECONDS = (1, 4, 15, 60, 120, 300)  # after so many failures in a row without one document in between, stop
 TIMEOUT_SECONDS = 10
 
 
