@@ -102,7 +102,7 @@ def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type):
 
 
 def test_a_small_model_in_place_of_the_real_one_is_told_first_and_last_and_in_the_stores_page(type_: Type, monkeypatch):
-    banner = ("model: pocket, because the hub is away", "to insist: MODEL=google/gemma-2-2b never falls back")
+    banner = ("model: pocket, because the hub is away", "to insist: --model google/gemma-2-2b never falls back")
     monkeypatch.setattr(run, "choose", lambda _: Choice("pocket", banner=banner))
     result = type_("--model=auto", "--layer=19")
     assert tuple(result.stderr.splitlines()[:2]) == tuple(result.stdout.splitlines()[-2:]) == banner
