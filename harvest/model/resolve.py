@@ -283,7 +283,7 @@ def _ask_in_time(question: Callable[[], str | None]) -> str | None:
 def _banner(taken: str, reason: str) -> tuple[str, str]:
     return (
         f"model: {taken}, because {reason}",
-        f"to insist: --model {FIRST_CHOICE} never falls back, --model {POCKET} takes this package's (of make: MODEL=...)",
+        f"to insist: --model {FIRST_CHOICE} never falls back, --model {POCKET} the one in this package (make: MODEL=)",
     )
 
 
