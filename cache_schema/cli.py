@@ -357,7 +357,7 @@ def _report() -> Iterator[None]:
         with tell_files():
             yield
     except StoreError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -117,7 +117,7 @@ def test_import_of_other_values_into_the_same_path_is_refused(store: Path, tmp_p
     np.save(tmp_path / "resid.npy", np.zeros((600, 8, 16), np.float32))
     result = import_files(tmp_path, store)
     assert result.exit_code == 1
-    assert "StoreMismatch" in result.output and "corpus.revision" in result.output
+    assert "error: " in result.output and "corpus.revision" in result.output
 
 
 def test_import_without_tokens_says_so_in_the_manifest(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -134,7 +134,7 @@ def test_special_tokens_without_tokens_are_refused(tmp_path: Path, arrays: dict[
     """Rows would all count as BOS, or none."""
     result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m", *more)
     assert result.exit_code == 1 and not (tmp_path / "s").exists()
-    assert result.output.lstrip().startswith("ImportInvalid: special tokens and BOS cannot be found without tokens")
+    assert result.output.lstrip().startswith("error: special tokens and BOS cannot be found without tokens")
 
 
 @pytest.mark.parametrize("option", ["--special-token", "--bos-token", "--layer"])
@@ -592,7 +592,7 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     for command in ("info", "verify", "digest", "repair"):
         result = run(command, tmp_path / "nothing")
         assert result.exit_code == 1
-        assert result.output.startswith("StoreMissing: there is no store at")
+        assert result.output.startswith("error: there is no store at")
 
 
 @pytest.mark.parametrize("error", [ValueError("Protocol not known: foo"), ImportError("Install s3fs to access S3")])
@@ -604,13 +604,13 @@ def test_an_address_that_cannot_be_opened_is_one_line(monkeypatch: pytest.Monkey
     for command in ("info", "verify", "digest", "repair"):
         result = run(command, "foo://store")
         assert result.exit_code == 1
-        assert result.output.startswith(f"AddressInvalid: foo://store cannot be opened ({error})")
+        assert result.output.startswith(f"error: foo://store cannot be opened ({error})")
         assert "saemill[s3]" in result.output
 
 
 def test_an_empty_name_is_not_the_current_folder() -> None:
     """As of a variable of the shell that is not set."""
-    assert run("info", "").output.startswith("AddressInvalid:  cannot be opened (an empty name)")
+    assert run("info", "").output.startswith("error:  cannot be opened (an empty name)")
 
 
 def test_repair_hands_damaged_shards_to_whoever_can_harvest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -834,7 +834,7 @@ def test_repair_without_the_model_removes_nothing(harvested, model_folder, tmp_p
     for more in ([], ["--model", str(tmp_path / "gone")], ["--device", "abacus", "--model", str(model_folder)]):
         result = CliRunner().invoke(store_command, ["repair", harvested.out, *more])
         said = result.output.splitlines()
-        assert result.exit_code == 1 and said[-1].startswith("StoreError: ") and "No shard was removed" in said[-1]
+        assert result.exit_code == 1 and said[-1].startswith("error: ") and "No shard was removed" in said[-1]
         with Store.open(harvested.out) as store:
             assert store.committed.all() and store.record(2)
     result = CliRunner().invoke(
