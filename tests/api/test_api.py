@@ -240,8 +240,8 @@ def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
         (lambda path: harvest(model="pocket", tokens="lots"), ValueError, "not a whole number of tokens"),
         (lambda path: harvest(dtype="float8"), ValueError, "float8"),
         (lambda path: Store(path / "none"), StoreMissing, "there is no store"),
-        (lambda path: Store(path).batches(layers=9, device="cpu"), ValueError, "residuals of layers [9]"),
-        (lambda path: Store(path).batches(layers=4, hook="mlp_in", device="cpu"), ValueError, "mlp_in of layers [4]"),
+        (lambda path: Store(path).batches(layers=9, device="cpu"), ValueError, "residuals of layer 9"),
+        (lambda path: Store(path).batches(layers=4, hook="mlp_in", device="cpu"), ValueError, "mlp_in of layer 4 (it"),
     ],
 )
 def test_mistakes_are_errors_with_a_remedy(

@@ -342,8 +342,15 @@ def test_requests_list_all_that_is_not_there(finished):
     folder, _ = finished
     with Store.open(folder) as store, pytest.raises(RequestInvalid) as caught:
         store.spans(Request(layers=(3, 4), attention_layers=(7,), split="trian"))
-    for word in ("layers [4] (it has [3, 5])", "layers [7] (it has [2, 3])", "did you mean 'train'"):
+    for word in (
+        "layer 4 (it has layers 3, 5)",
+        "layer 7 (it has layers 2, 3)",
+        "did you mean 'train'",
+        "another --out",
+    ):
         assert word in str(caught.value)
+    with Store.open(folder) as store, pytest.raises(RequestInvalid, match=r"a hook 'mlp' \(did you mean .*\?\)$"):
+        store.spans(Request(hooks={"mlp": (3,)}))
 
 
 def test_what_has_no_record_does_not_exist_although_its_chunks_lie_there(finished):

@@ -316,7 +316,7 @@ def test_an_sae_of_another_width(world, builder, sae_eval):
 def test_a_layer_that_the_store_does_not_hold(golden, world, builder, sae_eval):
     subject = golden.subject("topk", builder.root)  # reads layer 1
     output = sae_eval(subject.folder, "--cache", world.store, code=1)
-    assert "residuals of layers [1]" in output
+    assert "residuals of layer 1" in output
     sae_eval(subject.folder, "--cache", world.store, "--from-tokens")
 
 
@@ -979,7 +979,7 @@ def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, 
         ({"model_name": "lab/other"}, "and not of lab/other"),
         ({"model_name": None}, "and not of one that the SAE names"),
         ({"context_size": 8}, "whose windows have 12 tokens and not at most 8"),
-        ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layers [1]"),
+        ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layer 1"),
     ],
     ids=["another model", "no model", "more positions", "another layer"],
 )
