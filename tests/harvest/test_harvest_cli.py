@@ -224,7 +224,8 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
         (["--leave-out=bos,me"], "error: --leave-out bos,me: expected bos, self,"),
         (["--worker=3/2"], "error: --worker 3/2"),
         (["--device=abacus"], "error: --device abacus"),
-        (["--device=meta"], "error: --device meta: harvests run on"),
+        (["--device=meta"], "error: --device meta: expected auto, cpu, cuda or cuda:1"),
+        (["--device=cuda:99"], f"error: --device cuda:99: torch {torch.__version__} finds "),
         (["--dataset-split=test"], "error: --dataset-split test: --dataset"),
         (["--dataset=./nothing.txt"], "error: there is no file"),
         (["--dataset=my data"], "error: data set my data cannot be reached"),
@@ -272,7 +273,11 @@ def test_the_scratch_folder_beside_the_store_must_be_writable_too(type_: Type, t
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "holds no document"), (b"good\n\nbad \xff", "byte 0xff at 4"), (b"one document", "fill no window of 32 tokens")],
+    [
+        (b"", "holds no document"),
+        (b"good\n\nbad \xff", "byte 0xff at 4"),
+        (b"one document", "fill no window of 32 tokens"),
+    ],
 )
 def test_bad_text_gets_one_line(type_: Type, tmp_path, content, said):
     (tmp_path / "text.txt").write_bytes(content)
