@@ -236,9 +236,10 @@ def test_what_needs_no_store_goes_on_without_one(movable, sae_eval):
     assert results(run, "decoder_cosine") and not results(run)
 
 
-def test_nothing_goes_on_without_a_store_that_was_asked_for(run_1, sae_eval):
+def test_nothing_goes_on_without_a_store_that_was_asked_for(world, run_1, sae_eval):
     output = sae_eval("run_1", "--evals", "decoder_cosine", "--cache", "no/such/store", code=1, options=[])
-    assert "failed: decoder_cosine" in output and "there is none now" in output
+    assert "failed: decoder_cosine" in output and "there is no store at no/such/store, which --cache names" in output
+    assert f"leave it out to take {world.store}, on which run_1/large was trained" in output
     assert not results(run_1, "decoder_cosine")
 
 
@@ -813,7 +814,7 @@ def test_unknown_words(run_1, sae_eval):
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
     assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
-    assert "--device nope" in sae_eval("run_1", "--device", "nope", code=1)
+    assert "--device nope: expected auto, cpu, cuda or cuda:1" in sae_eval("run_1", "--device", "nope", code=1)
 
 
 def test_more_batches_than_the_split_has(run_1, sae_eval):
