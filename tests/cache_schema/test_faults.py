@@ -161,7 +161,7 @@ def test_verify_and_repair_handle_exactly_what_is_damaged(finished):
     flip(chunk_of(folder, manifest, "stats/layer_3"), 7)
     found = CliRunner().invoke(main, ["verify", str(folder)])
     assert found.exit_code == 1
-    assert f"1 of {manifest.shards} shards are damaged: [{HURT}]" in found.output
+    assert f"damaged: shard {HURT} (1 of {manifest.shards})" in found.output
     assert "resid/layer_5" in found.output and "stats/layer_3" in found.output
     mended = CliRunner().invoke(main, ["repair", str(folder), "--remove-only"])
     assert mended.exit_code == 0, mended.output

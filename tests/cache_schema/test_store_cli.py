@@ -403,7 +403,7 @@ def test_what_a_shard_to_come_is_made_from_is_read_too(store: Path, array: str) 
         result = run(command, store)
         assert result.exit_code == 1
         assert f"shard 1, array {array}: chunk" in result.output
-        assert "the tokens or documents of shards [1] are damaged" in result.output
+        assert "the tokens or documents of shard 1 are damaged" in result.output
         assert f"sae-store repair {store}" not in result.output
         assert "nothing is damaged" not in result.output
     assert run("digest", store).output == before
@@ -467,8 +467,10 @@ def test_repair_then_the_same_import_gives_the_same_digest(store: Path, tmp_path
     before = run("digest", store).output
     flip_byte(store, "resid/layer_4", "c.1.0.0")
     result = run("repair", store)
-    assert result.exit_code == 0 and "1 shard removed: [1]" in result.output, result.output
-    assert "2 of 3 committed (1 to go" in run("info", store).output
+    assert result.exit_code == 0 and "removed: shard 1. The same import or harvest writes" in result.output, (
+        result.output
+    )
+    assert "2 of 3 committed (1 to go: the same import or harvest" in run("info", store).output
     assert import_files(tmp_path, store).exit_code == 0
     assert run("digest", store).output == before
 
@@ -523,11 +525,11 @@ def test_repair_mends_the_others_where_tokens_are_gone(store: Path) -> None:
     assert f"Mend the others with: sae-store repair {store}" in run("verify", store).output
     result = run("repair", store)
     assert result.exit_code == 1
-    assert "1 shard removed: [1]" in result.output
-    assert "of shards [0] are damaged" in result.output and "restore their files from a copy" in result.output
+    assert "removed: shard 1." in result.output
+    assert "of shard 0 are damaged" in result.output and "restore their files from a copy" in result.output
     with Store.open(store) as opened:
         assert opened.committed.tolist() == [True, False, True]
-    assert "1 of 3 shards are damaged: [0]" in run("verify", store).output
+    assert "damaged: shard 0 (1 of 3)" in run("verify", store).output
 
 
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
