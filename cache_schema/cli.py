@@ -262,8 +262,7 @@ def import_command(url: str, **options: Any) -> None:
     if cuts_documents(source, manifest):
         click.echo(
             "warning: windows of one document are in two splits, as there are too few documents for each split to have "
-            "its own: what is held out is then easier than it looks. Import more of them into another folder, or with "
-            "--validation 0 --test 0",
+            "its own: what is held out is then easier than it looks. Import more of them into another folder",
             err=True,
         )
     for name, asked in (("validation", settings.validation_share), ("test", settings.test_share)):
