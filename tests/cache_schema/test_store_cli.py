@@ -202,11 +202,14 @@ def test_shares_that_are_none_are_refused(tmp_path: Path, arrays: dict[str, np.n
     assert not (tmp_path / "s").exists()
 
 
-def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "resid.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m")
-    assert result.exit_code == 1
-    assert "is not a readable .npy file" in result.output
+def test_import_of_what_is_no_array_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "resid.npy"
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for content in (file.read_bytes(), b"", b"PK\x03\x04"):
+        file.write_bytes(content)
+        result = run("import", tmp_path / "s", "--resid", file, "--layer", 0, "--model", "m")
+        assert result.exit_code == 1
+        assert f"error: {file} is not a readable .npy file" in result.output
 
 
 def test_a_pickle_is_refused_and_the_way_out_that_is_told_works(tmp_path: Path) -> None:
