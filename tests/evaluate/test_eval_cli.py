@@ -389,7 +389,7 @@ def imported(builder):
 
 @pytest.mark.parametrize(
     ("tokens", "status", "reason", "code"),
-    [(False, "done", "import it again with --tokens", 0), (True, "incomplete", "--model", 3)],
+    [(False, "done", "import it into another folder with --tokens", 0), (True, "incomplete", "--model", 3)],
 )
 def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, status, reason, code):
     """The model may come; a store with tokens is another one, so that without them nothing is left to be done."""
