@@ -220,7 +220,7 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
     ("more", "line"),
     [
         (["--layer=9"], "error: residual of layer 9"),
-        (["--tokens=many"], "error: 'many'"),
+        (["--tokens=many"], "error: --tokens: expected a whole number such as 200k, 10M or 1.5B, found 'many'"),
         (["--leave-out=bos,me"], "error: --leave-out bos,me: expected bos, self,"),
         (["--worker=3/2"], "error: --worker 3/2"),
         (["--device=abacus"], "error: --device abacus"),

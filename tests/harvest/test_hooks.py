@@ -226,7 +226,7 @@ def test_hooks_on_the_command_line():
     assert read_hooks("mlp_in:0..2, mlp_in:+1", 4, (4,)) == {"mlp_in": (0, 1, 2, 5)}
     with pytest.raises(SettingInvalid, match=r"--hooks resid,mlpin: unknown hook 'mlpin' \(did you mean 'mlp_in'"):
         read_hooks("resid,mlpin", 4, (4,))
-    with pytest.raises(SettingInvalid, match="expected layers such as"):
+    with pytest.raises(SettingInvalid, match="--hooks mlp_in: expected layers such as .*, found 'low'"):
         read_hooks("mlp_in:low", 4, (4,))
     contradicting = CliRunner().invoke(main, ["--hooks=mlp_in", "--resid-layers=1,2"])
     assert contradicting.exit_code == 1 and "add resid" in contradicting.output
