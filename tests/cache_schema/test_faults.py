@@ -530,7 +530,9 @@ def test_a_disk_without_space_for_a_folder_ends_in_the_same_name(tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(StoreFull, match=r"writing folder.*key.* of .*committed shards are untouched"):
+    with pytest.raises(
+        StoreFull, match=r"^the disk is full while writing folder.*key.* of .*committed shards are untouched"
+    ):
         write(LocalFiles(tmp_path), "folder/key", b"" if write is LocalFiles.replace else [])
     with pytest.raises(StoreFull, match="full while opening .*commits/lock"):
         open_claims(LocalFiles(tmp_path))

@@ -202,6 +202,11 @@ def test_shares_that_are_none_are_refused(tmp_path: Path, arrays: dict[str, np.n
     assert not (tmp_path / "s").exists()
 
 
+def test_import_onto_a_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    result = import_files(tmp_path, tmp_path / "resid.npy")
+    assert result.exit_code == 1 and f"found the file {tmp_path}/resid.npy. Give another" in result.output
+
+
 def test_import_of_what_is_no_array_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "resid.npy"
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
