@@ -25,7 +25,7 @@ from .import_sources import NumpySource, SaelensSource, Source
 from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest
-from .numbers_in_words import counted
+from .numbers_in_words import counted, numbered
 from .read_vllm import VllmSource
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
@@ -35,6 +35,7 @@ from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_d
 from .watch import follow
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
+AGAIN = "The same import or harvest writes what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
 REHARVESTERS = "saemill.reharvest"  # entry points: functions like `harvest.run.reharvest`
 
@@ -128,9 +129,9 @@ def verify(url: str, is_json: bool) -> None:
         print_json({**facts, "damage": [to_json(item) for item in damage], "derived_damaged": wrong})
         sys.exit(1 if damage or wrong else 0)
     if missing:
-        click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
+        click.echo(f"not there yet: {missing} of {counted(shards, 'shard')}. {AGAIN}")
     if damage:
-        click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}")
+        click.echo(f"damaged: {numbered('shard', broken)} ({len(broken)} of {shards})")
     gone = _shards_without_tokens(damage)
     if wrong or len(gone) < len(broken):
         click.echo(f"Mend {'the others' if gone else 'them'} with: sae-store repair {shlex.quote(url)}")
@@ -150,7 +151,7 @@ def digest_command(url: str, is_json: bool) -> None:
         found = digest(store)
         shards, committed = store.manifest.shards, int(store.committed.sum())
     if committed < shards:
-        click.echo(f"of {committed} of {shards} shards: the others are not harvested yet", err=True)
+        click.echo(f"of {committed} of {shards} shards: the others are not there yet", err=True)
     if is_json:
         print_json({"url": url, "digest": found, "shards": shards, "shards_committed": committed})
     else:
@@ -184,7 +185,7 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
             for key in wrong:
                 click.echo(f"{key} was not what the shards give: made again")
             if damaged:
-                click.echo(f"{counted(len(damaged), 'shard')} removed: {damaged}. The same harvest writes them again")
+                click.echo(f"removed: {numbered('shard', damaged)}. {AGAIN}")
             elif not damage and not wrong:
                 click.echo("nothing is damaged")
         _refuse_if_gone(gone)
@@ -261,8 +262,7 @@ def import_command(url: str, **options: Any) -> None:
     if cuts_documents(source, manifest):
         click.echo(
             "warning: windows of one document are in two splits, as there are too few documents for each split to have "
-            "its own: what is held out is then easier than it looks. Import more of them into another folder, or with "
-            "--validation 0 --test 0",
+            "its own: what is held out is then easier than it looks. Import more of them into another folder",
             err=True,
         )
     for name, asked in (("validation", settings.validation_share), ("test", settings.test_share)):
@@ -334,7 +334,7 @@ def _shards_without_tokens(damage: list[Damage]) -> list[int]:
 
 def _refuse_if_gone(gone: list[int]) -> None:
     if gone:
-        raise StoreError(f"the tokens or documents of shards {gone} are damaged. {GONE}")
+        raise StoreError(f"the tokens or documents of {numbered('shard', gone)} are damaged. {GONE}")
 
 
 def _reharvest(
@@ -344,10 +344,10 @@ def _reharvest(
     harvesters = list(entry_points(group=REHARVESTERS))
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         undo()
-        click.echo(f"{counted(len(shards), 'shard')} removed: {shards}. Run the import or harvest that made them again")
+        click.echo(f"removed: {numbered('shard', shards)}. {AGAIN}")
         return
     harvesters[0].load()(url, shards, device, model, undo)
-    click.echo(f"{counted(len(shards), 'shard')} harvested again: {shards}")
+    click.echo(f"harvested again: {numbered('shard', shards)}")
 
 
 @contextmanager
@@ -357,7 +357,7 @@ def _report() -> Iterator[None]:
         with tell_files():
             yield
     except StoreError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

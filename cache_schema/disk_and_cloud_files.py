@@ -271,9 +271,9 @@ class RemoteFiles:
         except Exception as error:
             raise StoreUnreachable(
                 getattr(error, "errno", None) or errno.EIO,
-                f"{type(error).__name__} while {doing} {key} of {self.url} ({error}); committed shards are untouched. "
-                "Look at the network, the address and the credentials, then run the same command again: it goes on "
-                "where it stopped",
+                f"{type(error).__name__} while {doing} {key} of {self.url} ({' '.join(str(error).split())}); committed "
+                "shards are untouched. Look at the network, the address and the credentials, then run the same command "
+                "again: it goes on where it stopped",
             ) from error
 
 

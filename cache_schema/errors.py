@@ -4,6 +4,10 @@
 class StoreError(Exception):
     """Root of the tree: catch this to catch all that a store can raise on purpose."""
 
+    def __str__(self) -> str:
+        """Of those that are errors of the system too the words alone, without the number."""
+        return getattr(self, "strerror", None) or super().__str__()
+
 
 class AddressInvalid(StoreError, ValueError):
     """The address names a kind of storage that is unknown, or whose library is not installed."""

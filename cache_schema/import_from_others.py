@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -42,6 +43,8 @@ class ImportSettings:
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
     """Write the source as a store; goes on where an earlier import of the same source stopped."""
+    if Path(url).is_file():
+        raise ImportInvalid(f"expected a folder for the store, or a place for one, found the file {url}. Give another")
     tokens = source.tokens
     if tokens is None and (settings.special_tokens or settings.bos_token is not None):
         raise ImportInvalid(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from .errors import ImportInvalid
 from .sites import RESID, Site, site_named
@@ -103,13 +104,12 @@ def _load(path: Path, ndim: int) -> np.ndarray:
             "then --resid acts.npy --tokens tokens.npy"
         )
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise ImportInvalid(f"{path} is not a readable .npy file: {error}") from None
-    if not isinstance(array, np.ndarray) or array.ndim != ndim:
-        shape = getattr(array, "shape", "an archive")
+    if array.ndim != ndim:
         expected = "[windows, tokens, width]" if ndim == 3 else "[windows, tokens]"
-        raise ImportInvalid(f"{path}: expected an array {expected}, found {shape}. Reshape it and save it again")
+        raise ImportInvalid(f"{path}: expected an array {expected}, found {array.shape}. Reshape it and save it again")
     return array
 
 

@@ -139,7 +139,7 @@ def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
         "windows": f"{facts['windows']:,} of {facts['context']:,} tokens",
         "tokens": ", ".join(f"{name} {count:,}" for name, count in facts["tokens_by_split"].items()),
         "shards": f"{facts['shards_committed']:,} of {facts['shards']:,} committed"
-        + (f" ({unfinished:,} to go: the same harvest goes on)" if unfinished else ""),
+        + (f" ({unfinished:,} to go: the same import or harvest goes on)" if unfinished else ""),
         "size": f"{say_size(facts['bytes'])}, codec {facts['codec']}"
         + (f", of the {indexed:,} shards in the index" if indexed < facts["shards_committed"] else ""),
     }

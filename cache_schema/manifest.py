@@ -192,7 +192,7 @@ def require_same(url: str, found: Manifest, wanted: Manifest) -> None:
     old, new = flatten(found.to_json()), flatten(wanted.to_json())
     keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # both follow from the others
     differences = [
-        f"  {key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}"
+        f"  {key}: the store has {_in_words(old.get(key))}, asked for {_in_words(new.get(key))}"
         for key in keys
         if old.get(key) != new.get(key)
     ]
@@ -201,6 +201,15 @@ def require_same(url: str, found: Manifest, wanted: Manifest) -> None:
             f"{url} holds a store with other settings:\n" + "\n".join(differences) + "\n"
             "Use the same settings to go on with it, or another place for a new store"
         )
+
+
+def _in_words(value: Any) -> str:
+    """A value of a manifest for a person."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else repr(value)
 
 
 def _validate_splits(splits: dict[str, tuple[int, int]], windows: int) -> None:

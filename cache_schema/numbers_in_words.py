@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.filesize import decimal
 
 
 def counted(number: int, noun: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def numbered(noun: str, numbers: Collection[int]) -> str:
+    """`shard 1`, `shards 1, 4`, or none."""
+    return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else "none"
 
 
 def say_size(number: int) -> str:

@@ -171,8 +171,8 @@ class Store:
         if not self.committed.all():
             missing = int((~self.committed).sum())
             raise StoreUnfinished(
-                f"{missing} of {self.manifest.shards} shards of {self.url} are not committed: its statistics are not "
-                "final. Finish the harvest: the same command goes on where it stopped"
+                f"not committed: {missing} of {self.manifest.shards} shards of {self.url}, so its statistics are not "
+                "final. Finish the import or harvest: the same command goes on where it stopped"
             )
         found = read_summary(self.files, self.manifest)
         if found is not None:
@@ -194,8 +194,8 @@ class Store:
         missing = [span.shard for span in spans if not self.committed[span.shard]]
         if missing:
             raise StoreUnfinished(
-                f"{len(missing)} of the {len(spans)} shards asked for are not committed in {self.url} "
-                f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
+                f"not committed: {len(missing)} of the {len(spans)} shards asked for of {self.url}, the first is shard "
+                f"{missing[0]}. Finish the import or harvest: the same command goes on where it stopped"
             )
 
     def _begin(self, request: Request, span: Span, memory: Mapping[str, np.ndarray]) -> _Reading:

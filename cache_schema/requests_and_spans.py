@@ -11,6 +11,7 @@ import numpy as np
 from .csr import AttentionCsr
 from .errors import RequestInvalid
 from .manifest import Manifest
+from .numbers_in_words import numbered
 from .sites import HOOKS, RESID, Site, by_hook
 from .stored_dtypes import to_float32
 from .strict_json import nearest
@@ -92,24 +93,25 @@ def validate_request(manifest: Manifest, request: Request) -> None:
             f"expected activations as {manifest.model.id} computed them, to the bit, found a store that keeps them as "
             f"{manifest.stored_as} with one scale per token. Harvest again without --stored-as, or do not ask for exact"
         )
-    problems, held = [], by_hook(manifest.sites)
+    problems, absent, held = [], [], by_hook(manifest.sites)
     for hook, layers in by_hook(request.sites).items():
         missing = sorted(set(layers) - set(held.get(hook, ())))
         if hook not in HOOKS:
             problems.append(f"a hook {hook!r}{nearest(hook, HOOKS)}")
         elif missing:
-            what = "residuals" if hook == RESID else hook
-            problems.append(f"{what} of layers {missing} (it has {list(held.get(hook, ()))})")
-    missing = sorted(set(request.attention_layers) - set(manifest.attention.layers))
+            what, option = ("residuals", "layers") if hook == RESID else (hook, "--hooks")
+            problems.append(f"{what} of {numbered('layer', missing)} (it has {numbered('layer', held.get(hook, ()))})")
+            absent.append(option)
+    missing, kept = sorted(set(request.attention_layers) - set(manifest.attention.layers)), manifest.attention.layers
     if missing:
-        problems.append(f"attention of layers {missing} (it has {list(manifest.attention.layers)})")
+        problems.append(f"attention of {numbered('layer', missing)} (it has {numbered('layer', kept)})")
+        absent.append("--attention-layers")
     if request.split is not None and request.split not in manifest.splits:
         problems.append(f"a split {request.split!r}{nearest(request.split, manifest.splits)}")
     if problems:
-        raise RequestInvalid(
-            "the store does not hold " + " and ".join(problems) + ". Harvest again with these "
-            f"{'--hooks' if set(request.hooks) - set(held) else 'layers'}, or ask for less"
-        )
+        options = " and ".join(dict.fromkeys(absent))
+        mend = f". Give another --layer, or harvest into another --out with these {options}" if absent else ""
+        raise RequestInvalid(f"the store does not hold {' and '.join(problems)}{mend}")
 
 
 def validate_span(manifest: Manifest, span: Span) -> None:

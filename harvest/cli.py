@@ -213,7 +213,7 @@ def _reported(url: str) -> Iterator[None]:
         with tell_files():
             yield
     except (HarvestError, StoreError) as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo(f"stopped. {_what_is_safe(url)}; the same command continues from there", err=True)

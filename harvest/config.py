@@ -70,8 +70,9 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         # what cannot be read is refused before a model is looked for
-        resid = read_layers(self.resid_layers, None)
-        keeps_attention = self.attention_layers is None or read_layers(self.attention_layers, None)
+        resid = read_layers(self.resid_layers, None, "--resid-layers")
+        attention = self.attention_layers
+        keeps_attention = attention is None or read_layers(attention, None, "--attention-layers")
         kept = read_hooks(self.hooks, None, (ANY_LAYER,)).get(RESID, ())
         if resid and ANY_LAYER not in kept:
             found = "those of other layers: leave out one of the two" if kept else f"none: add {RESID}"
@@ -112,11 +113,11 @@ def parse_count(text: str) -> int:
     """A number in the words of `read_count`."""
     count = read_count(text)
     if count is None:
-        raise SettingInvalid(f"{text!r} is not a whole number of tokens: expected for example 200k, 10M or 1.5B")
+        raise SettingInvalid(f"--tokens: expected a whole number such as 200k, 10M or 1.5B, found {text!r}")
     return count
 
 
-def read_layers(layers: tuple[int, ...] | str, layer: int | None) -> tuple[int, ...]:
+def read_layers(layers: tuple[int, ...] | str, layer: int | None, option: str) -> tuple[int, ...]:
     """Rising layers, as the order makes no other store, given as numbers or as text: `17,19`, `17..20` or, counted from
     `layer`, `-2..+1`; `none` for no layer. Where `layer` is not known yet (None), a range such as `17..+1` is read, and
     not what it holds."""
@@ -126,9 +127,9 @@ def read_layers(layers: tuple[int, ...] | str, layer: int | None) -> tuple[int, 
         return ()
     found: set[int] = set()
     for item in layers.split(","):
-        ends = [_parse_layer(end, layer or 0, layers) for end in item.split("..")]
+        ends = [_parse_layer(end, layer or 0, option) for end in item.split("..")]
         if len(ends) > 2 or (layer is not None and ends[0] > ends[-1]):
-            raise SettingInvalid(f"{layers!r}: expected a range such as 17..20 or -2..+1, found {item!r}")
+            raise SettingInvalid(f"{option}: expected a range that rises, such as 17..20 or -2..+1, found {item!r}")
         found.update(range(ends[0], max(ends) + 1))
     return tuple(sorted(found))
 
@@ -145,14 +146,14 @@ def read_hooks(
         hook, colon, own = (part.strip() for part in item.partition(":"))
         if hook not in HOOKS:
             raise SettingInvalid(f"--hooks {hooks}: unknown hook {hook!r}{nearest(hook, HOOKS)}")
-        sites += [Site(hook, number) for number in (read_layers(own, layer) if colon else layers)]
+        sites += [Site(hook, number) for number in (read_layers(own, layer, f"--hooks {hook}") if colon else layers)]
     return by_hook(sites)
 
 
-def _parse_layer(text: str, layer: int, whole: str) -> int:
+def _parse_layer(text: str, layer: int, option: str) -> int:
     found = re.fullmatch(r"([+-]?)(\d{1,4})", text.strip())  # a range is filled before it is held against a model
     if found is None:
-        raise SettingInvalid(f"{whole!r}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
+        raise SettingInvalid(f"{option}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
     return layer + int(text) if found[1] else int(text)
 
 
@@ -172,7 +173,7 @@ def parse_sinks(text: str) -> tuple[Sink, ...]:
 
 def parse_worker(text: str) -> Worker:
     """`3/16`: the third of sixteen workers."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise SettingInvalid(f"--worker {text}: expected i/n with i from 1 to n, for example 3/16")
     return Worker(int(found[1]) - 1, int(found[2]))

@@ -143,15 +143,15 @@ def _require_chunks_that_fit(plan: Plan) -> None:
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
     """The layers that are asked for, counted from the model's usual one unless another is named."""
     layer = facts.usual_layer if config.layer is None else config.layer
-    resid = read_layers(config.resid_layers, layer)
+    resid = read_layers(config.resid_layers, layer, "--resid-layers")
     if not isinstance(config.resid_layers, tuple):
         resid = tuple(sorted({layer, *resid}))
     kept = read_hooks(config.hooks, layer, resid)
     if config.attention_layers is None:  # nobody has named these: the first layer and the last lack some
-        around = read_layers(ATTENTION_AROUND, layer)
+        around = read_layers(ATTENTION_AROUND, layer, "--attention-layers")
         attention = tuple(each for each in around if 0 <= each < facts.num_layers)
     else:
-        attention = read_layers(config.attention_layers, layer)
+        attention = read_layers(config.attention_layers, layer, "--attention-layers")
     wanted = Wanted(kept.pop(RESID, ()), attention, kept)
     wanted.validate(facts)
     return wanted

@@ -63,7 +63,10 @@ class Context:
         its own."""
         if self.opened is None or self.manifest.corpus.settings.get("tokens") is not False:
             return None
-        return f"{self.store.url} was imported without tokens: import it again with --tokens"
+        return (
+            f"{self.store.url} was imported without tokens: import it into another folder with --tokens FILE, and name "
+            "that by --cache"
+        )
 
     @property
     def massive_multiple(self) -> float | None:

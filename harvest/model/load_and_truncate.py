@@ -306,14 +306,17 @@ def find_device(name: str) -> torch.device:
     """`auto` takes a CUDA device where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    index = name.removeprefix("cuda:")
-    if index != name and index.isdigit() and int(index) >= torch.cuda.device_count() > 0:
-        raise SettingInvalid(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda"):  # norms are summed in float64, which Apple's does not have
+        raise SettingInvalid(f"--device {name}: expected auto, cpu, cuda or cuda:1 and the like")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and (int(index) if index.isdecimal() else 0) >= found:
+        raise SettingInvalid(
+            f"--device {name}: torch {torch.__version__} finds {found or 'no'} CUDA device{'s' * (found > 1)} here: "
+            "choose another --device, or auto"
+        )
     try:
-        device = torch.empty(0, device=name).device
-        if device.type not in ("cpu", "cuda"):  # norms are summed in float64, which Apple's does not have
-            raise RuntimeError("harvests run on these alone")
-        return device
-    except (RuntimeError, AssertionError) as error:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
         said = f"--device {name}: {first_line(error)}. Expected auto, cpu, cuda or cuda:1 and the like"
         raise SettingInvalid(said) from None

@@ -161,7 +161,7 @@ def test_verify_and_repair_handle_exactly_what_is_damaged(finished):
     flip(chunk_of(folder, manifest, "stats/layer_3"), 7)
     found = CliRunner().invoke(main, ["verify", str(folder)])
     assert found.exit_code == 1
-    assert f"1 of {manifest.shards} shards are damaged: [{HURT}]" in found.output
+    assert f"damaged: shard {HURT} (1 of {manifest.shards})" in found.output
     assert "resid/layer_5" in found.output and "stats/layer_3" in found.output
     mended = CliRunner().invoke(main, ["repair", str(folder), "--remove-only"])
     assert mended.exit_code == 0, mended.output
@@ -342,8 +342,15 @@ def test_requests_list_all_that_is_not_there(finished):
     folder, _ = finished
     with Store.open(folder) as store, pytest.raises(RequestInvalid) as caught:
         store.spans(Request(layers=(3, 4), attention_layers=(7,), split="trian"))
-    for word in ("layers [4] (it has [3, 5])", "layers [7] (it has [2, 3])", "did you mean 'train'"):
+    for word in (
+        "layer 4 (it has layers 3, 5)",
+        "layer 7 (it has layers 2, 3)",
+        "did you mean 'train'",
+        "another --out",
+    ):
         assert word in str(caught.value)
+    with Store.open(folder) as store, pytest.raises(RequestInvalid, match=r"a hook 'mlp' \(did you mean .*\?\)$"):
+        store.spans(Request(hooks={"mlp": (3,)}))
 
 
 def test_what_has_no_record_does_not_exist_although_its_chunks_lie_there(finished):
@@ -523,7 +530,9 @@ def test_a_disk_without_space_for_a_folder_ends_in_the_same_name(tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(StoreFull, match=r"writing folder.*key.* of .*committed shards are untouched"):
+    with pytest.raises(
+        StoreFull, match=r"^the disk is full while writing folder.*key.* of .*committed shards are untouched"
+    ):
         write(LocalFiles(tmp_path), "folder/key", b"" if write is LocalFiles.replace else [])
     with pytest.raises(StoreFull, match="full while opening .*commits/lock"):
         open_claims(LocalFiles(tmp_path))

@@ -555,9 +555,8 @@ def test_an_error_without_a_number_is_not_printed_as_none(monkeypatch):
     files = open_files(f"memory://{uuid.uuid4().hex}")
 
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no route")
+        raise RuntimeError("no\nroute")
 
     monkeypatch.setattr(files.fs, "cat_file", fail)
-    with pytest.raises(StoreUnreachable, match="RuntimeError while reading zarr.json") as caught:
+    with pytest.raises(StoreUnreachable, match=r"^RuntimeError while reading zarr.json .* \(no route\)"):
         files.read("zarr.json")
-    assert "None" not in str(caught.value)

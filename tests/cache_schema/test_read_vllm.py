@@ -179,6 +179,7 @@ def test_every_split_that_is_asked_for_has_windows(tmp_path: Path, lengths: list
     with Store.open(tmp_path / "a store") as store:
         assert list(store.manifest.splits.values()) == splits
     assert said.count("warning: ") == len(large) and all(words in said for words in large)
+    assert "--validation 0" not in said  # with which no run ends
     train, validation, test = (stop - start for start, stop in splits)
     assert f"windows: train {train}, validation {validation}, test {test}\n" in said
     assert f"next: sae-store info '{tmp_path / 'a store'}'" in said

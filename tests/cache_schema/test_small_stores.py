@@ -124,7 +124,7 @@ def test_a_store_is_not_continued_in_another_size(synthetic, tmp_path: Path) -> 
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[0])
     other = synthetic.make_manifest(stored_as="fp8")
-    with pytest.raises(StoreMismatch, match="stored_as: the store has None, asked for 'fp8'"):
+    with pytest.raises(StoreMismatch, match="stored_as: the store has none, asked for 'fp8'"):
         StoreWriter.create(tmp_path / "store", other, corpus.tokens, corpus.documents)
 
 

@@ -117,7 +117,7 @@ def test_import_of_other_values_into_the_same_path_is_refused(store: Path, tmp_p
     np.save(tmp_path / "resid.npy", np.zeros((600, 8, 16), np.float32))
     result = import_files(tmp_path, store)
     assert result.exit_code == 1
-    assert "StoreMismatch" in result.output and "corpus.revision" in result.output
+    assert "error: " in result.output and "corpus.revision" in result.output
 
 
 def test_import_without_tokens_says_so_in_the_manifest(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -134,7 +134,7 @@ def test_special_tokens_without_tokens_are_refused(tmp_path: Path, arrays: dict[
     """Rows would all count as BOS, or none."""
     result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m", *more)
     assert result.exit_code == 1 and not (tmp_path / "s").exists()
-    assert result.output.lstrip().startswith("ImportInvalid: special tokens and BOS cannot be found without tokens")
+    assert result.output.lstrip().startswith("error: special tokens and BOS cannot be found without tokens")
 
 
 @pytest.mark.parametrize("option", ["--special-token", "--bos-token", "--layer"])
@@ -202,11 +202,19 @@ def test_shares_that_are_none_are_refused(tmp_path: Path, arrays: dict[str, np.n
     assert not (tmp_path / "s").exists()
 
 
-def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "resid.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m")
-    assert result.exit_code == 1
-    assert "is not a readable .npy file" in result.output
+def test_import_onto_a_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    result = import_files(tmp_path, tmp_path / "resid.npy")
+    assert result.exit_code == 1 and f"found the file {tmp_path}/resid.npy. Give another" in result.output
+
+
+def test_import_of_what_is_no_array_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "resid.npy"
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for content in (file.read_bytes(), b"", b"PK\x03\x04"):
+        file.write_bytes(content)
+        result = run("import", tmp_path / "s", "--resid", file, "--layer", 0, "--model", "m")
+        assert result.exit_code == 1
+        assert f"error: {file} is not a readable .npy file" in result.output
 
 
 def test_a_pickle_is_refused_and_the_way_out_that_is_told_works(tmp_path: Path) -> None:
@@ -403,7 +411,7 @@ def test_what_a_shard_to_come_is_made_from_is_read_too(store: Path, array: str) 
         result = run(command, store)
         assert result.exit_code == 1
         assert f"shard 1, array {array}: chunk" in result.output
-        assert "the tokens or documents of shards [1] are damaged" in result.output
+        assert "the tokens or documents of shard 1 are damaged" in result.output
         assert f"sae-store repair {store}" not in result.output
         assert "nothing is damaged" not in result.output
     assert run("digest", store).output == before
@@ -467,8 +475,10 @@ def test_repair_then_the_same_import_gives_the_same_digest(store: Path, tmp_path
     before = run("digest", store).output
     flip_byte(store, "resid/layer_4", "c.1.0.0")
     result = run("repair", store)
-    assert result.exit_code == 0 and "1 shard removed: [1]" in result.output, result.output
-    assert "2 of 3 committed (1 to go" in run("info", store).output
+    assert result.exit_code == 0 and "removed: shard 1. The same import or harvest writes" in result.output, (
+        result.output
+    )
+    assert "2 of 3 committed (1 to go: the same import or harvest" in run("info", store).output
     assert import_files(tmp_path, store).exit_code == 0
     assert run("digest", store).output == before
 
@@ -523,11 +533,11 @@ def test_repair_mends_the_others_where_tokens_are_gone(store: Path) -> None:
     assert f"Mend the others with: sae-store repair {store}" in run("verify", store).output
     result = run("repair", store)
     assert result.exit_code == 1
-    assert "1 shard removed: [1]" in result.output
-    assert "of shards [0] are damaged" in result.output and "restore their files from a copy" in result.output
+    assert "removed: shard 1." in result.output
+    assert "of shard 0 are damaged" in result.output and "restore their files from a copy" in result.output
     with Store.open(store) as opened:
         assert opened.committed.tolist() == [True, False, True]
-    assert "1 of 3 shards are damaged: [0]" in run("verify", store).output
+    assert "damaged: shard 0 (1 of 3)" in run("verify", store).output
 
 
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
@@ -592,7 +602,7 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     for command in ("info", "verify", "digest", "repair"):
         result = run(command, tmp_path / "nothing")
         assert result.exit_code == 1
-        assert result.output.startswith("StoreMissing: there is no store at")
+        assert result.output.startswith("error: there is no store at")
 
 
 @pytest.mark.parametrize("error", [ValueError("Protocol not known: foo"), ImportError("Install s3fs to access S3")])
@@ -604,13 +614,13 @@ def test_an_address_that_cannot_be_opened_is_one_line(monkeypatch: pytest.Monkey
     for command in ("info", "verify", "digest", "repair"):
         result = run(command, "foo://store")
         assert result.exit_code == 1
-        assert result.output.startswith(f"AddressInvalid: foo://store cannot be opened ({error})")
+        assert result.output.startswith(f"error: foo://store cannot be opened ({error})")
         assert "saemill[s3]" in result.output
 
 
 def test_an_empty_name_is_not_the_current_folder() -> None:
     """As of a variable of the shell that is not set."""
-    assert run("info", "").output.startswith("AddressInvalid:  cannot be opened (an empty name)")
+    assert run("info", "").output.startswith("error:  cannot be opened (an empty name)")
 
 
 def test_repair_hands_damaged_shards_to_whoever_can_harvest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,9 +236,10 @@ def test_what_needs_no_store_goes_on_without_one(movable, sae_eval):
     assert results(run, "decoder_cosine") and not results(run)
 
 
-def test_nothing_goes_on_without_a_store_that_was_asked_for(run_1, sae_eval):
+def test_nothing_goes_on_without_a_store_that_was_asked_for(world, run_1, sae_eval):
     output = sae_eval("run_1", "--evals", "decoder_cosine", "--cache", "no/such/store", code=1, options=[])
-    assert "failed: decoder_cosine" in output and "there is none now" in output
+    assert "failed: decoder_cosine" in output and "there is no store at no/such/store, which --cache names" in output
+    assert f"leave it out to take {world.store}, on which run_1/large was trained" in output
     assert not results(run_1, "decoder_cosine")
 
 
@@ -316,7 +317,7 @@ def test_an_sae_of_another_width(world, builder, sae_eval):
 def test_a_layer_that_the_store_does_not_hold(golden, world, builder, sae_eval):
     subject = golden.subject("topk", builder.root)  # reads layer 1
     output = sae_eval(subject.folder, "--cache", world.store, code=1)
-    assert "residuals of layers [1]" in output
+    assert "residuals of layer 1" in output
     sae_eval(subject.folder, "--cache", world.store, "--from-tokens")
 
 
@@ -388,7 +389,7 @@ def imported(builder):
 
 @pytest.mark.parametrize(
     ("tokens", "status", "reason", "code"),
-    [(False, "done", "import it again with --tokens", 0), (True, "incomplete", "--model", 3)],
+    [(False, "done", "import it into another folder with --tokens", 0), (True, "incomplete", "--model", 3)],
 )
 def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, status, reason, code):
     """The model may come; a store with tokens is another one, so that without them nothing is left to be done."""
@@ -813,7 +814,7 @@ def test_unknown_words(run_1, sae_eval):
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
     assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
-    assert "--device nope" in sae_eval("run_1", "--device", "nope", code=1)
+    assert "--device nope: expected auto, cpu, cuda or cuda:1" in sae_eval("run_1", "--device", "nope", code=1)
 
 
 def test_more_batches_than_the_split_has(run_1, sae_eval):
@@ -979,7 +980,7 @@ def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, 
         ({"model_name": "lab/other"}, "and not of lab/other"),
         ({"model_name": None}, "and not of one that the SAE names"),
         ({"context_size": 8}, "whose windows have 12 tokens and not at most 8"),
-        ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layers [1]"),
+        ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layer 1"),
     ],
     ids=["another model", "no model", "more positions", "another layer"],
 )

@@ -808,7 +808,7 @@ def test_sinks_left_out_are_recorded_and_in_no_row(make_config: Make):
                 assert csr.entries and (csr.indices > 0).all() and (csr.indices < query).all()
         facts = describe(store)
     assert all(links["links"] > 0 and links["bos_mass"] == 0 for links in facts["attention_links"].values())
-    with pytest.raises(StoreMismatch, match=r"attention.left_out: the store has \['bos', 'self'\], asked for None"):
+    with pytest.raises(StoreMismatch, match=r"attention.left_out: the store has bos, self, asked for none"):
         harvest(replace(config, leave_out=()))
 
 
@@ -836,13 +836,13 @@ def test_repair_without_the_model_removes_nothing(harvested, model_folder, tmp_p
     for more in ([], ["--model", str(tmp_path / "gone")], ["--device", "abacus", "--model", str(model_folder)]):
         result = CliRunner().invoke(store_command, ["repair", harvested.out, *more])
         said = result.output.splitlines()
-        assert result.exit_code == 1 and said[-1].startswith("StoreError: ") and "No shard was removed" in said[-1]
+        assert result.exit_code == 1 and said[-1].startswith("error: ") and "No shard was removed" in said[-1]
         with Store.open(harvested.out) as store:
             assert store.committed.all() and store.record(2)
     result = CliRunner().invoke(
         store_command, ["repair", harvested.out, "--model", str(model_folder), "--device", "cpu"]
     )
-    assert result.exit_code == 0 and "1 shard harvested again: [2]" in result.output, result.output
+    assert result.exit_code == 0 and "harvested again: shard 2" in result.output, result.output
     assert digest_of(harvested.out) == before
 
 

@@ -66,7 +66,7 @@ def _require_held_out(settled: Settled, store: Store) -> None:
     if first == last:
         raise NothingToTrain(
             f"the validation split of {store.url} is empty: a run ends with a measurement on it. "
-            "Harvest or import more text, so that the split has windows"
+            "Harvest or import more text, so that the split has windows, or import it with --validation above 0"
         )
     request = joint_request(settled.config.requests().values(), "validation")
     store.spans(replace(request, windows=(0, _held_out_windows(settled, store))))

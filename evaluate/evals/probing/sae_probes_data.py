@@ -65,7 +65,7 @@ def data_folder() -> Path:
             return folder
     raise DataMissing(
         f"the data sets of sae-probes are not here: `{INSTALL}` brings them. "
-        "`data=stdlib` probes with text of this Python instead"
+        "`--set sparse_probing_sae_probes.data=stdlib` probes with text of this Python instead"
     )
 
 

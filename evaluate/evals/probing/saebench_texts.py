@@ -81,7 +81,8 @@ def reached(id: str, load: Callable[[], T]) -> T:
         raise DataMissing(
             f"data set {id} cannot be loaded ({type(error).__name__}: {error}): connect to the network, or download it "
             f"beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its terms and "
-            "log in (`hf auth login`). `data=stdlib` probes with text of this Python instead"
+            "log in (`hf auth login`). `--set EVALUATION.data=stdlib`, as `--set sparse_probing.data=stdlib`, probes "
+            "with text of this Python instead"
         ) from error
 
 

@@ -197,7 +197,7 @@ def letter_tokens(model: LanguageModel) -> Tensor:
     ids = [model.tokenizer.encode(letters) for letters in spelled]
     if any(len(token) != 1 for letters in ids for token in letters):
         raise DataMissing(
-            "this tokenizer splits the letters A to D: multiple choice needs one token for each. Take "
-            "data=stdlib, or another model"
+            "this tokenizer splits the letters A to D: multiple choice needs one token for each. Give "
+            "--set unlearning.data=stdlib, or another model"
         )
     return torch.tensor(ids, device=model.device)[..., 0]

@@ -97,7 +97,7 @@ def test_what_is_the_same_on_every_token_has_no_variance_to_explain():
 
 
 def test_tokens_that_are_made_up_are_not_run(make_world, builder, open_context):
-    with pytest.raises(DataMissing, match="imported without tokens: import it again with --tokens"):
+    with pytest.raises(DataMissing, match="imported without tokens: import it into another folder with --tokens"):
         measure(open_context(make_world(has_tokens=False)), builder.subject(builder.make_sae()))
 
 

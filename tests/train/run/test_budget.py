@@ -1,5 +1,8 @@
 """Steps from tokens, epochs, or neither."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from saemill.train.config.run_config import CourseConfig
 from saemill.train.data.mixing_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain
 from saemill.train.run.fill_config_from_store import settle_budget
+from saemill.train.run.preflight import _require_held_out
 
 
 def plan(windows=100, tokens=10, batch=50):
@@ -41,6 +45,9 @@ def test_nothing_to_train(case, said):
         settle_budget(CourseConfig(), case, "s")
     with pytest.raises(NothingToTrain, match="less than one batch"):
         settle_budget(CourseConfig(tokens=3), plan(), "s")
+    store: Any = SimpleNamespace(url="s", manifest=SimpleNamespace(splits={"validation": (3, 3)}))
+    with pytest.raises(NothingToTrain, match="or import it with --validation above 0"):
+        _require_held_out(store, store)
 
 
 def test_every_step_of_a_run_is_a_number_above_zero():

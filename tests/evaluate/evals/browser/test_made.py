@@ -153,7 +153,7 @@ def test_an_sae_of_a_layer_that_the_store_does_not_hold_costs_the_others_nothing
     home = builder.run(world, "run_1", {"a": builder.make_sae()})
     builder.save(home / "b", builder.make_sae(), layers=(1,))
     failure, result = make(open_context(world), subjects_of(home))
-    assert failure.subject.label == "b" and "residuals of layers [1]" in str(failure.error)
+    assert failure.subject.label == "b" and "residuals of layer 1" in str(failure.error)
     assert result.subject.label == "a" and evaluation.is_there(result.subject)
 
 

@@ -197,7 +197,10 @@ def test_without_the_model_the_rest_is_measured(world, builder, open_context):
 
 def test_nothing_is_traced_on_tokens_that_are_made_up(make_world, builder, open_context):
     result = one(tiers, open_context(make_world(has_tokens=False)), builder.subject(builder.make_sae()))
-    assert "imported without tokens: import it again with --tokens" in result.remark and result.missing is None
+    assert (
+        "imported without tokens: import it into another folder with --tokens" in result.remark
+        and result.missing is None
+    )
     assert result.metrics["tier_activity"] and not result.metrics["causal"]
 
 

@@ -110,7 +110,7 @@ def test_whatever_keeps_a_data_set_away_is_one_error_that_says_what_to_do(monkey
     saebench_texts._table.cache_clear()
     monkeypatch.setattr(saebench_texts, "load_dataset", fail)
     monkeypatch.setattr(saebench_texts, "find_repository", fail)
-    with pytest.raises(DataMissing, match="hf auth login") as caught:
+    with pytest.raises(DataMissing, match=r"hf auth login.*--set sparse_probing\.data=stdlib") as caught:
         saebench_texts.load_task(name, 8, 4, 42)
     assert str(error) in str(caught.value)
     assert caught.value.__cause__ is error
@@ -205,7 +205,9 @@ def test_a_damaged_or_absent_collection_says_how_to_install_it(package, monkeypa
     with pytest.raises(DataMissing, match="pip install"):
         sae_probes_data.load("7_never")
     monkeypatch.setattr(sae_probes_data, "PACKAGE", "no_such_package_at_all")
-    with pytest.raises(DataMissing, match="pip install --no-deps sae-probes"):
+    with pytest.raises(
+        DataMissing, match=r"pip install --no-deps sae-probes.*--set sparse_probing_sae_probes\.data=stdlib"
+    ):
         sae_probes_data.names()
 
 
