@@ -60,6 +60,8 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
         if path.is_dir():
             return _only_sae(path)
     text = os.fspath(name)
+    if text.startswith((".", "/", "~")):
+        raise RunMissing(f"no SAE {text!r}: no such folder")
     looked = f"no SAE {text!r}: no such folder, and the runs in {runs} are {', '.join(run_names(runs)) or 'none'}"
     if is_of_hub(name, runs):
         return _only_sae(_download(text, looked))
