@@ -50,7 +50,7 @@ def test_settings_are_typed_and_every_mistake_is_told():
     assert changed == CourseConfig(tokens=5, trackers=("wandb",))
     with pytest.raises(ConfigInvalid, match=r"unknown setting 'token'.*did you mean 'tokens'.*; unknown setting 'x'"):
         with_settings(CourseConfig(), {"token": 5, "x": 1}, "course")
-    with pytest.raises(ConfigInvalid, match="tokens: expected int"):
+    with pytest.raises(ConfigInvalid, match="tokens: expected a whole number"):
         with_settings(CourseConfig(), {"tokens": 1.5}, "course")
 
 
@@ -74,7 +74,7 @@ def test_lists_are_lists_wherever_a_variant_or_a_grid_has_them():
     assert tiered.config.curriculum == (0.5,) and tiered.config.boundaries is None
     offsets = [member.config.offsets for member in members([], "hierarchical", grid=["offsets=-1,[-1,0]"])]
     assert offsets == [(-1,), (-1, 0)]
-    with pytest.raises(ConfigInvalid, match=r"layers\[0\]: expected int, found 'x'"):
+    with pytest.raises(ConfigInvalid, match=r"layers\[0\]: expected a whole number, found 'x'"):
         members(["layers=x"], "crosscoder")
 
 
