@@ -255,6 +255,12 @@ class Ask:
             head, rest = split_key(key)
             if head in ("data", "course"):
                 continue
+            if key == "k" and key not in everything:
+                said = ("--k", f"--set target_l0={self.settings[key]}") if key in self.settings else ("k", "target_l0")
+                instead = f", or ask for {said[1]}" if "target_l0" in everything else ""
+                raise ConfigInvalid(
+                    f"{', '.join(by_variant)} fixes no number of active latents: leave out {said[0]}{instead}"
+                )
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
                 raise ConfigInvalid(

@@ -94,6 +94,19 @@ def test_settings_reach_the_variants_that_have_them():
     assert topk.config.optim.lr == standard.config.optim.lr == 0.1
 
 
+@pytest.mark.parametrize(
+    ("variant", "words", "grid", "said"),
+    [
+        ("jumprelu", ["k=2"], (), "leave out --k, or ask for --set target_l0=2$"),
+        ("jumprelu", [], ["k=2,3"], "leave out k, or ask for target_l0$"),
+        ("gated", ["k=2"], (), "leave out --k$"),
+    ],
+)
+def test_a_variant_that_fixes_no_number_of_active_latents_says_so(variant, words, grid, said):
+    with pytest.raises(ConfigInvalid, match=f"{variant} fixes no number of active latents: {said}"):
+        members(words, variant, grid=grid)
+
+
 def test_a_setting_is_for_the_saes_that_read_it():
     """Refused is what none reads of those that it is said of."""
     topk, _ = members(["crosscoder.gate=relu", "k=48"], "topk", "crosscoder")
