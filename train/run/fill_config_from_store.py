@@ -130,7 +130,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     steps = course.tokens // plan.batch_tokens
     if steps == 0:
         raise NothingToTrain(
-            f"a budget of {course.tokens} tokens is less than one batch of {plan.batch_tokens}: nothing to "
+            f"a budget of {course.tokens:,} tokens is less than one batch of {plan.batch_tokens:,}: nothing to "
             "train. Give more --tokens, or a smaller data.batch_tokens"
         )
     if course.tokens > plan.sizes.tokens * epochs:
@@ -152,11 +152,14 @@ def _require_steps(available: int, plan: Plan, where: str) -> None:
     sizes = plan.sizes
     if sizes.windows == 0 or sizes.tokens == 0:
         raise NothingToTrain(
-            f"the train split of {where} has {sizes.windows} windows with {sizes.tokens} tokens that may train: "
+            f"the train split of {where} has {sizes.windows:,} windows with {sizes.tokens:,} tokens that may train: "
             "nothing to train. Harvest more text, or look at its splits with `sae-store info`"
         )
     if available == 0:
+        found, instead = "less than one batch", ""
+        if sizes.tokens >= plan.batch_tokens:
+            found, instead = "cut into pools of which none fills a batch", ", or a larger data.pool_tokens"
         raise NothingToTrain(
-            f"the train split of {where} has {sizes.tokens} tokens, less than one batch of {plan.batch_tokens} "
-            f"in a block: nothing to train. Set a smaller data.batch_tokens"
+            f"the train split of {where} has {sizes.tokens:,} tokens, {found} of {plan.batch_tokens:,}: nothing to train. "
+            f"Set a smaller data.batch_tokens{instead}"
         )

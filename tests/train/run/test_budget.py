@@ -34,7 +34,15 @@ def test_too_short_a_store_names_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "case, said", [(plan(tokens=0), "0 tokens that may train"), (plan(batch=400, windows=30), "less")]
+    "case, said",
+    [
+        (plan(tokens=0), "0 tokens that may train"),
+        (
+            plan(batch=400, windows=30),
+            "300 tokens, less than one batch of 400: nothing to train. Set a smaller data.batch",
+        ),
+        (plan(batch=400), "1,000 tokens, cut into pools of which none fills a batch of 400: .*, or a larger data.pool"),
+    ],
 )
 def test_nothing_to_train(case, said):
     with pytest.raises(NothingToTrain, match=said):
