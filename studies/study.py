@@ -13,7 +13,6 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -149,7 +148,12 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
     """The runs of a study but the one that decides, or those that are named."""
     if wanted is None:
         return [recipe for recipe in runs_of(study) if recipe.name != DECISIVE]
-    named = list(dict.fromkeys(name.strip() for name in wanted.split(",")))
+    named = [name for name in dict.fromkeys(name.strip() for name in wanted.split(",")) if name]
+    if not named:
+        raise click.ClickException(
+            f"--only {wanted!r}: expected names of runs, found none: give one of "
+            f"{', '.join(recipe.name for recipe in runs_of(study))}, or leave it out"
+        )
     for name in named:
         if name.endswith(HALF):
             whole = name.removesuffix(HALF)
@@ -259,7 +263,7 @@ def keep_course(course: Course) -> None:
         found = read_json(path)
         if found != wanted:
             raise click.ClickException(
-                f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "
+                f"{course.out} was begun with {_typed(found)}, found {_typed(wanted)}: "
                 "say the same again, or choose another --out"
             )
         return
@@ -268,6 +272,14 @@ def keep_course(course: Course) -> None:
     except OSError as error:
         raise click.ClickException(f"{course.out} cannot be made ({error.strerror}): choose another --out") from None
     write_json(path, wanted)
+
+
+def _typed(course: Mapping[str, Any]) -> str:
+    """A course in the options that ask for it."""
+    words = list(course.get("options") or ())
+    words += ["--seeds", str(course["seeds"])] if course.get("seeds") is not None else []
+    words += ["--with-baselines"] if course.get("baselines") else []
+    return shlex.join(words) or "no options"
 
 
 def require_one_store(course: Course, begun: Sequence[Path]) -> None:

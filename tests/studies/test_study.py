@@ -491,7 +491,10 @@ def test_what_a_run_is_selected_by_is_measured_in_it():
 
 def test_the_run_that_decides_is_asked_for_by_name():
     assert "decisive" not in [one.name for one in study.choose("tiered", None)]
-    assert [one.name for one in study.choose("tiered", "run_1, decisive")] == ["run_1", "decisive"]
+    assert [one.name for one in study.choose("tiered", "run_1, decisive,")] == ["run_1", "decisive"]
+    for nothing in ("", " ,"):
+        with pytest.raises(click.ClickException, match="expected names of runs, found none: give one of run_"):
+            study.choose("tiered", nothing)
     with pytest.raises(ConfigInvalid, match="did you mean 'decisive'"):
         study.choose("tiered", "decisiv")
 
@@ -567,7 +570,9 @@ def test_a_table_is_of_one_course(tmp_path):
     study.keep_course(course)
     begin(course)
     study.keep_course(course)
-    with pytest.raises(click.ClickException, match="say the same again"):
+    with pytest.raises(
+        click.ClickException, match="begun with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: say"
+    ):
         study.keep_course(other)
 
 
@@ -576,7 +581,7 @@ def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):
     course = Course("./store", tmp_path, (), seeds=3)
     study.keep_course(course)
     begin(course)
-    with pytest.raises(click.ClickException, match="say the same again"):
+    with pytest.raises(click.ClickException, match="begun with --seeds 3, found no options: say the same again"):
         study.keep_course(replace(course, seeds=None))
 
 
