@@ -25,6 +25,7 @@ from .init_from_trained_sae import Source, source_of, without_start
 
 DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
 MOST_EPOCHS = 16
+MOST_ASKED = 100_000  # epochs whose steps are counted one by one
 FORMAT = 1  # of config.json
 POOL_BYTES = 2 * 2**30  # of residuals of two bytes, for each layer and in each of two pools
 
@@ -123,6 +124,10 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     available = plan.steps_in(1)
     _require_steps(available, plan, where)
     if course.tokens is None:
+        if (course.epochs or 1) > MOST_ASKED:
+            raise ConfigInvalid(
+                f"expected at most {MOST_ASKED:,} --epochs without --tokens, found {course.epochs:,}: give --tokens too"
+            )
         epochs = course.epochs or max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // (available * plan.batch_tokens))))
         said = "" if course.epochs else "no --tokens or --epochs given: "
         return _with_remark(plan.steps_in(epochs), plan, said)
@@ -140,7 +145,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
             f"in an epoch{f', {plan.sizes.tokens * epochs:,} in {epochs}' if epochs > 1 else ''}: "
             f"give --epochs {needed} to read it again, or fewer --tokens"
         )
-    return _with_remark(min(steps, plan.steps_in(epochs)), plan, "")
+    return _with_remark(min(steps, plan.steps_in(epochs, enough=steps)), plan, "")
 
 
 def _with_remark(steps: int, plan: Plan, said: str) -> tuple[int, str]:
@@ -160,6 +165,6 @@ def _require_steps(available: int, plan: Plan, where: str) -> None:
         if sizes.tokens >= plan.batch_tokens:
             found, instead = "cut into pools of which none fills a batch", ", or a larger data.pool_tokens"
         raise NothingToTrain(
-            f"the train split of {where} has {sizes.tokens:,} tokens, {found} of {plan.batch_tokens:,}: nothing to train. "
-            f"Set a smaller data.batch_tokens{instead}"
+            f"the train split of {where} has {sizes.tokens:,} tokens, {found} of {plan.batch_tokens:,}: nothing to "
+            f"train. Set a smaller data.batch_tokens{instead}"
         )

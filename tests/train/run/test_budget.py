@@ -16,7 +16,15 @@ def plan(windows=100, tokens=10, batch=50):
 
 @pytest.mark.parametrize(
     "tokens, epochs, steps",
-    [(1000, None, 20), (500, None, 10), (549, None, 10), (None, 3, 60), (1500, 3, 30), (3000, 3, 60)],
+    [
+        (1000, None, 20),
+        (500, None, 10),
+        (549, None, 10),
+        (None, 3, 60),
+        (1500, 3, 30),
+        (3000, 3, 60),
+        (500, 10**20, 10),
+    ],
 )
 def test_steps(tokens, epochs, steps):
     assert settle_budget(CourseConfig(tokens=tokens, epochs=epochs), plan(), "s")[0] == steps
@@ -29,6 +37,8 @@ def test_small_stores_are_read_again_and_it_is_said():
 
 
 def test_too_short_a_store_names_the_remedy():
+    with pytest.raises(ConfigInvalid, match="at most 100,000 --epochs without --tokens, found 100,000,000"):
+        settle_budget(CourseConfig(epochs=10**20), plan(), "s")
     with pytest.raises(ConfigInvalid, match=r"2,500 tokens, .* 1,000 in an epoch: give --epochs 3"):
         settle_budget(CourseConfig(tokens=2500), plan(), "s")
 
