@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -137,8 +138,9 @@ def test_trackers_that_are_not_there_are_refused(monkeypatch):
     from accelerate import tracking
 
     monkeypatch.setattr(tracking, "get_available_trackers", list)
-    with pytest.raises(TrackerMissing, match="pip install wandb"):
-        require_trackers(["wandb"])
+    for name, package in (("wandb", "'saemill[wandb]'"), ("mlflow", "mlflow")):  # the quotes are for zsh
+        with pytest.raises(TrackerMissing, match=re.escape(f"{name} is not installed: pip install {package}") + "$"):
+            require_trackers([name])
     with pytest.raises(ConfigInvalid, match="found 'wandbb'"):
         require_trackers(["wandbb"])
     require_trackers([])
