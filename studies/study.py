@@ -38,7 +38,7 @@ from ..train.cli_support import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.atomic_files import read_json, write_json
 from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
-from ..train.run.folder import RunFolder
+from ..train.run.folder import RunFolder, cache_of
 from ..train.study_recipes import find_recipes, runs_of, studies
 from .decision_rule import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
@@ -284,7 +284,7 @@ def _typed(course: Mapping[str, Any]) -> str:
 
 def require_one_store(course: Course, begun: Sequence[Path]) -> None:
     """Another one at the same place, of other text, would go into the same table."""
-    trained = {path: read_json(path)["cache"]["cache_id"] for path in begun}
+    trained = {path: cache_of(RunFolder(path.parent))[1] for path in begun}
     # Where it is gone, results that are there can be told.
     found = id_of_store(course.cache) or next(iter(trained.values()))
     for path, trained_on in trained.items():

@@ -72,7 +72,7 @@ def any_store(monkeypatch):
 
 def begin(course, run="run_1", cache_id=CACHE_ID):
     (course.out / run).mkdir(exist_ok=True)
-    (course.out / run / "config.json").write_text(json.dumps({"cache": {"cache_id": cache_id}}))
+    (course.out / run / "config.json").write_text(json.dumps({"cache": {"url": "./store", "cache_id": cache_id}}))
 
 
 def test_a_run_that_learned_has_no_problems(tmp_path):
@@ -346,7 +346,7 @@ def test_a_run_of_which_every_sae_diverged_costs_the_others_nothing(tmp_path, mo
             write_run(tmp_path / "tiered" / tame)
             return
         (tmp_path / "tiered" / wild).mkdir(exist_ok=True)
-        begun = {"cache": {"cache_id": CACHE_ID}, "saes": {"one": {}}}
+        begun = {"cache": {"url": "./store", "cache_id": CACHE_ID}, "saes": {"one": {}}}
         (tmp_path / "tiered" / wild / "config.json").write_text(json.dumps(begun))
         raise SystemExit(1) from TrainingDiverged("none is left")
 
@@ -598,6 +598,11 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # what is there can be told without it
         patch.setattr(Store, "open", gone)
         study.keep_course(course)
+    for cache in ({}, []):
+        (tmp_path / "run_1/config.json").write_text(json.dumps({"cache": cache}))
+        with pytest.raises(ConfigInvalid, match="run_1/config.json to name the run's store, .* copy the folder anew"):
+            study.keep_course(course)
+    begin(course)
     begin(course, "run_2", "id of another")
     with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):
         study.keep_course(course)

@@ -13,9 +13,9 @@ from typing import Any
 from ...cache_schema import Manifest, Store
 from ...cache_schema.massive_activations import default_multiple
 from ...cache_schema.sites import by_hook
-from ...cache_schema.strict_json import from_json, to_json
+from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..config.recipe import Recipe
-from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, damaged, read_run_config
 from ..config.sanity_baselines import with_baselines
 from ..data.mixing_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain
@@ -95,8 +95,13 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
         raise ConfigInvalid(f"{where} has format {found!r}; this saemill reads format {FORMAT}. Update saemill")
     config = read_run_config(raw, where)
     if not isinstance(steps := raw.get("total_steps"), int) or steps < 1:
-        raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
-    init = from_json(Source, raw["init"], f"{where}: init") if "init" in raw else None
+        raise damaged(where, f"total_steps: expected 1 or more, found {steps!r}")
+    if config.data.pool_tokens is None:
+        raise damaged(where, "data.pool_tokens: expected a whole number, found None")
+    try:
+        init = from_json(Source, raw["init"], "init") if "init" in raw else None
+    except StrictError as error:
+        raise damaged(where, error) from None
     begun_with, found = raw["cache"].get("shard_windows"), store.manifest.shard_windows
     if begun_with not in (None, found):
         raise ConfigInvalid(

@@ -279,8 +279,9 @@ def _git_state(file: Path) -> dict[str, Any] | None:
 def cache_of(folder: RunFolder) -> tuple[str, str]:
     """Address and cache id of the store that a run trains on."""
     cache = folder.read_config().get("cache")
-    if not isinstance(cache, dict) or not {"url", "cache_id"} <= set(cache):
+    if not isinstance(cache, dict) or not all(isinstance(cache.get(key), str) for key in ("url", "cache_id")):
         raise ConfigInvalid(
-            f"expected {folder.path / 'config.json'} to name the run's store, found no url and cache_id: copy it anew"
+            f"expected {folder.path / 'config.json'} to name the run's store, found no url and cache_id: copy the "
+            "folder anew"
         )
     return cache["url"], cache["cache_id"]

@@ -183,8 +183,16 @@ def test_a_damaged_record_is_named():
         ConfigInvalid, match=r"config\.json is not the configuration of a run: data\.seedling: unknown key"
     ):
         read_run_config(raw, "config.json")
-    with pytest.raises(ConfigInvalid, match="saes"):
-        read_run_config({}, "config.json")
+    saes = {"topk": {"config": {}}}
+    for broken, said in (
+        ({}, "saes: missing"),
+        ({"saes": {}}, "one or more"),
+        ({"saes": [1]}, r"saes: .* found \[1\]"),
+    ):
+        with pytest.raises(ConfigInvalid, match=f"{said}.*; copy the folder anew"):
+            read_run_config({} if not broken else raw | {"data": {}} | broken, "config.json")
+    with pytest.raises(ConfigInvalid, match="saes.topk.variant: missing"):
+        read_run_config(raw | {"saes": saes}, "config.json")
 
 
 def test_a_run_of_before_goes_on_with_a_share_that_would_be_refused_now():
