@@ -13,7 +13,6 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import name_full_disk
+from ..cache_schema.launch import count_processes
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.write_and_read_results import RESULTS
@@ -108,11 +108,12 @@ def main(
     is_json: bool,
 ) -> None:
     """Train, evaluate and compare all runs of STUDY, or of every study."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        refuse(
-            "a study is one process, found several, as torchrun starts them: start it by itself, and train what is too "
-            "large for it by torchrun, with sae-train --recipe STUDY/RUN"
-        )
+    with errors_told(refuse):
+        if count_processes() > 1:
+            refuse(
+                "a study is one process, found several, as torchrun starts them: start it by itself, and train what is "
+                "too large for it by torchrun, with sae-train --recipe STUDY/RUN"
+            )
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]

@@ -448,8 +448,11 @@ def test_settings_of_no_evaluation_are_refused_before_anything_is_trained(tmp_pa
 def test_several_processes_of_a_study_are_refused(tmp_path, monkeypatch):
     """Each would train all runs, and its second could not meet the others again."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = CliRunner().invoke(study.main, ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+    words = ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(study.main, words)
     assert result.exit_code == 1 and "a study is one process" in result.output and not (tmp_path / "o").exists()
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert "WORLD_SIZE=abc: expected a number as torchrun sets it" in CliRunner().invoke(study.main, words).output
 
 
 def test_studies_run_what_no_variant_is_trained_on_and_what_their_notes_ask_for():

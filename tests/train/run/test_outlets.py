@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from saemill.cache_schema import LaunchInvalid
 from saemill.train.data.device_copies import take_device
 from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
-from saemill.train.parallel.processes import SOLO, choose_device
+from saemill.train.parallel.processes import SOLO, choose_device, join
 from saemill.train.run.folder import MetricsLog
 from saemill.train.run.log_metrics import Watch
 from saemill.train.run.progress import Progress, Trackers, require_trackers
@@ -146,7 +147,14 @@ def test_trackers_that_are_not_there_are_refused(monkeypatch):
     require_trackers([])
 
 
-def test_one_process_is_a_group():
+def test_one_process_is_a_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: int("no MASTER_ADDR"))  # as it refuses, in a ValueError
+    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=2: .* that meet, found: .*MASTER_ADDR.*: start them all by"):
+        join("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1.5")
+    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=1.5: expected a number as torchrun sets it"):
+        join("cpu")
     assert (SOLO.rank, SOLO.size, SOLO.any(True), SOLO.texts("x")) == (0, 1, True, ["x"])
 
 
