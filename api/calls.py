@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
+from ..cache_schema.cli import open_console
 from ..cache_schema.errors import StoreUnfinished
 from ..evaluate.output.pictures import draw
 from ..evaluate.run.command import measure
@@ -50,7 +49,7 @@ def train(**words: Any) -> Run:
             f"recipe: expected one run, like {read['recipe']}/{found[0].name}, found a study of {len(found)}: "
             "name one, or use sae-study"
         )
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = open_console(highlight=False, soft_wrap=True, markup=False)
     with open_process(device, console, read["spread"], is_watched=plots) as process:
         if process.group.size > 1:
             raise ConfigInvalid(f"expected one process, found {process.group.size}: several train with sae-train")

@@ -37,6 +37,7 @@ from .watch import follow
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 AGAIN = "The same import or harvest writes what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
+WIDTH, NARROWEST = 80, 20  # columns
 REHARVESTERS = "saemill.reharvest"  # entry points: functions like `harvest.run.reharvest`
 
 
@@ -88,7 +89,7 @@ def info(url: str, is_json: bool) -> None:
     if is_json:
         print_json(facts)
     else:
-        Console().print(render(facts))
+        open_console().print(render(facts))
 
 
 @main.command(epilog=example("watch s3://bucket/store"))
@@ -96,7 +97,7 @@ def info(url: str, is_json: bool) -> None:
 @click.option("--every", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds between looks.")
 def watch(url: str, every: float) -> None:
     """Show how far all writers are, until the store is whole."""
-    console = Console()
+    console = open_console()
     with _report():
         if not console.is_terminal:
             for found in follow(url, every):
@@ -312,6 +313,14 @@ def _open_source(
     return NumpySource(files, tokens_file)
 
 
+def open_console(**options: Any) -> Console:
+    """Where a person reads. A width that holds nothing, as of COLUMNS=0, counts as not set."""
+    console = Console(**options)
+    if console.width < NARROWEST:
+        console.width = WIDTH
+    return console
+
+
 def print_json(document: dict[str, Any]) -> None:
     """The one document."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
@@ -380,7 +389,7 @@ def tell_files() -> Iterator[None]:
 def _progress(verb: str, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar on standard error; the yielded function counts one more of a total."""
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
         task = progress.add_task(verb, total=None)
         yield lambda total: progress.update(task, total=total, advance=1)
 

@@ -13,6 +13,10 @@ class AddressInvalid(StoreError, ValueError):
     """The address names a kind of storage that is unknown, or whose library is not installed."""
 
 
+class LaunchInvalid(StoreError, ValueError):
+    """The environment does not say how many processes were launched, or they cannot meet."""
+
+
 class StoreMissing(StoreError, FileNotFoundError):
     """The address that was given holds no store."""
 

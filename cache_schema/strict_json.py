@@ -1,7 +1,7 @@
 """Frozen dataclasses to JSON and back, strictly.
 
 Reading collects every problem before it raises, each with the path of the value it is about
-(`model.d_model: expected int, found str`); an unknown key is a problem and names its neighbours.
+(`model.d_model: expected a whole number, found 'x'`); an unknown key is a problem and names its neighbours.
 Nothing is coerced but what JSON cannot say: lists become tuples, integers become floats where a
 float is declared, and object keys become integers where the mapping is declared by integers.
 """
@@ -22,7 +22,7 @@ T = TypeVar("T")
 LATER = "later"
 """In a field's metadata: it came after stores were written, and is left out of the JSON where it is empty."""
 
-_SCALARS = {int, float, bool, str, type(None)}
+_SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it: each integer has one form
 
 
@@ -42,7 +42,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):  # there may be millions of numbers
-        return list(value) if set(map(type, value)) <= _SCALARS else [to_json(item) for item in value]
+        return list(value) if set(map(type, value)) <= _SCALARS.keys() else [to_json(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
@@ -188,11 +188,9 @@ def _read_scalar(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
             return float(raw)
         except OverflowError:
             return _mismatch(where, "a number of at most 1.8e308", raw, problems)
-    if isinstance(raw, bool) and kind is not bool:
-        return _mismatch(where, kind.__name__, raw, problems)
-    if isinstance(raw, kind):
+    if isinstance(raw, kind) and (kind is bool or not isinstance(raw, bool)):
         return raw
-    return _mismatch(where, kind.__name__, raw, problems)
+    return _mismatch(where, _SCALARS.get(kind, kind.__name__), raw, problems)
 
 
 def _mismatch(where: str, expected: str, raw: Any, problems: list[str]) -> None:

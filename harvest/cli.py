@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from rich.console import Console
 
 from ..cache_schema import Store, StoreError, StoreMissing
-from ..cache_schema.cli import as_json, print_json, tell_files
+from ..cache_schema.cli import as_json, open_console, print_json, tell_files
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec, Manifest
@@ -164,7 +163,7 @@ def _harvest(config: HarvestConfig, is_json: bool) -> None:
         click.echo(f"{finished.committed} of {finished.shards} shards are committed; others belong to other workers")
         return
     with Store.open(config.out) as store:
-        Console().print(render_store(describe(store)))
+        open_console().print(render_store(describe(store)))
         if store.manifest.sites:  # not attention alone
             click.echo(f"next: {training_command(store.manifest, config)}")
     for line in finished.fell_back:
@@ -200,7 +199,7 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
     if estimate.speaks and is_json:
         print_json(document_of(estimate))
     elif estimate.speaks:
-        Console().print(render(estimate))
+        open_console().print(render(estimate))
     is_begun, weights = estimate.work.is_begun, estimate.weights_beside
     require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=is_begun, weights=weights)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from ..cache_schema.launch import count_processes, joining
 from .config import Worker
 from .errors import SettingInvalid
 from .model.load_and_truncate import find_device
@@ -36,7 +36,8 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
     Processes of one launch end together; of workers that were started by hand, some may never begin.
     """
     takes_rest = worker.count > 1
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    launched = count_processes()
+    if launched == 1:
         yield Process(find_device(device), worker, takes_rest=takes_rest)
         return
     if ":" in device:
@@ -46,10 +47,11 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
     from accelerate import PartialState
 
     # Without a GPU it takes each process for the only one, where it is not told that they are on processors.
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+    with joining():
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if state.num_processes != launched:
         raise SettingInvalid(
-            f"expected RANK and LOCAL_RANK beside WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets them, found "
+            f"expected RANK and LOCAL_RANK beside WORLD_SIZE={launched}, as torchrun sets them, found "
             "that not both are there: start it by torchrun, or each process by hand with --worker I/N and no WORLD_SIZE"
         )
     index = worker.index * state.num_processes + state.process_index

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..cache_schema.cli import open_console
 from ..cache_schema.numbers_in_words import say_time
 
 LOG_SECONDS = 30.0
@@ -48,7 +49,7 @@ class Watch:
     """Where progress and messages go."""
 
     def __init__(self, console: Console | None = None, is_quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False)
+        self.console = console or open_console(stderr=True, quiet=is_quiet, highlight=False)
 
     def say(self, lines: str | Sequence[str]) -> None:
         for line in [lines] if isinstance(lines, str) else lines:

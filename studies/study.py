@@ -13,8 +13,6 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import name_full_disk
+from ..cache_schema.launch import count_processes
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.write_and_read_results import RESULTS
@@ -39,7 +38,7 @@ from ..train.cli_support import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.atomic_files import read_json, write_json
 from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
-from ..train.run.folder import RunFolder
+from ..train.run.folder import RunFolder, cache_of
 from ..train.study_recipes import find_recipes, runs_of, studies
 from .decision_rule import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
@@ -109,11 +108,12 @@ def main(
     is_json: bool,
 ) -> None:
     """Train, evaluate and compare all runs of STUDY, or of every study."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        refuse(
-            "a study is one process, found several, as torchrun starts them: start it by itself, and train what is too "
-            "large for it by torchrun, with sae-train --recipe STUDY/RUN"
-        )
+    with errors_told(refuse):
+        if count_processes() > 1:
+            refuse(
+                "a study is one process, found several, as torchrun starts them: start it by itself, and train what is "
+                "too large for it by torchrun, with sae-train --recipe STUDY/RUN"
+            )
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
@@ -149,7 +149,12 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
     """The runs of a study but the one that decides, or those that are named."""
     if wanted is None:
         return [recipe for recipe in runs_of(study) if recipe.name != DECISIVE]
-    named = list(dict.fromkeys(name.strip() for name in wanted.split(",")))
+    named = [name for name in dict.fromkeys(name.strip() for name in wanted.split(",")) if name]
+    if not named:
+        raise click.ClickException(
+            f"--only {wanted!r}: expected names of runs, found none: give one of "
+            f"{', '.join(recipe.name for recipe in runs_of(study))}, or leave it out"
+        )
     for name in named:
         if name.endswith(HALF):
             whole = name.removesuffix(HALF)
@@ -259,7 +264,7 @@ def keep_course(course: Course) -> None:
         found = read_json(path)
         if found != wanted:
             raise click.ClickException(
-                f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "
+                f"{course.out} was begun with {_typed(found)}, found {_typed(wanted)}: "
                 "say the same again, or choose another --out"
             )
         return
@@ -270,9 +275,17 @@ def keep_course(course: Course) -> None:
     write_json(path, wanted)
 
 
+def _typed(course: Mapping[str, Any]) -> str:
+    """A course in the options that ask for it."""
+    words = list(course.get("options") or ())
+    words += ["--seeds", str(course["seeds"])] if course.get("seeds") is not None else []
+    words += ["--with-baselines"] if course.get("baselines") else []
+    return shlex.join(words) or "no options"
+
+
 def require_one_store(course: Course, begun: Sequence[Path]) -> None:
     """Another one at the same place, of other text, would go into the same table."""
-    trained = {path: read_json(path)["cache"]["cache_id"] for path in begun}
+    trained = {path: cache_of(RunFolder(path.parent))[1] for path in begun}
     # Where it is gone, results that are there can be told.
     found = id_of_store(course.cache) or next(iter(trained.values()))
     for path, trained_on in trained.items():

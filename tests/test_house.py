@@ -25,7 +25,7 @@ ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
         "numbers_in_words keep_freed_memory errors sites splits stored_dtypes strict_json",
-        "csr disk_and_cloud_files manifest import_sources",
+        "csr disk_and_cloud_files launch manifest import_sources",
         "layout read_vllm requests_and_spans",
         "chunk_codec commits moments shard_claims",
         "read_chunks token_counts open_and_check_root stats_summary",
@@ -87,7 +87,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "cli_support config data disk errors file_registry kit run sae sae/kernels study_recipes train_runs",
     },
     "studies": {
-        "cache_schema": "cli disk_and_cloud_files strict_json",
+        "cache_schema": "cli disk_and_cloud_files launch strict_json",
         "train": "cli cli_support config disk errors run study_recipes",
         "evaluate": "cli context errors evals output/figures output/plots run",
     },

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..cache_schema.cli import as_json, print_json, read_count
+from ..cache_schema.cli import as_json, open_console, print_json, read_count
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
@@ -110,7 +110,7 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
     Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
     would have had alone.
     """
-    console = Console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
+    console = open_console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
     with tell_errors():
         from .train_runs import open_process, train_all  # late: --help and completion must not wait for torch
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...cache_schema.cli import open_console
 from ...cache_schema.strict_json import flatten
 from .. import evals
 from ..context.loaded_sae import LoadedSae
@@ -39,7 +40,7 @@ NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines
 
 def make_console(*, is_stderr: bool = False) -> Console:
     """For what a person reads at the end; a pipe has room for a wide table."""
-    console = Console(stderr=is_stderr, highlight=False, soft_wrap=True, markup=False)
+    console = open_console(stderr=is_stderr, highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

@@ -21,7 +21,7 @@ from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
 from ...train.run.find_and_load_sae import find_sae, is_of_hub, list_saes, read_folder
-from ...train.run.folder import RunFolder, cache_of, is_run, places_of, run_names
+from ...train.run.folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
 from ...train.study_recipes import runs_of, studies
 from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
@@ -140,7 +140,8 @@ def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainErr
     others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
     store = cache or known_store()
     first = "" if store else "; first `make harvest`, as there is no store here yet"
-    command = f"sae-train --recipe {found[0]}/{target} --cache {shlex.quote(store or STORES[0])}"
+    place = [] if runs == Path(RUNS) else ["--out", str(runs)]
+    command = shlex.join(["sae-train", "--recipe", f"{found[0]}/{target}", "--cache", store or STORES[0], *place])
     return f"{text}. `{command}` makes that of the study {found[0]}{others}{first}"
 
 

@@ -28,7 +28,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.chunk_codec import checksum_of
-from saemill.cache_schema.cli import main
+from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.verify_and_repair import repair, store_digest
 
@@ -41,6 +41,9 @@ def test_a_stop_has_the_status_of_one(monkeypatch, tmp_path):
     def stopped(url):
         raise KeyboardInterrupt
 
+    assert open_console(width=40).width == 40
+    monkeypatch.setenv("COLUMNS", "0")  # as some launchers have it
+    assert open_console().width == 80
     monkeypatch.setattr(Store, "open", stopped)
     assert run("info", tmp_path).exit_code == 130
 

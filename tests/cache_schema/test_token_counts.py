@@ -75,7 +75,7 @@ def test_a_writer_only_asks_whether_they_are_there_and_a_store_reads_them_once(c
     ("change", "said"),
     [
         (lambda raw: raw["trainable"].__setitem__(1, raw["trainable"][1] - 1), "tokens in the windows of train"),
-        (lambda raw: raw["trainable"].__setitem__(1, True), r"trainable\[1\]: expected int"),
+        (lambda raw: raw["trainable"].__setitem__(1, True), r"trainable\[1\]: expected a whole number"),
         (lambda raw: raw["trainable"].__setitem__(1, -1), "expected 0 to 8 tokens"),
         (lambda raw: raw["trainable"].__setitem__(1, 2**70), "expected 0 to 8 tokens"),
         (lambda raw: raw["trainable"].pop(), "expected 22 windows, found 21"),

@@ -203,7 +203,8 @@ def test_a_run_of_a_recipe_says_how_it_is_made(run_1, sae_eval, tmp_path, monkey
     monkeypatch.chdir(tmp_path)  # where there is no store of `make demo`, which it would name
     output = sae_eval("run_4", code=1)
     assert "no run 'run_4'" in output
-    assert "`sae-train --recipe attention/run_4 --cache ./store` makes that of the study attention" in output
+    words = f"--recipe attention/run_4 --cache ./store --out {run_1.parent}"
+    assert f"`sae-train {words}` makes that of the study attention" in output
 
 
 def test_a_run_that_has_not_ended(world, builder, sae_eval):

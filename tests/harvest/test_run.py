@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
     CorpusSpec,
+    LaunchInvalid,
     Request,
     Site,
     Store,
@@ -368,6 +369,13 @@ def test_a_device_by_number_is_not_for_each_process_of_a_launch(make_config: Mak
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingInvalid, match="--device cuda:1: each process of a launch .* Leave out the number"):
         harvest(make_config(device="cuda:1"))
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: int("no MASTER_ADDR"))  # as it refuses, in a ValueError
+    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=2: .* that meet, found: .*MASTER_ADDR.*: start them all by"):
+        harvest(make_config(device="cpu"))
+    for said in ("", "0", "abc"):
+        monkeypatch.setenv("WORLD_SIZE", said)
+        with pytest.raises(LaunchInvalid, match=f"^WORLD_SIZE={said}: expected a number as torchrun sets it: unset"):
+            harvest(make_config())
 
 
 def test_a_launch_that_gives_another_device_than_was_asked_for_is_refused(make_config: Make, monkeypatch):

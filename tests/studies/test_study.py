@@ -72,7 +72,7 @@ def any_store(monkeypatch):
 
 def begin(course, run="run_1", cache_id=CACHE_ID):
     (course.out / run).mkdir(exist_ok=True)
-    (course.out / run / "config.json").write_text(json.dumps({"cache": {"cache_id": cache_id}}))
+    (course.out / run / "config.json").write_text(json.dumps({"cache": {"url": "./store", "cache_id": cache_id}}))
 
 
 def test_a_run_that_learned_has_no_problems(tmp_path):
@@ -346,7 +346,7 @@ def test_a_run_of_which_every_sae_diverged_costs_the_others_nothing(tmp_path, mo
             write_run(tmp_path / "tiered" / tame)
             return
         (tmp_path / "tiered" / wild).mkdir(exist_ok=True)
-        begun = {"cache": {"cache_id": CACHE_ID}, "saes": {"one": {}}}
+        begun = {"cache": {"url": "./store", "cache_id": CACHE_ID}, "saes": {"one": {}}}
         (tmp_path / "tiered" / wild / "config.json").write_text(json.dumps(begun))
         raise SystemExit(1) from TrainingDiverged("none is left")
 
@@ -448,8 +448,11 @@ def test_settings_of_no_evaluation_are_refused_before_anything_is_trained(tmp_pa
 def test_several_processes_of_a_study_are_refused(tmp_path, monkeypatch):
     """Each would train all runs, and its second could not meet the others again."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = CliRunner().invoke(study.main, ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+    words = ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(study.main, words)
     assert result.exit_code == 1 and "a study is one process" in result.output and not (tmp_path / "o").exists()
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert "WORLD_SIZE=abc: expected a number as torchrun sets it" in CliRunner().invoke(study.main, words).output
 
 
 def test_studies_run_what_no_variant_is_trained_on_and_what_their_notes_ask_for():
@@ -491,7 +494,10 @@ def test_what_a_run_is_selected_by_is_measured_in_it():
 
 def test_the_run_that_decides_is_asked_for_by_name():
     assert "decisive" not in [one.name for one in study.choose("tiered", None)]
-    assert [one.name for one in study.choose("tiered", "run_1, decisive")] == ["run_1", "decisive"]
+    assert [one.name for one in study.choose("tiered", "run_1, decisive,")] == ["run_1", "decisive"]
+    for nothing in ("", " ,"):
+        with pytest.raises(click.ClickException, match="expected names of runs, found none: give one of run_"):
+            study.choose("tiered", nothing)
     with pytest.raises(ConfigInvalid, match="did you mean 'decisive'"):
         study.choose("tiered", "decisiv")
 
@@ -567,7 +573,9 @@ def test_a_table_is_of_one_course(tmp_path):
     study.keep_course(course)
     begin(course)
     study.keep_course(course)
-    with pytest.raises(click.ClickException, match="say the same again"):
+    with pytest.raises(
+        click.ClickException, match="begun with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: say"
+    ):
         study.keep_course(other)
 
 
@@ -576,7 +584,7 @@ def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):
     course = Course("./store", tmp_path, (), seeds=3)
     study.keep_course(course)
     begin(course)
-    with pytest.raises(click.ClickException, match="say the same again"):
+    with pytest.raises(click.ClickException, match="begun with --seeds 3, found no options: say the same again"):
         study.keep_course(replace(course, seeds=None))
 
 
@@ -593,6 +601,11 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # what is there can be told without it
         patch.setattr(Store, "open", gone)
         study.keep_course(course)
+    for cache in ({}, []):
+        (tmp_path / "run_1/config.json").write_text(json.dumps({"cache": cache}))
+        with pytest.raises(ConfigInvalid, match="run_1/config.json to name the run's store, .* copy the folder anew"):
+            study.keep_course(course)
+    begin(course)
     begin(course, "run_2", "id of another")
     with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):
         study.keep_course(course)

@@ -105,18 +105,39 @@ class RunConfig:
 def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
     """The inverse of `RunConfig.to_json`. A label is the name of a folder, and may lead nowhere else."""
     try:
-        outside = [label for label in raw["saes"] if not re.fullmatch(r"[\w+-][\w.+-]*", label)]
+        saved = from_json(_Saved, {key: raw[key] for key in ("data", "course", "saes") if key in raw})
+        outside = [label for label in saved.saes if not re.fullmatch(r"[\w+-][\w.+-]*", label)]
         if outside:
             raise ConfigInvalid(f"{where}: expected labels of SAEs that are names of folders, found {outside[0]!r}")
         members = [
-            Member(label, sae["variant"], from_json(variant_registry.config_type(sae["variant"]), sae["config"], label))
-            for label, sae in raw["saes"].items()
+            Member(label, sae.variant, from_json(variant_registry.config_type(sae.variant), sae.config, label))
+            for label, sae in saved.saes.items()
         ]
-        return RunConfig(
-            from_json(DataConfig, raw["data"], "data"), from_json(CourseConfig, raw["course"], "course"), tuple(members)
-        )
-    except (StrictError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigInvalid(f"{where} is not the configuration of a run: {error}") from None
+    except StrictError as error:
+        raise damaged(where, error) from None
+    if not members:
+        raise damaged(where, "saes: expected one or more, found none")
+    return RunConfig(saved.data, saved.course, tuple(members))
+
+
+def damaged(where: str, found: object) -> ConfigInvalid:
+    """What to raise of a config.json that says less, or other things, than a run's does."""
+    return ConfigInvalid(f"{where} is not the configuration of a run: {found}; copy the folder anew")
+
+
+@dataclass(frozen=True)
+class _SavedSae:
+    variant: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a config.json holds of a `RunConfig`."""
+
+    data: DataConfig
+    course: CourseConfig
+    saes: Mapping[str, _SavedSae]
 
 
 @dataclass(frozen=True)
@@ -255,6 +276,12 @@ class Ask:
             head, rest = split_key(key)
             if head in ("data", "course"):
                 continue
+            if key == "k" and key not in everything:
+                said = ("--k", f"--set target_l0={self.settings[key]}") if key in self.settings else ("k", "target_l0")
+                instead = f", or ask for {said[1]}" if "target_l0" in everything else ""
+                raise ConfigInvalid(
+                    f"{', '.join(by_variant)} fixes no number of active latents: leave out {said[0]}{instead}"
+                )
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
                 raise ConfigInvalid(

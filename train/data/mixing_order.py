@@ -12,6 +12,7 @@ neither.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,13 +107,13 @@ class Plan:
         """The blocks of an epoch; those without a whole batch are left out."""
         return self._blocks_of(epoch)
 
-    def steps_in(self, epochs: int) -> int:
-        """Steps in the first `epochs` epochs."""
-        while len(self._starts) <= epochs:
+    def steps_in(self, epochs: int, enough: float = math.inf) -> int:
+        """Steps in the first `epochs` epochs, or in so many of them that there are enough."""
+        while len(self._starts) <= epochs and self._starts[-1] < enough:
             dealt = deal(len(self.pieces), self.num_blocks, self.seed, len(self._starts) - 1)
             steps = sum(int(self._piece_tokens[members].sum()) // self.batch_tokens for members in dealt)
             self._starts.append(self._starts[-1] + steps)
-        return self._starts[epochs]
+        return self._starts[min(epochs, len(self._starts) - 1)]
 
     def locate(self, step: int) -> tuple[BlockPlan, int]:
         """The block that holds a step, and the step's place in it."""

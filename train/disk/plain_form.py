@@ -245,8 +245,11 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, late
             gate.r_mag.copy_(latents.own(source.r_mag))
             gate.b_mag.copy_(latents.own((source.b_mag + (moved_F * source.r_mag.exp())) * lengths))
         case _:
-            names = [type(one).__name__ for one in (gate, source)]
-            raise SaeInvalid(f"expected an SAE with the gate {names[0]}, found one with {names[1]}: choose its variant")
+            wanted, found = (type(one).__name__.lower() for one in (gate, source))
+            raise SaeInvalid(
+                f"expected an SAE with the gate {wanted}, found one with {found}: choose a variant with that, such as "
+                f"--variant {'standard' if found == 'relu' else found}"
+            )
 
 
 def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:

@@ -89,10 +89,21 @@ def require_sparsity(k: float, width: int, setting: str = "k") -> None:
 
 def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, ...]:
     """Where each part of a dictionary ends, by the setting of this name that gives the ends as shares of it."""
-    ends = tuple(round(fraction * width) for fraction in fractions)
-    rising = all(low < high for low, high in pairwise((0, *ends)))
-    require(rising and ends[-1:] == (width,), f"{name}: expected shares whose ends rise to {width}, found {ends}")
+    ends = tuple(round(max(0.0, min(fraction, 2.0)) * width) for fraction in fractions)  # of 1e308 there is no end
+    require(
+        is_rising(fractions) and ends[-1:] == (width,),
+        f"{name}: expected shares of the dictionary that rise, the last 1, found {fractions}",
+    )
+    require(
+        is_rising(ends),
+        f"{name}: --width {width} is too small for the shares {fractions}: a larger one, or fewer shares",
+    )
     return ends
+
+
+def is_rising(numbers: tuple[float, ...]) -> bool:
+    """Above 0, and each above the one before."""
+    return all(low < high for low, high in pairwise((0, *numbers)))
 
 
 def write_hook(hook: str, to_hook: str | None) -> str:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...cache_schema import StoreError
+from ...cache_schema.launch import count_processes, joining
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .ranks import Ranks
 
@@ -185,20 +186,22 @@ def all_or_none(
 
 def join(device: str) -> tuple[Group, torch.device]:
     """This process's group and device; `auto` takes an accelerator where there is one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    launched = count_processes()
+    if launched == 1:
         return SOLO, choose_device(device)
     from accelerate import PartialState
 
     chosen = choose_device(device)
     if ":" in device:
         raise ConfigInvalid(
-            f"device {device} was asked for by each of {os.environ['WORLD_SIZE']} processes, and each takes one of its "
+            f"device {device} was asked for by each of {launched} processes, and each takes one of its "
             f"own: say --device {chosen.type}, and choose cards by CUDA_VISIBLE_DEVICES"
         )
-    if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
-    state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
-    place, group = torch.device(state.device or "cpu"), Processes()
+    with joining():
+        if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
+        state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
+        place, group = torch.device(state.device or "cpu"), Processes()
     try:
         require_one_kind(group.texts(place.type))
         require_own_devices(group.texts(_name(place)))

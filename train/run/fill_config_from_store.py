@@ -13,9 +13,9 @@ from typing import Any
 from ...cache_schema import Manifest, Store
 from ...cache_schema.massive_activations import default_multiple
 from ...cache_schema.sites import by_hook
-from ...cache_schema.strict_json import from_json, to_json
+from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..config.recipe import Recipe
-from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, damaged, read_run_config
 from ..config.sanity_baselines import with_baselines
 from ..data.mixing_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain
@@ -25,6 +25,7 @@ from .init_from_trained_sae import Source, source_of, without_start
 
 DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
 MOST_EPOCHS = 16
+MOST_ASKED = 100_000  # epochs whose steps are counted one by one
 FORMAT = 1  # of config.json
 POOL_BYTES = 2 * 2**30  # of residuals of two bytes, for each layer and in each of two pools
 
@@ -94,8 +95,13 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
         raise ConfigInvalid(f"{where} has format {found!r}; this saemill reads format {FORMAT}. Update saemill")
     config = read_run_config(raw, where)
     if not isinstance(steps := raw.get("total_steps"), int) or steps < 1:
-        raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
-    init = from_json(Source, raw["init"], f"{where}: init") if "init" in raw else None
+        raise damaged(where, f"total_steps: expected 1 or more, found {steps!r}")
+    if config.data.pool_tokens is None:
+        raise damaged(where, "data.pool_tokens: expected a whole number, found None")
+    try:
+        init = from_json(Source, raw["init"], "init") if "init" in raw else None
+    except StrictError as error:
+        raise damaged(where, error) from None
     begun_with, found = raw["cache"].get("shard_windows"), store.manifest.shard_windows
     if begun_with not in (None, found):
         raise ConfigInvalid(
@@ -123,6 +129,10 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     available = plan.steps_in(1)
     _require_steps(available, plan, where)
     if course.tokens is None:
+        if (course.epochs or 1) > MOST_ASKED:
+            raise ConfigInvalid(
+                f"expected at most {MOST_ASKED:,} --epochs without --tokens, found {course.epochs:,}: give --tokens too"
+            )
         epochs = course.epochs or max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // (available * plan.batch_tokens))))
         said = "" if course.epochs else "no --tokens or --epochs given: "
         return _with_remark(plan.steps_in(epochs), plan, said)
@@ -130,7 +140,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     steps = course.tokens // plan.batch_tokens
     if steps == 0:
         raise NothingToTrain(
-            f"a budget of {course.tokens} tokens is less than one batch of {plan.batch_tokens}: nothing to "
+            f"a budget of {course.tokens:,} tokens is less than one batch of {plan.batch_tokens:,}: nothing to "
             "train. Give more --tokens, or a smaller data.batch_tokens"
         )
     if course.tokens > plan.sizes.tokens * epochs:
@@ -140,7 +150,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
             f"in an epoch{f', {plan.sizes.tokens * epochs:,} in {epochs}' if epochs > 1 else ''}: "
             f"give --epochs {needed} to read it again, or fewer --tokens"
         )
-    return _with_remark(min(steps, plan.steps_in(epochs)), plan, "")
+    return _with_remark(min(steps, plan.steps_in(epochs, enough=steps)), plan, "")
 
 
 def _with_remark(steps: int, plan: Plan, said: str) -> tuple[int, str]:
@@ -152,11 +162,14 @@ def _require_steps(available: int, plan: Plan, where: str) -> None:
     sizes = plan.sizes
     if sizes.windows == 0 or sizes.tokens == 0:
         raise NothingToTrain(
-            f"the train split of {where} has {sizes.windows} windows with {sizes.tokens} tokens that may train: "
+            f"the train split of {where} has {sizes.windows:,} windows with {sizes.tokens:,} tokens that may train: "
             "nothing to train. Harvest more text, or look at its splits with `sae-store info`"
         )
     if available == 0:
+        found, instead = "less than one batch", ""
+        if sizes.tokens >= plan.batch_tokens:
+            found, instead = "cut into pools of which none fills a batch", ", or a larger data.pool_tokens"
         raise NothingToTrain(
-            f"the train split of {where} has {sizes.tokens} tokens, less than one batch of {plan.batch_tokens} "
-            f"in a block: nothing to train. Set a smaller data.batch_tokens"
+            f"the train split of {where} has {sizes.tokens:,} tokens, {found} of {plan.batch_tokens:,}: nothing to "
+            f"train. Set a smaller data.batch_tokens{instead}"
         )

@@ -34,11 +34,14 @@ def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
 
 
 def read_folder(folder: Path) -> SparseAutoencoder:
-    """The SAE of this folder."""
-    if kind_of(folder) == "sae_lens":
-        return read_sae(folder, rebuild)
-    plain, metadata = read(folder)
-    sae = sae_from_plain(plain)
+    """The SAE of this folder, which every refusal names."""
+    try:
+        if kind_of(folder) == "sae_lens":
+            return read_sae(folder, rebuild)
+        plain, metadata = read(folder)
+        sae = sae_from_plain(plain)
+    except SaeInvalid as error:
+        raise error if str(folder) in str(error) else SaeInvalid(f"{folder}: {error}") from None
     sae.metadata = metadata
     return sae
 
@@ -60,6 +63,8 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
         if path.is_dir():
             return _only_sae(path)
     text = os.fspath(name)
+    if text.startswith((".", "/", "~")):
+        raise RunMissing(f"no SAE {text!r}: no such folder")
     looked = f"no SAE {text!r}: no such folder, and the runs in {runs} are {', '.join(run_names(runs)) or 'none'}"
     if is_of_hub(name, runs):
         return _only_sae(_download(text, looked))

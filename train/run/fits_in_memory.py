@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...cache_schema.launch import count_processes
 from ..config.run_config import Member
 from ..disk.module_form import built_of_shapes
 from ..engine.schedules import Constant
@@ -141,7 +142,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _sharing(device: torch.device) -> int:
     """How many processes of a launch take of one memory."""
-    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1 if device.type == "cuda" else count_processes("LOCAL_WORLD_SIZE")
 
 
 def _widths(member: Member, widths: Widths) -> tuple[int, int]:

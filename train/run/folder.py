@@ -34,6 +34,7 @@ from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_
 RUNS = "runs"
 """Where runs are kept if nothing is said."""
 LEFT_SECONDS = 60.0
+LONGEST_NAME = 255  # bytes that a file system takes for one
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
 
@@ -53,14 +54,21 @@ class RunFolder:
         if name is None:
             numbers = itertools.count(1)
             return cls(_make_first(root, (like if like and n == 1 else f"{like or 'run'}_{n}" for n in numbers)))
-        if name in ("", ".", "..") or "/" in name:
-            raise ConfigInvalid(f"expected the name of a folder in {root}, found {name!r}")
+        if name in ("", ".", "..") or "/" in name or len(os.fsencode(name)) > LONGEST_NAME:
+            raise ConfigInvalid(
+                f"--name: expected the name of a folder in {root}, of at most {LONGEST_NAME} bytes and without a /, "
+                f"found {name[:LONGEST_NAME]!r}: choose another"
+            )
         try:
             with _name_refusal(root):
                 (root / name).mkdir()
         except FileExistsError:
             if not _was_left_empty(root / name):
-                remedy = f", or continue it with --resume {shlex.quote(name)}" if is_run(root / name) else ""
+                taken, remedy = cls(root / name), ""
+                if taken.is_finished:
+                    remedy = f", or evaluate it: {shlex.join(['sae-eval', str(taken.path)])}"
+                elif is_run(taken.path):
+                    remedy = f", or go on with it: {resume_command(taken.path)}"
                 raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
         return cls(root / name)
 
@@ -271,8 +279,9 @@ def _git_state(file: Path) -> dict[str, Any] | None:
 def cache_of(folder: RunFolder) -> tuple[str, str]:
     """Address and cache id of the store that a run trains on."""
     cache = folder.read_config().get("cache")
-    if not isinstance(cache, dict) or not {"url", "cache_id"} <= set(cache):
+    if not isinstance(cache, dict) or not all(isinstance(cache.get(key), str) for key in ("url", "cache_id")):
         raise ConfigInvalid(
-            f"expected {folder.path / 'config.json'} to name the run's store, found no url and cache_id: copy it anew"
+            f"expected {folder.path / 'config.json'} to name the run's store, found no url and cache_id: copy the "
+            "folder anew"
         )
     return cache["url"], cache["cache_id"]

@@ -47,7 +47,11 @@ def source_of(folder: Path) -> Source:
 def without_start(member: Member) -> Member:
     """The same with no start of its own: the source's weights are not to be fitted."""
     config: Any = member.config
-    require(not config.is_baseline, f"{member.label}: a baseline begins at random; leave out --init, or the baseline")
+    require(
+        not config.is_baseline,
+        f"{member.label}: a baseline begins at random: leave out --init, or the baseline (--with-baselines or "
+        f"--variant {member.variant})",
+    )
     return replace(member, config=replace(config, optim=replace(config.optim, start="drawn")))
 
 

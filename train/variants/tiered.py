@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import ends_of, is_rising, read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise
@@ -95,15 +96,12 @@ class Config(Wrapping):
 
     def sizes(self) -> tuple[int, ...]:
         """Latents of each tier."""
-        ends = self.boundaries or tuple(round(fraction * self.width) for fraction in self.tier_fractions)
-        sizes = tuple(end - start for start, end in zip((0, *ends), ends, strict=False))
-        name = "boundaries" if self.boundaries else "tier_fractions"
+        ends = self.boundaries or ends_of("tier_fractions", self.tier_fractions, self.width)
         require(
-            len(ends) > 0 and ends[-1] == self.width and min(sizes) > 0,
-            f"{name}: expected at most as many tiers as latents, each with one or more, that end at width = "
-            f"{self.width}; found {ends}",
+            is_rising(ends) and ends[-1] == self.width,
+            f"boundaries: expected numbers that rise, the last --width {self.width}, found {ends}",
         )
-        return sizes
+        return tuple(end - start for start, end in pairwise((0, *ends)))
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self._require_valid()

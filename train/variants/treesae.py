@@ -194,7 +194,11 @@ class Config(topk.Config):
         counts = tuple(high - low for low, high in pairwise(bounds))
         sizes = tuple(high - low for low, high in pairwise((0, *ends)))
         fits = all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
-        require(fits, f"k_shares: expected 1 or more latents in each layer of {sizes}, found {counts} of k = {self.k}")
+        require(
+            fits,
+            f"k_shares: expected 1 or more active latents in each layer and no more than its {sizes}, found {shares} "
+            f"of --k {self.k}, which are {counts}: choose other shares, or another --k or --width",
+        )
         return counts
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:

@@ -565,6 +565,9 @@ def test_finding_an_sae(tmp_path):
     for name in ("run_9", "run_9/"):
         with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are run_2. .* expected owner/name"):
             load_sae(name, tmp_path)
+    for name in ("./nope", "../nope/topk", "/nope", "~/nope"):
+        with pytest.raises(RunMissing, match="no such folder$"):
+            load_sae(name, tmp_path)
 
 
 def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
+from saemill.train.cli_support import tell_errors
 from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.config.run_config import Ask
 from saemill.train.config.sanity_baselines import with_baselines
@@ -38,6 +41,8 @@ def test_more_components_than_there_can_be_are_left_out_and_it_is_said():
     with pytest.warns(UserWarning, match="topk has no pca beside it: 257 components are wanted, and at most 256 can"):
         labels = [member.label for member in fleet("topk", words=["k=257"])]
     assert labels == ["topk", "topk_frozen_decoder", "topk_frozen_soft_decoder", "topk_frozen_encoder"]
+    with tell_errors():  # as the command says it
+        assert warnings.formatwarning("no pca beside it", UserWarning, __file__, 1) == "warning: no pca beside it\n"
 
 
 def test_what_two_saes_share_is_there_once():

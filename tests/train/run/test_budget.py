@@ -20,7 +20,15 @@ def plan(windows=100, tokens=10, batch=50):
 
 @pytest.mark.parametrize(
     "tokens, epochs, steps",
-    [(1000, None, 20), (500, None, 10), (549, None, 10), (None, 3, 60), (1500, 3, 30), (3000, 3, 60)],
+    [
+        (1000, None, 20),
+        (500, None, 10),
+        (549, None, 10),
+        (None, 3, 60),
+        (1500, 3, 30),
+        (3000, 3, 60),
+        (500, 10**20, 10),
+    ],
 )
 def test_steps(tokens, epochs, steps):
     assert settle_budget(CourseConfig(tokens=tokens, epochs=epochs), plan(), "s")[0] == steps
@@ -33,12 +41,22 @@ def test_small_stores_are_read_again_and_it_is_said():
 
 
 def test_too_short_a_store_names_the_remedy():
+    with pytest.raises(ConfigInvalid, match="at most 100,000 --epochs without --tokens, found 100,000,000"):
+        settle_budget(CourseConfig(epochs=10**20), plan(), "s")
     with pytest.raises(ConfigInvalid, match=r"2,500 tokens, .* 1,000 in an epoch: give --epochs 3"):
         settle_budget(CourseConfig(tokens=2500), plan(), "s")
 
 
 @pytest.mark.parametrize(
-    "case, said", [(plan(tokens=0), "0 tokens that may train"), (plan(batch=400, windows=30), "less")]
+    "case, said",
+    [
+        (plan(tokens=0), "0 tokens that may train"),
+        (
+            plan(batch=400, windows=30),
+            "300 tokens, less than one batch of 400: nothing to train. Set a smaller data.batch",
+        ),
+        (plan(batch=400), "1,000 tokens, cut into pools of which none fills a batch of 400: .*, or a larger data.pool"),
+    ],
 )
 def test_nothing_to_train(case, said):
     with pytest.raises(NothingToTrain, match=said):

@@ -202,14 +202,16 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     assert "exists already" in sae_train(*words, code=1).output  # it may be another start's, of this moment
     os.utime(tmp_path / "runs/mine", (0, 0))
     sae_train(*words)  # an empty folder is what a full disk leaves, and nothing could go on from it
-    assert "or continue it with --resume mine" in sae_train(*words, code=1).output
+    evaluate = f"choose another --name, or evaluate it: sae-eval {tmp_path}/runs/mine\n"
+    assert evaluate in sae_train(*words, code=1).output
+    assert "at most 255 bytes" in sae_train(*words, "--name", "n" * 256, code=1).output
 
 
 def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "my run"]
     assert "next: sae-eval 'my run'" in sae_train(*words, out="runs").output
-    assert "or continue it with --resume 'my run'" in sae_train(*words, code=1).output
+    assert f"or evaluate it: sae-eval '{tmp_path}/runs/my run'" in sae_train(*words, code=1).output
     assert f"with: sae-eval '{tmp_path}/runs/my run'" in sae_train("--resume", "my run", code=1).output
     assert resume_command(tmp_path / "my run") == f"sae-train --resume '{tmp_path}/my run'"
 
@@ -222,7 +224,7 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
         ([*TOPK, "--set", "kk=3"], "did you mean 'k'"),
         ([*TOPK, "--set", "optim.beta=0"], "did you mean 'optim.beta"),
         ([*TOPK, "--set", "k"], "expected a setting like"),
-        ([*TOPK, "--set", "k=three"], "topk.k: expected int, found 'three'"),
+        ([*TOPK, "--set", "k=three"], "topk.k: expected a whole number, found 'three'"),
         ([*TOPK, "--k", "99", "--width", "32"], "topk: k: expected more than 0 and at most width = 32, found 99"),
         ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is of SAEs that share data"),
         ([*TOPK, "--grid", "seed=0,1", "--grid", "seed=2,3"], "expected seed once in a grid"),
@@ -241,7 +243,7 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
         ([*TOPK, "--device", "vulkan"], "found 'vulkan': it is not supported"),
         ([*TOPK, "--tokens", "0"], "tokens: expected 1 or more, found 0"),
         ([*TOPK, "--set", "course.epochs=-3"], "epochs: expected 1 or more, found -3"),
-        ([*TOPK, "--set", "course.checkpoint_every_seconds=NaN"], "expected float, found 'NaN'"),
+        ([*TOPK, "--set", "course.checkpoint_every_seconds=NaN"], "expected a number, found 'NaN'"),
         ([*TOPK, "--set", "course.metrics_every_steps=0"], "metrics_every_steps: expected 1 or more, found 0"),
         ([*TOPK, "--set", "course.checkpoint_every_steps=0"], "checkpoint_every_steps: expected 1 or more, found 0"),
         ([*TOPK, "--set", "data.batch_tokens=0"], "batch_tokens: expected 1 or more, found 0"),
@@ -394,7 +396,7 @@ def test_a_later_step_without_memory_leaves_the_log_and_the_run_can_begin_again(
     run = tmp_path / "runs/mine"
     assert f"Nocheckpointhadbeenwritten:itslogisin{run};fromstep0again,withthesamesettings:sae-train--resume" in said
     assert (run / "metrics.jsonl").stat().st_size > 0 and not (run / "checkpoints").exists()
-    assert "continue it with --resume mine" in sae_train(*words, code=1).output
+    assert f"go on with it: {resume_command(run)}\n" in sae_train(*words, code=1).output
     assert "no checkpoint found: starting at step 0" in sae_train("--resume", "mine", "--device", "cpu").output
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 0 and steps == sorted({*steps}) and (run / "result.json").exists()

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from saemill.cache_schema import LaunchInvalid
 from saemill.train.config.parse_settings import parse_settings
 from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
@@ -157,6 +158,9 @@ def test_processes_on_one_host_share_its_memory(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "_free_in_group", lambda: 2**42)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert fits_in_memory.free_bytes(CPU) == 2**38
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "abc")
+    with pytest.raises(LaunchInvalid, match="LOCAL_WORLD_SIZE=abc: expected a number"):
+        fits_in_memory.free_bytes(CPU)
 
 
 def test_of_processes_that_share_a_memory_one_measures(monkeypatch):

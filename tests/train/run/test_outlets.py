@@ -3,16 +3,18 @@
 import errno
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from saemill.cache_schema import LaunchInvalid
 from saemill.train.data.device_copies import take_device
 from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
-from saemill.train.parallel.processes import SOLO, choose_device
+from saemill.train.parallel.processes import SOLO, choose_device, join
 from saemill.train.run.folder import MetricsLog
 from saemill.train.run.log_metrics import Watch
 from saemill.train.run.progress import Progress, Trackers, require_trackers
@@ -137,14 +139,22 @@ def test_trackers_that_are_not_there_are_refused(monkeypatch):
     from accelerate import tracking
 
     monkeypatch.setattr(tracking, "get_available_trackers", list)
-    with pytest.raises(TrackerMissing, match="pip install wandb"):
-        require_trackers(["wandb"])
+    for name, package in (("wandb", "'saemill[wandb]'"), ("mlflow", "mlflow")):  # the quotes are for zsh
+        with pytest.raises(TrackerMissing, match=re.escape(f"{name} is not installed: pip install {package}") + "$"):
+            require_trackers([name])
     with pytest.raises(ConfigInvalid, match="found 'wandbb'"):
         require_trackers(["wandbb"])
     require_trackers([])
 
 
-def test_one_process_is_a_group():
+def test_one_process_is_a_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: int("no MASTER_ADDR"))  # as it refuses, in a ValueError
+    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=2: .* that meet, found: .*MASTER_ADDR.*: start them all by"):
+        join("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1.5")
+    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=1.5: expected a number as torchrun sets it"):
+        join("cpu")
     assert (SOLO.rank, SOLO.size, SOLO.any(True), SOLO.texts("x")) == (0, 1, True, ["x"])
 
 

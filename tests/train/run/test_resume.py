@@ -140,6 +140,17 @@ def test_another_store_is_refused_on_resume(stopped, write_store, sae_train, tmp
 def test_a_store_that_is_read_in_another_order_is_refused_on_resume(stopped, sae_train):
     """The id is of what is in the store; how many windows a shard has decides the order in which they are read."""
     config = json.loads((stopped / "config.json").read_text())
+    for broken, said in (
+        ({"init": {"folder": "x"}}, "init.sha256: missing; copy the folder anew"),
+        (
+            {"data": config["data"] | {"pool_tokens": None}},
+            "data.pool_tokens: expected a whole number, found None; copy",
+        ),
+        ({"total_steps": 0}, "total_steps: expected 1 or more, found 0; copy"),
+        ({"cache": config["cache"] | {"url": 5}}, "to name the run's store, found no url and cache_id: copy"),
+    ):
+        (stopped / "config.json").write_text(json.dumps(config | broken))
+        assert said in sae_train("--resume", "run", code=1).output
     found = config["cache"]["shard_windows"]
     (stopped / "config.json").write_text(json.dumps(config | {"cache": config["cache"] | {"shard_windows": 7}}))
     result = sae_train("--resume", "run", code=1)

@@ -50,7 +50,7 @@ def test_settings_are_typed_and_every_mistake_is_told():
     assert changed == CourseConfig(tokens=5, trackers=("wandb",))
     with pytest.raises(ConfigInvalid, match=r"unknown setting 'token'.*did you mean 'tokens'.*; unknown setting 'x'"):
         with_settings(CourseConfig(), {"token": 5, "x": 1}, "course")
-    with pytest.raises(ConfigInvalid, match="tokens: expected int"):
+    with pytest.raises(ConfigInvalid, match="tokens: expected a whole number"):
         with_settings(CourseConfig(), {"tokens": 1.5}, "course")
 
 
@@ -74,7 +74,7 @@ def test_lists_are_lists_wherever_a_variant_or_a_grid_has_them():
     assert tiered.config.curriculum == (0.5,) and tiered.config.boundaries is None
     offsets = [member.config.offsets for member in members([], "hierarchical", grid=["offsets=-1,[-1,0]"])]
     assert offsets == [(-1,), (-1, 0)]
-    with pytest.raises(ConfigInvalid, match=r"layers\[0\]: expected int, found 'x'"):
+    with pytest.raises(ConfigInvalid, match=r"layers\[0\]: expected a whole number, found 'x'"):
         members(["layers=x"], "crosscoder")
 
 
@@ -92,6 +92,19 @@ def test_settings_reach_the_variants_that_have_them():
     topk, standard = members(["topk.k=5", "optim.lr=0.1", "width=77"], "topk", "standard")
     assert topk.config.k == 5 and topk.config.width == standard.config.width == 77
     assert topk.config.optim.lr == standard.config.optim.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "words", "grid", "said"),
+    [
+        ("jumprelu", ["k=2"], (), "leave out --k, or ask for --set target_l0=2$"),
+        ("jumprelu", [], ["k=2,3"], "leave out k, or ask for target_l0$"),
+        ("gated", ["k=2"], (), "leave out --k$"),
+    ],
+)
+def test_a_variant_that_fixes_no_number_of_active_latents_says_so(variant, words, grid, said):
+    with pytest.raises(ConfigInvalid, match=f"{variant} fixes no number of active latents: {said}"):
+        members(words, variant, grid=grid)
 
 
 def test_a_setting_is_for_the_saes_that_read_it():
@@ -170,8 +183,16 @@ def test_a_damaged_record_is_named():
         ConfigInvalid, match=r"config\.json is not the configuration of a run: data\.seedling: unknown key"
     ):
         read_run_config(raw, "config.json")
-    with pytest.raises(ConfigInvalid, match="saes"):
-        read_run_config({}, "config.json")
+    saes = {"topk": {"config": {}}}
+    for broken, said in (
+        ({}, "saes: missing"),
+        ({"saes": {}}, "one or more"),
+        ({"saes": [1]}, r"saes: .* found \[1\]"),
+    ):
+        with pytest.raises(ConfigInvalid, match=f"{said}.*; copy the folder anew"):
+            read_run_config({} if not broken else raw | {"data": {}} | broken, "config.json")
+    with pytest.raises(ConfigInvalid, match="saes.topk.variant: missing"):
+        read_run_config(raw | {"saes": saes}, "config.json")
 
 
 def test_a_run_of_before_goes_on_with_a_share_that_would_be_refused_now():

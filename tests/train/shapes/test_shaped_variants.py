@@ -93,8 +93,8 @@ def test_every_setting_learns(variant, settings, battery):
 
 
 REFUSED = [
-    ("tiered", {"tier_fractions": (0.5, 0.5, 1.0)}, "at most as many tiers as latents"),
-    ("tiered", {"boundaries": tuple(range(1, 98)), "tier_weights": (1.0,) * 97}, "at most as many tiers as latents"),
+    ("tiered", {"tier_fractions": (0.5, 0.5, 1.0)}, "tier_fractions: expected shares of the dictionary that rise"),
+    ("tiered", {"boundaries": tuple(range(1, 98)), "tier_weights": (1.0,) * 97}, "rise, the last --width 96"),
     ("tiered", {"tier_weights": (0.5, 0.5)}, "tier_weights: expected 3"),
     ("tiered", {"tier_weights": (-1.0, 1.0, 1.0)}, "tier_weights: expected 0 or more"),
     ("tiered", {"tier_weights": (0.0, 0.0, 1.0)}, "to learn from"),
