@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cache_schema.cli import open_console
 from ..cache_schema.errors import StoreUnfinished
+from ..cache_schema.launch import count_processes
 from ..evaluate.output.pictures import draw
 from ..evaluate.run.command import measure
 from ..harvest.cli import make_config
@@ -50,9 +51,9 @@ def train(**words: Any) -> Run:
             "name one, or use sae-study"
         )
     console = open_console(highlight=False, soft_wrap=True, markup=False)
+    if count_processes() > 1:
+        raise ConfigInvalid(f"expected one process, found {count_processes()}: several train with sae-train")
     with open_process(device, console, read["spread"], is_watched=plots) as process:
-        if process.group.size > 1:
-            raise ConfigInvalid(f"expected one process, found {process.group.size}: several train with sae-train")
         (outcome,) = train_all(read, process)
     if outcome.diverged:
         console.print(outcome.say_diverged())

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -374,7 +375,9 @@ def _report() -> Iterator[None]:
 
 @contextmanager
 def tell_files() -> Iterator[None]:
-    """A file that the disk does not give ends a command in one line."""
+    """A file that the disk does not give ends a command in one line; a warning is one, without a place in the code."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         yield
     except OSError as error:
@@ -383,6 +386,8 @@ def tell_files() -> Iterator[None]:
         said = (error.strerror or type(error).__name__).lower()
         click.echo(f"{said}: {error.filename}. Change its permissions, or name another", err=True)
         sys.exit(1)
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager

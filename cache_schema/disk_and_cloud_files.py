@@ -361,7 +361,8 @@ def _read_surely(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        os.close(os.open(path.parent, os.O_RDONLY))
+        with suppress(PermissionError):
+            os.close(os.open(path.parent, os.O_RDONLY))
         return path.read_bytes()
 
 

@@ -19,6 +19,11 @@ def count_processes(name: str = "WORLD_SIZE") -> int:
     return int(said)
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process, alone or with others."""
+    return "WORLD_SIZE" in os.environ
+
+
 @contextmanager
 def joining() -> Iterator[None]:
     """An error of accelerate or torch while the processes meet is one line."""

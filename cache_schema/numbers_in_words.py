@@ -30,5 +30,7 @@ def say_time(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says at first, or the kind of its error where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What another library says at first, or the kind of its error where it says nothing. Of a hub's answer what the
+    hub says: the first line of its error may be the request's number."""
+    said = getattr(error, "server_message", None) or str(error)
+    return said.strip().partition("\n")[0] or type(error).__name__

@@ -99,7 +99,7 @@ def validate_request(manifest: Manifest, request: Request) -> None:
         if hook not in HOOKS:
             problems.append(f"a hook {hook!r}{nearest(hook, HOOKS)}")
         elif missing:
-            what, option = ("residuals", "layers") if hook == RESID else (hook, "--hooks")
+            what, option = ("residuals", "--resid-layers") if hook == RESID else (hook, "--hooks")
             problems.append(f"{what} of {numbered('layer', missing)} (it has {numbered('layer', held.get(hook, ()))})")
             absent.append(option)
     missing, kept = sorted(set(request.attention_layers) - set(manifest.attention.layers)), manifest.attention.layers
@@ -110,7 +110,7 @@ def validate_request(manifest: Manifest, request: Request) -> None:
         problems.append(f"a split {request.split!r}{nearest(request.split, manifest.splits)}")
     if problems:
         options = " and ".join(dict.fromkeys(absent))
-        mend = f". Give another --layer, or harvest into another --out with these {options}" if absent else ""
+        mend = f". Ask for others, or harvest into another --out with these {options}" if absent else ""
         raise RequestInvalid(f"the store does not hold {' and '.join(problems)}{mend}")
 
 

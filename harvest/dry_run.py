@@ -23,7 +23,7 @@ from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
-from .create_or_resume_store import require_ours, require_place
+from .create_or_resume_store import find_corpus, require_ours, require_place
 from .errors import CorpusEmpty
 from .estimate_cost import (
     Cost,
@@ -112,7 +112,7 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
         else:
             if not is_begun:
-                open_corpus(plan.corpus)  # which refuses one that is not there
+                find_corpus(plan, files)  # which refuses one that is not there
             work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
             cost = cost_before(plan, work.manifest, process.device)
     weights = weights_beside(plan.source, files) if work.shards else 0

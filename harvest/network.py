@@ -9,7 +9,7 @@ from huggingface_hub.errors import (
 )
 
 from ..cache_schema.disk_and_cloud_files import free_bytes_at
-from ..cache_schema.numbers_in_words import first_line, say_size
+from ..cache_schema.numbers_in_words import say_size
 from .errors import ModelUnavailable
 
 # The last is raised where a proxy is set that takes a package which is not installed.
@@ -27,11 +27,6 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
         datasets.disable_progress_bars()
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = TRIES
     return datasets.load_dataset(*args, **kwargs)
-
-
-def first_words(error: Exception) -> str:
-    """One line of what went wrong: of a hub's answer what it says, whose first line may be the request's number."""
-    return (getattr(error, "server_message", None) or first_line(error)).partition("\n")[0]
 
 
 def require_room(name: str, needed: int, folder: Path) -> None:

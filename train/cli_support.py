@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -22,7 +21,7 @@ from .study_recipes import runs_of, studies
 def tell_errors() -> Iterator[None]:
     """Expected errors end in one message and an exit code, not in a traceback."""
     try:
-        with tell_files(), tell_warnings():
+        with tell_files():
             yield
     except RunInterrupted as stop:
         click.echo(str(stop), err=True)
@@ -32,17 +31,6 @@ def tell_errors() -> Iterator[None]:
         raise SystemExit(1) from error  # a study goes on past some of them
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-@contextmanager
-def tell_warnings() -> Iterator[None]:
-    """A warning is one line for whoever typed a command, and not of a place in the code."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def beginning_with(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:

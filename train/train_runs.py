@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..cache_schema import Store, StoreMissing
+from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
@@ -100,7 +101,7 @@ def train(run: Run) -> Outcome | None:
     """From the fleet's step to the last, then the end of the run; rank 0 returns the results."""
     try:
         run.watch.begin()
-        with catch_signals(is_launched=run.process.group.size > 1) as caught:
+        with catch_signals(is_launched()) as caught:
             for step in range(run.fleet.steps_taken, run.total_steps):
                 _take_step(run, step)
                 run.saver.save_if_due(step + 1, run.total_steps, caught)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +29,9 @@ from huggingface_hub.errors import (
 )
 
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
+from ...cache_schema.numbers_in_words import first_line
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
-from ..network import INSTALL, NETWORK_ERRORS, first_words, load_dataset
+from ..network import INSTALL, NETWORK_ERRORS, load_dataset
 from .source import DatasetOptions, Source, State, cell_text
 
 CONVERSION = "refs/convert/parquet"
@@ -44,6 +46,7 @@ REFUSALS = (
 REFUSING = (401, 403, 404)  # what a hub answers to what it will not give the next time either
 DAMAGE = (ValueError, EOFError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
 WAITS_SECONDS = (1, 4, 15, 60, 120, 300)  # after so many failures in a row without one document in between, stop
+WORTH_TELLING = 60  # seconds of a wait
 TIMEOUT_SECONDS = 10
 
 
@@ -116,8 +119,11 @@ class HubCorpus:
         if failures == len(self._waits):
             raise NetworkLost(
                 f"the connection to {self.id} was lost {failures + 1} times in a row after {self._read:,} documents "
-                f"({first_words(error)}). Nothing is lost: run the same command again and it continues from there"
+                f"({first_line(error)}). Nothing is lost: run the same command again and it continues from there"
             ) from error
+        if self._waits[failures] >= WORTH_TELLING:
+            said = f"the connection to {self.id} is lost ({first_line(error)}): trying again in"
+            warnings.warn(f"{said} {self._waits[failures]} seconds", stacklevel=2)
         time.sleep(self._waits[failures])
 
     def _text(self, row: dict[str, Any]) -> str:
@@ -224,7 +230,7 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
         _refuse(dataset, error, "files are kept under HF_HOME: make room there, or name a folder that can be written")
     if _is_damage(error):
         raise CorpusUnavailable(
-            f"data set {dataset} is damaged after document {documents:,} ({first_words(error)}). "
+            f"data set {dataset} is damaged after document {documents:,} ({first_line(error)}). "
             "Take another --dataset-revision, or another data set"
         ) from error
 
@@ -236,7 +242,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _refuse(dataset: str, error: Exception, remedy: str) -> NoReturn:
-    raise CorpusUnavailable(f"data set {dataset} cannot be reached ({first_words(error)}): {remedy}") from error
+    raise CorpusUnavailable(f"data set {dataset} cannot be reached ({first_line(error)}): {remedy}") from error
 
 
 SOURCE = Source(

@@ -37,7 +37,7 @@ from ...cache_schema import ModelSpec
 from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ...cache_schema.numbers_in_words import first_line
 from ..errors import ModelDiffers, ModelUnavailable
-from ..network import INSTALL, NETWORK_ERRORS, first_words, require_room
+from ..network import INSTALL, NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER
 from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
 from .load_and_truncate import CONFIG_FILE, find_weights
@@ -254,7 +254,7 @@ def _explain(error: Exception, model: str) -> str:
     if isinstance(error, HfHubHTTPError):
         gates = ", and give it read access to gated repositories at huggingface.co/settings/tokens"
         asks = gates if error.response.status_code == FORBIDDEN else ""
-        return f"the hub refused ({first_words(error)}): check your token with `hf auth whoami`{asks}"
+        return f"the hub refused ({first_line(error)}): check your token with `hf auth whoami`{asks}"
     remedy = INSTALL if isinstance(error, ImportError) else "check the network, or name a folder"
     return f"the hub could not be reached ({first_line(error)}): {remedy}"
 

@@ -26,6 +26,7 @@ from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 
 Metadata = dict[str, Any]
+NAMED_OTHERWISE = {"relu": "standard", "annealedrelu": "p_anneal"}  # variants than their gates
 FAR = 4.0  # times the mean length
 ALMOST_ONE = 1e-5  # what a length may differ by from one, as in SAEBench
 
@@ -245,10 +246,11 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, late
             gate.r_mag.copy_(latents.own(source.r_mag))
             gate.b_mag.copy_(latents.own((source.b_mag + (moved_F * source.r_mag.exp())) * lengths))
         case _:
-            wanted, found = (type(one).__name__.lower() for one in (gate, source))
+            kinds = (type(one).__name__.lower() for one in (gate, source))
+            wanted, found = (NAMED_OTHERWISE.get(kind, kind) for kind in kinds)
             raise SaeInvalid(
-                f"expected an SAE with the gate {wanted}, found one with {found}: choose a variant with that, such as "
-                f"--variant {'standard' if found == 'relu' else found}"
+                f"expected an SAE with the gate of {wanted}, found one with that of {found}: choose a variant with "
+                f"that, such as --variant {found}"
             )
 
 

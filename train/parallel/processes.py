@@ -27,7 +27,7 @@ from .ranks import Ranks
 
 _REST_SECONDS = 0.2
 PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
-MEETING = timedelta(minutes=30)  # until all have begun; and for a sum on GPUs, which nobody reaches much later
+MEETING = timedelta(hours=1)  # until all have begun; and of a sum on GPUs, where one may still be writing a checkpoint
 
 
 class Group(Ranks):
@@ -143,9 +143,11 @@ class Processes(Group):
         """
 
         def end() -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # though nobody reads
+                os._exit(code)
 
         atexit.register(end)
 

@@ -205,7 +205,8 @@ def _has_folder(sae: Any) -> bool:
 
 
 def keep_marks(before: Path, folder: Folder) -> None:
-    """Text goes on to be marked where SAEs that are kept leave rows out that none of those read now does."""
+    """Text goes on to be marked where SAEs that are kept leave rows out that none of those read now does: wherever it
+    was marked before, since which SAE left a row out is not kept."""
     for file in (folder.path / "data" / TEXT).glob("*.js"):
         name = f"{TEXT}/{file.stem}"
         marks = stored(before, name, "marks")

@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar
 
+from ....cache_schema.numbers_in_words import first_line
 from ....harvest.corpus.hugging_face import find_repository
 from ....harvest.corpus.source import DatasetOptions
 from ....harvest.errors import HarvestError
@@ -79,8 +80,8 @@ def reached(id: str, load: Callable[[], T]) -> T:
         return load()
     except (*LOAD_ERRORS, KeyError) as error:
         raise DataMissing(
-            f"data set {id} cannot be loaded ({type(error).__name__}: {error}): connect to the network, or download it "
-            f"beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its terms and "
+            f"data set {id} cannot be loaded ({type(error).__name__}: {first_line(error)}): connect to the network, or "
+            f"download it beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its terms and "
             "log in (`hf auth login`). `--set EVALUATION.data=stdlib`, as `--set sparse_probing.data=stdlib`, probes "
             "with text of this Python instead"
         ) from error

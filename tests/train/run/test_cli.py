@@ -237,7 +237,7 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
         ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
         ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
         ([*TOPK, "--tokens", "1M", "--epochs", "2"], "in an epoch, 12,880 in 2"),
-        ([*TOPK, "--layer", "11"], "residuals of layers [11] (it has [3, 4])"),
+        ([*TOPK, "--layer", "11"], "residuals of layer 11 (it has layers 3, 4)"),
         ([*TOPK, "--width", "1B"], "GiB of memory on cpu"),
         ([*TOPK, "--device", "nonsense"], "expected a device like auto"),
         ([*TOPK, "--device", "vulkan"], "found 'vulkan': it is not supported"),
@@ -282,7 +282,7 @@ def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path)
     store = write_store(tmp_path / "store", layers=(5,), windows=400, splits=(360, 380))
     words = [*TOPK, "--cache", store["path"], "--tokens", 640, *quick[2:]]
     assert "topk: layer 5, " in sae_train(*words).output
-    assert "residuals of layers [19] (it has [5])" in sae_train(*words, "--layer", 19, code=1).output
+    assert "residuals of layer 19 (it has layer 5)" in sae_train(*words, "--layer", 19, code=1).output
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_store_that_is_not_there(sae_train, tmp_path):
 def test_everything_a_store_lacks_comes_in_one_message(big, sae_train):
     words = ["--variant", "topk", "--grid", "layer=7,3,9", "--cache", big["path"], "--set", "data.batch_tokens=64"]
     result = sae_train(*words, code=1)
-    assert "residuals of layers [7, 9]" in result.output
+    assert "residuals of layers 7, 9" in result.output
 
 
 def test_an_empty_split_is_an_error(write_store, sae_train, quick, tmp_path):

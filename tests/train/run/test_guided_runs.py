@@ -69,7 +69,7 @@ def test_going_on_changes_no_bit(big, sae_train, quick, tmp_path, same_bits, rew
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "attention of layers [1, 2] (it has [3, 4])"),
+        ([], "attention of layers 1, 2 (it has layers 3, 4)"),
         (["--set", "offsets=[]"], "offsets: expected distinct ones"),
         (["--set", "alpha=-1"], "alpha: expected 0 or more, found -1"),
         (["--set", "offsets=[0]", "--set", "temperature=0"], "temperature: expected more than 0"),

@@ -136,11 +136,11 @@ def test_a_resumed_run_on_hooks_is_the_same(planted, sae_train, same_bits, tmp_p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["transcoder", "--set", "hook=z"], "z of layers [19, 20] (it has [])"),
+        (["transcoder", "--set", "hook=z"], "z of layers 19, 20 (it has none)"),
         (["topk", "--set", "hook=mlpout"], "there is no hook 'mlpout' (did you mean 'mlp_out'"),
         (["transcoder", "--set", "hook=mlp_in", "--set", "to_hook=attn"], "to_hook: there is no hook 'attn'"),
         (["transcoder", "--layer", "5", "--set", "to_layer=5"], "expected another layer than 5"),
-        (["topk", "--layer", "4", "--set", "hook=mlp_in"], "mlp_in of layers [4] (it has [5])"),
+        (["topk", "--layer", "4", "--set", "hook=mlp_in"], "mlp_in of layer 4 (it has layer 5)"),
     ],
 )
 def test_what_a_store_lacks_is_named_before_work(planted, sae_train, tmp_path, words, said):
@@ -152,7 +152,7 @@ def test_what_a_store_lacks_is_named_before_work(planted, sae_train, tmp_path, w
 def test_all_hooks_that_are_missing_come_in_one_message(written, sae_train):
     words = ["--variant", "transcoder", "--set", "hook=mlp_in", "--layer", 3, "--cache", written["path"]]
     said = sae_train(*words, *WORDS, "--set", "data.batch_tokens=64", code=1).output
-    assert "mlp_in of layers [3] (it has []) and mlp_out of layers [3] (it has [])" in said and "--hooks" in said
+    assert "mlp_in of layer 3 (it has none) and mlp_out of layer 3 (it has none)" in said and "--hooks" in said
 
 
 def test_old_settings_of_a_transcoder_mean_what_they_meant():

@@ -125,7 +125,11 @@ def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, bat
     [
         (("topk", {"width": 64}), ("topk", {}), r"expected an SAE of 96 latents .* found 64 .*: set --width 64"),
         (("topk", {"k": 2}), ("topk", {}), "expected an SAE with 6 active latents, found 2: set --k 2"),
-        (("standard", {}), ("topk", {}), "the gate topk, found one with relu: .* such as --variant standard"),
+        (
+            ("standard", {}),
+            ("topk", {}),
+            "the gate of topk, found .* of standard: .* such as --variant standard",
+        ),
         (("topk", {}), ("positional", {"base": "topk"}), "weights and gate are all there is"),
     ],
 )

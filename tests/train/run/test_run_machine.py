@@ -203,7 +203,7 @@ class RunMachine(RuleBasedStateMachine):
             patch.setattr(checkpoints_module.Writer, "finish", noting)
             patch.setattr(Watch, "observe", dying)
             patch.setattr(
-                train_runs, "catch_signals", lambda **_: nullcontext(checkpoints_module.Caught())
+                train_runs, "catch_signals", lambda *_: nullcontext(checkpoints_module.Caught())
             )  # of threads
             yield
 
