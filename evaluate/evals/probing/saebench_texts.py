@@ -81,9 +81,9 @@ def reached(id: str, load: Callable[[], T]) -> T:
     except (*LOAD_ERRORS, KeyError) as error:
         raise DataMissing(
             f"data set {id} cannot be loaded ({type(error).__name__}: {first_line(error)}): connect to the network, or "
-            f"download it beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its terms and "
-            "log in (`hf auth login`). `--set EVALUATION.data=stdlib`, as `--set sparse_probing.data=stdlib`, probes "
-            "with text of this Python instead"
+            f"download it beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its "
+            "terms and log in (`hf auth login`). `--set EVALUATION.data=stdlib`, as "
+            "`--set sparse_probing.data=stdlib`, probes with text of this Python instead"
         ) from error
 
 
