@@ -142,7 +142,7 @@ def test_auto_falls_back_to_the_pocket_model_and_says_why(hub, failure, message)
     assert choice.name == "pocket"
     assert len(choice.banner) == 2
     assert re.search(message, choice.banner[0])
-    assert f"MODEL={FIRST_CHOICE}" in choice.banner[1]
+    assert f"--model {FIRST_CHOICE}" in choice.banner[1]
 
 
 def test_a_look_at_a_model_leaves_its_weights_on_the_hub_and_knows_their_size(hub):
