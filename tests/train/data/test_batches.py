@@ -185,7 +185,7 @@ def test_memory_and_threads_are_given_back_at_the_end_of_a_pass(open_batches):
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"layers": 9}, RequestInvalid, "residuals of layers"),
+        ({"layers": 9}, RequestInvalid, "residuals of layer 9"),
         ({"layers": ()}, ConfigInvalid, "at least one layer"),
         ({"epochs": 0}, ConfigInvalid, "expected 1 or more"),
         ({"rank": 2, "size": 2}, ConfigInvalid, "rank: expected"),
