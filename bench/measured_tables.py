@@ -186,9 +186,10 @@ def train_lines() -> Iterable[tuple[str, str, str]]:
             theirs = [row for row in rows_of(name) if row["contestant"].startswith(PEERS) and row["width"] == width]
             ran = {row["contestant"] for row in theirs if "failed" not in row}
             fell_out = [f"{row['variant']} {row['contestant']}" for row in theirs if "failed" in row]
-            autocast = ", bfloat16 autocast too" if any(who.endswith("bfloat16") for who in ran) else " in float32"
+            autocast = ", bfloat16 autocast too" if any("bfloat16" in who for who in ran) else " in float32"
+            autocast += ", with fused Adam" if any("fused" in who for who in ran) else ""
             told += f"; without {', '.join(fell_out)}, which failed" if fell_out else ""
-            yield f"{what} ({products}), against the faster of the peers{autocast}", told, TRAIN
+            yield f"{what} ({products}), against the faster of the peers{autocast}", f"{told} [{when(some)}]", TRAIN
 
 
 def quality_lines() -> Iterable[str]:
