@@ -148,13 +148,17 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_a_second_sigterm_of_a_launch_changes_nothing():
     """A cluster sends one to every process, and the launcher another: the second would end what is being saved."""
-    with catch_signals(is_launched=True) as caught:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
-        assert caught.signal == signal.SIGTERM
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
+    try:
+        with catch_signals(is_launched=True) as caught:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert caught.signal == signal.SIGTERM
             signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
