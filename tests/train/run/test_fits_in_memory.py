@@ -68,7 +68,7 @@ def test_a_step_needs_what_is_measured(battery, variant):
     x = torch.randn(rows, d_model, generator=generator)
     batch = Batch(x, side=battery.side_of(member_of.config.needs(), rows, generator))
     trainee.step(batch)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with measured_memory() as profiler:
         trainee.step(batch)
     estimate = fits_in_memory.step_bytes(member_of, lambda _: d_model, rows)
     gradients = 4 * width * (2 * d_model + 1)
@@ -86,7 +86,7 @@ def test_rows_of_dead_latents_are_counted(battery, variant):
     x = torch.randn(rows, d_model * len(needs.inputs), generator=torch.Generator().manual_seed(0))
     trainee.step(Batch(x, x if needs.targets else None))
     trainee.counters.tokens_since_fired.fill_(10**9)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with measured_memory() as profiler:
         trainee.step(Batch(x, x if needs.targets else None))
     estimate = fits_in_memory.step_bytes(one, lambda _: d_model, rows)
     gradients = 4 * sum(parameter.numel() for parameter in trainee.sae.parameters())
@@ -96,6 +96,13 @@ def test_rows_of_dead_latents_are_counted(battery, variant):
 def test_without_an_auxiliary_loss_none_are_copied():
     found = [fits_in_memory.step_bytes(member("width=1000", *words), of_64, 1) for words in ([], ["aux_weight=0"])]
     assert found[0] - found[1] == 1000 * 64 * 2 * 4
+
+
+def measured_memory():
+    """With all events, without which some versions of torch warn that others are forgotten."""
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    )
 
 
 def peak_of(profiler):
@@ -241,7 +248,7 @@ def test_to_measure_needs_no_more_than_is_counted(variant):
     one = member(f"width={width}", variant=variant)
     sae = one.config.build(d_model).sae
     x = torch.randn(rows, d_model, generator=torch.Generator().manual_seed(0))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with measured_memory() as profiler:
         torch.linalg.vector_norm(sae.encode(x), 0, dim=1)
     assert peak_of(profiler) < 1.02 * fits_in_memory.end_bytes(one, lambda _: d_model, rows)
 
