@@ -51,8 +51,8 @@ def train(**words: Any) -> Run:
             "name one, or use sae-study"
         )
     console = open_console(highlight=False, soft_wrap=True, markup=False)
-    if count_processes() > 1:
-        raise ConfigInvalid(f"expected one process, found {count_processes()}: several train with sae-train")
+    if (launched := count_processes()) > 1:
+        raise ConfigInvalid(f"expected one process, found {launched}: several train with sae-train")
     with open_process(device, console, read["spread"], is_watched=plots) as process:
         (outcome,) = train_all(read, process)
     if outcome.diverged:

@@ -21,7 +21,6 @@ from ..cache_schema.disk_and_cloud_files import Files, open_files
 from ..cache_schema.numbers_in_words import counted, say_size, say_time
 from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
-from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
 from .create_or_resume_store import find_corpus, require_ours, require_place
 from .errors import CorpusEmpty
@@ -107,13 +106,12 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
         is_begun = has_root(files)
         if process.is_first and not is_begun:
             announce_tokens(plan, files, watch, refuses=False)
+        corpus = None if is_begun else find_corpus(plan, files)  # which refuses one that is not there
         if plan.source.to_download is None:
-            work, sample = _rest_of(plan, files) if is_begun else _whole(plan)
+            work, sample = _rest_of(plan, files) if corpus is None else _whole(plan, corpus)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
         else:
-            if not is_begun:
-                find_corpus(plan, files)  # which refuses one that is not there
-            work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
+            work = _rest_of(plan, files)[0] if corpus is None else _all_of(manifest_before(plan))
             cost = cost_before(plan, work.manifest, process.device)
     weights = weights_beside(plan.source, files) if work.shards else 0
     return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights, process.speaks)
@@ -176,9 +174,8 @@ def _all_of(manifest: Manifest) -> Work:
     return Work(manifest, range(manifest.shards))
 
 
-def _whole(plan: Plan) -> tuple[Work, np.ndarray]:
+def _whole(plan: Plan, corpus: Corpus) -> tuple[Work, np.ndarray]:
     """A harvest from the start."""
-    corpus = open_corpus(plan.corpus)
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     manifest = expected_manifest(plan, spec, plan.windows)
     return _all_of(manifest), _first_windows(plan, corpus)

@@ -277,13 +277,13 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
         return Store.open(url)
     except StoreMissing as error:
         name, own = subjects[0].name, subjects[0].cache_url
-        said = f"there is no store at {url}, which --cache names: mend it"
         if url == own:
-            said = f"the store of {name} was at {url}, and there is none now. "
-            said += "Give its new place by --cache, or harvest it again"
-        elif id_of_store(own):
-            said += f", or leave it out to take {own}, on which {name} was trained"
-        raise StoreGone(said) from error
+            raise StoreGone(
+                f"the store of {name} was at {url}, and there is none now. Give its new place by --cache, or harvest "
+                "it again"
+            ) from error
+        instead = f", or leave it out to take {own}, on which {name} was trained" if id_of_store(own) else ""
+        raise StoreGone(f"there is no store at {url}, which --cache names: mend it{instead}") from error
 
 
 def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:

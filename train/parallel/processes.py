@@ -64,19 +64,19 @@ class Processes(Group):
         self.size = dist.get_world_size()
         self._host = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def _joining(self, tensor: Tensor) -> Any:
+    def _group_of(self, tensor: Tensor) -> Any:
         """The group that a tensor goes through: that of the hosts, or of the GPUs."""
         return None if tensor.is_cuda else self._host
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         with _all_there():
-            dist.all_reduce(total, group=self._joining(total))
+            dist.all_reduce(total, group=self._group_of(total))
         return total
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         with _all_there():
-            work = dist.all_reduce(tensor, group=self._joining(tensor), async_op=True)
+            work = dist.all_reduce(tensor, group=self._group_of(tensor), async_op=True)
         assert work is not None
 
         def wait() -> None:
@@ -96,7 +96,7 @@ class Processes(Group):
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         with _all_there():
-            dist.all_gather(parts, padded, group=self._joining(padded))
+            dist.all_gather(parts, padded, group=self._group_of(padded))
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
     def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
@@ -104,7 +104,7 @@ class Processes(Group):
         if self.rank > 0:
             with _all_there():
                 if len(part):
-                    dist.send(part.contiguous(), 0, group=self._joining(part))
+                    dist.send(part.contiguous(), 0, group=self._group_of(part))
             return None
         whole = part.new_empty((sum(lengths), *part.shape[1:]))
         for rank, place in enumerate(whole.split(list(lengths))):
@@ -112,7 +112,7 @@ class Processes(Group):
                 place.copy_(part)
             elif len(place):
                 with _all_there():
-                    dist.recv(place, rank, group=self._joining(place))
+                    dist.recv(place, rank, group=self._group_of(place))
         return whole
 
     def any(self, flag: bool) -> bool:
