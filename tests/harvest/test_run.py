@@ -51,7 +51,6 @@ from saemill.cache_schema.splits import per_mille_for_tests
 from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.cache_schema.verify_and_repair import repair, verify_shards
 from saemill.harvest import create_or_resume_store, estimate_cost, run, shards, store_plan
-from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
@@ -1085,8 +1084,7 @@ def test_tokens_of_a_store_elsewhere_are_not_read_for_a_folder_that_cannot_hold_
     """What an earlier start has left there is a part of it. A dry run says it and goes on."""
     monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(estimate_cost, "free_bytes_at", lambda _: 10**9)
-    for module in (create_or_resume_store, dry_run_module):
-        monkeypatch.setattr(module, "open_corpus", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: pytest.fail("was read"))
     config = make_config(out="memory://elsewhere", corpus=DatasetOptions("owner/name"), tokens=10**8)
     with pytest.raises(StoreFull, match=r"needs 1\.60 GB in .*\.spool, whose disk has 1\.00 GB .* Set TMPDIR"):
         harvest(config)
