@@ -50,6 +50,19 @@ def open_files(url: str | os.PathLike[str]) -> Files:
     return (S3Files if lists_in_order else RemoteFiles)(fs, path, os.fspath(url))
 
 
+def require_folder(path: Path, asked: str) -> None:
+    """The path can be a folder that this process writes into; nothing is made to find that out."""
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.exists():
+        raise AddressInvalid(
+            f"{asked}: {there} is a link to {os.readlink(there)}, which is not there. Make that folder, or give another"
+        )
+    if not there.is_dir():
+        raise AddressInvalid(f"{asked}: expected a folder or a place for one, but {there} is a file. Give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise AddressInvalid(f"{asked}: nothing can be written into {there}. Change its permissions, or give another")
+
+
 def read_if_there(files: Files, key: str) -> bytes | None:
     """None where there is no such file. Whether there is one is asked so too: by one request, where an object store
     that is asked whether a key exists makes a listing as well."""

@@ -10,7 +10,7 @@ class StoreError(Exception):
 
 
 class AddressInvalid(StoreError, ValueError):
-    """The address names a kind of storage that is unknown, or whose library is not installed."""
+    """The address names no place for a store, or a kind of storage that is unknown or whose library is missing."""
 
 
 class LaunchInvalid(StoreError, ValueError):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from .disk_and_cloud_files import LocalFiles, open_files, require_folder
 from .errors import ImportInvalid, StoreBusy
 from .import_sources import Source
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
@@ -43,8 +43,8 @@ class ImportSettings:
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
     """Write the source as a store; goes on where an earlier import of the same source stopped."""
-    if Path(url).is_file():
-        raise ImportInvalid(f"expected a folder for the store, or a place for one, found the file {url}. Give another")
+    if isinstance(files := open_files(url), LocalFiles):
+        require_folder(files.root.absolute(), url)
     tokens = source.tokens
     if tokens is None and (settings.special_tokens or settings.bos_token is not None):
         raise ImportInvalid(

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, require_folder
 from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.numbers_in_words import say_time
 from ..cache_schema.open_and_check_root import has_root
@@ -74,25 +74,9 @@ def require_place(files: Files) -> None:
         return
     if not files.root.resolve().name:
         raise SettingInvalid(f"--out {files.url}: expected a folder or a place for one, not the root. Give a folder")
-    _require_folder(files.root.absolute(), files.url)
+    require_folder(files.root.absolute(), f"--out {files.url}")
     if not has_root(files):
-        _require_folder(spool_folder(files), files.url)
-
-
-def _require_folder(path: Path, url: str) -> None:
-    """The path can be a folder that this process writes into; nothing is made to find that out."""
-    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    if not there.exists():
-        raise SettingInvalid(
-            f"--out {url}: {there} is a link to {os.readlink(there)}, which is not there. Make that folder, or give "
-            "another"
-        )
-    if not there.is_dir():
-        raise SettingInvalid(f"--out {url}: expected a folder or a place for one, but {there} is a file. Give another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise SettingInvalid(
-            f"--out {url}: nothing can be written into {there}. Change its permissions, or give another"
-        )
+        require_folder(spool_folder(files), f"--out {files.url}")
 
 
 def find_corpus(plan: Plan, files: Files) -> Corpus:

@@ -207,7 +207,7 @@ def test_shares_that_are_none_are_refused(tmp_path: Path, arrays: dict[str, np.n
 
 def test_import_onto_a_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     result = import_files(tmp_path, tmp_path / "resid.npy")
-    assert result.exit_code == 1 and f"found the file {tmp_path}/resid.npy. Give another" in result.output
+    assert result.exit_code == 1 and f"but {tmp_path}/resid.npy is a file. Give another" in result.output
 
 
 def test_import_of_what_is_no_array_is_refused(tmp_path: Path) -> None:

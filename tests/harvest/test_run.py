@@ -28,6 +28,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
+    AddressInvalid,
     CorpusSpec,
     LaunchInvalid,
     Request,
@@ -1046,9 +1047,9 @@ def test_tokens_of_a_store_that_is_a_disk_lie_on_it(harvested, monkeypatch):
 
 def test_a_link_to_nothing_is_no_place_for_a_store(make_config: Make, tmp_path):
     (tmp_path / "store").symlink_to(tmp_path / "gone")
-    with pytest.raises(SettingInvalid, match="is a link to .*gone, which is not there. Make that folder"):
+    with pytest.raises(AddressInvalid, match="is a link to .*gone, which is not there. Make that folder"):
         harvest(make_config())
-    with pytest.raises(SettingInvalid, match="is a link to"):
+    with pytest.raises(AddressInvalid, match="is a link to"):
         harvest(make_config(out=str(tmp_path / "store" / "below")))
     assert not (tmp_path / "gone.spool").exists()
 

@@ -11,6 +11,7 @@ import atexit
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...cache_schema import StoreError
-from ...cache_schema.launch import count_processes, joining
+from ...cache_schema.launch import count_processes, is_launched, joining
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .ranks import Ranks
 
@@ -190,6 +191,13 @@ def join(device: str) -> tuple[Group, torch.device]:
     """This process's group and device; `auto` takes an accelerator where there is one."""
     launched = count_processes()
     if launched == 1:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1" and not is_launched():
+            warnings.warn(
+                f"srun started {tasks} processes, and each trains by itself all that it is told: for one run of all of "
+                "them let srun start torchrun, one a node (docs/cluster.md)",
+                stacklevel=2,
+            )
         return SOLO, choose_device(device)
     from accelerate import PartialState
 

@@ -10,7 +10,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, StoppedElsewhere
 from saemill.train.kit.variant_registry import config_type, names
 from saemill.train.parallel import ranks as ranks_module
-from saemill.train.parallel.processes import Group, all_or_none
+from saemill.train.parallel.processes import SOLO, Group, all_or_none, join
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
@@ -138,3 +138,14 @@ def test_who_failed_says_why_where_the_others_have_left_already():
         raise ConfigInvalid("mine")
     with pytest.raises(StoppedElsewhere, match="gone"), all_or_none(Left()):
         pass
+
+
+def test_processes_of_srun_are_told_that_each_trains_alone(monkeypatch, recwarn):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert join("cpu")[0] is SOLO and not recwarn
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.warns(UserWarning, match="srun started 8 processes, and each trains by itself"):
+        assert join("cpu")[0] is SOLO
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun, one a node
+    assert join("cpu")[0] is SOLO and len(recwarn) == 0
