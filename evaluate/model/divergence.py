@@ -48,11 +48,7 @@ def logits_of(model: LanguageModel, hidden_ND: Tensor) -> LogitsOf:
 
 def rows_of_logits(model: LanguageModel, say: Callable[[str], None]) -> PieceSize:
     """How many rows have logits at once; made once for all batches, since it remembers what did not fit."""
-    return PieceSize(chunk_rows(model.facts.vocab_size), "rows of logits", say)
-
-
-def chunk_rows(vocab_size: int) -> int:
-    return max(LEAST_ROWS, CHUNK_ELEMENTS // vocab_size)
+    return PieceSize(max(LEAST_ROWS, CHUNK_ELEMENTS // model.facts.vocab_size), "rows of logits", say)
 
 
 @torch.inference_mode()

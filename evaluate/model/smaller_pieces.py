@@ -49,7 +49,7 @@ def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Ite
             if not is_out_of_memory(error):
                 raise
             size.halve(error)
-            _release()
+            torch.cuda.empty_cache()
             continue
         yield result
         start = stop
@@ -59,7 +59,7 @@ def room_for_weights(device: torch.device) -> int | None:
     """Bytes that SAEs may take at once on a device; None where they lie in its memory already."""
     if device.type != "cuda":
         return None
-    _release()
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0] // WEIGHTS_SHARE
 
 
@@ -80,8 +80,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return not isinstance(error, MemoryTooSmall)
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def _release() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

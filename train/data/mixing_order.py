@@ -101,11 +101,7 @@ class Plan:
         self.num_blocks = max(1, min(len(self.pieces), -(-sizes.windows * sizes.context // pool_tokens)))
         self._piece_tokens = _tokens_of(sizes, self.pieces)
         self._starts = [0]  # first step of each epoch, as far as anyone has asked
-        self._blocks_of = lru_cache(maxsize=4)(self._make_blocks)
-
-    def blocks(self, epoch: int) -> tuple[BlockPlan, ...]:
-        """The blocks of an epoch; those without a whole batch are left out."""
-        return self._blocks_of(epoch)
+        self.blocks = lru_cache(maxsize=4)(self._make_blocks)
 
     def steps_in(self, epochs: int, enough: float = math.inf) -> int:
         """Steps in the first `epochs` epochs, or in so many of them that there are enough."""
@@ -158,6 +154,7 @@ class Plan:
         return self.num_blocks == 1
 
     def _make_blocks(self, epoch: int) -> tuple[BlockPlan, ...]:
+        """The blocks of an epoch; those without a whole batch are left out."""
         first_step = self.steps_in(epoch)
         blocks = []
         for index, members in enumerate(deal(len(self.pieces), self.num_blocks, self.seed, epoch)):
