@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import UNREADABLE, HarvestError
-from ...harvest.model.architectures import architecture_of, require_parts
+from ...harvest.model.architectures import NoPositions, architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.hooks import kept, tapped
-from ...harvest.model.load_and_truncate import ModelFacts, find_weights, read_facts, without_report
+from ...harvest.model.load_and_truncate import ModelFacts, find_weights, names_in_files, read_config, without_report
 from ...harvest.model.products_in_16_bits import widen_products
 from ...harvest.model.tokenizer import TextEncoder, load_tokenizer, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
@@ -183,7 +183,9 @@ class LanguageModel:
         part = copy.copy(self.stack)
         part._modules = dict(self.stack._modules)
         part.config = copy.copy(self.stack.config)
-        part.layers = self.stack.layers[start:stop]
+        setattr(part, self._architecture.layers, self._architecture.layers_of(self.stack)[start:stop])
+        if start > 0 and self._architecture.positions:
+            setattr(part, self._architecture.positions, NoPositions())
         if getattr(part.config, "layer_types", None):
             part.config.layer_types = part.config.layer_types[start:stop]
         part.config.num_hidden_layers = stop - start
@@ -197,7 +199,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
     from transformers import AutoModelForCausalLM  # here: it takes seconds to import
 
     try:
-        read_facts(folder)  # refuses types that only downloaded code could run
+        config = read_config(folder)  # refuses types that only downloaded code could run
     except HarvestError as error:
         raise ModelMissing(str(error)) from error
     if not find_weights(folder):
@@ -207,7 +209,13 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
         try:
             with without_report():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
+                    folder,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=ATTENTION,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **names_in_files(folder, "model."),
                 )
         except (SafetensorError, MemoryError, *UNREADABLE) as error:
             if is_out_of_memory(error):

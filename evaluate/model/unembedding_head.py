@@ -17,12 +17,13 @@ from torch.nn import functional
 
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
-from ...harvest.model.load_and_truncate import find_weights, read_facts
+from ...harvest.model.load_and_truncate import find_weights, read_config
 from ...harvest.model.products_in_16_bits import matmul
 from ..errors import ModelMissing
 from .smaller_pieces import NO_ROOM, is_out_of_memory
 
-TABLES = {True: ("embed_tokens", "embed_in"), False: ("lm_head", "embed_out")}  # by whether input and output share one
+# By whether input and output share one.
+TABLES = {True: ("embed_tokens", "embed_in", "wte"), False: ("lm_head", "embed_out")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +48,8 @@ def head_of(model: Any) -> Head:
 
 def load_head(folder: Path, device: torch.device) -> Head:
     """The head of a model on disk, in float32; the model's own classes would take seconds to import."""
-    from transformers import AutoConfig
-
     try:
-        read_facts(folder)  # refuses types that only downloaded code could run
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = read_config(folder)
         architecture = architecture_of(config.model_type)
         names = (architecture.final_norm, *TABLES[config.tie_word_embeddings])
         tables = {name: table.float().to(device) for name, table in read_tables(folder, names)}
@@ -67,18 +65,20 @@ def load_head(folder: Path, device: torch.device) -> Head:
 
 
 def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of modules that lie in no layer, by the last two parts of their names."""
+    """The tensors of modules that lie in no layer, by the last two parts of their names: of four at most, as of a part
+    that reads text."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
             for key in tables.keys():  # noqa: SIM118  # it is not a mapping
                 parts = key.split(".")
-                if len(parts) in (2, 3) and parts[-2] in modules:
+                if 2 <= len(parts) <= 4 and parts[-2] in modules:
                     yield ".".join(parts[-2:]), tables.get_tensor(key)
 
 
 def norm_of(kind: str, config: Any, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """What `Architecture.norm` names, bit for bit as transformers computes it in float32."""
     if kind == "layer":
-        return lambda x: functional.layer_norm(x, weight.shape, weight, bias, config.layer_norm_eps)
+        eps = config.layer_norm_epsilon if hasattr(config, "layer_norm_epsilon") else config.layer_norm_eps
+        return lambda x: functional.layer_norm(x, weight.shape, weight, bias, eps)
     scale = 1.0 + weight if kind == "rms from one" else weight
     return lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * scale

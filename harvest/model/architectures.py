@@ -4,16 +4,17 @@ Adding a family is adding one `Architecture` to `ARCHITECTURES` under transforme
 to CONFIGS in tests/harvest/conftest.py: the tests then hold its residuals and attention against transformers' own
 eager model. What must hold, or the model is refused by name:
 
-1. The base model is a loop over `base_model.layers` and ends with the norm that `final_norm` names.
-2. A layer takes the residual and keywords, returns the residual, and passes the keywords on to its attention.
-3. The layer's attention, the module that `attention` names, reads what `input_layernorm` makes of the residual, has
-   a `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
+1. The base model is a loop over the modules that `layers` names and ends with the norm that `final_norm` names. What
+   it adds to embeddings before the first of them, `positions` names.
+2. A layer takes the residual and more, returns the residual, and passes on to its attention what else it is given.
+3. The layer's attention, the module that `attention` names, reads what `input_norm` makes of the residual, has a
+   `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
 4. `norm` says what the module `final_norm` computes, so that a head can be read without the classes of the model.
 5. `drop_values` leaves that module its probabilities, to the bit, without the cost of the values.
 6. `hooks` says where in a layer the activations of each hook pass by; what a family does not name it does not have.
    What a family multiplies before it adds it to the residual (granite's `residual_multiplier`) is kept as it was.
 
-A decoder of another build (GPT-2's `h` and `ln_1`, say) does not fit, and `require_parts` says what it lacks.
+A decoder of another build does not fit, and `require_parts` says what it lacks.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,9 +26,7 @@ from torch import Tensor, nn
 
 from ...cache_schema.strict_json import nearest
 from ..errors import HookMissing, UnsupportedArchitecture
-from .products_in_16_bits import linear
-
-LAYERS, INPUT_NORM = "layers", "input_layernorm"
+from .products_in_16_bits import conv1d, linear
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,15 @@ class Architecture:
     """Strips an attention module of all that its probabilities do not need."""
     hooks: Mapping[str, Tap]
     """Beside the residual stream."""
+    layers: str = "layers"
+    input_norm: str = "input_layernorm"
+    """The norm of a layer before its attention."""
+    positions: str | None = None
+    """The table of learned positions that the base model adds to embeddings."""
+
+    def layers_of(self, stack: Any) -> Any:
+        """The decoder layers of a base model."""
+        return getattr(stack, self.layers)
 
     def tap(self, hook: str) -> Tap:
         """Where a hook is, or an error that lists those that there are."""
@@ -71,12 +79,12 @@ class AttentionOnly(nn.Module):
 
     def __init__(self, layer: Any, architecture: Architecture) -> None:
         super().__init__()
-        self.input_layernorm: nn.Module = layer.input_layernorm
+        self.input_layernorm: nn.Module = getattr(layer, architecture.input_norm)
         self.attention: nn.Module = getattr(layer, architecture.attention)
         architecture.drop_values(self.attention)
 
-    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
-        self.attention(hidden_states=self.input_layernorm(hidden_states), probs_only=True, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        self.attention(self.input_layernorm(hidden_states), *args, probs_only=True, **kwargs)
         return hidden_states
 
 
@@ -111,6 +119,26 @@ class FusedWithoutValues(nn.Module):
         return nn.functional.pad(by_head, (0, self.head_width)).flatten(-2)
 
 
+class ColumnsWithoutValues(nn.Module):
+    """The same of GPT-2's projection, whose table has queries, keys and values side by side."""
+
+    def __init__(self, fused: Any, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(fused.weight.detach()[:, : 2 * width].contiguous(), requires_grad=False)
+        self.bias = nn.Parameter(fused.bias.detach()[: 2 * width].contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(conv1d(x, self.weight, self.bias), (0, self.width))
+
+
+class NoPositions(nn.Module):
+    """Stands for a table of positions where what comes in has them already."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return position_ids.new_zeros(())
+
+
 def _drop_split_values(attention: Any) -> None:
     attention.v_proj = NoValues(attention.head_dim)
     attention.o_proj = nn.Identity()
@@ -119,6 +147,16 @@ def _drop_split_values(attention: Any) -> None:
 def _drop_fused_values(attention: Any) -> None:
     attention.query_key_value = FusedWithoutValues(attention.query_key_value, attention.head_size)
     attention.dense = nn.Identity()
+
+
+def _drop_columns_of_values(attention: Any) -> None:
+    attention.c_attn = ColumnsWithoutValues(attention.c_attn, attention.split_size)
+    attention.c_proj = nn.Identity()
+
+
+def _of_columns(part: int, layer: Any, fused: Tensor) -> Tensor:
+    """Queries (0) or keys (1) of all heads side by side, from what GPT-2's projection gives."""
+    return fused.split(layer.attn.split_size, dim=-1)[part]
 
 
 def _of_fused(part: int, layer: Any, fused: Tensor) -> Tensor:
@@ -157,15 +195,34 @@ NEOX_STYLE = Architecture(
         "z": Tap("attention.dense", of_input=True),
     },
 )
+GPT2_STYLE = Architecture(
+    "attn",
+    "ln_f",
+    "layer",
+    _drop_columns_of_values,
+    {
+        "mlp_in": Tap("mlp", of_input=True),
+        "mlp_out": Tap("mlp"),
+        "attn_out": Tap("attn"),
+        "q": Tap("attn.c_attn", take=partial(_of_columns, 0)),
+        "k": Tap("attn.c_attn", take=partial(_of_columns, 1)),
+        "z": Tap("attn.c_proj", of_input=True),
+    },
+    layers="h",
+    input_norm="ln_1",
+    positions="wpe",
+)
 
 ARCHITECTURES = {  # by transformers' model_type; every entry is tested against its eager model
     "gemma": GEMMA_STYLE,
     "gemma2": GEMMA2_STYLE,
+    "gemma3_text": GEMMA2_STYLE,
     "llama": LLAMA_STYLE,
     "mistral": LLAMA_STYLE,
     "qwen2": LLAMA_STYLE,
     "qwen3": LLAMA_STYLE,
     "gpt_neox": NEOX_STYLE,
+    "gpt2": GPT2_STYLE,
 }
 
 
@@ -181,9 +238,11 @@ def architecture_of(model_type: str | None) -> Architecture:
 
 def require_parts(stack: Any, architecture: Architecture) -> None:
     """The modules that the contract names are there, in the base model and in its first layer."""
-    lacks = [name for name in (LAYERS, architecture.final_norm) if not hasattr(stack, name)]
-    for layer in getattr(stack, LAYERS, ())[:1]:
-        lacks += [f"{LAYERS}[0].{name}" for name in (INPUT_NORM, architecture.attention) if not hasattr(layer, name)]
+    whole = (architecture.layers, architecture.final_norm, architecture.positions)
+    lacks = [name for name in whole if name and not hasattr(stack, name)]
+    for layer in getattr(stack, architecture.layers, ())[:1]:
+        parts = (architecture.input_norm, architecture.attention)
+        lacks += [f"{architecture.layers}[0].{name}" for name in parts if not hasattr(layer, name)]
     if lacks:
         raise UnsupportedArchitecture(
             f"{type(stack).__name__} has no {', '.join(lacks)}; it has {', '.join(dict(stack.named_children()))}. "
@@ -194,7 +253,8 @@ def require_parts(stack: Any, architecture: Architecture) -> None:
 def cut(stack: Any, num_layers: int, attention_only_layer: int | None, architecture: Architecture) -> None:
     """Leave of a decoder stack its first `num_layers`, the last perhaps for its attention alone, and no norm."""
     require_parts(stack, architecture)
-    stack.layers = stack.layers[:num_layers]
-    setattr(stack, architecture.final_norm, nn.Identity())
+    layers = architecture.layers_of(stack)[:num_layers]
     if attention_only_layer is not None:
-        stack.layers[attention_only_layer] = AttentionOnly(stack.layers[attention_only_layer], architecture)
+        layers[attention_only_layer] = AttentionOnly(layers[attention_only_layer], architecture)
+    setattr(stack, architecture.layers, layers)
+    setattr(stack, architecture.final_norm, nn.Identity())

@@ -24,6 +24,8 @@ ATTENTION = "saemill"
 
 Sinks = Mapping[int, Callable[[Tensor], None]]
 
+NARROW = ("GPT2Attention",)  # whose softmax is made in the model's type; the others' in float32
+
 CPU_BLOCK_BYTES = 1 << 21  # float32 scores of a block: larger ones leave the cache, smaller ones only add calls
 GPU_BLOCK_BYTES = 1 << 29  # there the limit is memory
 
@@ -59,12 +61,13 @@ def attend(
     windows, heads, context, width = query_WHTE.shape
     sink = (sinks or {}).get(module.layer_idx)
     out = query_WHTE.new_empty(windows, context, *((1,) if probs_only else (heads, width)))
+    made_in = query_WHTE.dtype if type(module).__name__ in NARROW else torch.float32
     is_padded = attention_mask is not None and len(attention_mask) > 1  # then each row has a mask of its own
     size = _windows_per_block(query_WHTE)
     for start in range(0, windows, size):
         block = slice(start, start + size)
         mask = attention_mask if attention_mask is None or not is_padded else attention_mask[block]
-        probs = _probabilities(query_WHTE[block], key_WGTE[block], mask, scaling, softcap)
+        probs = _probabilities(query_WHTE[block], key_WGTE[block], mask, scaling, softcap, made_in)
         if sink is not None:
             sink(probs)
         if not probs_only:
@@ -73,7 +76,9 @@ def attend(
     return out, None
 
 
-def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+def _probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, made_in: torch.dtype
+) -> Tensor:
     scores = matmul(query, _for_all_heads(key, query.shape[1]).transpose(2, 3))
     scores.mul_(scaling)
     if softcap is not None:
@@ -82,7 +87,7 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
         scores = squashed * softcap if scores.requires_grad else squashed.mul_(softcap)
     if mask is not None:
         scores.add_(mask)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.softmax(scores, dim=-1, dtype=made_in).to(query.dtype)
 
 
 def _for_all_heads(states_WGTE: Tensor, heads: int) -> Tensor:

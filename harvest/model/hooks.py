@@ -38,9 +38,10 @@ def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], T
         found = function(first if tap.take is None else tap.take(layer, first))
         return found if found is None or not isinstance(output, tuple) else (found, *output[1:])
 
+    architecture = architecture_of(model_type)
     for site, function in taps.items():
-        tap = Tap("") if site.hook == RESID else architecture_of(model_type).tap(site.hook)
-        layer = stack.layers[site.layer]
+        tap = Tap("") if site.hook == RESID else architecture.tap(site.hook)
+        layer = architecture.layers_of(stack)[site.layer]
         module = layer.get_submodule(tap.module)
         if tap.of_input:
             handles.append(module.register_forward_pre_hook(partial(before, tap, function, layer)))

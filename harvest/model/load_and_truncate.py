@@ -40,6 +40,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 GEMMA2_LAYER = 19  # of 26: the one that the studies are about
 WEIGHTS_INDEX = "model.safetensors.index.json"
+TEXT_PARTS = {"gemma3": "gemma3_text"}  # of models that also see: what reads text is a decoder of its own
+TEXT_KEYS = (r"^language_model\.model\.", r"^model\.language_model\.", r"^language_model\.")  # its weights, in files
 
 
 @dataclass(frozen=True)
@@ -131,21 +133,21 @@ class TruncatedModel:
     """A decoder stack that computes what is wanted and stops there."""
 
     stack: Any
-    """transformers' base model, cut; `stack.layers` are its decoder layers."""
+    """transformers' base model, cut."""
     facts: ModelFacts
     wanted: Wanted
 
 
 def read_facts(folder: Path) -> ModelFacts:
     """Facts of a model by its folder, without its weights."""
-    return ModelFacts.of(_read_config(folder))
+    return ModelFacts.of(read_config(folder))
 
 
 def load_model(
     folder: Path, wanted: Wanted, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
 ) -> TruncatedModel:
     """Load from a folder the part of a model that `wanted` needs."""
-    config = _read_config(folder)
+    config = read_config(folder)
     facts = ModelFacts.of(config)
     wanted.validate(facts)
     stack = _load_stack(folder, _shortened(config, wanted.num_layers), dtype)
@@ -169,7 +171,7 @@ def make_random(
     """So many layers of a model's shape, with random weights and few tokens: to find out how long a layer takes."""
     from transformers import AutoModel
 
-    config: Any = _shortened(_read_config(folder), num_layers)
+    config: Any = _shortened(read_config(folder), num_layers)
     config.vocab_size, config.pad_token_id = vocabulary, None
     with torch.device(device):
         return AutoModel.from_config(config, dtype=dtype)
@@ -214,10 +216,12 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     return config
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    """The model type is looked at first: transformers asks to run downloaded code for types it does not know."""
+def read_config(folder: Path) -> PretrainedConfig:
+    """That of the part that reads text. The model type is looked at first: transformers asks to run downloaded code
+    for types it does not know."""
     said = _read_json(folder / CONFIG_FILE)
-    architecture_of(said.get("model_type"))
+    kind: Any = said.get("model_type")
+    architecture_of(TEXT_PARTS.get(kind, kind))
     if quantised := said.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UnsupportedArchitecture(
@@ -227,9 +231,16 @@ def _read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig  # here: it takes seconds to import
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        return config.get_text_config() if kind in TEXT_PARTS else config
     except UNREADABLE as error:
         raise ModelUnavailable(f"{folder / CONFIG_FILE} cannot be read ({error}); fetch the model again") from error
+
+
+def names_in_files(folder: Path, prefix: str) -> dict[str, Any]:
+    """For `from_pretrained`: where a part's weights have names of the whole, which of them are its own."""
+    is_part = _read_json(folder / CONFIG_FILE).get("model_type") in TEXT_PARTS
+    return {"key_mapping": dict.fromkeys(TEXT_KEYS, prefix)} if is_part else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -261,6 +272,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # so that they come back in the report
                 output_loading_info=True,
+                **names_in_files(folder, ""),
             )
     except SafetensorError as error:
         raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error

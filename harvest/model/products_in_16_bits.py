@@ -16,8 +16,9 @@ from torch.nn import functional
 def widen_products(model: nn.Module) -> None:
     """Make the layers of a model so where that is faster; their weights stay what they are."""
     for module in model.modules():
-        if type(module) is nn.Linear and is_widened(module.weight.device.type, module.weight.dtype):
-            module.__class__ = WidenedLinear
+        is_linear, is_conv1d = type(module) is nn.Linear, type(module).__name__ == "Conv1D"
+        if (is_linear or is_conv1d) and is_widened(module.weight.device.type, module.weight.dtype):
+            module.__class__ = WidenedLinear if is_linear else WidenedConv1D
 
 
 class WidenedLinear(nn.Linear):
@@ -25,11 +26,28 @@ class WidenedLinear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class WidenedConv1D(nn.Module):
+    """GPT-2's kind of layer in transformers, whose table is the other way round."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv1d(x, self.weight, self.bias)
+
+
 def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """x W^T + b."""
     if not is_widened(x.device.type, x.dtype):
         return functional.linear(x, W, b)
     return functional.linear(x.float(), W.float(), None if b is None else b.float()).to(x.dtype)
+
+
+def conv1d(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """x W + b, in transformers' own call."""
+    if is_widened(x.device.type, x.dtype):
+        return linear(x, W.t(), b)
+    return torch.addmm(b, x.view(-1, x.size(-1)), W).view(*x.shape[:-1], -1)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

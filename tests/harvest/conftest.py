@@ -27,6 +27,7 @@ from saemill.cache_schema.verify_and_repair import digest, verify_shards
 from saemill.harvest import run
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.model.architectures import architecture_of
 from saemill.harvest.model.products_in_16_bits import is_widened
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
@@ -49,11 +50,13 @@ MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_atten
 CONFIGS = {
     "gemma": GROUPED,
     "gemma2": {**GROUPED, **SLIDING, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 5},
+    "gemma3_text": {**GROUPED, **SLIDING, "layer_types": MIXED, "query_pre_attn_scalar": 5},
     "llama": {**GROUPED, "attention_bias": True},
     "mistral": {**GROUPED, **SLIDING},
     "qwen2": {**GROUPED, **SLIDING, "use_sliding_window": True, "layer_types": MIXED},
     "qwen3": GROUPED,
     "gpt_neox": {**SHARED, "hidden_size": 32, "intermediate_size": 48},
+    "gpt2": {**SHARED, "hidden_size": 32, "n_inner": 48},
 }
 
 
@@ -81,7 +84,7 @@ def _run_whole(model: PreTrainedModel) -> Reference:
     ids[:, 0] = 1
     resid: list[torch.Tensor] = []
     whole = copy.deepcopy(model)  # the hooks that transformers installs to report attentions stay on this copy
-    for layer in whole.base_model.layers:
+    for layer in architecture_of(whole.config.model_type).layers_of(whole.base_model):
         layer.register_forward_hook(lambda _module, _args, output: resid.append(output))
     with torch.no_grad():
         attention = whole(ids, output_attentions=True, use_cache=False).attentions

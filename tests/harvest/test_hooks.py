@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def harvest(config: HarvestConfig) -> str:
 def seen(model, ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Layer by layer, what the modules of an eager model are given and give, read without a word of this package."""
     whole, layers = copy.deepcopy(model), []
-    for layer in whole.base_model.layers:
+    for layer in whole.base_model.h if hasattr(whole.base_model, "h") else whole.base_model.layers:
         found: dict[str, torch.Tensor] = {}
         layers.append(found)
-        attention = getattr(layer, "self_attn", None) or layer.attention
-        project = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
+        attention = part_of(layer, "self_attn", "attention", "attn")
+        project = part_of(attention, "o_proj", "dense", "c_proj")
         ends = {"mlp_out": layer.mlp, "attn_out": attention}
         if hasattr(layer, "post_feedforward_layernorm"):
             ends = {"mlp_out": layer.post_feedforward_layernorm, "attn_out": layer.post_attention_layernorm}
@@ -58,12 +59,18 @@ def seen(model, ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
             )
         layer.mlp.register_forward_pre_hook(lambda _m, args, found=found: found.update(mlp_in=args[0]))
         project.register_forward_pre_hook(lambda _m, args, found=found: found.update(z=args[0]))
-        layer.input_layernorm.register_forward_hook(lambda _m, _a, out, found=found: found.update(normed=out))
+        norm = part_of(layer, "input_layernorm", "ln_1")
+        norm.register_forward_hook(lambda _m, _a, out, found=found: found.update(normed=out))
         layer.register_forward_hook(lambda _m, args, out, found=found: found.update(before=args[0], after=out))
         found["attention"] = attention
     with torch.no_grad():
         whole(ids, use_cache=False)
     return layers
+
+
+def part_of(module: Any, *names: str) -> Any:
+    """The part that has one of these names."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def projected(layer: dict, hook: str) -> torch.Tensor:
@@ -72,6 +79,8 @@ def projected(layer: dict, hook: str) -> torch.Tensor:
     if hasattr(attention, "q_proj"):
         projection = attention.q_proj if hook == "q" else attention.k_proj
         return linear(x, projection.weight, projection.bias)
+    if hasattr(attention, "c_attn"):
+        return attention.c_attn(x).split(x.shape[-1], dim=-1)["qk".index(hook)]
     heads = linear(x, attention.query_key_value.weight, attention.query_key_value.bias).unflatten(-1, (4, 3, 8))
     return heads[..., "qk".index(hook), :].flatten(-2)
 

@@ -8,15 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from saemill.cache_schema import AttentionSpec, Store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.evaluate.context.context import Context, find_model
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
-from saemill.evaluate.model.prefix_suffix import load_language_model
+from saemill.evaluate.model.prefix_suffix import load_language_model, make_language_model
+from saemill.evaluate.model.unembedding_head import head_of, load_head
+from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.pocket import MODEL_FOLDER
 
 
@@ -59,6 +62,44 @@ def test_logits_are_those_of_the_whole_model(model, whole, tokens):
 def test_prefix_and_suffix_are_the_whole_to_the_bit(model, tokens, layer):
     resid = model.resid(tokens, (layer,))[layer]
     assert torch.equal(model.suffix(resid, layer), model.hidden(tokens))
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_model_of_every_family_comes_apart_and_together_again(model_type):
+    """Padded or not, and with learned positions, which are added once."""
+    shape = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 3}
+    config = AutoConfig.for_model(model_type, vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
+    torch.manual_seed(0)
+    model = make_language_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, :4] = False
+    for padding in (None, valid):
+        resid = model.resid(ids, (1,), padding)[1]
+        given = {} if padding is None else {"attention_mask": padding.long()}
+        given |= {} if padding is None else {"position_ids": (padding.long().cumsum(1) - 1).clamp_min(0)}
+        whole = model.stack(input_ids=ids, use_cache=False, **given).last_hidden_state
+        assert torch.equal(model.suffix(resid, 1, padding), whole)
+
+
+def test_of_a_model_that_sees_the_part_that_reads_is_loaded(tmp_path):
+    """Gemma-3 of 4B and more: as its files on the hub are."""
+    shape = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 2}
+    text = AutoConfig.for_model("gemma3_text", vocab_size=40, **shape)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("gemma3", text_config=text.to_dict(), vision_config=vision)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
+    weights = {f"language_model.model.{name}": weight for name, weight in model.base_model.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = load_language_model(tmp_path, torch.float32, torch.device("cpu"))
+    whole = make_language_model(model, None)
+    assert torch.equal(found.head(found.hidden(ids)), whole.head(whole.hidden(ids)))
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_head(tmp_path, torch.device("cpu")).promotes(rows), head_of(model).promotes(rows))
 
 
 def test_the_prefix_stops_at_its_last_layer(model, tokens, monkeypatch):

@@ -84,6 +84,22 @@ def test_a_loaded_model_computes_what_the_cut_one_does(folder, make_model, wante
     assert loaded.facts == cut.facts == read_facts(folder)
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "language_model."])
+def test_of_a_model_that_sees_the_part_that_reads_is_run(make_model, tmp_path, prefix):
+    """Whichever way its weights are called: as transformers 5 has them, as on the hub, as transformers saves them."""
+    text, folder = make_model("gemma3_text"), tmp_path / "seeing"
+    text.save_pretrained(tmp_path / "text")
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text.config.to_dict(), vision_config=vision)
+    config.save_pretrained(folder)
+    weights = {f"{prefix}{name}": weight for name, weight in text.base_model.state_dict().items()}
+    save_file(weights | {"vision_tower.norm.weight": torch.ones(3)}, folder / "model.safetensors")
+    places = [load_model(place, RESID_2_AND_ONE_ABOVE, torch.float32) for place in (folder, tmp_path / "text")]
+    assert places[0].facts == places[1].facts == read_facts(folder)
+    assert torch.equal(*(run(model, IDS, {})[PLACE] for model in places))
+
+
 def test_the_model_runs_in_the_dtype_asked_for(folder):
     assert run(load_model(folder, RESID_2, torch.bfloat16), IDS, {})[PLACE].dtype == torch.bfloat16
 
@@ -93,13 +109,15 @@ def test_only_what_is_wanted_is_in_memory(make_model, tmp_path, model_type):
     make_model(model_type).save_pretrained(tmp_path)
     stack = load_model(tmp_path, RESID_2_AND_ONE_ABOVE, torch.float32).stack
     shapes = {name: tuple(parameter.shape) for name, parameter in stack.named_parameters()}
-    above = {name.removeprefix("layers.3."): shape for name, shape in shapes.items() if name.startswith("layers.3.")}
-    assert not any(name.startswith(("layers.4.", "norm", "final_layer_norm", "lm_head")) for name in shapes)
-    allowed = ("input_layernorm.", "attention.q_", "attention.k_", "attention.query_key_value.")
+    of_4, of_5 = (f"{ARCHITECTURES[model_type].layers}.{layer}." for layer in (3, 4))
+    above = {name.removeprefix(of_4): shape for name, shape in shapes.items() if name.startswith(of_4)}
+    assert not any(name.startswith((of_5, "norm", "final_layer_norm", "ln_f", "lm_head")) for name in shapes)
+    allowed = ("input_layernorm.", "attention.q_", "attention.k_", "attention.query_key_value.", "attention.c_attn.")
     assert above
     assert all(name.startswith(allowed) for name in above)
     fused = above.get("attention.query_key_value.weight")
     assert fused in (None, (64, 32)), "queries and keys of 32 channels each, no values"
+    assert above.get("attention.c_attn.weight") in (None, (32, 64))
 
 
 def test_a_pass_calls_no_more_than_it_must(make_model):
@@ -152,8 +170,8 @@ def test_a_context_beyond_the_model(folder):
 
 
 def test_an_unknown_architecture_is_told_what_is_supported(tmp_path):
-    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedArchitecture, match=r"'gpt2' .* gemma, gemma2, gpt_neox, llama"):
+    AutoConfig.for_model("opt").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitecture, match=r"'opt' .* gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama"):
         read_facts(tmp_path)
 
 
@@ -309,10 +327,11 @@ def test_weights_of_another_shape(broken):
 
 
 def test_a_decoder_of_another_build_is_refused_by_what_it_lacks(monkeypatch):
-    """An entry alone makes no GPT-2 a Llama."""
-    config = AutoConfig.for_model("gpt2", n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=16)
-    monkeypatch.setitem(ARCHITECTURES, "gpt2", LLAMA_STYLE)
-    with pytest.raises(UnsupportedArchitecture, match=r"GPT2Model has no layers, norm; it has wte, wpe, .*h, ln_f"):
+    """An entry alone makes no OPT a Llama."""
+    shape = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_attention_heads": 2}
+    config = AutoConfig.for_model("opt", num_hidden_layers=2, vocab_size=20, **shape)
+    monkeypatch.setitem(ARCHITECTURES, "opt", LLAMA_STYLE)
+    with pytest.raises(UnsupportedArchitecture, match=r"OPTModel has no layers, norm; it has decoder"):
         truncate(AutoModelForCausalLM.from_config(config), Wanted(resid_layers=(0,)))
 
 

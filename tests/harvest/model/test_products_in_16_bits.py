@@ -34,14 +34,16 @@ def test_a_product_is_the_exact_one_rounded_once(monkeypatch, dtype):
 def test_models_give_the_same_to_a_rounding(make_model, run_whole, monkeypatch, is_widened, model_type):
     monkeypatch.setattr(products_in_16_bits, "is_widened", lambda device, dtype: False)
     model = make_model(model_type, torch.bfloat16)
-    before = {name: weight.clone() for name, weight in model.base_model.layers.named_parameters()}
+    layers_of = ARCHITECTURES[model_type].layers_of
+    before = {name: weight.clone() for name, weight in layers_of(model.base_model).named_parameters()}
     reference = run_whole(model)
     last = len(reference.resid) - 1
     monkeypatch.setattr(products_in_16_bits, "is_widened", lambda device, dtype: is_widened)
     truncated = truncate(model, Wanted(resid_layers=(last,)))
-    layers = [module for module in truncated.stack.modules() if isinstance(module, nn.Linear)]
-    assert {type(layer) is products_in_16_bits.WidenedLinear for layer in layers} == {is_widened}
-    for name, weight in truncated.stack.layers.named_parameters():
+    kinds = {type(module).__name__.removeprefix("Widened"): type(module) for module in truncated.stack.modules()}
+    wide = {name: kind.__name__.startswith("Widened") for name, kind in kinds.items() if name in ("Linear", "Conv1D")}
+    assert wide == {"Conv1D" if model_type == "gpt2" else "Linear": is_widened}
+    for name, weight in layers_of(truncated.stack).named_parameters():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
     found, expected = run(truncated, reference.ids, {})[Site("resid", last)], reference.resid[last].float()
     assert found.dtype == torch.bfloat16
