@@ -38,6 +38,7 @@ from .watch import follow
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 AGAIN = "The same import or harvest writes what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
+NPY = "A .npy file, or a folder of them,"
 WIDTH, NARROWEST = 80, 20  # columns
 REHARVESTERS = "saemill.reharvest"  # entry points: functions like `harvest.run.reharvest`
 
@@ -48,6 +49,7 @@ Examples:
   sae-store verify s3://bucket/store --json
   sae-store repair ./store
   sae-store import ./store --resid acts.npy --tokens tokens.npy --layer 4 --model NAME
+  sae-store import ./store --resid ./folder_of_npy --context 128 --layer 4 --model NAME
 """
 
 
@@ -198,24 +200,27 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
     epilog="""\b
 Examples:
   sae-store import ./store --resid acts.npy --tokens tokens.npy --layer 4 --model NAME
+  sae-store import ./store --resid ./folder_of_npy --context 128 --layer 4 --model NAME
   sae-store import ./store --saelens ./cached_activations --model NAME
   sae-store import ./store --vllm ./hidden_states --layer 11 --layer 19 --context 128 --model NAME
 """,
 )
 @click.argument("url")
-@click.option("--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help="A .npy file [W, T, D].")
 @click.option(
-    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="A .npy file of a hook: mlp_in:4=mlp_in.npy."
+    "--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help=f"{NPY} [W, T, D], or [N, D]."
+)
+@click.option(
+    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="The same of a hook: mlp_in:4=mlp_in.npy."
 )
 @click.option(
     "--tokens",
     "tokens_file",
     type=click.Path(path_type=Path),
-    help="A .npy file [W, T]; beside --saelens where that has none.",
+    help=f"{NPY} [W, T], or [N]; beside --saelens where that has none.",
 )
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
-@click.option("--context", type=click.IntRange(1), help="Cut vLLM's requests into windows of so many tokens.")
+@click.option("--context", type=click.IntRange(1), help="Cut rows [N, D], or vLLM's requests, into windows of so many.")
 @click.option(
     "--layer",
     "layers",
@@ -227,7 +232,7 @@ Examples:
 @click.option(
     "--special-token", "special_tokens", type=TOKEN, multiple=True, help="Id of a token that never trains, as BOS."
 )
-@click.option("--bos-token", type=TOKEN)
+@click.option("--bos-token", type=TOKEN, help="Id of the token that windows begin with: it never trains.")
 @click.option("--validation", "validation_share", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--test", "test_share", default=0.05, show_default=True, help="Share of windows.")
 @click.option(
@@ -291,8 +296,8 @@ def _open_source(
         if resid_files or act_files or tokens_file or saelens_folder:
             raise click.UsageError("--vllm goes with --layer and --context: its files hold all else")
         return VllmSource(vllm_folder, layers, context)
-    if context is not None:
-        raise click.UsageError("--context goes with --vllm: all other files have windows already")
+    if context is not None and saelens_folder is not None:
+        raise click.UsageError("--context goes with --vllm and with rows: what SAELens kept has windows already")
     if (saelens_folder is None) == (not (resid_files or act_files)):
         raise click.UsageError("give either --resid with --layer and --acts, or --saelens, or --vllm")
     if saelens_folder is not None:
@@ -311,7 +316,7 @@ def _open_source(
         if site in files:
             raise click.UsageError(f"--acts {text}: there is a file of {site} already")
         files[site] = Path(found[3])
-    return NumpySource(files, tokens_file)
+    return NumpySource(files, tokens_file, context)
 
 
 def open_console(**options: Any) -> Console:

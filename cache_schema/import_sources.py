@@ -6,6 +6,7 @@ W windows, T context, D residual width.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from .errors import ImportInvalid
+from .numbers_in_words import counted
 from .sites import RESID, Site, site_named
 from .stored_dtypes import STORED_AS, say_not_uint32
 
@@ -35,24 +37,70 @@ class Source(Protocol):
 
 
 class NumpySource:
-    """`.npy` files: activations [W, T, D] for each site and, where there are any, tokens [W, T]."""
+    """`.npy` files, or folders of them: of each site activations [W, T, D], or rows [N, D] of which T follow each
+    other, and tokens [W, T] or [N] where there are any."""
 
-    left_out = ""
-
-    def __init__(self, acts: dict[Site, Path], tokens: Path | None) -> None:
-        self._acts = {site: _load(path, 3) for site, path in acts.items()}
-        shapes = {array.shape for array in self._acts.values()}
-        dtypes = {array.dtype.name for array in self._acts.values()}
+    def __init__(self, acts: dict[Site, Path], tokens: Path | None, context: int | None = None) -> None:
+        self._acts = {site: _Joined(path) for site, path in acts.items()}
+        shapes = {joined.shape for joined in self._acts.values()}
+        dtypes = {joined.dtype.name for joined in self._acts.values()}
         if len(shapes) != 1 or len(dtypes) != 1:
             raise ImportInvalid(f"expected activations of one shape and type, found {sorted(shapes)}, {sorted(dtypes)}")
-        self.windows, self.context, self.d_model = _require_some(shapes.pop())
+        shape, ids = shapes.pop(), None if tokens is None else _Joined(tokens)
+        cut = context or (ids.shape[1] if ids is not None and len(ids.shape) == 2 else None)
+        if len(shape) == 3 and context in (None, shape[1]):
+            self._at_once, windows = 1, shape
+        elif len(shape) == 2 and cut:
+            self._at_once, windows = cut, (shape[0] // cut, cut, shape[1])
+        else:
+            raise ImportInvalid(
+                f"expected activations [windows, tokens, width], or [rows, width] with --context T, how many rows of "
+                f"one text follow each other (1 where none do), found {shape}"
+                + (f" with --context {context}" if context is not None else "")
+            )
+        self.windows, self.context, self.d_model = _require_some(windows)
         self.dtype = _stored_dtype(dtypes.pop())
         self.sites = tuple(sorted(acts))
-        self.tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
+        self.tokens = None if ids is None else _windows_of(ids, shape[0], self.windows, self.context)
         self.document_of = np.arange(self.windows, dtype=np.uint32)
+        rest = shape[0] - self.windows * self._at_once
+        self.left_out = f"{counted(rest, 'row')}, as they fill no window of {self.context:,}" if rest else ""
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self._acts[site][start:stop], STORED_AS[self.dtype])  # a file may be big-endian
+        rows = self._acts[site].rows(start * self._at_once, stop * self._at_once)
+        values = np.ascontiguousarray(rows, STORED_AS[self.dtype])  # a file may be big-endian
+        return values.reshape(stop - start, self.context, self.d_model)
+
+
+class _Joined:
+    """The arrays of a file, or of all files of a folder behind each other, of which only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
+        self._arrays = [_load(file) for file in files]
+        kinds = {(array.shape[1:], array.dtype) for array in self._arrays}
+        if len(kinds) != 1:
+            told = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds)) or "none"
+            raise ImportInvalid(
+                f"{path}: expected .npy files of one type, and of one shape but for length: found {told}"
+            )
+        (shape, self.dtype), *_ = kinds
+        self._ends = np.cumsum([len(array) for array in self._arrays]).tolist()
+        self.shape = (self._ends[-1], *shape)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        begins = (end - len(array) for array, end in zip(self._arrays, self._ends, strict=True))
+        parts = [
+            array[max(0, start - begin) : stop - begin]
+            for array, begin in zip(self._arrays, begins, strict=True)
+            if begin < stop and start < begin + len(array)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _by_numbers(file: Path) -> list[tuple[int, str]]:
+    """So that part_2 comes before part_10."""
+    return [(int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", file.name)]
 
 
 class SaelensSource:
@@ -81,7 +129,7 @@ class SaelensSource:
         has_ids = "token_ids" in self._rows.features
         if has_ids and tokens is not None:
             raise ImportInvalid(f"{folder} holds token_ids: leave out --tokens {tokens}")
-        self.tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
+        self.tokens = None if tokens is None else _windows_of(_Joined(tokens), 0, self.windows, self.context)
         if has_ids:
             self.tokens = as_tokens(np.asarray(self._read("token_ids", 0, self.windows)))
         self.document_of = np.arange(self.windows, dtype=np.uint32)
@@ -95,7 +143,7 @@ class SaelensSource:
         return self._rows.select_columns(column)[start:stop][column]
 
 
-def _load(path: Path, ndim: int) -> np.ndarray:
+def _load(path: Path) -> np.ndarray:
     if path.suffix in (".pt", ".pth", ".pkl"):
         raise ImportInvalid(
             f"{path} is a pickle, as torch.save and activault write it: expected .npy, as pickles may run code and are "
@@ -103,13 +151,17 @@ def _load(path: Path, ndim: int) -> np.ndarray:
             "np.save('acts.npy', found['states'].view(torch.uint16)); np.save('tokens.npy', found['input_ids']); "
             "then --resid acts.npy --tokens tokens.npy"
         )
+    if path.suffix == ".safetensors":
+        raise ImportInvalid(
+            f"{path}: expected .npy. Convert it: found = safetensors.torch.load_file(FILE)[NAME]; np.save('acts.npy', "
+            "found.view(torch.uint16) if found.dtype == torch.bfloat16 else found). What vLLM wrote, --vllm reads"
+        )
     try:
         array = open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise ImportInvalid(f"{path} is not a readable .npy file: {error}") from None
-    if array.ndim != ndim:
-        expected = "[windows, tokens, width]" if ndim == 3 else "[windows, tokens]"
-        raise ImportInvalid(f"{path}: expected an array {expected}, found {array.shape}. Reshape it and save it again")
+    if array.ndim == 0:
+        raise ImportInvalid(f"{path}: expected an array, found a single number")
     return array
 
 
@@ -119,11 +171,12 @@ def _require_some(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _load_tokens(path: Path, windows: int, context: int) -> np.ndarray:
-    tokens = _load(path, 2)
-    if tokens.shape != (windows, context):
+def _windows_of(tokens: _Joined, rows: int, windows: int, context: int) -> np.ndarray:
+    """uint32 [W, T], where they are one for each row or lie in windows already."""
+    if tokens.shape not in ((rows,), (windows, context)):
         raise ImportInvalid(f"expected tokens of shape {(windows, context)}, found {tokens.shape}")
-    return as_tokens(tokens)
+    found = tokens.rows(0, tokens.shape[0])
+    return as_tokens(found.reshape(-1)[: windows * context].reshape(windows, context))
 
 
 def _stored_dtype(name: str) -> str:

@@ -30,7 +30,7 @@ from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.chunk_codec import checksum_of
 from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.info import BUNDLED, render
-from saemill.cache_schema.verify_and_repair import repair, store_digest
+from saemill.cache_schema.verify_and_repair import digest, repair, store_digest
 
 
 def run(*args: object) -> Result:
@@ -167,7 +167,9 @@ def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None
             None,
             "expected activations as float32, float16 or bfloat16 bits in uint16, found float64",
         ),
-        (np.zeros((4, 8), np.float32), None, "expected an array [windows, tokens, width], found (4, 8)"),
+        (np.zeros((4, 8), np.float32), None, "or [rows, width] with --context T, how many rows of one text"),
+        (np.zeros(4, np.float32), None, "follow each other (1 where none do), found (4,)"),
+        (np.zeros((4, 8), np.float32), np.zeros((1, 5), int), "of at least 1 each, found (0, 5, 8)"),
         (np.zeros((4, 8, 2), np.float32), np.zeros((4, 7), int), "expected tokens of shape (4, 8), found (4, 7)"),
         (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
         (np.zeros((4, 8, 0), np.float32), None, "of at least 1 each, found (4, 8, 0)"),
@@ -187,6 +189,44 @@ def test_import_names_what_is_wrong(tmp_path: Path, resid: np.ndarray, tokens: n
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "s").exists()  # or the files, once they are mended, would be refused there
+
+
+def test_import_of_folders_and_of_rows(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """However a dump is cut into files, and whether it knows of windows, it is the store of one file."""
+    resid, tokens = arrays["resid"], arrays["tokens"]
+    windows, context, _ = resid.shape
+    words = ("--layer", 4, "--model", "m")
+    files = ("--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy")
+    assert run("import", tmp_path / "whole", *words, *files).exit_code == 0
+    for name, array in (("resid", resid), ("tokens", tokens)):
+        for kind, joined in (("windows", array), ("rows", array.reshape(windows * context, *array.shape[2:]))):
+            (tmp_path / f"{name}_{kind}").mkdir()
+            for number, part in enumerate(np.array_split(joined, 11)):
+                np.save(tmp_path / f"{name}_{kind}" / f"part_{number}.npy", part)
+    for number, more in enumerate(
+        [
+            ("--resid", tmp_path / "resid_windows", "--tokens", tmp_path / "tokens_windows"),
+            ("--resid", tmp_path / "resid_rows", "--tokens", tmp_path / "tokens.npy"),
+            ("--resid", tmp_path / "resid_rows", "--tokens", tmp_path / "tokens_rows", "--context", context),
+        ]
+    ):
+        result = run("import", tmp_path / f"s{number}", *words, *more)
+        assert result.exit_code == 0, result.output
+        with Store.open(tmp_path / f"s{number}") as found, Store.open(tmp_path / "whole") as expected:
+            assert digest(found) == digest(expected)
+    result = run("import", tmp_path / "rest", "--resid", tmp_path / "resid_rows", "--context", context + 1, *words)
+    rest = windows * context % (context + 1)
+    assert (
+        result.exit_code == 0 and f"left out: {rest:,} rows, as they fill no window of {context + 1}" in result.output
+    )
+    np.save(tmp_path / "resid_rows" / "part_11.npy", np.zeros((3, 5), np.float32))
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        ("resid_rows", "one shape but for length: found float32 [16], float32 [5]"),
+        ("empty", "none"),
+    ):
+        result = run("import", tmp_path / "bad", "--resid", tmp_path / folder, "--context", context, *words)
+        assert result.exit_code == 1 and message in " ".join(result.output.split())
 
 
 def test_import_of_a_file_of_the_other_byte_order(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -618,7 +658,7 @@ def test_an_address_that_cannot_be_opened_is_one_line(monkeypatch: pytest.Monkey
         result = run(command, "foo://store")
         assert result.exit_code == 1
         assert result.output.startswith(f"error: foo://store cannot be opened ({error})")
-        assert "saemill[s3]" in result.output
+        assert "pip install s3fs" in " ".join(result.output.split())
 
 
 def test_an_empty_name_is_not_the_current_folder() -> None:
