@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -73,6 +76,25 @@ def test_the_evaluation_of_the_page_runs_from_the_command(copied, tmp_path):
         (path,) = (tmp_path / folder / "evals" / name).glob("*.json")
         metrics = json.loads(path.read_text())["eval_result_metrics"]
         assert metrics == {"firing": {"busiest_share": pytest.approx(share)}}
+
+
+OWN = """
+from saemill.evaluate import evals
+from saemill.harvest.corpus import sources
+from saemill.train.kit.variant_registry import config_type
+print(config_type("overlap")(width=64, k=4).build(8).sae, evals.load("busiest"), "csv_file" in sources())
+"""
+
+
+def test_files_of_ones_own_lie_outside_the_repository(template, tmp_path):
+    for place in ("train/variants/overlap.py", "evaluate/evals/busiest.py", "harvest/corpus/csv_file.py"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(template(place))
+    for folder, said in ((tmp_path, ""), (tmp_path / "gone", "there is no such folder, so nothing of it is known")):
+        environment = {**os.environ, "SAEMILL_EXTRA": str(folder)}
+        done = subprocess.run([sys.executable, "-c", OWN], env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == (folder == tmp_path) and said in done.stderr, done.stderr
+        assert ("8 -> 64 -> 8, k 4" in done.stdout and done.stdout.endswith("True\n")) == (folder == tmp_path)
 
 
 def test_the_corpus_source_of_the_page_is_a_data_set(copied, tmp_path):

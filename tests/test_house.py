@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "numbers_in_words keep_freed_memory errors sites splits stored_dtypes strict_json",
+        "numbers_in_words keep_freed_memory errors own_files sites splits stored_dtypes strict_json",
         "csr disk_and_cloud_files launch manifest import_sources",
         "layout read_vllm requests_and_spans",
         "chunk_codec commits moments shard_claims",

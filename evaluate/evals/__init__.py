@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cache_schema.own_files import and_own
 from ...train.file_registry import file_names, import_file, require_known
 from ..errors import EvaluationInvalid, UnknownEval
 
 if TYPE_CHECKING:
     from .evaluation_contract import Evaluation
+
+__path__ = and_own(__path__, "evaluate/evals")
 
 CONTRACT = "evaluation_contract"
 ALL = "all"

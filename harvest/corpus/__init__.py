@@ -6,8 +6,11 @@ import importlib
 import pkgutil
 from functools import cache
 
+from ...cache_schema.own_files import and_own
 from ..errors import SettingInvalid, SourceInvalid
 from .source import Corpus, DatasetOptions, Source
+
+__path__ = and_own(__path__, "harvest/corpus")
 
 CONTRACT = "source"
 
