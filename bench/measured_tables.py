@@ -170,7 +170,7 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
 
 def train_lines() -> Iterable[tuple[str, str, str]]:
     """Of each width: every variant, float32 and with a bfloat16 product."""
-    for name in ("train", "train_relu"):
+    for name in ("train", "train_bfloat16", "train_relu"):
         rows = [row for row in rows_of(name) if "ratio_to_faster_peer" in row]
         for width in sorted({row["width"] for row in rows}, reverse=True):
             ratios: dict[str, list[str]] = {}
