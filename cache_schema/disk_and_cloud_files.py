@@ -42,7 +42,7 @@ def open_files(url: str | os.PathLike[str]) -> Files:
     except (ImportError, ValueError) as error:
         raise AddressInvalid(
             f"{os.fspath(url)} cannot be opened ({error}). Expected a folder, or an address such as s3://bucket/store "
-            "(pip install 'saemill[s3]'), gs://bucket/store (pip install 'saemill[gcs]') or another that fsspec knows"
+            "(pip install s3fs), gs://bucket/store (pip install gcsfs) or another that fsspec knows"
         ) from None
     if isinstance(fs, LocalFileSystem):
         return LocalFiles(Path(path))

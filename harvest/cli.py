@@ -68,7 +68,13 @@ Examples:
     show_default=True,
     help="Keys that take neither slots nor mass: bos (a window's first token), self, or bos,self.",
 )
-@click.option("--attention-heads", type=click.Choice(["mean", "all"]), default="mean", show_default=True)
+@click.option(
+    "--attention-heads",
+    type=click.Choice(["mean", "all"]),
+    default="mean",
+    show_default=True,
+    help="Keep the mean of a layer's heads, or each one's rows.",
+)
 @click.option(
     "--dataset",
     help=f"{dataset_help()}.  [default: {STDLIB} for pocket and smollm2, else {OPENWEBTEXT}]",
@@ -77,9 +83,15 @@ Examples:
 @click.option("--dataset-split", default="train", show_default=True)
 @click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
 @click.option("--column", default="text", show_default=True, help="Where rows keep their text.")
-@click.option("--tokens", metavar="N", help="How much: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib]")
+@click.option("--tokens", metavar="N", help="How much: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
 @click.option("--context", default=128, show_default=True, help="Tokens in a window.")
-@click.option("--packing", type=click.Choice(["concat", "documents"]), default="concat", show_default=True)
+@click.option(
+    "--packing",
+    type=click.Choice(["concat", "documents"]),
+    default="concat",
+    show_default=True,
+    help="concat: documents follow each other, BOS between them; documents: a window is of one, its rest left out.",
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
 @click.option(
     "--stored-as",

@@ -27,7 +27,8 @@ Examples:
   sae-train --variant topk --cache ./store
   sae-train --variant topk --variant jumprelu --cache ./store --epochs 2
   sae-train --variant topk --grid k=16,32,64 --cache ./store --epochs 2
-  sae-train --variant crosscoder --set layers=18,19 --cache ./store
+  sae-train --variant crosscoder --set layers=18,19 --cache ./two    # of sae-harvest --resid-layers 18..19
+  sae-train --variant topk --grid seed=0,1,2 --set course.trackers=wandb --cache ./store
   sae-train --recipe attention/run_4 --cache ./store --name attention_run_4
   sae-train --resume run_1
   torchrun --nproc-per-node 8 --no-python sae-train --spread --variant topk --grid k=16,32,64 --cache ./store
@@ -73,7 +74,12 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 )
 @click.option("--k", callback=count, metavar="K", help="Active latents per token, for variants that fix their number.")
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
-@click.option("--seed", type=int, metavar="N", help="Of the SAE; the order of the data has its own, data.seed.")
+@click.option(
+    "--seed",
+    type=int,
+    metavar="N",
+    help="Of the SAE (several: --grid seed=0,1); the order of the data has its own, data.seed.",
+)
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option(
     "--spread",

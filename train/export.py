@@ -86,7 +86,13 @@ def main(
         said = f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})"
         proof = f"read back, {compared} by {difference:.2g} at most on {ROWS} random rows"
         document = {"read": read_from, "written": {"folder": str(target), "kind": kind}, "difference": difference}
-        tell(document, [said, proof], is_json)
+        tell(document, [said, proof, *next_step(kind, target)], is_json)
+
+
+def next_step(kind: str, target: Path) -> list[str]:
+    """What its readers want and cannot be written without a pickle."""
+    said = f"next: the two lines in {target / 'README.md'} make ae.pt of it, which is what dictionary_learning opens"
+    return [said] if kind == "dictionary_learning" else []
 
 
 def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:

@@ -52,7 +52,9 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
         print_results(console, rows)
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
-        if line := next_look(rows, words):
+        for problem in problems if rows else ():  # told before a table of all the others
+            complain(f"error: {problem}")
+        if not problems and (line := next_look(rows, words)):
             console.print(line)
         if words["is_json"]:
             print_json(document_of(rows, problems))

@@ -141,6 +141,12 @@ def test_one_run_by_several_paths_has_one_page(run_1, builder, monkeypatch):
     assert len({one.home for one in find_subjects(["run_1/small", "run_1"], Path("runs"))}) == 1
 
 
+def test_a_target_that_is_none_is_told_behind_the_table_too(run_1, sae_eval):
+    output = sae_eval("run_1/small", "run_9", code=1)
+    above, below = output.split("ce loss score")[0], output.split("ce loss score")[-1]
+    assert "run_9" in above and "error: " in below and "run_9" in below and "next:" not in below
+
+
 def test_a_run_comes_before_a_folder_of_its_name(world, builder, monkeypatch):
     """For whoever looks: training, export, evaluation."""
     monkeypatch.chdir(builder.root)

@@ -6,6 +6,7 @@ of seed 0 holds the tokens that step s of `sae-train` with `data.seed=0` trains 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -106,12 +107,8 @@ class Batches(IterableDataset[Tensor]):
     def close(self) -> None:
         """Stop reading ahead and give the memory back; the next batch begins it anew."""
         if self._feed is not None:
-            self._feed.close()
+            self._close_feed()
             self._feed = None
-
-    def __del__(self) -> None:
-        if getattr(self, "_feed", None) is not None:
-            self.close()
 
     @property
     def _end(self) -> int | None:
@@ -137,5 +134,8 @@ class Batches(IterableDataset[Tensor]):
         }
 
     def _open_feed(self) -> Feed:
+        """Closed at the latest when this goes, or before the interpreter takes its modules apart."""
         parts = (self._store, self._plan, [self._needs], self._stats, self._device)
-        return Feed(*parts, self._rank, self._size, self._end, self._split)
+        feed = Feed(*parts, self._rank, self._size, self._end, self._split)
+        self._close_feed = weakref.finalize(self, feed.close)
+        return feed

@@ -21,7 +21,6 @@ from ..errors import ConfigInvalid, TrackerMissing
 REFRESH_SECONDS = 0.5
 PLAIN_SECONDS = 30.0
 WIDE = 110  # columns
-EXTRAS = ("wandb", "tensorboard")  # of this package; of other trackers it brings none
 
 
 class Progress:
@@ -110,8 +109,7 @@ def require_trackers(names: Sequence[str]) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigInvalid(f"expected trackers among {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, found {name!r}")
         if name not in available:
-            extra = f"'saemill[{name}]'" if name in EXTRAS else name
-            raise TrackerMissing(f"the tracker {name} is not installed: pip install {extra}")
+            raise TrackerMissing(f"the tracker {name} is not installed: pip install {name}")
 
 
 def _open_tracker(name: str, folder: Path) -> Any:

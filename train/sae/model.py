@@ -84,6 +84,16 @@ class SparseAutoencoder(nn.Module):
             "W_skip": None if self.W_skip is None else self.W_skip.detach(),
         }
 
+    def extra_repr(self) -> str:
+        widths = " -> ".join(f"{width:,}" for width in (self.d_in, self.num_latents, self.d_out))
+        k = getattr(self.gate, "k", None)
+        return f"{self._place()}: {widths}" + ("" if k is None else f", k {k}")
+
+    def _place(self) -> str:
+        """What it reads, as far as it says."""
+        told = (self.metadata.get(name) for name in ("model_name", "hook_name"))
+        return ", ".join(str(one) for one in told if one) or "a place that it does not name"
+
     def require_sound(self, where: str) -> None:
         """Refuse what was loaded from there where it points to what is not; weights may be any numbers."""
 
@@ -177,6 +187,8 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"expected activations [..., {self.d_in}] of {self._place()}, found {list(x.shape)}")
         return self.gate.infer(self._linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 
     def decode(self, acts: Tensor) -> Tensor:

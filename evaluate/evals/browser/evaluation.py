@@ -37,7 +37,7 @@ from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from ..measures.token_text import Vocabulary
 from .config import Config
-from .exports import Exported, bytes_of, keep_exports, require_known, write_exports
+from .exports import Exported, bytes_of, exports_in, keep_exports, require_known, tell_exports, write_exports
 from .firing_counts import lower_edges
 from .for_report import contexts, pattern
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
@@ -74,6 +74,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     try:
         require_own_store_or_none(context, home, subjects)
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
+        exported_before = exports_in(home / NAME)
         with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
@@ -99,6 +100,8 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     except (BrowserUnwritten, ResultInvalid, StoreError, TrainError) as error:  # of this run alone
         yield from (Failure(subject, error) for subject in subjects)
         return
+    for line in tell_exports(home / NAME, exported_before):
+        context.say(line)
     context.say(f"browser: {home / 'browser' / 'index.html'}")
     for one in shown:
         firing = {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ....cache_schema.numbers_in_words import say_size
 from ...errors import SettingInvalid
 from .firing_counts import lower_edges
 from .latents import RANDOM, Shown, parts_of
@@ -87,9 +88,25 @@ def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> N
 
 def keep_exports(before: Path, folder: Path, run: str, labels: Sequence[str]) -> None:
     """Of SAEs that a browser of before has and the new one too, as they were written."""
-    for path in (*before.glob("exports/saedashboard/*"), *before.glob("exports/neuronpedia/*/*")):
+    for path in exports_in(before):
         if any(path.name == label or path.name.endswith(f"-{run}-{label}") for label in labels):
-            shutil.copytree(path, folder / path.relative_to(before))
+            shutil.copytree(before / path, folder / path)
+
+
+def exports_in(folder: Path) -> list[Path]:
+    """The SAEs that a browser has in forms of others, relative to it."""
+    found = (*folder.glob("exports/saedashboard/*"), *folder.glob("exports/neuronpedia/*/*"))
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def tell_exports(folder: Path, before: Sequence[Path]) -> Iterator[str]:
+    """What there is now and what is no more: their latents may be other ones now."""
+    now = exports_in(folder)
+    if now:
+        size = sum(file.stat().st_size for path in now for file in (folder / path).rglob("*.*"))
+        yield f"browser: {say_size(size)} of exports in {folder / 'exports'}"
+    if gone := [str(path) for path in before if path not in now]:
+        yield f"browser: removed {', '.join(gone)}: --set browser.exports={','.join(WRITERS)} writes exports anew"
 
 
 def features_of(exported: Exported, rows: slice) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, wit
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid
 from saemill.train.export import _largest, _outputs, _require_alike, export, main
+from saemill.train.run.find_and_load_sae import list_saes
 from saemill.train.sae.shapes.masks import HardMask
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
 
@@ -545,6 +546,24 @@ def test_rows_that_are_not_of_length_one_are_no_difference(tmp_path):
     stretched = replace(plain, tensors={**plain.tensors, "W_dec": lengths * plain.tensors["W_dec"]})
     WRITERS["dictionary_learning"](tmp_path / "a", stretched, {})
     assert export(tmp_path / "a", "sae_lens", tmp_path / "b") < 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_the_saes_of_another_tools_folder_are_found_below_it(tmp_path, kind):
+    for label in ("trainer_1", "trainer_0"):
+        WRITERS[kind](tmp_path / "out" / label, make_plain("topk"), {})
+    assert list_saes(tmp_path / "out") == [tmp_path / "out" / label for label in ("trainer_0", "trainer_1")]
+
+
+def test_a_loaded_sae_says_what_it_reads_and_refuses_other_widths(tmp_path):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"model_name": "somebody/model", "hook_name": "blocks.3.x"})
+    sae = load_sae(tmp_path / "a")
+    assert "  somebody/model, blocks.3.x: 6 -> 20 -> 6, k 3" in str(sae)
+    with pytest.raises(
+        ValueError, match=r"expected activations \[\.\.\., 6\] of somebody/model, blocks\.3\.x, found \[2, 7\]"
+    ):
+        sae.encode(torch.zeros(2, 7))
+    assert "  a place that it does not name: 6 -> 20 -> 6\n" in str(sae_from_plain(make_plain("standard")))
 
 
 def test_finding_an_sae(tmp_path):

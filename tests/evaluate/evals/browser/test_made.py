@@ -795,8 +795,13 @@ def test_saes_stay_with_their_exports_whatever_is_exported_now(made, open_contex
     make(open_context(world), [b], replace(CONFIG, exports=("saedashboard",)))
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b", "a"]
     assert before.items() <= listing(exports).items() and (exports / "saedashboard/b").is_dir()
-    make(open_context(world), [a])
+    context, said = open_context(world), []
+    context.say = said.append
+    make(context, [a])
     assert {path.name for path in exports.glob("*/*")} == {"b"}
+    assert any(line.endswith(f"of exports in {exports}") for line in said)
+    (gone,) = (line for line in said if line.startswith("browser: removed "))
+    assert "exports/saedashboard/a: --set browser.exports=saedashboard,neuronpedia writes" in gone
 
 
 def test_an_sae_alone_has_the_examples_that_it_has_among_others(made, open_context, world):
