@@ -28,7 +28,6 @@ from saemill.evaluate.cli import main as sae_eval
 from saemill.evaluate.errors import TargetUnknown
 from saemill.harvest.cli import main as sae_harvest
 from saemill.harvest.cli import make_config
-from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.cli import main as sae_train
 from saemill.train.errors import ConfigInvalid, RunMissing
 
@@ -258,9 +257,9 @@ def test_every_python_snippet_of_the_pages_runs(tmp_path: Path, monkeypatch: pyt
     """On a small part of the text; the one that makes the store first."""
     monkeypatch.chdir(tmp_path)
     found = {code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)}
-    order = ("harvest(", "stream(", "register_forward_hook(")
+    order = ("harvest(", "stream(", "register_forward_hook(", "without(")
     snippets = sorted(found, key=lambda code: tuple(word not in code for word in order))
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     small = {
         '"300k"': '"6k"',
         "4096": "512",
@@ -268,21 +267,24 @@ def test_every_python_snippet_of_the_pages_runs(tmp_path: Path, monkeypatch: pyt
         "(run, ": "(run, plots=False, ",
     }
     small |= {"1e-3}": '1e-3, "data.batch_tokens": 512}'}
-    spaces = [{"x": torch.randn(3, 128, generator=torch.Generator().manual_seed(0))} for _ in snippets]
-    for code, names in zip(snippets, spaces, strict=True):
+    made, read, inside, loaded = [
+        {"x": torch.randn(3, 128, generator=torch.Generator().manual_seed(0))} for _ in snippets[1:]
+    ]
+    for code, names in zip(snippets, (made, read, inside, inside, loaded), strict=True):
         is_first = "harvest(" in code
         for word, shorter in small.items() if is_first else ():
             assert word in code
             code = code.replace(word, shorter)
-        exec(code.replace("google/gemma-2-2b", str(MODEL_FOLDER)), names)
-    made, read, inside, loaded = spaces
+        exec(code, names)
     assert isinstance(made["store"], Store) and made["run"].saes == ("topk",) and len(made["table"].rows) == 1
     assert loaded["x_hat"].shape == (3, 128)
+    assert "a place" not in str(inside["sae"]) and not torch.equal(inside["changed"], inside["steered"])
     seen: list[torch.Tensor] = []
+    handle = inside["at_layer"](inside["without"](12))
     inside["model"].model.layers[19].register_forward_hook(lambda module, args, x: seen.append(x))
     with torch.no_grad():
         inside["model"](torch.arange(40)[None])
-        inside["handle"].remove()
+        handle.remove()
         inside["model"](torch.arange(40)[None])
         fires = loaded["sae"].encode(seen[1])[..., 12] > 0
     is_changed = (seen[0] != seen[1]).any(-1)  # the model's bfloat16 may swallow what is small

@@ -140,8 +140,8 @@ def test_windows_of_no_tokens_are_refused(tmp_path: Path, context: int) -> None:
         VllmSource(tmp_path, (3, 19), context)
 
 
-def test_a_context_without_vllm_is_refused(tmp_path: Path) -> None:
-    words = ("--resid", tmp_path / "acts.npy", "--layer", 1, "--model", "m", "--context", 4)
+def test_a_context_beside_what_has_windows_is_refused(tmp_path: Path) -> None:
+    words = ("--saelens", tmp_path / "cached", "--model", "m", "--context", 4)
     assert "--context goes with --vllm" in run("import", tmp_path / "store", *words, code=2)
 
 
