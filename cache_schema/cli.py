@@ -266,6 +266,8 @@ def import_command(url: str, **options: Any) -> None:
     click.echo(f"windows: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}")
     if source.left_out:
         click.echo(f"left out: {source.left_out}")
+    if source.warning:
+        click.echo(f"warning: {source.warning}", err=True)
     if cuts_documents(source, manifest):
         click.echo(
             "warning: windows of one document are in two splits, as there are too few documents for each split to have "

@@ -7,6 +7,7 @@ W windows, T context, D residual width.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ class Source(Protocol):
     tokens: np.ndarray | None  # uint32 [W, T]; None where they are not known
     document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
     left_out: str  # for a person: what is in no window; empty where all is in one
+    warning: str
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
 
@@ -39,6 +41,8 @@ class Source(Protocol):
 class NumpySource:
     """`.npy` files, or folders of them: of each site activations [W, T, D], or rows [N, D] of which T follow each
     other, and tokens [W, T] or [N] where there are any."""
+
+    warning = ""
 
     def __init__(self, acts: dict[Site, Path], tokens: Path | None, context: int | None = None) -> None:
         self._acts = {site: _Joined(path) for site, path in acts.items()}
@@ -61,9 +65,15 @@ class NumpySource:
         self.windows, self.context, self.d_model = _require_some(windows)
         self.dtype = _stored_dtype(dtypes.pop())
         self.sites = tuple(sorted(acts))
-        self.tokens = None if ids is None else _windows_of(ids, shape[0], self.windows, self.context)
+        rows = shape[0] * self.context // self._at_once
+        self.tokens = None if ids is None else _windows_of(ids, rows, self.windows, self.context)
         self.document_of = np.arange(self.windows, dtype=np.uint32)
-        rest = shape[0] - self.windows * self._at_once
+        rest = rows - self.windows * self.context
+        if any(length % self._at_once for joined in self._acts.values() for length in joined.lengths[:-1]):
+            self.warning = (
+                f"windows of {self.context:,} rows run on from file to file, whose lengths are no multiples of that: "
+                "where each file is a text of its own, some windows hold parts of two"
+            )
         self.left_out = f"{counted(rest, 'row')}, as they fill no window of {self.context:,}" if rest else ""
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
@@ -76,38 +86,42 @@ class _Joined:
     """The arrays of a file, or of all files of a folder behind each other, of which only what is asked for is read."""
 
     def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
-        self._arrays = [_load(file) for file in files]
-        kinds = {(array.shape[1:], array.dtype) for array in self._arrays}
+        self._files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
+        if not self._files:
+            for other in sorted(path.iterdir()):
+                _load(other)  # which says what to do with a file of its kind
+            raise ImportInvalid(f"{path}: expected .npy files in it, found none")
+        found = [(array.shape, array.dtype) for array in map(_load, self._files)]  # a map kept would keep its file open
+        kinds = {(shape[1:], dtype) for shape, dtype in found}
         if len(kinds) != 1:
-            told = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds)) or "none"
+            told = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds))
             raise ImportInvalid(
                 f"{path}: expected .npy files of one type, and of one shape but for length: found {told}"
             )
         (shape, self.dtype), *_ = kinds
-        self._ends = np.cumsum([len(array) for array in self._arrays]).tolist()
-        self.shape = (self._ends[-1], *shape)
+        self.lengths = [shape[0] for shape, _ in found]
+        self.shape = (sum(self.lengths), *shape)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        begins = (end - len(array) for array, end in zip(self._arrays, self._ends, strict=True))
+        begins = accumulate(self.lengths, initial=0)
         parts = [
-            array[max(0, start - begin) : stop - begin]
-            for array, begin in zip(self._arrays, begins, strict=True)
-            if begin < stop and start < begin + len(array)
+            _load(file)[max(0, start - begin) : stop - begin]
+            for file, begin, length in zip(self._files, begins, self.lengths, strict=False)
+            if begin < stop and start < begin + length
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _by_numbers(file: Path) -> list[tuple[int, str]]:
     """So that part_2 comes before part_10."""
-    return [(int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", file.name)]
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", file.name)]
 
 
 class SaelensSource:
     """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook, and token_ids
     where it was asked for them; else tokens [W, T] may come from a file."""
 
-    left_out = ""
+    left_out = warning = ""
 
     def __init__(self, folder: Path, layer: int | None, tokens: Path | None = None) -> None:
         from datasets import Dataset, load_from_disk  # only this import needs it
@@ -129,7 +143,11 @@ class SaelensSource:
         has_ids = "token_ids" in self._rows.features
         if has_ids and tokens is not None:
             raise ImportInvalid(f"{folder} holds token_ids: leave out --tokens {tokens}")
-        self.tokens = None if tokens is None else _windows_of(_Joined(tokens), 0, self.windows, self.context)
+        self.tokens = (
+            None
+            if tokens is None
+            else _windows_of(_Joined(tokens), self.windows * self.context, self.windows, self.context)
+        )
         if has_ids:
             self.tokens = as_tokens(np.asarray(self._read("token_ids", 0, self.windows)))
         self.document_of = np.arange(self.windows, dtype=np.uint32)
@@ -174,7 +192,9 @@ def _require_some(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _windows_of(tokens: _Joined, rows: int, windows: int, context: int) -> np.ndarray:
     """uint32 [W, T], where they are one for each row or lie in windows already."""
     if tokens.shape not in ((rows,), (windows, context)):
-        raise ImportInvalid(f"expected tokens of shape {(windows, context)}, found {tokens.shape}")
+        raise ImportInvalid(
+            f"expected tokens of shape {(windows, context)}, or one a row: {rows}; found {tokens.shape}"
+        )
     found = tokens.rows(0, tokens.shape[0])
     return as_tokens(found.reshape(-1)[: windows * context].reshape(windows, context))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,5 +16,9 @@ def and_own(folders: Iterable[str], below: str) -> list[str]:
     if not extra:
         return list(folders)
     if not Path(extra).is_dir():
-        warnings.warn(f"{EXTRA}={extra}: there is no such folder, so nothing of it is known", stacklevel=2)
-    return [*folders, str(Path(extra).absolute() / below)]
+        raise SystemExit(f"error: {EXTRA}={extra}: there is no such folder. Mend its path, or unset {EXTRA}")
+    own = Path(extra).absolute() / below
+    there = {file.stem for folder in folders for file in Path(folder).iterdir()}
+    if twice := sorted({file.stem for file in own.glob("[!_.]*")} & there):
+        raise SystemExit(f"error: {own}: {', '.join(twice)}: the name of one that saemill has. Choose another")
+    return [*folders, str(own)]

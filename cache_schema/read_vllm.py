@@ -55,6 +55,8 @@ class _Sequence:
 class VllmSource:
     """A folder of such files."""
 
+    warning = ""
+
     def __init__(self, folder: Path, layers: Sequence[int], context: int | None) -> None:
         paths = sorted(folder.glob("**/*.safetensors"))
         if not paths:

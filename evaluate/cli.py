@@ -50,7 +50,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option(
     "--layer", type=click.IntRange(0), metavar="L", help="The layer of an SAE that does not say which it reads."
 )
-@click.option("--model", metavar="NAME", help="As of sae-harvest.  [default: the one that made the store]")
+@click.option("--model", metavar="NAME", help="As sae-harvest's --model.  [default: the one that made the store]")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),

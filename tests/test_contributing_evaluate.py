@@ -90,7 +90,10 @@ def test_files_of_ones_own_lie_outside_the_repository(template, tmp_path):
     for place in ("train/variants/overlap.py", "evaluate/evals/busiest.py", "harvest/corpus/csv_file.py"):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).write_text(template(place))
-    for folder, said in ((tmp_path, ""), (tmp_path / "gone", "there is no such folder, so nothing of it is known")):
+    (tmp_path / "twice/train/variants").mkdir(parents=True)
+    (tmp_path / "twice/train/variants/topk.py").touch()
+    said_of = {"": "", "gone": "there is no such folder", "twice": "topk: the name of one that saemill has"}
+    for folder, said in ((tmp_path / name, said) for name, said in said_of.items()):
         environment = {**os.environ, "SAEMILL_EXTRA": str(folder)}
         done = subprocess.run([sys.executable, "-c", OWN], env=environment, capture_output=True, text=True)
         assert (done.returncode == 0) == (folder == tmp_path) and said in done.stderr, done.stderr

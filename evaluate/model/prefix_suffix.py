@@ -27,7 +27,7 @@ from ...harvest.model.hooks import kept, tapped
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, names_in_files, read_config, without_report
 from ...harvest.model.products_in_16_bits import widen_products
 from ...harvest.model.tokenizer import TextEncoder, load_tokenizer, make_encoder
-from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
+from ..errors import MemoryTooSmall, ModelMissing, NotApplicable, WidthMismatch
 from .smaller_pieces import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class LanguageModel:
     def special(self) -> tuple[int, ...]:
         """Ids that stand for no text: BOS, EOS, padding and what else the tokenizer reserves."""
         reserved = self.encoder.special_tokens if self.encoder is not None else ()
+        ends = self.model.config.eos_token_id  # several, of some models
         found = {*reserved, self.eos, self.pad, self.model.config.bos_token_id}
+        found |= {*ends} if isinstance(ends, list) else {ends}
         return tuple(sorted(token for token in found if token is not None))
 
     @torch.inference_mode()
@@ -102,6 +104,7 @@ class LanguageModel:
             raise WidthMismatch(
                 f"expected a layer below {self.facts.num_layers}, all the model has, found {max(wanted)}"
             )
+        self._require_positions(tokens_WT.shape[1])
         stack = self._part(0, max(wanted) + 1, normed=False)
         sites = [Site(RESID, layer) for layer in layers]
         with kept(self.stack, self.facts.model_type, sites) as found:
@@ -117,6 +120,7 @@ class LanguageModel:
     @torch.inference_mode()
     def hidden(self, tokens_WT: Tensor) -> Tensor:
         """[W, T, D] after the final norm, from tokens."""
+        self._require_positions(tokens_WT.shape[1])
         return self.stack(input_ids=tokens_WT, use_cache=False).last_hidden_state
 
     def tapped(self, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> AbstractContextManager[None]:
@@ -158,6 +162,7 @@ class LanguageModel:
         in place of those after some layers, acts on the prompt alone."""
         from transformers import DynamicCache
 
+        self._require_positions(tokens_WT.shape[1] + count)
         cache = DynamicCache(config=self.stack.config)
         positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
         with self.tapped({Site(RESID, layer): change for layer, change in (splice or {}).items()}):
@@ -166,6 +171,13 @@ class LanguageModel:
             valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
             new.append(self._next(new[-1], valid_WT, positions[:, -1:] + number, cache))
         return torch.cat(new, dim=1)
+
+    def _require_positions(self, length: int) -> None:
+        """Learned positions end where their table does."""
+        if self._architecture.positions and length > self.facts.max_context:
+            raise NotApplicable(
+                f"texts of {length} tokens: the model has positions for {self.facts.max_context}. Ask for shorter ones"
+            )
 
     def _next(self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: DynamicCache) -> Tensor:
         """The most likely next token [W, 1] of each row."""

@@ -228,6 +228,11 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{folder / CONFIG_FILE}: its weights are quantised (quantization_config: {method or 'of no name'}), which "
             "takes code of others to run. Name the model that they were made from, or a GGUF file, which is converted"
         )
+    if said.get("reorder_and_upcast_attn"):
+        raise UnsupportedArchitecture(
+            f"{folder / CONFIG_FILE}: reorder_and_upcast_attn, by which a GPT-2 makes attention in another order and "
+            "type, is not supported: what was harvested would not be what the model computes"
+        )
     from transformers import AutoConfig  # here: it takes seconds to import
 
     try:

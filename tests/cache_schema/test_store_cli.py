@@ -170,7 +170,12 @@ def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None
         (np.zeros((4, 8), np.float32), None, "or [rows, width] with --context T, how many rows of one text"),
         (np.zeros(4, np.float32), None, "follow each other (1 where none do), found (4,)"),
         (np.zeros((4, 8), np.float32), np.zeros((1, 5), int), "of at least 1 each, found (0, 5, 8)"),
-        (np.zeros((4, 8, 2), np.float32), np.zeros((4, 7), int), "expected tokens of shape (4, 8), found (4, 7)"),
+        (
+            np.zeros((4, 8, 2), np.float32),
+            np.zeros((4, 7), int),
+            "expected tokens of shape (4, 8), or one a row: 32; found (4, 7)",
+        ),
+        (np.zeros((4, 8, 2), np.float32), np.zeros(4, int), "or one a row: 32; found (4,)"),
         (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
         (np.zeros((4, 8, 0), np.float32), None, "of at least 1 each, found (4, 8, 0)"),
         (np.zeros((0, 8, 2), np.float32), np.zeros((0, 8)), "of at least 1 each, found (0, 8, 2)"),
@@ -207,11 +212,13 @@ def test_import_of_folders_and_of_rows(tmp_path: Path, arrays: dict[str, np.ndar
         [
             ("--resid", tmp_path / "resid_windows", "--tokens", tmp_path / "tokens_windows"),
             ("--resid", tmp_path / "resid_rows", "--tokens", tmp_path / "tokens.npy"),
+            ("--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens_rows"),
             ("--resid", tmp_path / "resid_rows", "--tokens", tmp_path / "tokens_rows", "--context", context),
         ]
     ):
         result = run("import", tmp_path / f"s{number}", *words, *more)
         assert result.exit_code == 0, result.output
+        assert ("run on from file to file" in " ".join(result.output.split())) == ("resid_rows" in str(more))
         with Store.open(tmp_path / f"s{number}") as found, Store.open(tmp_path / "whole") as expected:
             assert digest(found) == digest(expected)
     result = run("import", tmp_path / "rest", "--resid", tmp_path / "resid_rows", "--context", context + 1, *words)
@@ -223,7 +230,7 @@ def test_import_of_folders_and_of_rows(tmp_path: Path, arrays: dict[str, np.ndar
     (tmp_path / "empty").mkdir()
     for folder, message in (
         ("resid_rows", "one shape but for length: found float32 [16], float32 [5]"),
-        ("empty", "none"),
+        ("empty", "expected .npy files in it, found none"),
     ):
         result = run("import", tmp_path / "bad", "--resid", tmp_path / folder, "--context", context, *words)
         assert result.exit_code == 1 and message in " ".join(result.output.split())

@@ -10,6 +10,7 @@ Files are written beside their place and renamed; cfg.json comes last, so a fold
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,13 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
         plain = _fold_norms(plain)
     sae = sae_from_plain(plain)
     sae.metadata = {**config["metadata"]}
+    kwargs = sae.metadata.get("model_from_pretrained_kwargs")
+    if isinstance(kwargs, dict) and kwargs.get("center_writing_weights"):
+        warnings.warn(
+            f"{folder}: it was trained where each residual's mean was taken off (center_writing_weights), and here "
+            "residuals are the model's own: its numbers are of other activations than it knows",
+            stacklevel=2,
+        )
     if str(named) in TRANSCODERS and not (sae.metadata.get("layers") and sae.metadata.get("target_layers")):
         sae.metadata["transcodes"] = True
     return sae
@@ -131,7 +139,7 @@ def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     told |= {"normalize_activations": config.get("normalize_activations") or "none"}
     name = config.get("hook_name") or config.get("hook_point")
     place = {"hook_name": name} if name else {}
-    place |= {"model_name": config["model_name"]} if config.get("model_name") else {}
+    place |= {key: config[key] for key in ("model_name", "model_from_pretrained_kwargs") if config.get(key)}
     return {**config, **told, "metadata": {**place, **config.get("metadata", {})}}
 
 

@@ -14,7 +14,7 @@ from ...cache_schema.strict_json import StrictError, from_json
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
-from ..disk.sae_folder import EXTRAS, read_sae
+from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
 from ..errors import RunMissing, SaeInvalid, resume_command
 from ..kit import variant_registry
 from ..sae.model import SparseAutoencoder
@@ -93,7 +93,8 @@ def list_saes(folder: Path) -> list[Path]:
     """The SAEs of a run, or the folder itself where it is one."""
     if any((folder / name).is_file() for name in FILES):
         return [folder]
-    return sorted({path.parent for name in FILES for path in folder.glob(f"*/{name}")})
+    names = (WEIGHTS,) if is_run(folder) else FILES  # what was exported into a run's folder is none of its SAEs
+    return sorted({path.parent for name in names for path in folder.glob(f"*/{name}")})
 
 
 def no_sae(folder: Path) -> RunMissing:

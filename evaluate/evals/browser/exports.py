@@ -106,7 +106,8 @@ def tell_exports(folder: Path, before: Sequence[Path]) -> Iterator[str]:
         size = sum(file.stat().st_size for path in now for file in (folder / path).rglob("*.*"))
         yield f"browser: {say_size(size)} of exports in {folder / 'exports'}"
     if gone := [str(path) for path in before if path not in now]:
-        yield f"browser: removed {', '.join(gone)}: --set browser.exports={','.join(WRITERS)} writes exports anew"
+        forms = ",".join(dict.fromkeys(path.split("/")[1] for path in gone))
+        yield f"browser: removed {', '.join(gone)}: --set browser.exports={forms} writes exports anew"
 
 
 def features_of(exported: Exported, rows: slice) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, Pr
 from saemill.cache_schema import AttentionSpec, Store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.evaluate.context.context import Context, find_model
-from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
+from saemill.evaluate.errors import MemoryTooSmall, ModelMissing, NotApplicable
+from saemill.evaluate.model import prefix_suffix
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model, make_language_model
 from saemill.evaluate.model.unembedding_head import head_of, load_head
@@ -64,23 +65,48 @@ def test_prefix_and_suffix_are_the_whole_to_the_bit(model, tokens, layer):
     assert torch.equal(model.suffix(resid, layer), model.hidden(tokens))
 
 
+def make_of_family(model_type):
+    """Three layers for 16 tokens; where layers differ, the first sees all and the others three tokens back."""
+    shape = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 3, "max_position_embeddings": 16}
+    if hasattr(AutoConfig.for_model(model_type), "layer_types"):
+        shape |= {"layer_types": ["full_attention", *["sliding_attention"] * 2], "sliding_window": 3}
+        shape |= {"use_sliding_window": True}
+    config = AutoConfig.for_model(model_type, vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
+    torch.manual_seed(0)
+    return make_language_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
+
+
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_a_model_of_every_family_comes_apart_and_together_again(model_type):
     """Padded or not, and with learned positions, which are added once."""
-    shape = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    shape |= {"num_hidden_layers": 3}
-    config = AutoConfig.for_model(model_type, vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
-    torch.manual_seed(0)
-    model = make_language_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
-    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    model, ids = make_of_family(model_type), torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :4] = False
-    for padding in (None, valid):
-        resid = model.resid(ids, (1,), padding)[1]
-        given = {} if padding is None else {"attention_mask": padding.long()}
-        given |= {} if padding is None else {"position_ids": (padding.long().cumsum(1) - 1).clamp_min(0)}
-        whole = model.stack(input_ids=ids, use_cache=False, **given).last_hidden_state
-        assert torch.equal(model.suffix(resid, 1, padding), whole)
+    for layer, padding in ((0, None), (1, None), (1, valid)):
+        resid = model.resid(ids, (layer,), padding)[layer]
+        whole = model.stack(input_ids=ids, use_cache=False, **prefix_suffix._padding(padding)).last_hidden_state
+        assert torch.equal(model.suffix(resid, layer, padding), whole)
+
+
+def test_learned_positions_go_on_behind_padding_and_end_with_their_table():
+    model, rows = make_of_family("gpt2"), [[5, 6, 7, 8, 9], [11, 12]]
+    padded, valid = make_rows(model, rows, 5, "left")
+    for row, found in zip(rows, model.complete(padded, 4, valid), strict=True):
+        for token in found.tolist():
+            assert token == int(model.head(model.hidden(torch.tensor([row]))[:, -1]).argmax())
+            row = [*row, token]
+    long = torch.full((1, 17), 5)
+    for run in (lambda: model.resid(long, (0,)), lambda: model.hidden(long), lambda: model.complete(long, 1, long > 0)):
+        with pytest.raises(NotApplicable, match=r"texts of 1[78] tokens: the model has positions for 16"):
+            run()
+
+
+def test_every_end_of_text_is_special():
+    """Of a tokenizer one is known, and a model may have several."""
+    model = make_of_family("gemma3_text")
+    model.model.config.eos_token_id = [2, 7]
+    assert {1, 2, 7} <= set(model.special)
 
 
 def test_of_a_model_that_sees_the_part_that_reads_is_loaded(tmp_path):

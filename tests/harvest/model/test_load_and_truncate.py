@@ -175,6 +175,12 @@ def test_an_unknown_architecture_is_told_what_is_supported(tmp_path):
         read_facts(tmp_path)
 
 
+def test_a_gpt2_that_makes_its_attention_otherwise_is_refused(tmp_path):
+    AutoConfig.for_model("gpt2", reorder_and_upcast_attn=True).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitecture, match="reorder_and_upcast_attn, .* is not supported"):
+        read_facts(tmp_path)
+
+
 def test_code_that_comes_with_a_model_is_never_asked_for(tmp_path):
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import numpy as np
@@ -180,6 +181,18 @@ def test_memory_and_threads_are_given_back_at_the_end_of_a_pass(open_batches):
     assert batches._feed is None
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_reading_ahead_ends_with_the_batches(store, monkeypatch):
+    close, closed = Feed.close, []
+    monkeypatch.setattr(Feed, "close", lambda feed: closed.append(close(feed)))
+    plan = Plan(measure_split(store, "train"), batch_tokens=40, pool_tokens=480, seed=0)
+    batches = Batches(store, plan, 3, {3: layer_stats(store, 3, None)}, CPU, split="train")
+    next(batches)
+    assert not closed
+    del batches
+    gc.collect()
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(

@@ -553,6 +553,8 @@ def test_the_saes_of_another_tools_folder_are_found_below_it(tmp_path, kind):
     for label in ("trainer_1", "trainer_0"):
         WRITERS[kind](tmp_path / "out" / label, make_plain("topk"), {})
     assert list_saes(tmp_path / "out") == [tmp_path / "out" / label for label in ("trainer_0", "trainer_1")]
+    (tmp_path / "out/config.json").write_text('{"cache": {}, "saes": {}}')  # of a run only its own are
+    assert len(list_saes(tmp_path / "out")) == (2 if kind == "sae_lens" else 0)
 
 
 def test_a_loaded_sae_says_what_it_reads_and_refuses_other_widths(tmp_path):
@@ -564,6 +566,16 @@ def test_a_loaded_sae_says_what_it_reads_and_refuses_other_widths(tmp_path):
     ):
         sae.encode(torch.zeros(2, 7))
     assert "  a place that it does not name: 6 -> 20 -> 6\n" in str(sae_from_plain(make_plain("standard")))
+
+
+def test_an_sae_of_centred_residuals_is_told(tmp_path):
+    """As SAELens' of GPT-2 small are: the harvest's residuals are not."""
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {})
+    config = json.loads((tmp_path / "a/cfg.json").read_text())
+    (tmp_path / "a/cfg.json").write_text(json.dumps(config | {"metadata": config["metadata"] | kwargs}))
+    with pytest.warns(UserWarning, match="center_writing_weights"):
+        load_sae(tmp_path / "a")
 
 
 def test_finding_an_sae(tmp_path):

@@ -801,7 +801,7 @@ def test_saes_stay_with_their_exports_whatever_is_exported_now(made, open_contex
     assert {path.name for path in exports.glob("*/*")} == {"b"}
     assert any(line.endswith(f"of exports in {exports}") for line in said)
     (gone,) = (line for line in said if line.startswith("browser: removed "))
-    assert "exports/saedashboard/a: --set browser.exports=saedashboard,neuronpedia writes" in gone
+    assert "exports/saedashboard/a: --set browser.exports=neuronpedia,saedashboard writes" in gone
 
 
 def test_an_sae_alone_has_the_examples_that_it_has_among_others(made, open_context, world):
