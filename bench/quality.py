@@ -4,10 +4,11 @@ All contestants train on the same rows in the same order, in a process and an en
 tokens only, since no peer would be well served by rows of massive norm, and what is reported is of ordinary tokens.
 A short run is decided by its learning rate, so each contestant is tried with the first seed at its own rate and at
 rates three times apart from there, up and down for as long as that is better on validation text; the other seeds
-train at the best. Where sparsity follows a coefficient, it is sought in the same way until L0 is what was asked, and
-where a threshold decides who is active, it is placed on validation text so that L0 is just that. What is told is of
-the test split, which chose nothing. A fit whose L0 is more than a tenth from what was asked is off target: it is kept
-and marked, and stands in no comparison. A fit that is in the results already is not made again.
+train at the best. Where `--lr` has given all seeds to another rate too, the median on validation text decides. Where
+sparsity follows a coefficient, it is sought in the same way until L0 is what was asked, and where a threshold decides
+who is active, it is placed on validation text so that L0 is just that. What is told is of the test split, which chose
+nothing. A fit whose L0 is more than a tenth from what was asked is off target: it is kept and marked, and stands in no
+comparison. A fit that is in the results already is not made again.
 
     python bench/quality.py STORE --peers-python PATH
 
@@ -258,6 +259,11 @@ class Cell:
     fits: tuple[Fit, ...]
     scores: tuple[Score, ...]
 
+    def worth(self) -> tuple[int, tuple[bool, float]]:
+        """What decides between rates, of those with most seeds: the median of their validation text."""
+        each = sorted(score.worth(fit.l0) for fit, score in zip(self.fits, self.scores, strict=True))
+        return len(each), each[len(each) // 2]
+
     @property
     def on_target(self) -> list[Score]:
         return [score for fit, score in zip(self.fits, self.scores, strict=True) if score.is_on_target(fit.l0)]
@@ -294,8 +300,7 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
             if own:
                 by_rate = {lr: cell_at(own, lr) for lr in dict.fromkeys(fit.lr for fit in own)}
                 cells["own"][contestant] = next(iter(by_rate.values()))  # the first that is tried
-                # By how the first seed did, which every rate has.
-                cells["best"][contestant] = max(by_rate.values(), key=lambda cell: cell.scores[0].worth(l0))
+                cells["best"][contestant] = max(by_rate.values(), key=Cell.worth)
         for kind, told in cells.items():
             found[kind].append((f"{variant}, {width:,} latents, L0 {l0:g}", told))
     return found
@@ -343,12 +348,12 @@ def show(scores: dict[Fit, Score]) -> None:
         Console(width=190).print(table)
 
 
-def make_fits(first: Fit, seeds: tuple[int, ...], train: Train) -> None:
-    """The first seed finds the rate, and each its coefficient where there is one: near a steep place of L0 one that
-    serves the first leaves another off target."""
+def make_fits(first: Fit, seeds: tuple[int, ...], train: Train, lr: float | None = None) -> None:
+    """The first seed finds the rate, if it is not given, and each its coefficient where there is one: near a steep
+    place of L0 one that serves the first leaves another off target."""
     is_targeted = first.variant in BY_K or (first.variant, first.contestant) in TARGETED
-    best = best_of(replace(first, seed=seeds[0]), train, is_targeted)
-    for seed in seeds[1:]:
+    best = replace(first, seed=seeds[0], lr=lr) if lr else best_of(replace(first, seed=seeds[0]), train, is_targeted)
+    for seed in seeds if lr else seeds[1:]:
         there = replace(best, seed=seed)
         train(there if is_targeted else seek(there, train))
 
@@ -372,6 +377,8 @@ def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> 
 @click.option("--l0", default=32.0, show_default=True)
 @click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens; clt: of 512.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
+@click.option("--contestant", "wanted", multiple=True, help="Only these.  [default: all of the variant]")
+@click.option("--lr", type=float, help="At this rate, in place of the search for one.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/quality.json"))
 def main(
     store: str,
@@ -382,6 +389,8 @@ def main(
     l0: float,
     steps: int,
     seeds: tuple[int, ...],
+    wanted: tuple[str, ...],
+    lr: float | None,
     out: Path,
 ) -> None:
     """Train everything on the activations of STORE and compare."""
@@ -410,7 +419,8 @@ def main(
             return results.scores[fit]
 
         for first in contests(variants, width, l0, manifest.model.d_model):
-            make_fits(first, seeds, train)
+            if not wanted or first.contestant in wanted:
+                make_fits(first, seeds, train, lr)
         contestants.close()
     show(results.scores)
 

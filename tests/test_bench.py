@@ -335,6 +335,12 @@ def test_each_stands_at_its_best_rate_beside_its_own(bench):
     (_, best), (_, default) = lines["best"][0], lines["own"][0]
     assert [score.explained_variance for score in best["sae_lens"].on_target] == [0.6, 0.4]
     assert [score.explained_variance for score in default["sae_lens"].on_target] == [0.5]
+    other = dataclasses.replace(own, lr=9e-3)  # worse to the first seed by chance; where it has all seeds too, these do
+    scores |= {dataclasses.replace(other, seed=seed): score_of_fit(quality, 0.55) for seed in (0, 1)}
+    scores[dataclasses.replace(better, seed=2)] = score_of_fit(quality, 0.4)
+    scores[dataclasses.replace(other, seed=2)] = score_of_fit(quality, 0.55)
+    ((_, best),) = quality.lines_of(scores)["best"]
+    assert best["sae_lens"].fits[0].lr == 9e-3
 
 
 def test_a_short_run_of_a_peer_forgets_where_its_threshold_began(bench):
