@@ -261,8 +261,8 @@ class Cell:
 
     def worth(self) -> tuple[int, tuple[bool, float]]:
         """What decides between rates, of those with most seeds: the median of their validation text."""
-        each = sorted(score.worth(fit.l0) for fit, score in zip(self.fits, self.scores, strict=True))
-        return len(each), each[len(each) // 2]
+        each = [score.worth(fit.l0) for fit, score in zip(self.fits, self.scores, strict=True)]
+        return len(each), statistics.median_high(each)
 
     @property
     def on_target(self) -> list[Score]:

@@ -227,7 +227,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
                     attn_implementation=ATTENTION,
                     use_safetensors=True,
                     output_loading_info=True,
-                    **names_in_files(folder, "model."),
+                    **names_in_files(config, "model."),
                 )
         except (SafetensorError, MemoryError, *UNREADABLE) as error:
             if is_out_of_memory(error):

@@ -242,10 +242,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelUnavailable(f"{folder / CONFIG_FILE} cannot be read ({error}); fetch the model again") from error
 
 
-def names_in_files(folder: Path, prefix: str) -> dict[str, Any]:
-    """For `from_pretrained`: where a part's weights have names of the whole, which of them are its own."""
-    is_part = _read_json(folder / CONFIG_FILE).get("model_type") in TEXT_PARTS
-    return {"key_mapping": dict.fromkeys(TEXT_KEYS, prefix)} if is_part else {}
+def names_in_files(config: PretrainedConfig, prefix: str) -> dict[str, Any]:
+    """For `from_pretrained`: where a part's weights may have names of the whole, which of them are its own."""
+    may_be_part = config.model_type in TEXT_PARTS.values()
+    return {"key_mapping": dict.fromkeys(TEXT_KEYS, prefix)} if may_be_part else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # so that they come back in the report
                 output_loading_info=True,
-                **names_in_files(folder, ""),
+                **names_in_files(config, ""),
             )
     except SafetensorError as error:
         raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
