@@ -13,7 +13,7 @@ from ..cache_schema.requests_and_spans import Request, validate_request
 from ..cache_schema.sites import RESID, place_of, site_of
 from ..train.config.run_config import DataConfig
 from ..train.data.batches_for_others import Batches
-from ..train.data.mixing_order import Plan, measure_split
+from ..train.data.shuffle_order import Plan, measure_split
 from ..train.parallel.processes import choose_device
 from ..train.run.fill_config_from_store import with_pool
 from ..train.run.preflight import layer_stats

@@ -18,9 +18,9 @@ from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, spee
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
-from saemill.train.data.mixing_order import Plan, measure_split
+from saemill.train.data.batch_stream import Feed
 from saemill.train.data.scaling import stats_from_moments
-from saemill.train.data.training_stream import Feed
+from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.parallel.ranks import ONE_PROCESS

@@ -45,7 +45,7 @@ from saemill.cache_schema.sites import RESID
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.stored_windows import without_massive
 from saemill.evaluate.model.batches import Windows, store_batches
-from saemill.evaluate.model.divergence import next_tokens
+from saemill.evaluate.model.ce_and_kl import next_tokens
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.progress import Watch
 

@@ -344,7 +344,7 @@ LOOKED_AT = 3  # blocks of an epoch, and batches of each
 
 def shuffle_on_paper(shards: int) -> list[Row]:
     """What a trainer's batches mix: its own read order and pool, over documents of random lengths."""
-    from saemill.train.data.mixing_order import Plan, SplitSizes, count_pairs, token_order, token_slice
+    from saemill.train.data.shuffle_order import Plan, SplitSizes, count_pairs, token_order, token_slice
     from saemill.train.run.fill_config_from_store import POOL_BYTES
 
     manifest = make_manifest(shards)

@@ -38,8 +38,8 @@ from saemill.evaluate.run.run_evals import run_evals
 from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches_for_others import Batches
-from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import Stats
+from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.run.preflight import layer_stats
 
 KINDS: tuple[SmallDtype, ...] = get_args(SmallDtype)

@@ -32,7 +32,7 @@ from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.evaluate.context.write_and_read_results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.evals.browser import evaluation as browser
-from saemill.evaluate.evals.browser.write_pages import write_data
+from saemill.evaluate.evals.browser.browser_folder import write_data
 from saemill.evaluate.output.figures.records import read_log
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.data.scaling import unit_stats

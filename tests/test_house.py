@@ -58,6 +58,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "config variants",
         "run study_recipes",
         "cli_support train_runs",
+        "dry_run",
         "__init__ cli export",
     ),
     "evaluate": (
@@ -84,17 +85,17 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network pocket progress sparsify_attention stats",
-        "train": "cli_support config data disk errors file_registry kit run sae sae/kernels study_recipes train_runs",
+        "train": "cli_support config data disk dry_run errors file_registry kit run sae sae/kernels train_runs",
     },
     "studies": {
         "cache_schema": "cli disk_and_cloud_files launch strict_json",
-        "train": "cli cli_support config disk errors run study_recipes",
+        "train": "cli cli_support config disk errors run",
         "evaluate": "cli context errors evals output/figures output/plots run",
     },
     "api": {
         "cache_schema": ALL,
         "harvest": "cli progress run",
-        "train": "config cli data disk errors parallel run sae study_recipes train_runs",
+        "train": "config cli data disk errors parallel run sae train_runs",
         "evaluate": "cli context output run",
     },
 }

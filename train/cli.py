@@ -15,9 +15,9 @@ from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
 from .cli_support import tell_errors
+from .config.recipe_registry import studies
 from .errors import TrainingDiverged
 from .kit.variant_registry import names
-from .study_recipes import studies
 
 if TYPE_CHECKING:
     from .run.results import Outcome
@@ -30,6 +30,7 @@ Examples:
   sae-train --variant crosscoder --set layers=18,19 --cache ./two    # of sae-harvest --resid-layers 18..19
   sae-train --variant topk --grid seed=0,1,2 --set course.trackers=wandb --cache ./store
   sae-train --recipe attention/run_4 --cache ./store --name attention_run_4
+  sae-train --variant topk --width 65536 --cache ./store --dry-run
   sae-train --resume run_1
   torchrun --nproc-per-node 8 --no-python sae-train --spread --variant topk --grid k=16,32,64 --cache ./store
 """
@@ -109,8 +110,14 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     show_default=True,
     help="A page of the run while it trains, pictures at its end.",
 )
+@click.option(
+    "--dry-run",
+    "is_dry_run",
+    is_flag=True,
+    help="Check everything, time a few steps, say what the run would do and take, and write nothing.",
+)
 @as_json()
-def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any) -> None:
+def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: bool, **words: Any) -> None:
     """Train sparse autoencoders from a store of activations.
 
     Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
@@ -120,6 +127,9 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
     with tell_errors():
         from .train_runs import open_process, train_all  # late: --help and completion must not wait for torch
 
+        if is_dry_run:
+            _estimate(words, is_json, device, spread)
+            return
         outcomes = []
         with open_process(device, console, spread, is_watched=plots) as process:
             for outcome in train_all(words, process):
@@ -130,6 +140,20 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
         diverged = [said for outcome in outcomes if (said := outcome.say_diverged())]
         if diverged:
             raise TrainingDiverged("\n".join(diverged))
+
+
+def _estimate(words: dict[str, Any], is_json: bool, device: str, spread: bool) -> None:
+    from .dry_run import document_of, dry_run, render
+    from .train_runs import open_process
+
+    console, estimates = open_console(stderr=is_json, highlight=False), []
+    with open_process(device, console, spread) as process:
+        for estimate in dry_run(words, process):
+            estimates.append(estimate)
+            if process.is_first and not is_json:
+                console.print(render(estimate))
+    if is_json and process.is_first:
+        print_json(document_of(estimates))
 
 
 def document_of(outcomes: list[Outcome]) -> dict[str, Any]:

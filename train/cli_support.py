@@ -11,10 +11,10 @@ from click.shell_completion import CompletionItem
 
 from ..cache_schema import StoreError
 from ..cache_schema.cli import tell_files
+from .config.recipe_registry import runs_of, studies
 from .errors import RunInterrupted, TrainError
 from .kit.variant_registry import names
 from .run.folder import RUNS, run_names
-from .study_recipes import runs_of, studies
 
 
 @contextmanager

@@ -14,19 +14,19 @@ from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
+from .config.recipe_registry import find_recipes, studies
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, RunInterrupted, StoppedElsewhere, resume_command
 from .kit.variant_registry import names
 from .parallel.processes import SOLO, join
-from .run.checkpoint_times import catch_signals
+from .run.checkpoints_and_signals import catch_signals
 from .run.fill_config_from_store import settle
 from .run.find_and_load_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.process import Process
 from .run.results import Outcome, conclude
 from .run.start_or_resume import Run, begin_run, resume_run
-from .study_recipes import find_recipes, studies
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
@@ -58,20 +58,23 @@ def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
 
     Only one of several processes has results.
     """
-    chosen = {name: words[name] for name in _OPTIONS}
     if words["resume"] is not None:
         others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
         others["--with-baselines"] = words["with_baselines"] or None
-        _require_alone(words["resume"], others | {f"--{name}": value for name, value in chosen.items()})
+        _require_alone(words["resume"], others | {f"--{name}": words[name] for name in _OPTIONS})
         outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], process)]
     else:
-        settings = _settings(chosen, words["set"])
-        points = _points(words["grid"])
-        asks = find_asks(words["variant"], words["recipe"], words["name"], settings, points)
-        init = None if words["init"] is None else str(find_sae(words["init"], words["out"]))
-        asks = [replace(ask, baselines=words["with_baselines"], init=init) for ask in asks]
-        outcomes = (start(ask, _require_cache(words["cache"]), words["out"], words["name"], process) for ask in asks)
+        asks = asks_of(words)
+        outcomes = (start(ask, require_cache(words["cache"]), words["out"], words["name"], process) for ask in asks)
     yield from (outcome for outcome in outcomes if outcome is not None)
+
+
+def asks_of(words: Mapping[str, Any]) -> list[Ask]:
+    """The new runs that the options ask for."""
+    settings = _settings({name: words[name] for name in _OPTIONS}, words["set"])
+    asks = find_asks(words["variant"], words["recipe"], words["name"], settings, _points(words["grid"]))
+    init = None if words["init"] is None else str(find_sae(words["init"], words["out"]))
+    return [replace(ask, baselines=words["with_baselines"], init=init) for ask in asks]
 
 
 def start(ask: Ask, cache: str, out: str, name: str | None, process: Process) -> Outcome | None:
@@ -139,7 +142,7 @@ def _introduce(run: Run, remark: str) -> None:
     run.process.console.print(f"{run.folder.path}: {remark}, {steps} on {run.process.device}")
     for member in run.config.members:
         where = f", in process {told[member.label]['process']}" if run.process.is_spread else ""
-        run.process.console.print(f"  {member.label}: {_settings_of(member)}{where}")
+        run.process.console.print(f"  {member.label}: {settings_of(member)}{where}")
     windowed = any(needs.windows for needs in run.config.requests().values())
     if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
         run.process.console.print(
@@ -157,7 +160,7 @@ def _introduce(run: Run, remark: str) -> None:
             )
 
 
-def _settings_of(member: Member) -> str:
+def settings_of(member: Member) -> str:
     shown = (*(["hook"] if member.config.needs().hook != RESID else []), "layer", "layers", "width", "k", "seed")
     unread = member.config.unread()
     values = {key: getattr(member.config, key, None) for key in shown if key not in unread}
@@ -210,7 +213,7 @@ def _resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {_ALIASES.get(key, key): value for key, value in settings.items()}
 
 
-def _require_cache(cache: str | None) -> str:
+def require_cache(cache: str | None) -> str:
     if cache is None:
         raise ConfigInvalid("expected --cache URL, the store to train on")
     return cache

@@ -20,9 +20,9 @@ from records import record
 from timing_and_tables import take_turns
 
 from saemill.cache_schema import Request, Store
-from saemill.train.data.mixing_order import Plan, measure_split
+from saemill.train.data.fill_pool import PIECES_IN_FLIGHT
 from saemill.train.data.prefetch import Loader
-from saemill.train.data.read_into_pool import PIECES_IN_FLIGHT
+from saemill.train.data.shuffle_order import Plan, measure_split
 
 LAYER = 19
 

@@ -18,8 +18,8 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.evals.browser import evaluation
+from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.evals.browser.write_pages import read_data, unpacked
 from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.harvest.progress import Watch
 

@@ -28,7 +28,7 @@ from ...train.run.validation import Tally
 from ..context.stored_windows import read_windows, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
-from ..model.divergence import next_tokens, rows_of_logits
+from ..model.ce_and_kl import next_tokens, rows_of_logits
 from ..model.smaller_pieces import PieceSize
 from .core.sparsity_and_variance import NAN, ratio
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

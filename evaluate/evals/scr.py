@@ -2,7 +2,7 @@
 
 A probe is trained where a concept (profession, category) and an attribute (gender, rating) always go
 together; then the latents of the attribute are switched off and it is tested where they are independent.
-Every pair of concepts is one task. `probing/switch_latents_off.py` has SAEBench's steps and says
+Every pair of concepts is one task. `probing/scr_and_tpp.py` has SAEBench's steps and says
 what `corrected` leaves out of it.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 from .evaluation_contract import Context, LoadedSae, Result
 from .probing.choose_source import Source, load_all
 from .probing.draw_classes import OPPOSITES, Task, spurious
-from .probing.scr_and_tpp_scores import mean_scores, scr_scores
+from .probing.scr_and_tpp import Outcome, evaluation_of, perturb_all
+from .probing.scr_and_tpp_formulas import mean_scores, scr_scores
 from .probing.settings import Settings, config_of_round
-from .probing.switch_latents_off import Outcome, evaluation_of, perturb_all
 
 
 def free_probes(

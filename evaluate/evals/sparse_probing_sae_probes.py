@@ -27,7 +27,7 @@ from .probing import sae_probes_data, stdlib_tasks
 from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all
 from .probing.sae_probes_data import BinarySet
 from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
-from .probing.scr_and_tpp_scores import mean_scores
+from .probing.scr_and_tpp_formulas import mean_scores
 from .probing.settings import of_data
 
 MAX_TOKENS = 1024

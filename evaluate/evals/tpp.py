@@ -1,7 +1,7 @@
 """tpp: whether the latents that a class's probe rests on matter to that probe and to no other.
 
 The n latents with the largest effect on a class's probe are switched off; the score is how much accuracy
-that costs the class's probe, less what it costs the other classes' probes. `probing/switch_latents_off.py`
+that costs the class's probe, less what it costs the other classes' probes. `probing/scr_and_tpp.py`
 has SAEBench's steps and says what `corrected` leaves out of it.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from .evaluation_contract import Context, LoadedSae, Result
 from .probing.choose_source import Source, load_all
-from .probing.scr_and_tpp_scores import mean_scores, tpp_scores
+from .probing.scr_and_tpp import Outcome, evaluation_of, perturb_all
+from .probing.scr_and_tpp_formulas import mean_scores, tpp_scores
 from .probing.settings import Settings, config_of_round
-from .probing.switch_latents_off import Outcome, evaluation_of, perturb_all
 
 
 def disturb_probes(

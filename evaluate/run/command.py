@@ -31,8 +31,8 @@ from ..context.context import Context
 from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.write_and_read_results import Row
 from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
-from ..evals.browser.write_pages import LATENT_BYTES
-from ..evals.browser.write_pages import NAME as BROWSER
+from ..evals.browser.browser_folder import LATENT_BYTES
+from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, within
 from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store

@@ -15,11 +15,11 @@ import click
 
 from ...cache_schema import Store, StoreMissing
 from ...cache_schema.numbers_in_words import say_time
+from ...train.config.recipe_registry import find_recipes
 from ...train.config.run_config import Ask
+from ...train.dry_run import estimate_seconds
 from ...train.errors import TrainError
 from ...train.run.fill_config_from_store import settle
-from ...train.run.start_or_resume import estimate_seconds
-from ...train.study_recipes import find_recipes
 from ...train.train_runs import open_process, start
 from ..errors import EvalError, TargetUnknown
 from ..output.pictures import after_run

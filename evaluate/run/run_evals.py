@@ -41,7 +41,7 @@ from ..context.write_and_read_results import (
     write_result,
 )
 from ..errors import EvalError, NotRun, ResultFromLater, ResultInvalid
-from ..evals.browser.write_pages import NAME as BROWSER
+from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
@@ -196,7 +196,9 @@ class _Attempts:
         item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
         other = self._other_store(item.subject)
         item = replace(item, measured_on="; ".join(filter(None, (item.measured_on, other))) or None)
-        before = _standing(self._context, item.subject, self._eval_id) if item.missing or other else None
+        before = None
+        with suppress(ResultInvalid):  # told already
+            before = standing_result(item.subject, self._eval_id)
         if before and item.missing and self._eval_id != BROWSER and is_whole(before, self._settings):
             reason = f"{item.missing}. The whole result of these settings that was there stands"
             return Row(item.subject, self._eval_id, "kept", reason, before)
@@ -216,7 +218,9 @@ class _Attempts:
             said = f"{item.subject.name} had a result on its own store, which is now {aside}"
             self._context.say(f"{self._eval_id}: {said}")
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
-        self._context.say(f"{self._eval_id}: {item.subject.name} done")
+        replaced = describe_differences(before, self._settings) if before and aside is None else ""
+        instead = f", in place of its result of {replaced}" if replaced else ""
+        self._context.say(f"{self._eval_id}: {item.subject.name} done{instead}")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)

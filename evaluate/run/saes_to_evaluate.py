@@ -16,13 +16,13 @@ from typing import Any
 
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
+from ...train.config.recipe_registry import runs_of, studies
 from ...train.disk.hook_metadata import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
 from ...train.run.find_and_load_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
-from ...train.study_recipes import runs_of, studies
 from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 

@@ -30,7 +30,7 @@ from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.model import divergence
+from saemill.evaluate.model import ce_and_kl
 from saemill.evaluate.run import command
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.run_evals import settings_of
@@ -112,7 +112,7 @@ def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, s
 
 def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, monkeypatch):
     """Whoever reads core opens these files, one calling the next."""
-    cross_entropy, ways, root = divergence._cross_entropy, [], Path(evaluate.__file__).parent.parent.resolve()
+    cross_entropy, ways, root = ce_and_kl._cross_entropy, [], Path(evaluate.__file__).parent.parent.resolve()
 
     def noted(*args):
         files = [Path(frame.f_code.co_filename).resolve() for frame, _ in walk_stack(None)]
@@ -120,10 +120,10 @@ def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, m
         ways.append([str(file) for file in dict.fromkeys(rooms) if file.parts[0] in ("evaluate", "harvest", "train")])
         return cross_entropy(*args)
 
-    monkeypatch.setattr(divergence, "_cross_entropy", noted)
+    monkeypatch.setattr(ce_and_kl, "_cross_entropy", noted)
     sae_eval("run_1/small")
     assert ways[0][0] == "evaluate/cli.py" and ways[0][-2:] == [
-        "evaluate/model/divergence.py",
+        "evaluate/model/ce_and_kl.py",
         "evaluate/model/smaller_pieces.py",
     ]
     assert max(map(len, ways)) <= 9
@@ -606,6 +606,8 @@ def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_
     assert "kept: core of run_1/large, run_1/small: its result is of config.n_eval_reconstruction_batches 1" in output
     assert "(asked for: None)" in output and results(run_1) == before
     assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
+    replaced = "done, in place of its result of config.n_eval_reconstruction_batches 1 (asked for: None)"
+    assert replaced in sae_eval("run_1") and "in place of" not in sae_eval("run_1")
 
 
 @pytest.mark.parametrize("keep", ["--resume", "--compare"])

@@ -27,7 +27,7 @@ class Needs:
     """What a variant reads from the store, and which part of it is input, target or side input.
 
     Not the store's `Request`, which names arrays of some windows and knows of no SAE: `joint_request`
-    (`training_stream.py`) makes one of the needs of all SAEs of a run, so that what they share is read once.
+    (`batch_stream.py`) makes one of the needs of all SAEs of a run, so that what they share is read once.
 
     A row holds the activations of layers `inputs` side by side; the target those of `targets`, or the row
     itself. `hook` says what of these layers is read, `to_hook` what of the targets' where that is something else.

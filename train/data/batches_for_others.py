@@ -1,6 +1,6 @@
 """A store's activations for anyone's trainer: an iterator of tensors, and a data set of torch that keeps its place.
 
-The order, the reading ahead and the batches are those of our own runs (`mixing_order.py`, `training_stream.py`): step s
+The order, the reading ahead and the batches are those of our own runs (`shuffle_order.py`, `batch_stream.py`): step s
 of seed 0 holds the tokens that step s of `sae-train` with `data.seed=0` trains on.
 """
 
@@ -19,9 +19,9 @@ from ...cache_schema import Store
 from ...cache_schema.sites import RESID, Place
 from ..errors import ConfigInvalid, StateInvalid
 from .batch import Needs
-from .mixing_order import Plan
+from .batch_stream import Feed, joint_request
 from .scaling import Stats, bounds_of
-from .training_stream import Feed, joint_request
+from .shuffle_order import Plan
 
 
 class Batches(IterableDataset[Tensor]):

@@ -15,8 +15,8 @@ import torch
 from ...cache_schema import Request, Store
 from ...cache_schema.sites import Place
 from .block import Block
-from .mixing_order import BlockPlan, Plan
-from .read_into_pool import PIECES_IN_FLIGHT, Pool
+from .fill_pool import PIECES_IN_FLIGHT, Pool
+from .shuffle_order import BlockPlan, Plan
 
 
 class Loader:

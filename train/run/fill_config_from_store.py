@@ -17,7 +17,7 @@ from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..config.recipe import Recipe
 from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, damaged, read_run_config
 from ..config.sanity_baselines import with_baselines
-from ..data.mixing_order import Plan, measure_split
+from ..data.shuffle_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain
 from ..kit.variant_contract import Variant
 from .folder import RunFolder, provenance

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..data.batch_stream import Feed
 from ..data.drawn_rows import Draw
-from ..data.mixing_order import ShuffleQuality
-from ..data.training_stream import Feed
+from ..data.shuffle_order import ShuffleQuality
 from ..disk.write_and_load_checkpoints import Standing
 from ..engine.fleet_of_saes import say_diverged
 from ..engine.step import Report

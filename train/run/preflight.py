@@ -14,8 +14,8 @@ from ...cache_schema.requests_and_spans import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
+from ..data.batch_stream import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments
-from ..data.training_stream import joint_request
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fill_config_from_store import Settled
 from .fits_in_memory import require_room

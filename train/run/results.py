@@ -11,8 +11,8 @@ from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
 from ..data.batch import Needs
+from ..data.batch_stream import held_out
 from ..data.scaling import bounds_of
-from ..data.training_stream import held_out
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest
 from ..engine.fleet_of_saes import say_all_diverged, say_diverged

@@ -1,6 +1,6 @@
 """Wire a settled run: check it, make its SAEs and its folder, and put together all that takes part.
 
-Nothing is written before all checks have passed. `estimate_seconds` trains a few steps and writes nothing at all.
+Nothing is written before all checks have passed.
 
 With `--spread` processes have SAEs of their own. Every process reads the store for itself, the layers of its SAEs
 alone. All read the same pieces in the same order at about the same time, so the disk is asked once and the page cache
@@ -13,8 +13,6 @@ from __future__ import annotations
 import gc
 import shlex
 import shutil
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,15 +22,14 @@ import torch
 from ...cache_schema import Store
 from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ..config.run_config import Member, RunConfig
+from ..data.batch_stream import Feed
 from ..data.device_copies import take_device
-from ..data.mixing_order import Plan
-from ..data.training_stream import Feed
 from ..disk.write_and_load_checkpoints import Standing, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, NothingToTrain
 from ..parallel.processes import SOLO, all_or_none
 from .after_run import Onlookers
-from .checkpoint_times import Saver
+from .checkpoints_and_signals import Saver
 from .fill_config_from_store import Settled, settle_again
 from .fits_in_memory import weight_bytes
 from .folder import MetricsLog, RunFolder
@@ -242,30 +239,3 @@ def deal_members(members: Sequence[Member], processes: int, d_model: int) -> lis
         min(parts, key=cost).append(member)
     parts.sort(key=lambda part: all(one.config.needs().windows for one in part))
     return [tuple(member for member in members if member in part) for part in parts]
-
-
-WARM, MOST = 2, 30  # steps
-SECONDS = 3.0
-POOL_BATCHES = 16
-
-
-def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
-    """Of all steps of a run on this machine. What the run would be refused for, this is refused for too."""
-    fleet, data = make_fleet(settled, store, process), settled.config.data
-    pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
-    plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
-    steps = min(settled.total_steps, MOST)
-    feed = Feed(store, plan, fleet.needs.values(), fleet.stats, process.device, steps=steps)
-    took, began = [], time.perf_counter()
-    try:
-        for step in range(steps):
-            before = time.perf_counter()
-            fleet.step(feed.draw(step))
-            if process.device.type == "cuda":
-                torch.cuda.synchronize(process.device)
-            took.append(time.perf_counter() - before)
-            if step >= WARM and took[-1] + time.perf_counter() - began > SECONDS:
-                break
-    finally:
-        feed.close()
-    return statistics.median(took[WARM:] or took) * settled.total_steps

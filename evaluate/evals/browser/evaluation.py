@@ -36,6 +36,7 @@ from ...model.unembedding_head import Head
 from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from ..measures.token_text import Vocabulary
+from .browser_folder import LATENT_BYTES, NAME, TEXT, Folder, making, read_data, require_space, unpacked, write_page
 from .config import Config
 from .exports import Exported, bytes_of, exports_in, keep_exports, require_known, tell_exports, write_exports
 from .firing_counts import lower_edges
@@ -43,7 +44,6 @@ from .for_report import contexts, pattern
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
-from .write_pages import LATENT_BYTES, NAME, TEXT, Folder, making, read_data, require_space, unpacked, write_page
 
 FORMAT = 1
 SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can stand side by side

@@ -21,11 +21,11 @@ from ...model.smaller_pieces import PieceSize, in_pieces
 from ...model.unembedding_head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from ..measures.token_text import Vocabulary
+from .browser_folder import Folder
 from .config import Config
 from .firing_counts import BINS, Seen
 from .related import Near, by_direction, by_firing
 from .top_firings import SAMPLE, TOP, Firings, largest, ranges
-from .write_pages import Folder
 
 FILE_LATENTS = 32
 PLACES_LATENTS = 1 << 14

@@ -12,7 +12,7 @@ from pathlib import Path
 from ....train.disk.atomic_files import replace_file
 from ...context.write_and_read_results import INTERVALS, interval_of
 from ...output.figures.records import COLUMNS, Record, notes, thinned
-from .write_pages import NAME, as_data
+from .browser_folder import NAME, as_data
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
 SPARSITY = "l0"  # what the others are drawn against

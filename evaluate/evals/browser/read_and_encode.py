@@ -30,9 +30,9 @@ from ...model.batches import Windows
 from ..core.encoding import encode_codes
 from ..evaluation_contract import Context, LoadedSae
 from ..measures.token_text import Vocabulary
+from .browser_folder import ATTENTION, TEXT, Folder, Pieces
 from .config import Config
 from .firing_counts import Batch, Seen
-from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 LEVELS = 255  # of a weight of attention

@@ -16,9 +16,9 @@ from ...context.write_and_read_results import INTERVALS
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ...model.batches import count_windows
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .ablations import ABLATIONS
 from .bootstrap import said
 from .choose_rows import Rows, choose_rows
+from .clean_pass import ABLATIONS
 from .saebench_keys import latent_details, official_metrics, own_metrics, weight_metrics
 from .sparsity_and_variance import Sparsity, measure_sparsity
 from .spliced_ce_and_kl import LossSums, measure_losses, splice_layer

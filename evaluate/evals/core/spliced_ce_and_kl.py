@@ -18,11 +18,11 @@ from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
 from ...context.stored_windows import mean_of_rows, ordinary_rows
 from ...errors import NotApplicable
 from ...model.batches import Windows
-from ...model.divergence import Losses, next_tokens
+from ...model.ce_and_kl import Losses, next_tokens
 from ...model.smaller_pieces import PieceSize, in_pieces
-from .ablations import ABLATIONS, Baselines, Clean
 from .bootstrap import DocumentSums
 from .choose_rows import Block, read_block
+from .clean_pass import ABLATIONS, Baselines, Clean
 from .encoding import encode_kept
 from .sparsity_and_variance import piece_size
 

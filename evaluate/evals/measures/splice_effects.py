@@ -17,7 +17,7 @@ from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
 from ...context.stored_windows import mean_of_rows, ordinary_rows
 from ...model.batches import Sums, Windows
-from ...model.divergence import compare, logits_of, next_tokens, rows_of_logits
+from ...model.ce_and_kl import compare, logits_of, next_tokens, rows_of_logits
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize
 

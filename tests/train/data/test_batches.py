@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from saemill.cache_schema import RequestInvalid, Store, to_float32
 from saemill.train.data.batch import Needs
+from saemill.train.data.batch_stream import Feed
 from saemill.train.data.batches_for_others import Batches
-from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
-from saemill.train.data.training_stream import Feed
+from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.errors import ConfigInvalid, StateInvalid
 from saemill.train.run.preflight import layer_stats
 

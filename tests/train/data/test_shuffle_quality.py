@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.cache_schema.token_counts import pair_share
-from saemill.train.data.mixing_order import ShuffleQuality, count_pairs
+from saemill.train.data.shuffle_order import ShuffleQuality, count_pairs
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))

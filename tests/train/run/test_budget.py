@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saemill.train.config.run_config import CourseConfig
-from saemill.train.data.mixing_order import Plan, SplitSizes
+from saemill.train.data.shuffle_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain
 from saemill.train.run.fill_config_from_store import settle_budget
 from saemill.train.run.preflight import _require_held_out

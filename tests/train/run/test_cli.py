@@ -22,13 +22,40 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import NothingToTrain, resume_command
 from saemill.train.run import after_run as onlooking
 from saemill.train.run import folder, results
-from saemill.train.run.checkpoint_times import catch_signals
+from saemill.train.run.checkpoints_and_signals import catch_signals
 from saemill.train.run.folder import RunFolder, is_run
 from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
 CROSS = [*TOPK, "--variant", "crosscoder"]
+
+
+def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--width", 64, "--grid", "k=3,4"]
+    said = sae_train(*words, "--dry-run").output
+    for fact in ("topk_k3", "width 64, k 4", "steps of 64 tokens", "by a few steps on cpu", big["path"]):
+        assert fact in " ".join(said.split())
+    (found,) = json.loads(sae_train(*words, "--dry-run", "--json").stdout)["runs"]
+    assert list(tmp_path.iterdir()) == []
+    sae_train(*words)
+    run = tmp_path / "runs/run_1"
+    config, outcome = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+    assert found["config"] | {"provenance": 0} == config | {"provenance": 0}
+    assert (found["steps"], found["tokens"]) == (outcome["steps"], outcome["tokens"])
+    states = sum(sae["state_bytes"] for sae in outcome["saes"].values())  # weights and two moments, and small things
+    assert 3 / 4 * found["memory_bytes"] < states < found["memory_bytes"]
+    disk = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
+    assert disk < found["disk_bytes"] < 4 * disk and found["seconds"] > 0
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(big, sae_train, quick, tmp_path):
+    words = [*quick, "--cache", big["path"], "--dry-run"]
+    assert "found 100" in sae_train(*TOPK, *words, "--k", 100, "--width", 64, code=1).stderr
+    assert "leave out it or --resume" in sae_train(*words, "--resume", "run_1", code=1).stderr
+    assert "--tokens" in sae_train(*TOPK, *words, "--tokens", 10, code=1).stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
@@ -410,7 +437,7 @@ def test_a_device_without_room_for_the_run_is_told_before_there_is_one(big, sae_
     def allocate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Yes. No.")
 
-    for where in ("saemill.train.data.training_stream.Loader", "saemill.train.run.start_or_resume.Fleet"):
+    for where in ("saemill.train.data.batch_stream.Loader", "saemill.train.run.start_or_resume.Fleet"):
         with monkeypatch.context() as patch:
             patch.setattr(where, allocate)
             output = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, code=1).output

@@ -8,8 +8,8 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.train import load_sae
+from saemill.train.data.batch_stream import held_out
 from saemill.train.data.scaling import unit_stats
-from saemill.train.data.training_stream import held_out
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.side_inputs import Side
 

@@ -9,8 +9,8 @@ import torch
 
 from saemill.cache_schema import Store, massive_activations
 from saemill.train.data.batch import Kind, Needs
-from saemill.train.data.mixing_order import Plan, measure_split
-from saemill.train.data.training_stream import Feed
+from saemill.train.data.batch_stream import Feed
+from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.run.preflight import layer_stats
 
 TRAIN = [(3, 11, 2), (3, 400, 7), (4, 400, 7), (4, 801, 1)]

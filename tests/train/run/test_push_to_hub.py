@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 from huggingface_hub.cli.hf import app as hf
 
-from saemill.evaluate.evals.browser.write_pages import write_data, write_page
+from saemill.evaluate.evals.browser.browser_folder import write_data, write_page
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.sae_folder import save_sae

@@ -33,7 +33,7 @@ from saemill.train.config.run_config import Ask
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.errors import ConfigInvalid, NothingToTrain, RunMissing, RunNotWritten
 from saemill.train.parallel.processes import SOLO
-from saemill.train.run import checkpoint_times as checkpoints_module
+from saemill.train.run import checkpoints_and_signals as checkpoints_module
 from saemill.train.run.fill_config_from_store import settle
 from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.log_metrics import Watch

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from saemill.train.config.recipe_registry import find_recipes
 from saemill.train.config.run_config import Ask
 from saemill.train.config.sanity_baselines import with_baselines
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
-from saemill.train.study_recipes import find_recipes
 
 STILL = {"decoder": "W_dec", "encoder": "W_enc"}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from saemill.train.config.recipe_registry import runs_of, studies
 from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats
@@ -15,7 +16,6 @@ from saemill.train.engine.first_weights_from_data import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
 from saemill.train.parallel.ranks import ALONE
-from saemill.train.study_recipes import runs_of, studies
 
 D = 32
 MORE: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""SAELens: cfg.json and sae_weights.safetensors, the layout of this package's own SAEs, written by `sae_folder`."""
+"""SAELens: cfg.json and sae_weights.safetensors, this package's own layout too, which `sae_folder` reads and writes."""
 
 from __future__ import annotations
 

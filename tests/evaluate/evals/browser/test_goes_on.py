@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
-from saemill.evaluate.evals.browser import evaluation, read_and_encode, top_firings, write_pages
+from saemill.evaluate.evals.browser import browser_folder, evaluation, read_and_encode, top_firings
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.train.run.init_from_trained_sae import source_of
@@ -170,7 +170,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     told, write = [], evaluation.write_numbers
 
     def meanwhile(*args):  # the lock is the open file's: who opens it anew is another, in this process too
-        with pytest.raises(BrowserUnwritten) as refused, write_pages.making(bench.run, 1, "other"):
+        with pytest.raises(BrowserUnwritten) as refused, browser_folder.making(bench.run, 1, "other"):
             pytest.fail("made")
         told.append(str(refused.value))
         write(*args)
@@ -179,7 +179,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
         patch.setattr(evaluation, "write_numbers", meanwhile)
         assert bench.build() == whole and taken(bench.run) == files
     assert told == [f"another process is making {bench.run / 'browser'}: let it end, or stop it, first"]
-    (bench.run / write_pages.LOCK).touch()
+    (bench.run / browser_folder.LOCK).touch()
     assert bench.build(every=math.inf) == whole and taken(bench.run) == files
 
 
@@ -245,7 +245,7 @@ def test_what_is_killed_while_it_clears_goes_on_or_begins_anew(bench, tmp_path, 
         shutil.rmtree(path, **words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(write_pages, "shutil", SimpleNamespace(rmtree=watched_removal))
+        patch.setattr(browser_folder, "shutil", SimpleNamespace(rmtree=watched_removal))
         bench.build(config=replace(CONFIG, top=5))
     for moment in moments[1:4]:  # before the save, the text and the attention go
         assert bench.build(moment) == whole and taken(moment) == files, moment
@@ -354,11 +354,11 @@ def test_pages_of_other_weights_do_not_stay(bench, builder):
     """An SAE trained anew under its label is not shown with the pages of the one before."""
     bench.build(every=math.inf)
     bench.build(every=math.inf, labels="a")
-    saes = write_pages.read_data(bench.run / "browser", "run")["saes"]
+    saes = browser_folder.read_data(bench.run / "browser", "run")["saes"]
     assert [(sae["label"], sae["sha256"]) for sae in saes] == [
         (label, source_of(bench.run / label).sha256) for label in "ab"
     ]
     builder.save(bench.run / "b", builder.make_sae(k=None, seed=9))
     bench.build(every=math.inf, labels="a")
-    assert [sae["label"] for sae in write_pages.read_data(bench.run / "browser", "run")["saes"]] == ["a"]
+    assert [sae["label"] for sae in browser_folder.read_data(bench.run / "browser", "run")["saes"]] == ["a"]
     assert [line for line in bench.said if line.startswith("browser: b left out, of other weights")]

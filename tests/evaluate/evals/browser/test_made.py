@@ -26,14 +26,15 @@ from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import (
+    browser_folder,
     evaluation,
     exports,
     firing_counts,
     latents,
     read_and_encode,
     top_firings,
-    write_pages,
 )
+from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked, write_data
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.for_report import pattern
@@ -42,7 +43,6 @@ from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.read_and_encode import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
 from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings, Keeper, largest
-from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
 from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
@@ -58,7 +58,7 @@ from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
 FEW = Config(top=2, sample=2, low=2)
-KINDS = tuple(write_pages.KINDS.values())
+KINDS = tuple(browser_folder.KINDS.values())
 SPLITS = ("test", "validation", "train")
 
 
@@ -720,8 +720,8 @@ def test_an_interrupted_build_leaves_the_browser_of_before(made, open_context, w
         make(open_context(world), subjects_of(home))
     assert listing(home / "browser") == before
     monkeypatch.undo()
-    (home / write_pages.MAKING).mkdir()
-    (home / write_pages.MAKING / "index.html").write_text("half of one")
+    (home / browser_folder.MAKING).mkdir()
+    (home / browser_folder.MAKING / "index.html").write_text("half of one")
     make(open_context(world), subjects_of(home))
     assert sorted(path.name for path in home.iterdir() if path.name.startswith(".")) == []
     after = listing(home / "browser")
@@ -744,7 +744,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(made, open_context, world, m
     monkeypatch.undo()
     assert [type(failure.error) for failure in failures] == [BrowserUnwritten] * 2
     assert "cannot be written: No space left on device. It needs about" in str(failures[0].error)
-    assert listing(home / "browser") == before and not (home / write_pages.MAKING).exists()
+    assert listing(home / "browser") == before and not (home / browser_folder.MAKING).exists()
     monkeypatch.setattr(evaluation, "LATENT_BYTES", 1 << 50)
     (failure, _) = make(open_context(world), subjects_of(home))
     assert "are free there: free some, or ask for fewer windows or examples" in str(failure.error)
@@ -755,7 +755,7 @@ def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
     (a, b) = subjects_of(home)
     other, text = listing(home / "browser" / "data" / "sae_a"), data_of(home, "text/0")
     marks = text["marks"] | LEFT_OUT  # as if `a` left out more than `b`
-    write_pages.write_data(home / "browser", "text/0", text | {"marks": marks})
+    browser_folder.write_data(home / "browser", "text/0", text | {"marks": marks})
     make(open_context(world), [b])
     assert (data_of(home, "text/0")["marks"] == marks).all()
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b", "a"]

@@ -16,11 +16,11 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.evals.browser import evaluation, write_pages
+from saemill.evaluate.evals.browser import browser_folder, evaluation
+from saemill.evaluate.evals.browser.browser_folder import write_data, write_page
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import lower_edges
 from saemill.evaluate.evals.browser.overview import refresh
-from saemill.evaluate.evals.browser.write_pages import write_data, write_page
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
 from saemill.evaluate.run.saes_to_evaluate import find_subjects
@@ -294,8 +294,8 @@ def test_enter_opens_what_was_typed_and_nothing_of_another_list(site, open_page)
 
 def examples(site):
     """Window and position of every kept example, by latent, as they lie on disk."""
-    found = write_pages.read_data(site.home / "browser", "sae_first/places/0")
-    counts, window, at = (write_pages.unpacked(found[name]) for name in ("counts", "window", "at"))
+    found = browser_folder.read_data(site.home / "browser", "sae_first/places/0")
+    counts, window, at = (browser_folder.unpacked(found[name]) for name in ("counts", "window", "at"))
     places = iter(zip(window.tolist(), at.tolist(), strict=True))
     return {latent: [next(places) for _ in range(count)] for latent, count in enumerate(counts)}
 
@@ -346,10 +346,10 @@ def test_what_another_sae_leaves_out_still_shows_where_this_one_fires(site, open
 
 def test_it_shows_what_the_model_looked_back_at(site, open_page):
     data = {
-        name: write_pages.unpacked(value)
-        for name, value in write_pages.read_data(site.home / "browser", "attention/0").items()
+        name: browser_folder.unpacked(value)
+        for name, value in browser_folder.read_data(site.home / "browser", "attention/0").items()
     }
-    about = write_pages.read_data(site.home / "browser", "run")
+    about = browser_folder.read_data(site.home / "browser", "run")
     shape = (-1, about["context"], len(about["attention_layers"]), about["attended"])
     positions, weights = data["positions"].reshape(shape), data["weights"].reshape(shape)
     firsts = [(latent, *places[0]) for latent, places in examples(site).items() if places]

@@ -19,9 +19,9 @@ from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resam
 from saemill.evaluate.evals.core.choose_rows import choose_rows
 from saemill.evaluate.evals.core.saebench_keys import max_cosine, weight_metrics
 from saemill.evaluate.evals.core.sparsity_and_variance import Firing, summarise_density
-from saemill.evaluate.model import divergence
+from saemill.evaluate.model import ce_and_kl
 from saemill.evaluate.model.batches import Windows
-from saemill.evaluate.model.divergence import compare, kl_as_published, next_tokens, rows_of_logits
+from saemill.evaluate.model.ce_and_kl import compare, kl_as_published, next_tokens, rows_of_logits
 from saemill.evaluate.model.smaller_pieces import PieceSize
 from saemill.train.sae.gates import BatchTopK, JumpRelu
 from saemill.train.sae.kernels import bfloat16_then_float32
@@ -43,7 +43,7 @@ def rows_at_once(count):
 @pytest.mark.parametrize(("chunk", "block"), [(1 << 20, 1 << 19), (3, 7 * 2), (1, 1)])
 def test_losses_are_those_of_whole_distributions(monkeypatch, chunk, block):
     """In chunks and blocks of any size."""
-    monkeypatch.setattr(divergence, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(ce_and_kl, "BLOCK_ELEMENTS", block)
     clean, others = logits(11, 7, 0), [logits(11, 7, 1), logits(11, 7, 2)]
     targets = torch.tensor([0, 6, -1, 3, 3, 2, -1, 5, 1, 0, 4])
     ce, losses = compare(

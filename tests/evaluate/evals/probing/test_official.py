@@ -12,7 +12,7 @@ from saemill.evaluate.evals.probing.draw_classes import OPPOSITES, Table, balanc
 from saemill.evaluate.evals.probing.features import Memo, seeded
 from saemill.evaluate.evals.probing.fit_probes import Training
 from saemill.evaluate.evals.probing.sae_probes_regression import rank_latents, split_rows, tuned_scores
-from saemill.evaluate.evals.probing.switch_latents_off import Setup, perturb
+from saemill.evaluate.evals.probing.scr_and_tpp import Setup, perturb
 
 from ....golden import make_saebench_probes as maker
 

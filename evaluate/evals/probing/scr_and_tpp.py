@@ -28,7 +28,7 @@ from .draw_classes import OPPOSITES, Task
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .fit_probes import LinearProbe, Training, probe_every_class
 from .pooling import Pool, pool_task
-from .scr_and_tpp_scores import Ablated, Accuracies, on_data
+from .scr_and_tpp_formulas import Ablated, Accuracies, on_data
 from .settings import LEAST_PERTURBED, Settings, filled
 
 BOTH_WAYS = OPPOSITES | {negative: name for name, negative in OPPOSITES.items()}

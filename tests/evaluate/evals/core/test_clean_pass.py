@@ -13,8 +13,8 @@ import torch
 
 from saemill.evaluate.evals.core import ablations
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.evals.core.ablations import Baselines, elsewhere, files_of
 from saemill.evaluate.evals.core.choose_rows import Block
+from saemill.evaluate.evals.core.clean_pass import Baselines, elsewhere, files_of
 from saemill.evaluate.evals.core.spliced_ce_and_kl import mean_residual
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel

@@ -10,9 +10,9 @@ from saemill.cache_schema import AttentionCsr, Store, to_float32
 from saemill.cache_schema.stored_dtypes import SmallDtype, to_codes
 from saemill.cache_schema.token_counts import pair_share
 from saemill.train.data.batch import Kind, Needs
-from saemill.train.data.mixing_order import Plan, measure_split
+from saemill.train.data.batch_stream import Feed, held_out
 from saemill.train.data.scaling import stats_from_moments
-from saemill.train.data.training_stream import Feed, held_out
+from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.run.preflight import layer_stats
 
 CPU = torch.device("cpu")
@@ -265,7 +265,7 @@ def test_damage_is_named(write_store, tmp_path):
 
 
 def test_nothing_is_read_for_steps_that_the_run_does_not_take(store, monkeypatch):
-    from saemill.train.data.read_into_pool import Pool
+    from saemill.train.data.fill_pool import Pool
 
     filled = []
     fill = Pool.fill

@@ -23,7 +23,7 @@ from ....cache_schema.disk_and_cloud_files import Files, open_files
 from ...context.context import Context
 from ...context.disk_cache import decided_by
 from ...model.batches import Windows
-from ...model.divergence import LogitsOf, Losses, compare, logits_of, next_tokens, rows_of_logits
+from ...model.ce_and_kl import LogitsOf, Losses, compare, logits_of, next_tokens, rows_of_logits
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .choose_rows import Block
 

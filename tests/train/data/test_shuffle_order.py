@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.train.data.mixing_order import (
+from saemill.train.data.shuffle_order import (
     Plan,
     SplitSizes,
     cut_pieces,

@@ -1,0 +1,125 @@
+"""A run without its folder: what it would train, from how much text, and how long that would take here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..cache_schema import Store
+from ..cache_schema.numbers_in_words import counted, say_size, say_time
+from .data.batch_stream import Feed
+from .data.shuffle_order import Plan
+from .disk.write_and_load_checkpoints import KEPT
+from .errors import ConfigInvalid
+from .run.fill_config_from_store import Settled, settle
+from .run.fits_in_memory import COPIES, weight_bytes
+from .run.process import Process
+from .run.start_or_resume import make_fleet
+from .train_runs import asks_of, require_cache, settings_of
+
+WARM, MOST = 2, 30  # steps
+SECONDS = 3.0
+POOL_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was found out about a run."""
+
+    settled: Settled
+    described: Mapping[str, Any]
+    """What its config.json would hold."""
+    weight_bytes: int
+    """Of all SAEs."""
+    seconds: float
+    where: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights with their gradients and moments, which several processes may share."""
+        return COPIES * self.weight_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The SAEs, and checkpoints: one is whole before an older one goes."""
+        return self.weight_bytes * (1 + (KEPT + 1) * (COPIES - 1))
+
+
+def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
+    """Time a few steps of each run that the words ask for. Store, settings and memory are checked as for a run."""
+    if words["resume"] is not None:
+        raise ConfigInvalid(f"--dry-run is of a new run: leave out it or --resume {words['resume']}")
+    for ask in asks_of(words):
+        with Store.open(require_cache(words["cache"])) as store:
+            settled = settle(ask, store)
+            seconds = estimate_seconds(settled, store, process)
+            width = store.manifest.width_of
+            weights = sum(weight_bytes(member, width) for member in settled.config.members) // COPIES
+            yield Estimate(settled, settled.describe(store), weights, seconds, str(process.device))
+
+
+def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
+    """Of all steps of a run on this machine, by the slowest of its processes; a collective call. Nothing is written."""
+    fleet, data = make_fleet(settled, store, process), settled.config.data
+    pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
+    plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
+    steps, ranks = min(settled.total_steps, MOST), fleet.ranks
+    feed = Feed(store, plan, fleet.needs.values(), fleet.stats, process.device, ranks.rank, ranks.size, steps)
+    took, began = [], time.perf_counter()
+    try:
+        for step in range(steps):
+            before = time.perf_counter()
+            fleet.step(feed.draw(step))
+            if process.device.type == "cuda":
+                torch.cuda.synchronize(process.device)
+            took.append(time.perf_counter() - before)
+            if process.group.any(step >= WARM and took[-1] + time.perf_counter() - began > SECONDS):
+                break
+    finally:
+        feed.close()
+    own = statistics.median(took[WARM:] or took) * settled.total_steps
+    return max(map(float, process.group.texts(str(own))))
+
+
+def document_of(estimates: list[Estimate]) -> dict[str, Any]:
+    """For scripts: what `render` shows, and every setting."""
+    return {
+        "runs": [
+            {
+                "steps": one.settled.total_steps,
+                "tokens": one.settled.total_steps * one.settled.plan.batch_tokens,
+                "seconds": one.seconds,
+                "weight_bytes": one.weight_bytes,
+                "memory_bytes": one.memory_bytes,
+                "disk_bytes": one.disk_bytes,
+                "config": dict(one.described),
+            }
+            for one in estimates
+        ]
+    }
+
+
+def render(estimate: Estimate) -> Table:
+    """For a person."""
+    settled, cache = estimate.settled, estimate.described["cache"]
+    facts = Table.grid(padding=(0, 2))
+    saes = [f"{member.label}: {settings_of(member)}" for member in settled.config.members]
+    rows = {
+        "run": estimate.described["recipe"] or counted(len(saes), "SAE"),
+        "store": f"{cache['url']} ({cache['model']} on {cache['corpus']})",
+        "SAEs": "\n".join(saes),
+        "text": settled.remark,
+        "steps": f"{settled.total_steps:,} of {settled.plan.batch_tokens:,} tokens",
+        "memory": f"{say_size(estimate.memory_bytes)} for weights, gradients and moments of all",
+        "disk": f"{say_size(estimate.disk_bytes)} at most, nearly all of it checkpoints",
+        "time": f"about {say_time(estimate.seconds)}, by a few steps on {estimate.where}",
+    }
+    for name, value in rows.items():
+        facts.add_row(f"[bold]{name}[/bold]", value)
+    return facts
