@@ -49,6 +49,11 @@ STUDY_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),500k))
 STUDY_COURSE := --set data.batch_tokens=2048 --eval-set browser.windows=256 \
   $(if $(filter smollm2,$(MODEL)),--epochs 1 --width 1152 $(STDLIB_PROBES) $(DECIDE_MEASURED),--epochs 2 --width 512)
 
+# A variable that nothing here reads would have no effect, as one for the corpus' column.
+SAID := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
+UNREAD := $(filter-out SHELL $(shell grep -oE '[A-Z_]{2,}' $(firstword $(MAKEFILE_LIST))),$(SAID))
+$(if $(UNREAD),$(error nothing reads $(UNREAD). `make help` lists the variables of each verb, and --help all options of its command))
+
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
   bench bench-store bench-exports bench-harvest bench-train bench-small bench-quality bench-massive bench-eval bench-browser bench-gpu \

@@ -15,7 +15,7 @@ from ..evaluate.output.pictures import draw
 from ..evaluate.run.command import measure
 from ..harvest.cli import make_config
 from ..harvest.progress import Watch
-from ..train.cli import folder_of
+from ..train.cli import folder_of, warnings_of
 from ..train.config.recipe_registry import find_recipes
 from ..train.errors import ConfigInvalid
 from ..train.run.after_run import after_run
@@ -55,8 +55,8 @@ def train(**words: Any) -> Run:
         raise ConfigInvalid(f"expected one process, found {launched}: several train with sae-train")
     with open_process(device, console, read["spread"], is_watched=plots) as process:
         (outcome,) = train_all(read, process)
-    if outcome.diverged:
-        console.print(outcome.say_diverged())
+    for line in filter(None, [*warnings_of(outcome), outcome.say_diverged()]):
+        console.print(line)
     folder = folder_of(outcome)
     if plots:
         after_run(folder, console.print)

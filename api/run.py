@@ -57,8 +57,14 @@ class Run:
             return "-" if value is None else f"{value:.3f}"
 
         saes = "; ".join(f"{r['sae']}: L0 {r['l0']:.1f}, EV {number(r['explained_variance'])}" for r in self.rows)
-        return f"Run({str(self.path)!r}): {self.results['steps']:,} steps; {saes}"
+        said = "; ".join(filter(None, [saes, *self._diverged]))
+        return f"Run({str(self.path)!r}): {self.results['steps']:,} steps; {said}"
 
     def _repr_html_(self) -> str:
         done = f"{self.results['steps']:,} steps, {self.results['tokens']:,} tokens"
-        return notebook_html.table(self.rows, str(self.path), [done])
+        return notebook_html.table(self.rows, str(self.path), [done, *self._diverged])
+
+    @property
+    def _diverged(self) -> list[str]:
+        """SAEs of the run that have no numbers, and why."""
+        return [f"{label}: {why}" for label, why in self.results.get("diverged", {}).items()]

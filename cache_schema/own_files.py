@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,3 +23,14 @@ def and_own(folders: Iterable[str], below: str) -> list[str]:
     if twice := sorted({file.stem for file in own.glob("[!_.]*")} & there):
         raise SystemExit(f"error: {own}: {', '.join(twice)}: the name of one that saemill has. Choose another")
     return [*folders, str(own)]
+
+
+def digest_of_own() -> str | None:
+    """Of all files of that folder that Python may import; None where none is named."""
+    extra = os.environ.get(EXTRA)
+    if not extra:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(extra).rglob("*.py")):
+        digest.update(f"{file.relative_to(extra)}\0".encode() + file.read_bytes() + b"\0")
+    return f"sha256:{digest.hexdigest()}"

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ def main(
     try:
         with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # of what it runs, too
             chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
+            for line in unused(list(chain.from_iterable(chosen.values())), few, evaluation, seeds, baselines):
+                click.echo(line, err=True)
             for study, recipes in chosen.items():
                 course = Course(cache, out / study, tuple(options), seeds, baselines, words)
                 with name_full_disk(f"writing into {course.out}"):
@@ -180,6 +183,21 @@ def restrict(recipes: Sequence[Recipe], few: str | None) -> list[Recipe]:
             "`sae-eval RUN --evals NAME` adds others afterwards"
         )
     return found
+
+
+def unused(
+    recipes: Sequence[Recipe], few: str | None, evaluation: Sequence[str], seeds: int | None, baselines: bool
+) -> Iterator[str]:
+    """What was asked for and none of these runs has a use for."""
+    measured = {eval_id for recipe in recipes for eval_id in recipe.evals}
+    named = [name.strip() for name in few.split(",")] if few else []
+    yield from (f"--evals {name}: none of these runs has it" for name in named if name not in measured)
+    for said in evaluation:
+        if (eval_id := said.partition(".")[0]) not in measured:
+            yield f"--eval-set {said}: none of these runs is measured by {eval_id}"
+    options = {"--seeds": seeds is not None, "--with-baselines": baselines}
+    if not any(recipe.seeds > 1 for recipe in recipes):
+        yield from (f"{name}: none of these runs compares seeds" for name, is_said in options.items() if is_said)
 
 
 def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:

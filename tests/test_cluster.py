@@ -153,6 +153,23 @@ def test_a_requeued_run_goes_on_as_it_was_launched_and_ends(stubs, tmp_path):
     assert log_of(tmp_path) == [f"{resumed} --spread --device cuda --no-plots", resumed]
 
 
+def test_a_run_that_is_there_takes_no_other_settings(stubs, tmp_path):
+    """They were dropped, and the old run went on, or had ended and was evaluated."""
+    stubs["FINISHED"] = "1"
+    words = ["--variant", "topk", "--set", "optim.lr=1e-3"]
+    assert begin_recipe("train.sbatch", stubs, tmp_path, *words, "--spread").wait() == 0
+    (tmp_path / "runs/wide").mkdir(parents=True)
+    (tmp_path / "runs/wide/config.json").touch()
+    assert begin_recipe("train.sbatch", stubs, tmp_path, *words, "--device", "cuda").wait() == 0
+    assert begin_recipe("train.sbatch", stubs, tmp_path).wait() == 0
+    assert begin_recipe("train.sbatch", stubs, tmp_path, "--variant", "jumprelu").wait() == 1
+    (tmp_path / "runs/wide/result.json").touch()
+    assert begin_recipe("train.sbatch", stubs, tmp_path, "--variant", "jumprelu").wait() == 1
+    resumed = "train --out runs --resume wide"
+    begun = "train --out runs --cache store --name wide --variant topk --set optim.lr=1e-3 --spread"
+    assert log_of(tmp_path) == [begun, f"{resumed} --device cuda", resumed]
+
+
 def test_tasks_of_any_array_are_workers_from_one_on_and_evaluations_keep_what_is_done(stubs, tmp_path):
     for label in ("a", "b"):
         (tmp_path / "my runs/wide" / label).mkdir(parents=True)

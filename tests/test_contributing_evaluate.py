@@ -82,7 +82,9 @@ OWN = """
 from saemill.evaluate import evals
 from saemill.harvest.corpus import sources
 from saemill.train.kit.variant_registry import config_type
+from saemill.train.run.folder import provenance
 print(config_type("overlap")(width=64, k=4).build(8).sae, evals.load("busiest"), "csv_file" in sources())
+print(evals.is_own("busiest"), evals.is_own("core"), provenance({})["SAEMILL_EXTRA"])
 """
 
 
@@ -93,11 +95,18 @@ def test_files_of_ones_own_lie_outside_the_repository(template, tmp_path):
     (tmp_path / "twice/train/variants").mkdir(parents=True)
     (tmp_path / "twice/train/variants/topk.py").touch()
     said_of = {"": "", "gone": "there is no such folder", "twice": "topk: the name of one that saemill has"}
-    for folder, said in ((tmp_path / name, said) for name, said in said_of.items()):
+    digests = set()
+    for folder, said in ((tmp_path / name, said) for name, said in [*said_of.items(), ("", "")]):
         environment = {**os.environ, "SAEMILL_EXTRA": str(folder)}
         done = subprocess.run([sys.executable, "-c", OWN], env=environment, capture_output=True, text=True)
         assert (done.returncode == 0) == (folder == tmp_path) and said in done.stderr, done.stderr
-        assert ("8 -> 64 -> 8, k 4" in done.stdout and done.stdout.endswith("True\n")) == (folder == tmp_path)
+        if folder == tmp_path:
+            first, second = done.stdout.splitlines()
+            assert "8 -> 64 -> 8, k 4" in first and first.endswith("True") and second.startswith("True False sha256:")
+            digests.add(second)
+            with (folder / "train/variants/overlap.py").open("a") as file:
+                file.write("# changed")
+    assert len(digests) == 2  # results say which files they are of
 
 
 def test_the_corpus_source_of_the_page_is_a_data_set(copied, tmp_path):

@@ -175,7 +175,7 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
             cells.append(share(sae.explained_variance if every is None else every))
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
-    console.print("L0 and EV (explained variance) are of the store's validation split")
+    console.print(f"L0 and EV (explained variance) are of {outcome.say_held_out()}")
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
     console.print(

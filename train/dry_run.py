@@ -61,7 +61,7 @@ def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
             seconds = estimate_seconds(settled, store, process)
             width = store.manifest.width_of
             weights = sum(weight_bytes(member, width) for member in settled.config.members) // COPIES
-            yield Estimate(settled, settled.describe(store), weights, seconds, str(process.device))
+            yield Estimate(settled, settled.describe(store, process.hardware), weights, seconds, str(process.device))
 
 
 def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:

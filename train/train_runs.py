@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..cache_schema import Store, StoreMissing
 from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
-from .config.parse_settings import parse_grid, parse_settings
+from .config.parse_settings import add_setting, parse_grid, parse_settings
 from .config.recipe_registry import find_recipes, studies
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
@@ -27,6 +28,8 @@ from .run.folder import RunFolder, cache_of
 from .run.process import Process
 from .run.results import Outcome, conclude
 from .run.start_or_resume import Run, begin_run, resume_run
+from .sae.kernels.dense_products import Product, product_on
+from .sae.model import SparseAutoencoder
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
@@ -132,7 +135,11 @@ def _take_step(run: Run, step: int) -> None:
 def _introduce(run: Run, remark: str) -> None:
     """What is about to happen; a collective call."""
     own = {
-        label: {"process": run.process.group.rank, "cut": sorted(trainee.assembly.cut_short(run.total_steps))}
+        label: {
+            "process": run.process.group.rank,
+            "cut": sorted(trainee.assembly.cut_short(run.total_steps)),
+            "products": products_of(trainee.sae, run.process.device),
+        }
         for label, trainee in run.fleet.trainees.items()
     }
     told = run.process.collect(own, run.labels)
@@ -153,11 +160,22 @@ def _introduce(run: Run, remark: str) -> None:
     cut = {tuple(found) for one in told.values() for found in one["cut"]}
     for asked, given in sorted(cut):
         run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
+    products = {label: one["products"] for label, one in told.items() if len(set(one["products"])) > 1}
+    for asked, given in sorted(set(map(tuple, products.values()))):
+        of = ", ".join(label for label, pair in products.items() if pair == [asked, given])
+        run.process.console.print(
+            f"{of}: products of the encoder in {given}: this machine has no fast ones in {asked} (encoder_product)"
+        )
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
             run.process.console.print(
                 f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
             )
+
+
+def products_of(sae: SparseAutoencoder, device: torch.device) -> tuple[Product, Product]:
+    """How the encoder is to multiply, and how it does on this device."""
+    return sae.encoder_product, product_on(device, sae.encoder_product)
 
 
 def settings_of(member: Member) -> str:
@@ -191,9 +209,11 @@ def find_asks(
 
 
 def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
-    """All settings of the command line; --set wins over an option."""
-    options = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
-    return options | _resolve_aliases(parse_settings(words))
+    """All settings of the command line, of options and of --set."""
+    settings = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
+    for key, value in parse_settings(words).items():
+        add_setting(settings, _ALIASES.get(key, key), value)
+    return settings
 
 
 def _points(words: tuple[str, ...]) -> list[dict[str, Any]]:

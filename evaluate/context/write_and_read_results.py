@@ -24,6 +24,7 @@ from ...train.disk.sae_folder import SAELENS_VERSION
 from ...train.run.find_and_load_sae import list_saes
 from ...train.run.folder import provenance
 from ...train.run.init_from_trained_sae import files_of, source_of
+from ...train.run.process import describe_hardware
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae
 
@@ -103,7 +104,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "missing": result.missing,
             "remark": result.remark,
             "measured_on": result.measured_on,
-            "provenance": provenance(),
+            "provenance": provenance(describe_hardware(subject.sae.b_dec.device)),
         },
     }
 

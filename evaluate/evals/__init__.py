@@ -41,6 +41,11 @@ def load(name: str) -> Evaluation[Any]:
     return found
 
 
+def is_own(name: str) -> bool:
+    """Whether it is a user's own, and lies outside the repository."""
+    return any(Path(folder, place).exists() for folder in __path__[1:] for place in (name, f"{name}.py"))
+
+
 def _modules() -> dict[str, str]:
     """Where each evaluation is, by its id."""
     folders = {file.parent.name for path in __path__ for file in Path(path).glob("*/__init__.py")}

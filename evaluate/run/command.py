@@ -106,7 +106,7 @@ def measure(
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
-    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"])
+    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"], Watch().say)
     for problem in problems:
         refuse(problem)
     if words["compare"] and not words["cache"]:

@@ -18,12 +18,14 @@ from typing import Any, Literal
 
 from ...cache_schema import StoreError
 from ...cache_schema.numbers_in_words import first_line
+from ...cache_schema.own_files import digest_of_own
 from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...train.errors import TrainError
 from .. import evals
 from ..context.context import Context
+from ..context.disk_cache import decided_by
 from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import (
     DATA,
@@ -125,6 +127,8 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     }
     if evaluation.revision != 1:  # results of before there were any are of the first
         settings["revision"] = evaluation.revision
+    if evals.is_own(eval_id):  # which has no commit of this package that would tell of its changes
+        settings["own_files"] = digest_of_own()
     if evaluation.needs.store and (context.opened is not None or context.massive_norms != "store's"):
         settings["massive_norms"] = context.massive_multiple
     data = evaluation.data_revision(context, config)
@@ -203,9 +207,10 @@ class _Attempts:
             reason = f"{item.missing}. The whole result of these settings that was there stands"
             return Row(item.subject, self._eval_id, "kept", reason, before)
         place, aside = result_path(item.subject, self._eval_id), None
+        replaced = describe_differences(before, self._settings) if before and self._eval_id != BROWSER else ""
         try:
-            if before and other and settings_in(before).get("cache_id") == item.subject.cache_id:  # which may be gone
-                aside = place.with_suffix(f".{item.subject.cache_id}.json")
+            if before and replaced:  # its store or its model may be gone
+                aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
                 shutil.copyfile(place, aside)
             document = write_result(item, self._eval_id, self._settings)
         except OSError as error:  # of the disk, and no reason to measure anything again
@@ -214,13 +219,9 @@ class _Attempts:
                     aside.unlink()
             said = f"its result could not be written to {place} ({error}): make room, then --resume"
             return Row(item.subject, self._eval_id, "failed", said)
-        if aside is not None:
-            said = f"{item.subject.name} had a result on its own store, which is now {aside}"
-            self._context.say(f"{self._eval_id}: {said}")
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
-        replaced = describe_differences(before, self._settings) if before and aside is None else ""
-        instead = f", in place of its result of {replaced}" if replaced else ""
-        self._context.say(f"{self._eval_id}: {item.subject.name} done{instead}")
+        kept = f". Its result of {replaced} is now {aside}" if replaced else ""
+        self._context.say(f"{self._eval_id}: {item.subject.name} done{kept}")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
 from ...train.config.recipe_registry import runs_of, studies
+from ...train.disk.atomic_files import read_json
 from ...train.disk.hook_metadata import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
@@ -41,11 +42,16 @@ def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) 
 
 
 def find_all(
-    targets: Iterable[str], runs: Path, layer: int | None = None, cache: str | None = None
+    targets: Iterable[str],
+    runs: Path,
+    layer: int | None = None,
+    cache: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[LoadedSae], list[Problem]]:
     """All SAEs of all targets that can be loaded, and what is wrong with the others.
 
-    `layer` is for SAEs that do not say theirs; `cache` is the store that what is missing would be trained on.
+    `layer` is for SAEs that do not say theirs; `cache` is the store that what is missing would be trained on. What a
+    run has no weights of is said.
     """
     found: dict[Path, LoadedSae] = {}
     homes: dict[Path, Path] = {}  # one run is one, by whatever paths it was named
@@ -56,6 +62,9 @@ def find_all(
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
+        if (run := _run_of(target, runs)) is not None:
+            for line in absent_from(run):
+                say(line)
         home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_of_hub(target, runs) else None
         for folder, run in places:
             try:
@@ -78,6 +87,15 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
         raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
     parent = folder.resolve().parent
     return [(folder, RunFolder(parent) if is_run(parent) else None)]
+
+
+def absent_from(run: RunFolder) -> Iterator[str]:
+    """Which SAEs of a run that has ended have no weights, and why."""
+    there = {folder.name for folder in list_saes(run.path)}
+    diverged = read_json(run.path / "result.json").get("diverged", {})
+    for label in run.read_config()["saes"]:
+        if label not in there:
+            yield f"not evaluated: {label} of {run.name}: {diverged.get(label, 'its folder is gone')}"
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
@@ -162,6 +180,12 @@ def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> To
     except SaeInvalid as error:
         raise SettingInvalid(f"{folder}: {error}") from None
     if told is not None:
+        if given is not None and given not in told.layers:
+            named = ", ".join(map(str, told.layers))
+            raise SettingInvalid(
+                f"{folder}: expected the layer that it says it reads, {named}, found --layer {given}, which is for "
+                "SAEs that say none: leave it out"
+            )
         return told
     if metadata.get("transcodes"):
         raise SettingInvalid(f"{folder}: {UNTOLD}")

@@ -125,6 +125,9 @@ def test_a_run_has_rows_and_saes(run: Any, path: Path) -> None:
     with pytest.raises(RunMissing, match="no SAE 7: choose one of topk_k2, topk_k4"):
         run.load(7)
     assert repr(run).startswith("Run('runs/run_1'): 3 steps; topk_k2: L0 2.0")
+    run.results["diverged"] = {"standard": "diverged at step 2"}
+    assert repr(run).endswith("; standard: diverged at step 2")
+    assert "<p>standard: diverged at step 2</p>" in run._repr_html_()
     config = json.loads(Path("runs/run_1/config.json").read_text())
     assert config["cache"]["url"] == str(path) and config["data"]["batch_tokens"] == 256
 

@@ -129,6 +129,19 @@ def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, m
     assert max(map(len, ways)) <= 9
 
 
+def test_saes_of_a_run_that_are_not_there_are_told(run_1, sae_eval):
+    """A row less in the table is easily missed."""
+    config = json.loads((run_1 / "config.json").read_text())
+    config["saes"] |= {"gone": {}, "wild": {}}
+    (run_1 / "config.json").write_text(json.dumps(config))
+    result = json.loads((run_1 / "result.json").read_text())
+    (run_1 / "result.json").write_text(json.dumps(result | {"diverged": {"wild": "diverged at step 3"}}))
+    said = " ".join(sae_eval("run_1").split())
+    assert "not evaluated: gone of run_1: its folder is gone" in said
+    assert "not evaluated: wild of run_1: diverged at step 3" in said
+    assert "not evaluated" not in sae_eval("run_1/small")
+
+
 def test_a_path_a_single_sae_and_the_same_one_twice(run_1, sae_eval, builder):
     assert "run_1/large" not in sae_eval(run_1 / "small", "run_1/small")
     assert set(results(run_1)) == {"small_eval_results.json"}
@@ -606,8 +619,19 @@ def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_
     assert "kept: core of run_1/large, run_1/small: its result is of config.n_eval_reconstruction_batches 1" in output
     assert "(asked for: None)" in output and results(run_1) == before
     assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
-    replaced = "done, in place of its result of config.n_eval_reconstruction_batches 1 (asked for: None)"
-    assert replaced in sae_eval("run_1") and "in place of" not in sae_eval("run_1")
+
+
+def test_a_result_of_other_settings_is_kept_beside_the_new_one(run_1, sae_eval):
+    """Its model or its text may be out of reach by now."""
+    sae_eval("run_1/small", "--set", "core.n_eval_reconstruction_batches=1")
+    place = run_1 / "evals/core/small_eval_results.json"
+    before = place.read_bytes()
+    said = " ".join(sae_eval("run_1/small").split())
+    assert "done. Its result of config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
+    (aside,) = place.parent.glob("small_eval_results.*.json")
+    assert aside.read_bytes() == before != place.read_bytes()
+    assert "Its result" not in sae_eval("run_1/small")  # of the same settings
+    assert list(place.parent.glob("small_eval_results.*.json")) == [aside]
 
 
 @pytest.mark.parametrize("keep", ["--resume", "--compare"])
@@ -858,11 +882,18 @@ def test_the_layer_that_a_hook_means(told, builder, hook, layer):
 @pytest.mark.parametrize(
     ("name", "hook"), [("attn.hook_z", "z"), ("hook_mlp_out", "mlp_out"), ("hook_resid_post", "resid")]
 )
-@pytest.mark.parametrize("given", [None, 4])
+@pytest.mark.parametrize("given", [None, 3])
 def test_a_hook_is_what_its_name_says_whatever_layer_is_given(told, builder, sae_eval, name, hook, given):
     folder = told(hook_name=f"blocks.3.{name}")
     (subject,) = find_subjects([str(folder)], builder.root, layer=given)
     assert (subject.layers, subject.target_layers, subject.hooks) == ((3,), (3,), (hook, hook))
+
+
+def test_another_layer_than_an_sae_names_is_refused(told, builder, run_1, sae_eval):
+    """It was measured at its own, and the option had no effect."""
+    said = " ".join(sae_eval(told(hook_name="blocks.3.hook_resid_post"), "run_1/small", "--layer", 4, code=1).split())
+    assert "expected the layer that it says it reads, 3, found --layer 4" in said
+    assert f"it says it reads, {builder.LAYER}, found --layer 4" in said
 
 
 @pytest.mark.parametrize("name", ["blocks.3.hook_resid_mid", "hook_embed", "blocks.0.hook_resid_pre"])

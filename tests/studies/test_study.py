@@ -626,6 +626,18 @@ def test_only_runs_that_compare_have_sanity_baselines(tmp_path):
     assert "--with-baselines" not in alone and compared[-1] == "--with-baselines"
 
 
+def test_what_no_run_has_a_use_for_is_told():
+    runs = [replace(recipe(name), evals=("core",)) for name in ("run_0", "run_1")]
+    said = list(study.unused(runs, "core,ravel", ("tiers.trace_windows=0", "core.resamples=9"), 5, True))
+    assert said == [
+        "--evals ravel: none of these runs has it",
+        "--eval-set tiers.trace_windows=0: none of these runs is measured by tiers",
+        "--seeds: none of these runs compares seeds",
+        "--with-baselines: none of these runs compares seeds",
+    ]
+    assert list(study.unused([recipe("decisive", 5)], None, (), 5, True)) == []
+
+
 def test_a_few_evaluations_can_be_chosen():
     (decisive,) = study.restrict(study.choose("tiered", "decisive"), "core, scr")
     assert decisive.evals == ("core", "scr")

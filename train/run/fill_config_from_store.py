@@ -43,7 +43,7 @@ class Settled:
     init: Source | None = None
     """The trained SAE that all begin as."""
 
-    def describe(self, store: Store) -> dict[str, Any]:
+    def describe(self, store: Store, hardware: Mapping[str, Any]) -> dict[str, Any]:
         """config.json."""
         return {
             "format": FORMAT,
@@ -59,7 +59,7 @@ class Settled:
             **({} if self.init is None else {"init": to_json(self.init)}),
             **self.config.to_json(),
             "total_steps": self.total_steps,
-            "provenance": provenance(),
+            "provenance": provenance(hardware),
         }
 
 

@@ -1,6 +1,6 @@
 """The folder of a run, and everything that knows its layout.
 
-runs/run_4/config.json          what was asked for, and where it ran: cache id, commit, versions
+runs/run_4/config.json          what was asked for, and where it ran and was gone on with: cache id, versions, device
 runs/run_4/metrics.jsonl        one line per logged step and SAE
 runs/run_4/checkpoints/step_*/  the last two; the last alone if the run finished
 runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (there when training is done)
@@ -28,6 +28,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
+from ...cache_schema.own_files import EXTRA, digest_of_own
+from ...cache_schema.strict_json import flatten
 from ..disk.atomic_files import encode_line, read_json, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_command
 
@@ -106,6 +108,13 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
+
+    def keep_resumption(self, here: Mapping[str, Any]) -> list[str]:
+        """Where the run goes on, in config.json after where it was begun; what is other there, in words."""
+        config = self.read_config()
+        before = [config.get("provenance") or {}, *config.get("resumed", [])]
+        self.write_config(config | {"resumed": [*before[1:], dict(here)]})
+        return other_than(before[-1], here)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         with name_failure(self.path, "result.json"):
@@ -208,15 +217,25 @@ def run_names(root: str | os.PathLike[str]) -> list[str]:
     return sorted(path.parent.name for path in Path(root).glob("*/config.json") if is_run(path.parent))
 
 
-def provenance() -> dict[str, Any]:
+def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
     """Where a run comes from: never part of an identity."""
+    own = digest_of_own()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _typed_command(),
         "git": _git_state(Path(__file__)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "hardware": dict(hardware),
+        **({} if own is None else {EXTRA: own}),
     }
+
+
+def other_than(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What is not as it was where a run was begun, or last gone on with, in words."""
+    old, new = flatten(before), flatten(here)
+    keys = [key for key in new if key not in ("date", "command") and key in old and old[key] != new[key]]
+    return [f"{key.rpartition('.')[2]} {new[key]} (before: {old[key]})" for key in keys]
 
 
 def _typed_command() -> str | None:

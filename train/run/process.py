@@ -40,6 +40,19 @@ class Process:
         return {label: found[label] for label in labels if label in found}
 
     @property
+    def hardware(self) -> dict[str, Any]:
+        """What a run is computed on here."""
+        return describe_hardware(self.device) | {"processes": self.group.size}
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.group.rank == 0
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """For records of where numbers come from."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+    return {"device": f"{device.type}, {name}", "threads": torch.get_num_threads()}

@@ -18,6 +18,7 @@ from ..disk.write_and_load_checkpoints import keep_newest
 from ..engine.fleet_of_saes import say_all_diverged, say_diverged
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
+from ..sae.kernels.dense_products import product_on
 from .folder import name_failure
 from .start_or_resume import Run
 from .validation import DIVERGED, HeldOut, validate
@@ -49,6 +50,8 @@ class SaeOutcome:
     """Of weights, optimiser and all else that a checkpoint holds."""
     cut_short: tuple[tuple[int, int], ...] = ()
     """Warm-ups and the like that the run was too short for: steps asked for, and steps there were."""
+    encoder_product: str | None = None
+    """How the encoder multiplied: what was asked for, where the hardware has it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ class Outcome:
     """What was left out of each layer; empty where every row counts."""
     diverged: dict[str, str] = field(default_factory=dict)
     """SAEs of the run that have no folder and no numbers, and why."""
+
+    def say_held_out(self) -> str:
+        """What L0 and explained variance were measured on; SAEs that leave out other rows have each their own."""
+        kinds = {(sae.validation_tokens, sae.validation_massive) for sae in self.saes.values()}
+        few, massive = min(kinds)
+        more = f" to {max(kinds)[0]:,}" if len(kinds) > 1 else ""
+        left_out = f", {massive:,} massive rows left out" if massive else ""
+        return f"the store's validation split, {few:,}{more} tokens of it{left_out}"
 
     def say_diverged(self) -> str:
         """Empty where none has."""
@@ -181,6 +192,7 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
         step_seconds=run.fleet.step_seconds(member.label),
         state_bytes=trainee.state_bytes,
         cut_short=tuple(trainee.assembly.cut_short(run.total_steps)),
+        encoder_product=product_on(run.process.device, trainee.sae.encoder_product),
     )
 
 

@@ -32,7 +32,7 @@ from .after_run import Onlookers
 from .checkpoints_and_signals import Saver
 from .fill_config_from_store import Settled, settle_again
 from .fits_in_memory import weight_bytes
-from .folder import MetricsLog, RunFolder
+from .folder import MetricsLog, RunFolder, provenance
 from .init_from_trained_sae import begin_fleet_as, require_unchanged
 from .log_metrics import Watch
 from .preflight import check
@@ -68,7 +68,7 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
     with all_or_none(process.group):
         if process.is_first:
             folder = RunFolder.create(out, name, like=settled.recipe and settled.recipe.name)
-            folder.write_config(settled.describe(store))
+            folder.write_config(settled.describe(store, process.hardware))
             path = str(folder.path)
     folder = RunFolder(process.group.texts(path)[0])
     try:
@@ -95,6 +95,9 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
                 require_unchanged(settled.init)
         _begin_as_source(settled, fleet, store, process)
     with _tell_memory(process), _open(settled, store, process, folder, fleet, standing) as run:
+        with all_or_none(process.group):
+            if process.is_first and (others := folder.keep_resumption(provenance(process.hardware))):
+                process.console.print(f"other than before: {', '.join(others)}", style="yellow", markup=False)
         yield run
 
 

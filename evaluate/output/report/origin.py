@@ -28,6 +28,7 @@ def _origin(run: str, records: Sequence[Record], is_named: bool) -> Html:
         "trained": made.get("date"),
         "command": made.get("command"),
         "code": _code(made),
+        "computed on": _part(made, "hardware").get("device"),
     }
     shown = {name: value for name, value in facts.items() if value}
     if not (line or shown):

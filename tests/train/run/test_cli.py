@@ -26,6 +26,7 @@ from saemill.train.run.checkpoints_and_signals import catch_signals
 from saemill.train.run.folder import RunFolder, is_run
 from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
+from saemill.train.sae.kernels import dense_products
 
 TOPK = ["--variant", "topk"]
 CROSS = [*TOPK, "--variant", "crosscoder"]
@@ -50,6 +51,17 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train,
     assert disk < found["disk_bytes"] < 4 * disk and found["seconds"] > 0
 
 
+@pytest.mark.parametrize("has_fast", [True, False])
+def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick, tmp_path, monkeypatch, has_fast):
+    """config.json says what was asked for; other latents are chosen where it is not had."""
+    monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda _: has_fast)
+    words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--width", 64, "--set", "encoder_product=bfloat16"]
+    said = "topk: products of the encoder in float32: this machine has no fast ones in bfloat16"
+    assert (said in sae_train(*words).output) == (not has_fast)
+    found = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["topk"]
+    assert found["encoder_product"] == ("bfloat16" if has_fast else "float32")
+
+
 def test_a_dry_run_refuses_what_a_run_refuses(big, sae_train, quick, tmp_path):
     words = [*quick, "--cache", big["path"], "--dry-run"]
     assert "found 100" in sae_train(*TOPK, *words, "--k", 100, "--width", 64, code=1).stderr
@@ -65,7 +77,8 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     with Store.open(big["path"]) as store:
         assert config["cache"]["cache_id"] == store.manifest.cache_id
     assert config["saes"]["topk"]["config"]["k"] == 3 and config["saes"]["topk"]["config"]["width"] == 64
-    assert {"date", "command", "git", "python", "packages"} == set(config["provenance"])
+    assert {"date", "command", "git", "python", "packages", "hardware"} == set(config["provenance"])
+    assert config["provenance"]["hardware"].keys() == {"device", "threads", "processes"}
     assert config["provenance"]["packages"]["torch"]
     assert (run / "topk/cfg.json").is_file() and (run / "topk/sae_weights.safetensors").is_file()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -80,7 +93,8 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         "steps",
         "tokens/s",
         "L0",
-        "L0 and EV (explained variance) are of the store's validation split",
+        "L0 and EV (explained variance) are of the store's validation split, ",
+        f" {outcome['saes']['topk']['validation_tokens']:,} tokens of it",
         "dead",
         "waiting for data",
         "share a document",

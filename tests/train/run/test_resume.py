@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
@@ -63,6 +64,22 @@ def test_killed_without_warning(stopped, sae_train, straight, same_bits):
     assert not (stopped / "result.json").exists()
     assert "continuing after step" in sae_train("--resume", "run", "--device", "cpu").output
     same_bits(stopped, straight)
+
+
+def test_a_run_says_where_it_was_gone_on_with(stopped, sae_train):
+    """Another version, commit or device computes other digits."""
+    config = json.loads((stopped / "config.json").read_text())
+    config["provenance"]["packages"]["torch"] = "1.0"
+    config["provenance"]["hardware"]["device"] = "a card of before"
+    (stopped / "config.json").write_text(json.dumps(config))
+    said = " ".join(sae_train("--resume", "run", "--device", "cpu").output.split())
+    assert f"torch {torch.__version__} (before: 1.0)" in said and "(before: a card of before)" in said
+    found = json.loads((stopped / "config.json").read_text())
+    (resumed,) = found.pop("resumed")
+    assert found == config and resumed["hardware"]["device"].startswith("cpu, ")
+    (stopped / "result.json").unlink()
+    assert "other than before" not in sae_train("--resume", "run", "--device", "cpu").output
+    assert len(json.loads((stopped / "config.json").read_text())["resumed"]) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

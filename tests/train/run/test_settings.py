@@ -67,6 +67,20 @@ def test_a_list_is_written_with_commas_and_one_item_is_a_list(word, expected):
     assert with_settings(CourseConfig(), parse_settings([word]), "course").trackers == expected
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--set", "k=2", "--set", "k=3"],
+        ["--k", "2", "--set", "k=3"],
+        ["--lr", "1e-3", "--set", "optim.lr=1e-4"],
+        ["--set", "lr=1e-3", "--set", "optim.lr=1e-4"],
+    ],
+)
+def test_of_two_values_of_a_setting_none_is_dropped(big, sae_train, words):
+    words = ["--variant", "topk", "--cache", big["path"], "--dry-run", *words]
+    assert "expected one value of " in sae_train(*words, code=1).stderr
+
+
 def test_lists_are_lists_wherever_a_variant_or_a_grid_has_them():
     assert members(["layers=18"], "crosscoder")[0].config.layers == (18,)
     assert members(["layers=18,19"], "crosscoder")[0].config.layers == (18, 19)
