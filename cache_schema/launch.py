@@ -32,5 +32,6 @@ def joining() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         raise LaunchInvalid(
             f"WORLD_SIZE={count_processes()}: expected that many processes that meet, found: {first_line(error)}: "
-            "start them all by torchrun, or unset WORLD_SIZE"
+            "start them all by torchrun, or unset WORLD_SIZE. Of several hosts name the network that they share by "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error

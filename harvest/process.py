@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from ..cache_schema.launch import count_processes, joining
 from .config import Worker
@@ -47,8 +48,11 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
     from accelerate import PartialState
 
     # Without a GPU it takes each process for the only one, where it is not told that they are on processors.
+    is_on_cpu = device == "cpu" or not torch.cuda.is_available()
     with joining():
-        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        if not is_on_cpu:  # nothing is added up: NCCL, which it would take, looks all the time for who has ended
+            dist.init_process_group("gloo")
+        state = PartialState(cpu=is_on_cpu)
     if state.num_processes != launched:
         raise SettingInvalid(
             f"expected RANK and LOCAL_RANK beside WORLD_SIZE={launched}, as torchrun sets them, found "

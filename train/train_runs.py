@@ -41,7 +41,7 @@ TAKEN = 0.98  # share of the text below which it is said how much is read
 @contextmanager
 def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
     """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
-    group, place = join(device)
+    group, place = join(device, has_sums=not spread)
     if spread and group.size == 1:
         console.print("--spread deals SAEs out over several processes, and this is one: start it by torchrun")
     process = Process(group, SOLO if spread and group.size > 1 else group, place, console, is_watched)

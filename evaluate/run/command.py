@@ -17,6 +17,7 @@ import torch
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.cli import print_json, tell_files
 from ...cache_schema.keep_freed_memory import keep_large_blocks
+from ...cache_schema.launch import count_processes
 from ...cache_schema.numbers_in_words import say_size
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
@@ -102,6 +103,11 @@ def measure(
 ) -> tuple[list[Row], list[Problem]]:
     """Results of all targets that can be loaded, and what is wrong with the others, which is told at once: whoever
     raises it has nothing evaluated. Where someone can be asked, a run that is missing may be trained."""
+    if (launched := count_processes()) > 1:
+        raise SettingInvalid(
+            f"expected one process, found {launched}, each of which would evaluate all SAEs and write the same files: "
+            "start it by itself, several of them with some of the SAEs each (docs/cluster.md)"
+        )
     session = make_session(words)  # first: no run is trained for words that are refused then
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])

@@ -123,7 +123,7 @@ def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> 
     y, wanted = sae.skip(x, sae.reconstruct(sae.codes(x, side), side)) - sae.b_dec, target - sae.b_dec
     pairs = ((y, y), (wanted, y), (wanted, wanted))
     own = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
-    return side.ranks.sum(own).tolist()
+    return side.latents.agree(side.ranks.sum(own)).tolist()
 
 
 def _search(falling: Callable[[float], float], goal: float, most: float) -> float:

@@ -38,6 +38,10 @@ class Latents:
         """The same of a number on the host."""
         return own
 
+    def agree(self, tensor: Tensor) -> Tensor:
+        """The first process's numbers, where all are to decide by the same: unlike GPUs round unlike."""
+        return tensor
+
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
         """The tensor of each process, in the order of their latents, and which is this one's; lengths may differ."""
         return [tensor], 0
@@ -78,6 +82,9 @@ class SomeLatents(Latents):
 
     def count(self, own: int) -> int:
         return int(self._ranks.sum(torch.tensor(own)))
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        return self._ranks.sum(tensor if self._ranks.rank == 0 else torch.zeros_like(tensor))
 
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
         return self._ranks.gather(tensor), self._ranks.rank

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from .ranks import Ranks
 _REST_SECONDS = 0.2
 PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
 MEETING = timedelta(hours=1)  # until all have begun; and of a sum on GPUs, where one may still be writing a checkpoint
+BEAT_SECONDS, GRACE_SECONDS = 1.0, 20.0
+GONE = "another process of the run is gone, or cannot be reached: its own message says why, if it had time to leave one"
 
 
 class Group(Ranks):
@@ -57,13 +60,44 @@ class Group(Ranks):
 SOLO = Group()
 
 
+class Pulse:
+    """A thread that sees when a process is gone though this one waits for it on its GPU: a sum there that cannot end
+    raises nothing, and the host stands still at the next number that it reads."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._is_ending = self.is_told = False
+        self._thread = threading.Thread(target=self._beat, name="saemill-pulse", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        try:
+            while True:
+                ending = torch.tensor([int(self._is_ending)])
+                dist.all_reduce(ending, group=self._group)
+                if int(ending) == dist.get_world_size():
+                    return
+                time.sleep(BEAT_SECONDS)
+        except RuntimeError:
+            time.sleep(GRACE_SECONDS)  # whoever is not held up says it with the command that goes on
+            if not self.is_told:
+                print(f"error: {GONE}. The last checkpoint is whole: go on with --resume", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def end(self) -> None:
+        """When all have come to their end: none of them is missed from here on."""
+        self._is_ending = True
+        self._thread.join()
+
+
 class Processes(Group):
     """Several processes over torch.distributed."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse | None = None) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._host = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._pulse, self._beside = pulse, None
 
     def _group_of(self, tensor: Tensor) -> Any:
         """The group that a tensor goes through: that of the hosts, or of the GPUs."""
@@ -124,7 +158,9 @@ class Processes(Group):
         return [bytes(part.tolist()).decode() for part in self.gather(data)]
 
     def beside(self) -> Group:
-        return Processes()
+        """One for all runs of a launch: a group holds a connection to each process until the end."""
+        self._beside = self._beside or Processes()
+        return self._beside
 
     def close(self) -> None:
         """Let gloo's worker threads come to rest first, and leave.
@@ -133,6 +169,8 @@ class Processes(Group):
         interpreter for it. Before Python 3.14 a thread that asks for one that is shutting down is ended in the
         middle of C++, which aborts the process: a finished run exited with -6, one time in five.
         """
+        if self._pulse is not None:
+            self._pulse.end()
         time.sleep(_REST_SECONDS)
         dist.destroy_process_group()
 
@@ -142,6 +180,9 @@ class Processes(Group):
         NCCL's end waits for all processes of a machine, who wait for this one in gloo, whose connections close after
         it. What the system closes of a process that is gone they see at once.
         """
+
+        if self._pulse is not None:
+            self._pulse.is_told = True
 
         def end() -> None:
             try:
@@ -161,10 +202,7 @@ def _all_there() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise StoppedElsewhere(
-            "another process of the run is gone, or cannot be reached: its own message says why, "
-            f"if it had time to leave one (here: {' '.join(str(error).split())[:1000]})"
-        ) from error
+        raise StoppedElsewhere(f"{GONE} (here: {' '.join(str(error).split())[:1000]})") from error
 
 
 @contextmanager
@@ -187,8 +225,9 @@ def all_or_none(
         raise failure or StoppedElsewhere(elsewhere)
 
 
-def join(device: str) -> tuple[Group, torch.device]:
-    """This process's group and device; `auto` takes an accelerator where there is one."""
+def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
+    """This process's group and device; `auto` takes an accelerator where there is one. `has_sums`: whether processes
+    will add up what lies on their GPUs, which is tried here, before any work and before memory is counted."""
     launched = count_processes()
     if launched == 1:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -211,11 +250,16 @@ def join(device: str) -> tuple[Group, torch.device]:
         if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
         state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
-        place, group = torch.device(state.device or "cpu"), Processes()
+        place = torch.device(state.device or "cpu")
+        group = Processes(Pulse() if place.type == "cuda" else None)
     try:
         require_one_kind(group.texts(place.type))
         require_own_devices(group.texts(_name(place)))
-    except TrainError:
+        if place.type == "cuda" and has_sums:
+            with joining():
+                dist.all_reduce(torch.zeros(1, device=place))
+                torch.cuda.synchronize(place)
+    except (TrainError, StoreError):
         group.leave(1)
         raise
     return group, place

@@ -67,17 +67,20 @@ def require_room(
 
 def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, team: int) -> None:
     """Of a team the first process alone brings a checkpoint to its host; where latents are split each brings its own,
-    and the first puts them together."""
+    and the first puts them together. Before, each makes the whole of an SAE and keeps its part."""
     host = torch.device("cpu")
     own = sum(checkpoint_bytes(member, widths, parts) for member in members)
-    whole = sum(weight_bytes(member, widths) for member in members) // COPIES * (COPIES - 1)
-    each, first = (own, whole) if parts > 1 else (0, own)
-    needed, free = each + first // min(team, _sharing(host)), free_bytes(host)
+    weights = [weight_bytes(member, widths) // COPIES for member in members]
+    each, first = (own, sum(weights) * (COPIES - 1)) if parts > 1 else (0, own)
+    of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights) if parts > 1 else 0
+    what = "through which checkpoints leave a GPU (page-locked, where each table takes a power of two)"
+    if to_begin > of_checkpoints:
+        what = "in which each process makes a whole SAE before it keeps its part"
+    needed, free = max(of_checkpoints, to_begin), free_bytes(host)
     if needed > free:
         raise MemoryTooSmall(
-            f"expected {needed / _GIB:.1f} GiB of host memory, through which checkpoints leave a GPU (page-locked, "
-            f"where each table takes a power of two), found {free / _GIB:.1f} GiB free. Choose a smaller --width, or "
-            "fewer SAEs at once"
+            f"expected {needed / _GIB:.1f} GiB of host memory, {what}, found {free / _GIB:.1f} GiB free. Choose a "
+            "smaller --width, or fewer SAEs at once"
         )
 
 

@@ -102,7 +102,8 @@ def _require_memory(
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
     windows = min(manifest.shard_windows, _held_out_windows(settled, store))  # held-out batches lie in one shard
-    held_out = min(max(plan.batch_tokens, manifest.context), windows * manifest.context)
+    rows = manifest.context if parts > 1 else max(plan.batch_tokens, manifest.context)
+    held_out = min(rows, windows * manifest.context)
     rows, team = plan.batch_tokens // processes, processes * parts
     require_room(members, manifest.width_of, rows, pool_bytes, parts, device, held_out, team)
 

@@ -113,14 +113,11 @@ def conclude(run: Run) -> Outcome | None:
 
 def _measure_and_save(run: Run) -> dict[str, Any]:
     """The SAEs of this process, as JSON; of one that diverged in its last steps, that it did."""
-    batches = held_out(
-        run.store,
-        run.fleet.needs.values(),
-        run.fleet.stats,
-        run.process.device,
-        tokens=run.config.course.validation_tokens,
-        batch_tokens=run.config.data.batch_tokens,
-    )
+    course, rows = run.config.course, run.config.data.batch_tokens
+    if course.shard_width and run.process.team.size > 1:  # a dictionary that was split lies in one process now
+        rows = min(rows, run.store.manifest.context)
+    needs, stats = run.fleet.needs.values(), run.fleet.stats
+    batches = held_out(run.store, needs, stats, run.process.device, tokens=course.validation_tokens, batch_tokens=rows)
     found, told = validate(run.fleet, batches), {}
     for member in run.config.members:
         if member.label not in found:

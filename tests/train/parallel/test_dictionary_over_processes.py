@@ -72,6 +72,13 @@ def test_a_process_with_none_to_choose_from_offers_none():
     assert first_of_equals(torch.zeros(5, 0), 0).shape == (5, 0)
 
 
+def test_all_decide_by_the_numbers_of_the_first_process(threads):
+    """Unlike GPUs round unlike: one that searched a step longer would wait for the others forever."""
+    ranks, run = threads(3)
+    found = run(lambda rank: SomeLatents(ranks[rank], 2).agree(torch.tensor([rank + 0.5])))  # one has no latents
+    assert [one.tolist() for one in found] == [[0.5]] * 3
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("variant", SPLIT)
 def test_latents_in_several_processes_train_as_in_one(battery, threads, variant, size):

@@ -173,6 +173,32 @@ def test_a_process_lost_between_the_sums_of_a_step_ends_the_other(big, spawn, sa
     assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu").output
 
 
+PULSE = """
+import os, signal, sys, time
+import torch.distributed as dist
+from saemill.train.parallel import processes
+
+processes.BEAT_SECONDS = processes.GRACE_SECONDS = 0.1
+dist.init_process_group("gloo")
+group = processes.Processes(processes.Pulse())
+group.any(False)
+if "lost" in sys.argv:
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)  # as on a GPU, for a sum that does not end
+time.sleep(group.rank)  # the first ends before the others, who are not missed
+group.close()
+print("ended")
+"""
+
+
+def test_a_process_that_waits_on_its_gpu_for_one_that_is_lost_ends(spawn):
+    """There a sum raises nothing: the run stood still until somebody looked."""
+    first, _ = launch(spawn, ["lost"], codes=(1, -9), code=PULSE)
+    assert "error: another process of the run is gone" in first and "go on with --resume" in first
+    assert all(said.strip() == "ended" for said in launch(spawn, [], code=PULSE))
+
+
 FAILS = """
 import os, time
 import torch.distributed as dist
