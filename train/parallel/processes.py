@@ -93,11 +93,16 @@ class Pulse:
 class Processes(Group):
     """Several processes over torch.distributed."""
 
-    def __init__(self, pulse: Pulse | None = None) -> None:
+    def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._host = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._pulse, self._beside = pulse, None
+        self._pulse: Pulse | None = None
+        self._beside: Processes | None = None
+
+    def begin_pulse(self) -> None:
+        """A collective call."""
+        self._pulse = Pulse()
 
     def _group_of(self, tensor: Tensor) -> Any:
         """The group that a tensor goes through: that of the hosts, or of the GPUs."""
@@ -250,15 +255,16 @@ def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
         if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
         state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
-        place = torch.device(state.device or "cpu")
-        group = Processes(Pulse() if place.type == "cuda" else None)
+        place, group = torch.device(state.device or "cpu"), Processes()
     try:
         require_one_kind(group.texts(place.type))
         require_own_devices(group.texts(_name(place)))
-        if place.type == "cuda" and has_sums:
-            with joining():
-                dist.all_reduce(torch.zeros(1, device=place))
-                torch.cuda.synchronize(place)
+        if place.type == "cuda":  # of all of them, and each its own
+            group.begin_pulse()
+            if has_sums:
+                with joining():
+                    dist.all_reduce(torch.zeros(1, device=place))
+                    torch.cuda.synchronize(place)
     except (TrainError, StoreError):
         group.leave(1)
         raise

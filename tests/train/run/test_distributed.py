@@ -180,7 +180,8 @@ from saemill.train.parallel import processes
 
 processes.BEAT_SECONDS = processes.GRACE_SECONDS = 0.1
 dist.init_process_group("gloo")
-group = processes.Processes(processes.Pulse())
+group = processes.Processes()
+group.begin_pulse()
 group.any(False)
 if "lost" in sys.argv:
     if group.rank == 1:
