@@ -88,7 +88,12 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     help="Several processes (torchrun, accelerate launch) train some of the SAEs each, instead of all on a part of "
     "every batch.",
 )
-@click.option("--set", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0; a list as a,b.")
+@click.option(
+    "--set",
+    multiple=True,
+    metavar="A.B=V",
+    help="Any other setting, such as optim.beta1=0; a list as a,b. The last of two of one name counts.",
+)
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option(
     "--init",

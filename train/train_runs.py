@@ -14,7 +14,7 @@ from ..cache_schema import Store, StoreMissing
 from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
-from .config.parse_settings import add_setting, parse_grid, parse_settings
+from .config.parse_settings import parse_grid, parse_settings
 from .config.recipe_registry import find_recipes, studies
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
@@ -209,10 +209,12 @@ def find_asks(
 
 
 def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
-    """All settings of the command line, of options and of --set."""
+    """All settings of the command line. One that is said by two names has one value: the other would have no effect."""
     settings = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
-    for key, value in parse_settings(words).items():
-        add_setting(settings, _ALIASES.get(key, key), value)
+    for said, value in parse_settings(words).items():
+        key = _ALIASES.get(said, said)
+        if settings.setdefault(key, value) != value:
+            raise ConfigInvalid(f"expected one value of {key}, found {settings[key]!r} and {value!r}: leave out one")
     return settings
 
 

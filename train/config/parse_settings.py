@@ -26,20 +26,14 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:
-    """`a.b=value` words, by key."""
-    settings: dict[str, Any] = {}
+    """`a.b=value` words, by key; of two for one key the last counts, so that a script can be overruled."""
+    settings = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigInvalid(f"expected a setting like optim.lr=1e-4, found {word!r}")
-        add_setting(settings, key.strip(), parse_value(value.strip()))
+        settings[key.strip()] = parse_value(value.strip())
     return settings
-
-
-def add_setting(settings: dict[str, Any], key: str, value: Any) -> None:
-    """Of two values of a setting one would have no effect, and nobody would hear of it."""
-    if settings.setdefault(key, value) != value:
-        raise ConfigInvalid(f"expected one value of {key}, found {settings[key]!r} and {value!r}: leave out one")
 
 
 def parse_grid(words: Iterable[str]) -> list[dict[str, Any]]:

@@ -70,13 +70,12 @@ def test_a_list_is_written_with_commas_and_one_item_is_a_list(word, expected):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--set", "k=2", "--set", "k=3"],
         ["--k", "2", "--set", "k=3"],
         ["--lr", "1e-3", "--set", "optim.lr=1e-4"],
         ["--set", "lr=1e-3", "--set", "optim.lr=1e-4"],
     ],
 )
-def test_of_two_values_of_a_setting_none_is_dropped(big, sae_train, words):
+def test_of_two_values_of_a_setting_by_two_names_none_is_dropped(big, sae_train, words):
     words = ["--variant", "topk", "--cache", big["path"], "--dry-run", *words]
     assert "expected one value of " in sae_train(*words, code=1).stderr
 
