@@ -207,7 +207,7 @@ class _Attempts:
             reason = f"{item.missing}. The whole result of these settings that was there stands"
             return Row(item.subject, self._eval_id, "kept", reason, before)
         place, aside = result_path(item.subject, self._eval_id), None
-        replaced = describe_differences(before, self._settings) if before and self._eval_id != BROWSER else ""
+        replaced = describe_differences(before, self._settings) if before and not self._completes(before) else ""
         try:
             if before and replaced:  # its store or its model may be gone
                 aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
@@ -225,6 +225,12 @@ class _Attempts:
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
+
+    def _completes(self, before: Mapping[str, Any]) -> bool:
+        """Whether a result takes the place of a part of itself, for which a model was missing that is named now. Of
+        pages there is one set."""
+        same = {name: value for name, value in self._settings.items() if name != "model"} == settings_in(before)
+        return self._eval_id == BROWSER or (same and ours_in(before).get("missing") is not None)
 
     def _remark_of_store(self) -> str | None:
         """What a result says that was read from a store's activations, where these are not the model's own."""
