@@ -125,9 +125,8 @@ def test_spread_saes_have_the_bits_of_one_process_and_outlive_a_lost_one(
     config, results = (
         [json.loads((run / name).read_text()) for run in (one, two)] for name in ("config.json", "result.json")
     )
-    for one in config:  # of which each has its own
-        assert one["provenance"].pop("date")
-    assert [one["provenance"]["hardware"].pop("processes") for one in config] == [1, 2]
+    assert [told["provenance"].pop("date") for told in config]  # of which each has its own
+    assert [told["provenance"]["hardware"].pop("processes") for told in config] == [1, 2]
     assert config[0] == config[1]
     moving = {"run", "seconds", "tokens_per_second", "first_wait_seconds", "waiting_share", "saes"}
     assert {k: v for k, v in results[0].items() if k not in moving} == {
