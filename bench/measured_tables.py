@@ -152,7 +152,8 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
         for dtype in ("float32", "bfloat16"):
             pairs = [[f"{key}, {dtype}, {saes}, {state}" for state in ("cold", "warm")] for saes in ("1 SAE", "8 SAEs")]
             what = f"core evaluation on {model} in {dtype}, against official SAEBench: one SAE; eight"
-            ratios = "; ".join(ratios_of([found[name] for name in pair], found.values()) for pair in pairs)
+            there = [[found[name] for name in pair if name in found] for pair in pairs]
+            ratios = "; ".join(ratios_of(pair, found.values()) if pair else "not measured" for pair in there)
             yield f"{what} (clean pass computed, kept from before)", ratios, CORE
     for row in rows_of("browser"):
         what, _, kind = row["name"].rpartition(": ")
