@@ -182,6 +182,8 @@ def settings_of(member: Member) -> str:
     shown = (*(["hook"] if member.config.needs().hook != RESID else []), "layer", "layers", "width", "k", "seed")
     unread = member.config.unread()
     values = {key: getattr(member.config, key, None) for key in shown if key not in unread}
+    rate = getattr(getattr(member.config, "optim", None), "lr", None)
+    values |= {} if rate is None or "optim.lr" in unread else {"lr": f"{rate:.3g}"}
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 
