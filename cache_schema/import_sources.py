@@ -7,6 +7,7 @@ W windows, T context, D residual width.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from .errors import ImportInvalid
-from .numbers_in_words import counted
+from .numbers_in_words import counted, some_of
 from .sites import RESID, Site, site_named
 from .stored_dtypes import STORED_AS, say_not_uint32
 
@@ -32,7 +33,7 @@ class Source(Protocol):
     sites: tuple[Site, ...]
     tokens: np.ndarray | None  # uint32 [W, T]; None where they are not known
     document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
-    left_out: str  # for a person: what is in no window; empty where all is in one
+    left_out: str  # for a person: what is in no window, other files of a folder too; empty where all is in one
     warning: str
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
@@ -74,7 +75,9 @@ class NumpySource:
                 f"windows of {self.context:,} rows run on from file to file, whose lengths are no multiples of that: "
                 "where each file is a text of its own, some windows hold parts of two"
             )
-        self.left_out = f"{counted(rest, 'row')}, as they fill no window of {self.context:,}" if rest else ""
+        said = f"{counted(rest, 'row')}, as they fill no window of {self.context:,}" if rest else ""
+        folders = [*self._acts.values(), *([] if ids is None else [ids])]
+        self.left_out = "; ".join(filter(None, (said, *(joined.other_files for joined in folders))))
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         rows = self._acts[site].rows(start * self._at_once, stop * self._at_once)
@@ -91,6 +94,7 @@ class _Joined:
             for other in sorted(path.iterdir()):
                 _load(other)  # which says what to do with a file of its kind
             raise ImportInvalid(f"{path}: expected .npy files in it, found none")
+        self.other_files = say_other_files(path, self._files, "the .npy files at its top") if path.is_dir() else ""
         found = [(array.shape, array.dtype) for array in map(_load, self._files)]  # a map kept would keep its file open
         kinds = {(shape[1:], dtype) for shape, dtype in found}
         if len(kinds) != 1:
@@ -112,6 +116,13 @@ class _Joined:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def say_other_files(folder: Path, read: Collection[Path], kind: str) -> str:
+    """For a person, what lies in a folder or below it and is not read; empty where all is."""
+    found = {file for file in folder.rglob("*") if file.is_file()} - {*read}
+    names = [repr(file.relative_to(folder).as_posix()) for file in sorted(found)]  # any bytes can be printed so
+    return f"{counted(len(names), 'other file')} of {folder}, as {kind} are read: {some_of(names)}" if names else ""
+
+
 def _by_numbers(file: Path) -> list[tuple[int, str]]:
     """So that part_2 comes before part_10."""
     return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", file.name)]
@@ -121,7 +132,7 @@ class SaelensSource:
     """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook, and token_ids
     where it was asked for them; else tokens [W, T] may come from a file."""
 
-    left_out = warning = ""
+    warning = ""
 
     def __init__(self, folder: Path, layer: int | None, tokens: Path | None = None) -> None:
         from datasets import Dataset, load_from_disk  # only this import needs it
@@ -143,11 +154,9 @@ class SaelensSource:
         has_ids = "token_ids" in self._rows.features
         if has_ids and tokens is not None:
             raise ImportInvalid(f"{folder} holds token_ids: leave out --tokens {tokens}")
-        self.tokens = (
-            None
-            if tokens is None
-            else _windows_of(_Joined(tokens), self.windows * self.context, self.windows, self.context)
-        )
+        ids = None if tokens is None else _Joined(tokens)
+        self.tokens = None if ids is None else _windows_of(ids, self.windows * self.context, self.windows, self.context)
+        self.left_out = "" if ids is None else ids.other_files
         if has_ids:
             self.tokens = as_tokens(np.asarray(self._read("token_ids", 0, self.windows)))
         self.document_of = np.arange(self.windows, dtype=np.uint32)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from rich.filesize import decimal
+
+NAMES_TOLD = 8
 
 
 def counted(number: int, noun: str) -> str:
@@ -15,6 +17,11 @@ def counted(number: int, noun: str) -> str:
 def numbered(noun: str, numbers: Collection[int]) -> str:
     """`shard 1`, `shards 1, 4`, or none."""
     return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else "none"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of many names, and that there are others."""
+    return ", ".join(names[:NAMES_TOLD]) + (", and others" if len(names) > NAMES_TOLD else "")
 
 
 def say_size(number: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ImportInvalid
-from .import_sources import as_tokens
+from .import_sources import as_tokens, say_other_files
 from .numbers_in_words import counted
 from .sites import RESID, Site
 
@@ -94,7 +94,8 @@ class VllmSource:
             raise ImportInvalid(
                 f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"
             )
-        self.left_out = _say_left_out(lengths, self.context)
+        others = say_other_files(folder, paths, "its .safetensors files")
+        self.left_out = "; ".join(filter(None, (_say_left_out(lengths, self.context), others)))
         self._place = {Site(RESID, layer): at for at, layer in enumerate(layers)}
         self.sites = tuple(sorted(self._place))
         self.tokens: np.ndarray | None = as_tokens(np.stack([one.tokens.read(window) for one, window in self._windows]))

@@ -26,7 +26,7 @@ from ..cache_schema.open_and_check_root import has_root
 from ..cache_schema.shard_claims import no_locks
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
-from .corpus.source import Corpus, left_alone_by, part_of
+from .corpus.source import Corpus, part_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
@@ -96,8 +96,6 @@ def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWr
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
         watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}); the store says so")
-    if left := left_alone_by(corpus):
-        watch.say(f"warning: {left}")
     context, total = plan.config.context, plan.windows * plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing, spec.settings.get(TEST, PER_MILLE["test"]))
     with watch.stage("tokenising", total, stays=True) as stage:

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_failure, sync
+from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
-from .corpus.source import Corpus, State
+from .corpus.source import Corpus, State, left_alone_by
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
 from .model.tokenizer import TextEncoder
 from .pack_windows import Packer, Packing
@@ -64,6 +65,7 @@ class Spool:
         self.quotas = share_windows(job.windows, job.test_per_mille)
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
+        self.empty = 0  # of these
         self.has_text = False
         self.starts_anew = False  # though there is something, of other text or settings
         self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
@@ -91,6 +93,7 @@ class Spool:
                 return None
             self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
             self.has_text = checkpoint["has_text"]
+            self.empty = checkpoint.get("empty", 0)  # an earlier version did not count them
             for split, array in self._keys():
                 os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
             for split, packer in self._packers.items():
@@ -117,6 +120,7 @@ class Spool:
             "fingerprint": self._fingerprint,
             "counts": self.counts,
             "documents": self.documents,
+            "empty": self.empty,
             "has_text": self.has_text,
             "rows": rows,
             "corpus": corpus_state,
@@ -149,7 +153,7 @@ class Spool:
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """None as well where it is damaged, or files are shorter than it says: what lacks would become zeros."""
         try:
-            checkpoint = json.loads(self._checkpoint.read_text())
+            checkpoint = json.loads(self._checkpoint.read_bytes())
             if checkpoint["fingerprint"] != self._fingerprint:
                 return None
             sizes = {key: self._path(*key).stat().st_size for key in self._keys()}
@@ -182,7 +186,7 @@ def spool_folder(files: Files) -> Path:
 def state_of_begun(folder: Path) -> State:
     """Where the corpus stood at the last checkpoint of a job, whichever; empty where none can be read."""
     try:
-        state = json.loads((folder / CHECKPOINT).read_text())["corpus"]
+        state = json.loads((folder / CHECKPOINT).read_bytes())["corpus"]
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -197,7 +201,7 @@ def spool_corpus(
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Spool, PackedCorpus]:
     """Tokenise and pack until all splits are full. `report` hears of windows packed and documents read, `say` of what
-    is not gone on with."""
+    is not gone on with, and of text that the store will lack."""
     fingerprint = {
         "corpus": [corpus.id, corpus.revision, corpus.settings],
         "tokenizer": [encoder.digest, encoder.bos_token],
@@ -206,6 +210,8 @@ def spool_corpus(
     state = spool.resume()
     if spool.starts_anew:
         say(f"tokenising starts anew: {folder} is damaged, or of other text or settings")
+    if left := left_alone_by(corpus):  # now: who has named a wrong folder need not wait
+        say(f"warning: {left}")
     report(sum(spool.counts.values()), spool.documents)
     if not spool.is_full:
         try:
@@ -214,6 +220,10 @@ def spool_corpus(
             spool.checkpoint(corpus.state())
             raise
     spool.checkpoint(corpus.state())
+    if (found := left_alone_by(corpus)) != left:
+        say(f"warning: {found}")
+    if spool.empty:
+        say(f"warning: {_tell_empty(spool, corpus)}")
     _require_text(spool, corpus)
     return spool, spool.join()
 
@@ -245,6 +255,7 @@ def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
         if chosen:
             spool.append(split, encoder.encode(chosen), numbers)
     spool.documents += len(texts)
+    spool.empty += texts.count("")
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
@@ -266,6 +277,12 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield batch
         raise
     yield batch
+
+
+def _tell_empty(spool: Spool, corpus: Corpus) -> str:
+    said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty, or null"
+    has_columns = "column" in corpus.settings
+    return said + (". Where their text is in another column, name it with --column" if has_columns else "")
 
 
 def _require_text(spool: Spool, corpus: Corpus) -> None:

@@ -304,6 +304,33 @@ def test_nothing_stored_is_ever_evaluated():
     assert not wrong
 
 
+def is_of_the_locale(call: ast.Call) -> bool:
+    """Whether it reads or writes text, and names no encoding."""
+    called, said = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+    name, given = called.rpartition(".")[2], [*map(ast.unparse, call.args), *said.values()]
+    modes = [word for word in given if re.fullmatch(r"'[rwxabt+]+'", word)] or ["'r'"] * (called == "open" or not given)
+    is_text = name in ("read_text", "write_text", "TextIOWrapper") or said.get("text") == "True"
+    return "encoding" not in said and (is_text or (name in ("open", "fdopen") and bool(modes) and "b" not in modes[0]))
+
+
+TEXT = "open(x) x.open() open(x,'w') x.open('r+') gzip.open(x,'rt') open(x,mode='a') x.read_text() run(x,text=True)"
+NO_TEXT = "open(x,'rb') x.open('ab') os.open(x,os.O_RDONLY) Store.open(x) x.read_text(encoding='utf-8') run(x)"
+
+
+def test_text_is_never_in_the_encoding_of_the_locale():
+    """Latin-1 takes every byte: UTF-8 is other text then, without an error."""
+    for words, expected in ((TEXT, True), (NO_TEXT, False)):
+        calls = [node for node in ast.walk(ast.parse(words.replace(" ", "\n"))) if isinstance(node, ast.Call)]
+        assert [is_of_the_locale(call) for call in calls] == [expected] * len(words.split())
+    assert not [
+        f"{file.relative_to(ROOT)}:{call.lineno}"
+        for room in ROOMS
+        for file in sources(room)
+        for call in ast.walk(tree_of(file))
+        if isinstance(call, ast.Call) and is_of_the_locale(call)
+    ]
+
+
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

@@ -31,7 +31,7 @@ def load_json(dataset: str, file: str) -> Any:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return json.loads(Path(hf_hub_download(dataset, file, repo_type="dataset")).read_text())
+        return json.loads(Path(hf_hub_download(dataset, file, repo_type="dataset")).read_bytes())
     except (*NETWORK_ERRORS, HFValidationError, ValueError) as error:
         raise _missing(dataset, file, error) from error
 

@@ -261,7 +261,7 @@ class _Attempts:
         path, said = crash_path(subject, self._eval_id), f"{type(error).__name__}: {error}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(traceback.format_exception(error)))
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         except OSError as obstacle:  # a full or read-only disk, which may be the very error
             return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be kept: {obstacle})")
         return Row(subject, self._eval_id, "failed", f"{said} (all of it in {path})")

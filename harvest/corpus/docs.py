@@ -2,7 +2,8 @@
 
 Each file is one document, HTML without its tags. Equal files count once. They come in the order of their hashes, so
 that the first part of a large folder is a sample of all of it, and no path decides the text. What is not UTF-8, or
-nearly empty, is passed over; logs of changes and licences are not documentation.
+nearly empty, is passed over, and so are logs of changes and licences, which are not documentation: all of it is counted
+for the user.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import hashlib
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.numbers_in_words import counted
 from ..errors import CorpusEmpty, CorpusUnavailable
-from .source import DatasetOptions, InOrder, Source, checked_text
+from .source import DatasetOptions, InOrder, Source, checked_text, names_under
 
 PREFIX = "docs:"
 HTML_SUFFIXES = (".html", ".htm")
@@ -28,6 +31,10 @@ NO_DOCUMENTATION = ("changelog", "copyright", "license")
 MIN_CHARACTERS = 200
 LARGEST_BYTES = 8 << 20  # what is longer is a table that somebody generated
 READING = 1  # of the rules below: others would be another text
+REMEDY = (
+    f"To have text among them read: put it, as UTF-8, into .txt files of {MIN_CHARACTERS} characters to "
+    f"{LARGEST_BYTES >> 20} MiB"
+)
 
 
 class DocsCorpus(InOrder):
@@ -38,36 +45,66 @@ class DocsCorpus(InOrder):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._unfit: Counter[str] = Counter()  # of `_files`, as far as their text was read, by why it was not taken
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        """Each different file once, by its hash."""
+    def _seen(self) -> tuple[dict[str, Path], Counter[str], str]:
+        """Each different file once, by its hash; others by why they are not read; folders that were not entered."""
+        names, not_entered = names_under(self._folder)
         found: dict[str, Path] = {}
-        for file in sorted(_documentation_in(self._folder)):
-            found.setdefault(_digest_of(file), file)
-        if not found:
-            raise CorpusEmpty(f"{self._folder} holds no documentation ({', '.join(SUFFIXES)}, or these with .gz)")
-        return dict(sorted(found.items()))
+        others: Counter[str] = Counter()
+        for file in sorted(names):
+            if why := _why_not(file):
+                others[why] += 1
+            else:
+                found.setdefault(_digest_of(file), file)
+        return dict(sorted(found.items())), others, not_entered
+
+    @property
+    def _files(self) -> dict[str, Path]:
+        if files := self._seen[0]:
+            return files
+        more = f"; {self.left_alone}" if self.left_alone else ""
+        raise CorpusEmpty(f"{self._folder} holds no documentation ({', '.join(SUFFIXES)}, or these with .gz){more}")
+
+    @property
+    def left_alone(self) -> str:
+        """How many files are passed over, by why."""
+        _, others, not_entered = self._seen
+        counts = others + self._unfit
+        kinds = "; ".join(f"{count:,} {why}" for why, count in counts.most_common())
+        said = f"{counted(counts.total(), 'file')} of {self._folder} left alone ({kinds}). {REMEDY}" if counts else ""
+        return ". ".join(filter(None, (said, not_entered)))
 
     @property
     def revision(self) -> str:
         return f"sha256:{hashlib.sha256(''.join(self._files).encode()).hexdigest()}"
 
     def _texts(self) -> Iterator[str]:
+        self._unfit.clear()
         for file in self._files.values():
-            text = _text_of(file)
-            if text is not None and len(text) >= MIN_CHARACTERS:
+            try:
+                text = _text_of(file)
+            except _Unfit as why:
+                self._unfit[f"{why}"] += 1
+            else:
                 yield checked_text(text, f"{file}")
 
 
-def _documentation_in(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
-        for name in names:
-            file = Path(place, name)
-            plain = name.lower().removesuffix(".gz")
-            is_wanted = plain.endswith(SUFFIXES) and not plain.startswith(NO_DOCUMENTATION)
-            if is_wanted and not file.is_symlink() and os.access(file, os.R_OK) and file.is_file():
-                yield file
+class _Unfit(Exception):
+    """Why a file's text is not taken."""
+
+
+def _why_not(file: Path) -> str:
+    """Why a file is not read; empty where it is."""
+    plain = file.name.lower().removesuffix(".gz")
+    if plain.startswith(NO_DOCUMENTATION):
+        return "changelogs, copyrights or licences"
+    if not plain.endswith(SUFFIXES):
+        return "with another suffix"
+    if os.path.islink(file):
+        return "that are links"
+    return "" if os.access(file, os.R_OK) and file.is_file() else "that cannot be read"
 
 
 def _digest_of(file: Path) -> str:
@@ -81,17 +118,22 @@ def _is_html(file: Path) -> bool:
     return file.name.lower().removesuffix(".gz").endswith(HTML_SUFFIXES)
 
 
-def _text_of(file: Path) -> str | None:
-    """What a reader sees of a file; None where that cannot be known."""
+def _text_of(file: Path) -> str:
+    """What a reader sees of a file."""
     try:
         with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as opened:
             raw = opened.read(LARGEST_BYTES + 1)
+        if len(raw) > LARGEST_BYTES:
+            raise _Unfit(f"over {LARGEST_BYTES >> 20} MiB")
         text = raw.decode("utf-8")
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile):
-        return None
-    if len(raw) > LARGEST_BYTES or "\0" in text:
-        return None
-    return html_to_text(text) if _is_html(file) else text.replace("\r\n", "\n")
+        raise _Unfit("damaged or not UTF-8") from None
+    if "\0" in text:
+        raise _Unfit("damaged or not UTF-8")
+    text = html_to_text(text) if _is_html(file) else text.replace("\r\n", "\n")
+    if len(text) < MIN_CHARACTERS:
+        raise _Unfit(f"under {MIN_CHARACTERS} characters")
+    return text
 
 
 class _Page(HTMLParser):

@@ -3,7 +3,8 @@
 A text file that stands alone, whatever its suffix, holds documents with blank lines between them, or, where it has no
 blank line, one document a line; one whose suffix says rows or packed is refused. In a folder each text file is one
 document. jsonl and parquet files hold one document a row. A folder's files are read in the order of their names; other
-files in it are left alone, and counted for the user.
+files in it are left alone. Hidden ones are read like all others, as stores that were begun with them must find the same
+text. Both are counted for the user.
 
 The identity is a hash of the bytes, never the path.
 """
@@ -14,14 +15,14 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.numbers_in_words import counted
+from ...cache_schema.numbers_in_words import counted, some_of
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
-from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text, names_under
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -35,7 +36,6 @@ NO_TEXT: dict[str, str] = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "Unpack it first"),
 }
 NAME_REMEDY = f"Where it holds text, give its name one of {', '.join(TEXT_SUFFIXES)}"
-KINDS_TOLD = 8
 PARQUET_ROWS = 256
 
 
@@ -52,30 +52,40 @@ class LocalCorpus(InOrder):
     def files(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
-        files = [file for file in self._found if file.suffix.lower() in FILE_SUFFIXES]
+        files = [file for file in self._seen[0] if _is_read(file)]
         if not files:
             more = f"; {self.left_alone}" if self.left_alone else ""
             raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)}){more}")
         return files
 
-    @property
+    @cached_property
     def left_alone(self) -> str:
-        """How many files of a folder are not read, and what to do."""
-        seen = (file for file in self._found if not any(part[0] == "." for part in file.relative_to(self._path).parts))
-        suffixes = Counter(file.suffix.lower() for file in seen if file.suffix.lower() not in FILE_SUFFIXES)
+        """Of a folder, what is not read, what is read though it is hidden, and what to do."""
+        if self._path.is_file():
+            return ""
+        files, not_entered = self._seen
+        hidden = dict.fromkeys(file for file in files if _is_hidden(file.relative_to(self._path)))
+        others = Counter(file.suffix.lower() for file in files if file not in hidden and not _is_read(file))
+        return ". ".join(filter(None, (self._say_others(others), not_entered, self._say_hidden(hidden))))
+
+    def _say_others(self, suffixes: Counter[str]) -> str:
         if not suffixes:
             return ""
-        most = suffixes.most_common(KINDS_TOLD)
-        kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in most)
-        kinds += ", and others" if len(suffixes) > len(most) else ""
+        kinds = some_of([f"{count:,} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common()])
         remedies = ". ".join(dict.fromkeys(NO_TEXT.get(suffix, NAME_REMEDY) for suffix in sorted(suffixes)))
         return f"{counted(suffixes.total(), 'file')} of {self._path} left alone ({kinds}). To have one read: {remedies}"
 
+    def _say_hidden(self, files: Iterable[Path]) -> str:
+        names = [f"{file.relative_to(self._path)}" for file in files if _is_read(file)]
+        said = f"{counted(len(names), 'hidden file')} of {self._path} read as text ({some_of(names)})"
+        return f"{said}. Move what is not meant out of the folder" if names else ""
+
     @cached_property
-    def _found(self) -> list[Path]:
-        """Files under a folder, in the order of their names."""
-        found = (file for file in self._path.rglob("*") if file.is_file())
-        return sorted(found, key=lambda file: file.relative_to(self._path).as_posix())
+    def _seen(self) -> tuple[list[Path], str]:
+        """Files under a folder, in the order of their names; and, for a person, folders that were not entered."""
+        names, not_entered = names_under(self._path)
+        files = (name for name in names if name.is_file())
+        return sorted(files, key=lambda file: file.relative_to(self._path).as_posix()), not_entered
 
     @property
     def revision(self) -> str:
@@ -110,6 +120,14 @@ class LocalCorpus(InOrder):
                 yield from _blocks_of_text(file)
             else:
                 yield _decoded(file.read_bytes(), f"{file}")
+
+
+def _is_read(file: Path) -> bool:
+    return file.suffix.lower() in FILE_SUFFIXES
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
 
 
 def _has_rows(file: Path) -> bool:

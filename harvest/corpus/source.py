@@ -10,11 +10,14 @@ Importing it is quick: what takes seconds to import is imported by `open`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
+from ...cache_schema.numbers_in_words import counted, some_of
 from ..errors import DocumentInvalid
 
 State = dict[str, Any]  # plain JSON
@@ -53,7 +56,7 @@ class Corpus(Protocol):
     `id`, `revision` and `settings` decide the text and name no path of this machine: they go into the manifest and
     the cache id, so two corpora that agree in them have the same documents. One that can read only a part of what its
     id names says which in `part`; stores then say so too. What it passes over, though there may be text in it, it
-    says in `left_alone`.
+    says in `left_alone`: asked for before its documents are read and again behind them, which may show more of it.
     """
 
     @property
@@ -129,8 +132,28 @@ def part_of(corpus: Corpus) -> str | None:
 
 
 def left_alone_by(corpus: Corpus) -> str:
-    """What a corpus passes over that may hold text, and how to have it read; empty: nothing."""
+    """What a corpus passes over that may hold text, or reads though nobody may mean it, and what to do; or empty."""
     return getattr(corpus, "left_alone", "")
+
+
+def names_under(folder: Path) -> tuple[list[Path], str]:
+    """All that lies under a folder and is no folder, in no order; and, for a person, which folders were not entered:
+    links, which may lead in circles, and those that the user may not open."""
+    names: list[Path] = []
+    shut: list[str] = []
+
+    def pass_over(error: OSError) -> None:
+        if not isinstance(error, PermissionError):  # as of a disk that is lost: half a folder is another text
+            raise error
+        shut.append(error.filename)
+
+    for place, folders, files in os.walk(folder, onerror=pass_over):
+        names += (Path(place, name) for name in files)
+        shut += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+    if not shut:
+        return names, ""
+    said = f"{counted(len(shut), 'folder')} not entered (a link, or not yours to open)"
+    return names, f"{said}: {some_of(sorted(shut))}. To have one read: put a copy in its place"
 
 
 def checked_text(value: object, where: str) -> str:
@@ -151,5 +174,5 @@ def checked_text(value: object, where: str) -> str:
 
 def cell_text(value: object, where: str) -> str:
     """The same of a column that is there. A null is an empty document: a row without text has none to lose, and who
-    reads a data set from the hub cannot mend it."""
+    reads a data set from the hub cannot mend it. How many are empty is told once they are tokenised."""
     return "" if value is None else checked_text(value, where)

@@ -115,7 +115,7 @@ def find_converted(digits: str) -> Path | None:
     found = sorted(_home().glob(f"{digits}*/{RECORD}")) if len(digits) == DIGITS else []
     for record in found:
         try:
-            digest = str(json.loads(record.read_text())["sha256"])
+            digest = str(json.loads(record.read_bytes())["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if digest.startswith(digits) and _is_whole(record.parent, digest):
@@ -290,7 +290,7 @@ def _write_record(folder: Path, digest: str, name: str) -> None:
     files = sorted(folder.iterdir())
     sizes = {file.name: file.stat().st_size for file in files}
     record = {"sha256": digest, "file": name, "converter": CONVERTER, "bytes": sizes}
-    (folder / RECORD).write_text(json.dumps(record, indent=2))
+    (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     for path in (*files, folder / RECORD, folder):
         sync(path)
 
@@ -298,7 +298,7 @@ def _write_record(folder: Path, digest: str, name: str) -> None:
 def _is_whole(folder: Path, digest: str) -> bool:
     """The folder was made of this very file, as it is made today, and all that was written is there."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_bytes())
         return (record["sha256"], record["converter"]) == (digest, CONVERTER) and all(
             (folder / name).stat().st_size == size for name, size in record["bytes"].items()
         )

@@ -250,7 +250,7 @@ def names_in_files(config: PretrainedConfig, prefix: str) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        if isinstance(found := json.loads(file.read_text()), dict):
+        if isinstance(found := json.loads(file.read_bytes()), dict):
             return found
         reason = f"is damaged (expected an object, found {found!r:.40}); fetch the model again"
     except FileNotFoundError:

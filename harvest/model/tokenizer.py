@@ -89,7 +89,7 @@ def _bos_of_configuration(tokenizer: Any, folder: Path) -> int | None:
     """What Qwen's models name as BOS and their tokenizers do not. Only what is special there: some configurations have
     a number that nobody chose."""
     try:
-        found = json.loads((folder / CONFIG_FILE).read_text()).get("bos_token_id")
+        found = json.loads((folder / CONFIG_FILE).read_bytes()).get("bos_token_id")
     except FileNotFoundError:
         return None
     token = tokenizer.added_tokens_decoder.get(found) if isinstance(found, int) else None

@@ -78,6 +78,9 @@ def test_requests_and_tokens_that_fill_no_window_are_counted(tmp_path: Path) -> 
     whole = run("import", tmp_path / "whole", *words, "--context", 1)
     cut = "windows of one document are in two splits"
     assert "left out" not in whole and cut not in whole and cut in said
+    (tmp_path / "states" / "request-0" / "states.pt").touch()
+    others = f"1 other file of {tmp_path / 'states'}, as its .safetensors files are read: 'request-0/states.pt'"
+    assert f"left out: {others}\n" in run("import", tmp_path / "whole", *words, "--context", 1)
 
 
 def test_what_cannot_become_a_store_is_named(tmp_path: Path) -> None:

@@ -236,6 +236,27 @@ def test_import_of_folders_and_of_rows(tmp_path: Path, arrays: dict[str, np.ndar
         assert result.exit_code == 1 and message in " ".join(result.output.split())
 
 
+def test_other_files_of_a_folder_are_told(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """A dump of which a part is of another kind, or in folders, would look whole."""
+    acts, tokens = tmp_path / "acts", tmp_path / "ids"
+    for folder, name in ((acts, "resid"), (tokens, "tokens")):
+        (folder / "more").mkdir(parents=True)
+        np.save(folder / "part_0.npy", arrays[name])
+    words = ("--resid", acts, "--tokens", tokens, "--layer", 4, "--model", "m")
+    assert "left out" not in run("import", tmp_path / "whole", *words).output
+    shutil.copy(acts / "part_0.npy", acts / "more" / "part_2.npy")
+    (acts / "part_1.pt").touch()
+    for number in range(9):
+        (tokens / f"{number}.txt").touch()
+    said = run("import", tmp_path / "part", *words).output
+    assert (
+        f"left out: 2 other files of {acts}, as the .npy files at its top are read: 'more/part_2.npy', 'part_1.pt'; "
+        in said
+    )
+    assert f"9 other files of {tokens}, as the .npy files at its top are read: '0.txt', '1.txt'" in said
+    assert said.count(".txt'") == 8 and "'7.txt', and others\n" in said
+
+
 def test_import_of_a_file_of_the_other_byte_order(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.save(tmp_path / "resid.npy", arrays["resid"].astype(">f4"))
     assert run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m").exit_code == 0

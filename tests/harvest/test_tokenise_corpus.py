@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -237,6 +238,40 @@ def test_a_corpus_without_documents_is_empty(tmp_path):
 def test_a_corpus_without_text_is_empty(tmp_path):
     with pytest.raises(CorpusEmpty, match="no text"):
         pack(ListCorpus(["", ""]), tmp_path)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [({}, ""), ({"column": "text"}, ". Where their text is in another column, name it with --column")],
+)
+def test_documents_without_text_are_told(tmp_path, settings, more):
+    """Of a column that is half empty half is harvested. Those before an interruption count too."""
+    texts = [text for one in make_texts(400) for text in (one, "")]
+    job, encoder, said = PackingJob(2000, CONTEXT, "concat"), cast(Any, BytesEncoder()), []
+    with pytest.raises(KeyboardInterrupt):
+        spool_corpus(ListCorpus(texts, 301, settings=settings), encoder, job, tmp_path)
+    spool_corpus(ListCorpus(texts, settings=settings), encoder, job, tmp_path, say=said.append)
+    assert said == [f"warning: 400 of 800 documents read of list are empty, or null{more}"]
+    spool_corpus(ListCorpus(make_texts(400)), encoder, job, tmp_path / "full", say=said.append)
+    assert len(said) == 1
+
+
+class Passing(ListCorpus):
+    """Passes over as many documents as it gives, which reading alone shows."""
+
+    @property
+    def left_alone(self) -> str:
+        return f"{self.read}"
+
+
+def test_what_a_corpus_passes_over_is_told_at_once_and_again_where_reading_shows_more(tmp_path):
+    """Also where so little is left that it fills no window."""
+    job, encoder, said = PackingJob(2000, CONTEXT, "concat"), cast(Any, BytesEncoder()), []
+    for name, texts in (("full", make_texts(400)), ("short", ["one"])):
+        with nullcontext() if name == "full" else pytest.raises(SplitEmpty):
+            spool_corpus(Passing(texts), encoder, job, tmp_path / name, say=said.append)
+    assert said == ["warning: 0", "warning: 400", "warning: 0", "warning: 1"]
 
 
 def test_too_few_documents_for_three_splits_are_refused(tmp_path):

@@ -76,7 +76,9 @@ def save_sae(
     extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
     if extras:
         replace_written(folder / EXTRAS, lambda path: save_file(extras, path))
-    replace_written(folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n"))
+    replace_written(
+        folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    )
 
 
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:

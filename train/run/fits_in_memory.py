@@ -156,7 +156,7 @@ def _widths(member: Member, widths: Widths) -> tuple[int, int]:
 
 def _free_on_host() -> int:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -171,7 +171,7 @@ def _free_in_group() -> int:
 def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
     """Folders of this process's memory groups, each with those above it; of both versions of groups."""
     try:
-        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in os.fsdecode(proc.read_bytes()).splitlines()]
     except OSError:
         return []
     found = []
@@ -190,9 +190,9 @@ def _left_in(group: Path) -> int:
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            limit = (group / limit_name).read_text().strip()
-            used = int((group / used_name).read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            limit = (group / limit_name).read_text(encoding="utf-8").strip()
+            used = int((group / used_name).read_text(encoding="utf-8"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
         except (OSError, ValueError):
             continue
         cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))

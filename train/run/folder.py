@@ -287,12 +287,12 @@ def _git_state(file: Path) -> dict[str, Any] | None:
     commands = (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"], ["status", "--porcelain"])
     try:
         _, commit, changes = (
-            subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=True).stdout
+            subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, check=True).stdout
             for words in commands
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.strip(), "is_dirty": bool(changes.strip())}
+    return {"commit": commit.decode().strip(), "is_dirty": bool(changes.strip())}
 
 
 def cache_of(folder: RunFolder) -> tuple[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from itertools import islice
 from pathlib import Path
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saemill.harvest.corpus import open_corpus
+from saemill.harvest.corpus.docs import DocsCorpus
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions, left_alone_by
 from saemill.harvest.corpus.stdlib import StdlibCorpus
@@ -155,6 +158,51 @@ def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
         LocalCorpus(tmp_path)
     )
     assert left_alone_by(LocalCorpus(tmp_path / "README.md")) == left_alone_by(StdlibCorpus()) == ""
+
+
+def test_hidden_files_are_read_as_they_always_were_and_told(tmp_path):
+    """Half-written notebooks and what git keeps: nobody means these, and stores were begun with them."""
+    for name in ("a.md", ".ipynb_checkpoints/a.md", ".git/x.txt", ".git/objects/b3", ".note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        write(tmp_path / name, f"text of {name}")
+    corpus = LocalCorpus(tmp_path)
+    texts = [f"text of {name}" for name in (".git/x.txt", ".ipynb_checkpoints/a.md", ".note.txt", "a.md")]
+    assert list(corpus.documents()) == texts
+    digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+    assert corpus.revision == f"sha256:{hashlib.sha256(digests).hexdigest()}"
+    assert left_alone_by(corpus) == (
+        f"3 hidden files of {tmp_path} read as text (.git/x.txt, .ipynb_checkpoints/a.md, .note.txt). Move what is not "
+        "meant out of the folder"
+    )
+
+
+@pytest.mark.parametrize("open_it", [LocalCorpus, DocsCorpus])
+@pytest.mark.parametrize("number", [None, errno.EACCES, errno.EIO])
+def test_folders_that_are_not_entered_are_told(tmp_path, monkeypatch, open_it, number):
+    """What lies behind a link, or is another user's, may be most of a corpus. A disk that is lost ends the search."""
+    here, scandir = tmp_path / "here", os.scandir
+    for folder in (tmp_path / "elsewhere", here / "mine", here / "theirs"):
+        folder.mkdir(parents=True)
+        write(folder / "a.txt", folder.name * 99)
+    (here / "link").symlink_to(tmp_path / "elsewhere")
+
+    def listed(path):
+        if number and Path(path).name == "theirs":
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    corpus = open_it(here)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="theirs"):
+            list(corpus.documents())
+        return
+    entered = ["mine"] if number else ["mine", "theirs"]
+    assert sorted(corpus.documents()) == [name * 99 for name in entered]
+    closed = f"2 folders not entered (a link, or not yours to open): {here}/link, {here}/theirs. To have one read"
+    assert left_alone_by(corpus).startswith(
+        closed if number else closed.replace("2 folders", "1 folder").replace(f", {here}/theirs", "")
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from saemill.harvest.corpus.docs import LARGEST_BYTES, DocsCorpus, html_to_text
+from saemill.harvest.errors import CorpusEmpty
 
 LONG = "Some words about a command that one may read. " * 10
 
@@ -49,6 +51,36 @@ def test_each_text_is_read_once_and_what_is_no_documentation_not_at_all(tmp_path
     (tmp_path / "link.txt").symlink_to("/etc/hostname")
     texts = list(DocsCorpus(tmp_path).documents())
     assert sorted(text.split()[-1].removeprefix("read.") for text in texts) == ["one", "three", "two"]
+
+
+def test_what_is_passed_over_is_counted_by_why_and_changes_no_identity(tmp_path: Path):
+    (tmp_path / "read.txt").write_text(LONG)
+    (tmp_path / "again.txt").write_text(LONG)
+    plain = DocsCorpus(tmp_path)
+    assert list(plain.documents()) == [LONG] and plain.left_alone == ""
+    for name in ("a.py", "b.PDF", "no_suffix", "changelog.gz", "Copyright"):
+        (tmp_path / name).write_text(LONG)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "read.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    unread = "3 with another suffix; 2 changelogs, copyrights or licences; 1 that are links; 1 that cannot be read"
+    assert DocsCorpus(tmp_path).revision == plain.revision
+    assert f"7 files of {tmp_path} left alone ({unread}). To have text" in DocsCorpus(tmp_path).left_alone
+    for name in ("1.txt", "2.md", "3.rst", "4.html"):
+        (tmp_path / name).write_text(f"short {name}")
+    (tmp_path / "latin.txt").write_bytes((LONG + "é").encode("latin-1"))
+    (tmp_path / "broken.txt.gz").write_bytes(gzip.compress(LONG.encode())[:-9])
+    (tmp_path / "nul.txt").write_text(LONG + "\0")
+    (tmp_path / "large.txt.gz").write_bytes(gzip.compress("é".encode() * LARGEST_BYTES))
+    found = DocsCorpus(tmp_path)
+    assert f"({unread})" in found.left_alone
+    for _ in range(2):  # reading again counts nothing twice
+        assert list(found.documents()) == [LONG]
+        for kind in ("15 files of", "4 under 200 characters", "3 damaged or not UTF-8", "1 over 8 MiB"):
+            assert kind in found.left_alone
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.py").write_text(LONG)
+    with pytest.raises(CorpusEmpty, match=r"no documentation .*; 1 file of .* left alone \(1 with another suffix\)"):
+        list(DocsCorpus(tmp_path / "none").documents())
 
 
 def test_the_text_does_not_depend_on_where_files_lie(tmp_path: Path):

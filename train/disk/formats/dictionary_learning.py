@@ -58,7 +58,7 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
     }
     write_tensors(folder / "ae.safetensors", _to_dictionary(plain))
     write_json(folder / "config.json", {"trainer": config, "buffer": {}})
-    (folder / "README.md").write_text(README)
+    (folder / "README.md").write_text(README, encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
