@@ -138,6 +138,7 @@ def _introduce(run: Run, remark: str) -> None:
         label: {
             "process": run.process.group.rank,
             "cut": sorted(trainee.assembly.cut_short(run.total_steps)),
+            "lr": trainee.assembly.optim.lr,
             "products": products_of(trainee.sae, run.process.device),
         }
         for label, trainee in run.fleet.trainees.items()
@@ -148,8 +149,10 @@ def _introduce(run: Run, remark: str) -> None:
     steps = counted(run.total_steps, "step")
     run.process.console.print(f"{run.folder.path}: {remark}, {steps} on {run.process.device}")
     for member in run.config.members:
-        where = f", in process {told[member.label]['process']}" if run.process.is_spread else ""
-        run.process.console.print(f"  {member.label}: {settings_of(member)}{where}")
+        rate, process = (told[member.label][name] for name in ("lr", "process"))
+        learns = "" if rate is None or "optim.lr" in member.config.unread() else f", lr {rate:.3g}"
+        where = f", in process {process}" if run.process.is_spread else ""
+        run.process.console.print(f"  {member.label}: {settings_of(member)}{learns}{where}")
     windowed = any(needs.windows for needs in run.config.requests().values())
     if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
         run.process.console.print(
@@ -182,8 +185,6 @@ def settings_of(member: Member) -> str:
     shown = (*(["hook"] if member.config.needs().hook != RESID else []), "layer", "layers", "width", "k", "seed")
     unread = member.config.unread()
     values = {key: getattr(member.config, key, None) for key in shown if key not in unread}
-    rate = getattr(getattr(member.config, "optim", None), "lr", None)
-    values |= {} if rate is None or "optim.lr" in unread else {"lr": f"{rate:.3g}"}
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 

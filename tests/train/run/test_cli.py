@@ -36,7 +36,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train,
     monkeypatch.chdir(tmp_path)
     words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--width", 64, "--grid", "k=3,4"]
     said = sae_train(*words, "--dry-run").output
-    for fact in ("topk_k3", "width 64, k 4, ", ", lr ", "of 64 tokens", "by a few steps on cpu", big["path"]):
+    for fact in ("topk_k3", "width 64, k 4, ", "of 64 tokens", "by a few steps on cpu", big["path"]):
         assert fact in " ".join(said.split())
     (found,) = json.loads(sae_train(*words, "--dry-run", "--json").stdout)["runs"]
     assert list(tmp_path.iterdir()) == []
@@ -93,6 +93,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         "steps",
         "tokens/s",
         "L0",
+        ", k 3, seed 0, lr 0.0",
         "L0 and EV (explained variance) are of the store's validation split, ",
         f" {outcome['saes']['topk']['validation_tokens']:,} tokens of it",
         "dead",
