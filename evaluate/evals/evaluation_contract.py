@@ -16,6 +16,9 @@ There are four ways of having no number:
 A single number that cannot be had, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
 metrics, details and `unstructured`, as SAEBench does, where tables take -1 for no number, and as null in `extra`.
 
+Every result says what it was measured on (`measured_on`), in a short line: the split, tokens and windows of the store
+(`TextCount` of context/stored_windows.py counts them), the name and size of other data, or that it is of weights alone.
+
 Tokens that count are neither special nor padding, nor massive in what the SAE reads or writes: `ordinary_rows` of
 context/stored_windows.py says which, `sums_of_codes` adds up over them.
 """

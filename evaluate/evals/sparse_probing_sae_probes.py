@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from ...cache_schema.numbers_in_words import counted
 from ..context.loaded_sae import batch_size_for
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
@@ -71,7 +72,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
     settings = official_config(context, replace(config, dataset_names=names), **fixed, **of_data(source))
     for subject in subjects:
-        yield make_result(subject, settings, found[subject], baselines[subject.layers], missing)
+        result = make_result(subject, settings, found[subject], baselines[subject.layers], missing)
+        yield replace(result, measured_on=said_of_sets(source, sets))
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
@@ -80,6 +82,13 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
         names = config.dataset_names or stdlib_tasks.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
     return load_all(config.dataset_names or sae_probes_data.names(), lambda name: [sae_probes_data.load(name)])
+
+
+def said_of_sets(source: Source, sets: Sequence[BinarySet]) -> str:
+    """How many prompts numbers are of, in words."""
+    prompts = sum(min(len(data.prompts), MOST_ROWS) for data in sets)
+    name = source.name if source.name == "stdlib" else "sae-probes"
+    return f"{name} prompts, {prompts:,} of two classes in {counted(len(sets), 'task')}"
 
 
 def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:

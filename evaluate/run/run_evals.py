@@ -71,6 +71,8 @@ def run_evals(
         if pending and not only_kept:
             if context.from_tokens and not settings["from_tokens"]:
                 context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
+            if context.massive_norms != "store's" and not evals.load(eval_id).needs.store:
+                context.say(f"{eval_id}: --massive-norms changes nothing here: it reads no store")
             rows += _Attempts(context, eval_id, config, settings).run(pending)
     return rows
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from ....cache_schema.numbers_in_words import counted
 from ...context.context import Context
 from ...errors import DataMissing
 from . import saebench_texts, stdlib_snippets, stdlib_tasks
@@ -138,6 +139,13 @@ class DataChoice:
 def data_revision(context: Context, settings: DataChoice) -> str | None:
     """Of the data that the settings mean, as an evaluation's `data_revision`."""
     return find_source(context, settings.data).revision()
+
+
+def said_of(source: Source, tasks: Sequence[Task]) -> str:
+    """How much text numbers are of, in words; of a task each text once, however often it is drawn."""
+    texts = [{text for part in (task.train, task.test) for each in part.values() for text in each} for task in tasks]
+    classes = sum(len(task.train) for task in tasks)
+    return f"{source.name} texts, {sum(map(len, texts)):,} of {classes} classes in {counted(len(tasks), 'task')}"
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:

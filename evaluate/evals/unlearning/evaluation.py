@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ....cache_schema.numbers_in_words import counted
 from ...context.evaluation_data_sets import library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
@@ -117,7 +118,7 @@ def make_result(
     subject: LoadedSae, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
 ) -> Result:
     forget, retain = ([paper.name for paper in papers] for papers in (material.forget, material.retain))
-    asked = [exam.name for exam in exams if len(exam)]
+    asked, rows = [exam.name for exam in exams if len(exam)], len(material.forget_rows) + len(material.retain_rows)
     score = unlearning_score(
         outcomes, [name for name in forget if name in asked], [name for name in retain if name in asked]
     )
@@ -133,6 +134,7 @@ def make_result(
                 "runs": [run_to_json(outcome) for outcome in outcomes],
             }
         },
+        measured_on=f"{material.name}, {counted(rows, 'row')} of text and {counted(sum(map(len, exams)), 'question')}",
     )
 
 
