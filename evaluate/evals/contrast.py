@@ -78,7 +78,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 own = (pool.of_latents(subject, part) for part in (task.train, task.test))
                 latents[subject].append(effects_of(task.name, *own))
                 advance(1)
-    settings = {**to_json(replace(config, dataset_names=tuple(task.name for task in tasks))), **of_data(source)}
+    names = tuple(task.name for task in tasks)
+    settings = {**to_json(replace(config, dataset_names=names)), **of_data(source, source.revision(names))}
     for subject in subjects:
         effects_of_both = joined(latents[subject]), joined(channels[subject.layers])
         result = make_result(subject, settings, *effects_of_both, config, missing)

@@ -65,7 +65,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 )
                 advance(1)
     config = replace(config, dataset_names=tuple(task.name for task in tasks))
-    settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **of_data(source))
+    data = of_data(source, source.revision(config.dataset_names))
+    settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **data)
     for subject in subjects:
         yield replace(make_result(subject, settings, found[subject], missing), measured_on=said_of(source, tasks))
 

@@ -762,6 +762,23 @@ def test_a_result_of_other_text_is_done_again(run_1, sae_eval, second_eval):
     )
 
 
+def test_a_result_of_another_commit_of_the_hub_is_done_again(run_1, sae_eval, second_eval):
+    """One of before commits were kept counts, and so does one whose commits nobody knows now."""
+    call, old, new = ("--evals", "second"), {"a/b": "old"}, {"a/b": "new"}
+    told = ((None, 1), (old, 1), ("", 1), (old, 2), (old, 2), (new, 3), (new | {"c/d": "new"}, 3), (None, 3))
+    for commits, times in told:
+        if commits == "":
+            shutil.rmtree(run_1 / "evals")
+            continue
+        second_eval.data_revision = lambda context, config, commits=commits: commits
+        sae_eval("run_1", *call, "--resume", options=[])
+        assert len(second_eval.asked) == times
+    second_eval.data_revision = lambda context, config: old
+    assert "data_revision.a/b 'new' (asked for: 'old')" in " ".join(
+        sae_eval("run_1", *call, "--compare", options=[]).split()
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["contrast", "ravel", "scr", "sparse_probing", "sparse_probing_sae_probes", "tpp", "unlearning"]
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ....cache_schema.numbers_in_words import counted
 from ...context.disk_cache import decided_by, model_print, remembered
-from ...context.evaluation_data_sets import library_revision
+from ...context.evaluation_data_sets import commits_of, library_revision
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
@@ -247,6 +247,8 @@ EVALUATION = Evaluation(
     least=dict.fromkeys(
         ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "n_generated_tokens", "llm_batch_size"), 1
     ),
-    data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
+    data_revision=lambda context, config: (
+        library_revision() if context.takes_library(config.data) else commits_of([DATASET])
+    ),
     revision=2,  # a template's tail is counted behind a word
 )

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ....cache_schema.numbers_in_words import counted
-from ...context.evaluation_data_sets import library_revision
+from ...context.evaluation_data_sets import Revision, commits_of, library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
 from .model_passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
-from .texts_and_exams import Material, load_topic, load_wmdp
+from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         outcomes = passes.sit(exams, settings, advance)
     for subject in fitting:
         yield make_result(subject, outcomes[subject], material, exams, config)
+
+
+def data_revision(context: Context, config: Config) -> Revision | None:
+    """Of this Python's text, or of what WMDP's material is made of beside the corpus that is given out as a file."""
+    if context.takes_library(config.data):
+        return library_revision()
+    return commits_of(dict.fromkeys((WIKITEXT, *map(home_of, config.dataset_names))))
 
 
 def load_material(context: Context, config: Config) -> Material:
@@ -175,6 +182,6 @@ EVALUATION = Evaluation(
     evaluate,
     summary=("unlearning.unlearning_score",),
     least={"n_features_list": 1, "dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
-    data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
+    data_revision=data_revision,
     revision=3,  # college_biology is not retained; 2: top-k SAEs with decoder rows of any length, as if of length one
 )
