@@ -18,17 +18,21 @@ from typing import Any, Literal
 from ....cache_schema.numbers_in_words import counted
 from ...context.evaluation_data_sets import Revision, commits_of, library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
-from ...errors import NotApplicable
+from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
 from .model_passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
 
+WMDP, STDLIB = "wmdp", "stdlib"
+OF_DATA = {WMDP: ("model", "forget_corpus", "dataset_names", "dataset_size", "seq_len"), STDLIB: ("topic",)}
+"""Settings of either alone."""
+
 
 @dataclass(frozen=True)
 class Config:
-    """SAEBench's settings; `dataset_size`, `seq_len`, `dataset_names` and the corpus are WMDP's alone."""
+    """SAEBench's settings; some are of one kind of data alone (`OF_DATA`)."""
 
     data: Literal["auto", "wmdp", "stdlib"] = "auto"
     """auto: the standard library for the pocket model, WMDP for all others."""
@@ -88,6 +92,7 @@ def data_revision(context: Context, config: Config) -> Revision | None:
 
 
 def load_material(context: Context, config: Config) -> Material:
+    require_its_own(config, context.takes_library(config.data))
     if context.takes_library(config.data):
         return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
@@ -100,6 +105,17 @@ def load_material(context: Context, config: Config) -> Material:
         config.llm_batch_size * 2,  # questions are shorter than the rows of text
         config.random_seed,
     )
+
+
+def require_its_own(config: Config, is_stdlib: bool) -> None:
+    """Refuse settings that say nothing about the data that are taken: the result would count as of them."""
+    mine, other = (STDLIB, WMDP) if is_stdlib else (WMDP, STDLIB)
+    given = [f"unlearning.{name}" for name in OF_DATA[other] if getattr(config, name) != getattr(Config(), name)]
+    if given:
+        raise SettingInvalid(
+            f"{', '.join(given)}: of the data {other} alone, and here it is {mine} (unlearning.data={config.data}). "
+            f"Leave it out, or ask for --set unlearning.data={other}"
+        )
 
 
 def set_exams(material: Material, config: Config) -> list[Exam]:
