@@ -7,15 +7,43 @@ count are neither special nor padding, nor massive in a layer that the SAE reads
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cache_schema.sites import Place
+from ...cache_schema.numbers_in_words import counted
+from ...cache_schema.sites import Place, say_place, site_of
 from ..errors import NotApplicable, SettingInvalid
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
-from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, is_massive, layers_of
+from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, bounds_in, is_massive, layers_of
+
+
+@dataclass
+class TextCount:
+    """How much text the numbers of an SAE are of, batch by batch; as a string, what its result says."""
+
+    split: str = "test"
+    windows: int = 0
+    tokens: int = 0
+    massive: int = 0
+
+    def add(self, batch: Windows, rows_WT: Tensor) -> None:
+        """A batch, and which of its tokens count."""
+        self.windows += len(batch)
+        self.tokens += int(rows_WT.sum())
+        self.massive += int((batch.keep & ~rows_WT).sum())
+
+    def __str__(self) -> str:
+        said = f"{self.split} split, {counted(self.tokens, 'token')} of {counted(self.windows, 'window')}"
+        return f"{said}, {counted(self.massive, 'massive row')} left out" if self.massive else said
+
+    def and_traced(self, windows: int) -> str:
+        """With how many of the windows latents were traced in, where at most so many are."""
+        traced = min(windows, self.windows)
+        return f"{self}; traced in {counted(traced, 'window')}" if traced > 0 else str(self)
 
 
 def read_windows(
@@ -53,6 +81,13 @@ def require_some(windows: int) -> None:
         raise SettingInvalid(f"windows: expected at least 1 to be read, found {windows}")
 
 
+def say_if_fewer(context: Context, title: str, config: Any, split: str = "test") -> None:
+    """Tell where more windows are asked for than the split has; by default all of them may be fewer."""
+    there = count_windows(context.store, split)
+    if there < config.windows != type(config)().windows:
+        context.say(f"{title}: asked for {config.windows:,} windows, and the {split} split has {there:,}: all are read")
+
+
 def sums_of_codes(
     context: Context,
     subjects: Sequence[LoadedSae],
@@ -60,15 +95,18 @@ def sums_of_codes(
     windows: int,
     batch_windows: int,
     of_rows: Callable[[Tensor], Tensor],
-) -> dict[LoadedSae, Tensor]:
+) -> dict[LoadedSae, tuple[Tensor, TextCount]]:
     """What `of_rows` gives of an SAE's codes [N, F], added up over the rows that count of the first windows: by it
-    latents are chosen that are the same however large batches are."""
+    latents are chosen that are the same however large batches are. Beside it, how much text it is of."""
     sums: dict[LoadedSae, Tensor] = {}
+    texts = {subject: TextCount() for subject in subjects}
     for batch in read_windows(context, subjects, title, windows, batch_windows):
         for subject in subjects:
-            found = of_rows(subject.encode(batch)[ordinary_rows(context, subject, batch)])
+            rows = ordinary_rows(context, subject, batch)
+            texts[subject].add(batch, rows)
+            found = of_rows(subject.encode(batch)[rows])
             sums[subject] = sums[subject] + found if subject in sums else found
-    return sums
+    return {subject: (total, texts[subject]) for subject, total in sums.items()}
 
 
 def mean_of_rows(context: Context, layer: int) -> Tensor:
@@ -80,14 +118,39 @@ def mean_of_rows(context: Context, layer: int) -> Tensor:
 
 def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
     """bool [W, T]: those of `batch.keep` that are massive in no layer that the SAE reads or writes."""
-    return without_massive(context, batch.keep, {layer: batch.resid[layer] for layer in layers_of([subject])})
+    acts: dict[Place, Tensor] = {layer: batch.resid[layer] for layer in layers_of([subject])}
+    return without_massive(context, batch.keep, acts, bounds_in(subject.config))
 
 
-def without_massive(context: Context, rows_WT: Tensor, acts: Mapping[Place, Tensor]) -> Tensor:
-    """bool [W, T]: those rows whose norm is within the bound that training has for this store, at all these places."""
+def without_massive(
+    context: Context, rows_WT: Tensor, acts: Mapping[Place, Tensor], own: Mapping[str, float] | None = None
+) -> Tensor:
+    """bool [W, T]: those rows whose norm is within the bound that training has for this store, at all these places. Of
+    places that the store does not hold it knows no bound: there those that an SAE was trained with hold (`own`)."""
     for place, acts_WTD in acts.items():
-        found = context.massive(place)
-        if found is not None:
+        bound = _bound_of(context, place, own or {})
+        if bound is not None:
             norms = torch.linalg.vector_norm(acts_WTD, dim=-1, dtype=torch.float32)
-            rows_WT = rows_WT & ~is_massive(norms, found.bound)
+            rows_WT = rows_WT & ~is_massive(norms, bound)
     return rows_WT
+
+
+def tell_bounds(context: Context, subject: LoadedSae, places: Sequence[Place]) -> str | None:
+    """What a result says where the store cannot tell which rows are massive: its settings name a multiple even so."""
+    if context.massive_multiple is None:
+        return None
+    own = bounds_in(subject.config)
+    absent = [place for place in places if site_of(place) not in context.manifest.sites]
+    by_own = [say_place(place) for place in absent if _bound_of(context, place, own) is not None]
+    by_none = [say_place(place) for place in absent if _bound_of(context, place, own) is None]
+    told = ((by_own, "the bound is that of the SAE's training"), (by_none, "none is left out there"))
+    said = [f"massive rows of {', '.join(names)}, not held by the store: {what}" for names, what in told if names]
+    return "; ".join(said) or None
+
+
+def _bound_of(context: Context, place: Place, own: Mapping[str, float]) -> float | None:
+    """Beyond which norm a row is massive; None where every row counts, or nobody knows."""
+    if context.massive_multiple is None:
+        return None
+    found = context.massive(place)
+    return own.get(str(place) if isinstance(place, int) else place.path) if found is None else found.bound

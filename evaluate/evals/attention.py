@@ -22,7 +22,7 @@ from torch import Tensor
 from ...cache_schema.strict_json import to_json
 from ...harvest.sparsify_attention import sinks
 from ...train.data.batch import AttentionRows
-from ..context.stored_windows import mean_of_rows, ordinary_rows, read_windows
+from ..context.stored_windows import TextCount, mean_of_rows, ordinary_rows, read_windows, say_if_fewer
 from ..errors import ModelMissing, NotApplicable
 from ..model.batches import Windows
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -52,6 +52,7 @@ class Seen:
     agreement: dict[str, float] = field(default_factory=dict)
     rows: int = 0
     traced: Traced = field(default_factory=Traced)
+    text: TextCount = field(default_factory=TextCount)
 
     def compare(self, name: str, stored_WHTT: Tensor, found_WHTT: Tensor, keep_WT: Tensor) -> None:
         """Add the rows of kept queries."""
@@ -66,6 +67,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     layers = context.manifest.attention.layers
     if not layers:
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
+    say_if_fewer(context, "attention", config)
     seen = {subject: Seen(Explained.none(len(layers), context.device)) for subject in subjects}
     never, missing = obstacles(context, subjects)
     able = {subject for subject in subjects if missing is None and subject not in never}
@@ -79,6 +81,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         for subject in subjects:
             acts, x_hat = subject.reconstruct(batch)
             rows = ordinary_rows(context, subject, batch)
+            seen[subject].text.add(batch, rows)
             seen[subject].explained += explain(acts, averaged, rows, batch.documents)
             if subject in able:
                 given = {"sae": x_hat, "mean_ablation": means[subject.layer]}
@@ -94,7 +97,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
         metrics["tracing"] = seen[subject].traced.metrics() if subject in able else {}
         remark = never.get(subject)
-        yield Result(subject, to_json(config), metrics, remark=remark, missing=None if remark else missing)
+        lacks = None if remark else missing
+        text = seen[subject].text.and_traced(config.trace_windows if subject in able else 0)
+        yield Result(subject, to_json(config), metrics, remark=remark, missing=lacks, measured_on=text)
 
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[LoadedSae, str], str | None]:

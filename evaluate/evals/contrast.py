@@ -24,7 +24,7 @@ from scipy.sparse import csc_matrix
 from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import data_revision, find_source, load_all
+from .probing.choose_source import data_revision, find_source, load_all, said_of
 from .probing.features import Features
 from .probing.pooling import pool_task
 from .probing.settings import LEAST, DataSettings, filled, of_data
@@ -78,11 +78,12 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 own = (pool.of_latents(subject, part) for part in (task.train, task.test))
                 latents[subject].append(effects_of(task.name, *own))
                 advance(1)
-    settings = {**to_json(replace(config, dataset_names=tuple(task.name for task in tasks))), **of_data(source)}
+    names = tuple(task.name for task in tasks)
+    settings = {**to_json(replace(config, dataset_names=names)), **of_data(source, source.revision(names))}
     for subject in subjects:
-        yield make_result(
-            subject, settings, joined(latents[subject]), joined(channels[subject.layers]), config, missing
-        )
+        effects_of_both = joined(latents[subject]), joined(channels[subject.layers])
+        result = make_result(subject, settings, *effects_of_both, config, missing)
+        yield replace(result, measured_on=said_of(source, tasks))
 
 
 def effects_of(name: str, train: Features, test: Features) -> Effects:

@@ -47,7 +47,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             metrics["across_seeds"] = across(rows_FD, others, config)
         remarks += [] if len(rows_FD) > 1 else [ALONE]
         remarks += [] if others else [ONE_SEED]
-        yield Result(subject, to_json(config), metrics, remark="; ".join(remarks) or None)
+        yield Result(subject, to_json(config), metrics, remark="; ".join(remarks) or None, measured_on="weights alone")
 
 
 def within(rows_FD: Tensor, config: Config) -> dict[str, float]:

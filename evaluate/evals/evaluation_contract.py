@@ -16,6 +16,9 @@ There are four ways of having no number:
 A single number that cannot be had, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
 metrics, details and `unstructured`, as SAEBench does, where tables take -1 for no number, and as null in `extra`.
 
+Every result says what it was measured on (`measured_on`), in a short line: the split, tokens and windows of the store
+(`TextCount` of context/stored_windows.py counts them), the name and size of other data, or that it is of weights alone.
+
 Tokens that count are neither special nor padding, nor massive in what the SAE reads or writes: `ordinary_rows` of
 context/stored_windows.py says which, `sums_of_codes` adds up over them.
 """
@@ -28,6 +31,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 from ..context.context import Context
+from ..context.evaluation_data_sets import Revision
 from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import Failure, Result
 from ..errors import EvaluationInvalid, SettingInvalid
@@ -80,9 +84,9 @@ class Evaluation(Generic[C]):
     """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
     revision: int = 1
     """Raised where the same settings give other numbers than before: `--resume` takes no result of an earlier one."""
-    data_revision: Callable[[Context, C], str | None] = lambda _context, _config: None
+    data_revision: Callable[[Context, C], Revision | None] = lambda _context, _config: None
     """Names the text that it measures on, where neither settings nor store do: `--resume` takes no result of other
-    text. None where there is nothing to name."""
+    text. Of data sets on the hub, the commit of each. None where there is nothing to name, or nobody knows."""
 
     def __post_init__(self) -> None:
         settings: Any = self.config

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
 from ..context.loaded_sae import layers_of
-from ..context.stored_windows import ordinary_rows, read_windows
+from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer
 from ..errors import NotApplicable
 from ..model.batches import Windows
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -110,15 +110,16 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     assigned = {subject: ranges_of(subject, config.ranges, length) for subject in subjects}
     plain = [subject for subject, ranges in assigned.items() if ranges is None]
     before: dict[LoadedSae, Profile] = {}
+    chosen_on: dict[LoadedSae, TextCount] = {}
     try:
-        before = profiles(context, plain, "position: ranges", config, "validation") if plain else {}
+        before, chosen_on = profiles(context, plain, "position: ranges", config, "validation") if plain else ({}, {})
     except NotApplicable as obstacle:  # in the way of those alone that have no ranges yet
         yield from (Failure(subject, obstacle) for subject in plain)
         subjects = [subject for subject in subjects if subject not in plain]
     if not subjects:
         return
     samples = make_samples(subjects, config)
-    after = profiles(context, subjects, "position", config, "test", samples)
+    after, read = profiles(context, subjects, "position", config, "test", samples)
     resid = {
         (places, layers): order_probes(samples[places], samples[places].of(layers), length, config, (None,))
         for places, layers in {(layers_of([subject]), subject.layers) for subject in subjects}
@@ -131,7 +132,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
         said = {"ranges": ranges.source}
         remark = UNPROBED if not order else UNPAIRED if "first_chance" not in order else None
-        yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark)
+        text = f"{read[subject]}; ranges by the {chosen_on[subject]}" if subject in chosen_on else str(read[subject])
+        yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark, measured_on=text)
 
 
 def make_samples(subjects: Sequence[LoadedSae], config: Config) -> dict[tuple[int, ...], Sample]:
@@ -150,20 +152,24 @@ def profiles(
     config: Config,
     split: str,
     samples: Mapping[tuple[int, ...], Sample] | None = None,
-) -> dict[LoadedSae, Profile]:
-    """Activation by position over some windows of a split; `samples` see the codes as they come."""
+) -> tuple[dict[LoadedSae, Profile], dict[LoadedSae, TextCount]]:
+    """Activation by position over some windows of a split, and how much text that is; `samples` see the codes as they
+    come."""
+    say_if_fewer(context, title, config, split)
     seen: dict[LoadedSae, Profile] = {}
+    read = {subject: TextCount(split) for subject in subjects}
     for batch in read_windows(context, subjects, title, config.windows, config.batch_windows, split):
         rows = {layers_of([subject]): ordinary_rows(context, subject, batch) for subject in subjects}
         for places, sample in (samples or {}).items():
             sample.begin(batch, rows[places], {one.layers for one in subjects if layers_of([one]) == places})
         for subject in subjects:
             acts, places = subject.encode(batch), layers_of([subject])
+            read[subject].add(batch, rows[places])
             found = profile(acts, rows[places])
             seen[subject] = seen[subject] + found if subject in seen else found
             if samples is not None:
                 samples[places].take(subject, acts)
-    return seen
+    return seen, read
 
 
 def specialisation(subject: LoadedSae, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:

@@ -16,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cache_schema.sites import RESID, Site, place_of
+from ...cache_schema.sites import RESID, Place, Site, place_of, site_of
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ...train.run.validation import Tally
-from ..context.stored_windows import read_windows, without_massive
+from ..context.loaded_sae import bounds_in
+from ..context.stored_windows import TextCount, read_windows, say_if_fewer, tell_bounds, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
 from ..model.ce_and_kl import next_tokens, rows_of_logits
@@ -48,6 +50,7 @@ class Seen:
 
     effects: dict[str, Effect] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+    text: TextCount = field(default_factory=TextCount)
 
     def add(self, effects: dict[str, Effect], acts_NF: Tensor, y_ND: Tensor, y_hat_ND: Tensor) -> None:
         self.effects = {name: self.effects.get(name, Effect()) + found for name, found in effects.items()}
@@ -86,11 +89,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             found[subject] = Seen()
     if not found:
         return
+    say_if_fewer(context, "replacement", config)
     subjects, size, rows = list(found), config.batch_windows, rows_of_logits(context.model, context.say)
     for batch in read_windows(context, subjects, "replacement", config.windows, size, layers=()):
         _add_batch(context, found, batch, rows)
     for subject, seen in found.items():
-        yield Result(subject, to_json(config), {"replacement": seen.metrics()})
+        metrics, remark = {"replacement": seen.metrics()}, tell_bounds(context, subject, places_of(subject))
+        yield Result(subject, to_json(config), metrics, remark=remark, measured_on=str(seen.text))
 
 
 def sites_read(subject: LoadedSae) -> list[Site]:
@@ -99,6 +104,10 @@ def sites_read(subject: LoadedSae) -> list[Site]:
 
 def sites_written(subject: LoadedSae) -> list[Site]:
     return [Site(subject.hooks[1], layer) for layer in subject.target_layers]
+
+
+def places_of(subject: LoadedSae) -> list[Place]:
+    return [place_of(*site) for site in dict.fromkeys((*sites_read(subject), *sites_written(subject)))]
 
 
 def _require_place(context: Context, subject: LoadedSae) -> None:
@@ -131,18 +140,20 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows, r
     sites = {site for subject in found for site in (*sites_read(subject), *sites_written(subject))}
     with context.model.tapped({site: partial(_keep, kept, site) for site in sites}):
         clean = context.model.hidden(batch.tokens)
-    skipped: dict[tuple[tuple[Site, ...], tuple[Site, ...]], Tensor] = {}
+    skipped: dict[Any, Tensor] = {}
     for subject, seen in found.items():
         read, written = sites_read(subject), sites_written(subject)
-        counts = without_massive(context, batch.keep, {place_of(*site): kept[site] for site in (*read, *written)})
+        places, bounds = places_of(subject), bounds_in(subject.config)
+        counts = without_massive(context, batch.keep, {place: kept[site_of(place)] for place in places}, bounds)
+        seen.text.add(batch, counts)
         own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})
         acts, y_hat = subject.reconstruct(own)
         y = torch.cat([kept[site] for site in written], dim=-1)
-        places = tuple(written), tuple(read)
-        if places not in skipped:  # the same for all SAEs of these places
-            skipped[places] = _replaced(context, batch, written, torch.zeros_like(y), counts)
+        alike = tuple(written), tuple(read), tuple(sorted(bounds.items()))
+        if alike not in skipped:  # the same for all SAEs of these places, and of one bound for massive rows
+            skipped[alike] = _replaced(context, batch, written, torch.zeros_like(y), counts)
         replaced = _replaced(context, batch, written, y_hat.to(y), counts)
-        hidden = {"skipped": skipped[places][counts], "replaced": replaced[counts]}
+        hidden = {"skipped": skipped[alike][counts], "replaced": replaced[counts]}
         targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
         effects = effects_of(context.model, clean[counts], hidden, targets, rows)
         seen.add(effects, acts[counts], y[counts], y_hat[counts])
@@ -176,4 +187,5 @@ EVALUATION = Evaluation(
         "replacement.kl_replaced",
         "replacement.kl_skipped",
     ),
+    revision=2,  # of places that the store lacks, the SAE's own bounds say which rows are massive
 )

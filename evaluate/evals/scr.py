@@ -9,10 +9,11 @@ what `corrected` leaves out of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .evaluation_contract import Context, LoadedSae, Result
-from .probing.choose_source import Source, load_all
+from .probing.choose_source import Source, load_all, said_of
 from .probing.draw_classes import OPPOSITES, Task, spurious
 from .probing.scr_and_tpp import Outcome, evaluation_of, perturb_all
 from .probing.scr_and_tpp_formulas import mean_scores, scr_scores
@@ -28,7 +29,7 @@ def free_probes(
     pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
     config_json = config_of_round(settings, context, source, "absolute", used, pairs)
     for subject, outcomes in perturb_all(context, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
-        yield make_result(subject, config_json, outcomes, missing)
+        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=said_of(source, tasks))
 
 
 def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:

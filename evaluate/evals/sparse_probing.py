@@ -20,7 +20,7 @@ import torch
 
 from ..context.usable_saes import official_config, require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all
+from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all, said_of
 from .probing.draw_classes import Task
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
@@ -65,9 +65,10 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 )
                 advance(1)
     config = replace(config, dataset_names=tuple(task.name for task in tasks))
-    settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **of_data(source))
+    data = of_data(source, source.revision(config.dataset_names))
+    settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **data)
     for subject in subjects:
-        yield make_result(subject, settings, found[subject], missing)
+        yield replace(make_result(subject, settings, found[subject], missing), measured_on=said_of(source, tasks))
 
 
 def filled(config: Config, source: Source) -> Config:

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from ...cache_schema.numbers_in_words import counted
+from ..context.evaluation_data_sets import Revision
 from ..context.loaded_sae import batch_size_for
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing import sae_probes_data, stdlib_tasks
-from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all
+from .probing.choose_source import DataChoice, Source, find_source, load_all
 from .probing.sae_probes_data import BinarySet
 from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scr_and_tpp_formulas import mean_scores
@@ -69,9 +71,17 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 advance(1)
     names = tuple(data.name for data in sets)
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
-    settings = official_config(context, replace(config, dataset_names=names), **fixed, **of_data(source))
+    data = of_data(source, data_revision(context, config))
+    settings = official_config(context, replace(config, dataset_names=names), **fixed, **data)
     for subject in subjects:
-        yield make_result(subject, settings, found[subject], baselines[subject.layers], missing)
+        result = make_result(subject, settings, found[subject], baselines[subject.layers], missing)
+        yield replace(result, measured_on=said_of_sets(source, sets))
+
+
+def data_revision(context: Context, config: Config) -> Revision | None:
+    """Of this Python's text, or the version of the package that brings the prompts."""
+    source = find_source(context, config.data)
+    return source.revision(()) if source.name == "stdlib" else sae_probes_data.revision()
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
@@ -80,6 +90,13 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
         names = config.dataset_names or stdlib_tasks.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
     return load_all(config.dataset_names or sae_probes_data.names(), lambda name: [sae_probes_data.load(name)])
+
+
+def said_of_sets(source: Source, sets: Sequence[BinarySet]) -> str:
+    """How many prompts numbers are of, in words."""
+    prompts = sum(min(len(data.prompts), MOST_ROWS) for data in sets)
+    name = source.name if source.name == "stdlib" else "sae-probes"
+    return f"{name} prompts, {prompts:,} of two classes in {counted(len(sets), 'task')}"
 
 
 def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...cache_schema.strict_json import to_json
-from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
+from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer, sums_of_codes
 from ..model.batches import Sums, Windows
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, groups_of
@@ -49,6 +49,7 @@ class Seen:
     groups: Assignment
     frequent: Tensor  # the latents of the transition matrix
     consistency: dict[str, Consistency] = field(default_factory=dict)
+    text: TextCount = field(default_factory=TextCount)
     persistence: Persistence = field(init=False)
     transition_counts: Tensor = field(init=False)
 
@@ -72,15 +73,18 @@ class Seen:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    say_if_fewer(context, "temporal", config)
     frequent = choose_frequent(context, subjects, config)
     seen = {subject: Seen(groups_of(subject, len(SCALES) + 1), frequent[subject]) for subject in subjects}
     for batch in read_windows(context, subjects, "temporal", config.windows, config.batch_windows):
         for subject in subjects:
             rows = ordinary_rows(context, subject, batch)
+            seen[subject].text.add(batch, rows)
             seen[subject].take(subject.encode(batch) * rows[:, :, None], batch, rows)
     for subject, one in seen.items():
         metrics = {"consistency": consistency_scores(one), "stability": stability(one, config)}
-        yield Result(subject, to_json(config), metrics, unstructured=patterns(one, config), remark=too_short(one))
+        found, remark = patterns(one, config), too_short(one)
+        yield Result(subject, to_json(config), metrics, unstructured=found, remark=remark, measured_on=str(one.text))
 
 
 def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Config) -> dict[LoadedSae, Tensor]:
@@ -88,7 +92,8 @@ def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Con
     count, title = min(config.windows, CHOOSING), "temporal: latents"
     fired = sums_of_codes(context, subjects, title, count, config.batch_windows, lambda acts: (acts > 0).sum(0))
     return {
-        subject: fired_F.topk(min(config.most_frequent, len(fired_F))).indices for subject, fired_F in fired.items()
+        subject: fired_F.topk(min(config.most_frequent, len(fired_F))).indices
+        for subject, (fired_F, _) in fired.items()
     }
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
-from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
+from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer, sums_of_codes
 from ..errors import ModelMissing
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved_composition, tiers_of
@@ -80,6 +80,7 @@ class Seen:
     dominant: list[Tensor] = field(default_factory=list)
     strongest: Strongest = field(init=False)
     alone: tuple[int, ...] = ()  # latents that are traced one by one
+    text: TextCount = field(default_factory=TextCount)
 
     def __post_init__(self) -> None:
         nothing = self.by_few.new_zeros(0, len(self.by_few))
@@ -98,6 +99,7 @@ class Seen:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    say_if_fewer(context, "tiers", config)
     composition = {subject: compose(subject, config) for subject in subjects}
     seen = {subject: Seen(tiers_of(subject, config.tiers), by_few) for subject, (_, by_few) in composition.items()}
     effects: dict[LoadedSae, dict[str, Effect]] = {subject: {} for subject in subjects}
@@ -116,6 +118,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         for subject in subjects:
             acts = subject.encode(batch)
             rows = ordinary_rows(context, subject, batch)
+            seen[subject].text.add(batch, rows)
             seen[subject].take(acts[rows], tokens + rows[batch.keep].nonzero().view(-1))
             if at_layer and subject.is_single_layer:
                 total = effects[subject]
@@ -129,7 +132,10 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         listed["traced"] = list_traced(seen[subject], effects[subject], words)
         remark = never if subject.is_single_layer else UNTRACED
         lacks = None if remark else missing
-        yield Result(subject, to_json(config), metrics, unstructured=listed, remark=remark, missing=lacks)
+        text = seen[subject].text.and_traced(config.trace_windows if effects[subject] else 0)
+        yield Result(
+            subject, to_json(config), metrics, unstructured=listed, remark=remark, missing=lacks, measured_on=text
+        )
 
 
 def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]:
@@ -150,7 +156,7 @@ def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Confi
     count, title = min(config.windows, config.trace_windows), "tiers: latents to trace"
     mass = sums_of_codes(context, list(seen), title, count, config.batch_windows, lambda acts: acts.sum(0))
     for subject, one in seen.items():
-        one.alone = most_active(mass[subject], one.tiers, config.trace_latents)
+        one.alone = most_active(mass[subject][0], one.tiers, config.trace_latents)
 
 
 def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tensor]:

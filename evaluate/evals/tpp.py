@@ -8,10 +8,11 @@ has SAEBench's steps and says what `corrected` leaves out of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .evaluation_contract import Context, LoadedSae, Result
-from .probing.choose_source import Source, load_all
+from .probing.choose_source import Source, load_all, said_of
 from .probing.scr_and_tpp import Outcome, evaluation_of, perturb_all
 from .probing.scr_and_tpp_formulas import mean_scores, tpp_scores
 from .probing.settings import Settings, config_of_round
@@ -26,7 +27,7 @@ def disturb_probes(
     names = [task.name for task in tasks]
     config_json = config_of_round(settings, context, source, "positive", names, {})
     for subject, outcomes in perturb_all(context, subjects, tasks, settings, "positive", lambda task: list(task.train)):
-        yield make_result(subject, config_json, outcomes, missing)
+        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=said_of(source, tasks))
 
 
 def make_result(

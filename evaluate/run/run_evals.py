@@ -26,6 +26,7 @@ from ...train.errors import TrainError
 from .. import evals
 from ..context.context import Context
 from ..context.disk_cache import decided_by
+from ..context.evaluation_data_sets import data_meant
 from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import (
     DATA,
@@ -73,6 +74,8 @@ def run_evals(
         if pending and not only_kept:
             if context.from_tokens and not settings["from_tokens"]:
                 context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
+            if context.massive_norms != "store's" and not evals.load(eval_id).needs.store:
+                context.say(f"{eval_id}: --massive-norms changes nothing here: it reads no store")
             rows += _Attempts(context, eval_id, config, settings).run(pending)
     return rows
 
@@ -86,8 +89,8 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     if keep == "none" or document is None:
         return None
     found = settings_in(document)
-    # Where the store is gone nobody knows which data were meant: a result's own count where these name none.
-    settings = {name: found[name] for name in {DATA} & found.keys()} | dict(settings)
+    data = data_meant(found.get(DATA), settings.get(DATA))
+    settings = {name: value for name, value in {**settings, DATA: data}.items() if value is not None or name != DATA}
     store, meant = found.get("cache_id"), settings["cache_id"] or subject.cache_id
     if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # of another one
         return None

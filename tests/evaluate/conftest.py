@@ -26,6 +26,7 @@ from saemill.cache_schema import (
     from_float32,
 )
 from saemill.evaluate.context import context as context_module
+from saemill.evaluate.context import evaluation_data_sets
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.model.batches import store_batches
@@ -74,7 +75,8 @@ def contrasts() -> str:
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in these tests may ask the network for a model."""
+    """Nothing in these tests may ask the network for a model, or for the commit of a data set; nor does what this
+    machine downloaded before decide any."""
 
     def refuse(choice: Any) -> Any:
         if choice.name != "pocket" and not Path(choice.name).is_dir():
@@ -83,6 +85,9 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fetch = context_module.fetch
     monkeypatch.setattr(context_module, "fetch", refuse)
+    monkeypatch.setattr(evaluation_data_sets, "ask_hub", lambda _: ConnectionError("no network in tests"))
+    monkeypatch.setattr(evaluation_data_sets, "downloaded_commit", lambda _: None)
+    evaluation_data_sets.commit_of.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,19 @@ SMALL = {
     "sparse_probing_sae_probes": {"dataset_names": ("stdlib/kind",), "ks": (1, 5)},
 }
 IN_SMALL = re.compile(r"_(t|u|l|k)(?=_|$)")  # of a documented name: numbers that settings decide
+MEASURED_ON = {
+    "store": r" split, [\d,]+ tokens of ",
+    "text": r", [\d,]+ ",
+    "weights": "^weights alone$",
+}  # as results say it
 
 
 def settings_of(name):
     return evals.load(name).config(**SMALL.get(name, {}))
+
+
+def of_what(name):
+    return "text" if is_about_text(name) else "store" if evals.load(name).needs.store else "weights"
 
 
 def is_about_text(name):
@@ -144,7 +153,10 @@ def test_results_are_json_of_two_levels_the_same_alone_as_among_others_and_every
         metrics = document["eval_result_metrics"]
         values = [value for group in metrics.values() for value in group.values()]
         assert values and all(isinstance(value, (int, float)) for value in values)
-    assert numbers_of(run(name, (1,))[0]) == numbers_of(second)
+        assert re.search(MEASURED_ON[of_what(name)], document["saemill"]["measured_on"] or "it does not say")
+    (alone,) = run(name, (1,))
+    assert numbers_of(alone) == numbers_of(second)
+    assert alone["saemill"]["measured_on"] == second["saemill"]["measured_on"]
     found = {
         f"{group}.{metric}"
         for document in (first, second)

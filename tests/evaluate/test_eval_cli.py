@@ -514,6 +514,31 @@ def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
     assert output.count("--from-tokens changes nothing here") == 1 and "temporal: --from-tokens" in output
     said = [results(run_1, name)["small_eval_results.json"]["saemill"]["settings"] for name in ("core", "temporal")]
     assert [settings["from_tokens"] for settings in said] == [True, False]
+    output = sae_eval("run_1/small", "--evals", "core,decoder_cosine", "--massive-norms", "5")
+    assert output.count("--massive-norms changes nothing here") == 1 and "decoder_cosine: --massive-norms" in output
+
+
+@pytest.mark.parametrize("name", ["attention", "browser", "position", "replacement", "temporal", "tiers"])
+def test_fewer_windows_than_were_asked_for_are_told(name, run_1, sae_eval):
+    """By default nobody expects that there are so many. The result says how many there were."""
+    words, there = ("run_1/small", "--evals", name), 40 if name == "browser" else 20
+    assert "asked for" not in sae_eval(*words, options=[])
+    output = sae_eval(*words, options=["--set", f"{name}.windows=5000"])
+    assert f"{name}: asked for 5,000 windows, and " in output and f" {there}: all are read" in output
+    (found,) = results(run_1, name).values()
+    assert f" of {there} windows" in found["saemill"]["measured_on"]
+    assert f"{name}: {found['saemill']['measured_on']}" in output
+
+
+def test_smaller_batches_than_were_asked_for_are_told(run_1, sae_eval):
+    """They are a part of the definition of some of SAEBench's means."""
+    for options, is_told in (([], False), (["--set", "core.batch_size_prompts=64"], True)):
+        output = sae_eval("run_1/small", options=options)
+        assert ("core: asked for batches of 64 windows, and the test split has room for 10" in output) == is_told
+        (found,) = results(run_1).values()
+        assert found["eval_config"]["batch_size_prompts"] == 10  # of 20 windows, in two blocks
+        assert found["saemill"]["measured_on"].endswith("; batches of 10 windows")
+    assert "batches of" not in sae_eval("run_1/small")
 
 
 def test_the_device_that_was_asked_for_is_the_one_that_the_thread_works_on(run_1, sae_eval, monkeypatch):
@@ -760,6 +785,23 @@ def test_a_result_of_other_text_is_done_again(run_1, sae_eval, second_eval):
         assert len(second_eval.asked) == times
     second_eval.data_revision = lambda context, config: "sha256:newer"
     assert "data_revision 'sha256:new' (asked for: 'sha256:newer')" in " ".join(
+        sae_eval("run_1", *call, "--compare", options=[]).split()
+    )
+
+
+def test_a_result_of_another_commit_of_the_hub_is_done_again(run_1, sae_eval, second_eval):
+    """One of before commits were kept counts, and so does one whose commits nobody knows now."""
+    call, old, new = ("--evals", "second"), {"a/b": "old"}, {"a/b": "new"}
+    told = ((None, 1), (old, 1), ("", 1), (old, 2), (old, 2), (new, 3), (new | {"c/d": "new"}, 3), (None, 3))
+    for commits, times in told:
+        if commits == "":
+            shutil.rmtree(run_1 / "evals")
+            continue
+        second_eval.data_revision = lambda context, config, commits=commits: commits
+        sae_eval("run_1", *call, "--resume", options=[])
+        assert len(second_eval.asked) == times
+    second_eval.data_revision = lambda context, config: old
+    assert "data_revision.a/b 'new' (asked for: 'old')" in " ".join(
         sae_eval("run_1", *call, "--compare", options=[]).split()
     )
 

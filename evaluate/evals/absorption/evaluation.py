@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from ....cache_schema.numbers_in_words import counted
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
@@ -127,7 +128,8 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
         return Failure(subject, _too_few(subject, task, known, needed, config))
     generator = torch.Generator().manual_seed(config.random_seed)
     results = measure_letters(task, subject, known, config.sparse(context), generator)
-    is_official = task.classes.names == FIRST_LETTER.names
+    is_official, words = task.classes.names == FIRST_LETTER.names, len(task.train.words) + len(task.test.words)
+    classes = f"{len(known)} of {len(task.classes.names)} classes known"
     return Result(
         subject,
         official_config(
@@ -146,6 +148,7 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
             "eval_type_id": OFFICIAL_ID if is_official else "absorption_word_shape",
             "absorption": our_details(task, probe, results),
         },
+        measured_on=f"the model's vocabulary, {counted(words, 'word')}; {classes}",
     )
 
 

@@ -29,7 +29,7 @@ from ....train.run.init_from_trained_sae import source_of
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.loaded_sae import attention_layers_of, layers_of
-from ...context.stored_windows import require_some
+from ...context.stored_windows import TextCount, require_some
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid
 from ...model.batches import count_windows
 from ...model.unembedding_head import Head
@@ -106,7 +106,9 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     for one in shown:
         firing = {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}
         report = {"latents": contexts(one.seen, *one.kept, tokens, words), "pattern": pattern(one.seen, tokens, words)}
-        yield Result(one.subject, to_json(config), {"firing": firing}, unstructured=report, missing=missing)
+        text = TextCount(" and ".join(windows), sum(windows.values()), one.seen.tokens, one.seen.massive)
+        metrics = {"firing": firing}
+        yield Result(one.subject, to_json(config), metrics, unstructured=report, missing=missing, measured_on=str(text))
 
 
 def readable(context: Context, subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:
@@ -141,6 +143,11 @@ def share_out(context: Context, config: Config) -> dict[str, int]:
         left -= found[split]
     if not any(found.values()):
         raise NotApplicable(f"the store's splits {', '.join(config.splits)} have no windows: harvest more text")
+    if left > 0 and config.windows != Config().windows:
+        there = sum(found.values())
+        context.say(
+            f"browser: asked for {config.windows:,} windows, and {', '.join(found)} have {there:,}: all are read"
+        )
     return {split: count for split, count in found.items() if count}
 
 

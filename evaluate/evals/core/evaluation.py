@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ....cache_schema.numbers_in_words import counted
+from ...context.loaded_sae import layers_of
+from ...context.stored_windows import tell_bounds
 from ...context.usable_saes import model_name_of
 from ...context.write_and_read_results import INTERVALS
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
@@ -52,6 +55,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         config.n_eval_reconstruction_batches,
         config.n_eval_sparsity_variance_batches,
     )
+    if rows.sparsity.batch_windows < config.batch_size_prompts != Config().batch_size_prompts:
+        asked, given = config.batch_size_prompts, rows.sparsity.batch_windows
+        context.say(f"core: asked for batches of {asked} windows, and the {config.split} split has room for {given}")
     reasons = unspliceable(context, subjects)
     able = [subject for subject in subjects if subject not in reasons]
     missing = missing_model(context) if able else None
@@ -60,7 +66,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         result = make_result(context, subject, config, rows, sparsity[subject], losses.get(subject))
         remark = reasons.get(subject)
-        yield replace(result, remark=remark, missing=None if remark else missing)
+        remarks = filter(None, (remark, tell_bounds(context, subject, layers_of([subject]))))
+        yield replace(result, remark="; ".join(remarks) or None, missing=None if remark else missing)
 
 
 def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
@@ -106,14 +113,17 @@ def make_result(
         details=latent_details(latents),
         unstructured={},
         extra={"saemill_metrics": own_metrics(sparsity, losses, config.ablations, config.resamples)},
-        measured_on=measured_on(config.split, sparsity, losses),
+        measured_on=measured_on(config, rows, sparsity, losses),
     )
 
 
-def measured_on(split: str, sparsity: Sparsity, losses: LossSums | None) -> str:
-    """The second block without massive rows, and the first, where they are spliced as well."""
-    line = f"{split} split, {said(sparsity.documents.table())}"
-    return line if losses is None else f"{line}; CE and KL on {said(losses.documents.table())}"
+def measured_on(config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None) -> str:
+    """The second block without massive rows, and the first, where they are spliced as well; and how large batches were,
+    where the split had no room for those of the settings."""
+    line = f"{config.split} split, {said(sparsity.documents.table())}"
+    line += "" if losses is None else f"; CE and KL on {said(losses.documents.table())}"
+    size = rows.sparsity.batch_windows
+    return line if size == config.batch_size_prompts else f"{line}; batches of {counted(size, 'window')}"
 
 
 def settings_by_saebench(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from ....cache_schema.numbers_in_words import counted
 from ...context.context import Context
+from ...context.evaluation_data_sets import Revision
 from ...errors import DataMissing
 from . import saebench_texts, stdlib_snippets, stdlib_tasks
 from .draw_classes import Table, Task
@@ -42,7 +44,8 @@ class Source:
     train_size: int
     test_size: int
     context: int
-    revision: Callable[[], str | None]
+    revision: Callable[[Sequence[str]], Revision | None]
+    """Of some data sets."""
 
     def pairs_of(self, name: str) -> Pairs:
         if name not in self.pairs:
@@ -96,7 +99,7 @@ HUB = Source(
     train_size=4000,
     test_size=1000,
     context=128,
-    revision=lambda: None,
+    revision=saebench_texts.revision,
 )
 
 STDLIB = Source(
@@ -115,7 +118,7 @@ STDLIB = Source(
     train_size=320,
     test_size=160,
     context=48,
-    revision=stdlib_snippets.revision,
+    revision=lambda _: stdlib_snippets.revision(),
 )
 
 
@@ -135,9 +138,23 @@ class DataChoice:
     llm_batch_size: int = 32
 
 
-def data_revision(context: Context, settings: DataChoice) -> str | None:
+def data_revision(context: Context, settings: DataChoice) -> Revision | None:
     """Of the data that the settings mean, as an evaluation's `data_revision`."""
-    return find_source(context, settings.data).revision()
+    source = find_source(context, settings.data)
+    return source.revision(settings.dataset_names or source.probing)
+
+
+def revision_of_perturbed(context: Context, settings: DataChoice) -> Revision | None:
+    """The same for scr and tpp."""
+    source = find_source(context, settings.data)
+    return source.revision(settings.dataset_names or source.perturbed)
+
+
+def said_of(source: Source, tasks: Sequence[Task]) -> str:
+    """How much text numbers are of, in words; of a task each text once, however often it is drawn."""
+    texts = [{text for part in (task.train, task.test) for each in part.values() for text in each} for task in tasks]
+    classes = sum(len(task.train) for task in tasks)
+    return f"{source.name} texts, {sum(map(len, texts)):,} of {classes} classes in {counted(len(tasks), 'task')}"
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:

@@ -7,10 +7,12 @@ imported, and none of what it depends on is needed.
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import importlib.util
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +56,13 @@ def as_labels(targets: Sequence[str]) -> np.ndarray:
     if len(values) != 2:
         raise DataMissing(f"expected two labels, found {len(values)}: the data set is not a binary one")
     return labels
+
+
+def revision() -> dict[str, str] | None:
+    """The version of the package; None where nobody knows it."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return {"sae-probes": importlib.metadata.version("sae-probes")}
+    return None
 
 
 def data_folder() -> Path:

@@ -14,10 +14,11 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from ....cache_schema.numbers_in_words import first_line
-from ....harvest.corpus.hugging_face import find_repository
+from ....harvest.corpus.hugging_face import CONVERSION, find_repository
 from ....harvest.corpus.source import DatasetOptions
 from ....harvest.errors import HarvestError
 from ....harvest.network import NETWORK_ERRORS, load_dataset
+from ...context.evaluation_data_sets import commit_of, commits_of
 from ...errors import DataMissing
 from .draw_classes import Classes, Table, Task, balanced, by_class
 
@@ -62,13 +63,22 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
 
 def load_table(name: str, is_test: bool) -> Table:
     """The table behind a data set of two labels; sets of classes share one."""
-    return _table(name.split("_class_set")[0], is_test)
+    return _table(repository_of(name), is_test)
+
+
+def repository_of(name: str) -> str:
+    return AMAZON if name == SENTIMENT else name.split("_class_set")[0]
+
+
+def revision(names: Sequence[str]) -> dict[str, str] | None:
+    """At which commits the repositories of these data sets are read."""
+    return commits_of(dict.fromkeys(repository_of(name) for name in names if name in CLASSES), converted=(GITHUB,))
 
 
 @lru_cache(maxsize=2)  # train and test of one data set: a process outlives many
 def _table(id: str, is_test: bool) -> Table:
     def read() -> Table:
-        rows = load_dataset(id, split="test" if is_test else "train")
+        rows = load_dataset(id, split="test" if is_test else "train", revision=commit_of(id))
         return Table(*(list(rows[column]) for column in COLUMNS[id]))
 
     return reached(id, read)
@@ -100,7 +110,8 @@ def _draw(name: str, train_size: int, test_size: int, seed: int) -> tuple[Classe
 
 def _draw_part(name: str, classes: Sequence[Any], is_test: bool, size: int, seed: int) -> Classes:
     if name == NEWS:
-        rows = reached(NEWS, lambda: load_dataset(NEWS, split="test" if is_test else "train"))
+        split = "test" if is_test else "train"
+        rows = reached(NEWS, lambda: load_dataset(NEWS, split=split, revision=commit_of(NEWS)))
         return by_class(list(rows["text"]), list(rows["label"]), classes, size // 2, seed)
     if name == SENTIMENT:
         table = load_table(AMAZON, is_test)
@@ -128,7 +139,7 @@ def read_speeches(count: int) -> dict[str, list[str]]:
     """The first count + 1 speeches of each language."""
     found: dict[str, list[str]] = {}
     for language, pair in SPEECHES.items():
-        rows = load_dataset(EUROPARL, pair, split="train", streaming=True)
+        rows = load_dataset(EUROPARL, pair, split="train", revision=commit_of(EUROPARL), streaming=True)
         found[language] = take_more_than(count, (row["translation"][language] for row in rows))
     return found
 
@@ -141,7 +152,8 @@ def take_more_than(count: int, texts: Iterable[str]) -> list[str]:
 def read_files(count: int) -> dict[str, list[str]]:
     """Source files in the order of the stream, until there are more than `count` in every language."""
     repository = find_repository(DatasetOptions(GITHUB, config="all-all"))
-    urls = [f"hf://datasets/{GITHUB}@{repository.commit}/{name}" for name in repository.files]
+    commit = commit_of(GITHUB, CONVERSION) or repository.commit
+    urls = [f"hf://datasets/{GITHUB}@{commit}/{name}" for name in repository.files]
     return collect_files(load_dataset("parquet", data_files={"train": urls}, split="train", streaming=True), count)
 
 

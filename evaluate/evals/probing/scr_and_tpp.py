@@ -23,7 +23,7 @@ import torch
 from ...context.usable_saes import split_fitting
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablation import Ablatable, Kind, Logits, effects, top_effects
-from .choose_source import Source, data_revision, find_source
+from .choose_source import Source, find_source, revision_of_perturbed
 from .draw_classes import OPPOSITES, Task
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .fit_probes import LinearProbe, Training, probe_every_class
@@ -153,7 +153,7 @@ def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Sett
             yield from measure(context, able, source, config)
 
     return Evaluation(
-        Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=data_revision
+        Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=revision_of_perturbed
     )
 
 

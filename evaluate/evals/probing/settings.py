@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ...context.context import Context
+from ...context.evaluation_data_sets import Revision
 from ...context.usable_saes import official_config
 from .ablation import Kind
 from .choose_source import DataChoice, Source
@@ -86,10 +87,10 @@ def config_of_round(
         sae_batch_size=125,
         lower_vram_usage=False,
         column1_vals_lookup=pairs,
-        **of_data(source),
+        **of_data(source, source.revision(names)),
     )
 
 
-def of_data(source: Source) -> dict[str, Any]:
+def of_data(source: Source, revision: Revision | None) -> dict[str, Any]:
     """Our own entries: which data, and in which precision the SAEs computed."""
-    return {"data": source.name, "data_revision": source.revision(), "sae_dtype": "float32"}
+    return {"data": source.name, "data_revision": revision, "sae_dtype": "float32"}

@@ -17,8 +17,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from ....cache_schema.numbers_in_words import counted
 from ...context.disk_cache import decided_by, model_print, remembered
-from ...context.evaluation_data_sets import library_revision
+from ...context.evaluation_data_sets import commits_of, library_revision
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
@@ -27,6 +28,7 @@ from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
 from .prompts import (
     ATTRIBUTES,
+    DATASET,
     ENTITY_CLASS,
     EntityClass,
     Prompt,
@@ -72,11 +74,14 @@ class Findings:
     official: dict[str, dict[str, Scores]] = field(default_factory=dict)
     ours: dict[str, dict[str, Scores]] = field(default_factory=dict)
     latents: dict[str, dict[str, int]] = field(default_factory=dict)
+    pairs: int = 0
+    """That its swaps were judged on."""
 
     def add(self, entity: str, attribute: str, pairs: Sequence[Pair], said: Sequence[str], chosen: Tensor) -> None:
         self.official.setdefault(entity, {})[attribute] = by_first_token(pairs, said)
         self.ours.setdefault(entity, {})[attribute] = by_kind(pairs, said)
         self.latents.setdefault(entity, {})[attribute] = int(chosen.sum())
+        self.pairs += len(pairs)
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -195,6 +200,7 @@ def make_result(
     """Means over attributes, then over entity classes."""
     total = mean_scores([mean_scores(list(scores.values())) for scores in found.official.values()])
     ours = mean_scores([mean_scores(list(scores.values())) for scores in found.ours.values()])
+    data = "stdlib: identifiers" if ENTITY_CLASS in selection else DATASET
     return Result(
         subject,
         official_config(
@@ -216,11 +222,12 @@ def make_result(
         unstructured=by_class(found.official),
         extra={
             "ravel": {
-                "data": "stdlib: identifiers" if ENTITY_CLASS in selection else "adamkarvonen/ravel_prompts",
+                "data": data,
                 "by_kind": {**ours.to_json(), **by_class(found.ours)},
                 "swapped_latents": found.latents,
             }
         },
+        measured_on=f"{data}, {counted(found.pairs, 'pair')} of prompts",
     )
 
 
@@ -240,6 +247,8 @@ EVALUATION = Evaluation(
     least=dict.fromkeys(
         ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "n_generated_tokens", "llm_batch_size"), 1
     ),
-    data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
+    data_revision=lambda context, config: (
+        library_revision() if context.takes_library(config.data) else commits_of([DATASET])
+    ),
     revision=2,  # a template's tail is counted behind a word
 )

@@ -15,19 +15,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...context.evaluation_data_sets import library_revision
+from ....cache_schema.numbers_in_words import counted
+from ...context.evaluation_data_sets import Revision, commits_of, library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
-from ...errors import NotApplicable
+from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
 from .model_passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
-from .texts_and_exams import Material, load_topic, load_wmdp
+from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
+
+WMDP, STDLIB = "wmdp", "stdlib"
+OF_DATA = {WMDP: ("model", "forget_corpus", "dataset_names", "dataset_size", "seq_len"), STDLIB: ("topic",)}
+"""Settings of either alone."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """SAEBench's settings; `dataset_size`, `seq_len`, `dataset_names` and the corpus are WMDP's alone."""
+    """SAEBench's settings; some are of one kind of data alone (`OF_DATA`)."""
 
     data: Literal["auto", "wmdp", "stdlib"] = "auto"
     """auto: the standard library for the pocket model, WMDP for all others."""
@@ -79,7 +84,15 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         yield make_result(subject, outcomes[subject], material, exams, config)
 
 
+def data_revision(context: Context, config: Config) -> Revision | None:
+    """Of this Python's text, or of what WMDP's material is made of beside the corpus that is given out as a file."""
+    if context.takes_library(config.data):
+        return library_revision()
+    return commits_of(dict.fromkeys((WIKITEXT, *map(home_of, config.dataset_names))))
+
+
 def load_material(context: Context, config: Config) -> Material:
+    require_its_own(config, context.takes_library(config.data))
     if context.takes_library(config.data):
         return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
@@ -92,6 +105,17 @@ def load_material(context: Context, config: Config) -> Material:
         config.llm_batch_size * 2,  # questions are shorter than the rows of text
         config.random_seed,
     )
+
+
+def require_its_own(config: Config, is_stdlib: bool) -> None:
+    """Refuse settings that say nothing about the data that are taken: the result would count as of them."""
+    mine, other = (STDLIB, WMDP) if is_stdlib else (WMDP, STDLIB)
+    given = [f"unlearning.{name}" for name in OF_DATA[other] if getattr(config, name) != getattr(Config(), name)]
+    if given:
+        raise SettingInvalid(
+            f"{', '.join(given)}: of the data {other} alone, and here it is {mine} (unlearning.data={config.data}). "
+            f"Leave it out, or ask for --set unlearning.data={other}"
+        )
 
 
 def set_exams(material: Material, config: Config) -> list[Exam]:
@@ -117,7 +141,7 @@ def make_result(
     subject: LoadedSae, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
 ) -> Result:
     forget, retain = ([paper.name for paper in papers] for papers in (material.forget, material.retain))
-    asked = [exam.name for exam in exams if len(exam)]
+    asked, rows = [exam.name for exam in exams if len(exam)], len(material.forget_rows) + len(material.retain_rows)
     score = unlearning_score(
         outcomes, [name for name in forget if name in asked], [name for name in retain if name in asked]
     )
@@ -133,6 +157,7 @@ def make_result(
                 "runs": [run_to_json(outcome) for outcome in outcomes],
             }
         },
+        measured_on=f"{material.name}, {counted(rows, 'row')} of text and {counted(sum(map(len, exams)), 'question')}",
     )
 
 
@@ -173,6 +198,6 @@ EVALUATION = Evaluation(
     evaluate,
     summary=("unlearning.unlearning_score",),
     least={"n_features_list": 1, "dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
-    data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
+    data_revision=data_revision,
     revision=3,  # college_biology is not retained; 2: top-k SAEs with decoder rows of any length, as if of length one
 )

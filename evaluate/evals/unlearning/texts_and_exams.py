@@ -155,6 +155,7 @@ def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: to
     return shuffled_rows(rows, len(rows), generator)
 
 
+WIKITEXT = "Salesforce/wikitext"
 FORGET_EXAM = "wmdp-bio"
 FORGET_SUBJECT = "biology"
 BESIDE = "college_biology"
@@ -173,7 +174,7 @@ def load_wmdp(
             f"retained ({BESIDE} is none of them), found {', '.join(names) or 'none'}"
         )
     forget_texts = read_corpus(Path(os.path.expanduser(corpus)))
-    retain_texts = [row["text"] for row in load_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    retain_texts = [row["text"] for row in load_rows(WIKITEXT, "wikitext-2-raw-v1", "test")]
     questions = {name: read_questions(name) for name in names}
     model = load_instructed(context, model_name)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -211,11 +212,15 @@ def read_corpus(file: Path) -> list[str]:
     return long_enough
 
 
+def home_of(name: str) -> str:
+    """The data set on the hub in which the questions of an exam lie."""
+    return "cais/wmdp" if name == FORGET_EXAM else "cais/mmlu"
+
+
 def read_questions(name: str) -> list[Question]:
     """The test questions of WMDP, or of a subject of MMLU."""
-    is_forget = name == FORGET_EXAM
-    rows = load_rows("cais/wmdp" if is_forget else "cais/mmlu", name, "test")
-    subject = FORGET_SUBJECT if is_forget else name.replace("_", " ")
+    rows = load_rows(home_of(name), name, "test")
+    subject = FORGET_SUBJECT if name == FORGET_EXAM else name.replace("_", " ")
     return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
+from saemill.cache_schema.sites import Site
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals import replacement
 from saemill.evaluate.evals.evaluation_contract import Failure
@@ -123,3 +124,32 @@ def test_what_has_no_place_says_why_and_the_others_are_measured(world, builder, 
     assert found["fine"]["tokens"] > 0
     for name, said in {"wide": "reads width 8", "high": "has 5 layers"}.items():
         assert isinstance(found[name], Failure) and said in str(found[name].error)
+
+
+def test_where_the_store_lacks_a_hook_the_saes_own_bounds_say_what_is_massive(world, builder, open_context):
+    """Each SAE by its own, whoever is beside it; one that has none leaves nothing out, and both results say so."""
+    hooks, place, seen = {"hook": "mlp_in", "target_hook": "mlp_out"}, Site("mlp_out", builder.LAYER), []
+    context, tokens = open_context(world), world.tokens[20:]
+    with context.model.tapped({place: lambda acts: seen.append(acts.float())}):
+        context.model.hidden(tokens)
+    norms = seen[0].norm(dim=-1)[tokens > 2]
+    bounds = {"none": {}, "half": {place.path: float(norms.median())}, "all": {place.path: 1.01 * float(norms.max())}}
+    subjects = [
+        builder.subject(builder.make_sae(k=None), name, norm_bounds=found, **hooks) for name, found in bounds.items()
+    ]
+    config = replacement.Config(batch_windows=8)
+    found = {one.subject.label: one for one in replacement.evaluate(context, subjects, config)}
+    for subject in subjects:
+        (alone,) = replacement.evaluate(open_context(world), [subject], config)
+        assert alone.metrics == found[subject.label].metrics
+    counted = {name: one.metrics["replacement"]["tokens"] for name, one in found.items()}
+    assert counted["none"] == counted["all"] == len(norms) and counted["half"] == pytest.approx(len(norms) / 2, abs=3)
+    assert found["half"].measured_on.endswith(f" {len(norms) - counted['half']} massive rows left out")
+    assert found["none"].measured_on == f"test split, {len(norms)} tokens of 20 windows"
+    nothing, own = "none is left out there", "the bound is that of the SAE's training"
+    read, written = (f"massive rows of {hook} of layer 2, not held by the store: " for hook in ("mlp_in", "mlp_out"))
+    assert found["half"].remark == found["all"].remark == f"{written}{own}; {read}{nothing}"
+    both = "massive rows of mlp_in of layer 2, mlp_out of layer 2, not held by the store"
+    assert found["none"].remark == f"{both}: {nothing}"
+    every = replacement.evaluate(open_context(world, massive_norms=None), subjects, config)
+    assert {(one.remark, one.metrics["replacement"]["tokens"]) for one in every} == {(None, len(norms))}

@@ -3,6 +3,7 @@
 import pytest
 
 from saemill.evaluate.errors import SettingInvalid
+from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.browser import evaluation as browser
 from saemill.evaluate.evals.core import evaluation
 from saemill.evaluate.run.command import parse_multiple
@@ -70,3 +71,36 @@ def test_the_multiple_is_a_setting_that_results_remember(spiked, open_context):
     assert parse_multiple("inf") is None
     with pytest.raises(SettingInvalid, match="above 1, or inf, found nan"):
         parse_multiple("nan")
+
+
+@pytest.mark.parametrize("module", [attention, browser, position, temporal, tiers])
+def test_results_count_the_text_that_they_are_of(module, spiked, open_context, builder):
+    """Three of the planted rows lie in the test split's windows."""
+    settings = {"splits": ("test",)} if module is browser else {}
+    for norms, massive in ((10.0, 3), (None, 0)):
+        context, subject = open_context(spiked, massive_norms=norms), builder.subject(builder.make_sae())
+        (found,) = module.evaluate(context, [subject], module.Config(windows=20, **settings))
+        tokens, left_out = int((spiked.tokens[20:] > 2).sum()) - massive, ", 3 massive rows left out" * bool(massive)
+        first, *traced = found.measured_on.split("; ")
+        assert first == f"test split, {tokens:,} tokens of 20 windows{left_out}"
+        assert (traced == ["traced in 16 windows"]) == (module in (attention, tiers))
+
+
+def test_a_layer_that_the_store_lacks_has_the_bound_of_the_saes_training_or_none_and_says_so(
+    world, open_context, builder
+):
+    context = open_context(world, from_tokens=True)
+    norms = context.model.resid(world.tokens[20:], (3,))[3].float().norm(dim=-1)[world.tokens[20:] > 2]
+    bounds = {"none": {}, "own": {"norm_bounds": {"3": float(norms.median())}}}
+    subjects = [builder.subject(builder.make_sae(), name, layers=(3,), **told) for name, told in bounds.items()]
+    config = evaluation.Config(batch_size_prompts=4, resamples=0)
+    none, own = evaluation.evaluate(context, subjects, config)
+    assert none.remark == "massive rows of layer 3, not held by the store: none is left out there"
+    assert own.remark == "massive rows of layer 3, not held by the store: the bound is that of the SAE's training"
+    counted = [result.extra["saemill_metrics"]["massive"] for result in (none, own)]
+    assert counted[0]["tokens"] == 0 and 0.3 < counted[1]["tokens"] / counted[1]["of_tokens"] < 0.7
+    assert none.metrics["sparsity"] == own.metrics["sparsity"]  # SAEBench's are of every row
+    every = open_context(world, from_tokens=True, massive_norms=None)
+    assert [result.remark for result in evaluation.evaluate(every, subjects, config)] == [None, None]
+    held = evaluation.evaluate(open_context(world), [builder.subject(builder.make_sae())], config)
+    assert [result.remark for result in held] == [None]

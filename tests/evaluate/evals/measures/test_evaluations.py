@@ -417,7 +417,7 @@ def test_static_slicing_does_not_look_at_what_it_is_measured_on(world, builder, 
     config = position.Config(windows=99, batch_windows=5, probe_k=(), least_firings=1)
     (result,) = position.evaluate(context, [subject], config)
     before, after = (
-        position.profiles(context, [subject], "p", config, split)[subject] for split in ("validation", "test")
+        position.profiles(context, [subject], "p", config, split)[0][subject] for split in ("validation", "test")
     )
     honest, flattering = (
         float(position.retention(after, position.assign_ranges(seen, 4), 4)[after.firings > 0].mean())

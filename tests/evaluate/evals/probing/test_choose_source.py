@@ -117,7 +117,7 @@ def test_whatever_keeps_a_data_set_away_is_one_error_that_says_what_to_do(monkey
 
 
 def test_the_hubs_tables_are_drawn_by_class(monkeypatch):
-    def rows(_id, split):
+    def rows(_id, split, revision):
         count = 400 if split == "train" else 200
         return {
             "text": [f"{split} {i}" for i in range(count)],
@@ -137,7 +137,7 @@ def test_the_hubs_tables_are_drawn_by_class(monkeypatch):
 
 
 def test_no_more_than_one_data_set_is_kept_in_memory(monkeypatch):
-    def rows(_id, split):
+    def rows(_id, split, revision):
         return {key: [split] for key in ("text", "category", "rating", "hard_text", "profession", "gender")}
 
     saebench_texts._table.cache_clear()

@@ -224,6 +224,24 @@ def test_data_sets_without_a_topic_or_without_a_rest_are_refused_before_anything
         unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
 
 
+@pytest.mark.parametrize(
+    ("data", "name", "value"),
+    [
+        ("stdlib", "forget_corpus", "mine.jsonl"),
+        ("stdlib", "dataset_names", ("wmdp-bio", "human_aging")),
+        ("stdlib", "dataset_size", 8),
+        ("stdlib", "seq_len", 64),
+        ("stdlib", "model", "google/gemma-2-9b-it"),
+        ("wmdp", "topic", "email"),
+    ],
+)
+def test_settings_of_other_data_are_refused_and_not_remembered_as_if_they_held(data, name, value):
+    config, other = unlearning.Config(data=data, **{name: value}), {"stdlib": "wmdp", "wmdp": "stdlib"}[data]
+    said = rf"unlearning\.{name}: of the data {other} alone, and here it is {data} .*--set unlearning\.data={other}$"
+    with pytest.raises(SettingInvalid, match=said):
+        unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
+
+
 @pytest.mark.parametrize("text", ["", '{"text": "short"}\n'])
 def test_a_forget_corpus_without_a_long_text_is_refused_before_the_model_is_loaded(text, tmp_path, monkeypatch):
     corpus, asked = tmp_path / "empty.jsonl", []
