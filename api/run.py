@@ -9,7 +9,7 @@ from typing import Any
 from ..train.disk.atomic_files import read_json
 from ..train.errors import RunMissing
 from ..train.run.find_and_load_sae import load_sae
-from ..train.run.folder import is_run, own_path
+from ..train.run.run_folder import is_run, own_path
 from ..train.sae.model import SparseAutoencoder
 from . import notebook_html
 

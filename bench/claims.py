@@ -31,7 +31,7 @@ from saemill import Store, train
 from saemill.api.run import Run
 from saemill.evaluate.evals.core.saebench_keys import max_cosine
 from saemill.studies.tables import spread
-from saemill.train.run.folder import RunFolder, provenance
+from saemill.train.run.run_folder import RunFolder, provenance
 from saemill.train.sae.model import SparseAutoencoder
 
 K = 32
@@ -135,7 +135,7 @@ def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
 
 def require_same_code(folder: Path) -> None:
     """Rows name the commit and the packages of now, so a run that was there already has to be of these."""
-    found, now = (_code(about) for about in (RunFolder(folder).read_config()["provenance"], provenance()))
+    found, now = (_code(about) for about in (RunFolder(folder).read_config()["provenance"], provenance({})))
     if found != now:
         raise click.ClickException(f"{folder} was begun with {found}, and this is {now}: choose other --runs")
 

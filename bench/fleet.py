@@ -23,7 +23,7 @@ from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.parallel.ranks import ONE_PROCESS
+from saemill.train.parallel.sums_over_processes import ONE_PROCESS
 
 TOTAL_STEPS = 10_000
 LONGER = 1.05

@@ -24,7 +24,7 @@ from ..evaluate.output.figures.records import SEED, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
-from ..train.run.folder import RunFolder, cache_of, is_run
+from ..train.run.run_folder import RunFolder, cache_of, is_run
 from .decision_rule import Families
 
 CORE = "core"

@@ -40,7 +40,7 @@ from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.config.recipe_registry import find_recipes, runs_of, studies
 from ..train.disk.atomic_files import read_json, write_json
 from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
-from ..train.run.folder import RunFolder, cache_of
+from ..train.run.run_folder import RunFolder, cache_of
 from .decision_rule import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
 from .tables import rows_of, write_tables

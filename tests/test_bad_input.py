@@ -44,8 +44,8 @@ from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpo
 from saemill.train.errors import TrainError
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.run.find_and_load_sae import read_folder
-from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.init_from_trained_sae import source_of
+from saemill.train.run.run_folder import RunFolder, cache_of
 
 from . import mutations
 

@@ -214,12 +214,12 @@ def test_a_claim_refuses_a_run_of_another_commit_or_other_packages(bench, tmp_pa
     """Rows name the commit and the packages of now, so it is neither gone on with nor read."""
     claims = bench("claims")
     config, result = tmp_path / "config.json", tmp_path / "result.json"
-    config.write_text(json.dumps({"provenance": claims.provenance() | other}))
+    config.write_text(json.dumps({"provenance": claims.provenance({}) | other}))
     for _ in range(2):
         with pytest.raises(Exception, match="choose other --runs"):
             claims.run_of(tmp_path, {})
         result.write_text("{}")
-    config.write_text(json.dumps({"provenance": claims.provenance()}))
+    config.write_text(json.dumps({"provenance": claims.provenance({})}))
     assert claims.run_of(tmp_path, {}).path == tmp_path
 
 

@@ -82,7 +82,7 @@ OWN = """
 from saemill.evaluate import evals
 from saemill.harvest.corpus import sources
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.run.folder import provenance
+from saemill.train.run.run_folder import provenance
 print(config_type("overlap")(width=64, k=4).build(8).sae, evals.load("busiest"), "csv_file" in sources())
 print(evals.is_own("busiest"), evals.is_own("core"), provenance({})["SAEMILL_EXTRA"])
 """

@@ -14,7 +14,7 @@ from ..cache_schema.cli import tell_files
 from .config.recipe_registry import runs_of, studies
 from .errors import RunInterrupted, TrainError
 from .kit.variant_registry import names
-from .run.folder import RUNS, run_names
+from .run.run_folder import RUNS, run_names
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from .parallel.processes import SOLO, join
 from .run.checkpoints_and_signals import catch_signals
 from .run.fill_config_from_store import settle
 from .run.find_and_load_sae import find_sae
-from .run.folder import RunFolder, cache_of
 from .run.process import Process
 from .run.results import Outcome, conclude
+from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run
 from .sae.kernels.dense_products import Product, product_on
 from .sae.model import SparseAutoencoder

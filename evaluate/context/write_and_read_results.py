@@ -22,9 +22,9 @@ from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION
 from ...train.run.find_and_load_sae import list_saes
-from ...train.run.folder import provenance
 from ...train.run.init_from_trained_sae import files_of, source_of
 from ...train.run.process import describe_hardware
+from ...train.run.run_folder import provenance
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae
 

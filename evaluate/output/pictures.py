@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...train.run.folder import RunFolder
+from ...train.run.run_folder import RunFolder
 from ..context.write_and_read_results import Row
 
 Say = Callable[[str], None]

@@ -23,7 +23,7 @@ from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
 from ...train.run.find_and_load_sae import find_sae, is_of_hub, list_saes, read_folder
-from ...train.run.folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
+from ...train.run.run_folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
 from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 

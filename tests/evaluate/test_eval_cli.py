@@ -38,7 +38,7 @@ from saemill.evaluate.run.saes_to_evaluate import find_places, find_subjects, ma
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_and_load_sae import find_sae
-from saemill.train.run.folder import RunFolder
+from saemill.train.run.run_folder import RunFolder
 from saemill.train.variants import clt
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]

@@ -31,7 +31,7 @@ from saemill.train.cli_support import tell_errors
 from saemill.train.config.recipe import Recipe
 from saemill.train.config.recipe_registry import find_recipes, own_evals, runs_of, studies
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, TrainingDiverged
-from saemill.train.run.folder import RunFolder
+from saemill.train.run.run_folder import RunFolder
 
 GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
 CACHE_ID = "0" * 32

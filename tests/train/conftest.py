@@ -29,7 +29,7 @@ from saemill.train.engine.step import Report, Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
-from saemill.train.parallel.ranks import ALONE
+from saemill.train.parallel.sums_over_processes import ALONE
 from saemill.train.sae.gates import AbsTopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View

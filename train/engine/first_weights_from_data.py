@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
-from ..parallel.ranks import BatchRanks
+from ..parallel.sums_over_processes import BatchRanks
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side

@@ -30,7 +30,7 @@ from ..errors import (
     TrainError,
     TrainingDiverged,
 )
-from ..parallel.ranks import Ranks
+from ..parallel.sums_over_processes import Ranks
 from .step import LOOK_EVERY, Report, Trainee
 from .terms_and_constraints import Assembly, Buildable
 

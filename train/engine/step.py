@@ -26,7 +26,7 @@ from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.dictionary_over_processes import Latents, SomeLatents
-from ..parallel.ranks import ONE_PROCESS, BatchRanks, Ranks, Reduction, share_batch
+from ..parallel.sums_over_processes import ONE_PROCESS, BatchRanks, Ranks, Reduction, share_batch
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder

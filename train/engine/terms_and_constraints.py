@@ -21,7 +21,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..errors import ConfigInvalid
 from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
-from ..parallel.ranks import BatchRanks
+from ..parallel.sums_over_processes import BatchRanks
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ranks import Ranks
+from .sums_over_processes import Ranks
 
 
 class Latents:

@@ -1,8 +1,8 @@
 """The processes of a run: one alone, or several that `accelerate launch` or `torchrun` started.
 
 Each process draws the same batches and works on its share of the rows; what depends on the whole batch
-goes through the calls of `ranks.py`. Where SAEs are spread, each trains its own as if it were alone, and the
-processes only tell each other how it goes. Words and flags go through gloo from host to host: no GPU is waited for.
+goes through the calls of `sums_over_processes.py`. Where SAEs are spread, each trains its own as if it were alone, and
+the processes only tell each other how it goes. Words and flags go through gloo from host to host: no GPU is waited for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from ...cache_schema import StoreError
 from ...cache_schema.launch import count_processes, is_launched, joining
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
-from .ranks import Ranks
+from .sums_over_processes import Ranks
 
 _REST_SECONDS = 0.2
 PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once

@@ -20,8 +20,8 @@ from ..config.sanity_baselines import with_baselines
 from ..data.shuffle_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain
 from ..kit.variant_contract import Variant
-from .folder import RunFolder, provenance
 from .init_from_trained_sae import Source, source_of, without_start
+from .run_folder import RunFolder, provenance
 
 DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
 MOST_EPOCHS = 16

@@ -18,7 +18,7 @@ from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
 from ..errors import RunMissing, SaeInvalid, resume_command
 from ..kit import variant_registry
 from ..sae.model import SparseAutoencoder
-from .folder import is_run, places_of, run_names
+from .run_folder import is_run, places_of, run_names
 
 ANSWER_SECONDS = 5.0
 SHOWN = 20  # names of a repository's SAEs: Gemma Scope's have hundreds

@@ -14,9 +14,9 @@ from ..disk.write_and_load_checkpoints import Standing
 from ..engine.fleet_of_saes import say_diverged
 from ..engine.step import Report
 from .after_run import Onlookers
-from .folder import MetricsLog
 from .process import Process
 from .progress import Progress, Trackers
+from .run_folder import MetricsLog
 
 
 class Watch:

@@ -18,8 +18,8 @@ from ..disk.formats import kind_of
 from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
 from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid, resume_command
 from .find_and_load_sae import ask_hub, list_saes, no_sae
-from .folder import is_run, places_of, run_names
 from .model_card import describe, write_card
+from .run_folder import is_run, places_of, run_names
 
 CARD = "README.md"
 PLOTS = "plots/"

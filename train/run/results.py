@@ -19,7 +19,7 @@ from ..engine.fleet_of_saes import say_all_diverged, say_diverged
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
 from ..sae.kernels.dense_products import product_on
-from .folder import name_failure
+from .run_folder import name_failure
 from .start_or_resume import Run
 from .validation import DIVERGED, HeldOut, validate
 

@@ -32,12 +32,12 @@ from .after_run import Onlookers
 from .checkpoints_and_signals import Saver
 from .fill_config_from_store import Settled, settle_again
 from .fits_in_memory import weight_bytes
-from .folder import MetricsLog, RunFolder, provenance
 from .init_from_trained_sae import begin_fleet_as, require_unchanged
 from .log_metrics import Watch
 from .preflight import check
 from .process import Process
 from .progress import Progress, Trackers
+from .run_folder import MetricsLog, RunFolder, provenance
 
 
 @dataclass(frozen=True, eq=False)

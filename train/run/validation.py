@@ -16,7 +16,7 @@ from ..data.batch import Batch
 from ..data.drawn_rows import Draw
 from ..engine.fleet_of_saes import Fleet
 from ..engine.step import Trainee
-from ..parallel.ranks import ALONE
+from ..parallel.sums_over_processes import ALONE
 
 DIVERGED = "what it rebuilds of held-out text is not finite: training diverged in the last steps"
 ROUNDING = 1e-12  # share of the squares that a difference of sums in float64 may be wrong by

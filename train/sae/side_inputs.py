@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import SideInputMissing
 from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
-from ..parallel.ranks import ALONE, BatchRanks
+from ..parallel.sums_over_processes import ALONE, BatchRanks
 
 
 class Side:

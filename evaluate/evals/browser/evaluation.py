@@ -24,8 +24,8 @@ from ....cache_schema.errors import RequestInvalid, StoreError
 from ....cache_schema.requests_and_spans import Request, validate_request
 from ....cache_schema.strict_json import to_json
 from ....train.errors import TrainError
-from ....train.run.folder import RunFolder
 from ....train.run.init_from_trained_sae import source_of
+from ....train.run.run_folder import RunFolder
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.loaded_sae import attention_layers_of, layers_of

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ....train.disk.atomic_files import read_json
-from ....train.run.folder import RunFolder
+from ....train.run.run_folder import RunFolder
 from ...context.write_and_read_results import (
     RESULTS,
     differing,

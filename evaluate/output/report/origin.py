@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ....cache_schema.sites import RESID
-from ....train.run.folder import without_password
+from ....train.run.run_folder import without_password
 from ..figures.records import Record
 from .markup import Html, element, joined
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ....train.disk.atomic_files import replace_file
-from ....train.run.folder import RunFolder
+from ....train.run.run_folder import RunFolder
 from ..figures.records import Record, script_json, web_file
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table

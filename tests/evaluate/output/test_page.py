@@ -20,7 +20,7 @@ from saemill.evaluate.output.report import numbers
 from saemill.evaluate.output.report.markup import Html, element, text
 from saemill.evaluate.output.report.page_of_a_run import page, write_live_page, write_page
 from saemill.evaluate.output.report.training_curves import training_data
-from saemill.train.run.folder import RunFolder
+from saemill.train.run.run_folder import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"
 SAFE = {

@@ -15,7 +15,7 @@ from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.figures.style import COLOURS, look, new_figure, shades, shown
 from saemill.evaluate.output.plots import all_plots, make_plots, pareto
 from saemill.train.disk.atomic_files import write_json
-from saemill.train.run.folder import RunFolder
+from saemill.train.run.run_folder import RunFolder
 
 STEPS = 12
 HOSTILE = "<script>alert(1)</script> $\\frac{1}{0}$ \u202e\u0000\u4e2d _x^y"

@@ -9,7 +9,7 @@ import torch
 
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
-from saemill.train.parallel.ranks import ALONE
+from saemill.train.parallel.sums_over_processes import ALONE
 from saemill.train.sae.attention.attention_links import links_of, nearest_links, same_token_links
 
 ROWS = 96

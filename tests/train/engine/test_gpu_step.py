@@ -17,7 +17,7 @@ from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.parallel.ranks import ONE_PROCESS
+from saemill.train.parallel.sums_over_processes import ONE_PROCESS
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View

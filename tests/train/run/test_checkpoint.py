@@ -16,7 +16,7 @@ from saemill.train.disk.write_and_load_checkpoints import (
     save_checkpoint,
 )
 from saemill.train.errors import CheckpointDamaged, RunNotWritten
-from saemill.train.run.folder import MetricsLog
+from saemill.train.run.run_folder import MetricsLog
 
 
 def standing(step):

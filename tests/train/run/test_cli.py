@@ -21,11 +21,11 @@ from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NothingToTrain, resume_command
 from saemill.train.run import after_run as onlooking
-from saemill.train.run import folder, results
+from saemill.train.run import results
 from saemill.train.run.checkpoints_and_signals import catch_signals
-from saemill.train.run.folder import RunFolder, is_run
 from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
+from saemill.train.run.run_folder import RunFolder, is_run
 from saemill.train.sae.kernels import dense_products
 
 TOPK = ["--variant", "topk"]
@@ -113,9 +113,9 @@ def test_the_commit_of_a_project_in_which_the_code_is_installed_is_not_the_code_
     as_somebody = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     for words in (["init"], ["add", "its_own.py"], [*as_somebody, "commit", "-m", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
-    found = folder._git_state(tmp_path / "its_own.py")
+    found = run_folder._git_state(tmp_path / "its_own.py")
     assert found is not None and len(found["commit"]) == 40 and found["is_dirty"]
-    assert folder._git_state(tmp_path / "installed.py") is None
+    assert run_folder._git_state(tmp_path / "installed.py") is None
 
 
 def test_who_looks_on_costs_a_run_a_hundredth_of_its_time(monkeypatch, tmp_path):
@@ -172,7 +172,7 @@ def test_a_run_whose_configuration_may_not_be_read_is_one(tmp_path, monkeypatch)
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(folder, "read_json", refuse)
+    monkeypatch.setattr(run_folder, "read_json", refuse)
     assert is_run(tmp_path)
 
 

@@ -15,8 +15,8 @@ from saemill.train.config.run_config import CourseConfig
 from saemill.train.errors import CheckpointDamaged
 from saemill.train.parallel.processes import SOLO, Group
 from saemill.train.run.checkpoints_and_signals import Saver
-from saemill.train.run.folder import MetricsLog, RunFolder
 from saemill.train.run.process import Process
+from saemill.train.run.run_folder import MetricsLog, RunFolder
 from saemill.train.run.start_or_resume import resume_run
 
 from ...free_port import free_port

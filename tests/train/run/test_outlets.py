@@ -14,9 +14,9 @@ from saemill.train.data.device_copies import take_device
 from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import SOLO, choose_device, join
-from saemill.train.run.folder import MetricsLog
 from saemill.train.run.log_metrics import Watch
 from saemill.train.run.progress import Progress, Trackers, require_trackers
+from saemill.train.run.run_folder import MetricsLog
 from saemill.train.run.validation import Tally
 from saemill.train.train_runs import open_process
 

@@ -11,7 +11,7 @@ import torch
 
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
-from saemill.train.run.folder import MetricsLog
+from saemill.train.run.run_folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]
 COURSE += ["--set", "course.checkpoint_every_steps=7"]

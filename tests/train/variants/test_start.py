@@ -15,7 +15,7 @@ from saemill.train.data.scaling import Stats
 from saemill.train.engine.first_weights_from_data import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
-from saemill.train.parallel.ranks import ALONE
+from saemill.train.parallel.sums_over_processes import ALONE
 
 D = 32
 MORE: dict[str, dict[str, Any]] = {

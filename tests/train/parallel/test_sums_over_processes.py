@@ -9,9 +9,9 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, StoppedElsewhere
 from saemill.train.kit.variant_registry import config_type, names
-from saemill.train.parallel import ranks as ranks_module
+from saemill.train.parallel import sums_over_processes as ranks_module
 from saemill.train.parallel.processes import SOLO, Group, all_or_none, join
-from saemill.train.parallel.ranks import share_batch
+from saemill.train.parallel.sums_over_processes import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 
