@@ -21,7 +21,7 @@ from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NothingToTrain, resume_command
 from saemill.train.run import after_run as onlooking
-from saemill.train.run import results
+from saemill.train.run import results, run_folder
 from saemill.train.run.checkpoints_and_signals import catch_signals
 from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
