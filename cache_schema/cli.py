@@ -164,9 +164,9 @@ def digest_command(url: str, is_json: bool) -> None:
 
 @main.command(name="repair", epilog=example("repair ./store"))
 @click.argument("url")
-@click.option("--remove-only", is_flag=True, help="Do not harvest the damaged shards again.")
-@click.option("--model", help="Where the model lies now: a folder, a file or an id.  [default: as it was harvested]")
-@click.option("--device", help="Where to harvest again: auto, cpu, cuda or cuda:1 and the like.  [default: auto]")
+@click.option("--remove-only", is_flag=True, help="Remove the damaged shards, but do not harvest them again.")
+@click.option("--model", help="Where the model is now: a folder, a file or an id.  [default: as it was harvested]")
+@click.option("--device", help="The device to harvest on: auto, cpu, cuda, cuda:1 and so on.  [default: auto]")
 def repair_command(url: str, remove_only: bool, model: str | None, device: str | None) -> None:
     """Undo the commits of damaged shards and harvest just those again."""
     if remove_only and (model or device):
@@ -210,46 +210,50 @@ Examples:
     "--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help=f"{NPY} [W, T, D], or [N, D]."
 )
 @click.option(
-    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="The same of a hook: mlp_in:4=mlp_in.npy."
+    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="The same for a hook: mlp_in:4=mlp_in.npy."
 )
 @click.option(
     "--tokens",
     "tokens_file",
     type=click.Path(path_type=Path),
-    help=f"{NPY} [W, T], or [N]; beside --saelens where that has none.",
+    help=f"{NPY} [W, T], or [N]; with --saelens if its folder has none.",
 )
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
-@click.option("--context", type=click.IntRange(1), help="Cut rows [N, D], or vLLM's requests, into windows of so many.")
+@click.option(
+    "--context", type=click.IntRange(1), help="Cut rows [N, D], or vLLM's requests, into windows of this many."
+)
 @click.option(
     "--layer",
     "layers",
     type=click.IntRange(0),
     multiple=True,
-    help="The layer of each --resid file, or of each that vLLM was asked for (its id L + 1 is after layer L).",
+    help="The layer of each --resid file, or each layer that vLLM was asked for (its id L + 1 is after layer L).",
 )
-@click.option("--model", required=True, help="The model that made them, for the record.")
+@click.option("--model", required=True, help="The model that made the activations, for the record.")
 @click.option(
-    "--special-token", "special_tokens", type=TOKEN, multiple=True, help="Id of a token that never trains, as BOS."
+    "--special-token", "special_tokens", type=TOKEN, multiple=True, help="Id of a token that never trains, such as BOS."
 )
-@click.option("--bos-token", type=TOKEN, help="Id of the token that windows begin with: it never trains.")
-@click.option("--validation", "validation_share", default=0.05, show_default=True, help="Share of windows.")
-@click.option("--test", "test_share", default=0.05, show_default=True, help="Share of windows.")
+@click.option("--bos-token", type=TOKEN, help="Id of the token that windows begin with; it never trains.")
+@click.option(
+    "--validation", "validation_share", default=0.05, show_default=True, help="Share of windows to validate on."
+)
+@click.option("--test", "test_share", default=0.05, show_default=True, help="Share of windows to test on.")
 @click.option(
     "--shard-windows",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Windows in a shard: less take less memory, and are the same store.",
+    help="Windows in a shard. Fewer need less memory and give the same store.",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
-    help="Keep activations so, one scale per token: half the bytes of bfloat16.  [default: to the bit as given]",
+    help="Keep activations in this type, one scale a token: half of bfloat16's bytes.  [default: bits as given]",
 )
 @click.option(
-    "--keep-massive", is_flag=True, help="Rows of massive norm count like all others, unless a run says otherwise."
+    "--keep-massive", is_flag=True, help="Count rows of massive norm like all others, unless a run says otherwise."
 )
 def import_command(url: str, **options: Any) -> None:
     """Make a store at URL from activations that exist already."""

@@ -43,7 +43,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     show_default=True,
     metavar="NAMES",
     shell_complete=complete_evals,
-    help=f"all, or of {', '.join(evals.names())}. browser makes pages to look at all latents.",
+    help=f"all, or any of {', '.join(evals.names())}. browser makes pages to look at all latents.",
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
 @click.option("--runs", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
@@ -54,28 +54,30 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="The model's.  [default: the store's; without a store bfloat16]",
+    help="Number type of the model.  [default: the store's; without a store, bfloat16]",
 )
 @click.option(
-    "--from-tokens", is_flag=True, help="core: run the whole model, not only what is above the store's layer."
+    "--from-tokens", is_flag=True, help="For core: run the whole model, not only the layers above the store's."
 )
 @click.option(
     "--massive-norms",
     metavar="X",
-    help="Leave out rows whose norm is beyond X times the median, or inf.  "
+    help="Leave out rows whose norm is over X times the median; inf leaves out none.  "
     "[default: 10; inf if imported with --keep-massive]",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
-@click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")
-@click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")
-@click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures beside the results.")
-@click.option("--set", multiple=True, metavar="EVAL.KEY=V", help="A setting: core.split=validation; a list as a,b.")
+@click.option("--compare", is_flag=True, help="Print one table of results; evaluate only what has none yet.")
+@click.option("--resume", is_flag=True, help="Skip what was already done with the same settings.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Save pictures beside the results.")
+@click.option(
+    "--set", multiple=True, metavar="EVAL.KEY=V", help="A setting, such as core.split=validation; a list is a,b."
+)
 @as_json()
 def main(**words: Any) -> None:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
-    2 for an option that there is not, 3 when something could not be run because a model or data is missing, 130
+    2 for an option that does not exist, 3 when something could not be run because a model or data is missing, 130
     after a stop.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)

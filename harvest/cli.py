@@ -39,28 +39,35 @@ Examples:
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
-    "--model", default="auto", show_default=True, help="auto, pocket, smollm2, an id on the hub, a folder, a GGUF file."
+    "--model",
+    default="auto",
+    show_default=True,
+    help="auto, pocket, smollm2, an id on the hub, a folder or a GGUF file.",
 )
 @click.option(
     "--layer",
     type=int,
-    help="Keep the residual stream after this layer.  [default: 19 of 26 of Gemma-2, else the middle]",
+    help="Keep the residual stream after this layer.  [default: 19 for a Gemma-2 of 26 layers, else the middle]",
 )
-@click.option("--resid-layers", metavar="LAYERS", help="And after these: 17..20, or -2..+1 counted from --layer.")
+@click.option(
+    "--resid-layers", metavar="LAYERS", help="Also keep it after these layers: 17..20, or -2..+1 counted from --layer."
+)
 @click.option(
     "--attention-layers",
     metavar="LAYERS",
-    help=f"Likewise, or none.  [default: {ATTENTION_AROUND}, as far as the model has them]",
+    help=f"Layers whose attention to keep, or none.  [default: {ATTENTION_AROUND}, as far as the model has them]",
 )
 @click.option(
     "--hooks",
     metavar="HOOKS",
     default=RESID,
     show_default=True,
-    help=f"What to keep of these layers: {','.join(HOOKS)}; or of others: {RESID},mlp_in:12..19.",
+    help=f"What to keep of these layers: {','.join(HOOKS)}. For other layers: {RESID},mlp_in:12..19.",
 )
-@click.option("--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much.")
-@click.option("--attention-topk", default=16, show_default=True, help="At most so many keys a row.")
+@click.option(
+    "--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much attention."
+)
+@click.option("--attention-topk", default=16, show_default=True, help="Keep at most this many keys a row.")
 @click.option(
     "--leave-out",
     metavar="KEYS",
@@ -73,7 +80,7 @@ Examples:
     type=click.Choice(["mean", "all"]),
     default="mean",
     show_default=True,
-    help="Keep the mean of a layer's heads, or each one's rows.",
+    help="Keep the mean of a layer's heads, or the rows of each head.",
 )
 @click.option(
     "--dataset",
@@ -82,8 +89,8 @@ Examples:
 @click.option("--dataset-config", help="Configuration of a data set of the hub.")
 @click.option("--dataset-split", default="train", show_default=True)
 @click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
-@click.option("--column", default="text", show_default=True, help="Where rows keep their text.")
-@click.option("--tokens", metavar="N", help="How much: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
+@click.option("--column", default="text", show_default=True, help="The column that holds the text of rows.")
+@click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
 @click.option("--context", default=128, show_default=True, help="Tokens in a window.")
 @click.option(
     "--packing",
@@ -96,12 +103,12 @@ Examples:
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
-    help="Keep activations so, one scale per token: half the bytes of bfloat16.  [default: to the bit as computed]",
+    help="Keep activations in this type, one scale a token: half of bfloat16's bytes.  [default: bits as computed]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")
 @click.option(
-    "--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens, 512 of small models]"
+    "--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens, 512 for small models]"
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
@@ -116,13 +123,13 @@ Examples:
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Say what it would cost, and write no store. A GGUF file is converted for that, once.",
+    help="Say what it would cost and write no store. A GGUF file is converted for this, once.",
 )
 @as_json()
 def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
     """Run a language model over a corpus once; keep residuals, attention and tokens in a store.
 
-    Stopped at any point, the same command goes on where it was. Several processes share the work under
+    After a stop at any point, the same command goes on where it was. Several processes share the work under
     `accelerate launch` or `torchrun`, or each with its own --worker.
     """
     with _reported(options["out"]):

@@ -84,12 +84,16 @@ Examples:
 @click.option("--cache", required=True, metavar="URL", help="The store, with attention of layers L-2..L+1.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("study_runs"), show_default=True, metavar="DIR")
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
-@click.option("--epochs", metavar="N", help="How often the store may be read.")
+@click.option("--epochs", metavar="N", help="How many times the store may be read.")
 @click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")
 @click.option("--only", "wanted", metavar="RUN,RUN", help="Only these runs of the study.  [default: all but decisive]")
-@click.option("--seeds", type=click.IntRange(1), help="Of runs that compare.  [default: the recipe's, 3 or 5]")
-@click.option("--with-baselines", "baselines", is_flag=True, help="Sanity baselines beside the SAEs that are compared.")
-@click.option("--evals", "few", metavar="NAMES", help="Only these of a run's evaluations.  [default: all]")
+@click.option(
+    "--seeds", type=click.IntRange(1), help="How many seeds runs that compare have.  [default: the recipe's, 3 or 5]"
+)
+@click.option(
+    "--with-baselines", "baselines", is_flag=True, help="Train sanity baselines beside the SAEs that are compared."
+)
+@click.option("--evals", "few", metavar="NAMES", help="Only these evaluations of each run.  [default: all]")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
 @click.option("--eval-set", "evaluation", multiple=True, metavar="A.B=V", help="A setting for every evaluation.")
 @as_json()

@@ -53,7 +53,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     "--variant",
     multiple=True,
     shell_complete=cli_support.variants,
-    help=f"Which SAE; again for a fleet. One of: {', '.join(names())}.",
+    help=f"The kind of SAE; repeat it for a fleet. One of: {', '.join(names())}.",
 )
 @click.option(
     "--recipe",
@@ -65,7 +65,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 @click.option("--out", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
-@click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
+@click.option("--epochs", type=click.IntRange(1), metavar="N", help="How many times the store may be read.")
 @click.option("--layer", type=int, metavar="L", help="The layer to train on.  [default: 19, or the store's only one]")
 @click.option(
     "--width",
@@ -79,32 +79,32 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     "--seed",
     type=int,
     metavar="N",
-    help="Of the SAE (several: --grid seed=0,1); the order of the data has its own, data.seed.",
+    help="Seed of the SAE (for several: --grid seed=0,1). The order of the data has its own, data.seed.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option(
     "--spread",
     is_flag=True,
-    help="Several processes (torchrun, accelerate launch) train some of the SAEs each, instead of all on a part of "
-    "every batch.",
+    help="Of several processes (torchrun, accelerate launch), each trains some of the SAEs, instead of all SAEs on a "
+    "part of every batch.",
 )
 @click.option(
     "--set",
     multiple=True,
     metavar="A.B=V",
-    help="Any other setting, such as optim.beta1=0; a list as a,b. The last of two of one name counts.",
+    help="Any other setting, such as optim.beta1=0; a list is a,b. If you give one twice, the last counts.",
 )
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option(
     "--init",
     metavar="SAE",
-    help="Begin as a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify, Gemma Scope), owner/name "
-    "on the Hub.",
+    help="Begin from a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify or Gemma Scope), or "
+    "owner/name on the Hub.",
 )
 @click.option(
     "--with-baselines",
     is_flag=True,
-    help="Train sanity baselines beside them: decoder frozen, nearly frozen, encoder frozen, principal components.",
+    help="Train sanity baselines too: decoder frozen, nearly frozen, encoder frozen, principal components.",
 )
 @click.option(
     "--resume", metavar="NAME", shell_complete=cli_support.runs, help="Go on with a run from its last checkpoint."
@@ -113,13 +113,13 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     "--plots/--no-plots",
     default=True,
     show_default=True,
-    help="A page of the run while it trains, pictures at its end.",
+    help="Make a page of the run while it trains, and pictures at its end.",
 )
 @click.option(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Check everything, time a few steps, say what the run would do and take, and write nothing.",
+    help="Check everything, time a few steps, say what the run would do and need, and write nothing.",
 )
 @as_json()
 def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: bool, **words: Any) -> None:

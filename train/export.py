@@ -44,11 +44,15 @@ Examples:
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", shell_complete=cli_support.runs)
-@click.option("--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="Whose folder to write.")
+@click.option(
+    "--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="The tool whose folder form to write."
+)
 @click.option("--out", "target", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload with a model card instead.")
-@click.option("--private", is_flag=True, help="A new repository of the Hub is private.")
-@click.option("--license", "licence", metavar="NAME", help="The licence that the card names, like mit. Default: none.")
+@click.option("--private", is_flag=True, help="If the repository is new, make it private.")
+@click.option(
+    "--license", "licence", metavar="NAME", help="The licence that the card names, such as mit. Default: none."
+)
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
 @as_json()
 def main(
