@@ -49,9 +49,11 @@ STUDY_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),500k))
 STUDY_COURSE := --set data.batch_tokens=2048 --eval-set browser.windows=256 \
   $(if $(filter smollm2,$(MODEL)),--epochs 1 --width 1152 $(STDLIB_PROBES) $(DECIDE_MEASURED),--epochs 2 --width 512)
 
-# A variable that nothing here reads would have no effect, as one for the corpus' column.
+# A variable that neither this file nor a library reads would have no effect, as one for the corpus' column.
+OF_LIBRARIES := SHELL HF_% CUDA_% PYTEST_% PYTHON% SAEMILL_% OMP_% MKL_% GOMP_% TORCH_% NCCL_% GLOO_% SLURM_% PIP_% \
+  XDG_% FSSPEC_% AWS_% %_proxy
 SAID := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
-UNREAD := $(filter-out SHELL $(shell grep -oE '[A-Z_]{2,}' $(firstword $(MAKEFILE_LIST))),$(SAID))
+UNREAD := $(filter-out $(OF_LIBRARIES) $(shell grep -oE '[A-Z_]{2,}' $(firstword $(MAKEFILE_LIST))),$(SAID))
 $(if $(UNREAD),$(error nothing reads $(UNREAD). `make help` lists the variables of each verb, and --help all options of its command))
 
 .DEFAULT_GOAL := help

@@ -77,7 +77,8 @@ class NumpySource:
             )
         said = f"{counted(rest, 'row')}, as they fill no window of {self.context:,}" if rest else ""
         folders = [*self._acts.values(), *([] if ids is None else [ids])]
-        self.left_out = "; ".join(filter(None, (said, *(joined.other_files for joined in folders))))
+        read = {file for joined in folders for file in joined.files}
+        self.left_out = "; ".join(filter(None, (said, *(joined.say_others(read) for joined in folders))))
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         rows = self._acts[site].rows(start * self._at_once, stop * self._at_once)
@@ -89,13 +90,13 @@ class _Joined:
     """The arrays of a file, or of all files of a folder behind each other, of which only what is asked for is read."""
 
     def __init__(self, path: Path) -> None:
-        self._files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
-        if not self._files:
+        self.files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
+        if not self.files:
             for other in sorted(path.iterdir()):
                 _load(other)  # which says what to do with a file of its kind
             raise ImportInvalid(f"{path}: expected .npy files in it, found none")
-        self.other_files = say_other_files(path, self._files, "the .npy files at its top") if path.is_dir() else ""
-        found = [(array.shape, array.dtype) for array in map(_load, self._files)]  # a map kept would keep its file open
+        self._path = path
+        found = [(array.shape, array.dtype) for array in map(_load, self.files)]  # a map kept would keep its file open
         kinds = {(shape[1:], dtype) for shape, dtype in found}
         if len(kinds) != 1:
             told = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds))
@@ -106,11 +107,15 @@ class _Joined:
         self.lengths = [shape[0] for shape, _ in found]
         self.shape = (sum(self.lengths), *shape)
 
+    def say_others(self, read: Collection[Path]) -> str:
+        """What of a folder no option reads."""
+        return say_other_files(self._path, read, "the .npy files at its top") if self._path.is_dir() else ""
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         begins = accumulate(self.lengths, initial=0)
         parts = [
             _load(file)[max(0, start - begin) : stop - begin]
-            for file, begin, length in zip(self._files, begins, self.lengths, strict=False)
+            for file, begin, length in zip(self.files, begins, self.lengths, strict=False)
             if begin < stop and start < begin + length
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -156,7 +161,7 @@ class SaelensSource:
             raise ImportInvalid(f"{folder} holds token_ids: leave out --tokens {tokens}")
         ids = None if tokens is None else _Joined(tokens)
         self.tokens = None if ids is None else _windows_of(ids, self.windows * self.context, self.windows, self.context)
-        self.left_out = "" if ids is None else ids.other_files
+        self.left_out = "" if ids is None else ids.say_others(ids.files)
         if has_ids:
             self.tokens = as_tokens(np.asarray(self._read("token_ids", 0, self.windows)))
         self.document_of = np.arange(self.windows, dtype=np.uint32)

@@ -25,12 +25,12 @@ def and_own(folders: Iterable[str], below: str) -> list[str]:
     return [*folders, str(own)]
 
 
-def digest_of_own() -> str | None:
-    """Of all files of that folder that Python may import; None where none is named."""
+def digest_of_own(below: str = ".") -> str | None:
+    """Of the files of that folder, or of one in it, that Python may import; None where no folder is named."""
     extra = os.environ.get(EXTRA)
     if not extra:
         return None
     digest = hashlib.sha256()
-    for file in sorted(Path(extra).rglob("*.py")):
-        digest.update(f"{file.relative_to(extra)}\0".encode() + file.read_bytes() + b"\0")
+    for file in sorted(path for path in Path(extra, below).rglob("*.py") if path.is_file()):
+        digest.update(os.fsencode(file.relative_to(extra)) + b"\0" + file.read_bytes() + b"\0")
     return f"sha256:{digest.hexdigest()}"

@@ -53,13 +53,14 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
         if not is_on_cpu:  # nothing is added up: NCCL, which it would take, looks all the time for who has ended
             dist.init_process_group("gloo")
         state = PartialState(cpu=is_on_cpu)
-    if state.num_processes != launched:
-        raise SettingInvalid(
-            f"expected RANK and LOCAL_RANK beside WORLD_SIZE={launched}, as torchrun sets them, found "
-            "that not both are there: start it by torchrun, or each process by hand with --worker I/N and no WORLD_SIZE"
-        )
-    index = worker.index * state.num_processes + state.process_index
     try:
+        if state.num_processes != launched:
+            raise SettingInvalid(
+                f"expected RANK and LOCAL_RANK beside WORLD_SIZE={launched}, as torchrun sets them, found "
+                "that not both are there: start it by torchrun, or each process by hand with --worker I/N and no "
+                "WORLD_SIZE"
+            )
+        index = worker.index * state.num_processes + state.process_index
         given = find_device(str(state.device))
         if device not in ("auto", given.type):
             raise SettingInvalid(

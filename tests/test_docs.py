@@ -120,7 +120,9 @@ def test_every_command_of_a_recipe_of_the_makefile_is_understood(target, model):
         check(line)
 
 
-@pytest.mark.parametrize(("said", "is_read"), [("COLUMN=body", False), ("LAYER=3", True), ("DATASET=a b=C", True)])
+@pytest.mark.parametrize(
+    ("said", "is_read"), [("COLUMN=body", False), ("LAYER=3", True), ("HF_HOME=/x", True), ("DATASET=a b=C", True)]
+)
 def test_a_variable_that_nothing_in_the_makefile_reads_is_refused(said, is_read):
     done = subprocess.run(["make", "-n", "harvest", said], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 0) == is_read and ("nothing reads COLUMN" in done.stderr) == (not is_read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from .errors import ConfigInvalid
 from .run.fill_config_from_store import Settled, settle
 from .run.fits_in_memory import COPIES, weight_bytes
 from .run.process import Process
-from .run.start_or_resume import make_fleet
+from .run.run_folder import RunFolder
+from .run.start_or_resume import begin_as_source, make_fleet, tell_memory
 from .train_runs import asks_of, require_cache, settings_of
 
 WARM, MOST = 2, 30  # steps
@@ -52,9 +54,11 @@ class Estimate:
 
 
 def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
-    """Time a few steps of each run that the words ask for. Store, settings and memory are checked as for a run."""
+    """Time a few steps of each run that the words ask for. Name, store, settings and memory are checked."""
     if words["resume"] is not None:
         raise ConfigInvalid(f"--dry-run is of a new run: leave out it or --resume {words['resume']}")
+    if words["name"] is not None:
+        RunFolder.require_free(words["out"], words["name"])
     for ask in asks_of(words):
         with Store.open(require_cache(words["cache"])) as store:
             settled = settle(ask, store)
@@ -67,12 +71,15 @@ def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
 def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
     """Of all steps of a run on this machine, by the slowest of its processes; a collective call. Nothing is written."""
     fleet, data = make_fleet(settled, store, process), settled.config.data
+    begin_as_source(settled, fleet, store, process)
     pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
     plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
     steps, ranks = min(settled.total_steps, MOST), fleet.ranks
-    feed = Feed(store, plan, fleet.needs.values(), fleet.stats, process.device, ranks.rank, ranks.size, steps)
     took, began = [], time.perf_counter()
-    try:
+    with tell_memory(process), ExitStack() as open_things:
+        needs = fleet.needs.values()
+        feed = Feed(store, plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
+        open_things.callback(feed.close)
         for step in range(steps):
             before = time.perf_counter()
             fleet.step(feed.draw(step))
@@ -81,8 +88,6 @@ def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
             took.append(time.perf_counter() - before)
             if process.group.any(step >= WARM and took[-1] + time.perf_counter() - began > SECONDS):
                 break
-    finally:
-        feed.close()
     own = statistics.median(took[WARM:] or took) * settled.total_steps
     return max(map(float, process.group.texts(str(own))))
 

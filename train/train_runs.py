@@ -163,12 +163,8 @@ def _introduce(run: Run, remark: str) -> None:
     cut = {tuple(found) for one in told.values() for found in one["cut"]}
     for asked, given in sorted(cut):
         run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
-    products = {label: one["products"] for label, one in told.items() if len(set(one["products"])) > 1}
-    for asked, given in sorted(set(map(tuple, products.values()))):
-        of = ", ".join(label for label, pair in products.items() if pair == [asked, given])
-        run.process.console.print(
-            f"{of}: products of the encoder in {given}: this machine has no fast ones in {asked} (encoder_product)"
-        )
+    for line in say_products({label: tuple(one["products"]) for label, one in told.items()}):
+        run.process.console.print(line)
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
             run.process.console.print(
@@ -179,6 +175,13 @@ def _introduce(run: Run, remark: str) -> None:
 def products_of(sae: SparseAutoencoder, device: torch.device) -> tuple[Product, Product]:
     """How the encoder is to multiply, and how it does on this device."""
     return sae.encoder_product, product_on(device, sae.encoder_product)
+
+
+def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[str]:
+    """Where the machine does not have what was asked for."""
+    for asked, given in sorted({pair for pair in products.values() if len(set(pair)) > 1}):
+        labels = ", ".join(label for label, pair in products.items() if pair == (asked, given))
+        yield f"{labels}: encoder_product={asked} is computed in {given}: this machine has no fast {asked} products"
 
 
 def settings_of(member: Member) -> str:

@@ -17,6 +17,9 @@ from ...harvest.pocket.text import stdlib_documents, text_digest
 from ...train.run.find_and_load_sae import ANSWER_SECONDS, ask_hub
 from ..errors import DataMissing
 
+_AWAY: list[Exception] = []
+"""Why the hub did not answer; nobody waits for it twice."""
+
 Revision = str | Mapping[str, str]
 """Of data: a digest, or of data sets on the hub the commit of each."""
 
@@ -45,15 +48,19 @@ def load_json(dataset: str, file: str) -> Any:
 
 
 @cache
-def commit_of(dataset: str, branch: str | None = None) -> str | None:
-    """At which commit a data set is read, the same as long as the process lives: the hub's newest, or that of what was
-    downloaded before where the hub does not answer. None: nobody knows one."""
+def commit_of(dataset: str, *branch: str) -> str | None:
+    """At which commit a data set is read, the same as long as the process lives: the hub's newest, of a branch where
+    one is named, or that of what was downloaded before where the hub does not answer. None: nobody knows one."""
+    from datasets import config  # here: it takes seconds to import
     from huggingface_hub import HfApi, constants
 
-    if not constants.HF_HUB_OFFLINE:
-        found = ask_hub(lambda: HfApi().dataset_info(dataset, revision=branch, timeout=ANSWER_SECONDS).sha)
+    if not (constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE or _AWAY):
+        of = {"revision": branch[0] if branch else None, "timeout": ANSWER_SECONDS}
+        found = ask_hub(lambda: HfApi().dataset_info(dataset, **of).sha)
         if isinstance(found, str):
             return found
+        if isinstance(found, (TimeoutError, ConnectionError)):  # nor will it for the next data set
+            _AWAY.append(found)
     return downloaded_commit(dataset)
 
 
@@ -75,7 +82,7 @@ def downloaded_commit(dataset: str) -> str | None:
 
 def commits_of(datasets: Iterable[str], converted: Container[str] = ()) -> dict[str, str] | None:
     """Those that are known, as an evaluation's `data_revision`; of what is read `converted` that of the conversion."""
-    found = {dataset: commit_of(dataset, CONVERSION if dataset in converted else None) for dataset in datasets}
+    found = {one: commit_of(one, *([CONVERSION] if one in converted else [])) for one in datasets}
     return {dataset: commit for dataset, commit in found.items() if commit} or None
 
 

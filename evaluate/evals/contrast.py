@@ -80,10 +80,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 advance(1)
     names = tuple(task.name for task in tasks)
     settings = {**to_json(replace(config, dataset_names=names)), **of_data(source, source.revision(names))}
+    text = said_of(source, tasks)
     for subject in subjects:
         effects_of_both = joined(latents[subject]), joined(channels[subject.layers])
         result = make_result(subject, settings, *effects_of_both, config, missing)
-        yield replace(result, measured_on=said_of(source, tasks))
+        yield replace(result, measured_on=text)
 
 
 def effects_of(name: str, train: Features, test: Features) -> Effects:

@@ -28,8 +28,9 @@ def free_probes(
     used = [name for name in settings.dataset_names if any(task.name.startswith(f"{name}_scr_") for task in tasks)]
     pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
     config_json = config_of_round(settings, context, source, "absolute", used, pairs)
+    text = said_of(source, tasks)
     for subject, outcomes in perturb_all(context, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
-        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=said_of(source, tasks))
+        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=text)
 
 
 def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:

@@ -67,8 +67,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     config = replace(config, dataset_names=tuple(task.name for task in tasks))
     data = of_data(source, source.revision(config.dataset_names))
     settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **data)
+    text = said_of(source, tasks)
     for subject in subjects:
-        yield replace(make_result(subject, settings, found[subject], missing), measured_on=said_of(source, tasks))
+        yield replace(make_result(subject, settings, found[subject], missing), measured_on=text)
 
 
 def filled(config: Config, source: Source) -> Config:

@@ -26,8 +26,9 @@ def disturb_probes(
     tasks, missing = load_all(settings.dataset_names, lambda name: [load(name, *settings.sizes, settings.random_seed)])
     names = [task.name for task in tasks]
     config_json = config_of_round(settings, context, source, "positive", names, {})
+    text = said_of(source, tasks)
     for subject, outcomes in perturb_all(context, subjects, tasks, settings, "positive", lambda task: list(task.train)):
-        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=said_of(source, tasks))
+        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=text)
 
 
 def make_result(

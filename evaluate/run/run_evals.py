@@ -89,8 +89,7 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     if keep == "none" or document is None:
         return None
     found = settings_in(document)
-    data = data_meant(found.get(DATA), settings.get(DATA))
-    settings = {name: value for name, value in {**settings, DATA: data}.items() if value is not None or name != DATA}
+    settings = _as_meant(found, settings)
     store, meant = found.get("cache_id"), settings["cache_id"] or subject.cache_id
     if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # of another one
         return None
@@ -108,6 +107,12 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     if missing:
         return Row(subject, eval_id, "incomplete", f"{missing}; {reason}", document)
     return Row(subject, eval_id, "kept", reason, document)
+
+
+def _as_meant(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which a result of these is judged: it may tell more of its data than is known now, or less."""
+    data = data_meant(found.get(DATA), settings.get(DATA))
+    return {name: value for name, value in {**settings, DATA: data}.items() if value is not None or name != DATA}
 
 
 def _standing(context: Context, subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
@@ -131,7 +136,7 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     if evaluation.revision != 1:  # results of before there were any are of the first
         settings["revision"] = evaluation.revision
     if evals.is_own(eval_id):  # which has no commit of this package that would tell of its changes
-        settings["own_files"] = digest_of_own()
+        settings["own_files"] = digest_of_own("evaluate")
     if evaluation.needs.store and (context.opened is not None or context.massive_norms != "store's"):
         settings["massive_norms"] = context.massive_multiple
     data = evaluation.data_revision(context, config)
@@ -210,9 +215,9 @@ class _Attempts:
             reason = f"{item.missing}. The whole result of these settings that was there stands"
             return Row(item.subject, self._eval_id, "kept", reason, before)
         place, aside = result_path(item.subject, self._eval_id), None
-        replaced = describe_differences(before, self._settings) if before and not self._completes(before) else ""
+        replaced = "" if before is None or self._completes(before) else self._differences(before)
         try:
-            if before and replaced:  # its store or its model may be gone
+            if before and replaced and self._eval_id != BROWSER:  # its store or its model may be gone
                 aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
                 shutil.copyfile(place, aside)
             document = write_result(item, self._eval_id, self._settings)
@@ -223,17 +228,19 @@ class _Attempts:
             said = f"its result could not be written to {place} ({error}): make room, then --resume"
             return Row(item.subject, self._eval_id, "failed", said)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
-        kept = f". Its result of {replaced} is now {aside}" if replaced else ""
-        self._context.say(f"{self._eval_id}: {item.subject.name} done{kept}")
+        before_it = f". Its result of {replaced} is now {aside}" if aside else f", in place of {replaced}"
+        self._context.say(f"{self._eval_id}: {item.subject.name} done{before_it if replaced else ''}")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
 
     def _completes(self, before: Mapping[str, Any]) -> bool:
-        """Whether a result takes the place of a part of itself, for which a model was missing that is named now. Of
-        pages there is one set."""
+        """Whether a result takes the place of a part of itself, for which a model was missing that is named now."""
         same = {name: value for name, value in self._settings.items() if name != "model"} == settings_in(before)
-        return self._eval_id == BROWSER or (same and ours_in(before).get("missing") is not None)
+        return same and ours_in(before).get("missing") is not None
+
+    def _differences(self, before: Mapping[str, Any]) -> str:
+        return describe_differences(before, _as_meant(settings_in(before), self._settings))
 
     def _remark_of_store(self) -> str | None:
         """What a result says that was read from a store's activations, where these are not the model's own."""

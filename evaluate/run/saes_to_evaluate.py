@@ -59,12 +59,12 @@ def find_all(
     for target in targets:
         try:
             places = find_places(target, runs, cache)
+            if (run := _run_of(target, runs)) is not None:
+                for line in absent_from(run):
+                    say(line)
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
-        if (run := _run_of(target, runs)) is not None:
-            for line in absent_from(run):
-                say(line)
         home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_of_hub(target, runs) else None
         for folder, run in places:
             try:
@@ -92,7 +92,7 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
 def absent_from(run: RunFolder) -> Iterator[str]:
     """Which SAEs of a run that has ended have no weights, and why."""
     there = {folder.name for folder in list_saes(run.path)}
-    diverged = read_json(run.path / "result.json").get("diverged", {})
+    diverged = read_json(run.path / "result.json").get("diverged") or {}
     for label in run.read_config()["saes"]:
         if label not in there:
             yield f"not evaluated: {label} of {run.name}: {diverged.get(label, 'its folder is gone')}"

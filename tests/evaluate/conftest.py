@@ -88,6 +88,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation_data_sets, "ask_hub", lambda _: ConnectionError("no network in tests"))
     monkeypatch.setattr(evaluation_data_sets, "downloaded_commit", lambda _: None)
     evaluation_data_sets.commit_of.cache_clear()
+    evaluation_data_sets._AWAY.clear()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from .sums_over_processes import Ranks
 _REST_SECONDS = 0.2
 PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
 MEETING = timedelta(hours=1)  # until all have begun; and of a sum on GPUs, where one may still be writing a checkpoint
-BEAT_SECONDS, GRACE_SECONDS = 1.0, 20.0
+SILENCE = timedelta(minutes=10)  # of a host that has lost its network or its power, which closes no connection
+BEAT_SECONDS, GRACE_SECONDS, LEAVING_SECONDS = 1.0, 20.0, 1800.0
 GONE = "another process of the run is gone, or cannot be reached: its own message says why, if it had time to leave one"
 
 
@@ -64,9 +65,12 @@ class Pulse:
     """A thread that sees when a process is gone though this one waits for it on its GPU: a sum there that cannot end
     raises nothing, and the host stands still at the next number that it reads."""
 
+    is_told = False
+    """Whether this process has found out by itself, and is on its way out."""
+
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._is_ending = self.is_told = False
+        self._group = dist.new_group(backend="gloo", timeout=SILENCE)
+        self._is_ending = False
         self._thread = threading.Thread(target=self._beat, name="saemill-pulse", daemon=True)
         self._thread.start()
 
@@ -80,9 +84,12 @@ class Pulse:
                 time.sleep(BEAT_SECONDS)
         except RuntimeError:
             time.sleep(GRACE_SECONDS)  # whoever is not held up says it with the command that goes on
-            if not self.is_told:
-                print(f"error: {GONE}. The last checkpoint is whole: go on with --resume", file=sys.stderr, flush=True)
-                os._exit(1)
+            if Pulse.is_told:
+                time.sleep(LEAVING_SECONDS)  # a checkpoint that is being written is written to its end
+            else:
+                said = f"error: {GONE}. Checkpoints that there are are whole: sae-train --resume goes on from the last"
+                print(said, file=sys.stderr, flush=True)
+            os._exit(1)
 
     def end(self) -> None:
         """When all have come to their end: none of them is missed from here on."""
@@ -186,8 +193,7 @@ class Processes(Group):
         it. What the system closes of a process that is gone they see at once.
         """
 
-        if self._pulse is not None:
-            self._pulse.is_told = True
+        Pulse.is_told = True
 
         def end() -> None:
             try:
@@ -207,6 +213,7 @@ def _all_there() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        Pulse.is_told = True
         raise StoppedElsewhere(f"{GONE} (here: {' '.join(str(error).split())[:1000]})") from error
 
 
@@ -260,9 +267,9 @@ def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
         require_one_kind(group.texts(place.type))
         require_own_devices(group.texts(_name(place)))
         if place.type == "cuda":  # of all of them, and each its own
-            group.begin_pulse()
-            if has_sums:
-                with joining():
+            with joining():
+                group.begin_pulse()
+                if has_sums:
                     dist.all_reduce(torch.zeros(1, device=place))
                     torch.cuda.synchronize(place)
     except (TrainError, StoreError):

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from ...cache_schema import Store
+from ...cache_schema import Manifest, Store
 from ...cache_schema.csr import index_dtype
 from ...cache_schema.massive_activations import count_ordinary, measure_massive
 from ...cache_schema.requests_and_spans import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
-from ..config.run_config import Member
+from ..config.run_config import Member, RunConfig
 from ..data.batch_stream import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
@@ -102,10 +102,16 @@ def _require_memory(
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
     windows = min(manifest.shard_windows, _held_out_windows(settled, store))  # held-out batches lie in one shard
-    rows = manifest.context if parts > 1 else max(plan.batch_tokens, manifest.context)
-    held_out = min(rows, windows * manifest.context)
+    at_once = max(held_out_rows(settled.config, manifest, parts > 1), manifest.context)
+    held_out = min(at_once, windows * manifest.context)
     rows, team = plan.batch_tokens // processes, processes * parts
     require_room(members, manifest.width_of, rows, pool_bytes, parts, device, held_out, team)
+
+
+def held_out_rows(config: RunConfig, manifest: Manifest, is_split: bool) -> int:
+    """Of a batch of the measurement at the end, by which time a dictionary that was split lies in one process."""
+    batch = config.data.batch_tokens
+    return min(batch, manifest.context) if is_split else batch
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:

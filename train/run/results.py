@@ -19,6 +19,7 @@ from ..engine.fleet_of_saes import say_all_diverged, say_diverged
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
 from ..sae.kernels.dense_products import product_on
+from .preflight import held_out_rows
 from .run_folder import name_failure
 from .start_or_resume import Run
 from .validation import DIVERGED, HeldOut, validate
@@ -113,9 +114,8 @@ def conclude(run: Run) -> Outcome | None:
 
 def _measure_and_save(run: Run) -> dict[str, Any]:
     """The SAEs of this process, as JSON; of one that diverged in its last steps, that it did."""
-    course, rows = run.config.course, run.config.data.batch_tokens
-    if course.shard_width and run.process.team.size > 1:  # a dictionary that was split lies in one process now
-        rows = min(rows, run.store.manifest.context)
+    course = run.config.course
+    rows = held_out_rows(run.config, run.store.manifest, course.shard_width and run.process.team.size > 1)
     needs, stats = run.fleet.needs.values(), run.fleet.stats
     batches = held_out(run.store, needs, stats, run.process.device, tokens=course.validation_tokens, batch_tokens=rows)
     found, told = validate(run.fleet, batches), {}

@@ -56,23 +56,30 @@ class RunFolder:
         if name is None:
             numbers = itertools.count(1)
             return cls(_make_first(root, (like if like and n == 1 else f"{like or 'run'}_{n}" for n in numbers)))
+        cls.require_free(root, name)
+        try:
+            with _name_refusal(root):
+                (root / name).mkdir()
+        except FileExistsError:
+            cls.require_free(root, name)  # by now another may have it
+        return cls(root / name)
+
+    @classmethod
+    def require_free(cls, root: str | os.PathLike[str], name: str) -> None:
+        """Refuse a name that is none, or another's."""
         if name in ("", ".", "..") or "/" in name or len(os.fsencode(name)) > LONGEST_NAME:
             raise ConfigInvalid(
                 f"--name: expected the name of a folder in {root}, of at most {LONGEST_NAME} bytes and without a /, "
                 f"found {name[:LONGEST_NAME]!r}: choose another"
             )
-        try:
-            with _name_refusal(root):
-                (root / name).mkdir()
-        except FileExistsError:
-            if not _was_left_empty(root / name):
-                taken, remedy = cls(root / name), ""
-                if taken.is_finished:
-                    remedy = f", or evaluate it: {shlex.join(['sae-eval', str(taken.path)])}"
-                elif is_run(taken.path):
-                    remedy = f", or go on with it: {resume_command(taken.path)}"
-                raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
-        return cls(root / name)
+        taken, remedy = cls(Path(root, name)), ""
+        if not os.path.lexists(Path(root, name)) or _was_left_empty(Path(root, name)):
+            return
+        if taken.is_finished:
+            remedy = f", or evaluate it: {shlex.join(['sae-eval', str(taken.path)])}"
+        elif is_run(taken.path):
+            remedy = f", or go on with it: {resume_command(taken.path)}"
+        raise RunTaken(f"{Path(root, name)} exists already: choose another --name{remedy}")
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
@@ -234,8 +241,10 @@ def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
 def other_than(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What is not as it was where a run was begun, or last gone on with, in words."""
     old, new = flatten(before), flatten(here)
-    keys = [key for key in new if key not in ("date", "command") and key in old and old[key] != new[key]]
-    return [f"{key.rpartition('.')[2]} {new[key]} (before: {old[key]})" for key in keys]
+    old = {key: value for key, value in new.items() if key.startswith("hardware.")} | old  # earlier runs do not say it
+    keys = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
+    keys = [key for key in keys if key not in ("date", "command")]
+    return [f"{key.rpartition('.')[2]} {new.get(key)} (before: {old.get(key)})" for key in keys]
 
 
 def _typed_command() -> str | None:

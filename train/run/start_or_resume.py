@@ -64,7 +64,7 @@ class Run:
 def begin_run(settled: Settled, store: Store, process: Process, out: str, name: str | None) -> Iterator[Run]:
     """A new run, from step 0."""
     fleet, path = make_fleet(settled, store, process), ""
-    _begin_as_source(settled, fleet, store, process)
+    begin_as_source(settled, fleet, store, process)
     with all_or_none(process.group):
         if process.is_first:
             folder = RunFolder.create(out, name, like=settled.recipe and settled.recipe.name)
@@ -72,7 +72,7 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
             path = str(folder.path)
     folder = RunFolder(process.group.texts(path)[0])
     try:
-        with _tell_memory(process), _open(settled, store, process, folder, fleet, None) as run:
+        with tell_memory(process), _open(settled, store, process, folder, fleet, None) as run:
             yield run
     except MemoryTooSmall:
         if process.is_first and not folder.has_steps:
@@ -93,8 +93,8 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
         if settled.init is not None:
             with all_or_none(process.group):
                 require_unchanged(settled.init)
-        _begin_as_source(settled, fleet, store, process)
-    with _tell_memory(process), _open(settled, store, process, folder, fleet, standing) as run:
+        begin_as_source(settled, fleet, store, process)
+    with tell_memory(process), _open(settled, store, process, folder, fleet, standing) as run:
         with all_or_none(process.group):
             if process.is_first and (others := folder.keep_resumption(provenance(process.hardware))):
                 process.console.print(f"other than before: {', '.join(others)}", style="yellow", markup=False)
@@ -102,7 +102,7 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
 
 
 @contextmanager
-def _tell_memory(process: Process) -> Iterator[None]:
+def tell_memory(process: Process) -> Iterator[None]:
     """What a device has no room for, in words, wherever it was asked for it."""
     try:
         yield
@@ -122,7 +122,7 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
         torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1
     rows, split = (SOLO, process.team) if is_split else (process.team, None)
-    with all_or_none(process.group), _tell_memory(process):
+    with all_or_none(process.group), tell_memory(process):
         members = members_of(settled.config, store.manifest.model.d_model, process)
         stats = check(settled, store, members, rows.size, 1 if split is None else split.size, process.device)
         configs = {member.label: member.config for member in members}
@@ -136,7 +136,7 @@ def empty_host_cache() -> None:
         empty()
 
 
-def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
+def begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
     """Before the first step, where the SAEs are to begin as one that was trained before."""
     if settled.init is not None:
         with all_or_none(process.group):

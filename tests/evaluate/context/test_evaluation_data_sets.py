@@ -52,7 +52,18 @@ def test_settings_name_the_commits_of_the_hubs_data_each_asked_for_once(name, ex
     assert {commit for dataset, commit in commits.items() if dataset != saebench_texts.GITHUB} == {NEW}
     assert commits.get(saebench_texts.GITHUB, OLD) == OLD  # of the conversion, which is what is read
     settings_of(context, name, config)
+    for dataset in commits:  # as whoever reads it asks
+        data_sets.commit_of(dataset, *([CONVERSION] if dataset == saebench_texts.GITHUB else []))
     assert len(hub) == len(set(hub)) == len(commits)
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data_sets, "ask_hub", lambda _: asked.append(1) or TimeoutError("no answer"))
+    monkeypatch.setattr(data_sets, "downloaded_commit", lambda _: None)
+    data_sets.commit_of.cache_clear()
+    data_sets._AWAY.clear()
+    assert [data_sets.commit_of(name) for name in ("a/b", "a/c", "a/d")] == [None] * 3 and len(asked) == 1
 
 
 def test_only_data_sets_that_were_asked_for_are_named(hub):

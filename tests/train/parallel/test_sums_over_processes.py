@@ -9,7 +9,7 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, StoppedElsewhere
 from saemill.train.kit.variant_registry import config_type, names
-from saemill.train.parallel import sums_over_processes as ranks_module
+from saemill.train.parallel import sums_over_processes
 from saemill.train.parallel.processes import SOLO, Group, all_or_none, join
 from saemill.train.parallel.sums_over_processes import share_batch
 from saemill.train.sae.gates import BatchTopK
@@ -96,7 +96,7 @@ def test_two_ranks_train_as_one(battery, threads, variant, cuts):
 def test_gradients_go_in_buckets_while_backward_goes_on(battery, threads, monkeypatch):
     """Two tables by themselves, the decoder's before the encoder's is there; the biases and the threshold together."""
     config = battery.quick("jumprelu", encoder_product="float32")
-    monkeypatch.setattr(ranks_module, "BUCKET_BYTES", 4 * config.width * battery.D)
+    monkeypatch.setattr(sums_over_processes, "BUCKET_BYTES", 4 * config.width * battery.D)
     (batch,) = battery.batches(config, 1)
     ranks, in_both = threads(2)
     pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]

@@ -56,7 +56,7 @@ def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick,
     """config.json says what was asked for; other latents are chosen where it is not had."""
     monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda _: has_fast)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--width", 64, "--set", "encoder_product=bfloat16"]
-    said = "topk: products of the encoder in float32: this machine has no fast ones in bfloat16"
+    said = "topk: encoder_product=bfloat16 is computed in float32: this machine has no fast bfloat16 products"
     assert (said in sae_train(*words).output) == (not has_fast)
     found = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["topk"]
     assert found["encoder_product"] == ("bfloat16" if has_fast else "float32")
@@ -65,6 +65,10 @@ def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick,
 def test_a_dry_run_refuses_what_a_run_refuses(big, sae_train, quick, tmp_path):
     words = [*quick, "--cache", big["path"], "--dry-run"]
     assert "found 100" in sae_train(*TOPK, *words, "--k", 100, "--width", 64, code=1).stderr
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/notes").touch()
+    assert "exists already" in sae_train(*TOPK, *words, "--name", "mine", code=1).stderr
+    shutil.rmtree(tmp_path / "runs")
     assert "leave out it or --resume" in sae_train(*words, "--resume", "run_1", code=1).stderr
     assert "--tokens" in sae_train(*TOPK, *words, "--tokens", 10, code=1).stderr
     assert not (tmp_path / "runs").exists()

@@ -197,7 +197,7 @@ print("ended")
 def test_a_process_that_waits_on_its_gpu_for_one_that_is_lost_ends(spawn):
     """There a sum raises nothing: the run stood still until somebody looked."""
     first, _ = launch(spawn, ["lost"], codes=(1, -9), code=PULSE)
-    assert "error: another process of the run is gone" in first and "go on with --resume" in first
+    assert "error: another process of the run is gone" in first and "sae-train --resume goes on" in first
     assert all(said.strip() == "ended" for said in launch(spawn, [], code=PULSE))
 
 
