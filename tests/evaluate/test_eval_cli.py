@@ -145,6 +145,13 @@ def test_saes_of_a_run_that_are_not_there_are_told(run_1, sae_eval):
     assert "not evaluated" not in sae_eval("run_1/small")
 
 
+def test_a_damaged_record_of_one_run_costs_the_others_nothing(run_1, world, builder, sae_eval):
+    builder.run(world, "run_2", {"sae": builder.make_sae()})
+    (run_1 / "result.json").write_text("{")
+    output = sae_eval("run_1", "run_2", code=1)
+    assert "result.json" in output and "run_2/sae" in output.split("ce loss score")[1]
+
+
 def test_a_path_a_single_sae_and_the_same_one_twice(run_1, sae_eval, builder):
     assert "run_1/large" not in sae_eval(run_1 / "small", "run_1/small")
     assert set(results(run_1)) == {"small_eval_results.json"}

@@ -106,7 +106,9 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     for one in shown:
         firing = {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}
         report = {"latents": contexts(one.seen, *one.kept, tokens, words), "pattern": pattern(one.seen, tokens, words)}
-        text = TextCount(" and ".join(windows), sum(windows.values()), one.seen.tokens, one.seen.massive)
+        *others, last = windows
+        splits = f"{', '.join(others)} and {last}" if others else last
+        text = TextCount(splits, sum(windows.values()), one.seen.tokens, one.seen.massive)
         metrics = {"firing": firing}
         yield Result(one.subject, to_json(config), metrics, unstructured=report, missing=missing, measured_on=str(text))
 
