@@ -69,6 +69,11 @@ def site_of(place: Place) -> Site:
     return place if isinstance(place, Site) else Site(RESID, place)
 
 
+def key_of(place: Place) -> str:
+    """In JSON: the layer's number where it is the residual stream."""
+    return place.path if isinstance(place, Site) else str(place)
+
+
 def say_place(place: Place) -> str:
     """As messages name it."""
     return str(place) if isinstance(place, Site) else f"layer {place}"

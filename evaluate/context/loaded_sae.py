@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache_schema.sites import RESID, Site
+from ...cache_schema.sites import RESID, key_of, place_of
 from ...cache_schema.strict_json import from_json
 from ...train.disk.sae_folder import NORM_BOUNDS
 from ...train.kit import variant_registry
@@ -142,7 +142,7 @@ class LoadedSae:
         """bool [B]: rows of a norm that training had too, in each layer. A massive one among those that attention
         reads would be all that it brings."""
         hook, found = self.hooks[0], bounds_in(self.config)
-        keys = [str(layer) if hook == RESID else Site(hook, layer).path for layer in self.layers]
+        keys = [key_of(place_of(hook, layer)) for layer in self.layers]
         bounds = x.new_tensor([found.get(key, math.inf) for key in keys])
         norms = x.unflatten(1, (len(keys), -1)).norm(dim=-1)
         return ~is_massive(norms, bounds).any(dim=1)

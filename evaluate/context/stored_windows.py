@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.numbers_in_words import counted
-from ...cache_schema.sites import Place, say_place, site_of
+from ...cache_schema.sites import Place, key_of, say_place, site_of
 from ..errors import NotApplicable, SettingInvalid
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
@@ -139,11 +139,11 @@ def tell_bounds(context: Context, subject: LoadedSae, places: Sequence[Place]) -
     """What a result says where the store cannot tell which rows are massive: its settings name a multiple even so."""
     if context.massive_multiple is None:
         return None
-    own = bounds_in(subject.config)
-    absent = [place for place in places if site_of(place) not in context.manifest.sites]
-    by_own = [say_place(place) for place in absent if _bound_of(context, place, own) is not None]
-    by_none = [say_place(place) for place in absent if _bound_of(context, place, own) is None]
-    told = ((by_own, "the bound is that of the SAE's training"), (by_none, "none is left out there"))
+    own, bounded, unbounded = bounds_in(subject.config), list[str](), list[str]()
+    for place in places:
+        if site_of(place) not in context.manifest.sites:
+            (unbounded if _bound_of(context, place, own) is None else bounded).append(say_place(place))
+    told = ((bounded, "the bound is that of the SAE's training"), (unbounded, "none is left out there"))
     said = [f"massive rows of {', '.join(names)}, not held by the store: {what}" for names, what in told if names]
     return "; ".join(said) or None
 
@@ -153,4 +153,4 @@ def _bound_of(context: Context, place: Place, own: Mapping[str, float]) -> float
     if context.massive_multiple is None:
         return None
     found = context.massive(place)
-    return own.get(str(place) if isinstance(place, int) else place.path) if found is None else found.bound
+    return own.get(key_of(place)) if found is None else found.bound

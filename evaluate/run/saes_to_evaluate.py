@@ -58,10 +58,7 @@ def find_all(
     problems: list[Problem] = []
     for target in targets:
         try:
-            places = find_places(target, runs, cache)
-            if (run := _run_of(target, runs)) is not None:
-                for line in absent_from(run):
-                    say(line)
+            places = find_places(target, runs, cache, say)
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
@@ -76,11 +73,16 @@ def find_all(
     return list(found.values()), problems
 
 
-def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple[Path, RunFolder | None]]:
+def find_places(
+    target: str, runs: Path, cache: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> list[tuple[Path, RunFolder | None]]:
     """The folders of SAEs that one word on the command line means, and the run they belong to."""
     run = _run_of(target, runs)
     if run is not None:
-        return [(folder, run) for folder in _saes_of(run)]
+        folders = _saes_of(run)
+        for line in absent_from(run, folders):
+            say(line)
+        return [(folder, run) for folder in folders]
     try:
         folder = find_sae(target, runs)
     except RunMissing as error:
@@ -89,9 +91,9 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
     return [(folder, RunFolder(parent) if is_run(parent) else None)]
 
 
-def absent_from(run: RunFolder) -> Iterator[str]:
-    """Which SAEs of a run that has ended have no weights, and why."""
-    there = {folder.name for folder in list_saes(run.path)}
+def absent_from(run: RunFolder, folders: Iterable[Path]) -> Iterator[str]:
+    """Which SAEs of a run that has ended have no weights, as those in these folders have, and why."""
+    there = {folder.name for folder in folders}
     diverged = read_json(run.path / "result.json").get("diverged") or {}
     for label in run.read_config()["saes"]:
         if label not in there:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_schema.massive_activations import Massive
-from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
+from ...cache_schema.sites import RESID, SAE_LENS_NAMES, key_of
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
 from ..data.batch import Needs
@@ -147,14 +147,9 @@ def _outcome(run: Run, saes: dict[str, SaeOutcome], diverged: dict[str, str]) ->
         same_document_ideal=quality.ideal,
         same_document_ratio=quality.ratio,
         saes=saes,
-        massive={_key(layer): _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
+        massive={key_of(layer): _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
         diverged=diverged,
     )
-
-
-def _key(place: Place) -> str:
-    """In JSON: the layer's number where it is the residual stream."""
-    return place.path if isinstance(place, Site) else str(place)
 
 
 def _massive_rows(found: Massive) -> dict[str, float]:
@@ -231,7 +226,7 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "explained_variance": outcome.explained_variance,
         "validation_tokens": outcome.validation_tokens,
         "validation_massive": outcome.validation_massive,
-        NORM_BOUNDS: {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
+        NORM_BOUNDS: {key_of(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
 
 

@@ -92,8 +92,9 @@ def data_revision(context: Context, config: Config) -> Revision | None:
 
 
 def load_material(context: Context, config: Config) -> Material:
-    require_its_own(config, context.takes_library(config.data))
-    if context.takes_library(config.data):
+    is_stdlib = context.takes_library(config.data)
+    require_its_own(config, is_stdlib)
+    if is_stdlib:
         return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
         context,
