@@ -1,7 +1,7 @@
-"""Chunk bytes: encode an array for disk, and decode into memory that is already there.
+"""Chunk bytes: encode an array for disk, and decode into memory that is already allocated.
 
-A chunk is the little-endian array, compressed or not, and four bytes of crc32c over what precedes
-them: exactly what zarr's own codec chain writes, at the speed of memory where zarr's path is not.
+A chunk is the little-endian array, compressed or not, followed by four bytes of crc32c over it:
+exactly what zarr's own codec chain writes, but at the speed of memory, which zarr's path is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
-    """The buffers to write one after the other; the array itself is not copied when it is stored raw."""
+    """The buffers to write one after the other; an array that is stored raw is not copied."""
     body = as_bytes(np.ascontiguousarray(chunk, layout.dtype))
     if layout.codec != "raw":
         found = BLOSC[layout.codec]
@@ -30,7 +30,7 @@ def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
 
 
 def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str) -> None:
-    """Check `stored` (uint8, all of a chunk) and decode it into `out` (contiguous, a whole chunk)."""
+    """Check `stored` (uint8, a whole chunk) and decode it into `out` (contiguous, a whole chunk)."""
     body, found = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
     if len(stored) <= CHECKSUM_BYTES:
         raise ShardCorrupt(f"{where}: truncated to {len(stored)} bytes")
@@ -48,7 +48,7 @@ def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str)
 
 
 def _check_frame(body: np.ndarray, out: np.ndarray, where: str) -> None:
-    """The sizes in a blosc header (bytes 4 and 12) must be those of the memory they will touch."""
+    """The sizes in a blosc header (bytes 4 and 12) must match the memory that decoding will touch."""
     if len(body) < BLOSC_HEADER_BYTES:
         raise ShardCorrupt(f"{where}: {len(body)} bytes are too few for a compressed chunk")
     plain, packed = (int(body[at : at + 4].view("<u4")[0]) for at in (4, 12))
@@ -66,7 +66,7 @@ def check(computed: int, stored: np.ndarray, where: str) -> None:
     """Compare a computed crc32c with the four stored bytes."""
     expected = int(stored.view("<u4")[0])
     if computed != expected:
-        raise ShardCorrupt(f"{where}: checksum {computed:08x} where {expected:08x} was written")
+        raise ShardCorrupt(f"{where}: expected checksum {expected:08x}, found {computed:08x}")
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:

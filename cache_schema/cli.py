@@ -1,4 +1,4 @@
-"""`sae-store`: look at a store, check it, mend it, or make one from activations that exist already."""
+"""`sae-store`: inspect a store, verify it, repair it, or make one from existing activations."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from .strict_json import nearest, to_json
 from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_derived, repair, verify_shards
 from .watch import follow
 
-NOT_HARVESTED = ("import",)  # corpora that no model can bring back
-AGAIN = "The same import or harvest writes what is missing"
+NOT_HARVESTED = ("import",)  # corpora that no model can harvest again
+AGAIN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
 NPY = "A .npy file, or a folder of them,"
 WIDTH, NARROWEST = 80, 20  # columns
@@ -54,15 +54,15 @@ Examples:
 
 
 def as_json(
-    help: str = "Print the results as JSON; all else goes to standard error.",
+    help: str = "Print the results as JSON; everything else goes to standard error.",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The option of commands whose results scripts read: one document on standard output, all else beside it."""
+    """The --json option, for scripts: one document on standard output, everything else on standard error."""
     return click.option("--json", "is_json", is_flag=True, help=help)
 
 
 def read_count(text: str) -> int | None:
-    """How many, of `10M`, `1.5B`, `200k`, `1e6`, `10,000` or plain digits; None where it says none. Commas that set
-    no thousands apart are none of a number."""
+    """The number that `10M`, `1.5B`, `200k`, `1e6`, `10,000` or plain digits stand for; None if it is not a number.
+    Commas may only separate thousands."""
     plain = text.strip().replace("_", "")
     plain = plain.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", plain) else plain.lower()
     found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)(e\d{1,2}|[kmbg]?)", plain)
@@ -79,14 +79,14 @@ def example(words: str) -> str:
 
 @click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
-    """Look at, check, mend and import stores of activations."""
+    """Inspect, verify, repair and import stores of activations."""
 
 
 @main.command(epilog=example("info ./store --json | jq .tokens_by_split"))
 @click.argument("url")
 @as_json("Print JSON.")
 def info(url: str, is_json: bool) -> None:
-    """Say what a store holds and what it costs."""
+    """Show what a store holds and how much space it takes."""
     with _report(), Store.open(url) as store:
         facts = describe(store)
     if is_json:
@@ -99,7 +99,7 @@ def info(url: str, is_json: bool) -> None:
 @click.argument("url")
 @click.option("--every", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds between looks.")
 def watch(url: str, every: float) -> None:
-    """Show how far all writers are, until the store is whole."""
+    """Show the progress of all writers until the store is whole."""
     console = open_console()
     with _report():
         if not console.is_terminal:
@@ -114,16 +114,16 @@ def watch(url: str, every: float) -> None:
 
 @main.command(epilog=example("verify ./store"))
 @click.argument("url")
-@as_json("Print what was found as JSON; the exit status is the same.")
+@as_json("Print the findings as JSON; the exit status is the same.")
 def verify(url: str, is_json: bool) -> None:
-    """Read every byte and hold it against what was committed."""
+    """Read every byte and compare it with what was committed."""
     with _report(), Store.open(url) as store:
         damage = _find_damage(store)
         wrong = [] if damage else find_wrong_derived(store)
         for item in damage:
             click.echo(str(item), err=True)
         for key in wrong:
-            click.echo(f"{key}: not what the shards give", err=True)
+            click.echo(f"{key}: inconsistent with the shards", err=True)
         missing = int((~store.committed).sum())
         shards = store.manifest.shards
     broken = sorted({item.shard for item in damage})
@@ -133,29 +133,29 @@ def verify(url: str, is_json: bool) -> None:
         print_json({**facts, "damage": [to_json(item) for item in damage], "derived_damaged": wrong})
         sys.exit(1 if damage or wrong else 0)
     if missing:
-        click.echo(f"not there yet: {missing} of {counted(shards, 'shard')}. {AGAIN}")
+        click.echo(f"not committed yet: {missing} of {counted(shards, 'shard')}. {AGAIN}")
     if damage:
         click.echo(f"damaged: {numbered('shard', broken)} ({len(broken)} of {shards})")
     gone = _shards_without_tokens(damage)
     if wrong or len(gone) < len(broken):
-        click.echo(f"Mend {'the others' if gone else 'them'} with: sae-store repair {shlex.quote(url)}")
+        click.echo(f"Repair {'the others' if gone else 'them'} with: sae-store repair {shlex.quote(url)}")
     with _report():
         _refuse_if_gone(gone)
     if damage or wrong:
         sys.exit(1)
-    click.echo(f"{counted(shards - missing, 'shard')} read, every one is what was committed")
+    click.echo(f"{counted(shards - missing, 'shard')} read, all exactly as committed")
 
 
 @main.command(name="digest", epilog=example("digest ./store"))
 @click.argument("url")
 @as_json("Print JSON.")
 def digest_command(url: str, is_json: bool) -> None:
-    """Print one hash of all content, whatever the host, the path, the codec and the order of work."""
+    """Print one hash of all content, independent of host, path, codec and order of work."""
     with _report(), Store.open(url) as store:
         found = digest(store)
         shards, committed = store.manifest.shards, int(store.committed.sum())
     if committed < shards:
-        click.echo(f"of {committed} of {shards} shards: the others are not there yet", err=True)
+        click.echo(f"digest of {committed} of {shards} shards: the others are not committed yet", err=True)
     if is_json:
         print_json({"url": url, "digest": found, "shards": shards, "shards_committed": committed})
     else:
@@ -164,16 +164,16 @@ def digest_command(url: str, is_json: bool) -> None:
 
 @main.command(name="repair", epilog=example("repair ./store"))
 @click.argument("url")
-@click.option("--remove-only", is_flag=True, help="Remove the damaged shards, but do not harvest them again.")
+@click.option("--remove-only", is_flag=True, help="Remove the damaged shards without harvesting them again.")
 @click.option("--model", help="Where the model is now: a folder, a file or an id.  [default: as it was harvested]")
 @click.option("--device", help="The device to harvest on: auto, cpu, cuda, cuda:1 and so on.  [default: auto]")
 def repair_command(url: str, remove_only: bool, model: str | None, device: str | None) -> None:
-    """Undo the commits of damaged shards and harvest just those again."""
+    """Undo the commits of damaged shards and harvest only those again."""
     if remove_only and (model or device):
-        raise click.UsageError("--model and --device are for harvesting again: leave them out, or --remove-only")
+        raise click.UsageError("--model and --device are for harvesting again: leave out either them or --remove-only")
     with _report():
         for key in drop_broken_derived(url):
-            click.echo(f"{key} was damaged: made again")
+            click.echo(f"{key} was damaged: rebuilt")
         with Store.open(url) as store:
             damage, manifest = _find_damage(store), store.manifest
             wrong = [] if damage else find_wrong_derived(store)
@@ -187,7 +187,7 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
         else:
             undo()
             for key in wrong:
-                click.echo(f"{key} was not what the shards give: made again")
+                click.echo(f"{key} was inconsistent with the shards: rebuilt")
             if damaged:
                 click.echo(f"removed: {numbered('shard', damaged)}. {AGAIN}")
             elif not damage and not wrong:
@@ -216,7 +216,7 @@ Examples:
     "--tokens",
     "tokens_file",
     type=click.Path(path_type=Path),
-    help=f"{NPY} [W, T], or [N]; with --saelens if its folder has none.",
+    help=f"{NPY} [W, T], or [N]; with --saelens only if its folder has none.",
 )
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
@@ -244,19 +244,19 @@ Examples:
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Windows in a shard. Fewer need less memory and give the same store.",
+    help="Windows per shard. Fewer need less memory and give the same store.",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
-    help="Keep activations in this type, one scale a token: half of bfloat16's bytes.  [default: bits as given]",
+    help="Store activations in this type, with one scale per token: half the bytes of bfloat16.  [default: as given]",
 )
 @click.option(
-    "--keep-massive", is_flag=True, help="Count rows of massive norm like all others, unless a run says otherwise."
+    "--keep-massive", is_flag=True, help="Treat rows of massive norm like all others, unless a run says otherwise."
 )
 def import_command(url: str, **options: Any) -> None:
-    """Make a store at URL from activations that exist already."""
+    """Make a store at URL from existing activations."""
     bos = () if options["bos_token"] is None else (options["bos_token"],)
     options["special_tokens"] = tuple({*options["special_tokens"], *bos})
     settings = ImportSettings(**{one.name: options.pop(one.name) for one in fields(ImportSettings)})
@@ -274,8 +274,8 @@ def import_command(url: str, **options: Any) -> None:
         click.echo(f"warning: {source.warning}", err=True)
     if cuts_documents(source, manifest):
         click.echo(
-            "warning: windows of one document are in two splits, as there are too few documents for each split to have "
-            "its own: what is held out is then easier than it looks. Import more of them into another folder",
+            "warning: windows of one document are in two splits, because there are too few documents for each split to "
+            "have its own: held-out data is then easier than it looks. Import more documents into another folder",
             err=True,
         )
     for name, asked in (("validation", settings.validation_share), ("test", settings.test_share)):
@@ -283,7 +283,7 @@ def import_command(url: str, **options: Any) -> None:
             click.echo(
                 f"warning: {sizes[name] / manifest.windows:.0%} of the windows are for {name}, and {asked:.0%} were "
                 "asked for: no document is in two splits, and some of the last ones are long. Import them into another "
-                f"folder, with long documents first in the order of their files, or with another --{name}",
+                f"folder, with the files of long documents first, or with another --{name}",
                 err=True,
             )
     click.echo(f"next: sae-store info {shlex.quote(url)}")
@@ -300,10 +300,10 @@ def _open_source(
 ) -> Source:
     if vllm_folder is not None:
         if resid_files or act_files or tokens_file or saelens_folder:
-            raise click.UsageError("--vllm goes with --layer and --context: its files hold all else")
+            raise click.UsageError("--vllm goes with --layer and --context only: its files hold everything else")
         return VllmSource(vllm_folder, layers, context)
     if context is not None and saelens_folder is not None:
-        raise click.UsageError("--context goes with --vllm and with rows: what SAELens kept has windows already")
+        raise click.UsageError("--context goes with --vllm and with rows: SAELens' activations are in windows already")
     if (saelens_folder is None) == (not (resid_files or act_files)):
         raise click.UsageError("give either --resid with --layer and --acts, or --saelens, or --vllm")
     if saelens_folder is not None:
@@ -311,7 +311,7 @@ def _open_source(
             raise click.UsageError("a SAELens folder holds one layer: give --layer once or not at all")
         return SaelensSource(saelens_folder, layers[0] if layers else None, tokens_file)
     if len(layers) != len(resid_files) or len(set(layers)) != len(layers):
-        raise click.UsageError(f"expected one --layer for each of the {len(resid_files)} --resid files, each once")
+        raise click.UsageError(f"expected one --layer for each of the {len(resid_files)} --resid files, none twice")
     files = {Site(RESID, layer): path for layer, path in zip(layers, resid_files, strict=True)}
     for text in act_files:
         found = re.fullmatch(r"(\w+):(\d+)=(.+)", text)
@@ -320,13 +320,13 @@ def _open_source(
             raise click.UsageError(f"--acts {text}: expected HOOK:LAYER=FILE such as mlp_in:4=mlp_in.npy{near}")
         site = Site(found[1], int(found[2]))
         if site in files:
-            raise click.UsageError(f"--acts {text}: there is a file of {site} already")
+            raise click.UsageError(f"--acts {text}: a file of {site} is already given")
         files[site] = Path(found[3])
     return NumpySource(files, tokens_file, context)
 
 
 def open_console(**options: Any) -> Console:
-    """Where a person reads. A width that holds nothing, as of COLUMNS=0, counts as not set."""
+    """A console for people. A width too small for anything, as from COLUMNS=0, counts as not set."""
     console = Console(**options)
     if console.width < NARROWEST:
         console.width = WIDTH
@@ -334,7 +334,7 @@ def open_console(**options: Any) -> Console:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """The one document."""
+    """Print the one JSON document of a command."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
@@ -349,7 +349,7 @@ def _find_damage(store: Store) -> list[Damage]:
 
 
 def _shards_without_tokens(damage: list[Damage]) -> list[int]:
-    """What nobody can harvest again."""
+    """Shards whose tokens or documents are damaged: they cannot be harvested again."""
     return sorted({item.shard for item in damage if item.array in BEGINNING})
 
 
@@ -361,7 +361,7 @@ def _refuse_if_gone(gone: list[int]) -> None:
 def _reharvest(
     url: str, manifest: Manifest, shards: list[int], undo: Callable[[], None], device: str | None, model: str | None
 ) -> None:
-    """Harvest the shards again, by whoever has registered for it: the store itself knows no model."""
+    """Harvest the shards again with the registered harvester: the store itself knows no model."""
     harvesters = list(entry_points(group=REHARVESTERS))
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         undo()
@@ -373,7 +373,7 @@ def _reharvest(
 
 @contextmanager
 def _report() -> Iterator[None]:
-    """An error of the store is one line for a person, not a traceback; a stop has the status of one."""
+    """Print an error of the store as one line instead of a traceback; an interrupt exits with its usual status, 130."""
     try:
         with tell_files():
             yield
@@ -386,7 +386,7 @@ def _report() -> Iterator[None]:
 
 @contextmanager
 def tell_files() -> Iterator[None]:
-    """A file that the disk does not give ends a command in one line; a warning is one, without a place in the code."""
+    """End the command with one line if a file cannot be read or written; print warnings without their place in code."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -395,7 +395,7 @@ def tell_files() -> Iterator[None]:
         if error.filename is None:
             raise
         said = (error.strerror or type(error).__name__).lower()
-        click.echo(f"{said}: {error.filename}. Change its permissions, or name another", err=True)
+        click.echo(f"{said}: {error.filename}. Change its permissions, or give another", err=True)
         sys.exit(1)
     finally:
         warnings.formatwarning = before
@@ -403,7 +403,7 @@ def tell_files() -> Iterator[None]:
 
 @contextmanager
 def _progress(verb: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; the yielded function counts one more of a total."""
+    """A progress bar on standard error; the yielded function takes the total and counts one more."""
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
         task = progress.add_task(verb, total=None)

@@ -2,7 +2,7 @@
 
 Records are compacted into one index file. A reader takes the index and looks only for records that the
 index does not name, so that opening a finished store reads two files and lists no folder. The index is
-derived: it can be deleted at any time and is made again from the records.
+derived: it can be deleted at any time and is rebuilt from the records.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_ke
 from .manifest import Manifest, check_format
 from .strict_json import StrictError, from_json, to_json
 
-MANY = 100_000  # shards that the index lacks: to ask a disk for each takes longer than to list those there are
+MANY = 100_000  # shards missing from the index: asking a disk for each takes longer than listing those that exist
 READ_AT_ONCE = 16  # records: an object store answers each after some 30 ms
-HELD = 1024  # records, of 2 kB each
-DEVICES_ASKED = 32  # shards whose devices are looked up, of however many
+HELD = 1024  # records of 2 kB each
+DEVICES_ASKED = 32  # at most so many shards have their devices looked up
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
-MADE_AGAIN = "It can be deleted: `sae-store repair` makes it again"
+MADE_AGAIN = "It can be deleted: `sae-store repair` rebuilds it"
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class ArrayRecord:
 
 @dataclass(frozen=True)
 class AttentionTotals:
-    """Sums over a layer's attention rows, in integers so that any order of adding gives the same."""
+    """Sums over a layer's attention rows, in integers so that the order of addition does not matter."""
 
     rows: int = 0
     entries: int = 0
@@ -79,12 +79,12 @@ class CommitRecord:
 class DeviceRecord:
     """What a shard was computed on, as far as it decides the last digits of its values.
 
-    It stands beside the record and is in no id and no digest: what counts is what the values are. A shard whose
-    commit is undone keeps it, so that whoever computes it again is told where it came from.
+    It is stored next to the record and enters no id and no digest: only the values count. A shard whose commit is
+    undone keeps it, so that whoever computes it again can be told where it came from.
     """
 
     type: str  # cpu, cuda
-    name: str  # of the card; of a processor the instructions that torch takes, and how it makes products of 16 bits
+    name: str  # of the card; for a processor, the instructions that torch uses and how it multiplies in 16 bits
     torch: str
     float32_products: str  # ieee, or tf32
     reduced_sums: bool  # whether products in 16 bits may be added up in 16 bits
@@ -105,7 +105,7 @@ class Index:
     format: int = 1
 
     def mask(self, shards: int) -> np.ndarray:
-        steps = np.zeros(shards + 1, np.int8)  # ranges have gaps between them: each edge is one
+        steps = np.zeros(shards + 1, np.int8)  # there are gaps between ranges, so no two edges meet
         edges = np.array(self.committed, np.int64).reshape(-1, 2)
         steps[edges[:, 0]] = 1
         steps[edges[:, 1]] = -1
@@ -134,7 +134,7 @@ def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
     if found is None:
         raise StoreUnfinished(
             f"shard {shard} of {files.url} has no commit record: it was never finished. "
-            "Run the harvest again, it goes on where it stopped"
+            "Run the harvest again: it resumes where it stopped"
         )
     record, where = found
     if record.shard != shard or record.windows != manifest.shard_range(shard):
@@ -146,7 +146,7 @@ def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
 
 
 def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> Iterator[CommitRecord]:
-    """In order, some read at once: a million of them would fill gigabytes."""
+    """In order, a few at a time: a million records would fill gigabytes."""
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         for start in range(0, len(shards), HELD):
             some = shards[start : start + HELD].tolist()
@@ -162,11 +162,11 @@ def write_device(files: Files, shard: int, device: DeviceRecord) -> None:
 
 
 def read_devices(files: Files, shards: Sequence[int]) -> dict[int, DeviceRecord]:
-    """What a sample of shards was computed on, where that is known: stores of before, and imports, do not say."""
+    """What a sample of shards was computed on, where known: older stores and imports do not record it."""
     found = {}
     for at in np.unique(np.linspace(0, len(shards) - 1, DEVICES_ASKED).round().astype(int)) if shards else ():
         key = f"{COMMITS}/{device_name(shards[at])}"
-        with suppress(KeyError, ManifestInvalid, StrictError):  # none, or damaged: it is only for warnings
+        with suppress(KeyError, ManifestInvalid, StrictError):  # missing or damaged: it is used for warnings only
             found[shards[at]] = from_json(DeviceRecord, decode_json(files.read(key), key, ""))
     return found
 
@@ -188,8 +188,8 @@ def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
     """Bring the index up to date.
 
     Writers may compact at the same time, and the last one to write wins; so each looks again after it
-    has written, and writes again as long as there is a record that the index lacks. Without the claim all records are
-    looked for, those that the index names too: somebody may be taking shards away, whose index has been overwritten.
+    has written, and writes again as long as the index lacks a record. Without the claim all records are looked for,
+    even those that the index names: another process may be removing shards, and its index may have been overwritten.
     """
     nothing = Index(manifest.cache_id, format=manifest.format)
     while True:
@@ -205,15 +205,15 @@ def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
         except StoreUnfinished:
             if is_alone:
                 raise
-            continue  # one was taken away since they were listed
+            continue  # one was removed after they were listed
         files.replace(INDEX, encode_index(extended))
 
 
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone.
 
-    A writer that gave up waiting may have written its index over this one's while the records were still there, and a
-    summary of them.
+    A writer that gave up waiting may have overwritten this index, and written a summary, while the records were still
+    there.
     """
     gone = sorted(set(shards))
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
@@ -227,13 +227,13 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
 
 
 def derive_index(files: Files, manifest: Manifest, committed: np.ndarray) -> Index:
-    """The index of these shards, from their records alone."""
+    """The index of these shards, built from their records alone."""
     records = _read_records(files, manifest, np.flatnonzero(committed))
     return _extend(Index(manifest.cache_id, format=manifest.format), committed, records)
 
 
 def encode_index(index: Index) -> bytes:
-    """What `encode_json` gives, nine times as fast: there may be 100,000 ranges, and each writer writes them."""
+    """The same bytes as `encode_json`, nine times as fast: there may be 100,000 ranges, and each writer writes them."""
     rest = encode_json(to_json(replace(index, committed=())))
     spans = ",\n".join(f"  [\n   {start},\n   {stop}\n  ]" for start, stop in index.committed)
     return rest.replace(b'"committed": []', f'"committed": [\n{spans}\n ]'.encode(), 1) if spans else rest
@@ -257,8 +257,8 @@ def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
 def read_checked(
     cls: type[T], files: Files, manifest: Manifest, key: str, remedy: str = MADE_AGAIN
 ) -> tuple[T, str] | None:
-    """A record of this store, in a format that is known, and where it is; None where the store has none. By default it
-    is one that can be made again."""
+    """A record of this store in a known format, and its location; None if the store has none. The default remedy is
+    for a file that can be rebuilt."""
     raw = read_if_there(files, key)
     if raw is None:
         return None
@@ -277,7 +277,7 @@ def read_checked(
 
 
 def decode_json(raw: bytes, where: str, remedy: str) -> dict[str, Any]:
-    """A JSON object, or an error that says what to do."""
+    """The JSON object in `raw`, or an error that ends with `remedy`."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -78,12 +78,12 @@ class AttentionCsr:
 
     def to_scipy(self) -> csr_matrix:
         """float32 [W * H * T, T]: scipy computes with no float16. Rows are (window, head, query)."""
-        from scipy.sparse import csr_matrix  # late: reading a store does not need it
+        from scipy.sparse import csr_matrix  # imported late: reading a store does not need it
 
         rows = self.windows * self.heads * self.context
         indices, indptr = self.indices.astype(np.int32), self.indptr.astype(np.int64)
         matrix = csr_matrix((self.data.astype(np.float32), indices, indptr), shape=(rows, self.context))
-        matrix.has_sorted_indices = matrix.has_canonical_format = True  # as the rules of the format are
+        matrix.has_sorted_indices = matrix.has_canonical_format = True  # the format guarantees both
         return matrix
 
     def row_of_entry(self) -> np.ndarray:
@@ -92,7 +92,7 @@ class AttentionCsr:
         return np.repeat(np.arange(len(lengths)), lengths)
 
     def validate(self, topk: int | None, causal: bool, where: str = "attention") -> None:
-        """Raise `CsrInvalid` that names the first rule broken."""
+        """Raise `CsrInvalid` naming the first broken rule."""
         problem = _find_problem(self, topk, causal)
         if problem:
             raise CsrInvalid(f"{where}: {problem}")
@@ -108,30 +108,30 @@ def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | No
     if len(csr.indptr) != rows + 1:
         return f"expected {rows + 1} row pointers, found {len(csr.indptr)}"
     if csr.indptr[0] != 0:
-        return f"expected the first row to start at entry 0, found {csr.indptr[0]}: a hole in front"
+        return f"expected the first row to start at entry 0, found {csr.indptr[0]}: a gap at the start"
     lengths = np.diff(csr.indptr.astype(np.int64))
     if (lengths < 0).any():
         return f"row pointers decrease at row {int(np.argmax(lengths < 0))}"
     if csr.indptr[-1] != csr.entries:
-        return f"row pointers end at {csr.indptr[-1]}, but there are {csr.entries} entries"
+        return f"expected row pointers to end at {csr.entries}, the number of entries, found {csr.indptr[-1]}"
     if len(csr.data) != csr.entries:
-        return f"there are {csr.entries} key positions, but {len(csr.data)} probabilities"
+        return f"expected {csr.entries} probabilities, one per key position, found {len(csr.data)}"
     limit = csr.context if topk is None else min(topk, csr.context)
     if (lengths > limit).any():
         row = int(np.argmax(lengths > limit))
-        return f"row {row} claims {lengths[row]} entries, at most {limit} are kept: a hole in the row pointers"
+        return f"expected at most {limit} entries in row {row}, found {lengths[row]}: a gap in the row pointers"
     is_number = np.isfinite(csr.kept_mass)
     if not is_number.all():
-        return f"the kept mass of row {int(np.argmin(is_number))} is no number"
+        return f"the kept mass of row {int(np.argmin(is_number))} is not a number"
     return _find_entry_problem(csr, lengths, causal)
 
 
 def _find_entry_problem(csr: AttentionCsr, lengths: np.ndarray, causal: bool) -> str | None:
-    """Rules about single entries. The causal limit is compared by row ends, as indices are sorted."""
+    """Check the rules about single entries. The causal limit is checked at row ends only, as indices are sorted."""
     if not csr.entries:
         return None
     if int(csr.indices.max()) >= csr.context:
-        return f"key position {csr.indices.max()} lies outside the window of {csr.context}"
+        return f"key position {csr.indices.max()} is outside the window of {csr.context}"
     rising = csr.indices[1:] > csr.indices[:-1]
     filled = lengths > 0
     ends = csr.indptr[1:][filled].astype(np.int64)

@@ -1,8 +1,8 @@
 """The bytes under the keys of a store: on a local disk, or at any fsspec URL.
 
-Two classes with the same methods. A key is a path relative to the store. What the rest of the package
-leans on: `write` is durable once `settle` has returned, `replace` is all or nothing, and a key that is
-not there raises `KeyError`. Whatever else a disk or a network answers is a `StoreUnreachable`.
+Two classes with the same methods. A key is a path relative to the store. The rest of the package relies
+on this: `write` is durable once `settle` has returned, `replace` is all or nothing, and a missing key
+raises `KeyError`. Every other failure of a disk or a network is a `StoreUnreachable`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .errors import AddressInvalid, StoreError, StoreFull, StoreUnreachable
 
-PAGE = 1000  # names that one request for a listing gives at most
+PAGE = 1000  # the most names that one listing request returns
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-EXISTS, CONFLICT = 412, 409  # what S3 answers to "create it": it is there; it is being removed at this moment
+EXISTS, CONFLICT = 412, 409  # S3's answers to "create it": it exists; it is being removed at this moment
 CONFLICT_PAUSES = (0.1, 0.3, 1.0)  # seconds, before trying again
 _BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
 
 
 def open_files(url: str | os.PathLike[str]) -> Files:
     """Local paths get plain file calls; everything else goes through fsspec."""
-    # s3fs asks for the size of each object first, where it may get it in several pieces at once
+    # s3fs asks for each object's size first if it may fetch it in several pieces at once
     options = {"max_concurrency": 1} if os.fspath(url).startswith("s3://") else {}
     try:
-        if not os.fspath(url):  # it would be the current folder
+        if not os.fspath(url):  # it would mean the current folder
             raise ValueError("an empty name")
         fs, path = fsspec.core.url_to_fs(os.fspath(url), **options)
     except (ImportError, ValueError) as error:
@@ -51,21 +51,21 @@ def open_files(url: str | os.PathLike[str]) -> Files:
 
 
 def require_folder(path: Path, asked: str) -> None:
-    """The path can be a folder that this process writes into; nothing is made to find that out."""
+    """Require a path that is, or can become, a folder this process can write to; nothing is created to find out."""
     there = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not there.exists():
         raise AddressInvalid(
-            f"{asked}: {there} is a link to {os.readlink(there)}, which is not there. Make that folder, or give another"
+            f"{asked}: {there} is a link to {os.readlink(there)}, which is missing. Make that folder, or give another"
         )
     if not there.is_dir():
         raise AddressInvalid(f"{asked}: expected a folder or a place for one, but {there} is a file. Give another")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise AddressInvalid(f"{asked}: nothing can be written into {there}. Change its permissions, or give another")
+        raise AddressInvalid(f"{asked}: {there} is not writable. Change its permissions, or give another")
 
 
 def read_if_there(files: Files, key: str) -> bytes | None:
-    """None where there is no such file. Whether there is one is asked so too: by one request, where an object store
-    that is asked whether a key exists makes a listing as well."""
+    """The file's bytes, or None if there is none. Also used to ask whether a file exists: this is one request, while
+    asking an object store whether a key exists costs a listing as well."""
     try:
         return files.read(key)
     except KeyError:
@@ -109,8 +109,8 @@ class LocalFiles:
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """Those of `names` that are in the folder, in this order.
 
-        One question a name: a listing would read every name of a folder that may hold 100,000. `os.access` is the
-        fastest, and says no whatever went wrong, so that one of these is asked for once more."""
+        One call per name: a listing would read every name in a folder that may hold 100,000. `os.access` is the
+        fastest, but says no whatever went wrong, so one of the missing names is asked for once more."""
         with name_failure(f"looking into {folder} of {self.url}"):
             try:
                 fd = os.open(self.root / folder, os.O_RDONLY)
@@ -137,7 +137,7 @@ class LocalFiles:
                 os.close(fd)
 
     def refuse_links(self, path: Path) -> None:
-        """Of a store from elsewhere a link may lead anywhere, that in place of a folder too."""
+        """In a store from elsewhere a link may lead anywhere, even one in place of a folder."""
         for part in (path, *path.parents):
             if part == self.root:
                 return
@@ -155,9 +155,9 @@ class LocalFiles:
                 sync(self.root / folder)
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write a whole file or none of it; the caller makes sure that no one else replaces this key."""
+        """Write a whole file or none of it; the caller ensures that no one else replaces this key."""
         path = self.root / key
-        temporary = path.with_name(f".{path.name}.tmp")  # one name a key: what a killed writer left is used again
+        temporary = path.with_name(f".{path.name}.tmp")  # one name per key: what a killed writer left is reused
         with self._name_failure(key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)
@@ -171,7 +171,7 @@ class LocalFiles:
                 return []
 
     def remove(self, key: str) -> None:
-        """A power cut must not bring it back: it may be the record of a shard that was found damaged."""
+        """Remove it durably: a power cut must not bring back the record of a shard that was found damaged."""
         path = self.root / key
         with self._name_failure(key):
             self.refuse_links(path.parent)
@@ -189,7 +189,7 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A prefix on an object store, or anything else fsspec knows. One PUT is all or nothing there."""
+    """A prefix in an object store, or anything else that fsspec knows. A PUT there is all or nothing."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, url: str) -> None:
         self.fs = fs
@@ -214,8 +214,8 @@ class RemoteFiles:
             return cast(int, self.fs.size(f"{self.path}/{key}"))
 
     def exists(self, key: str) -> bool:
-        """As it is now: fsspec would answer from the last listing, which another writer's record is not in. Its own
-        `exists` says no whatever went wrong, of some file systems."""
+        """Ask afresh: fsspec would answer from its last listing, which lacks another writer's newer record. On some
+        file systems its own `exists` says no whatever went wrong."""
         with self._name_failure("looking for", key):
             self.fs.invalidate_cache(f"{self.path}/{key}")
             try:
@@ -225,7 +225,7 @@ class RemoteFiles:
             return True
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
-        """One listing: a request answers for a thousand names, where asking for each is a request each."""
+        """Use one listing: a request covers a thousand names, while asking for each takes a request per name."""
         found = set(self.list(folder)) if names else set()
         return [name for name in names if name in found]
 
@@ -240,7 +240,7 @@ class RemoteFiles:
             self.fs.pipe_file(f"{self.path}/{key}", data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a whole file unless there is one; whether it was written."""
+        """Write a whole file unless it exists; return whether it was written."""
         with self._name_failure("writing", key):
             pauses = iter(CONFLICT_PAUSES)
             while True:
@@ -276,7 +276,7 @@ class RemoteFiles:
 
     @contextmanager
     def _name_failure(self, doing: str, key: str) -> Iterator[None]:
-        """What a network or its library raises, after its own retries, as one of our errors."""
+        """Turn what a network or its library raises, after its own retries, into one of our errors."""
         try:
             yield
         except (StoreError, KeyError):
@@ -285,26 +285,26 @@ class RemoteFiles:
             raise StoreUnreachable(
                 getattr(error, "errno", None) or errno.EIO,
                 f"{type(error).__name__} while {doing} {key} of {self.url} ({' '.join(str(error).split())}); committed "
-                "shards are untouched. Look at the network, the address and the credentials, then run the same command "
-                "again: it goes on where it stopped",
+                "shards are untouched. Check the network, the address and the credentials, then run the same command "
+                "again: it resumes where it stopped",
             ) from error
 
 
 Files = LocalFiles | RemoteFiles
-"""The place that a store lies in."""
+"""The location of a store."""
 
 
 def _status_of(error: OSError) -> int | None:
-    """The HTTP status that botocore was given: s3fs knows a refusal only in the words that AWS has for it."""
+    """The HTTP status that botocore received: s3fs recognises a refusal only by AWS's own wording."""
     answer: Any = getattr(error.__cause__, "response", None)
     return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
 
 
 class S3Files(RemoteFiles):
-    """On S3, whose listings are in order, and begin where one wants."""
+    """Files on S3, whose listings are sorted and can begin at any name."""
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
-        """The pages of a listing that a name could be on: what lies together and is not asked for is not listed."""
+        """Fetch only the listing pages that could hold one of the names, skipping long stretches of others."""
         s3: Any = self.fs
         bucket, path, _ = s3.split_path(f"{self.path}/{folder}/")
         found, left = set(), sorted(names)
@@ -314,7 +314,7 @@ class S3Files(RemoteFiles):
                     "list_objects_v2",
                     Bucket=bucket,
                     Prefix=path,
-                    StartAfter=path + left[0][:-1],  # behind it: no name of ours lies between
+                    StartAfter=path + left[0][:-1],  # exclusive: no name of ours lies in between
                     MaxKeys=PAGE,
                     **s3.req_kw,
                 )
@@ -322,7 +322,7 @@ class S3Files(RemoteFiles):
             found.update(page)
             if not answer.get("IsTruncated"):
                 break
-            if page != sorted(page) or not page or page[-1] < left[0]:  # a server of this protocol that lists otherwise
+            if page != sorted(page) or not page or page[-1] < left[0]:  # an S3-compatible server that lists differently
                 return super().which_exist(folder, names)
             left = left[bisect_right(left, page[-1]) :]
         return [name for name in names if name in found]
@@ -330,7 +330,7 @@ class S3Files(RemoteFiles):
 
 @contextmanager
 def name_full_disk(doing: str) -> Iterator[None]:
-    """Turn 'no space left' into an error that says at what."""
+    """Turn 'no space left' into an error that says what was being done."""
     try:
         yield
     except OSError as error:
@@ -339,13 +339,13 @@ def name_full_disk(doing: str) -> Iterator[None]:
         raise StoreFull(
             error.errno,
             f"the disk is full while {doing}. "
-            "Free some space and run the same command again: it goes on where it stopped",
+            "Free some space and run the same command again: it resumes where it stopped",
         ) from None
 
 
 @contextmanager
 def name_failure(doing: str) -> Iterator[None]:
-    """Turn what a disk answers into an error that says at what, a full one too."""
+    """Turn a disk's error, a full disk included, into one that says what was being done."""
     try:
         with name_full_disk(doing):
             yield
@@ -355,13 +355,13 @@ def name_failure(doing: str) -> Iterator[None]:
         raise StoreUnreachable(
             error.errno,
             f"{error.strerror or error} while {doing}. "
-            "Mend what the disk or its permissions say, then run the same command again: it goes on where it stopped",
+            "Fix the disk or its permissions, then run the same command again: it resumes where it stopped",
         ) from error
 
 
 def _is_there(path: Path | str, folder: int | None = None) -> bool:
-    """Whether there is such a file, in a folder that is open or anywhere: `os.access` says no whatever went wrong, as
-    `Path.exists` does from Python 3.14 on."""
+    """Whether the file exists, relative to an open folder if one is given; other errors are raised. `os.access` says
+    no whatever went wrong, as does `Path.exists` from Python 3.14 on."""
     try:
         os.stat(path, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -370,7 +370,7 @@ def _is_there(path: Path | str, folder: int | None = None) -> bool:
 
 
 def _read_surely(path: Path) -> bytes:
-    """A disk of the network may remember that a file was not there, until its folder is opened."""
+    """Read a file that a network disk may remember as missing until its folder is opened."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -380,7 +380,7 @@ def _read_surely(path: Path) -> bytes:
 
 
 def _read_checksummed(fd: int, body: np.ndarray, tail: np.ndarray) -> int:
-    """Read a file's front into `body` and what follows into `tail`; return the crc32c of `body`."""
+    """Read the start of a file into `body` and what follows into `tail`; return the crc32c of `body`."""
     crc = 0
     for start in range(0, len(body), _BLOCK):
         block = body[start : start + _BLOCK]
@@ -392,7 +392,7 @@ def _read_checksummed(fd: int, body: np.ndarray, tail: np.ndarray) -> int:
 
 
 def _fill(fd: int, block: np.ndarray, offset: int) -> bool:
-    """Read until `block` is full; False when the file ends before."""
+    """Read until `block` is full; False if the file ends first."""
     filled = 0
     while filled < len(block):
         count = os.preadv(fd, [block.data[filled:]], offset + filled)
@@ -403,24 +403,24 @@ def _fill(fd: int, block: np.ndarray, offset: int) -> bool:
 
 
 def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
-    """write(2) may write less than it was given, above all beyond 2 GiB."""
+    """Write everything: write(2) may write less than it was given, above all beyond 2 GiB."""
     for buffer in buffers:
         view = buffer.data
         while len(view):
             view = view[os.write(fd, view) :]
 
 
-_flushed: set[Path] = set()  # folders whose names this process knows to be on the disk
+_flushed: set[Path] = set()  # folders whose names this process knows to be on disk
 
 
 def make_folder(path: Path) -> None:
-    """With its parents, whose names are flushed: a power cut could else take a folder with all that lies in it.
+    """Make a folder and its parents, and flush their names: a power cut could otherwise take a folder and its contents.
 
-    So is the name of one that is there already, once: whoever made it may have died before.
+    The name of an existing folder is flushed too, once: whoever made it may have died before flushing it.
     """
     if path.is_dir():
         if path not in _flushed:
-            with suppress(PermissionError):  # of a folder that is not ours to read, and so not of our making
+            with suppress(PermissionError):  # a folder that we may not read, so not one that we made
                 sync(path.parent)
     else:
         make_folder(path.parent)
@@ -430,12 +430,12 @@ def make_folder(path: Path) -> None:
 
 
 def free_bytes_at(folder: Path) -> int:
-    """Of the disk on which a folder lies, or will lie."""
+    """Free bytes of the disk that a folder is on, or will be on."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
 def on_one_disk(folder: Path, other: Path) -> bool:
-    """Whether they lie on one, or will."""
+    """Whether both folders are, or will be, on the same disk."""
     return _nearest(folder).stat().st_dev == _nearest(other).stat().st_dev
 
 

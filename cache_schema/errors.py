@@ -1,11 +1,11 @@
-"""Everything that can be wrong with a store. A message says what was expected, what was found and what to do next."""
+"""Everything that can go wrong with a store. A message says what was expected, what was found and what to do next."""
 
 
 class StoreError(Exception):
-    """Root of the tree: catch this to catch all that a store can raise on purpose."""
+    """Base class: catch this to catch every error that a store raises on purpose."""
 
     def __str__(self) -> str:
-        """Of those that are errors of the system too the words alone, without the number."""
+        """The message alone: without the errno in classes that are also OSError."""
         return getattr(self, "strerror", None) or super().__str__()
 
 
@@ -14,23 +14,23 @@ class AddressInvalid(StoreError, ValueError):
 
 
 class LaunchInvalid(StoreError, ValueError):
-    """The environment does not say how many processes were launched, or they cannot meet."""
+    """The environment does not say how many processes were launched, or they cannot connect."""
 
 
 class StoreMissing(StoreError, FileNotFoundError):
-    """The address that was given holds no store."""
+    """There is no store at the given address."""
 
 
 class StoreMismatch(StoreError, ValueError):
-    """The store at this address was made with other settings than the ones asked for."""
+    """The store at this address was made with settings other than those asked for."""
 
 
 class StoreBusy(StoreError, BlockingIOError):
-    """Another writer is at work on what this one wants."""
+    """Another writer is working on what this one wants."""
 
 
 class StoreUnfinished(StoreError, LookupError):
-    """A shard has no commit record: for every reader it does not exist."""
+    """A shard has no commit record: to every reader it does not exist."""
 
 
 class StoreFull(StoreError, OSError):
@@ -38,23 +38,23 @@ class StoreFull(StoreError, OSError):
 
 
 class StoreUnreachable(StoreError, OSError):
-    """The place where the store lies answers with an error, or not at all; what is committed is not touched by that."""
+    """The store's location answers with an error, or not at all; what is committed is not affected."""
 
 
 class ManifestInvalid(StoreError, ValueError):
-    """The store's metadata do not say what FORMAT.md says they must."""
+    """The store's metadata does not follow FORMAT.md."""
 
 
 class FormatTooNew(ManifestInvalid):
-    """The store or one of its records was written by a later version."""
+    """The store, or one of its records, was written by a later version."""
 
 
 class RequestInvalid(StoreError, ValueError):
-    """The request names something that this store does not hold."""
+    """The request names something that the store does not hold."""
 
 
 class ShardInvalid(StoreError, ValueError):
-    """Arrays handed to the writer do not have the shapes, types or layers of the manifest."""
+    """Arrays passed to the writer do not have the shapes, types or layers of the manifest."""
 
 
 class ShardCorrupt(StoreError, ValueError):
@@ -62,12 +62,12 @@ class ShardCorrupt(StoreError, ValueError):
 
 
 class ChunkMissing(ShardCorrupt):
-    """A chunk of a committed shard is not on disk: absence is never read as zeros."""
+    """A chunk of a committed shard is missing: a missing chunk is never read as zeros."""
 
 
 class CsrInvalid(ShardCorrupt):
-    """Attention rows that break a rule of the CSR layout."""
+    """Attention rows break a rule of the CSR layout."""
 
 
 class ImportInvalid(StoreError, ValueError):
-    """Activations from elsewhere whose shapes, types or tokens do not fit together."""
+    """The shapes, types or tokens of activations from elsewhere do not fit together."""

@@ -1,7 +1,7 @@
-"""Make a store of activations from elsewhere, so that trainers serve people who never harvested here.
+"""Make a store from activations harvested elsewhere, so that they can be trained on too.
 
 Windows keep their order: row i of the source is window i of the store. Splits are therefore cut by
-position; of a document that a source knows to be several windows all are in one split.
+position; windows that a source knows to be of one document are all in one split.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .sites import RESID, Site, by_hook
 from .stored_dtypes import SmallDtype, to_float32
 from .writer import StoreWriter
 
-FINGERPRINT_WINDOWS = 256  # hashed at a time; in the fingerprint of every import, so it never changes
+FINGERPRINT_WINDOWS = 256  # hashed at a time; part of every import's fingerprint, so it never changes
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What the arrays themselves do not say."""
+    """What the arrays do not say themselves."""
 
     model: str
     special_tokens: tuple[int, ...] = ()
@@ -37,18 +37,18 @@ class ImportSettings:
     shard_windows: int = 256
     codec: Codec = "raw"
     keep_massive: bool = False
-    """Every row counts, however large, unless a run asks otherwise."""
+    """Every row counts, however large its norm, unless a run asks otherwise."""
     stored_as: SmallDtype | None = None
 
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
-    """Write the source as a store; goes on where an earlier import of the same source stopped."""
+    """Write the source as a store, or resume an earlier import of the same source where it stopped."""
     if isinstance(files := open_files(url), LocalFiles):
         require_folder(files.root.absolute(), url)
     tokens = source.tokens
     if tokens is None and (settings.special_tokens or settings.bos_token is not None):
         raise ImportInvalid(
-            "special tokens and BOS cannot be found without tokens: give them (--tokens FILE), or leave out "
+            "special tokens and BOS cannot be found without tokens: give the tokens (--tokens FILE), or leave out "
             "--special-token and --bos-token, so that every row trains"
         )
     shape = (source.windows, source.context)
@@ -66,14 +66,14 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
             on_shard(shard, manifest.shards)
         if left:
             raise StoreBusy(
-                f"another import is writing {len(left)} of {manifest.shards} shards of {url}: let it end, then run "
-                "this command again"
+                f"another import is writing {len(left)} of {manifest.shards} shards of {url}: wait for it to end, "
+                "then run this command again"
             )
         return writer.manifest
 
 
 def cuts_documents(source: Source, manifest: Manifest) -> bool:
-    """Whether a document has windows in two splits, as there were too few to give each split one."""
+    """Whether a document has windows in two splits, because there were too few documents to give each split its own."""
     borders = {start for start, stop in manifest.splits.values() if 0 < start < stop}
     return any(source.document_of[border - 1] == source.document_of[border] for border in borders)
 
@@ -108,19 +108,19 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
 
 def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, int]]:
     shares, windows = (settings.validation_share, settings.test_share), source.windows
-    if not (min(shares) >= 0 and sum(shares) < 1):  # of NaN neither holds
+    if not (min(shares) >= 0 and sum(shares) < 1):  # neither holds for NaN
         raise ImportInvalid(f"expected shares of at least 0 that leave some windows to train on, found {shares}")
     validation, test = (round(windows * share) for share in shares)
     starts = np.unique(source.document_of, return_index=True)[1]
-    if len(starts) <= (validation > 0) + (test > 0):  # too few for all splits: they are cut, see `cuts_documents`
+    if len(starts) <= (validation > 0) + (test > 0):  # too few for all splits: documents are cut, see `cuts_documents`
         starts = np.arange(windows)
 
     def border(left: int, behind: int, before: int) -> int:
-        """The start of a document that leaves about so many windows behind it, between two others."""
+        """The start of a document, between two others, that leaves about so many windows after it."""
         here = starts[(starts > behind) & (starts < before)]
         return int(here[np.abs(here - (windows - left)).argmin()]) if len(here) else 0
 
-    first = int(starts[1]) if validation and test else 0  # what is before it is to train on
+    first = int(starts[1]) if validation and test else 0  # train is what comes before it
     seen = border(test, first, windows) if test else windows
     train = border(validation + test, 0, seen) if validation else seen
     if train < 1:
@@ -129,20 +129,20 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
 
 
 def _fingerprint(source: Source, tokens: np.ndarray) -> str:
-    """Imported values decide the bytes by themselves, so their digest stands for model run and corpus."""
+    """Imported values alone decide the stored bytes, so their digest stands for both model run and corpus."""
     starts = range(0, source.windows, FINGERPRINT_WINDOWS)
     parts = [
         array_digest(_finite_acts(source, site, start, min(start + FINGERPRINT_WINDOWS, source.windows)))
         for site in source.sites
         for start in starts
     ]
-    own = np.array_equal(source.document_of, np.arange(source.windows))  # of each window one: nothing more to tell
+    own = np.array_equal(source.document_of, np.arange(source.windows))  # one document per window: nothing more to hash
     documents = [] if own else [source.document_of]
     return array_digest(tokens, np.frombuffer("".join(parts).encode(), np.uint8), *documents)
 
 
 def _finite_acts(source: Source, site: Site, start: int, stop: int) -> np.ndarray:
-    """Some windows; refused before anything is written, as what is written fixes what may come to the same place."""
+    """Activations of some windows; not finite is an error before anything is written, as a begun store is fixed."""
     values = source.acts(site, start, stop)
     for window, stored in enumerate(values, start):
         if not np.isfinite(to_float32(stored, source.dtype)).all():

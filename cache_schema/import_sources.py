@@ -1,6 +1,6 @@
-"""Activations that people already have: numpy files, and the cached activations of SAELens.
+"""Existing activations as sources of an import: numpy files, and the cached activations of SAELens.
 
-A source gives activations of windows start..stop, so that a file of any size is imported a shard at a time.
+A source returns activations of windows start..stop, so that a file of any size is imported one shard at a time.
 W windows, T context, D residual width.
 """
 
@@ -31,17 +31,17 @@ class Source(Protocol):
     d_model: int
     dtype: str  # float32, float16 or bfloat16
     sites: tuple[Site, ...]
-    tokens: np.ndarray | None  # uint32 [W, T]; None where they are not known
+    tokens: np.ndarray | None  # uint32 [W, T]; None if unknown
     document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
-    left_out: str  # for a person: what is in no window, other files of a folder too; empty where all is in one
+    left_out: str  # in words: what is in no window, and the files not read; empty if nothing was left out
     warning: str
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
 
 
 class NumpySource:
-    """`.npy` files, or folders of them: of each site activations [W, T, D], or rows [N, D] of which T follow each
-    other, and tokens [W, T] or [N] where there are any."""
+    """`.npy` files, or folders of them: for each site activations [W, T, D], or rows [N, D] in runs of T, and
+    tokens [W, T] or [N] if there are any."""
 
     warning = ""
 
@@ -59,8 +59,8 @@ class NumpySource:
             self._at_once, windows = cut, (shape[0] // cut, cut, shape[1])
         else:
             raise ImportInvalid(
-                f"expected activations [windows, tokens, width], or [rows, width] with --context T, how many rows of "
-                f"one text follow each other (1 where none do), found {shape}"
+                f"expected activations [windows, tokens, width], or [rows, width] with --context T, the number of "
+                f"consecutive rows from one text (1 if none are consecutive), found {shape}"
                 + (f" with --context {context}" if context is not None else "")
             )
         self.windows, self.context, self.d_model = _require_some(windows)
@@ -72,10 +72,10 @@ class NumpySource:
         rest = rows - self.windows * self.context
         if any(length % self._at_once for joined in self._acts.values() for length in joined.lengths[:-1]):
             self.warning = (
-                f"windows of {self.context:,} rows run on from file to file, whose lengths are no multiples of that: "
-                "where each file is a text of its own, some windows hold parts of two"
+                f"windows of {self.context:,} rows run across files, whose lengths are not multiples of that: "
+                "if each file is a text of its own, some windows hold parts of two"
             )
-        said = f"{counted(rest, 'row')}, as they fill no window of {self.context:,}" if rest else ""
+        said = f"{counted(rest, 'row')}, which fill no window of {self.context:,}" if rest else ""
         folders = [*self._acts.values(), *([] if ids is None else [ids])]
         read = {file for joined in folders for file in joined.files}
         self.left_out = "; ".join(filter(None, (said, *(joined.say_others(read) for joined in folders))))
@@ -87,28 +87,28 @@ class NumpySource:
 
 
 class _Joined:
-    """The arrays of a file, or of all files of a folder behind each other, of which only what is asked for is read."""
+    """The array of a file, or the concatenated arrays of a folder's files; only the rows asked for are read."""
 
     def __init__(self, path: Path) -> None:
         self.files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
         if not self.files:
             for other in sorted(path.iterdir()):
-                _load(other)  # which says what to do with a file of its kind
-            raise ImportInvalid(f"{path}: expected .npy files in it, found none")
+                _load(other)  # raises an error that says what to do with this kind of file
+            raise ImportInvalid(f"{path}: expected .npy files in this folder, found none")
         self._path = path
-        found = [(array.shape, array.dtype) for array in map(_load, self.files)]  # a map kept would keep its file open
+        found = [(array.shape, array.dtype) for array in map(_load, self.files)]  # keeping a map keeps its file open
         kinds = {(shape[1:], dtype) for shape, dtype in found}
         if len(kinds) != 1:
             told = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds))
             raise ImportInvalid(
-                f"{path}: expected .npy files of one type, and of one shape but for length: found {told}"
+                f"{path}: expected .npy files of one type, and of one shape except for length, found {told}"
             )
         (shape, self.dtype), *_ = kinds
         self.lengths = [shape[0] for shape, _ in found]
         self.shape = (sum(self.lengths), *shape)
 
     def say_others(self, read: Collection[Path]) -> str:
-        """What of a folder no option reads."""
+        """In words: the files of the folder that no option reads."""
         return say_other_files(self._path, read, "the .npy files at its top") if self._path.is_dir() else ""
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -122,20 +122,20 @@ class _Joined:
 
 
 def say_other_files(folder: Path, read: Collection[Path], kind: str) -> str:
-    """For a person, what lies in a folder or below it and is not read; empty where all is."""
+    """In words: the files in a folder or below it that are not read; empty if all are."""
     found = {file for file in folder.rglob("*") if file.is_file()} - {*read}
-    names = [repr(file.relative_to(folder).as_posix()) for file in sorted(found)]  # any bytes can be printed so
-    return f"{counted(len(names), 'other file')} of {folder}, as {kind} are read: {some_of(names)}" if names else ""
+    names = [repr(file.relative_to(folder).as_posix()) for file in sorted(found)]  # repr can print any bytes
+    return f"{counted(len(names), 'other file')} of {folder} ({some_of(names)}): only {kind} are read" if names else ""
 
 
 def _by_numbers(file: Path) -> list[tuple[int, str]]:
-    """So that part_2 comes before part_10."""
+    """A sort key that puts part_2 before part_10."""
     return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", file.name)]
 
 
 class SaelensSource:
-    """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook, and token_ids
-    where it was asked for them; else tokens [W, T] may come from a file."""
+    """A folder written by SAELens' cache runner: one row per window, one column named after the hook, and token_ids
+    if they were asked for; otherwise tokens [W, T] may come from a file."""
 
     warning = ""
 
@@ -148,7 +148,7 @@ class SaelensSource:
             raise ImportInvalid(f"{folder} is not a data set that `datasets.load_from_disk` opens: {error}") from None
         if not isinstance(rows, Dataset):
             raise ImportInvalid(
-                f"expected one data set in {folder}, found several splits: {list(rows)}. Give one of them"
+                f"expected one data set in {folder}, found several splits: {list(rows)}. Give the folder of one of them"
             )
         self._rows = rows.with_format("numpy")
         hook, feature = _hook_column(folder, self._rows.features)
@@ -171,7 +171,7 @@ class SaelensSource:
         return values.reshape(stop - start, self.context, self.d_model)
 
     def _read(self, column: str, start: int, stop: int) -> Any:
-        """Of this column alone: rows are decoded whole, and the tokens of all windows are read at once."""
+        """Select this column alone: rows are decoded whole, and the tokens of all windows are read at once."""
         return self._rows.select_columns(column)[start:stop][column]
 
 
@@ -179,14 +179,14 @@ def _load(path: Path) -> np.ndarray:
     if path.suffix in (".pt", ".pth", ".pkl"):
         raise ImportInvalid(
             f"{path} is a pickle, as torch.save and activault write it: expected .npy, as pickles may run code and are "
-            "not read. Where you trust it, convert it once: found = torch.load(FILE, weights_only=True); "
+            "not read. If you trust it, convert it once: found = torch.load(FILE, weights_only=True); "
             "np.save('acts.npy', found['states'].view(torch.uint16)); np.save('tokens.npy', found['input_ids']); "
             "then --resid acts.npy --tokens tokens.npy"
         )
     if path.suffix == ".safetensors":
         raise ImportInvalid(
             f"{path}: expected .npy. Convert it: found = safetensors.torch.load_file(FILE)[NAME]; np.save('acts.npy', "
-            "found.view(torch.uint16) if found.dtype == torch.bfloat16 else found). What vLLM wrote, --vllm reads"
+            "found.view(torch.uint16) if found.dtype == torch.bfloat16 else found). --vllm reads files of vLLM"
         )
     try:
         array = open_memmap(path, mode="r")
@@ -204,10 +204,10 @@ def _require_some(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _windows_of(tokens: _Joined, rows: int, windows: int, context: int) -> np.ndarray:
-    """uint32 [W, T], where they are one for each row or lie in windows already."""
+    """uint32 [W, T], from tokens that come one per row or in windows already."""
     if tokens.shape not in ((rows,), (windows, context)):
         raise ImportInvalid(
-            f"expected tokens of shape {(windows, context)}, or one a row: {rows}; found {tokens.shape}"
+            f"expected tokens of shape {(windows, context)}, or one per row: {rows}; found {tokens.shape}"
         )
     found = tokens.rows(0, tokens.shape[0])
     return as_tokens(found.reshape(-1)[: windows * context].reshape(windows, context))
@@ -217,7 +217,7 @@ def _stored_dtype(name: str) -> str:
     if name not in _DTYPES:
         raise ImportInvalid(
             f"expected activations as float32, float16 or bfloat16 bits in uint16, found {name}. "
-            "Convert them first: nothing is rounded without being told to"
+            "Convert them first: an import never rounds on its own"
         )
     return _DTYPES[name]
 
@@ -238,21 +238,21 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
 
 
 def _site_of(name: str, given: int | None) -> Site:
-    """Of a column by TransformerLens' name, or that of a layer, whose output is the residual stream after it. What is
-    called otherwise the user knows best: with a layer it is kept as residuals."""
+    """The site of a column named as in TransformerLens, or after a layer, whose output is the residual stream after it.
+    For any other name the user knows best: with a layer given, it is stored as residuals."""
     if name.endswith("blocks.0.hook_resid_pre"):
         raise ImportInvalid(f"{name} is the embedding, before the first layer: a store has no place for it")
     found = site_named(name)
     if found is None:
         if given is None:
             raise ImportInvalid(
-                f"cannot tell from the name {name!r} what of the model these activations are: give --layer L where "
-                "they are the residual stream after layer L"
+                f"cannot tell from the name {name!r} where in the model these activations are from: give --layer L "
+                "if they are the residual stream after layer L"
             )
         return Site(RESID, given)
     if given not in (None, found.layer):
         raise ImportInvalid(
-            f"expected --layer {found.layer}, as {name} is {found}, found --layer {given}: leave --layer out, which is "
-            "for columns whose names say no place"
+            f"expected --layer {found.layer}, as {name} is {found}, found --layer {given}: leave out --layer, which is "
+            "for columns whose name gives no layer"
         )
     return found

@@ -1,8 +1,8 @@
-"""What a person wants to know about a store: from its root and its index, and how large its rows are from a sample.
+"""What a person wants to know about a store, from its root and index; row norms come from a sample of shards.
 
-Of attention that is what can guide: links to other tokens, and how much of the rest is sinks. A link goes from a token
-to an earlier one, neither of them special, and not to the window's first token, which is an attention sink. Counted
-over a few whole shards spread evenly over the store.
+For attention that is what can guide training: links to other tokens, and how much of the rest is sinks. A link goes
+from a token to an earlier one, neither of them special, and not to the window's first token, which is an attention
+sink. Links are counted over a few whole shards spread evenly over the store.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .requests_and_spans import Request, Span
 
 SHARDS = 4
 LINKS = ("links", "link_mass", "bos_mass", "self_mass")
-BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto takes where the real one is out of reach
+BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto uses if the real one cannot be reached
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """Plain JSON values; `render` makes a page of them. Links and massive rows are read from its shards."""
+    """Plain JSON values, which `render` lays out. Links and massive rows are read from the store's shards."""
     return {
         **facts(store),
         "attention_links": {layer: _links(store, layer) for layer in store.manifest.attention.layers},
@@ -40,7 +40,7 @@ def describe(store: Store) -> dict[str, Any]:
 
 
 def facts(store: Store) -> dict[str, Any]:
-    """What the manifest and the commits say; reads no shard."""
+    """The facts in the manifest and the commits; no shard is read."""
     manifest = store.manifest
     index = read_index(store.files, manifest)
     indexed = index.mask(manifest.shards)
@@ -74,12 +74,12 @@ def facts(store: Store) -> dict[str, Any]:
             layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
         },
         "attention_left_out": list(manifest.attention.left_out),
-        "computed_on": sorted(set(map(str, devices.values()))),  # as far as a sample of the shards says
+        "computed_on": sorted(set(map(str, devices.values()))),  # by a sample of the shards
     }
 
 
 def _links(store: Store, layer: int) -> dict[str, float] | None:
-    """A row's links and where its mass goes, and of how many shards; None where what is stored is damaged."""
+    """Links per row, where the mass goes, and the number of shards read; None if they are damaged."""
     spans = spread(store.manifest, store.committed, SHARDS)
     try:
         return links_per_row(_count_in(store, layer, span) for span in spans) | {"shards": len(spans)}
@@ -94,7 +94,7 @@ def _count_in(store: Store, layer: int, span: Span) -> np.ndarray:
 
 
 def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
-    """None where what is stored is damaged; `verify` says how."""
+    """None if the shards read are damaged; `verify` says how."""
     spans = sample_few(store.manifest, layer, store.committed)
     try:
         found = measure_massive(store, layer, MULTIPLE, spans, with_mean=False)
@@ -116,7 +116,7 @@ def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
 
 
 def render(facts: dict[str, Any]) -> RenderableType:
-    """Three small tables: what it is, what it costs, how much attention it kept."""
+    """Small tables: what the store is, its size, its attention and its massive rows."""
     head = Table.grid(padding=(0, 2))
     for name, value in {"store": facts["url"], **describe_lines(facts)}.items():
         head.add_row(Text(name, "bold"), Text(value))  # names and paths are not markup
@@ -124,14 +124,14 @@ def render(facts: dict[str, Any]) -> RenderableType:
 
 
 def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
-    """What it is, in words: a line for each property."""
+    """What the store is, in words: one line per property."""
     revision = f" at {facts['revision']}" if facts["revision"] else ""
     bundled = " (the small bundled model, not Gemma-2-2B)" if (facts["model"], facts["revision"]) == BUNDLED else ""
     unfinished, indexed = facts["shards"] - facts["shards_committed"], facts["shards_indexed"]
     lines = {
         "cache id": facts["cache_id"],
         "model": f"{facts['model']}{bundled}{revision}, {facts['dtype']}, width {facts['d_model']:,}",
-        **({"kept as": f"{facts['stored_as']}, one scale per token: not to the bit"} if facts["stored_as"] else {}),
+        **({"kept as": f"{facts['stored_as']}, one scale per token: not bit-exact"} if facts["stored_as"] else {}),
         "corpus": facts["corpus"] + (f", a part of it ({facts['corpus_part']})" if facts["corpus_part"] else ""),
         "residuals": f"after layers {_join(facts['layers'])}" if facts["layers"] else "none",
         **{hook: f"of layers {_join(layers)}" for hook, layers in facts["hooks"].items()},
@@ -139,7 +139,7 @@ def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
         "windows": f"{facts['windows']:,} of {facts['context']:,} tokens",
         "tokens": ", ".join(f"{name} {count:,}" for name, count in facts["tokens_by_split"].items()),
         "shards": f"{facts['shards_committed']:,} of {facts['shards']:,} committed"
-        + (f" ({unfinished:,} to go: the same import or harvest goes on)" if unfinished else ""),
+        + (f" ({unfinished:,} to go: run the same import or harvest again)" if unfinished else ""),
         "size": f"{say_size(facts['bytes'])}, codec {facts['codec']}"
         + (f", of the {indexed:,} shards in the index" if indexed < facts["shards_committed"] else ""),
     }
@@ -175,7 +175,7 @@ def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
 
 
 def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
-    """How many rows training leaves out, and what the store looks like with and without them."""
+    """How many rows training leaves out, and norms with and without them."""
     found = {layer: row for layer, row in facts["massive_rows"].items() if row is not None and row["tokens"]}
     if not found:
         return []
@@ -209,8 +209,8 @@ def _join(layers: list[int]) -> str:
 
 
 def count_links(csr: AttentionCsr, special_WT: np.ndarray) -> np.ndarray:
-    """float64 [5]: rows of tokens that are not special in some windows, one of each head where heads are stored apart,
-    and over them the sums of `LINKS`."""
+    """float64 [5]: the number of rows of non-special tokens, one per head where heads are stored apart, and over them
+    the sums of `LINKS`."""
     row, key = csr.row_of_entry(), csr.indices.astype(np.int64)
     window, query = row // (csr.heads * csr.context), row % csr.context
     counts = ~special_WT[window, query]

@@ -1,4 +1,4 @@
-"""Every name, shape and chunk of a store, and the zarr documents that say so. Nothing else builds paths.
+"""Every name, shape and chunk of a store, and the zarr documents that describe them. Nothing else builds paths.
 
 A manifest fixes all arrays before the first shard is written; `arrays_of(manifest)` lists them. The
 zarr v3 documents are built here as plain JSON, so that their bytes do not depend on zarr's version.
@@ -24,17 +24,17 @@ INDEX = "commits/index.json"
 LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
 COUNTS = "stats/counts.json"
-BEGINNING = ("tokens", "documents")  # arrays that are whole before the first shard is written
+BEGINNING = ("tokens", "documents")  # arrays that are complete before the first shard is written
 ATTENTION_PARTS = ("indptr", "indices", "data", "kept_mass")  # of a layer, as `AttentionCsr` has them
-MAX_CHUNK_BYTES = 2**31 - 17  # more no compressor takes; a chunk read in part goes through memory, which none may fill
+MAX_CHUNK_BYTES = 2**31 - 17  # compressors take no more; a chunk read in part needs memory for all of it
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
-# Moments of one shard and place stand in one float64 line: these columns, then norm_by_position [T], mean [D].
+# Moments of one shard and place form one float64 line: these columns, then norm_by_position [T], mean [D].
 MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
 
 BLOSC: dict[Codec, dict[str, Any]] = {  # every codec but raw, by the names of zarr's own codec
     "lz4": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
-    # Large blocks of shuffled bytes: signs and exponents get an entropy code of their own, apart from the mantissas.
+    # Large blocks of shuffled bytes: signs and exponents get an entropy code of their own, separate from mantissas.
     "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 2**19},
 }
 
@@ -58,11 +58,11 @@ class ArrayLayout:
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """Chunk indices of every axis but the first: arrays are cut along windows or shards alone."""
+        """Chunk indices of every axis but the first: arrays are cut along windows or shards only."""
         return (0,) * (len(self.shape) - 1)
 
     def chunk_key(self, index: int) -> str:
-        """Key of the chunk that is `index`-th along the first axis."""
+        """Key of the `index`-th chunk along the first axis."""
         return f"{self.path}/c." + ".".join(map(str, (index, *self.inner)))
 
     def document(self) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def array_document_key(path: str) -> str:
 
 
 def line_entries(manifest: Manifest) -> int:
-    """C: how many attention entries fit into a shard's line."""
+    """C: the number of attention entries that fit into a shard's line."""
     return line_rows(manifest) * min(manifest.attention.topk, manifest.context)
 
 
 def line_rows(manifest: Manifest) -> int:
-    """R: attention rows of a shard, the last one padded to full length."""
+    """R: the number of attention rows of a shard; the last shard is padded to full length."""
     return manifest.shard_windows * manifest.attention.heads * manifest.context
 
 
@@ -150,7 +150,7 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
 
 
 def find_too_large(manifest: Manifest) -> ArrayLayout | None:
-    """An array whose chunks would be so large that nobody could go on with the store."""
+    """An array whose chunks would be too large to be written or read, if there is one."""
     return next((array for array in arrays_of(manifest).values() if array.chunk_bytes > MAX_CHUNK_BYTES), None)
 
 
@@ -186,11 +186,11 @@ def encode_json(value: Any, indent: int | None = 1) -> bytes:
 
 
 def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> ArrayLayout | None:
-    """The layout that a zarr.json describes, or None where it is one that only zarr itself can read."""
+    """The layout that a zarr.json describes, or None if only zarr itself can read it."""
     shape, dtype = document["shape"], document["data_type"]
     if shape != list(expected.shape) or dtype != expected.dtype.name:
         raise ValueError(
-            f"expected {expected.dtype.name} {list(expected.shape)} by the manifest, found {dtype} {shape}"
+            f"expected {expected.dtype.name} {list(expected.shape)} as in the manifest, found {dtype} {shape}"
         )
     chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
     if len(chunks) != len(shape) or not all(type(length) is int and length > 0 for length in chunks):
@@ -206,7 +206,7 @@ def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> Arr
 
 
 def _token_array(manifest: Manifest, path: str, dtype: str, fill: float) -> ArrayLayout:
-    """One number of each token."""
+    """An array with one number per token."""
     shape, chunks = (manifest.windows, manifest.context), (manifest.shard_windows, manifest.context)
     return ArrayLayout(path, shape, chunks, np.dtype(dtype), fill, manifest.codec, ("window", "token"))
 
@@ -244,7 +244,7 @@ def _moments_array(manifest: Manifest, site: Site) -> ArrayLayout:
 
 
 def moments_length(manifest: Manifest, hook: str = RESID) -> int:
-    """Columns in a shard's line of moments."""
+    """The number of columns in a shard's line of moments."""
     return len(MOMENT_SCALARS) + manifest.context + manifest.width_of(hook)
 
 
@@ -290,6 +290,6 @@ def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
 
 
 def _chunk_windows(shard_windows: int, window_bytes: int) -> int:
-    """The largest divisor of a shard whose bytes stay near CHUNK_BYTES."""
+    """The largest number of windows that divides a shard and takes at most CHUNK_BYTES, or one."""
     limit = max(1, min(shard_windows, CHUNK_BYTES // window_bytes))
     return next(n for n in range(limit, 0, -1) if shard_windows % n == 0)

@@ -1,4 +1,4 @@
-"""What a store says about itself: the records in the root's attributes["saemill"]."""
+"""How a store describes itself: the records in the root's attributes["saemill"]."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
 from .strict_json import LATER, StrictError, flatten, from_json, nearest, to_json
 
-FORMAT = 3  # the highest that is read; `seal` says which a store is written in
+FORMAT = 3  # the highest that is read; `seal` decides which one a store is written in
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 Sink = Literal["bos", "self"]
 MOST_SHARDS = 10**8  # readers keep a byte for each
-NOT_IDENTITY = ("cache_id", "codec", "shard_windows")  # how values are laid out says nothing of the values
-PART = "part"  # among a corpus's settings: of what its id names only this was read
+NOT_IDENTITY = ("cache_id", "codec", "shard_windows")  # how values are laid out, not what they are
+PART = "part"  # in a corpus's settings: only this part of what its id names was read
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ModelSpec:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     revision: str | None = None
     num_layers: int | None = None
-    tokenizer: str | None = None  # a hash of the vocabulary and its rules; None where there are no tokens
+    tokenizer: str | None = None  # a hash of the vocabulary and its rules; None if there are no tokens
     bos_token: int | None = None
     special_tokens: tuple[int, ...] = ()  # ids that never train and are never replaced
 
@@ -51,7 +51,7 @@ class CorpusSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Which attention is kept, and how much of it."""
+    """Which attention is kept and how much of it."""
 
     layers: tuple[int, ...] = ()
     heads: int = 1  # heads stored per row; 1 where they were averaged
@@ -60,7 +60,7 @@ class AttentionSpec:
     mass: float = 0.95
     causal: bool = True
     left_out: tuple[Sink, ...] = field(default=(), metadata={LATER: True})
-    """Keys that are not looked at: the window's first token, the query itself."""
+    """Keys that are ignored: the window's first token, the query itself."""
 
     def __post_init__(self) -> None:
         if list(self.left_out) != sorted(set(self.left_out)):
@@ -74,7 +74,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class HookSpec:
-    """Where a hook beside the residual stream is kept."""
+    """The layers at which a hook other than the residual stream is stored, and its width."""
 
     layers: tuple[int, ...]
     width: int
@@ -101,7 +101,7 @@ class Manifest:
     codec: Codec = "raw"
     hooks: dict[str, HookSpec] = field(default_factory=dict, metadata={LATER: True})
     stored_as: SmallDtype | None = field(default=None, metadata={LATER: True})  # None: as the model computed them
-    format: int = 1  # `seal` says which it takes
+    format: int = 1  # set by `seal`
     cache_id: str = ""
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Manifest:
             raise ValueError(f"expected each layer once, found {self.layers} and {self.attention.layers}")
         for hook in self.hooks:
             if hook == RESID or hook not in HOOKS:
-                raise ValueError(f"expected hooks beside {RESID}, found {hook!r}{nearest(hook, HOOKS)}")
+                raise ValueError(f"expected hooks other than {RESID}, found {hook!r}{nearest(hook, HOOKS)}")
         _validate_splits(self.splits, self.windows)
 
     @property
@@ -124,12 +124,12 @@ class Manifest:
         return tuple(Site(hook, layer) for hook, layers in hooks.items() for layer in layers)
 
     def width_of(self, hook: str) -> int:
-        """Of a hook's activations."""
+        """The width of a hook's activations."""
         return self.model.d_model if hook == RESID else self.hooks[hook].width
 
     @property
     def stored_dtype(self) -> str:
-        """Of activations in the store; those of `stored_as` come with one scale per token."""
+        """The type of activations in the store; those of `stored_as` come with one scale per token."""
         return self.stored_as or self.model.dtype
 
     @property
@@ -152,7 +152,7 @@ class Manifest:
 def cache_id(manifest: Manifest) -> str:
     """32 hexadecimal digits of SHA-256 over the canonical JSON of what decides the stored values.
 
-    Left out on purpose: codec and shard size, and anything about the machine, the path or the date.
+    Left out on purpose: codec, shard size, and anything about the machine, the path or the date.
     """
     fields = {key: value for key, value in manifest.to_json().items() if key not in NOT_IDENTITY}
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -160,7 +160,7 @@ def cache_id(manifest: Manifest) -> str:
 
 
 def seal(manifest: Manifest) -> Manifest:
-    """The manifest with what follows from it filled in: the lowest format that can say it, and its cache id."""
+    """The manifest with what follows from it filled in: the lowest format that can express it, and its cache id."""
     manifest = replace(manifest, format=3 if manifest.stored_as else 2 if manifest.hooks else 1)
     return replace(manifest, cache_id=cache_id(manifest))
 
@@ -173,12 +173,12 @@ def read_manifest(raw: Any, where: str) -> Manifest:
     try:
         manifest = from_json(Manifest, raw)
     except StrictError as error:
-        raise ManifestInvalid(f"{where} is not a store's manifest: {error}") from None
+        raise ManifestInvalid(f"{where} is not a valid manifest: {error}") from None
     return manifest
 
 
 def check_format(found: Any, where: str) -> None:
-    """Refuse records from the future before anything else in them is looked at."""
+    """Refuse records of a later format before looking at anything else in them."""
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ManifestInvalid(f"{where}: expected a format number of at least 1, found {found!r}")
     if found > FORMAT:
@@ -188,18 +188,18 @@ def check_format(found: Any, where: str) -> None:
 
 
 def require_same(url: str, found: Manifest, wanted: Manifest) -> None:
-    """Refuse to go on with a store that was begun with other settings, each in a line."""
+    """Refuse to resume a store that was begun with other settings, listing each on a line."""
     old, new = flatten(found.to_json()), flatten(wanted.to_json())
     keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # both follow from the others
     differences = [
-        f"  {key}: the store has {_in_words(old.get(key))}, asked for {_in_words(new.get(key))}"
+        f"  {key}: the store has {_in_words(old.get(key))}, but {_in_words(new.get(key))} was asked for"
         for key in keys
         if old.get(key) != new.get(key)
     ]
     if differences:
         raise StoreMismatch(
             f"{url} holds a store with other settings:\n" + "\n".join(differences) + "\n"
-            "Use the same settings to go on with it, or another place for a new store"
+            "Use the same settings to resume it, or another place for a new store"
         )
 
 

@@ -1,12 +1,12 @@
-"""Massive activations: the few rows whose norm is so far beyond all others that every sum of squares is about them.
+"""Massive activations: the few rows whose norm is so far beyond all others that they dominate every sum of squares.
 
-On SmolLM2-135M 0.03 % of ordinary tokens carry two thirds of the squared norm after layer 15. A row is massive where
-its norm is beyond a multiple of the layer's median norm; a median does not move however far they lie out.
+On SmolLM2-135M 0.03 % of ordinary tokens carry two thirds of the squared norm after layer 15. A row is massive if
+its norm exceeds a multiple of the layer's median norm; the median does not move however large they are.
 
-Norms are measured here, from the residuals, and recorded nowhere: a store of any age and any origin is measured the
-same way, by whoever reads it, to the same bits. No more than `SAMPLE_BYTES` of a layer are looked at, in whole shards
-spread evenly over the store: the median and the moments of a million rows are exact enough for all. Whoever only asks
-what a store is like is told of `FEW_BYTES`.
+Norms are measured here, from the residuals, and recorded nowhere: a store of any age and origin is measured the same
+way, by every reader, to the same bits. At most `SAMPLE_BYTES` of a layer are read, in whole shards spread evenly over
+the store: the median and the moments of a million rows are exact enough for every use. A mere description of a store
+reads `FEW_BYTES`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .stored_dtypes import FP8_VALUES
 from .token_counts import trainable
 
 MULTIPLE = 10.0
-"""Of the median norm, where nothing else is asked for."""
-KEEP = "keep_massive"  # in the settings of an imported corpus: whoever imported it wants every row to count
+"""The default multiple of the median norm."""
+KEEP = "keep_massive"  # in the settings of an imported corpus: every row counts, by choice of the importer
 SAMPLE_BYTES = 2**30
 FEW_BYTES, FEW_SHARDS = 2**26, 4
 BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's cache
@@ -35,17 +35,17 @@ BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's c
 
 @dataclass(frozen=True)
 class Massive:
-    """What was found in one layer. Special tokens do not count as rows."""
+    """The massive rows found in one layer. Special tokens do not count as rows."""
 
     multiple: float
     median: float  # of the norms
-    rows: int  # that were looked at
-    massive: int  # of these
-    square_share: float  # of the sum of all squared norms
+    rows: int  # read
+    massive: int  # of these rows
+    square_share: float  # the massive rows' share of the sum of all squared norms
     rms_norm: float  # of all rows
-    shards: int  # that were looked at
+    shards: int  # read
     shards_in_store: int
-    ordinary: Moments  # of the other rows; norms by position are not measured, and the mean only where it is wanted
+    ordinary: Moments  # of the other rows; norms by position are not measured, the mean only on request
 
     @property
     def bound(self) -> float:
@@ -62,17 +62,17 @@ class Massive:
 
 
 def default_multiple(manifest: Manifest) -> float | None:
-    """What holds for a store where nobody asks for anything; None: every row counts."""
+    """The multiple for a store if none is asked for; None: every row counts."""
     return None if manifest.corpus.settings.get(KEEP) else MULTIPLE
 
 
 def is_massive(norms: np.ndarray, bound: float) -> np.ndarray:
-    """bool, like `norms`. What is not a finite number is damage of another kind, and is not hidden by this."""
+    """bool, like `norms`. False for non-finite norms: they are damage of another kind, which this must not hide."""
     return (norms > bound) & np.isfinite(norms)
 
 
 def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:
-    """float32 [...]: the norms of residuals [..., D] as a store holds them, `scales` [...] where it has some."""
+    """float32 [...]: the norms of residuals [..., D] as a store holds them, with `scales` [...] if it has any."""
     rows = stored.reshape(-1, stored.shape[-1])
     norms = np.empty(len(rows), np.float32)
     for start, block in _float_blocks(rows, dtype):
@@ -84,8 +84,8 @@ def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) 
 def measure_massive(
     store: Store, layer: Place, multiple: float, spans: list[Span] | None = None, *, with_mean: bool = True
 ) -> Massive:
-    """The massive rows of a layer, and the moments of the others, whose mean takes reading all once more; of `spans`,
-    or of its own sample."""
+    """The massive rows of a layer and the moments of the others, over `spans` or over a sample of its own. The mean
+    takes a second read of everything."""
     manifest = store.manifest
     spans = sample(manifest, layer, store.committed) if spans is None else spans
     norms = [_norms(part, site_of(layer))[counts_WT] for part, counts_WT in _read(store, layer, spans)]
@@ -116,8 +116,8 @@ def measure_massive(
 
 
 def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int, enough: int) -> int:
-    """How many tokens of the first windows of a split are neither special nor massive in any of these layers; counted
-    until there are enough."""
+    """How many tokens in the first windows of a split are neither special nor massive in any of these layers; counting
+    stops once there are enough."""
     manifest, found = store.manifest, 0
     for part in store.stream(Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))):
         assert part.tokens is not None
@@ -131,14 +131,14 @@ def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, wind
 
 
 def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
-    """Whole shards that are there, spread evenly."""
+    """Whole committed shards, spread evenly."""
     row = arrays_of(manifest)[site_of(layer).path]
     shard_bytes = manifest.shard_windows * manifest.context * row.shape[-1] * row.dtype.itemsize
     return spread(manifest, committed, max(1, SAMPLE_BYTES // shard_bytes))
 
 
 def sample_few(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
-    """The same, or the first windows of a few shards where whole ones would be more than `FEW_BYTES`."""
+    """The same, or the first windows of a few shards if whole ones would exceed `FEW_BYTES`."""
     row = arrays_of(manifest)[site_of(layer).path]
     most = FEW_BYTES // (manifest.context * row.shape[-1] * row.dtype.itemsize)
     spans = spread(manifest, committed, max(FEW_SHARDS, most // manifest.shard_windows))
@@ -147,7 +147,7 @@ def sample_few(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[
 
 
 def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
-    """Whole shards that are there, at most so many, spread evenly."""
+    """At most `most` whole committed shards, spread evenly."""
     shards = np.flatnonzero(committed)
     if len(shards) > most:
         shards = shards[np.linspace(0, len(shards) - 1, most).round().astype(int)]
@@ -174,14 +174,14 @@ def _norms(part: ShardArrays, site: Site) -> np.ndarray:
 
 
 def _read(store: Store, layer: Place, spans: list[Span]) -> Iterator[tuple[ShardArrays, np.ndarray]]:
-    """Each span's residuals and which of its tokens are not special, bool [W, T]; valid until the next."""
+    """Each span's residuals, and which of its tokens are not special, bool [W, T]; valid until the next."""
     for arrays in store.stream(Request.of([site_of(layer)], tokens=True), spans, in_flight=1):
         assert arrays.tokens is not None
         yield arrays, trainable(store.manifest, arrays.tokens)
 
 
 def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Some rows at a time as float32, each valid until the next: number of the first, and values."""
+    """Blocks of rows as float32, each with the number of its first row; valid until the next."""
     held = np.empty((min(BLOCK_ROWS, len(rows)), rows.shape[1]), np.uint32 if dtype == "bfloat16" else np.float32)
     for start in range(0, len(rows), BLOCK_ROWS):
         part = rows[start : start + BLOCK_ROWS]

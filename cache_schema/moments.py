@@ -1,8 +1,8 @@
-"""Moments of one layer's residuals: per shard, and merged so that the order of work leaves no trace.
+"""Moments of one layer's residuals: per shard, and merged so that the order of work does not matter.
 
 Each shard keeps its own moments in float64; the moments of a store are always merged in shard order,
 so that any number of workers in any order gives the same bits. Means are merged pairwise by count
-(Chan, Golub and LeVeque), never by adding up large sums.
+(Chan, Golub and LeVeque), never by summing large sums.
 
 `count`, `mean`, `mean_square_norm` are over tokens that are not special (BOS, padding and the like:
 their residuals are outliers that no trainer sees); `norm_by_position` is over all tokens.
@@ -102,7 +102,7 @@ def to_line(moments: Moments) -> np.ndarray:
 
 def from_line(line: np.ndarray, context: int) -> Moments:
     count, mean_norm, mean_square_norm, windows = line[: len(MOMENT_SCALARS)]
-    if not all(number >= 0 and number.is_integer() for number in (count, windows)):  # NaN is neither
+    if not all(number >= 0 and number.is_integer() for number in (count, windows)):  # false for NaN
         raise ShardCorrupt(f"expected whole numbers of tokens and of windows, found {count} and {windows}")
     rest = line[len(MOMENT_SCALARS) :]
     return Moments(

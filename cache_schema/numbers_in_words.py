@@ -15,17 +15,17 @@ def counted(number: int, noun: str) -> str:
 
 
 def numbered(noun: str, numbers: Collection[int]) -> str:
-    """`shard 1`, `shards 1, 4`, or none."""
+    """`shard 1`, `shards 1, 4`, or `none`."""
     return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else "none"
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of many names, and that there are others."""
+    """The first few of many names, with a note if there are others."""
     return ", ".join(names[:NAMES_TOLD]) + (", and others" if len(names) > NAMES_TOLD else "")
 
 
 def say_size(number: int) -> str:
-    """In the largest of bytes, kB, MB, GB, ... of which there is one."""
+    """The size in the largest unit (bytes, kB, MB, GB, ...) of which there is at least one."""
     return decimal(number, precision=2)
 
 
@@ -37,7 +37,7 @@ def say_time(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says at first, or the kind of its error where it says nothing. Of a hub's answer what the
-    hub says: the first line of its error may be the request's number."""
+    """The first line of another library's error, or the error's type if it is empty. For a hub's error, the hub's own
+    message: the first line of the error itself may be the request's number."""
     said = getattr(error, "server_message", None) or str(error)
     return said.strip().partition("\n")[0] or type(error).__name__

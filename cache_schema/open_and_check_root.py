@@ -16,14 +16,14 @@ _REMEDY = "Restore the file, or harvest the store again"
 
 @dataclass(frozen=True)
 class Root:
-    """What a store says about itself. An array without a layout is one that only zarr itself can read."""
+    """How a store describes itself. An array without a layout is one that only zarr itself can read."""
 
     manifest: Manifest
     arrays: dict[str, ArrayLayout | None]
 
     @property
     def cut_anew(self) -> list[str]:
-        """Arrays that another tool, or another version, has given other chunks or codecs."""
+        """Arrays that another tool or version has given other chunks or codecs."""
         ours = arrays_of(self.manifest)
         return [
             path
@@ -33,21 +33,21 @@ class Root:
 
 
 def require_writable(url: str, root: Root) -> None:
-    """Shards are written as this package cuts them: nobody could read them beside arrays that are cut otherwise."""
+    """Refuse arrays chunked by another tool: shards written in our own chunks could not be read next to them."""
     if paths := root.cut_anew:
         raise StoreMismatch(
-            f"{url}: {', '.join(paths)} is cut or packed otherwise than here: such a store is read, not written. "
-            "Harvest or import into another folder"
+            f"{url}: {', '.join(paths)} has chunks or codecs other than saemill's: such a store can be read but not "
+            "written. Harvest or import into another folder"
         )
 
 
 def has_root(files: Files) -> bool:
-    """Whether there is a store; a failed connection is no answer, or a beginning would be written over it."""
+    """Whether there is a store; a failed connection raises, or a new store would be begun over an existing one."""
     return read_if_there(files, ROOT) is not None
 
 
 def read_root(files: Files) -> Root:
-    """Read and check zarr.json; every problem is one of the named errors."""
+    """Read and check zarr.json; every problem is a `StoreError`."""
     where = f"{files.url}/{ROOT}"
     try:
         raw = files.read(ROOT)
@@ -59,7 +59,7 @@ def read_root(files: Files) -> Root:
     document = decode_json(raw, where, _REMEDY)
     attributes = document.get("attributes")
     if not isinstance(attributes, dict) or "saemill" not in attributes:
-        raise ManifestInvalid(f"{where} is not a store of saemill: attributes['saemill'] is missing")
+        raise ManifestInvalid(f"{where} is not a saemill store: attributes['saemill'] is missing")
     manifest = read_manifest(attributes["saemill"], where)
     _require_identity(manifest, where)
     nodes = _nodes(document)
@@ -75,19 +75,19 @@ def _require_identity(manifest: Manifest, where: str) -> None:
     if manifest.cache_id != computed:
         raise ManifestInvalid(
             f"{where}: expected cache id {computed} for these settings, found {manifest.cache_id!r}: "
-            f"the file was changed by hand or damaged. {_REMEDY}"
+            f"the file was edited or damaged. {_REMEDY}"
         )
 
 
 def _nodes(document: dict[str, Any]) -> dict[str, Any]:
-    """The documents kept inline in the root; none where another tool has written it anew without them."""
+    """The documents kept inline in the root; none if another tool has rewritten it without them."""
     consolidated = document.get("consolidated_metadata")
     nodes = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     return nodes if isinstance(nodes, dict) else {}
 
 
 def _layout(files: Files, nodes: dict[str, Any], expected: ArrayLayout) -> ArrayLayout | None:
-    """The array as it is stored; its shape and type must be those of the manifest."""
+    """The layout of the array as stored; its shape and type must be those of the manifest."""
     document = nodes.get(expected.path)
     where = f"{files.url}/{array_document_key(expected.path)}"
     if document is None:
@@ -98,6 +98,6 @@ def _layout(files: Files, nodes: dict[str, Any], expected: ArrayLayout) -> Array
     try:
         return parse_array_document(expected, document)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ManifestInvalid(f"{where} describes no zarr v3 array ({error!r}). {_REMEDY}") from None
+        raise ManifestInvalid(f"{where} does not describe a zarr v3 array ({error!r}). {_REMEDY}") from None
     except ValueError as error:
         raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None

@@ -11,22 +11,22 @@ EXTRA = "SAEMILL_EXTRA"
 
 
 def and_own(folders: Iterable[str], below: str) -> list[str]:
-    """A package's `__path__`, and the same place in the folder that SAEMILL_EXTRA names: its files are the package's
-    too, and import from it as if they lay there."""
+    """A package's `__path__` plus the same place in the folder that SAEMILL_EXTRA names: its files belong to the
+    package too, and can import from it as if they were there."""
     extra = os.environ.get(EXTRA)
     if not extra:
         return list(folders)
     if not Path(extra).is_dir():
-        raise SystemExit(f"error: {EXTRA}={extra}: there is no such folder. Mend its path, or unset {EXTRA}")
+        raise SystemExit(f"error: {EXTRA}={extra}: there is no such folder. Correct the path, or unset {EXTRA}")
     own = Path(extra).absolute() / below
     there = {file.stem for folder in folders for file in Path(folder).iterdir()}
     if twice := sorted({file.stem for file in own.glob("[!_.]*")} & there):
-        raise SystemExit(f"error: {own}: {', '.join(twice)}: the name of one that saemill has. Choose another")
+        raise SystemExit(f"error: {own}: {', '.join(twice)}: saemill has a file of this name. Choose another")
     return [*folders, str(own)]
 
 
 def digest_of_own(below: str = ".") -> str | None:
-    """Of the files of that folder, or of one in it, that Python may import; None where no folder is named."""
+    """A digest of the Python files in that folder, or in one below it; None if SAEMILL_EXTRA is not set."""
     extra = os.environ.get(EXTRA)
     if not extra:
         return None

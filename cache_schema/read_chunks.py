@@ -1,7 +1,7 @@
 """Read rows of one array, chunk by chunk, straight into memory: checked, and several at a time.
 
 Rows are windows, or shards for arrays that have a line per shard. A chunk that is wanted whole is read
-into its place; one that is wanted in part goes through a scratch chunk, because its checksum is over
+into its place; one that is wanted in part goes through a scratch chunk, because its checksum covers
 all of it.
 """
 
@@ -21,7 +21,7 @@ from .disk_and_cloud_files import Files
 from .errors import ChunkMissing, ShardCorrupt
 from .layout import ArrayLayout
 
-# What the codecs of zarr raise over bytes that are not theirs.
+# What zarr's codecs raise on bytes that are not theirs.
 _UNDECODABLE = (ArithmeticError, EOFError, RuntimeError, TypeError, ValueError, gzip.BadGzipFile, zlib.error)
 
 
@@ -57,7 +57,7 @@ def read_chunk(files: Files, read: ChunkRead) -> None:
 
 
 def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop: int, out: np.ndarray) -> None:
-    """The slow way, for chunk layouts that only zarr knows. Absent chunks would come back as fill values."""
+    """The slow way, for layouts that only zarr knows. Chunks are looked for first: zarr reads absent ones as fill."""
     grid = array.shards or array.chunks
     inner = (range(-(-size // length)) for size, length in zip(array.shape[1:], grid[1:], strict=True))
     for index in itertools.product(range(start // grid[0], -(-stop // grid[0])), *inner):

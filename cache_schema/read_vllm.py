@@ -1,9 +1,9 @@
-"""Hidden states that vLLM wrote (`extract_hidden_states`): a safetensors file a request, of `hidden_states`
+"""Hidden states written by vLLM (`extract_hidden_states`): one safetensors file per request, with `hidden_states`
 [tokens, layers, width] and `token_ids` [tokens].
 
-Files say neither which layers they are of nor in what order they were asked for: layers are given, files are taken by
-their names. A request is a document. Requests differ in length and windows do not, so each is cut into windows, and its
-rest left out.
+Files say neither which layers they hold nor in what order the requests came: layers are given by the user, files are
+read in order of name. A request is a document. Requests differ in length and windows do not, so each is cut into
+windows and its rest left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies. It is mapped only while it is read: a map keeps its file open, and there are many."""
+    """Where a tensor is stored. It is mapped only while it is read: a map keeps its file open, and there are many."""
 
     path: Path
     offset: int
@@ -39,7 +39,7 @@ class _Tensor:
         try:
             return np.array(np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[part])
         except (OSError, ValueError) as error:
-            raise ImportInvalid(f"{self.path} changed while it was read ({error}): import again") from None
+            raise ImportInvalid(f"{self.path} changed while it was read ({error}). Import again") from None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Sequence:
 
 
 class VllmSource:
-    """A folder of such files."""
+    """A folder of files written by vLLM."""
 
     warning = ""
 
@@ -61,7 +61,7 @@ class VllmSource:
         paths = sorted(folder.glob("**/*.safetensors"))
         if not paths:
             raise ImportInvalid(
-                f"{folder}: expected hidden states of vLLM, one .safetensors file a request, found none"
+                f"{folder}: expected hidden states of vLLM, one .safetensors file per request, found none"
             )
         found = [_read(path) for path in paths]
         kinds = {(one.hidden.shape[1:], one.dtype) for one in found}
@@ -70,13 +70,13 @@ class VllmSource:
         (count, self.d_model), self.dtype = kinds.pop()
         if len(layers) != count or len(set(layers)) != count:
             raise ImportInvalid(
-                f"{folder}: its files hold {count} layers, found --layer {list(layers)}. Give each once, in the order "
-                "of vLLM's ids: its id L + 1 is the residual stream after layer L"
+                f"{folder}: expected {count} layers, as in its files, found --layer {list(layers)}. Give each once, in "
+                "the order of vLLM's ids: its id L + 1 is the residual stream after layer L"
             )
         lengths = [len(one) for one in found]
         if context is None and len(set(lengths)) > 1:
             raise ImportInvalid(
-                f"{folder}: requests of {min(lengths)} to {max(lengths)} tokens. Give --context T: each is cut into "
+                f"{folder}: requests have {min(lengths)} to {max(lengths)} tokens. Give --context T: each is cut into "
                 "windows of T tokens, and what does not fill one is left out"
             )
         self.context = lengths[0] if context is None else context
@@ -92,7 +92,7 @@ class VllmSource:
         self.document_of = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
         if not self.windows:
             raise ImportInvalid(
-                f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"
+                f"{folder}: no request fills a window of {self.context} tokens. Give a smaller --context"
             )
         others = say_other_files(folder, paths, "its .safetensors files")
         self.left_out = "; ".join(filter(None, (_say_left_out(lengths, self.context), others)))
@@ -111,11 +111,11 @@ def _say_left_out(lengths: Sequence[int], context: int) -> str:
         return ""
     short = sum(length < context for length in lengths)
     told = f"; {short:,} of {counted(len(lengths), 'request')} are shorter than one" if short else ""
-    return f"{rest:,} of {counted(sum(lengths), 'token')}, as they fill no window of {context:,}{told}"
+    return f"{rest:,} of {counted(sum(lengths), 'token')}, which fill no window of {context:,}{told}"
 
 
 def _read(path: Path) -> _Sequence:
-    """The two tensors of a file, not read yet; the format of safetensors is a length, a JSON header and the bytes."""
+    """The two tensors of a file, not read yet. A safetensors file is a length, a JSON header and the bytes."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -140,7 +140,7 @@ def _tensor(path: Path, entry: dict[str, Any], begin: int) -> tuple[_Tensor, str
     first, last = entry["data_offsets"]
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-        raise ValueError(f"{entry} has numbers that are not sizes")
+        raise ValueError(f"{entry} has numbers that are no sizes")
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not 0 <= first <= last <= path.stat().st_size - begin or last - first != size or size == 0:
         raise ValueError(f"{entry} does not fit the file")

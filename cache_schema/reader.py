@@ -1,8 +1,8 @@
 """Read a store: open it, ask for arrays, get them shard by shard.
 
-Opening reads the root document and the commit index, nothing else. Memory is filled where it was allocated, all chunks
-in flight at once, every checksum verified; `stream` reads ahead, so that a consumer never waits for a disk that is fast
-enough.
+Opening reads the root document and the commit index, nothing else. Chunks are read straight into the caller's memory,
+all in flight at once, with every checksum verified; `stream` reads ahead, so that a consumer never waits for a disk
+that is fast enough.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from .token_counts import Counts, SplitCounts, count_split, read_counts
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
 GONE = (
-    "Shards are harvested from their tokens and documents, so these cannot be made again: "
+    "Shards are harvested from their tokens and documents, so these cannot be harvested again: "
     "restore their files from a copy, or harvest the corpus into a new store"
 )
 REMOTE_READERS = 16  # an object store answers slowly but many at once
 
 
 def shard_memory(manifest: Manifest, request: Request) -> dict[str, np.ndarray]:
-    """Memory for each array that a request names, by path, large enough for any span of a shard: to be used again."""
+    """Reusable memory for each array that a request names, by path, large enough for any span of a shard."""
     validate_request(manifest, request)
     paths = [path for path, wanted in zip(BEGINNING, (request.tokens, request.documents), strict=True) if wanted]
     paths += [site.path for site in request.sites]
@@ -76,7 +76,7 @@ class Store:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], *, expect_cache_id: str | None = None, via_zarr: bool = False) -> Store:
-        """Open the store at a path or fsspec URL. `via_zarr` reads all through zarr itself: slower, same bytes."""
+        """Open the store at a path or fsspec URL. `via_zarr` reads through zarr itself: slower, same bytes."""
         store = cls(url, via_zarr=via_zarr)
         if expect_cache_id is not None and store.manifest.cache_id != expect_cache_id:
             raise StoreMismatch(
@@ -101,20 +101,20 @@ class Store:
             self._pool = None
 
     def spans(self, request: Request) -> list[Span]:
-        """The request cut at shard borders; an error where a shard is not committed yet."""
+        """The request cut at shard borders; an error if a shard is not committed yet."""
         validate_request(self.manifest, request)
         spans = spans_of(self.manifest, request)
         self._require_committed(spans)
         return spans
 
     def read(self, request: Request, span: Span, out: Mapping[str, np.ndarray] | None = None) -> ShardArrays:
-        """The arrays of one span; views into `out` (see `shard_memory`), or into fresh memory."""
+        """The arrays of one span, as views into `out` (see `shard_memory`) or into new memory."""
         return self._begin(request, span, shard_memory(self.manifest, request) if out is None else out).finish()
 
     def stream(
         self, request: Request, order: Sequence[Span] | None = None, in_flight: int = 2
     ) -> Iterator[ShardArrays]:
-        """The arrays of many spans. Each is valid until the next is asked for: its memory is used again."""
+        """The arrays of many spans. Each is valid until the next is asked for: its memory is reused."""
         spans = deque(self.spans(request) if order is None else order)
         room = min(in_flight, len(spans)) + 1
         free: list[Mapping[str, np.ndarray]] = [shard_memory(self.manifest, request) for _ in range(room)]
@@ -131,12 +131,12 @@ class Store:
                 reading.cancel()
 
     def beginning(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents of a shard, committed or not: they were written before the first one was."""
+        """Tokens and documents of a shard, committed or not: they were written before the first shard."""
         tokens, documents = (self.read_beginning(path, shard) for path in BEGINNING)
         return tokens, documents
 
     def ids(self, span: Span) -> tuple[np.ndarray, np.ndarray]:
-        """The same of a span."""
+        """Tokens and documents of a span."""
         first, _ = self.manifest.shard_range(span.shard)
         tokens, documents = self.beginning(span.shard)
         part = slice(span.start - first, span.stop - first)
@@ -155,7 +155,7 @@ class Store:
         return read_counts(self.files, self.manifest)
 
     def read_beginning(self, path: str, shard: int) -> np.ndarray:
-        """One of the two."""
+        """Tokens or documents of a shard, by the array's path."""
         start, stop = self.manifest.shard_range(shard)
         values = np.empty((stop - start, self.manifest.context), "<u4")
         for job in self._jobs(path, start, stop, values):
@@ -166,13 +166,13 @@ class Store:
         return read_record(self.files, self.manifest, shard)
 
     def moments(self, layer: int, hook: str = RESID) -> Moments:
-        """Moments of a layer over the whole store; exact in whatever order the shards were written."""
+        """Moments of a layer over the whole store; exact, in whatever order the shards were written."""
         validate_request(self.manifest, Request.of([Site(hook, layer)]))
         if not self.committed.all():
             missing = int((~self.committed).sum())
             raise StoreUnfinished(
                 f"not committed: {missing} of {self.manifest.shards} shards of {self.url}, so its statistics are not "
-                "final. Finish the import or harvest: the same command goes on where it stopped"
+                "final. Finish the import or harvest: the same command resumes where it stopped"
             )
         found = read_summary(self.files, self.manifest)
         if found is not None:
@@ -190,16 +190,16 @@ class Store:
             raise self._damage(shard, path, error) from None
 
     def _require_committed(self, spans: Sequence[Span]) -> None:
-        """What has no record does not exist, even where its chunks lie there already."""
+        """Refuse shards without a record: they do not exist, even if their chunks are already there."""
         missing = [span.shard for span in spans if not self.committed[span.shard]]
         if missing:
             raise StoreUnfinished(
                 f"not committed: {len(missing)} of the {len(spans)} shards asked for of {self.url}, the first is shard "
-                f"{missing[0]}. Finish the import or harvest: the same command goes on where it stopped"
+                f"{missing[0]}. Finish the import or harvest: the same command resumes where it stopped"
             )
 
     def _begin(self, request: Request, span: Span, memory: Mapping[str, np.ndarray]) -> _Reading:
-        """Put every chunk of a span into flight."""
+        """Start reading every chunk of a span."""
         validate_request(self.manifest, request)
         validate_span(self.manifest, span)
         self._require_committed([span])
@@ -211,14 +211,14 @@ class Store:
         return _Reading(self, request, span, memory, futures)
 
     def _jobs(self, path: str, start: int, stop: int, out: np.ndarray) -> list[Callable[[], None]]:
-        """One call a chunk; each fills its part of `out`."""
+        """One call per chunk; each fills its part of `out`."""
         layout = self._layouts[path]
         if layout is not None:
             return [partial(read_chunk, self.files, read) for read in plan_reads(layout, start, stop, out)]
         return [partial(read_with_zarr, self._zarr_array(path), self.files, path, start, stop, out)]
 
     def _run(self, job: Callable[[], None], shard: int, path: str) -> None:
-        """Run a job; damage is reported with its place and its remedy."""
+        """Run a job; report damage with its place and its remedy."""
         try:
             job()
         except ShardCorrupt as error:
@@ -226,7 +226,7 @@ class Store:
 
     def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
         url = shlex.quote(self.url)
-        mend = GONE if path in BEGINNING else f"`sae-store repair {url}` mends it"
+        mend = GONE if path in BEGINNING else f"`sae-store repair {url}` repairs it"
         return type(error)(f"shard {shard}, array {path}: {error}. `sae-store verify {url}` lists all damage. {mend}")
 
     def _executor(self) -> ThreadPoolExecutor:
@@ -236,7 +236,7 @@ class Store:
         return self._pool
 
     def _zarr_array(self, path: str) -> zarr.Array:
-        """zarr parses the documents itself here, and says in many ways that it cannot."""
+        """Open an array with zarr, which parses the documents itself and fails in many ways."""
         try:
             if self._zarr_root is None:
                 self._zarr_root = zarr.open_group(self.url, mode="r")
@@ -244,7 +244,7 @@ class Store:
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ManifestInvalid(
                 f"zarr cannot open array {path} of {self.url} ({error!r}). Restore its zarr.json: "
-                f"`sae-store repair {shlex.quote(self.url)}` writes it anew"
+                f"`sae-store repair {shlex.quote(self.url)}` rewrites it"
             ) from None
         if not isinstance(found, zarr.Array):
             raise ManifestInvalid(f"expected {path} of {self.url} to be an array, found a group. Restore its zarr.json")
@@ -253,7 +253,7 @@ class Store:
 
 @dataclass
 class _Reading:
-    """A span on its way into memory."""
+    """A span that is being read into memory."""
 
     store: Store
     request: Request
@@ -262,7 +262,7 @@ class _Reading:
     futures: list[Future[None]]
 
     def finish(self) -> ShardArrays:
-        """Wait for every chunk; the first damage found is raised once nothing is in flight any more."""
+        """Wait for every chunk; the first damage found is raised once nothing is in flight."""
         wait(self.futures)
         for future in self.futures:
             future.result()
@@ -292,10 +292,10 @@ class _Reading:
         indptr, indices, data, kept_mass = (self.memory[attention_path(layer, part)] for part in ATTENTION_PARTS)
         whole = AttentionCsr(indptr[0], indices[0], data[0], kept_mass)
         first = self.span.start - self.span.shard * manifest.shard_windows
-        csr = replace(whole.slice(first, first + windows), kept_mass=kept_mass[:windows])  # of the span alone
+        csr = replace(whole.slice(first, first + windows), kept_mass=kept_mass[:windows])  # only of this span
         try:
             if first == 0 and (begin := whole.indptr[0]):
-                raise CsrInvalid(f"expected the first row to start at entry 0, found {begin}: a hole in front")
+                raise CsrInvalid(f"expected the first row to start at entry 0, found {begin}: a gap at the start")
             csr.validate(manifest.attention.topk, manifest.attention.causal, "attention rows")
         except CsrInvalid as error:
             raise self.store._damage(self.span.shard, attention_path(layer, "indptr"), error) from None

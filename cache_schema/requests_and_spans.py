@@ -1,4 +1,4 @@
-"""What a reader asks of a store, and what it gets: requests, spans and the arrays of a span."""
+"""What a reader asks of a store and what it gets: requests, spans and the arrays of a span."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .strict_json import nearest
 
 @dataclass(frozen=True)
 class Request:
-    """Which arrays, and of which windows. `windows` is a range inside the split, or of the store.
+    """Which arrays to read, and of which windows. `windows` is a range within the split, or within the store.
 
-    `layers` are those of the residual stream, `hooks` those of others: `{"mlp_in": (19,), "mlp_out": (19,)}`.
+    `layers` are those of the residual stream, `hooks` the layers of other hooks:
+    `{"mlp_in": (19,), "mlp_out": (19,)}`.
     `exact` asks for activations as the model computed them, to the bit.
     """
 
@@ -68,7 +69,7 @@ class ShardArrays:
     tokens: np.ndarray | None = None  # uint32 [W, T]
     documents: np.ndarray | None = None  # uint32 [W, T]
     acts: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # hook -> layer -> [W, T, D] as stored
-    scales: dict[Site, np.ndarray] = field(default_factory=dict)  # float32 [W, T], where they are stored as codes
+    scales: dict[Site, np.ndarray] = field(default_factory=dict)  # float32 [W, T], if `acts` are codes
     attention: dict[int, AttentionCsr] = field(default_factory=dict)
     dtype: str = "bfloat16"  # of `acts`
 
@@ -77,7 +78,7 @@ class ShardArrays:
         return self.acts[site.hook][site.layer]
 
     def values(self, site: Site) -> np.ndarray:
-        """float32 [W, T, D]: the same as numbers."""
+        """float32 [W, T, D]: the activations of one place, as numbers."""
         return to_float32(self.at(site), self.dtype, self.scales.get(site))
 
     @property
@@ -87,10 +88,10 @@ class ShardArrays:
 
 
 def validate_request(manifest: Manifest, request: Request) -> None:
-    """Name everything that the store does not hold, in one message."""
+    """Raise one error that names everything the store does not hold."""
     if request.exact and manifest.stored_as:
         raise RequestInvalid(
-            f"expected activations as {manifest.model.id} computed them, to the bit, found a store that keeps them as "
+            f"expected activations exactly as {manifest.model.id} computed them, found a store that keeps them as "
             f"{manifest.stored_as} with one scale per token. Harvest again without --stored-as, or do not ask for exact"
         )
     problems, absent, held = [], [], by_hook(manifest.sites)
@@ -115,7 +116,7 @@ def validate_request(manifest: Manifest, request: Request) -> None:
 
 
 def validate_span(manifest: Manifest, span: Span) -> None:
-    """A span made by hand must lie inside its shard, or another shard's windows would be taken for its own."""
+    """Refuse a span that reaches beyond its shard: another shard's windows would be taken for its own."""
     if 0 <= span.shard < manifest.shards:
         start, stop = manifest.shard_range(span.shard)
         if start <= span.start < span.stop <= stop:

@@ -1,6 +1,6 @@
 """Who may write a shard, or the index: one writer at a time.
 
-On a local disk a claim is a lock on one byte of one file, which the kernel gives back however the
+On a local disk a claim is a lock on one byte of one file, which the kernel releases however the
 writer ends. On an object store it is an object that only the first writer can create; a living writer
 renews it, and a claim whose writer died lapses after `LEASE_SECONDS`.
 """
@@ -25,14 +25,14 @@ from .disk_and_cloud_files import Files, LocalFiles, RemoteFiles, make_folder, n
 from .errors import StoreBusy, StoreUnreachable
 from .layout import LOCK
 
-CREATION = 2**40  # the claim on a store's creation: a number that no shard has
-DERIVED = 2**40 + 1  # the claim on index and summary
+CREATION = 2**40  # the number of the claim on a store's creation: no shard has it
+DERIVED = 2**40 + 1  # that of the claim on index and summary
 LEASE_SECONDS = 600
 RENEW_SECONDS = 120
-SURE = 1 / 60  # of a lease: a claim so young is not looked at again; only a clock that is wrong by a lease takes it
-HELD_TRIED, FREE_TRIED = 16, 64  # shards that others hold, and that nobody holds, of all that a writer looks at again
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what such a disk answers
-DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
+SURE = 1 / 60  # of a lease: a claim this young is not checked again; only a clock off by a lease could have taken it
+HELD_TRIED, FREE_TRIED = 16, 64  # how many held, and how many free, shards a writer tries in one pass
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of a disk without locks
+DERIVED_SECONDS = 60  # the longest that a writer waits for another that is deriving index and summary
 
 
 def open_claims(files: Files) -> Claims:
@@ -40,14 +40,14 @@ def open_claims(files: Files) -> Claims:
 
 
 def find_held(files: Files, shards: int) -> dict[int, str] | None:
-    """Shards that are claimed right now, and by whom as far as that can be known; None where nothing can."""
+    """Shards that are claimed right now, and by whom as far as can be known; None if it cannot be known."""
     if isinstance(files, LocalFiles):
         with name_failure(f"asking who writes into {files.url}"):
             return _find_locked(files.root / LOCK, shards)
     names = [name for name in files.list("claims") if name.removesuffix(".json").isdecimal()]
     held = {}
     for number in sorted(int(name.removesuffix(".json")) for name in names):
-        with suppress(KeyError, TypeError, ValueError, RecursionError):  # released in between, or nobody's
+        with suppress(KeyError, TypeError, ValueError, RecursionError):  # released in between, or not a lease
             lease = json.loads(files.read(f"claims/{number}.json"))
             if number < shards and _is_running(lease):
                 held[number] = f"writer {str(lease['owner'])[:8]}"
@@ -55,12 +55,12 @@ def find_held(files: Files, shards: int) -> dict[int, str] | None:
 
 
 def _is_running(lease: Any) -> bool:
-    """One that ends in more than two leases is of a clock that was wrong, or no number: nobody would wait it out."""
+    """A lease that ends in more than two leases' time came from a wrong clock or is no number: it does not count."""
     return time.time() <= lease["until"] <= time.time() + 2 * LEASE_SECONDS
 
 
 def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
-    """The kernel names one lock in a range, not the first; of one that belongs to an open file it knows no process."""
+    """The kernel names any lock in a range, not the first, and no process for one that belongs to an open file."""
     if not hasattr(fcntl, "F_OFD_GETLK"):
         return None
     held: dict[int, str] = {}
@@ -91,7 +91,7 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
 
 
 def no_locks(error: OSError, path: Path) -> StoreUnreachable:
-    """What to raise where a lock fails though nobody holds it."""
+    """The error for a lock that fails although nobody holds it."""
     return StoreUnreachable(
         error.errno,
         f"{error.strerror} while locking {path}: expected a disk whose file system has locks (NFS 4, Lustre with "
@@ -103,7 +103,7 @@ class LockClaims:
     """Byte-range locks that belong to the open file, so that two writers in one process also exclude each other."""
 
     if_killed = ""
-    """What to add for a person who finds a claim taken: when it ends though its writer was killed."""
+    """What to add to a message about a taken claim: when it ends if its writer was killed."""
 
     def __init__(self, files: LocalFiles) -> None:
         self._path = files.root / LOCK
@@ -121,20 +121,20 @@ class LockClaims:
         return True
 
     def keeps(self, number: int) -> bool:
-        """Whether what was taken is still this writer's: who sleeps through a lease may have lost it."""
-        return True  # the kernel takes back none of a process that lives
+        """Whether a claim is still this writer's: a writer that sleeps through a lease may have lost it."""
+        return True  # the kernel takes no lock from a living process
 
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
 
     def worth_trying(self, numbers: list[int]) -> list[int]:
-        """All; where each try costs requests a few, in no order: of what nobody holds, and of what others hold."""
-        return numbers  # to try one is a call of the kernel
+        """All of them; where each try costs requests, a few in random order, some free and some held by others."""
+        return numbers  # trying one is a single system call
 
     @contextmanager
     def hold_derived(self, must: bool = False) -> Iterator[bool]:
-        """Wait for the claim on index and summary, and hold it for a block; False in it where the wait was given up,
-        StoreBusy where one must hold it."""
+        """Wait for the claim on index and summary and hold it for a block. If the wait is given up, yield False, or
+        with `must` raise StoreBusy."""
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
         try:
             yield True
@@ -153,7 +153,7 @@ class LockClaims:
             raise no_locks(error, self._path) from error
 
     def _ask_kernel(self, kind: int, number: int, wait: bool) -> None:
-        if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: locks of the process are the next best
+        if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: per-process locks are the next best
             flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
             fcntl.lockf(self._fd, flags, 1, number)
             return
@@ -180,7 +180,7 @@ class LeaseClaims:
             if not self._has_lapsed(number):
                 return False
             self._files.remove(self._key(number))
-            asked = 0.0  # another may have seen it lapse too and remove this one: `keeps` has to look
+            asked = 0.0  # another writer may have seen it lapse too and remove this one: `keeps` has to check
             if not self._create(number):
                 return False
         with self._turn:
@@ -193,7 +193,7 @@ class LeaseClaims:
             if number not in self._held:  # lost
                 return
             del self._held[number]
-            with suppress(StoreUnreachable):  # then it lapses
+            with suppress(StoreUnreachable):  # it lapses instead
                 self._files.remove(self._key(number))
 
     def keeps(self, number: int) -> bool:
@@ -208,10 +208,10 @@ class LeaseClaims:
             return is_mine
 
     def worth_trying(self, numbers: list[int]) -> list[int]:
-        """Some, drawn anew each time; of those that are held too, as a claim whose writer died is seen by trying it.
+        """Some, drawn afresh each time; some of the held ones too, as only trying one shows that its writer died.
 
-        Near the end of a harvest thousands of workers look for what is left, and thousands of shards are in work: if
-        each tried each, that would be more requests than all before. Who has written any looks again.
+        Near the end of a harvest thousands of workers look for what is left while thousands of shards are in work: if
+        each tried each, that would be more requests than all before. A worker that has written any looks again.
         """
         claimed = set(self._files.list("claims"))
         held, free = [], []
@@ -225,19 +225,19 @@ class LeaseClaims:
 
     @contextmanager
     def hold_derived(self, must: bool = False) -> Iterator[bool]:
-        """Wait for who holds it, so that of many writers that end together one reads the records, and not each.
+        """Wait for its holder, so that of many writers that end together only one reads the records.
 
-        Not for as long as a dead one would hold it: without it nothing that is added is lost, as a PUT is all or
-        nothing, and whoever writes last looks again. Who takes something away must hold it, and looks afterwards too:
-        one that gave up waiting may have added it again.
+        But not for as long as a dead holder would keep it: without the claim no addition is lost, as a PUT is all or
+        nothing and whoever writes last looks again. A writer that removes something must hold it, and looks again
+        afterwards: one that gave up waiting may have added it back.
         """
         pause, end = 0.05, time.monotonic() + DERIVED_SECONDS
         while not (is_mine := self.take(DERIVED)) and time.monotonic() < end:
-            time.sleep(pause * random.uniform(0.5, 1.5))  # or all that wait would ask together
+            time.sleep(pause * random.uniform(0.5, 1.5))  # or all waiting writers would ask at once
             pause = min(2 * pause, 4)
         if must and not is_mine:
             raise StoreBusy(
-                f"another writer is bringing the index of {self._files.url} up to date: let it end, then try again"
+                f"another writer is bringing the index of {self._files.url} up to date. Wait for it, then try again"
                 f"{self.if_killed}"
             )
         try:
@@ -247,7 +247,7 @@ class LeaseClaims:
                 self.release(DERIVED)
 
     def close(self) -> None:
-        """Claims were released one by one; one that was not lapses."""
+        """Claims were released one by one; any that was not lapses."""
         self._closed.set()
         if self._renewal is not None:
             self._renewal.join()
@@ -262,11 +262,11 @@ class LeaseClaims:
             with self._turn:
                 held = tuple(self._held)
             for number in held:
-                with self._turn, suppress(Exception):  # whatever a network raises: the lease outlasts several turns
+                with self._turn, suppress(Exception):  # whatever a network raises: a lease outlasts several renewals
                     self._renew_one(number)
 
     def _renew_one(self, number: int) -> None:
-        """Not one that lapsed while this process slept and that another took, nor one that was just released."""
+        """Renew a claim, unless it was just released, or lapsed while this process slept and was taken by another."""
         asked = time.time()
         if number not in self._held:
             return
@@ -282,7 +282,7 @@ class LeaseClaims:
         return number not in self._held and self._is_mine(number)
 
     def _is_mine(self, number: int) -> bool:
-        """A server that created it, and whose answer was lost, refuses the second attempt."""
+        """If the answer to a successful creation was lost, the server refuses the second attempt: check the owner."""
         try:
             return self._lease(number)["owner"] == self._owner
         except (KeyError, TypeError, ValueError, RecursionError):
@@ -295,7 +295,7 @@ class LeaseClaims:
         return json.loads(self._files.read(self._key(number)))
 
     def _has_lapsed(self, number: int) -> bool:
-        """Also true of a claim released in between, and of an unreadable one, which would hold its shard for ever."""
+        """Also true of a claim released in between, and of an unreadable one, which would hold its shard forever."""
         try:
             return not _is_running(self._lease(number))
         except (KeyError, TypeError, ValueError, RecursionError):

@@ -34,17 +34,17 @@ from .stored_dtypes import STORED_AS, to_codes
 class ShardContent:
     """All arrays of one shard, activations as the model computed them. W its windows, T context."""
 
-    tokens: np.ndarray  # [W, T]; written with the store's beginning, here for the shard's digest
+    tokens: np.ndarray  # [W, T]; written when the store is begun, here for the shard's digest
     documents: np.ndarray  # [W, T]; likewise
     acts: Mapping[Site, np.ndarray]  # [W, T, width] as stored: bfloat16 as uint16
     moments: Mapping[Site, Moments]
     attention: Mapping[int, AttentionCsr] = field(default_factory=dict)
-    scales: Mapping[Site, np.ndarray] = field(default_factory=dict)  # [W, T], once `as_stored` made codes of them
+    scales: Mapping[Site, np.ndarray] = field(default_factory=dict)  # [W, T], after `as_stored` has made `acts` codes
 
 
 @dataclass(frozen=True)
 class ShardPart:
-    """One array's share of a shard: rows of the array from the first row of a chunk on."""
+    """One array's share of a shard: its rows, from the first row of a chunk on."""
 
     layout: ArrayLayout
     first_chunk: int
@@ -66,7 +66,7 @@ class ShardPart:
 
 
 def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[ShardPart]:
-    """Every array of a shard as it lies in the store."""
+    """Every array of a shard as it is laid out in the store."""
     arrays = arrays_of(manifest)
     start, _ = manifest.shard_range(shard)
 
@@ -86,7 +86,7 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
 
 
 def as_stored(manifest: Manifest, content: ShardContent) -> ShardContent:
-    """The same with activations as the store keeps them. Moments stay those of what the model computed."""
+    """The same content with activations as the store keeps them. Moments stay those of what the model computed."""
     if manifest.stored_as is None:
         return content
     small = {site: to_codes(acts, manifest.model.dtype, manifest.stored_as) for site, acts in content.acts.items()}
@@ -131,7 +131,7 @@ def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Ma
 
 
 def digests_of(content: ShardContent) -> dict[str, str]:
-    """Digest of the values of every array, free of padding and of how they are stored."""
+    """Digest of the values of every array, independent of padding and of how they are stored."""
     beginning = {path: getattr(content, path).astype("<u4") for path in BEGINNING}
     moments = {moments_path(site.layer, site.hook): to_line(found) for site, found in content.moments.items()}
     return digests_by_path(beginning | moments, content.acts, content.scales, content.attention)
@@ -155,8 +155,8 @@ def digests_by_path(
 def array_digest(*arrays: np.ndarray) -> str:
     """Digest of the values of one or more arrays, one after the other, as little-endian bytes.
 
-    At the speed of memory, so that every committed byte can be hashed without slowing the harvest. It guards against
-    damage and mix-ups, not against somebody who forges a store.
+    It runs at the speed of memory, so that every committed byte can be hashed without slowing the harvest. It guards
+    against damage and mix-ups, not against forgery.
     """
     state = xxhash.xxh3_128()
     for array in arrays:
@@ -192,7 +192,7 @@ def _moments_problems(manifest: Manifest, content: ShardContent) -> list[str]:
 
 
 def _attention_problems(manifest: Manifest, windows: int, content: ShardContent) -> list[str]:
-    """Types are exact: the digest is of the values as they are stored."""
+    """Types must match exactly: the digest is of the values as they are stored."""
     kept = (windows, manifest.attention.heads, manifest.context)
     types = {"indptr": np.uint32, "indices": index_dtype(manifest.context), "data": np.float16, "kept_mass": np.float16}
     problems = []
@@ -208,7 +208,7 @@ def _attention_problems(manifest: Manifest, windows: int, content: ShardContent)
 
 
 def _lines(manifest: Manifest, csr: AttentionCsr) -> dict[str, np.ndarray]:
-    """A shard's CSR as full lines: entries at the front, zeros behind; empty rows where windows lack."""
+    """A shard's CSR as full lines: entries first, then zeros; empty rows for missing windows."""
     indptr = np.full((1, line_rows(manifest) + 1), csr.indptr[-1], np.uint32)
     indptr[0, : len(csr.indptr)] = csr.indptr
     indices = np.zeros((1, line_entries(manifest)), csr.indices.dtype)
@@ -219,6 +219,6 @@ def _lines(manifest: Manifest, csr: AttentionCsr) -> dict[str, np.ndarray]:
 
 
 def totals_of(csr: AttentionCsr) -> AttentionTotals:
-    """What a record adds up of a layer's attention."""
+    """The sums over a layer's attention that a record keeps."""
     units = int(np.round(csr.kept_mass.astype(np.float64).sum() * 2**24))
     return AttentionTotals(csr.kept_mass.size, csr.entries, units)

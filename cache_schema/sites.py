@@ -1,4 +1,4 @@
-"""Where in a model activations are taken: a hook, and the layer that it is on."""
+"""Where in a model activations are taken: a hook and its layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOOKS = {
 }
 
 
-SAE_LENS_NAMES = {  # behind `blocks.L.`
+SAE_LENS_NAMES = {  # after `blocks.L.`
     RESID: "hook_resid_post",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
@@ -37,7 +37,7 @@ class Site(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Of its array in a store."""
+        """The path of its array in a store."""
         return f"{self.hook}/layer_{self.layer}"
 
     def __str__(self) -> str:
@@ -45,20 +45,20 @@ class Site(NamedTuple):
 
 
 IN_A_LAYER = re.compile(r"\b(?:blocks|layers|h)\.(\d+)(?:\.(.+))?$")
-_HOOKS_OF = {None: RESID, **{name: hook for hook, name in SAE_LENS_NAMES.items()}}  # by what stands behind the layer
+_HOOKS_OF = {None: RESID, **{name: hook for hook, name in SAE_LENS_NAMES.items()}}  # by what follows the layer
 
 
 def site_named(name: str) -> Site | None:
-    """Of TransformerLens' name, or that of a layer, whose output is the residual stream after it; None of others."""
+    """The site of a TransformerLens name, or of a layer's (its output is the residual stream after it), or None."""
     found = IN_A_LAYER.search(name)
     layer, place = (int(found[1]), found[2]) if found else (0, "unknown")
     if place == "hook_resid_pre" and layer > 0:
-        return Site(RESID, layer - 1)  # before a layer is after the one below
+        return Site(RESID, layer - 1)  # before a layer is after the previous one
     return Site(_HOOKS_OF[place], layer) if place in _HOOKS_OF else None
 
 
 Place = int | Site
-"""What tables of activations are keyed by: a layer where it is the residual stream after it, else a site."""
+"""The key of tables of activations: a layer for the residual stream after it, otherwise a site."""
 
 
 def place_of(hook: str, layer: int) -> Place:
@@ -70,17 +70,17 @@ def site_of(place: Place) -> Site:
 
 
 def key_of(place: Place) -> str:
-    """In JSON: the layer's number where it is the residual stream."""
+    """The key in JSON: the layer's number for the residual stream, otherwise the path."""
     return place.path if isinstance(place, Site) else str(place)
 
 
 def say_place(place: Place) -> str:
-    """As messages name it."""
+    """The name of a place in messages."""
     return str(place) if isinstance(place, Site) else f"layer {place}"
 
 
 def by_hook(sites: Iterable[Site]) -> dict[str, tuple[int, ...]]:
-    """Hook to its layers; hooks in the order of `HOOKS`, layers rising."""
+    """Hook -> its layers; hooks in the order of `HOOKS`, layers rising."""
     found = sorted(set(sites))
     hooks = {site.hook for site in found}
     order = [hook for hook in HOOKS if hook in hooks] + sorted(hooks - set(HOOKS))

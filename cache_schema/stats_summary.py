@@ -23,7 +23,7 @@ from .strict_json import LATER, to_json
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The fields of `Moments` of a hook in one layer, in the order of the file."""
+    """The fields of `Moments` for a hook in one layer, in the order of the file."""
 
     count: int
     mean_norm: float
@@ -61,7 +61,7 @@ def summarise(moments: Moments) -> LayerSummary:
 
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:
-    """The summary, or None where the store has none."""
+    """The summary, or None if the store has none."""
     opened = read_checked(Summary, files, manifest, SUMMARY)
     if opened is None:
         return None

@@ -2,7 +2,7 @@
 
 numpy has no bfloat16, so its bits are stored as uint16 and the array's attributes say so; likewise those of fp8
 (float8_e4m3fn) as uint8. int8 and fp8 are codes: a token's activations are its codes times its scale, so that a row
-of massive norm takes no precision from any other.
+of massive norm costs no other row precision.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STORED_AS = {
     "fp8": np.dtype("u1"),
 }
 
-# What a reader without checks sees where nothing was ever written: NaN, never zeros; in int8 a code of no value.
+# What a reader without checks sees where nothing was written: NaN, never zeros; in int8 an unused code.
 UNWRITTEN = {
     "bfloat16": 0x7FFF,
     "float16": float("nan"),
@@ -30,12 +30,12 @@ UNWRITTEN = {
     "fp8": 0x7F,
 }
 LARGEST: dict[SmallDtype, float] = {"int8": 127.0, "fp8": 448.0}  # the value of the largest code
-ROUND_VALUES = 2**16  # at a time: they stay in a processor's cache
-LEAST_SCALE = np.finfo(np.float32).tiny  # rows that would need a smaller one are zeros
+ROUND_VALUES = 2**16  # at a time, so that they stay in the processor's cache
+LEAST_SCALE = np.finfo(np.float32).tiny  # rows that would need a smaller scale become zeros
 
 
 def say_not_uint32(ids: np.ndarray) -> str:
-    """What an array of tokens or documents holds that uint32, as which it is stored, does not; empty: nothing."""
+    """In words: why an array of tokens or documents cannot be stored as uint32; empty if it can."""
     if ids.dtype.kind not in "iu":
         return f"{ids.dtype}"
     if not ids.size or np.can_cast(ids.dtype, np.uint32):
@@ -45,7 +45,7 @@ def say_not_uint32(ids: np.ndarray) -> str:
 
 
 def to_float32(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:
-    """Stored activations [..., D] as float32 values; `scales` [...] are those of their tokens where there are some."""
+    """Stored activations [..., D] as float32 values; `scales` [...] are those of their tokens, if any."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     values = FP8_VALUES[stored] if dtype == "fp8" else stored.astype(np.float32)
@@ -53,7 +53,7 @@ def to_float32(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None)
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values as stored, rounded to the nearest even where bits are lost."""
+    """float32 values as stored, rounded to nearest even where bits are lost."""
     if dtype != "bfloat16":
         return values.astype(STORED_AS[dtype])
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -78,9 +78,9 @@ def to_codes(stored: np.ndarray, dtype: str, small: SmallDtype) -> tuple[np.ndar
 
 
 def _fp8_codes(values: np.ndarray) -> np.ndarray:
-    """float8_e4m3fn of float32 values no larger than 448, to the nearest even: as torch converts.
+    """float8_e4m3fn of float32 values no larger than 448, rounded to nearest even as torch does.
 
-    From their upper sixteen bits, the last of them set where any was below: that is enough to round three bits by.
+    Made from their upper sixteen bits, the last one set if any bit below was: enough to round to three bits.
     """
     halves = values.view("<u2")
     return _fp8_by_upper_bits().take(halves[:, 1::2] | (halves[:, ::2] != 0))

@@ -1,9 +1,9 @@
 """Frozen dataclasses to JSON and back, strictly.
 
 Reading collects every problem before it raises, each with the path of the value it is about
-(`model.d_model: expected a whole number, found 'x'`); an unknown key is a problem and names its neighbours.
-Nothing is coerced but what JSON cannot say: lists become tuples, integers become floats where a
-float is declared, and object keys become integers where the mapping is declared by integers.
+(`model.d_model: expected a whole number, found 'x'`); an unknown key is a problem, reported with similar names.
+Nothing is coerced except what JSON cannot express: lists become tuples, integers become floats where a
+float is declared, and object keys become integers where the mapping is declared with integer keys.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LATER = "later"
-"""In a field's metadata: it came after stores were written, and is left out of the JSON where it is empty."""
+"""In a field's metadata: added after stores had been written, so left out of the JSON if empty."""
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it: each integer has one form
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it, so that each integer has one form
 
 
 class StrictError(ValueError):
@@ -58,7 +58,7 @@ def from_json(cls: type[T], raw: Any, where: str = "") -> T:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What is in nested objects, by dotted names; an empty object is a value too."""
+    """The values in nested objects, by dotted names; an empty object counts as a value."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
@@ -66,7 +66,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or all the known names when none is near."""
+    """` (did you mean 'x'?)`, or all known names if none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
     if close:
@@ -115,7 +115,7 @@ def _read_dataclass(cls: type, raw: Any, where: str, problems: list[str]) -> Any
         return None
 
 
-@cache  # to work them out takes longer than to read a record
+@cache  # resolving them takes longer than reading a record
 def _hints_of(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -163,7 +163,7 @@ def _read_sequence(kind: Any, origin: type, raw: Any, where: str, problems: list
 
 
 def _are_rows(raw: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether all are lists of just these types."""
+    """Whether all are lists of exactly these types."""
     return set(map(type, raw)) <= {list} and {tuple(map(type, row)) for row in raw} <= {kinds}
 
 

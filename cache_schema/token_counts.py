@@ -1,7 +1,7 @@
-"""stats/counts.json: how many tokens of each window train, so that nobody reads all tokens of a split to begin.
+"""stats/counts.json: how many tokens of each window train, so that no run has to read all tokens of a split to begin.
 
-Derived from tokens and documents and written with them. Stores of before lack it: a reader counts for itself there,
-and gets the same numbers. Special tokens are in none of them.
+Derived from tokens and documents and written with them. Older stores lack it: a reader then counts for itself and gets
+the same numbers. Special tokens are in none of the counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Ids = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Numbers of one split."""
+    """The counts of one split."""
 
     tokens: int  # that train
     same_document: float  # the chance that two of them share a document
@@ -35,7 +35,7 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of a store."""
+    """The counts of a store."""
 
     cache_id: str
     trainable: tuple[int, ...]  # of each window
@@ -49,7 +49,7 @@ def trainable(manifest: Manifest, tokens: np.ndarray) -> np.ndarray:
 
 
 def count_split(manifest: Manifest, parts: Iterable[Ids]) -> tuple[np.ndarray, SplitCounts]:
-    """Trainable tokens of each window (int64 [windows]), and the split's numbers."""
+    """Trainable tokens of each window (int64 [windows]), and the split's counts."""
     counts, documents, beginnings = [np.zeros(0, np.int64)], [], []
     for tokens, ids in parts:
         trains_WT = trainable(manifest, tokens)
@@ -61,7 +61,7 @@ def count_split(manifest: Manifest, parts: Iterable[Ids]) -> tuple[np.ndarray, S
 
 
 def count_all(manifest: Manifest, read: Callable[[Span], Ids]) -> Counts:
-    """Of all splits; `read` gives the tokens and documents of a span."""
+    """The counts of all splits; `read` returns the tokens and documents of a span."""
     every, splits = [], {}
     for split in manifest.splits:
         counts, splits[split] = count_split(manifest, map(read, spans_of(manifest, Request(split=split))))
@@ -70,14 +70,14 @@ def count_all(manifest: Manifest, read: Callable[[Span], Ids]) -> Counts:
 
 
 def pair_share(group_sizes: np.ndarray) -> float:
-    """The chance that two members drawn at random without replacement are of one group."""
+    """The chance that two members drawn at random without replacement are in the same group."""
     sizes = group_sizes.astype(np.float64)
     total = sizes.sum()
     return float((sizes * (sizes - 1)).sum() / (total * (total - 1))) if total > 1 else 0.0
 
 
 def read_counts(files: Files, manifest: Manifest) -> Counts | None:
-    """None where the store has none."""
+    """The counts, or None if the store has none."""
     found = read_checked(Counts, files, manifest, COUNTS)
     if found is None:
         return None
@@ -103,7 +103,7 @@ def write_counts(files: Files, counts: Counts) -> None:
 
 
 def _count_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids with their counts. Ids come in long runs, so runs are counted and not tokens."""
+    """Distinct ids with their counts. Ids come in long runs, so runs are counted, not tokens."""
     starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
     lengths = np.diff(np.concatenate([starts, [len(ids)]]))
     return _add_up(ids[starts], lengths)

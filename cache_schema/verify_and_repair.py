@@ -1,4 +1,4 @@
-"""Read everything and hold it against the commit records; undo the commits of what is damaged."""
+"""Read everything and compare it with the commit records; undo the commits of what is damaged."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .stats_summary import read_summary
 from .token_counts import count_all, read_counts
 from .writer import derive_summary, refresh
 
-Memory = dict[Request, dict[str, np.ndarray]]  # used again for shard after shard
+Memory = dict[Request, dict[str, np.ndarray]]  # reused for shard after shard
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One array of one shard that is not what was committed."""
+    """One array of one shard that differs from what was committed."""
 
     shard: int
     array: str
@@ -52,19 +52,19 @@ class ShardReport:
     """What reading one shard found."""
 
     shard: int
-    record: CommitRecord | None  # None where it cannot be read, or where the shard is not committed
+    record: CommitRecord | None  # None if it cannot be read, or if the shard is not committed
     damage: tuple[Damage, ...]
 
 
 def verify_shards(store: Store) -> Iterator[ShardReport]:
-    """Read every shard, in order, and report on each: of one that is not committed, what it will be made from."""
+    """Read every shard, in order, and report on each; of an uncommitted shard, read the tokens it will be made from."""
     memory: Memory = {}
     for shard in range(store.manifest.shards):
         yield _verify_shard(store, shard, memory) if store.committed[shard] else _verify_beginning(store, shard)
 
 
 def digest(store: Store) -> str:
-    """One hash of all that is committed, from the bytes on disk and not from what the records claim."""
+    """One hash of all that is committed, computed from the bytes on disk, not from what the records claim."""
     records = []
     memory: Memory = {}
     for shard in np.flatnonzero(store.committed).tolist():
@@ -78,7 +78,7 @@ def digest(store: Store) -> str:
 def store_digest(manifest: Manifest, records: Iterable[CommitRecord]) -> str:
     """One hash of all content: the cache id and, in shard order, every array's digest.
 
-    Codec, shard files, host and path leave no trace; a shard that is not committed does.
+    It does not depend on codec, shard files, host or path; it does depend on which shards are committed.
     """
     state = hashlib.sha256(manifest.cache_id.encode())
     for record in records:
@@ -88,7 +88,7 @@ def store_digest(manifest: Manifest, records: Iterable[CommitRecord]) -> str:
 
 
 def find_wrong_derived(store: Store) -> list[str]:
-    """Index, counts and summary that are not what the shards give; every shard must have been found sound before."""
+    """Which of index, counts and summary do not match the shards; every shard must have been found sound before."""
     files, manifest = store.files, store.manifest
     index = read_index(files, manifest)
     covered = index.mask(manifest.shards)
@@ -104,7 +104,7 @@ def find_wrong_derived(store: Store) -> list[str]:
 
 
 def _is_wrong(read: Callable[[], object], derive: Callable[[], object]) -> bool:
-    """None is read where there is no such file, which is no fault."""
+    """Whether a file differs from what is derived. `read` gives None if there is no such file, which is no fault."""
     try:
         found = read()
     except ManifestInvalid:
@@ -113,7 +113,7 @@ def _is_wrong(read: Callable[[], object], derive: Callable[[], object]) -> bool:
 
 
 def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
-    """Make damaged shards uncommitted, so that a harvest writes them again, and derive anew what is wrong or lacks."""
+    """Undo the commits of damaged shards, so that a harvest writes them again, and rebuild wrong or missing files."""
     files = open_files(url)
     root = read_root(files)
     manifest = root.manifest
@@ -124,7 +124,7 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
         for shard in damaged:
             if not claims.take(shard):
                 raise StoreBusy(
-                    f"shard {shard} of {url} is being written right now: let that end, then repair{claims.if_killed}"
+                    f"shard {shard} of {url} is being written right now. Wait for that, then repair{claims.if_killed}"
                 )
         with claims.hold_derived(must=bool(damaged)) as is_alone:
             for key in wrong:
@@ -133,13 +133,13 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
                 forget(files, manifest, damaged)
             refresh(files, manifest, is_alone)
     finally:
-        for shard in damaged:  # or those of a repair that was refused would be held as a dead writer's are
+        for shard in damaged:  # or a refused repair would hold them as a dead writer does
             claims.release(shard)
         claims.close()
 
 
 def drop_broken_derived(url: str) -> list[str]:
-    """Remove index, counts and summary where they cannot be read, rewrite array documents; return what was mended."""
+    """Remove unreadable index, counts and summary, rewrite array documents; return what was repaired."""
     files = open_files(url)
     root = read_root(files)
     manifest, mended = root.manifest, []
@@ -161,7 +161,7 @@ def _verify_shard(store: Store, shard: int, memory: Memory) -> ShardReport:
     try:
         record = read_record(store.files, store.manifest, shard)
     except StoreUnreachable:
-        raise  # says nothing of the shard
+        raise  # says nothing about the shard
     except StoreError as error:
         return ShardReport(shard, None, (Damage(shard, "commits", str(error)),))
     damage: list[Damage] = []
@@ -177,11 +177,11 @@ def _verify_shard(store: Store, shard: int, memory: Memory) -> ShardReport:
     for path, value in found.items():
         expected = record.arrays[path].digest if path in record.arrays else "no digest"
         if value != expected:
-            damage.append(Damage(shard, path, f"array {path}: the record says {expected}, the values give {value}"))
+            damage.append(Damage(shard, path, f"array {path}: expected {expected} as in the record, found {value}"))
     for layer, totals in sums.items():
-        if record.attention.get(layer) != totals:  # what `info` and the summary add up
+        if record.attention.get(layer) != totals:  # the totals that `info` and the summary use
             name = f"attention/layer_{layer}"
-            problem = f"{name}: the record adds up {record.attention.get(layer)}, the values give {totals}"
+            problem = f"{name}: expected {record.attention.get(layer)} as in the record, found {totals}"
             damage.append(Damage(shard, name, problem))
     return ShardReport(shard, record, tuple(damage))
 
@@ -197,7 +197,7 @@ def _verify_beginning(store: Store, shard: int) -> ShardReport:
 
 
 def _single_requests(store: Store) -> dict[str, Request]:
-    """One request for each thing that can be damaged by itself."""
+    """One request for each part that can be damaged by itself."""
     manifest = store.manifest
     requests = {"tokens": Request(tokens=True), "documents": Request(documents=True)}
     requests |= {site.path: Request.of([site]) for site in manifest.sites}

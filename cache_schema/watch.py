@@ -1,6 +1,6 @@
-"""How far all writers of a store are: what is committed, what is held and by whom, how fast, how long it will take.
+"""The progress of all writers of a store: what is committed, what is held and by whom, the rate and the time left.
 
-Reads the index and looks for newer records, as every reader does, and looks at the claims; takes none.
+Reads the index, newer records, as every reader does, and the claims; takes no claim.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .numbers_in_words import say_time
 from .open_and_check_root import read_root
 from .shard_claims import find_held
 
-LOOK_BACK_SECONDS = 300.0  # the rate is of these: workers come and go
+LOOK_BACK_SECONDS = 300.0  # the rate is over these: workers come and go
 
 
 @dataclass(frozen=True)
 class Progress:
-    """At one moment."""
+    """Progress at one moment."""
 
     shards: int
     committed: int
     held: dict[int, str] | None
-    """Shard to whoever is writing it; None where the system does not tell."""
+    """Shard -> its writer; None if the system cannot tell."""
     rate: float | None
-    """Shards a second of late; None before two looks differ."""
+    """Recent shards per second; None until two looks differ."""
 
     @property
     def is_whole(self) -> bool:
@@ -47,7 +47,7 @@ class Progress:
         if len(holders) > 4:
             parts.append(f"{sum(holders.values()):,} held by {len(holders):,} writers in all")
         if not holders:
-            parts.append("who is writing is not known" if self.held is None else "nobody is writing")
+            parts.append("who is writing is unknown" if self.held is None else "nobody is writing")
         if self.rate:
             parts.append(f"{self.rate * 60:,.1f} a minute, {say_time(self.seconds_left or 0)} left")
         return ", ".join(parts)
@@ -59,7 +59,7 @@ def follow(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Progress]:
-    """Look again and again, until the store is whole."""
+    """Report progress again and again, until the store is whole."""
     files = open_files(url)
     manifest = read_root(files).manifest
     seen: deque[tuple[float, int]] = deque()

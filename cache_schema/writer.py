@@ -1,8 +1,8 @@
-"""Write a store: tokens first and whole, then shards in any order, each committed by its record.
+"""Write a store: all tokens first, then shards in any order, each committed by its record.
 
-The root document comes last of the beginning: without it there is no store. A shard's record is written once its chunks
-are flushed: a kill at any instant leaves either the whole shard or none of it. Nothing that is written depends on who
-writes it, when, or in which order.
+The root document is the last file of the beginning: without it there is no store. A shard's record is written once its
+chunks are flushed: a kill at any instant leaves either the whole shard or none of it. Nothing that is written depends
+on who writes it, when, or in which order.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from .stored_dtypes import say_not_uint32
 from .token_counts import count_all, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
-REMOTE_WRITERS = 16  # of an object store, which answers slowly but many at once
-COMPACT_EVERY = 64  # the index is brought up to date with one shard of so many, whoever writes it
-MOST_COMPACTIONS = 1000  # of a store's shards: each looks for all that lack, which many thousand shards make long
+REMOTE_WRITERS = 16  # an object store answers slowly but many at once
+COMPACT_EVERY = 64  # one shard in so many brings the index up to date, whoever writes it
+MOST_COMPACTIONS = 1000  # per store: each looks for every missing record, which takes long with many thousand shards
 
 
 class StoreWriter:
@@ -72,12 +72,12 @@ class StoreWriter:
     def create(
         cls, url: str | os.PathLike[str], manifest: Manifest, tokens: np.ndarray, documents: np.ndarray
     ) -> StoreWriter:
-        """Begin a store, or go on with one of the same settings."""
+        """Begin a store, or resume one with the same settings."""
         files, manifest = open_files(url), seal(manifest)
         if array := find_too_large(manifest):
             raise ManifestInvalid(
-                f"{array.path}: a shard would take {array.chunk_bytes / 2**30:,.2f} GiB in one piece, and chunks of a "
-                f"store are below 2 GiB. Make shards of fewer windows than {manifest.shard_windows}"
+                f"{array.path}: expected chunks below 2 GiB, found {array.chunk_bytes / 2**30:,.2f} GiB, a whole "
+                f"shard. Make shards of fewer windows than {manifest.shard_windows}"
             )
         _validate_tokens(manifest, tokens, documents)
         writer = cls(files, manifest)
@@ -90,7 +90,7 @@ class StoreWriter:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> StoreWriter:
-        """Continue a store that was started before."""
+        """Resume an existing store."""
         files = open_files(url)
         root = read_root(files)
         require_writable(files.url, root)
@@ -104,7 +104,7 @@ class StoreWriter:
 
     @property
     def if_killed(self) -> str:
-        """What to add for a person who finds a shard held: when it is free again though its writer was killed."""
+        """What to add to a message about a held shard: when it is free again if its writer was killed."""
         return self._claims.if_killed
 
     def pending(self) -> list[int]:
@@ -112,13 +112,13 @@ class StoreWriter:
         return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
 
     def left(self) -> tuple[list[int], int]:
-        """Those of the pending that are worth trying, and how many are pending in all."""
+        """The pending shards that are worth trying, and how many are pending in all."""
         pending = self.pending()
         return self._claims.worth_trying(pending), len(pending)
 
     @contextmanager
     def claim(self, shard: int) -> Iterator[bool]:
-        """Hold a shard; yields False when another writer holds it or has committed it meanwhile."""
+        """Hold a shard; yields False if another writer holds it or has committed it meanwhile."""
         if not self._claims.take(shard):
             yield False
             return
@@ -128,10 +128,10 @@ class StoreWriter:
             self._claims.release(shard)
 
     def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord | None:
-        """Write a claimed shard and commit it; `device`: what computed it.
+        """Write a claimed shard and commit it; `device` is what computed it.
 
-        None, and nothing is written, where the claim lapsed meanwhile and another writer has it: it may have committed
-        the shard, and what another device computed has other bytes.
+        Returns None and writes nothing if the claim has lapsed and another writer has it: that one may have committed
+        the shard, and another device computes other bytes.
         """
         validate_content(self.manifest, shard, content)
         if not self._claims.keeps(shard):
@@ -152,7 +152,7 @@ class StoreWriter:
         return record
 
     def _write_chunks(self, tasks: Sequence[tuple[ShardPart, int]]) -> list[int]:
-        """Write all; when one fails, nothing is in flight any more before the claim on the shard is given back."""
+        """Write all chunks; if one fails, wait until nothing is in flight, so that the claim can be released."""
         futures = [self._pool.submit(self._write_chunk, *task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -170,7 +170,7 @@ class StoreWriter:
         return sum(buffer.nbytes for buffer in buffers)
 
     def _size_of(self, layout: ArrayLayout, shard: int) -> int:
-        """On disk, of a chunk that was written with the store's beginning; asked for where it is compressed."""
+        """Size on disk of a chunk that was written when the store was begun; looked up if it is compressed."""
         if layout.codec == "raw":
             return layout.chunk_bytes + CHECKSUM_BYTES
         return self.files.size(layout.chunk_key(shard))
@@ -179,7 +179,7 @@ class StoreWriter:
         """Write the store's beginning, unless a store of the same settings exists."""
         if not self._claims.take(CREATION):
             raise StoreBusy(
-                f"another process is creating {self.files.url} right now: wait until it has, then try again"
+                f"another process is creating {self.files.url} right now. Wait for it to end, then try again"
                 f"{self.if_killed}"
             )
         try:
@@ -193,7 +193,7 @@ class StoreWriter:
             self._claims.release(CREATION)
 
     def _write_beginning(self, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Write all that is there before the first shard; the root document comes last."""
+        """Write everything that comes before the first shard; the root document comes last."""
         for key, data in documents_of(self.manifest).items():
             self.files.replace(key, data)
         for path, values in zip(BEGINNING, (tokens, documents), strict=True):
@@ -204,12 +204,12 @@ class StoreWriter:
         write_counts(self.files, counts)
         if not self._claims.keeps(CREATION):
             raise StoreBusy(
-                f"another process has begun a store at {self.files.url} meanwhile: run the same command again"
+                f"another process has begun a store at {self.files.url} meanwhile. Run the same command again"
             )
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
     def close(self) -> None:
-        """Bring what is derived up to date: the index, and the summary of a finished store."""
+        """Bring derived files up to date: the index, and the summary of a finished store."""
         try:
             if self.files.exists(ROOT):
                 with self._claims.hold_derived() as is_alone:
@@ -223,10 +223,10 @@ class StoreWriter:
 
 
 def compacts_after(shard: int, shards: int) -> bool:
-    """Whether who commits this shard brings the index up to date.
+    """Whether the writer that commits this shard brings the index up to date.
 
-    What a writer counts of its own is never enough where thousands share a store. The shards lie about evenly, and so
-    that writers who take every n-th of all get as many each, whatever n is: multiples of the golden ratio.
+    Counting its own shards would not do: with thousands of writers none writes enough. These shards are spread evenly,
+    by multiples of the golden ratio, so that writers that take every n-th shard get equally many, whatever n is.
     """
     every = max(COMPACT_EVERY, shards // MOST_COMPACTIONS)
     return (shard + 1) * 0x9E3779B1 % 2**32 < 2**32 // every
@@ -236,12 +236,12 @@ def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> None:
     """Derive again what is missing of index, counts and summary; `is_alone`: the caller holds the claim."""
     index = compact(files, manifest, is_alone)
     if not files.exists(COUNTS):
-        with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are mended
+        with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are repaired
             write_counts(files, count_all(manifest, store.ids))
     if index.mask(manifest.shards).all() and read_summary(files, manifest) is None:
         write_summary(files, derive_summary(files, manifest, index))
         if not (is_alone or compact(files, manifest, is_alone).mask(manifest.shards).all()):
-            files.remove(SUMMARY)  # somebody took shards away meanwhile
+            files.remove(SUMMARY)  # shards were removed meanwhile
 
 
 def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:

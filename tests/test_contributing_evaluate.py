@@ -94,7 +94,7 @@ def test_files_of_ones_own_lie_outside_the_repository(template, tmp_path):
         (tmp_path / place).write_text(template(place))
     (tmp_path / "twice/train/variants").mkdir(parents=True)
     (tmp_path / "twice/train/variants/topk.py").touch()
-    said_of = {"": "", "gone": "there is no such folder", "twice": "topk: the name of one that saemill has"}
+    said_of = {"": "", "gone": "there is no such folder", "twice": "topk: saemill has a file of this name"}
     digests = set()
     for folder, said in ((tmp_path / name, said) for name, said in [*said_of.items(), ("", "")]):
         environment = {**os.environ, "SAEMILL_EXTRA": str(folder)}

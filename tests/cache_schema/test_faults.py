@@ -180,7 +180,7 @@ def test_verify_finds_sums_that_are_not_of_the_values(finished):
     path.write_text(json.dumps(record))
     found = CliRunner().invoke(main, ["verify", str(folder)])
     assert found.exit_code == 1
-    assert f"shard {HURT}: attention/layer_{layer}: the record adds up " in found.output
+    assert f"shard {HURT}: attention/layer_{layer}: expected " in found.output
 
 
 def test_a_damaged_line_of_moments_is_named(finished):
@@ -212,15 +212,15 @@ def decrease(indptr: np.ndarray) -> None:
 
 CSR_DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], None], str]] = {
     "indptr decreases": ("indptr", decrease, "decrease"),
-    "indptr has a hole": ("indptr", lambda p: np.add(p, 9, out=p, where=np.arange(p.size) > 20), "hole"),
-    "indptr has a hole in front": ("indptr", lambda p: np.add(p, 1, out=p), "hole in front"),
+    "indptr has a hole": ("indptr", lambda p: np.add(p, 9, out=p, where=np.arange(p.size) > 20), "gap"),
+    "indptr has a hole in front": ("indptr", lambda p: np.add(p, 1, out=p), "gap at the start"),
     "indptr points behind the line": ("indptr", lambda p: p.__setitem__((0, slice(30, None)), 2**31), "entries"),
-    "indptr was never written": ("indptr", lambda p: p.fill(2**32 - 1), "hole"),
+    "indptr was never written": ("indptr", lambda p: p.fill(2**32 - 1), "gap"),
     "a position outside the window": ("indices", lambda i: i.__setitem__((0, 5), 200), "outside the window"),
     "positions do not rise": ("indices", lambda i: i.fill(0), "do not rise"),
     "a position after its query": ("indices", lambda i: np.subtract(7, i, out=i), "rise|later position"),
-    "a mass of NaN": ("kept_mass", lambda m: m.__setitem__((1, 0, 3), np.nan), "kept mass of row 19 is no number"),
-    "an endless mass": ("kept_mass", lambda m: m.__setitem__((0, 1, 0), np.inf), "kept mass of row 8 is no number"),
+    "a mass of NaN": ("kept_mass", lambda m: m.__setitem__((1, 0, 3), np.nan), "kept mass of row 19 is not a number"),
+    "an endless mass": ("kept_mass", lambda m: m.__setitem__((0, 1, 0), np.inf), "kept mass of row 8 is not a number"),
 }
 
 
@@ -359,7 +359,7 @@ def test_what_has_no_record_does_not_exist_although_its_chunks_lie_there(finishe
     (folder / "commits/index.json").unlink()
     span = Span(HURT, *manifest.shard_range(HURT))
     with Store.open(folder) as store:
-        with pytest.raises(StoreUnfinished, match=r"goes on where it stopped"):
+        with pytest.raises(StoreUnfinished, match=r"resumes where it stopped"):
             store.spans(EVERYTHING)
         with pytest.raises(StoreUnfinished):
             store.read(EVERYTHING, span)
@@ -379,8 +379,8 @@ def test_other_settings_on_one_path_are_refused_with_their_differences(synthetic
         StoreWriter.create(
             tmp_path, dataclasses.replace(manifest, model=model, codec="lz4"), corpus.tokens, corpus.documents
         )
-    assert "model.id: the store has 'toy', asked for 'other'" in str(caught.value)
-    assert "codec: the store has 'raw', asked for 'lz4'" in str(caught.value)
+    assert "model.id: the store has 'toy', but 'other' was asked for" in str(caught.value)
+    assert "codec: the store has 'raw', but 'lz4' was asked for" in str(caught.value)
     assert "context" not in str(caught.value)
 
 

@@ -129,7 +129,7 @@ def test_faults_have_the_same_names(synthetic, url):
     corpus = synthetic.write_store(url, manifest, shards=[0, 1, 2])
     with Store.open(url) as store, pytest.raises(StoreUnfinished):
         store.spans(EVERYTHING)
-    with pytest.raises(StoreMismatch, match="codec: the store has 'raw', asked for 'zstd'"):
+    with pytest.raises(StoreMismatch, match="codec: the store has 'raw', but 'zstd' was asked for"):
         synthetic.write_store(url, synthetic.make_manifest(codec="zstd"), corpus)
     fs, path = fsspec.core.url_to_fs(url)
     fs.pipe_file(f"{path}/resid/layer_3/c.1.0.0", b"short")
@@ -343,7 +343,7 @@ def test_repair_takes_nothing_away_beside_another_that_derives_the_index(synthet
     assert slow.take(claims_module.DERIVED)
     monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
     with pytest.raises(
-        StoreBusy, match=r"up to date: let it end, then try again\. If that writer was killed, run again"
+        StoreBusy, match=r"up to date. Wait for it, then try again\. If that writer was killed, run again"
     ):
         repair(url, [1])
     with Store.open(url) as store:

@@ -73,13 +73,13 @@ def test_requests_and_tokens_that_fill_no_window_are_counted(tmp_path: Path) -> 
     write_requests(tmp_path / "states", [3] * 50 + [110, 108])
     words = ("--vllm", tmp_path / "states", "--layer", 19, "--layer", 3, "--model", "m")
     said = run("import", tmp_path / "store", *words, "--context", 4)
-    expected = "152 of 368 tokens, as they fill no window of 4; 50 of 52 requests are shorter than one"
+    expected = "152 of 368 tokens, which fill no window of 4; 50 of 52 requests are shorter than one"
     assert "54 windows" in said and f"left out: {expected}\n" in said
     whole = run("import", tmp_path / "whole", *words, "--context", 1)
     cut = "windows of one document are in two splits"
     assert "left out" not in whole and cut not in whole and cut in said
     (tmp_path / "states" / "request-0" / "states.pt").touch()
-    others = f"1 other file of {tmp_path / 'states'}, as its .safetensors files are read: 'request-0/states.pt'"
+    others = f"1 other file of {tmp_path / 'states'} ('request-0/states.pt'): only its .safetensors files are read"
     assert f"left out: {others}\n" in run("import", tmp_path / "whole", *words, "--context", 1)
 
 
@@ -92,8 +92,8 @@ def test_what_cannot_become_a_store_is_named(tmp_path: Path) -> None:
     states.mkdir()
     assert "found none" in said(*word)
     write_requests(states, [9, 4])
-    assert "requests of 4 to 9 tokens. Give --context T" in said(*word)
-    assert "hold 2 layers, found --layer [1]" in said("--layer", 1, "--model", "m", "--context", 4)
+    assert "requests have 4 to 9 tokens. Give --context T" in said(*word)
+    assert "expected 2 layers, as in its files, found --layer [1]" in said("--layer", 1, "--model", "m", "--context", 4)
     assert "no request fills a window of 10 tokens" in said(*word, "--context", 10)
     file = states / "request-1" / "hidden_states.safetensors"
     whole = file.read_bytes()

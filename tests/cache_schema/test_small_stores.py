@@ -114,7 +114,7 @@ def test_who_asks_for_the_models_own_bits_is_refused_before_anything_is_read(syn
     synthetic.write_store(tmp_path / "exact", synthetic.make_manifest())
     with Store.open(tmp_path / "small") as store:
         store.files.read = None  # pyright: ignore[reportAttributeAccessIssue] (nothing may be read)
-        with pytest.raises(RequestInvalid, match="to the bit, found a store that keeps them as int8.*--stored-as"):
+        with pytest.raises(RequestInvalid, match="computed them, found a store that keeps them as int8.*--stored-as"):
             store.spans(Request(layers=(3,), exact=True))
     with Store.open(tmp_path / "exact") as store:
         assert store.spans(Request(layers=(3,), exact=True))
@@ -124,7 +124,7 @@ def test_a_store_is_not_continued_in_another_size(synthetic, tmp_path: Path) -> 
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[0])
     other = synthetic.make_manifest(stored_as="fp8")
-    with pytest.raises(StoreMismatch, match="stored_as: the store has none, asked for 'fp8'"):
+    with pytest.raises(StoreMismatch, match="stored_as: the store has none, but 'fp8' was asked for"):
         StoreWriter.create(tmp_path / "store", other, corpus.tokens, corpus.documents)
 
 

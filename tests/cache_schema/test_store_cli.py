@@ -167,15 +167,15 @@ def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None
             None,
             "expected activations as float32, float16 or bfloat16 bits in uint16, found float64",
         ),
-        (np.zeros((4, 8), np.float32), None, "or [rows, width] with --context T, how many rows of one text"),
-        (np.zeros(4, np.float32), None, "follow each other (1 where none do), found (4,)"),
+        (np.zeros((4, 8), np.float32), None, "or [rows, width] with --context T, the number of consecutive"),
+        (np.zeros(4, np.float32), None, "rows from one text (1 if none are consecutive), found (4,)"),
         (np.zeros((4, 8), np.float32), np.zeros((1, 5), int), "of at least 1 each, found (0, 5, 8)"),
         (
             np.zeros((4, 8, 2), np.float32),
             np.zeros((4, 7), int),
-            "expected tokens of shape (4, 8), or one a row: 32; found (4, 7)",
+            "expected tokens of shape (4, 8), or one per row: 32; found (4, 7)",
         ),
-        (np.zeros((4, 8, 2), np.float32), np.zeros(4, int), "or one a row: 32; found (4,)"),
+        (np.zeros((4, 8, 2), np.float32), np.zeros(4, int), "or one per row: 32; found (4,)"),
         (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
         (np.zeros((4, 8, 0), np.float32), None, "of at least 1 each, found (4, 8, 0)"),
         (np.zeros((0, 8, 2), np.float32), np.zeros((0, 8)), "of at least 1 each, found (0, 8, 2)"),
@@ -218,19 +218,17 @@ def test_import_of_folders_and_of_rows(tmp_path: Path, arrays: dict[str, np.ndar
     ):
         result = run("import", tmp_path / f"s{number}", *words, *more)
         assert result.exit_code == 0, result.output
-        assert ("run on from file to file" in " ".join(result.output.split())) == ("resid_rows" in str(more))
+        assert ("rows run across files" in " ".join(result.output.split())) == ("resid_rows" in str(more))
         with Store.open(tmp_path / f"s{number}") as found, Store.open(tmp_path / "whole") as expected:
             assert digest(found) == digest(expected)
     result = run("import", tmp_path / "rest", "--resid", tmp_path / "resid_rows", "--context", context + 1, *words)
     rest = windows * context % (context + 1)
-    assert (
-        result.exit_code == 0 and f"left out: {rest:,} rows, as they fill no window of {context + 1}" in result.output
-    )
+    assert result.exit_code == 0 and f"left out: {rest:,} rows, which fill no window of {context + 1}" in result.output
     np.save(tmp_path / "resid_rows" / "part_11.npy", np.zeros((3, 5), np.float32))
     (tmp_path / "empty").mkdir()
     for folder, message in (
-        ("resid_rows", "one shape but for length: found float32 [16], float32 [5]"),
-        ("empty", "expected .npy files in it, found none"),
+        ("resid_rows", "one shape except for length, found float32 [16], float32 [5]"),
+        ("empty", "expected .npy files in this folder, found none"),
     ):
         result = run("import", tmp_path / "bad", "--resid", tmp_path / folder, "--context", context, *words)
         assert result.exit_code == 1 and message in " ".join(result.output.split())
@@ -250,11 +248,11 @@ def test_other_files_of_a_folder_are_told(tmp_path: Path, arrays: dict[str, np.n
         (tokens / f"{number}.txt").touch()
     said = run("import", tmp_path / "part", *words).output
     assert (
-        f"left out: 2 other files of {acts}, as the .npy files at its top are read: 'more/part_2.npy', 'part_1.pt'; "
+        f"left out: 2 other files of {acts} ('more/part_2.npy', 'part_1.pt'): only the .npy files at its top are read; "
         in said
     )
-    assert f"9 other files of {tokens}, as the .npy files at its top are read: '0.txt', '1.txt'" in said
-    assert said.count(".txt'") == 8 and "'7.txt', and others\n" in said
+    assert f"9 other files of {tokens} ('0.txt', '1.txt'," in said
+    assert said.count(".txt'") == 8 and "'7.txt', and others)" in said
 
 
 def test_import_of_a_file_of_the_other_byte_order(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -445,7 +443,7 @@ def test_info_says_names_as_they_are_and_which_model_is_the_bundled_one(store: P
 def test_verify_reads_every_byte(store: Path) -> None:
     result = run("verify", store)
     assert result.exit_code == 0
-    assert "3 shards read, every one is what was committed" in result.output
+    assert "3 shards read, all exactly as committed" in result.output
 
 
 @pytest.mark.parametrize("array", ["resid/layer_4", "tokens", "documents"])
@@ -493,7 +491,7 @@ def test_verify_finds_values_that_were_rewritten_with_a_right_checksum(store: Pa
     chunk.write_bytes((store / "resid/layer_4/c.1.0.0").read_bytes())
     result = run("verify", store)
     assert result.exit_code == 1
-    assert "shard 2: array resid/layer_4: the record says xxh3_128:" in result.output
+    assert "shard 2: array resid/layer_4: expected xxh3_128:" in result.output
 
 
 @pytest.mark.parametrize(("at", "number"), [(0, np.nan), (3, np.inf), (0, -1.0), (3, 2.5)])
@@ -546,10 +544,10 @@ def test_repair_then_the_same_import_gives_the_same_digest(store: Path, tmp_path
     before = run("digest", store).output
     flip_byte(store, "resid/layer_4", "c.1.0.0")
     result = run("repair", store)
-    assert result.exit_code == 0 and "removed: shard 1. The same import or harvest writes" in result.output, (
+    assert result.exit_code == 0 and "removed: shard 1. Run the same import or harvest again" in result.output, (
         result.output
     )
-    assert "2 of 3 committed (1 to go: the same import or harvest" in run("info", store).output
+    assert "2 of 3 committed (1 to go: run the same import or harvest" in run("info", store).output
     assert import_files(tmp_path, store).exit_code == 0
     assert run("digest", store).output == before
 
@@ -583,7 +581,7 @@ def test_what_is_derived_and_wrong_is_found_and_made_again(store: Path, key: str
     (store / key).write_text(changed)
     result = run("verify", store)
     assert result.exit_code == 1
-    assert f"{key}: not what the shards give" in result.stderr and f"sae-store repair {store}" in result.stdout
+    assert f"{key}: inconsistent with the shards" in result.stderr and f"sae-store repair {store}" in result.stdout
     found = json.loads(run("verify", store, "--json").stdout)
     assert (found["damaged"], found["derived_damaged"]) == ([], [key])
     result = run("repair", store)
@@ -601,7 +599,7 @@ def test_what_is_derived_and_not_there_is_no_fault(store: Path) -> None:
 def test_repair_mends_the_others_where_tokens_are_gone(store: Path) -> None:
     flip_byte(store, "tokens", "c.0.0")
     flip_byte(store, "resid/layer_4", "c.1.0.0")
-    assert f"Mend the others with: sae-store repair {store}" in run("verify", store).output
+    assert f"Repair the others with: sae-store repair {store}" in run("verify", store).output
     result = run("repair", store)
     assert result.exit_code == 1
     assert "removed: shard 1." in result.output

@@ -65,7 +65,7 @@ def test_every_lock_of_every_writer_is_found(tmp_path):
 
 def test_a_system_that_does_not_tell_locks_is_not_taken_for_silence(synthetic, tmp_path, monkeypatch):
     synthetic.write_store(tmp_path, synthetic.make_manifest(), shards=[0])
-    unknown = "1 of 6 shards are committed, who is writing is not known"
+    unknown = "1 of 6 shards are committed, who is writing is unknown"
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

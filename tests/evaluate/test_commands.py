@@ -137,7 +137,7 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     plain("sae-store", "info", small.store)
     assert parsed("sae-store", "info", small.store)["layers"] == [2]
     assert parsed("sae-store", "verify", small.store)["damaged"] == []
-    assert "every one is what was committed" in plain("sae-store", "verify", small.store).stdout
+    assert "all exactly as committed" in plain("sae-store", "verify", small.store).stdout
     digest = plain("sae-store", "digest", small.store).stdout.strip()
     told = parsed("sae-store", "digest", small.store)
     assert told.pop("shards") == told.pop("shards_committed") and told == {"url": small.store, "digest": digest}
