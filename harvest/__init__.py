@@ -1,7 +1,6 @@
 """From a language model and a corpus to a store, in one pass of the model.
 
-`saemill.harvest(model="pocket", layer=19, out="./store")` harvests, with the words of `sae-harvest`, and gives the
-store.
+`saemill.harvest(model="pocket", layer=19, out="./store")` takes the options of `sae-harvest` and returns the store.
 """
 
 from .. import make_callable

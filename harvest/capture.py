@@ -1,6 +1,6 @@
-"""One forward pass over a batch of windows: wanted residuals, hooks and sparsified attention, nothing else.
+"""One forward pass over a batch of windows: the wanted residuals, hooks and sparsified attention, nothing else.
 
-Of activations references are kept, nothing is copied; dense probabilities are forgotten block by block.
+Activations are kept by reference, without copies; dense probabilities are dropped block by block.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .sparsify_attention import KeptRows, sparsify
 
 @dataclass(frozen=True)
 class Captured:
-    """What one batch gave, on the device that computed it."""
+    """The results of one batch, on the device that computed them."""
 
     acts: dict[Site, Tensor]
     """[windows, context, width] in the dtype of the model."""
@@ -39,7 +39,7 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
 
 @torch.inference_mode()
 def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[Site, Tensor]:
-    """The forward pass: activations by their place; attention probabilities go to the sinks, block by block."""
+    """The forward pass: returns activations by site; attention probabilities go to the sinks, block by block."""
     with kept(model.stack, model.facts.model_type, model.wanted.sites) as acts:
         model.stack(input_ids=ids_WT, use_cache=False, sinks=sinks)
     return acts

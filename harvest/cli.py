@@ -1,4 +1,4 @@
-"""`sae-harvest`: run a model over a corpus once, and keep residuals and attention in a store."""
+"""`sae-harvest`: run a model over a corpus once and keep residuals and attention in a store."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Examples:
 @click.option(
     "--layer",
     type=int,
-    help="Keep the residual stream after this layer.  [default: 19 for a Gemma-2 of 26 layers, else the middle]",
+    help="Keep the residual stream after this layer.  [default: 19 for a Gemma-2 of 26 layers, else the middle one]",
 )
 @click.option(
     "--resid-layers", metavar="LAYERS", help="Also keep it after these layers: 17..20, or -2..+1 counted from --layer."
@@ -67,20 +67,20 @@ Examples:
 @click.option(
     "--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much attention."
 )
-@click.option("--attention-topk", default=16, show_default=True, help="Keep at most this many keys a row.")
+@click.option("--attention-topk", default=16, show_default=True, help="Keep at most this many keys per row.")
 @click.option(
     "--leave-out",
     metavar="KEYS",
     default="none",
     show_default=True,
-    help="Keys that take neither slots nor mass: bos (a window's first token), self, or bos,self.",
+    help="Keys to ignore, in slots and in mass: bos (a window's first token), self, or bos,self.",
 )
 @click.option(
     "--attention-heads",
     type=click.Choice(["mean", "all"]),
     default="mean",
     show_default=True,
-    help="Keep the mean of a layer's heads, or the rows of each head.",
+    help="Keep the mean over a layer's heads, or the rows of each head.",
 )
 @click.option(
     "--dataset",
@@ -89,7 +89,7 @@ Examples:
 @click.option("--dataset-config", help="Configuration of a data set of the hub.")
 @click.option("--dataset-split", default="train", show_default=True)
 @click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
-@click.option("--column", default="text", show_default=True, help="The column that holds the text of rows.")
+@click.option("--column", default="text", show_default=True, help="The column that holds the text.")
 @click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
 @click.option("--context", default=128, show_default=True, help="Tokens in a window.")
 @click.option(
@@ -97,18 +97,18 @@ Examples:
     type=click.Choice(["concat", "documents"]),
     default="concat",
     show_default=True,
-    help="concat: documents follow each other, BOS between them; documents: a window is of one, its rest left out.",
+    help="concat: join documents with BOS between them; documents: one per window, leaving out what does not fill one.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
-    help="Keep activations in this type, one scale a token: half of bfloat16's bytes.  [default: bits as computed]",
+    help="Store activations in this type, one scale per token: half the bytes of bfloat16.  [default: as computed]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
-@click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")
+@click.option("--shard-windows", default=256, show_default=True, help="Windows per shard, the unit of work.")
 @click.option(
-    "--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens, 512 for small models]"
+    "--batch-windows", type=int, help="Windows per forward pass.  [default: 2,048 tokens, 512 for small models]"
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
@@ -116,20 +116,20 @@ Examples:
     default="1/1",
     show_default=True,
     metavar="I/N",
-    help="This is the I-th of N processes; after its share it takes what others have left.",
+    help="This is the I-th of N processes; after its share it takes on what others have left.",
 )
 @click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
 @click.option(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Say what it would cost and write no store. A GGUF file is converted for this, once.",
+    help="Show what it would cost without writing a store. A GGUF file is converted for this, once.",
 )
 @as_json()
 def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
     """Run a language model over a corpus once; keep residuals, attention and tokens in a store.
 
-    After a stop at any point, the same command goes on where it was. Several processes share the work under
+    If stopped at any point, the same command resumes where it was. Several processes share the work under
     `accelerate launch` or `torchrun`, or each with its own --worker.
     """
     with _reported(options["out"]):
@@ -141,7 +141,7 @@ def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
 
 
 def make_config(options: dict[str, Any]) -> HarvestConfig:
-    """The options as the command line gives them, read."""
+    """The configuration that the options of the command line ask for."""
     same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
     also = ("stored_as", "shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
     return HarvestConfig(
@@ -165,12 +165,12 @@ def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
     if options["dataset"] is not None:
         return said
     for words in said.beside.values():
-        raise SettingInvalid(f"{words} goes with --dataset: name that too, {OPENWEBTEXT} say")
+        raise SettingInvalid(f"{words} goes with --dataset: give that too, for example {OPENWEBTEXT}")
     return None
 
 
 def _harvest(config: HarvestConfig, is_json: bool) -> None:
-    from .run import harvest  # late: --help must not wait for torch and transformers
+    from .run import harvest  # imported late: --help must not wait for torch and transformers
 
     finished = harvest(config)
     if not finished.speaks:
@@ -183,15 +183,15 @@ def _harvest(config: HarvestConfig, is_json: bool) -> None:
         return
     with Store.open(config.out) as store:
         open_console().print(render_store(describe(store)))
-        if store.manifest.sites:  # not attention alone
+        if store.manifest.sites:  # not only attention
             click.echo(f"next: {training_command(store.manifest, config)}")
     for line in finished.fell_back:
         click.echo(line)
 
 
 def training_command(manifest: Manifest, config: HarvestConfig) -> str:
-    """An SAE that can be trained on the store: of residuals where it holds some, else of an MLP, else of what it has.
-    Where it holds several layers, that which was asked for, or the middle one."""
+    """A command that trains an SAE on the store: on residuals if it holds any, else on an MLP, else on what it has. Of
+    several layers it names the one asked for, or the middle one."""
     hooks = by_hook(manifest.sites)
     hook, variant = next(iter(hooks)), "topk"
     layers = hooks[hook]
@@ -204,7 +204,7 @@ def training_command(manifest: Manifest, config: HarvestConfig) -> str:
 
 
 def _document_of(finished: Finished) -> dict[str, Any]:
-    """For scripts: what `sae-store info` says, as far as the store is; and what was taken in place of a model."""
+    """For scripts: what `sae-store info` shows of the store so far, and which model was used in place of another."""
     with Store.open(finished.url) as store:
         facts = describe(store) if finished.committed == finished.shards else {"url": finished.url}
     return {**facts, "shards": finished.shards, "shards_committed": finished.committed, "remarks": finished.fell_back}
@@ -225,7 +225,7 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
 
 @contextmanager
 def _reported(url: str) -> Iterator[None]:
-    """An expected error is one line for a person; an interruption says what is safe."""
+    """Print an expected error as one line; on an interruption say what is safe."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with tell_files():
@@ -248,7 +248,7 @@ def _what_is_safe(url: str) -> str:
             return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
     except StoreMissing:
         return "What was tokenised up to a few seconds ago is kept"
-    except StoreError:  # the disk or the network is away, which may be why it was stopped
+    except StoreError:  # the disk or the network is gone, which may be why it was stopped
         return "What is committed is safe"
 
 

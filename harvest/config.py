@@ -1,4 +1,4 @@
-"""What a user asks of a harvest, and how the words of the command line are read."""
+"""What a user asks of a harvest, and how the command line's values are parsed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Heads = Literal["mean", "all"]
 
 # Tokens of a forward pass: the same on every machine, because the batch decides the last bits of a residual.
 BATCH_TOKENS = 2048
-SMALL_BATCH_TOKENS = 512  # of models so narrow that their activations then stay in a CPU's cache
+SMALL_BATCH_TOKENS = 512  # for models so narrow that their activations then stay in a CPU's cache
 SMALL_WIDTH = 512
 ATTENTION_AROUND = "-2..+1"
-ANY_LAYER = 2**40  # stands for --resid-layers where it only counts which hooks take them
+ANY_LAYER = 2**40  # stands for --resid-layers where only the hooks that use them matter
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of several processes that share the shards of a store among them."""
+    """One of several processes that share the shards of a store."""
 
     index: int = 0  # counted from 0, though users count from 1
     count: int = 1
@@ -41,17 +41,17 @@ class Worker:
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """One harvest. None means: what suits the model."""
+    """The settings of one harvest. None means a default that suits the model."""
 
     out: str
     model: str = "auto"
     layer: int | None = None
     resid_layers: tuple[int, ...] | str = "none"
-    """As text: layers beside `layer`, in the words of `read_layers`."""
+    """As text: layers besides `layer`, as `read_layers` parses them."""
     attention_layers: tuple[int, ...] | str | None = None
-    """None: `ATTENTION_AROUND`, as far as the model has these layers."""
+    """None: `ATTENTION_AROUND`, as far as the model has those layers."""
     hooks: Mapping[str, tuple[int, ...]] | str = field(default_factory=dict)
-    """Hook to layers, beside the residual stream. As text: all that is kept, in the words of `read_hooks`."""
+    """Hook -> layers, besides the residual stream. As text: everything to keep, as `read_hooks` parses it."""
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
@@ -69,13 +69,13 @@ class HarvestConfig:
     worker: Worker = Worker()
 
     def __post_init__(self) -> None:
-        # what cannot be read is refused before a model is looked for
+        # refuse what cannot be parsed before looking for a model
         resid = read_layers(self.resid_layers, None, "--resid-layers")
         attention = self.attention_layers
         keeps_attention = attention is None or read_layers(attention, None, "--attention-layers")
         kept = read_hooks(self.hooks, None, (ANY_LAYER,)).get(RESID, ())
         if resid and ANY_LAYER not in kept:
-            found = "those of other layers: leave out one of the two" if kept else f"none: add {RESID}"
+            found = "those of other layers. Leave out one of the two" if kept else f"none. Add {RESID}"
             raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for {found}")
         if self.corpus is not None:
             require_heeded(self.corpus)
@@ -88,12 +88,12 @@ class HarvestConfig:
         if self.batch_windows is not None and self.batch_windows > self.shard_windows:
             raise SettingInvalid(
                 f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}), as no "
-                "batch is larger than its shard. Lower it or leave it out, or give larger shards"
+                "batch is larger than its shard. Lower it, leave it out, or give larger shards"
             )
         for name in () if keeps_attention else ("attention_mass", "attention_topk", "attention_heads", "leave_out"):
             if getattr(self, name) != getattr(HarvestConfig, name):
                 option = name.replace("_", "-")
-                raise SettingInvalid(f"--{option}: no --attention-layers are asked for: name some, or leave it out")
+                raise SettingInvalid(f"--{option}: no --attention-layers are asked for. Name some, or leave it out")
         if not 0 < self.attention_mass <= 1:
             raise SettingInvalid(f"--attention-mass: expected more than 0 and at most 1, found {self.attention_mass}")
         if self.attention_topk < 1:
@@ -110,7 +110,7 @@ class HarvestConfig:
 
 
 def parse_count(text: str) -> int:
-    """A number in the words of `read_count`."""
+    """A number as `read_count` parses it, or an error."""
     count = read_count(text)
     if count is None:
         raise SettingInvalid(f"--tokens: expected a whole number such as 200k, 10M or 1.5B, found {text!r}")
@@ -118,9 +118,9 @@ def parse_count(text: str) -> int:
 
 
 def read_layers(layers: tuple[int, ...] | str, layer: int | None, option: str) -> tuple[int, ...]:
-    """Rising layers, as the order makes no other store, given as numbers or as text: `17,19`, `17..20` or, counted from
-    `layer`, `-2..+1`; `none` for no layer. Where `layer` is not known yet (None), a range such as `17..+1` is read, and
-    not what it holds."""
+    """Layers in rising order, as their order does not change the store, from numbers or text: `17,19`, `17..20` or,
+    counted from `layer`, `-2..+1`; `none` for no layer. While `layer` is unknown (None), a range such as `17..+1` is
+    parsed but not filled."""
     if isinstance(layers, tuple):
         return tuple(sorted(set(layers)))
     if layers.strip().lower() == "none":
@@ -129,7 +129,7 @@ def read_layers(layers: tuple[int, ...] | str, layer: int | None, option: str) -
     for item in layers.split(","):
         ends = [_parse_layer(end, layer or 0, option) for end in item.split("..")]
         if len(ends) > 2 or (layer is not None and ends[0] > ends[-1]):
-            raise SettingInvalid(f"{option}: expected a range that rises, such as 17..20 or -2..+1, found {item!r}")
+            raise SettingInvalid(f"{option}: expected a rising range such as 17..20 or -2..+1, found {item!r}")
         found.update(range(ends[0], max(ends) + 1))
     return tuple(sorted(found))
 
@@ -137,8 +137,8 @@ def read_layers(layers: tuple[int, ...] | str, layer: int | None, option: str) -
 def read_hooks(
     hooks: Mapping[str, tuple[int, ...]] | str, layer: int | None, layers: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """Hook to layers, the residual stream among them: given as those beside it, or as text such as
-    `resid,mlp_in,mlp_out`, all of the same `layers`, or `resid,mlp_in:12..19`, which says its own."""
+    """Hook -> layers, the residual stream included, from a mapping of the other hooks or from text such as
+    `resid,mlp_in,mlp_out`, all at the same `layers`, or `resid,mlp_in:12..19`, which gives its own."""
     if not isinstance(hooks, str):
         return by_hook(Site(hook, number) for hook, own in {RESID: layers, **hooks}.items() for number in own)
     sites: list[Site] = []
@@ -151,14 +151,14 @@ def read_hooks(
 
 
 def _parse_layer(text: str, layer: int, option: str) -> int:
-    found = re.fullmatch(r"([+-]?)(\d{1,4})", text.strip())  # a range is filled before it is held against a model
+    found = re.fullmatch(r"([+-]?)(\d{1,4})", text.strip())  # bounded: a range is filled before any check
     if found is None:
         raise SettingInvalid(f"{option}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
     return layer + int(text) if found[1] else int(text)
 
 
 def parse_sinks(text: str) -> tuple[Sink, ...]:
-    """`bos,self`, or none."""
+    """Parse `bos,self`, or `none`."""
     found: set[Sink] = set()
     for name in text.lower().split(","):
         match name.strip():

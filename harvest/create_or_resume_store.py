@@ -1,6 +1,6 @@
-"""The beginning of a store: all its tokens, or the store that exists already.
+"""The beginning of a store: write all its tokens, or resume the store that exists already.
 
-The first worker tokenises and packs the corpus and writes all tokens; the others wait for it. Where the
+The first worker tokenises and packs the corpus and writes all tokens; the others wait for it. If the
 store exists, its settings must be the ones asked for, and nothing is tokenised again.
 """
 
@@ -44,15 +44,15 @@ from .tokenise_corpus import PackingJob, spool_corpus, spool_folder, state_of_be
 POLL_SECONDS = 0.5  # at first; it doubles
 LONGEST_POLL_SECONDS = 30.0
 WAIT_SECONDS = 12 * 3600
-LOOK_SECONDS = 120.0  # between looks at the lock: thousands that wait must not hold up the one that takes it
-IDLE_SECONDS = 3600.0  # so long nobody may hold it: a worker 1 that lost its machine waits for another first
+LOOK_SECONDS = 120.0  # between looks at the lock: thousands of waiting workers must not hold up the one that takes it
+IDLE_SECONDS = 3600.0  # how long the lock may be free: a worker 1 that lost its machine waits for another one first
 LOCK_TRIES = 3
 LOCK_FILE = "lock"
-WORTH_TELLING = 10  # per mille of the documents: so many more than needed are for tests
+WORTH_TELLING = 10  # per mille of the documents: report it if so many more than needed are for tests
 
 
 def go_on_with_store(plan: Plan, process: Process, files: Files, watch: Watch) -> StoreWriter:
-    """The writer of a store whose tokens are there, if it is the plan's."""
+    """A writer of a store whose tokens are written, if it is the plan's store."""
     writer = StoreWriter.open(plan.config.out)
     try:
         require_ours(plan, writer.manifest, files.url)
@@ -61,15 +61,15 @@ def go_on_with_store(plan: Plan, process: Process, files: Files, watch: Watch) -
         raise
     asked, kept = plan.corpus.revision, writer.manifest.corpus.revision
     if asked and kept and not kept.startswith(asked):
-        watch.say(f"the store keeps commit {kept} of {writer.manifest.corpus.id}, whatever {asked!r} is now")
+        watch.say(f"the store stays at commit {kept} of {writer.manifest.corpus.id}, whatever {asked!r} is now")
     if process.is_first:
         _remove_leftover(spool_folder(files))
-    watch.say(f"going on with the store at {files.url}")
+    watch.say(f"resuming the store at {files.url}")
     return writer
 
 
 def require_place(files: Files) -> None:
-    """Refuse an --out that could not be written to, before anything is downloaded or tokenised for it."""
+    """Refuse an --out that cannot be written to, before anything is downloaded or tokenised for it."""
     if not isinstance(files, LocalFiles):
         return
     if not files.root.resolve().name:
@@ -80,14 +80,14 @@ def require_place(files: Files) -> None:
 
 
 def find_corpus(plan: Plan, files: Files) -> Corpus:
-    """The text that a new store is made of, or that its tokenising was begun with."""
+    """The corpus for a new store, or the one that its tokenising was begun with."""
     return _corpus_of_begun(plan, spool_folder(files)) or open_corpus(plan.corpus)
 
 
 def create_store(plan: Plan, corpus: Corpus, files: Files, watch: Watch) -> StoreWriter | None:
-    """Tokenise, pack, and write the beginning of the store; None where another process has meanwhile."""
+    """Tokenise, pack and write the beginning of the store; None if another process has done so meanwhile."""
     folder = spool_folder(files)
-    # the store names a full disk by itself; this is for what comes before it
+    # the store reports a full disk itself; this is for what comes before it
     with name_full_disk(f"tokenising into {folder}"), lock_spool(folder):
         return None if has_root(files) else _tokenise(plan, corpus, folder, watch)
 
@@ -95,7 +95,7 @@ def create_store(plan: Plan, corpus: Corpus, files: Files, watch: Watch) -> Stor
 def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWriter:
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
-        watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}); the store says so")
+        watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}), which the store records")
     context, total = plan.config.context, plan.windows * plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing, spec.settings.get(TEST, PER_MILLE["test"]))
     with watch.stage("tokenising", total, stays=True) as stage:
@@ -115,7 +115,7 @@ def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWr
 
 
 def _corpus_of_begun(plan: Plan, folder: Path) -> Corpus | None:
-    """What tokenising was begun with: hours of it would be of no use once a name on the hub means another commit."""
+    """The corpus that tokenising was begun with, or hours of it would be lost once a name on the hub changes commit."""
     if not folder.exists():
         return None
     _require_own(folder)
@@ -123,24 +123,24 @@ def _corpus_of_begun(plan: Plan, folder: Path) -> Corpus | None:
 
 
 def tell_shortage(asked: int, filled: int, context: int, test: int) -> str:
-    """That the corpus ended early; the share of tests was drawn for what was asked, while documents were read."""
+    """A message that the corpus ended early; the share of tests was set for the tokens asked for, before reading."""
     said = f"the corpus fills {filled:,} windows of the {asked:,} asked for"
     own = per_mille_for_tests(filled * context)
     if test - own < WORTH_TELLING:
         return said
     return (
-        f"{said}; {test / 10:g} % of its documents are for tests, as suits so many, and not {own / 10:g} %. "
-        f"To train on the others, remove the store and begin it with --tokens {filled * context}"
+        f"{said}; {test / 10:g} % of its documents are for tests, which suits so many, instead of {own / 10:g} %. "
+        f"To train on the difference, remove the store and begin it with --tokens {filled * context}"
     )
 
 
 def require_ours(plan: Plan, found: Manifest, url: str) -> None:
-    """An existing store must have the plan's settings, and be of its corpus."""
+    """Require an existing store to have the plan's settings and corpus."""
     require_same(url, found, make_manifest(plan, _corpus_of_existing(plan, found), found.windows, found.splits))
 
 
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
-    """What the corpus of a store must say if it is ours. A remote one stays pinned without being asked for."""
+    """The corpus that a store of ours must have. A remote one stays pinned without asking the network."""
     options, recorded, pinned = plan.corpus, found.corpus, source_of(plan.corpus).pinned
     if pinned and options.dataset == recorded.id and not _names_another_commit(options.revision, recorded.revision):
         return corpus_spec(plan, recorded.id, recorded.revision, settings_of_begun(pinned(options), found))
@@ -149,13 +149,13 @@ def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
 
 
 def _names_another_commit(revision: str | None, recorded: str | None) -> bool:
-    """A branch was looked up when the store was begun: it may have moved since, and there may be no network."""
+    """Whether a commit other than the recorded one is named. A branch may have moved since, and be out of reach."""
     is_commit = revision is not None and re.fullmatch("[0-9a-f]{7,40}", revision) is not None
     return is_commit and not (recorded or "").startswith(revision or "")
 
 
 def wait_for_tokens(files: Files, watch: Watch) -> None:
-    """Until the first worker has written them all; not for long where one sees that nobody is about it."""
+    """Wait until the first worker has written all tokens; give up sooner if nobody is seen working on it."""
     if has_root(files):
         return
     watch.say(f"waiting for worker 1 to write the tokens of {files.url}")
@@ -169,28 +169,28 @@ def wait_for_tokens(files: Files, watch: Watch) -> None:
             watch.say(f"still waiting for the tokens of {files.url}: {_SEEN[is_held]}")
             if now - busy >= IDLE_SECONDS:
                 raise TokensMissing(
-                    f"for {say_time(now - busy)} nobody has tokenised for {files.url}, nor downloaded the model for "
-                    "it: worker 1 (or rank 0) has failed, or was not started. Look at what it said last and start it, "
-                    "then this one again"
+                    f"for {say_time(now - busy)} nobody has tokenised for {files.url} or downloaded its model: "
+                    "worker 1 (or rank 0) has failed or was not started. Check its last output and start it, then "
+                    "start this one again"
                 )
         if now - began > WAIT_SECONDS:
             raise TokensMissing(
                 f"waited {WAIT_SECONDS // 3600} hours for the first worker to write the tokens of {files.url}. "
-                "Start worker 1 (or rank 0), then this one again"
+                "Start worker 1 (or rank 0), then start this one again"
             )
         time.sleep(pause * random.uniform(0.5, 1.0))  # thousands of workers may wait for one object
         pause = min(2 * pause, LONGEST_POLL_SECONDS)
 
 
 _SEEN = {
-    True: "worker 1 is about it",
-    False: "nobody is about it",
-    None: "whether somebody is about it cannot be seen from here",
+    True: "worker 1 is working on it",
+    False: "nobody is working on it",
+    None: "whether anybody is working on it cannot be seen from here",
 }
 
 
 def _is_locked(files: Files) -> bool | None:
-    """Whether another process is about the beginning of the store; None where that cannot be seen from here."""
+    """Whether another process is writing the beginning of the store; None if that cannot be seen from here."""
     if not isinstance(files, LocalFiles):
         return None
     try:
@@ -209,27 +209,27 @@ def _is_locked(files: Files) -> bool | None:
 
 
 def _require_own(folder: Path) -> None:
-    """Where all users write, another may have made it: to be read as tokens, or with links to what will be emptied."""
+    """Refuse another user's folder: it could hold false tokens, or links to files that would be emptied."""
     if folder.parent.resolve() != Path(tempfile.gettempdir()).resolve():
         return
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise SettingInvalid(
-            f"{folder}, where tokens lie until the store has them, is another user's, or no folder: remove it, or set "
-            "TMPDIR to a folder of your own"
+            f"{folder}, which holds tokens until the store has them, is another user's or not a folder. Remove it, or "
+            "set TMPDIR to a folder of your own"
         )
 
 
 def _remove_leftover(folder: Path) -> None:
-    """The scratch folder of a process that died after it had written the store's root."""
+    """Remove the scratch folder of a process that died after writing the store's root."""
     if (folder / LOCK_FILE).exists():
-        with suppress(OSError, SettingInvalid), lock_spool(folder):  # one that is in use, or another user's, stays
+        with suppress(OSError, SettingInvalid), lock_spool(folder):  # a folder that is in use, or another user's, stays
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def lock_spool(folder: Path) -> Iterator[None]:
-    """One process at a time tokenises for a store; those that wait for it see that it is about it."""
+    """Let one process at a time tokenise for a store; those that wait see that one is at work."""
     with name_full_disk(f"making {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_own(folder)
@@ -249,8 +249,8 @@ def _take_lock(fd: int, folder: Path) -> None:
         except BlockingIOError:
             if not left:
                 raise StoreBusy(
-                    f"another process is tokenising into {folder}: let it end, then run this command again"
+                    f"another process is tokenising into {folder}. Wait for it to end, then run this command again"
                 ) from None
-            time.sleep(0.05)  # whoever waits for the tokens holds it for a moment, to see whether it is held
+            time.sleep(0.05)  # a process that waits for the tokens takes it for a moment, to see whether it is held
         except OSError as error:
             raise no_locks(error, folder / LOCK_FILE) from error

@@ -1,7 +1,7 @@
-"""A harvest without writing a store: what it would cost in bytes and in time.
+"""A dry run: what a harvest would cost in bytes and in time, without writing a store.
 
-Where the model's weights are here, a few batches of the corpus are harvested; else its configuration has to do, and of
-the corpus that it is there. A GGUF file is converted for that, once, as for a harvest.
+If the model's weights are on this machine, a few batches of the corpus are harvested; otherwise the estimate uses its
+configuration, and only checks that the corpus exists. A GGUF file is converted for this, once, as for a harvest.
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ DOCUMENTS_AT_ONCE = 20
 
 @dataclass(frozen=True)
 class Work:
-    """What a harvest would still have to do."""
+    """What a harvest still has to do."""
 
     manifest: Manifest
-    shards: Sequence[int]  # that are not committed
+    shards: Sequence[int]  # not committed yet
     is_begun: bool = False  # whether the store exists already
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was found out about a harvest."""
+    """The estimate for a harvest."""
 
     work: Work
     cost: Cost
-    free_bytes: int | None  # None where the store does not lie on a disk of this machine
-    to_download: int | None = None  # of weights; without them sizes of attention are the most that there can be
-    weights_beside: int = 0  # of these, what comes onto the store's disk
-    speaks: bool = True  # whether this process is to say so: of one launch only the first
+    free_bytes: int | None  # None if the store is not on a disk of this machine
+    to_download: int | None = None  # of weights; without them sizes of attention are upper bounds
+    weights_beside: int = 0  # of these, what goes onto the store's disk
+    speaks: bool = True  # whether this process reports: only the first of a launch does
 
     @property
     def least_bytes(self) -> int:
-        """What is surely needed: a disk is refused for that alone."""
+        """What is certainly needed: a disk is refused only if it has less."""
         if self.to_download is None:
             return self.needed_bytes
         return least_bytes(self.work.manifest) * len(self.work.shards) // self.work.manifest.shards
@@ -81,12 +81,12 @@ class Estimate:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Of the arrays of what is to be done."""
+        """Bytes by array of the remaining work."""
         return sizes_of(self.cost, self.work.manifest, self.work.shards)
 
     @cached_property
     def bytes_per_token(self) -> dict[str, float]:
-        """On average over the whole store."""
+        """Bytes per token by array, on average over the whole store."""
         manifest = self.work.manifest
         whole = sizes_of(self.cost, manifest, range(manifest.shards))
         return {path: size / manifest.tokens for path, size in whole.items()}
@@ -106,7 +106,7 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
         is_begun = has_root(files)
         if process.is_first and not is_begun:
             announce_tokens(plan, files, watch, refuses=False)
-        corpus = None if is_begun else find_corpus(plan, files)  # which refuses one that is not there
+        corpus = None if is_begun else find_corpus(plan, files)  # raises if there is none
         if plan.source.to_download is None:
             work, sample = _rest_of(plan, files) if corpus is None else _whole(plan, corpus)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
@@ -137,7 +137,7 @@ def document_of(estimate: Estimate) -> dict[str, Any]:
 
 
 def render(estimate: Estimate) -> RenderableType:
-    """Two small tables for a person."""
+    """Two small tables: the facts, and the size of each array."""
     work, cost = estimate.work, estimate.cost
     manifest = work.manifest
     sizes = Table("array", "bytes per token", "size", title="Size by array", title_justify="left")
@@ -150,9 +150,9 @@ def render(estimate: Estimate) -> RenderableType:
     sizes.add_row("all", f"{sum(per_token.values()):,.1f}", total)
     facts = Table.grid(padding=(0, 2))
     free = "not a disk of this machine" if estimate.free_bytes is None else say_size(estimate.free_bytes)
-    rest = {"to go": f"{counted(len(work.shards), 'shard')}, of which size and time are"} if work.is_begun else {}
+    rest = {"to go": f"{counted(len(work.shards), 'shard')}, which size and time are for"} if work.is_begun else {}
     come = estimate.to_download
-    weights = {} if come is None else {"download": f"{say_size(come)} of weights, not done for this estimate"}
+    weights = {} if come is None else {"download": f"{say_size(come)} of weights, not downloaded for this estimate"}
     rows = {
         "tokens": f"{manifest.tokens:,}" + ("" if work.is_begun else " (if the corpus holds as many)"),
         "shards": f"{manifest.shards:,} of {manifest.shard_windows} windows of {manifest.context} tokens",
@@ -160,7 +160,7 @@ def render(estimate: Estimate) -> RenderableType:
         **rest,
         **weights,
         "size": total + (" at most" if weights else ""),
-        "needs": f"{say_size(estimate.needed_bytes)} free, with a reserve for records and the disk's own",
+        "needs": f"{say_size(estimate.needed_bytes)} free, with a reserve for records and file system",
         "free": free,
         "rate": f"{cost.tokens_per_second:,.0f} tokens/s on this device",
         "time": f"{say_time(estimate.seconds)} for one process",
@@ -182,7 +182,7 @@ def _whole(plan: Plan, corpus: Corpus) -> tuple[Work, np.ndarray]:
 
 
 def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:
-    """What is left of a harvest that was begun; refused like the harvest where its settings are others."""
+    """What is left of a harvest that was begun; refused like the harvest if its settings differ."""
     with Store(files) as store:
         require_ours(plan, store.manifest, files.url)
         shards = np.flatnonzero(~store.committed).tolist()
@@ -191,7 +191,7 @@ def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:
 
 
 def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:
-    """Enough windows of the corpus for one batch: fewer are taken again and again, which compresses too well."""
+    """Enough windows of the corpus for one batch: fewer would be repeated, which compresses too well."""
     packer = Packer(plan.config.context, plan.encoder.bos_token, plan.config.packing)
     documents, read = islice(corpus.documents(), TRIAL_DOCUMENTS), 0
     found = np.empty((0, plan.config.context), np.uint32)

@@ -2,7 +2,7 @@
 
 from huggingface_hub.errors import StrictDataclassError
 
-# What transformers raises over files whose fields make no model and no tokenizer.
+# What transformers raises on files that do not describe a model or a tokenizer.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -16,7 +16,7 @@ UNREADABLE = (
 
 
 class HarvestError(Exception):
-    """Any condition that ends a harvest with one clear message."""
+    """Base class of all conditions that end a harvest with one clear message."""
 
 
 class ModelUnavailable(HarvestError, OSError):
@@ -32,15 +32,15 @@ class UnsupportedArchitecture(HarvestError, ValueError):
 
 
 class LayerOutOfRange(HarvestError, ValueError):
-    """A residual or attention layer that the model does not have."""
+    """The model does not have the residual or attention layer."""
 
 
 class HookMissing(HarvestError, ValueError):
-    """The model's family has no such hook, or nobody has said where."""
+    """The model's family has no such hook, or its place has not been declared."""
 
 
 class ContextTooLong(HarvestError, ValueError):
-    """Windows longer than the model was made for, or than positions can be written down."""
+    """Windows are longer than the model was made for, or than stored positions allow."""
 
 
 class NonFiniteResidual(HarvestError, ArithmeticError):
@@ -52,15 +52,15 @@ class NonFiniteAttention(HarvestError, ArithmeticError):
 
 
 class SettingInvalid(HarvestError, ValueError):
-    """An option that cannot be read, or that contradicts another."""
+    """An option cannot be parsed, or contradicts another."""
 
 
 class SourceInvalid(HarvestError, TypeError):
-    """A corpus source's file does not define what `corpus/source.py` asks for."""
+    """A corpus source's file does not define what `corpus/source.py` requires."""
 
 
 class CorpusUnavailable(HarvestError, LookupError):
-    """The file, data set, split or column that was named is not there, or cannot be read."""
+    """The named file, data set, split or column does not exist or cannot be read."""
 
 
 class CorpusEmpty(HarvestError, ValueError):
@@ -72,37 +72,37 @@ class SplitEmpty(HarvestError, ValueError):
 
 
 class DocumentInvalid(HarvestError, ValueError):
-    """A document that is not UTF-8 text."""
+    """A document is not UTF-8 text."""
 
 
 class NetworkLost(HarvestError, ConnectionError):
-    """The connection was lost too often in a row; what was read is kept."""
+    """The connection was lost too many times in a row; what was read is kept."""
 
 
 class TokenizerUnsuitable(HarvestError, ValueError):
-    """A tokenizer that cannot make windows: without BOS or a fast implementation, or whose rules are not known."""
+    """The tokenizer cannot make windows: it has no BOS or no fast implementation, or its rules are not known."""
 
 
 class TokensMissing(HarvestError, TimeoutError):
-    """The worker that tokenises for all others did not write the tokens in time."""
+    """The worker that tokenises for all the others did not write the tokens in time."""
 
 
 class ModelDiffers(HarvestError, ValueError):
-    """The model at hand is not the one that the store was begun with."""
+    """The model found is not the one that the store was begun with."""
 
 
 class DeviceFull(HarvestError, MemoryError):
-    """The device has no memory left for the model, or for a batch of windows."""
+    """The device has no memory left for the model or for a batch of windows."""
 
 
 def name_window(window: int, first: int | None) -> str:
-    """For a person: of the store, or of the batch where no store is made."""
+    """The window's name in messages: its number in the store, or in the batch if no store is made."""
     return f"window {window} of the batch" if first is None else f"window {first + window} of the store"
 
 
 def say_overflow(dtype: str) -> str:
-    """What to do where a model's numbers are none."""
+    """In words: what to do about a model's infinities and NaN."""
     if dtype == "float32":
-        return "the model itself gives them in float32: look at its weights"
+        return "the model computes them even in float32: check its weights"
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
-    return f"the model overflows in {dtype}, harvest with --dtype {wider} into another --out"
+    return f"the model overflows in {dtype}: harvest with --dtype {wider} into another --out"

@@ -1,13 +1,12 @@
 """What a harvest will cost, before it is begun: bytes by array, and time.
 
-Sizes are first bounded from the manifest alone: residuals cost what they cost, and an attention row holds at
-most its topk. Chunks are written whole, those of a last shard too that has fewer windows. Where that bound leaves a
-doubt, or time is asked for, a few batches are harvested into a store in memory by the very code that will harvest
-the rest.
+Sizes are first bounded from the manifest alone: residuals are exact, and an attention row holds at most topk keys.
+Chunks are written whole, even those of a shorter last shard. If that bound leaves a doubt, or time is asked for, a few
+batches are harvested into a store in memory by the very code that will harvest the rest.
 
 Before weights are downloaded or text is read, a new store's cost is forecast from the model's configuration. Sizes
-follow from the manifest: residuals to the byte, attention at most. Time is measured on layers of the model's shape
-with random weights: one, two, and one whose attention is kept; a model is so many times as long.
+follow from the manifest: exact for residuals, an upper bound for attention. Time is measured on layers of the model's
+shape with random weights (one, two, and one whose attention is kept) and scaled to the number of layers.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 from .tokenise_corpus import BYTES_PER_TOKEN, spool_folder
 
 TIMED_BATCHES = 3
-RESERVE_BYTES = 64 * 2**20  # beside the arrays: records, index and the file system's own
+RESERVE_BYTES = 64 * 2**20  # besides the arrays: records, index and file system
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured on a few batches."""
+    """The cost of a harvest, measured on a few batches."""
 
     bytes_per_token: dict[str, float]
     tokens_per_second: float
 
 
 def bound_bytes(manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
-    """What each array of these shards takes on disk at most; where it is stored raw, just that."""
+    """The most that each array of these shards takes on disk; exact for arrays that are stored raw."""
     alike = Counter(stop - start for start, stop in map(manifest.shard_range, shards))  # all but the last one
     sizes = {}
     for path, array in arrays_of(manifest).items():
@@ -65,7 +64,7 @@ def bound_bytes(manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
 
 
 def least_bytes(manifest: Manifest) -> int:
-    """What a store takes at least: its activations, at best compressed to a half, and its tokens."""
+    """The least that a store takes: its tokens and its activations, compressed at best to half."""
     arrays = arrays_of(manifest)
     acts = sum(math.prod(arrays[site.path].shape) * arrays[site.path].dtype.itemsize for site in manifest.sites)
     return acts // (1 if manifest.codec == "raw" else 2) + 8 * manifest.tokens
@@ -91,20 +90,20 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
 
 
 def weights_beside(source: ModelSource, files: Files) -> int:
-    """Bytes of weights that are to come onto the store's own disk."""
+    """Bytes of weights still to be downloaded onto the store's own disk."""
     if source.to_download is None or not isinstance(files, LocalFiles):
         return 0
     return source.to_download if on_one_disk(files.root, Path(constants.HF_HUB_CACHE)) else 0
 
 
 def require_space(url: str, free: int | None, needed: int, *, is_begun: bool = False, weights: int = 0) -> None:
-    """Refuse what the disk cannot hold, with `weights` that come onto it too; None of an object store is as much as it
-    takes. A store that is begun keeps its settings."""
+    """Refuse what the disk cannot hold, with the `weights` that go onto it too; `free` is None for an object store,
+    which is not limited. A store that is begun keeps its settings."""
     if free is not None and needed + weights > free:
         remedy = "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
         if is_begun:
             remedy = (
-                "Free some space and run the same command again: it goes on where it stopped. Or remove the store "
+                "Free some space and run the same command again: it resumes where it stopped. Or remove the store "
                 "first, then ask for fewer --tokens or layers, or try --codec zstd; or give another --out"
             )
         also = f" and {say_size(weights)} for the model's weights (HF_HOME may be on another)" if weights else ""
@@ -114,7 +113,7 @@ def require_space(url: str, free: int | None, needed: int, *, is_begun: bool = F
 
 
 def is_bound_to_fit(files: Files, manifest: Manifest, shards: Sequence[int]) -> bool:
-    """Whether the disk holds even the most that the shards can take."""
+    """Whether the disk has room for the most that the shards can take."""
     free = files.free_bytes()
     return free is None or needed_bytes(bound_bytes(manifest, shards)) <= free
 
@@ -124,8 +123,8 @@ def tokens_in(manifest: Manifest, shards: Sequence[int]) -> int:
 
 
 def sizes_of(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
-    """What each array of these shards will take: by measure where it is compressed, as what fills up chunks is
-    compressed to nothing."""
+    """What each array of these shards will take: as measured if compressed, as the padding of chunks compresses to
+    nothing."""
     tokens, most, arrays = tokens_in(manifest, shards), bound_bytes(manifest, shards), arrays_of(manifest)
     return {
         path: most[path] if path in arrays and arrays[path].codec == "raw" else int(per_token * tokens)
@@ -134,7 +133,7 @@ def sizes_of(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> dict[str,
 
 
 def needed_bytes(sizes: Mapping[str, int]) -> int:
-    """What must be free for arrays of these sizes."""
+    """The space that must be free for arrays of these sizes."""
     total = sum(sizes.values())
     return total + RESERVE_BYTES if total else 0
 
@@ -145,12 +144,12 @@ def _bytes_per_token(records: Sequence[CommitRecord], manifest: Manifest) -> dic
     return {path: sum(record.arrays[path].bytes for record in records) / tokens for path in paths}
 
 
-TRIAL_VOCABULARY = 256  # of the layers that are timed: a whole embedding would take memory, and no time
-LONG_WORK = 1e13  # products that take a processor more than a minute or two: worth the seconds of a trial
+TRIAL_VOCABULARY = 256  # for the layers that are timed: a whole embedding would take memory but no time
+LONG_WORK = 1e13  # multiplications that take a processor more than a minute or two: worth the seconds of a trial
 
 
 def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> None:
-    """Say what a new store will take; refuse what the disk cannot hold where the corpus surely has as much."""
+    """Print what a new store will take; refuse what the disk cannot hold if the corpus is sure to fill it."""
     manifest = manifest_before(plan)
     if source_of(plan.corpus).pinned:
         weights = weights_beside(plan.source, files)
@@ -164,9 +163,9 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
 
 
 def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True) -> None:
-    """The same of the tokens of a store that is no folder here: on a disk of this machine they lie until it has them.
+    """The same for the tokens of a remote store: they are kept on a disk of this machine until the store has them.
 
-    Those of a local store lie beside it, where what they leave is filled with far more.
+    Those of a local store are next to it, on a disk that needs far more room for the store itself.
     """
     if isinstance(files, LocalFiles):
         return
@@ -175,26 +174,26 @@ def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True
     needed, free = BYTES_PER_TOKEN * plan.windows * plan.config.context, kept + free_bytes_at(folder)
     if refuses and source_of(plan.corpus).pinned and needed > free:
         raise StoreFull(
-            f"tokenising needs {say_size(needed)} in {folder}, whose disk has {say_size(free)} for it. "
+            f"tokenising needs {say_size(needed)} in {folder}, whose disk has {say_size(free)} available. "
             "Set TMPDIR to a folder on another disk, or ask for fewer --tokens"
         )
-    watch.say(f"to tokenise: {say_size(needed)} in {folder} until the store has it; {say_size(free)} for it")
+    watch.say(f"to tokenise: {say_size(needed)} in {folder} until the store has it; {say_size(free)} available")
 
 
 def cost_before(plan: Plan, manifest: Manifest, device: torch.device) -> Cost:
-    """What a dry run says of a model whose weights are not here."""
+    """The cost that a dry run reports for a model whose weights are not on this machine."""
     sizes = {path: most / manifest.tokens for path, most in bytes_by_array(manifest).items()}
     return Cost(sizes, tokens_per_second(plan, manifest, device))
 
 
 def manifest_before(plan: Plan) -> Manifest:
-    """The manifest of a store whose corpus holds as much as is asked for."""
+    """The manifest of a store whose corpus holds all tokens asked for."""
     spec = corpus_spec(plan, plan.corpus.dataset, None, settings_of_new(plan, {}))
     return expected_manifest(plan, spec, plan.windows)
 
 
 def bytes_by_array(manifest: Manifest) -> dict[str, int]:
-    """What each array takes at most; those of a layer's attention together."""
+    """The most that each array takes, with the arrays of a layer's attention together."""
     sizes: dict[str, int] = {}
     for path, most in bound_bytes(manifest, range(manifest.shards)).items():
         name = path.rsplit("/", 1)[0] if path.startswith("attention/") else path
@@ -203,7 +202,7 @@ def bytes_by_array(manifest: Manifest) -> dict[str, int]:
 
 
 def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
-    """Lines for a person: what will be kept, its size by array, and what there is to download."""
+    """Lines to print: what will be kept, its size by array, and what will be downloaded."""
     sizes = bytes_by_array(manifest)
     total = sum(sizes.values())
     arrays = ", ".join(f"{name} {say_size(most)}" for name, most in sizes.items() if most >= 0.01 * total)
@@ -215,14 +214,14 @@ def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
     ]
     if plan.encoder.is_bos_of_configuration:
         bos = plan.encoder.backend.id_to_token(plan.encoder.bos_token)
-        lines.append(f"BOS: {bos}, as the model's configuration says, for its tokenizer names none")
+        lines.append(f"BOS: {bos}, from the model's configuration, as its tokenizer names none")
     if plan.source.to_download is not None:
         lines.append(f"to download: {say_size(plan.source.to_download)} of weights into {constants.HF_HUB_CACHE}")
     return lines
 
 
 def memory_of_shards(manifest: Manifest) -> int:
-    """What this machine holds while one shard is computed and the one before it is written."""
+    """Memory in use while one shard is computed and the previous one is written."""
     windows = min(manifest.shard_windows, manifest.windows)
     width = sum(manifest.width_of(site.hook) for site in manifest.sites)
     acts = windows * manifest.context * width * STORED_AS[manifest.model.dtype].itemsize
@@ -236,7 +235,7 @@ def tell_splits(manifest: Manifest) -> str:
 
 
 def tokens_per_second(plan: Plan, manifest: Manifest, device: torch.device) -> float:
-    """The rate of a whole harvest, from what one layer takes, one more, and keeping one's attention."""
+    """The rate of a whole harvest, from the time of one layer, of one more, and of keeping one layer's attention."""
     kept = bool(plan.wanted.attention_layers)
     one = _seconds_per_token(plan, manifest, device, 1, keep_attention=False)
     two = _seconds_per_token(plan, manifest, device, 2, keep_attention=False)
@@ -250,7 +249,7 @@ def _seconds_per_token(
 ) -> float:
     wanted = Wanted((layers - 1,), (layers - 1,) if keep_attention else ())
     dtype = getattr(torch, plan.config.dtype)
-    with memory_of(device, "layers whose time is taken", "Choose another --device, or let whoever computes there end"):
+    with memory_of(device, "layers to be timed", "Choose another --device, or wait for other programs on it to end"):
         model = truncate(make_random(plan.source.folder, layers, TRIAL_VOCABULARY, dtype, device), wanted)
     attention = replace(manifest.attention, layers=wanted.attention_layers) if keep_attention else AttentionSpec()
     trial = replace(manifest, layers=wanted.resid_layers, attention=attention, hooks={})

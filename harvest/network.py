@@ -1,25 +1,25 @@
-"""What downloads share: what a lost network raises, a library that must be told to be quiet, and room on the disk."""
+"""What downloads share: the errors of a lost network, quiet progress bars, and room on the disk."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import (
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (from whichever HTTP library the hub's client uses)
 )
 
 from ..cache_schema.disk_and_cloud_files import free_bytes_at
 from ..cache_schema.numbers_in_words import say_size
 from .errors import ModelUnavailable
 
-# The last is raised where a proxy is set that takes a package which is not installed.
+# The last is raised if a proxy is set that needs a package which is not installed.
 NETWORK_ERRORS = (OSError, HTTPError, ImportError)
-TRIES = 2  # inside `datasets`, of a read that fails, 5 to 60 seconds apart: who streams tries again anyway
-INSTALL = "install the package that is missing, `pip install socksio` for a SOCKS proxy, or unset the proxy"
+TRIES = 2  # inside `datasets`, for a read that fails, 5 to 60 seconds apart: streams are retried here anyway
+INSTALL = "install the missing package, `pip install socksio` for a SOCKS proxy, or unset the proxy"
 
 
 def load_dataset(*args: Any, **kwargs: Any) -> Any:
-    """The function of `datasets`, whose import takes seconds. Off a terminal its bars would be control characters."""
+    """`datasets.load_dataset`, imported late, as it takes seconds, and without progress bars off a terminal."""
     import datasets
     from datasets import config
 
@@ -30,7 +30,7 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
 
 
 def require_room(name: str, needed: int, folder: Path) -> None:
-    """Refuse a model's files that the disk cannot hold, before they are made or downloaded."""
+    """Refuse model files that the disk cannot hold, before they are made or downloaded."""
     free = free_bytes_at(folder)
     if needed > free:
         raise ModelUnavailable(

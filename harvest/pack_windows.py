@@ -1,15 +1,15 @@
 """Documents to windows: full rows of `context` tokens, BOS first, never padded.
 
-`concat`, as SAEBench's core evaluation packs: documents follow each other with a BOS between; a document
-that does not end with its row goes on in the next one, behind a BOS of its own. Where a row's first BOS
-and the one between documents meet, there is one. `documents`: each row holds one document alone.
+`concat`, as in SAEBench's core evaluation: documents are joined with a BOS between them; a document that
+does not end with its row continues in the next one, after a BOS of its own. Where a row's first BOS and
+the one between documents meet, there is only one. `documents`: each row holds a single document.
 
 What fills no window is left out: under `concat` the end of the last row, under `documents` the end of
-every document. Nothing else is lost and nothing is there twice.
+every document. Nothing else is lost, and nothing appears twice.
 
 How `concat` works without a loop over tokens:
-1. Cut documents at every BOS, so that a piece is one BOS and the text behind it.
-2. Walk over pieces, not tokens, to find the slot where each begins and where its text does.
+1. Cut documents at every BOS, so that a piece is one BOS and the text after it.
+2. Walk over pieces, not tokens, to find the slots where each piece and its text begin.
 3. Fill all slots with BOS, then scatter the text to its slots by arithmetic on whole arrays.
 """
 
@@ -26,7 +26,7 @@ Packing = Literal["concat", "documents"]
 
 @dataclass(frozen=True)
 class Windows:
-    """Full windows, and of which document each token is."""
+    """Full windows, and the document that each token belongs to."""
 
     tokens: np.ndarray  # uint32 [N, T]
     documents: np.ndarray  # uint32 [N, T]
@@ -37,12 +37,12 @@ class Windows:
 
 @dataclass
 class Packer:
-    """Packs document after document; keeps the row that is not full yet."""
+    """Packs documents one after another; keeps the row that is not full yet."""
 
     context: int
     bos: int
     packing: Packing = "concat"
-    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))  # of the unfinished row
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))  # in the unfinished row
     documents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Packer:
             raise ValueError(f"expected a context of at least 2 (BOS and one token), found {self.context}")
 
     def pack(self, texts: Sequence[Sequence[int]], ids: Sequence[int]) -> Windows:
-        """The windows that these documents (token ids without BOS, and a number for each) complete."""
+        """The windows completed by these documents (token ids without BOS, and a number for each)."""
         filled = [(np.asarray(text, np.uint32), number) for text, number in zip(texts, ids, strict=True) if len(text)]
         if not filled:
             return Windows(*(np.empty((0, self.context), np.uint32) for _ in range(2)))
@@ -61,7 +61,7 @@ class Packer:
         return self._rows(tokens, starts, numbers)
 
     def _rows(self, tokens: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> Windows:
-        """Rows in which documents follow each other; the unfinished one is kept."""
+        """Rows of consecutive documents; the unfinished row is kept."""
         lengths = np.diff(starts, append=len(tokens))
         pieces = np.flatnonzero(tokens == self.bos)
         piece_lengths = np.diff(pieces, append=len(tokens)) - 1
@@ -87,14 +87,14 @@ class Packer:
 
 
 def _with_bos_in_front(texts: Sequence[np.ndarray], bos: int) -> tuple[np.ndarray, np.ndarray]:
-    """All documents in one array, each opened by one BOS, and where each starts."""
+    """All documents in one array, each beginning with one BOS, and where each starts."""
     opened = [text if text[0] == bos else np.concatenate([np.array([bos], np.uint32), text]) for text in texts]
     starts = np.cumsum([0, *(len(text) for text in opened[:-1])])
     return np.concatenate(opened), starts
 
 
 def _walk(cursor: int, lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Slot of each piece's BOS, slot of its first token, and the slot behind the last piece."""
+    """The slot of each piece's BOS, the slot of its first token, and the slot after the last piece."""
     begins, firsts = [], []
     for length in lengths.tolist():
         begins.append(cursor)

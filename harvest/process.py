@@ -1,4 +1,4 @@
-"""This one of the processes that harvest together: its share, and the device it computes on."""
+"""This process among those that harvest together: its share, and the device it computes on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .model.load_and_truncate import find_device
 
 @dataclass(frozen=True)
 class Process:
-    """One of them."""
+    """One of the processes."""
 
     device: torch.device
     worker: Worker
-    speaks: bool = True  # of the processes of one launch, which share a terminal, only the first
-    takes_rest: bool = False  # whether it goes on, after its share, with what other workers have left
+    speaks: bool = True  # only the first of a launch, as its processes share a terminal
+    takes_rest: bool = False  # whether it continues, after its share, with what other workers have left
 
     @property
     def is_first(self) -> bool:
@@ -32,9 +32,9 @@ class Process:
 
 @contextmanager
 def open_process(device: str, worker: Worker) -> Iterator[Process]:
-    """The share that a launcher gave this process, times the one given by hand.
+    """The share that a launcher gave this process, combined with the one given by hand.
 
-    Processes of one launch end together; of workers that were started by hand, some may never begin.
+    Processes of one launch end together; workers that are started by hand may never begin.
     """
     takes_rest = worker.count > 1
     launched = count_processes()
@@ -43,21 +43,21 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
         return
     if ":" in device:
         raise SettingInvalid(
-            f"--device {device}: each process of a launch computes on the device of its rank. Leave out the number"
+            f"--device {device}: each process of a launch uses the device of its rank. Leave out the number"
         )
     from accelerate import PartialState
 
-    # Without a GPU it takes each process for the only one, where it is not told that they are on processors.
+    # Without a GPU it takes each process for the only one, unless it is told that they are on CPUs.
     is_on_cpu = device == "cpu" or not torch.cuda.is_available()
     with joining():
-        if not is_on_cpu:  # nothing is added up: NCCL, which it would take, looks all the time for who has ended
+        if not is_on_cpu:  # nothing is summed: NCCL, the default, would keep polling for processes that have ended
             dist.init_process_group("gloo")
         state = PartialState(cpu=is_on_cpu)
     try:
         if state.num_processes != launched:
             raise SettingInvalid(
-                f"expected RANK and LOCAL_RANK beside WORLD_SIZE={launched}, as torchrun sets them, found "
-                "that not both are there: start it by torchrun, or each process by hand with --worker I/N and no "
+                f"expected RANK and LOCAL_RANK next to WORLD_SIZE={launched}, as torchrun sets them, found at most "
+                "one of them. Start with torchrun, or start each process by hand with --worker I/N and no "
                 "WORLD_SIZE"
             )
         index = worker.index * state.num_processes + state.process_index
@@ -65,7 +65,7 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
         if device not in ("auto", given.type):
             raise SettingInvalid(
                 f"--device {device}: the launch gave this process {given.type}. "
-                "Look at CUDA_VISIBLE_DEVICES and at what was given to the launcher, or take --device auto"
+                "Check CUDA_VISIBLE_DEVICES and the launcher's options, or use --device auto"
             )
         shared = Worker(index, worker.count * state.num_processes)
         yield Process(given, shared, speaks=state.process_index == 0, takes_rest=takes_rest)

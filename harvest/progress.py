@@ -1,4 +1,4 @@
-"""What a person sees of a harvest or an evaluation: a live bar on a terminal, a line now and then in a log."""
+"""The progress of a harvest or an evaluation: a live bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ LOG_SECONDS = 30.0
 
 
 class Stage:
-    """One part of the work: how far it is, at what rate, and how long it will take."""
+    """One part of the work: its progress, its rate and the time left."""
 
     def __init__(self, watch: Watch, bar: Progress, title: str, total: int, unit: str) -> None:
         self._watch, self._bar, self._title, self._total, self._unit = watch, bar, title, total, unit
         self._task = bar.add_task(title, total=total, facts="")
         self._began = self._logged = time.monotonic()
         self._done = 0
-        self._before: int | None = None  # what earlier runs had done, which says nothing about the rate
+        self._before: int | None = None  # what earlier runs have done, which says nothing about the rate
 
     def __call__(self, amount: int, facts: str = "") -> None:
-        """So much more is done; `facts` is what else there is to say."""
+        """Report that `amount` more is done; `facts` is shown next to it."""
         self._show(self._done + amount, facts)
 
     def reach(self, done: int, facts: str = "") -> None:
-        """Say how much is done by now; the first call says what earlier runs have done."""
+        """Report how much is done by now; the first call reports what earlier runs have done."""
         self._before = done if self._before is None else self._before
         self._show(done, facts)
 
@@ -46,7 +46,7 @@ class Stage:
 
 
 class Watch:
-    """Where progress and messages go."""
+    """Where progress and messages are shown."""
 
     def __init__(self, console: Console | None = None, is_quiet: bool = False) -> None:
         self.console = console or open_console(stderr=True, quiet=is_quiet, highlight=False)
@@ -57,7 +57,7 @@ class Watch:
 
     @contextmanager
     def stage(self, title: str, total: int, unit: str = "tokens", *, stays: bool = False) -> Iterator[Stage]:
-        """One part of the work; its bar goes when it ends, unless it stays."""
+        """Show one part of the work; its bar disappears at the end unless `stays`."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),

@@ -1,13 +1,13 @@
-"""A whole harvest: model and corpus to a store, from the start or from where another one stopped.
+"""A whole harvest: model and corpus to a store, from the start or from where an earlier one stopped.
 
-1. Decide the model, or take the one a store was begun with; look at its configuration and tokenizer, refuse
-   what they do not have, say what a new store will cost, and find its corpus. Only then download weights; where
-   there is a store, only for what is left to harvest.
-2. Where there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
-   others wait for it. Where there is one, its settings must be the same, and nothing is tokenised again.
-3. Check that the disk can hold what is to come of all workers.
+1. Choose the model, or use the one that the store was begun with; read its configuration and tokenizer, refuse
+   what they do not have, report what a new store will cost, and find its corpus. Only then download weights, and
+   for an existing store only if shards are left to harvest.
+2. If there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
+   others wait for it. If there is one, its settings must be the same, and nothing is tokenised again.
+3. Check that the disk can hold what all workers have yet to write.
 4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards; a worker
-   that was started by hand then goes on with what others have left.
+   that was started by hand then continues with what others have left.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Finished:
 
     url: str
     shards: int  # in the store
-    committed: int  # of them, by whomever
-    speaks: bool  # whether this process is to say so: one that shares a terminal does only if it ended the work
-    fell_back: tuple[str, ...] = ()  # what to say once more of a model that was taken in place of the real one
+    committed: int  # of these, by any worker
+    speaks: bool  # whether this process reports: one that shares a terminal does only if it finished the work
+    fell_back: tuple[str, ...] = ()  # repeated at the end if another model was used in place of the real one
 
 
 def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
-    """Write a store, or go on with one."""
+    """Write a store, or resume one."""
     files = open_files(config.out)
     require_place(files)
     with open_process(config.device, config.worker) as process:
@@ -81,13 +81,13 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
 
 
 def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[StoreWriter | None, Plan]:
-    """The first worker's writer, and the plan with its weights. Where another has begun the store, no writer once its
-    tokens are there, and the plan as it was begun: the other may have found another commit of the model."""
+    """The first worker's writer, and the plan with its weights. If another process has begun the store: no writer, once
+    its tokens are written, and that store's plan, as the other may have found another commit of the model."""
     if process.is_first:
         announce(plan, process.device, files, watch)
-        corpus = find_corpus(plan, files)  # before hours of download for a text that is not there
+        corpus = find_corpus(plan, files)  # before hours of download for a text that does not exist
         is_long = plan.source.to_download is not None
-        with lock_spool(spool_folder(files)) if is_long else nullcontext():  # those who wait see that it is about it
+        with lock_spool(spool_folder(files)) if is_long else nullcontext():  # workers that wait see that one is at work
             plan = with_weights(plan)
         if writer := create_store(plan, corpus, files, watch):
             return writer, plan
@@ -99,7 +99,7 @@ def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[St
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
-    """Which model it is, and whether it can give what is wanted. That is decided once for a store, the commit too."""
+    """Choose the model and check that it has what is wanted. This is decided once per store, the commit included."""
     files = open_files(config.out)
     begun = choose_again(config.model, read_root(files).manifest.model) if has_root(files) else None
     choice = begun or choose(config.model)
@@ -108,7 +108,7 @@ def decide(config: HarvestConfig, watch: Watch) -> Plan:
 
 
 def with_weights(plan: Plan) -> Plan:
-    """The plan with all of its model on this machine."""
+    """The plan with its whole model on this machine."""
     if plan.source.to_download is None:
         return plan
     return replace(plan, source=fetch(Choice(plan.source.id, plan.source.revision)))
@@ -121,26 +121,26 @@ def reharvest(
     model: str | None = None,
     undo: Callable[[], None] = lambda: None,
 ) -> None:
-    """Harvest given shards again from what the store says: its tokens, and the model it was begun with.
+    """Harvest the given shards again from the store's own tokens and the model that it was begun with.
 
-    `undo` takes away what there is of them, and is called when the model is there to make them anew.
+    `undo` removes what exists of them, and is called once the model is loaded.
     """
     manifest = read_root(open_files(url)).manifest
     if BATCH not in manifest.corpus.settings:
         raise StoreError(
             f"{url} was not written by a harvest: expected {BATCH} in the settings of its corpus, found none. No shard "
-            "was removed. Take the damaged ones out with --remove-only, and write them again with what wrote the others"
+            "was removed. Remove the damaged ones with --remove-only, then write them again with what wrote the others"
         )
     try:
         harvester = make_harvester(manifest, fetch_recorded(manifest.model, model), find_device(device or "auto"))
     except HarvestError as error:
         where = (
-            "Say with --model where the model lies now; or take"
+            "Give the model's present place with --model; or remove"
             if isinstance(error, (ModelUnavailable, ModelDiffers))
-            else "Or take"
+            else "Or remove"
         )
         raise StoreError(
-            f"{error}. No shard was removed. {where} the damaged shards out with --remove-only, and run the same "
+            f"{error}. No shard was removed. {where} the damaged shards with --remove-only, then run the same "
             "harvest, which writes what is missing"
         ) from error
     undo()
@@ -149,22 +149,22 @@ def reharvest(
             _warn_of_others(writer, harvester, shards, Watch())
             busy = harvest_shards(writer, harvester, sorted(shards), lambda _: None)
         except HarvestError as error:
-            raise StoreError(f"{error}. The same harvest, run again, also writes the missing shards") from error
+            raise StoreError(f"{error}. Running the same harvest again also writes the missing shards") from error
     if busy:
         raise StoreBusy(
-            f"shards {busy} of {url} are committed or held by another writer: let it end, try again{writer.if_killed}"
+            f"shards {busy} of {url} are committed or held by another writer. Wait for it, try again{writer.if_killed}"
         )
 
 
 def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device) -> Harvester:
-    """Load of the model what a store wants."""
+    """Load the part of the model that a store needs."""
     hooks = {hook: spec.layers for hook, spec in manifest.hooks.items()}
     wanted = Wanted(manifest.layers, manifest.attention.layers, hooks)
     return Harvester(load_model(source.folder, wanted, getattr(torch, manifest.model.dtype), device), manifest, device)
 
 
 def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Watch) -> int:
-    """This worker's part of what is pending, then what others have left; returns how many shards it wrote."""
+    """Harvest this worker's part of what is pending, then what others have left; return how many shards it wrote."""
     manifest, pending = writer.manifest, writer.pending()
     shards = [shard for shard in pending if process.worker.takes(shard)]
     if process.takes_rest:
@@ -189,27 +189,27 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
             elsewhere = harvest_shards(writer, harvester, shards, report)
         done = len(shards) - len(elsewhere)
         written, undone = written + done, undone - done
-        if not process.takes_rest or not (done or is_first_look):  # the first look is at this worker's share alone
+        if not process.takes_rest or not (done or is_first_look):  # the first pass is over this worker's own share
             break
         shards, undone = writer.left()
         is_first_look = False
     if undone:
         untried = undone - len(elsewhere)  # on an object store each try costs requests
         some = f"; {untried} not tried, whose claims may have lapsed" if untried else ""
-        left = f"left to another writer that holds or has committed them: {counted(undone, 'shard')}"
+        left = f"left to other writers, which hold or have committed them: {counted(undone, 'shard')}"
         watch.say(f"{left}{some}{writer.if_killed}")
     return written
 
 
 def _warn_of_others(writer: StoreWriter, harvester: Harvester, shards: Sequence[int], watch: Watch) -> None:
-    """Where shards were computed before, or beside these, on another kind of device."""
+    """Warn if other shards of the store were computed on another kind of device."""
     said = find_others(read_devices(writer.files, shards), harvester.computes_on)
     if said:
         watch.say(said)
 
 
 def report_shard(stage: Stage, sizes: list[int], context: int, files: Files, record: CommitRecord) -> None:
-    """One more shard is committed; `sizes` are those of the shards before it."""
+    """Report one more committed shard; `sizes` are those of the shards before it."""
     start, stop = record.windows
     sizes.append(sum(array.bytes for array in record.arrays.values()))
     free = files.free_bytes()

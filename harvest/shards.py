@@ -1,11 +1,11 @@
 """From tokens to committed shards.
 
-1. Claim a shard and read its tokens back from the store: shards may be done in any order by anyone.
-2. Run its windows through the model in batches that depend on nothing but the manifest.
+1. Claim a shard and read its tokens back from the store: any worker may do any shard, in any order.
+2. Run its windows through the model in batches that depend only on the manifest.
 3. On a CUDA device, a batch is measured and copied to the host by a second stream while the next one runs.
 4. One thread in the background writes and commits the shard while the next one is computed: never more
    than two shards are in memory.
-What a device computes with, as far as it shows in the last digits, is kept with each shard that it made.
+The device and its settings, as far as they show in the last digits, are recorded with each shard.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from .stats import is_special, measure
 
 Report = Callable[[CommitRecord], None]
 SMALLER_BATCH = (
-    "Let whoever else computes there end, and run this again; a smaller --batch-windows needs a store begun anew, "
-    "as batches decide the last digits of what it holds"
+    "Wait for other programs on it to end, then run this again; a smaller --batch-windows needs a new store, "
+    "as batches decide the last digits of its values"
 )
 
 
 @dataclass(frozen=True)
 class Harvester:
-    """A model, and what a store wants of it."""
+    """A model, and what a store needs from it."""
 
     model: TruncatedModel
     manifest: Manifest
@@ -56,7 +56,7 @@ class Harvester:
 
 
 def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[int], report: Report) -> list[int]:
-    """Compute, write and commit; returns the shards that other writers hold or have finished meanwhile."""
+    """Compute, write and commit; return the shards that other writers hold or have finished meanwhile."""
     elsewhere = []
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="saemill-commit") as background, Store(writer.files) as store:
@@ -72,7 +72,7 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                     writing.result()
                 keep = partial(_write, writer, harvester, shard, claim=stack.pop_all(), report=report, lost=elsewhere)
                 writing = background.submit(keep, content)
-                del content  # or it would outlive its writing by one shard
+                del content  # or it would stay in memory while the next shard is computed
     if writing is not None:
         writing.result()
     return elsewhere
@@ -118,7 +118,7 @@ class _Launched:
 
 
 class _Collector:
-    """Gathers batches into the arrays of a shard, one batch behind the device where that can wait."""
+    """Gathers batches into the arrays of a shard, one batch behind a device that runs asynchronously."""
 
     def __init__(self, harvester: Harvester, tokens_WT: np.ndarray, first: int) -> None:
         manifest = harvester.manifest
@@ -134,15 +134,15 @@ class _Collector:
         self._stream = torch.cuda.Stream(harvester.device) if is_gpu else None
 
     def take_attention(self) -> dict[int, AttentionCsr]:
-        """Each layer in one piece; its parts are gone before the next one's are joined."""
+        """Each layer's attention in one piece; its parts are freed before those of the next layer are joined."""
         layers = tuple(self.attention)
         return {layer: AttentionCsr.concat(self.attention.pop(layer)) for layer in layers}
 
     def add(self, start: int, tokens_WT: np.ndarray) -> None:
-        """Start a batch; take in the one before it."""
+        """Start a batch, then collect the previous one."""
         ids = torch.from_numpy(tokens_WT.astype(np.int64))
         if self._stream is not None:
-            ids = _pinned(ids)  # from other memory a copy may wait for all that is queued
+            ids = _pinned(ids)  # a copy from pageable memory may wait for everything queued
         ids = ids.to(self.harvester.device, non_blocking=True)
         captured = capture(self.harvester.model, ids, self.harvester.manifest.attention)
         done = torch.cuda.current_stream(self.harvester.device).record_event() if self._stream else None
@@ -152,7 +152,7 @@ class _Collector:
             self.finish()
 
     def finish(self) -> None:
-        """Take in the batch that is still out."""
+        """Collect the last batch."""
         if self._behind is None:
             return
         launched, self._behind = self._behind, None
@@ -163,7 +163,7 @@ class _Collector:
         self._stream.wait_event(launched.done)
         with torch.cuda.stream(self._stream):
             self._take(launched)
-        self._stream.synchronize()  # only then may what was copied be dropped
+        self._stream.synchronize()  # only then may the copied tensors be freed
 
     @torch.inference_mode()
     def _take(self, batch: _Launched) -> None:
@@ -178,12 +178,12 @@ class _Collector:
 
 
 def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.ndarray:
-    """Memory for a shard; page-locked, a GPU copies into it at the speed of the bus and nobody waits meanwhile."""
+    """Memory for a shard. If page-locked, a GPU copies into it at bus speed and nothing has to wait."""
     if not is_pinned:
         return np.empty(shape, dtype)
     try:
         return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
-    except RuntimeError:  # the host locks no more pages: copies are slower then, and the same
+    except RuntimeError:  # the host can lock no more pages: copies are slower, with the same result
         return np.empty(shape, dtype)
 
 
@@ -195,7 +195,7 @@ def _pinned(ids: Tensor) -> Tensor:
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
-    """As torch is set now, and of a processor how it computes models of this type."""
+    """The device with torch's present settings; for a CPU also how it computes models of this dtype."""
     precise = torch.get_float32_matmul_precision() == "highest"
     if device.type == "cuda":
         settings = torch.backends.cuda.matmul
@@ -209,13 +209,13 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
 
 
 def find_others(recorded: dict[int, DeviceRecord], here: DeviceRecord) -> str:
-    """What to say of shards that came from elsewhere; empty where all came from such a device as this."""
+    """A warning about shards from other devices; empty if all came from a device like this one."""
     others = {shard: device for shard, device in recorded.items() if device != here}
     if not others:
         return ""
     shard = min(others)
-    more = " and others" if len(others) > 1 else ""  # how many is not known: a sample was asked for
+    more = " and others" if len(others) > 1 else ""  # the number is unknown, as only a sample was read
     return (
-        f"warning: shard {shard}{more} was computed on {others[shard]}; here it is {here}. What is computed here "
-        "differs from it in the last digits, and the store's digest with it: for the same bits go on where it was begun"
+        f"warning: shard {shard}{more} was computed on {others[shard]}; this is {here}. Results here differ in the "
+        "last digits, and so does the store's digest: for the same bits, resume on the device that began the store"
     )

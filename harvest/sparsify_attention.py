@@ -1,12 +1,12 @@
 """Dense attention rows to CSR: the few keys that carry the mass, and how much of it they carry.
 
 1. Average the heads, or keep them all; round to float16, the precision that is stored. Sinks that are left out
-   become zero: they take no slot, and the mass asked for is that share of what the other keys of a row carry.
+   become zero: they take no slot, and the mass asked for is a share of what a row's other keys carry.
 2. Pack each entry into one int32, probability above reversed key position. Packed entries are all
    different, so the k largest are the same set on every device, and ties go to the lower position.
-3. Keep the k largest of a row, up to the one with which their sum reaches `mass`; drop zeros.
+3. Keep the k largest of a row, up to the one at which their sum reaches `mass`; drop zeros.
 4. Repack with the position on top and sort: ascending keys, dropped entries last.
-5. Off the device: what is not dropped, row after row, is the CSR.
+5. On the host: the entries not dropped, row after row, are the CSR.
 
 Shape suffixes: W windows, H heads (1 where averaged), Q queries, T keys, K kept at most.
 """
@@ -32,7 +32,7 @@ SHORT_ROW = 256  # up to here numpy sorts a row of int32 ten times as fast as to
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Sparsified rows where they were computed: a fixed number of slots a row, so no device has to wait."""
+    """Sparsified rows on the device that computed them: a fixed number of slots per row, so no device has to wait."""
 
     packed: Tensor
     """int32 [W, H, Q, K]: key position << 16 | float16 bits, ascending; dropped slots hold DROPPED and come last."""
@@ -47,16 +47,16 @@ class KeptRows:
 
 
 def require_context(context: int) -> None:
-    """Positions can be written down."""
+    """Require that key positions can be stored."""
     if context > MAX_CONTEXT:
         raise ContextTooLong(
-            f"attention to {context} keys: at most {MAX_CONTEXT} can be stored, lower the context (--context), or keep "
+            f"attention to {context} keys: at most {MAX_CONTEXT} can be stored. Lower the context (--context), or keep "
             "no attention (--attention-layers none)"
         )
 
 
 def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
-    """Keep of each row of attention probabilities what `spec` asks for; a mass of 1 keeps all but zeros."""
+    """Keep what `spec` asks for of each row of attention probabilities; a mass of 1 keeps all but zeros."""
     context = probs_WHQT.shape[-1]
     require_context(context)
     if spec.averaged:
@@ -75,7 +75,7 @@ def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
     if spec.mass < 1:
         kept[..., 1:] &= values.cumsum(-1)[..., :-1] < enough  # exact in float32 up to 1, in any order
     kept_mass = torch.where(kept, values, 0.0).sum(-1).half()
-    # A softmax always has an entry above zero; where none is, or NaN, the row says so.
+    # A softmax always has an entry above zero; a row without one, or with NaN, is marked.
     sign = kept_mass if largest_of_all is None else largest_of_all
     kept_mass.masked_fill_(~((sign > 0) & sign.isfinite()), torch.nan)
     positions = LOW_HALF - (largest & LOW_HALF)
@@ -93,8 +93,8 @@ def sinks(spec: AttentionSpec, context: int, device: torch.device | str = "cpu")
 
 
 def to_csr(layer: int, rows: KeptRows, first: int | None = None, dtype: str | None = None) -> AttentionCsr:
-    """The rows of one layer on the host, of whose windows the store counts the first as `first`; stops where
-    probabilities were not numbers, and says what to do about that in the model's `dtype`."""
+    """The rows of one layer on the host; `first` is the store's number of their first window. An error if probabilities
+    are not finite, with advice for the model's `dtype`."""
     kept_mass = rows.kept_mass.cpu().numpy()
     _validate_mass(layer, kept_mass, first, dtype)
     packed = rows.packed.cpu().numpy().reshape(kept_mass.size, -1)
@@ -131,7 +131,7 @@ def _ascending(packed: Tensor) -> Tensor:
 
 
 def _validate_mass(layer: int, kept_mass: np.ndarray, first: int | None, dtype: str | None) -> None:
-    """A row that is not of numbers is an overflow."""
+    """Refuse rows that are not finite: the model has overflowed."""
     is_number = np.isfinite(kept_mass)
     if not is_number.all():
         window, _, query = np.argwhere(~is_number)[0]

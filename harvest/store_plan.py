@@ -1,4 +1,4 @@
-"""Settings, model and corpus to the manifest that fixes a store before its first shard is written."""
+"""From settings, model and corpus to the manifest that fixes a store before its first shard is written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH = "batch_windows"
 
 @dataclass(frozen=True)
 class Plan:
-    """A harvest as far as it is decided without reading the corpus or the weights."""
+    """A harvest, as far as it is decided without reading the corpus or the weights."""
 
     config: HarvestConfig
     source: ModelSource
@@ -38,11 +38,11 @@ class Plan:
     wanted: Wanted
     encoder: TextEncoder
     choice: Choice | None = None
-    """How the model came to be taken."""
+    """How the model was chosen."""
 
     @property
     def _name(self) -> str:
-        """What was asked for: a folder may be called as the model of this package is."""
+        """The model as asked for: a folder may have the same name as the bundled model."""
         return self.choice.name if self.choice else ""
 
     @property
@@ -51,13 +51,13 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """How many are asked for; a corpus may hold less."""
+        """The number of tokens asked for; the corpus may hold fewer."""
         suits_model = SMALL_TOKENS if self._name == POCKET else DEFAULT_TOKENS
         return self.config.tokens or source_of(self.corpus).tokens or suits_model
 
     @property
     def fell_back(self) -> tuple[str, ...]:
-        """What was said of a model that was taken in place of the real one."""
+        """What was printed about a model used in place of the real one."""
         return self.choice.banner if self.choice and self.choice.fell_back else ()
 
     @property
@@ -95,59 +95,59 @@ class Plan:
 
 
 def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None = None) -> Plan:
-    """Look at the model's configuration and tokenizer, and refuse what it does not have."""
+    """Read the model's configuration and tokenizer, and refuse what it does not have."""
     facts = read_facts(source.folder)
     wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
     if wanted.attention_layers:
         require_context(config.context)
     plan = Plan(config, source, facts, wanted, load_encoder(source.folder), choice)
-    _require_known(plan.encoder.bos_token, "the BOS token", facts)
+    _require_known(plan.encoder.bos_token, "the BOS token of the tokenizer", facts)
     _require_chunks_that_fit(plan)
     return plan
 
 
 def _require_known(token: int, what: str, facts: ModelFacts) -> None:
-    """A token that was added to a tokenizer alone has no row in the model's embedding."""
+    """Refuse a token that was added to the tokenizer only: it has no row in the model's embedding."""
     if token >= facts.vocab_size:
         raise TokenizerUnsuitable(
-            f"{what} of the tokenizer is {token}, and the model knows {facts.vocab_size:,} tokens: it was added to the "
-            "tokenizer alone. Choose one that the model was trained with in tokenizer_config.json"
+            f"{what} is {token}, but the model knows {facts.vocab_size:,} tokens: it was added to the "
+            "tokenizer only. Choose one that the model was trained with in tokenizer_config.json"
         )
 
 
 def require_known_tokens(packed: np.ndarray, facts: ModelFacts) -> None:
-    """Before the first shard: the model would end in its embedding, on a GPU without a word of where."""
+    """Check tokens before the first shard: the embedding would fail, on a GPU without saying where."""
     if packed.size:
         _require_known(int(packed.max()), "the largest token of the text", facts)
 
 
 def _require_chunks_that_fit(plan: Plan) -> None:
-    """Else the writer would find out, when the corpus has been tokenised and the model is loaded."""
+    """Refuse chunks that are too large now, not after the corpus has been tokenised and the model loaded."""
     shards = -(-plan.windows // plan.config.shard_windows)
     if shards > MOST_SHARDS:
         of = counted(plan.config.shard_windows, "window")
         raise SettingInvalid(
-            f"--tokens {plan.tokens}: {shards:,} shards of {of}, and a store has at most {MOST_SHARDS:,}. Lower it, or "
+            f"--tokens {plan.tokens}: {shards:,} shards of {of}, but a store has at most {MOST_SHARDS:,}. Lower it, or "
             "raise --shard-windows"
         )
     manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
     if array := find_too_large(manifest):
         topk = f" or --attention-topk ({manifest.attention.topk})" if array.path.startswith("attention/") else ""
         raise SettingInvalid(
-            f"{array.path}: a shard would take {array.chunk_bytes / 2**30:,.2f} GiB in one piece, and chunks of a "
-            f"store are below 2 GiB. Lower --shard-windows ({manifest.shard_windows}){topk}"
+            f"{array.path}: expected chunks below 2 GiB, found {array.chunk_bytes / 2**30:,.2f} GiB, a whole shard. "
+            f"Lower --shard-windows ({manifest.shard_windows}){topk}"
         )
 
 
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
-    """The layers that are asked for, counted from the model's usual one unless another is named."""
+    """The layers asked for, counted from the model's usual one unless another is named."""
     layer = facts.usual_layer if config.layer is None else config.layer
     resid = read_layers(config.resid_layers, layer, "--resid-layers")
     if not isinstance(config.resid_layers, tuple):
         resid = tuple(sorted({layer, *resid}))
     kept = read_hooks(config.hooks, layer, resid)
-    if config.attention_layers is None:  # nobody has named these: the first layer and the last lack some
+    if config.attention_layers is None:  # the default: near the first and the last layer some do not exist
         around = read_layers(ATTENTION_AROUND, layer, "--attention-layers")
         attention = tuple(each for each in around if 0 <= each < facts.num_layers)
     else:
@@ -158,7 +158,7 @@ def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
 
 
 def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str, Any]) -> CorpusSpec:
-    """The corpus with everything that decides windows and batches."""
+    """The corpus, with everything that decides windows and batches."""
     batch = plan.config.batch_windows or settings.get(BATCH) or plan.windows_per_batch
     decided = {"tokens": plan.tokens, BATCH: batch}
     return CorpusSpec(name, revision, plan.config.packing, settings | decided)
@@ -166,19 +166,19 @@ def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str,
 
 def settings_of_new(plan: Plan, settings: dict[str, Any], part: str | None = None) -> dict[str, Any]:
     """The corpus's own settings, and what is decided when a store is begun: how much is for tests, and whether the
-    corpus is a part of what its name says."""
+    corpus is only a part of what its name stands for."""
     test = per_mille_for_tests(plan.tokens)
     told = {TEST: test} if test != PER_MILLE["test"] else {}
     return settings | told | ({PART: part} if part else {})
 
 
 def settings_of_begun(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
-    """The corpus's own settings, and what was decided when the store was begun, whatever would be decided today."""
+    """The corpus's own settings, and what was decided when the store was begun, whatever would be decided now."""
     return settings | {key: found.corpus.settings[key] for key in (TEST, PART, BATCH) if key in found.corpus.settings}
 
 
 def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str, tuple[int, int]]) -> Manifest:
-    """The manifest of a store of this plan, cache id included."""
+    """The manifest of a store for this plan, cache id included."""
     manifest = Manifest(
         model=plan.model_spec,
         corpus=corpus,
@@ -196,7 +196,7 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
 
 
 def expected_manifest(plan: Plan, corpus: CorpusSpec, windows: int) -> Manifest:
-    """The manifest that a corpus of enough text would give: for estimates."""
+    """The manifest if the corpus has enough text: for estimates."""
     shares = share_windows(windows, corpus.settings.get(TEST, PER_MILLE["test"]))
     ends = list(accumulate(shares.values()))
     splits = {name: (end - share, end) for (name, share), end in zip(shares.items(), ends, strict=True)}

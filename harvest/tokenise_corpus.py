@@ -1,8 +1,8 @@
 """All windows of a corpus, on disk, before the first forward pass: resumable, in bounded memory.
 
-A document belongs to a split by its text alone; those of splits that are full are counted and passed over. Every few
-seconds, and when the network is lost, a checkpoint says how much of the splits' files counts, and where the corpus
-stands: a later start cuts the files there and goes on. The windows do not depend on the batches, nor on where a run was
+A document belongs to a split by its text alone; documents of full splits are counted and skipped. Every few seconds,
+and when the network is lost, a checkpoint records how much of the splits' files is valid and how far the corpus was
+read: a later start cuts the files there and resumes. The windows depend neither on the batches nor on where a run was
 stopped.
 """
 
@@ -34,7 +34,7 @@ BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0
 ARRAYS = ("tokens", "documents")
 CHECKPOINT = "checkpoint.json"
-BYTES_PER_TOKEN = 2 * 4 * len(ARRAYS)  # of each array the splits, and then all of them joined
+BYTES_PER_TOKEN = 2 * 4 * len(ARRAYS)  # for each array, the splits and then all of them joined
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PackedCorpus:
 
 @dataclass(frozen=True)
 class PackingJob:
-    """What decides the windows besides the corpus and the tokenizer."""
+    """What decides the windows, besides the corpus and the tokenizer."""
 
     windows: int
     context: int
@@ -57,7 +57,7 @@ class PackingJob:
 
 
 class Spool:
-    """A folder with one file for each split and array, and a checkpoint."""
+    """A folder with one file per split and array, and a checkpoint."""
 
     def __init__(self, folder: Path, job: PackingJob, bos: int, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
@@ -65,9 +65,9 @@ class Spool:
         self.quotas = share_windows(job.windows, job.test_per_mille)
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
-        self.empty = 0  # of these
+        self.empty = 0  # of these documents
         self.has_text = False
-        self.starts_anew = False  # though there is something, of other text or settings
+        self.starts_anew = False  # although there are files, of other text or settings
         self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
         self._fingerprint = fingerprint | asdict(job)
 
@@ -79,13 +79,13 @@ class Spool:
         return self.counts[split] < self.quotas[split]
 
     def resume(self) -> dict[str, Any] | None:
-        """Go back to the last checkpoint of the same job; the state of the corpus there, or None."""
+        """Go back to the last checkpoint of the same job; return the state of the corpus there, or None."""
         with self._named():
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint = self._read_checkpoint()
             if checkpoint is None:
                 self.starts_anew = self._checkpoint.exists()
-                # It may be another job's, for whose text these files would pass.
+                # It may be another job's, and these files would pass for its text.
                 self._checkpoint.unlink(missing_ok=True)
                 sync(self.folder)
                 for split, array in self._keys():
@@ -93,7 +93,7 @@ class Spool:
                 return None
             self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
             self.has_text = checkpoint["has_text"]
-            self.empty = checkpoint.get("empty", 0)  # an earlier version did not count them
+            self.empty = checkpoint.get("empty", 0)  # an earlier version did not count these
             for split, array in self._keys():
                 os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
             for split, packer in self._packers.items():
@@ -111,7 +111,7 @@ class Spool:
         self.counts[split] += wanted
 
     def checkpoint(self, corpus_state: dict[str, Any]) -> None:
-        """Make what was appended so far the point from which a later start goes on."""
+        """Make a later start resume after what was appended so far."""
         with self._named():
             for split, array in self._keys():
                 sync(self._path(split, array))
@@ -128,7 +128,7 @@ class Spool:
         LocalFiles(self.folder).replace(CHECKPOINT, json.dumps(document).encode())
 
     def join(self) -> PackedCorpus:
-        """All splits in a row, read from disk as they are needed."""
+        """All splits in sequence, read from disk as needed."""
         ends = np.cumsum(list(self.counts.values())).tolist()
         splits = {name: (end - count, end) for (name, count), end in zip(self.counts.items(), ends, strict=True)}
         tokens, documents = (self._joined(array, ends[-1]) for array in ARRAYS)
@@ -147,11 +147,11 @@ class Spool:
             return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
 
     def _named(self) -> AbstractContextManager[None]:
-        """What the disk answers, by what was being done."""
+        """Turn a disk's error into one that says what was being done."""
         return name_failure(f"tokenising into {self.folder}")
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
-        """None as well where it is damaged, or files are shorter than it says: what lacks would become zeros."""
+        """The checkpoint; None also if damaged, or if files are shorter than it says: the rest would become zeros."""
         try:
             checkpoint = json.loads(self._checkpoint.read_bytes())
             if checkpoint["fingerprint"] != self._fingerprint:
@@ -174,17 +174,17 @@ class Spool:
 
 
 def spool_folder(files: Files) -> Path:
-    """Beside a local store, on its disk: in it where it is a disk itself. In the folder for temporary files where the
-    store is remote."""
+    """The folder for tokens: next to a local store, on its disk (inside it if the store is a disk itself); for a remote
+    store in the folder for temporary files."""
     if isinstance(files, LocalFiles):
-        root = files.root.resolve()  # of a link what it leads to, which may be another disk
+        root = files.root.resolve()  # a link's target may be on another disk
         return root / ".spool" if root.is_mount() else root.with_name(f"{root.name}.spool")
     name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
 
 def state_of_begun(folder: Path) -> State:
-    """Where the corpus stood at the last checkpoint of a job, whichever; empty where none can be read."""
+    """The state of the corpus at the last checkpoint of any job; empty if none can be read."""
     try:
         state = json.loads((folder / CHECKPOINT).read_bytes())["corpus"]
     except (FileNotFoundError, KeyError, TypeError, ValueError):
@@ -200,8 +200,8 @@ def spool_corpus(
     report: Callable[[int, int], None] = lambda windows, documents: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Spool, PackedCorpus]:
-    """Tokenise and pack until all splits are full. `report` hears of windows packed and documents read, `say` of what
-    is not gone on with, and of text that the store will lack."""
+    """Tokenise and pack until all splits are full. `report` is called with windows packed and documents read, `say`
+    with messages about what is not resumed and about text that the store will lack."""
     fingerprint = {
         "corpus": [corpus.id, corpus.revision, corpus.settings],
         "tokenizer": [encoder.digest, encoder.bos_token],
@@ -209,8 +209,8 @@ def spool_corpus(
     spool = Spool(folder, job, encoder.bos_token, fingerprint)
     state = spool.resume()
     if spool.starts_anew:
-        say(f"tokenising starts anew: {folder} is damaged, or of other text or settings")
-    if left := left_alone_by(corpus):  # now: who has named a wrong folder need not wait
+        say(f"tokenising starts over: {folder} is damaged, or of other text or settings")
+    if left := left_alone_by(corpus):  # now, so that a user who named a wrong folder need not wait
         say(f"warning: {left}")
     report(sum(spool.counts.values()), spool.documents)
     if not spool.is_full:
@@ -231,7 +231,7 @@ def spool_corpus(
 def _fill(
     spool: Spool, corpus: Corpus, encoder: TextEncoder, state: dict[str, Any] | None, report: Callable[[int, int], None]
 ) -> None:
-    """Batch after batch until all splits are full or the corpus ends."""
+    """Add batches until all splits are full or the corpus ends."""
     saved = time.monotonic()
     for batch in _batches(corpus.documents(state)):
         _add(spool, encoder, batch)
@@ -261,9 +261,9 @@ def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
     """Documents in lists of bounded size, each closed in time for a checkpoint.
 
-    A lost network still gives what came before it. Any other error does not: at an interruption, or at a
-    document that is not text, the corpus already counts a document that nobody has packed, and a checkpoint there
-    would pass over it in silence.
+    If the network is lost, what came before is still yielded. Not so for any other error: at an interruption, or at
+    a document that is not text, the corpus already counts a document that has not been packed, and a checkpoint there
+    would silently skip it.
     """
     batch, characters, began = [], 0, time.monotonic()
     try:
@@ -280,13 +280,13 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _tell_empty(spool: Spool, corpus: Corpus) -> str:
-    said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty, or null"
+    said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty or null"
     has_columns = "column" in corpus.settings
-    return said + (". Where their text is in another column, name it with --column" if has_columns else "")
+    return said + (". If their text is in another column, name it with --column" if has_columns else "")
 
 
 def _require_text(spool: Spool, corpus: Corpus) -> None:
-    """Every split has a window, or the run stops here."""
+    """Require that every split has a window."""
     if not spool.has_text:
         what = "no text in its documents" if spool.documents else "no document"
         raise CorpusEmpty(f"the corpus {corpus.id} holds {what}. Give one with text in it")
@@ -300,7 +300,7 @@ def _require_text(spool: Spool, corpus: Corpus) -> None:
 
 
 def what_fills_windows(packing: Packing) -> str:
-    """What to do where a corpus fills too few."""
+    """In words: what to do if a corpus fills too few windows."""
     if packing == "concat":
         return "Give more text, or a smaller --context"
     return "Give longer documents or more of them, --packing concat, which joins short ones, or a smaller --context"

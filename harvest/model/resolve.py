@@ -1,14 +1,14 @@
-"""Which model `--model` means, and where its files lie.
+"""Which model `--model` means, and where its files are.
 
-`auto`     google/gemma-2-2b where its weights are cached or within reach, else the pocket model
+`auto`     google/gemma-2-2b if its weights are cached or can be downloaded, else the pocket model
 `pocket`   the small model that comes with this package
-`smollm2`  SmolLM2-135M-Instruct, a real model that a package of the registry holds
+`smollm2`  SmolLM2-135M-Instruct, a real model that comes as a package from the registry
 x.gguf     a file, converted once
 a folder   as `save_pretrained` writes it
-an id      of a model on the hub; nothing ever takes its place
+an id      of a model on the hub; nothing ever replaces it
 
-`choose` decides without downloading, within `DECISION_SECONDS`; where a store stands already, `choose_again`
-decides as it was decided for that. `look` brings what describes the model, `fetch` all of it, where there is room.
+`choose` decides without downloading, within `DECISION_SECONDS`; for an existing store, `choose_again` repeats
+its decision. `look` downloads what describes the model, `fetch` all of it, if there is room.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from .load_and_truncate import CONFIG_FILE, find_weights
 AUTO = "auto"
 POCKET = "pocket"
 SMOLLM2 = "smollm2"
-GGUF = "gguf-"  # begins the revision of a model from such a file
+GGUF = "gguf-"  # prefix of the revision of a model from a GGUF file
 FIRST_CHOICE = "google/gemma-2-2b"
 
-FORBIDDEN = 403  # what a hub answers to a token with too few rights
+FORBIDDEN = 403  # a hub's answer to a token with too few rights
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5
 DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 FILES = [*DESCRIPTION, *WEIGHTS]
-# Where a repository has them, a snapshot in the cache is not whole without these. Weights are looked at apart.
+# If a repository has these, a cached snapshot is incomplete without them. Weights are checked separately.
 NEEDED = [
     CONFIG_FILE,
     "tokenizer*.json",
@@ -63,25 +63,25 @@ NEEDED = [
     "vocab.json",
     "merges.txt",
 ]
-OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
-SNAPSHOTS = "snapshots"  # of a model's folder in the hub's cache: its folders are called by their commits
-KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, where a hub does not say
+OTHER_FILES = ["original/*", "consolidated*"]  # duplicates of the weights
+SNAPSHOTS = "snapshots"  # in a model's folder of the hub's cache: its folders are named by commit
+KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, if a hub does not say
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The model that was decided for."""
+    """The model that was chosen."""
 
     name: str
     """`pocket`, `smollm2`, a GGUF file, a folder, or an id on the hub."""
     revision: str | None = None
     banner: tuple[str, ...] = ()
-    """Two lines for whoever left the choice to us: what was taken and why, and how to insist."""
+    """Two lines to print with `auto`: which model was chosen and why, and how to insist on one."""
 
     @property
     def fell_back(self) -> bool:
-        """Whether whoever left the choice to us gets the small model for the real one."""
+        """Whether `auto` chose the small model instead of the real one."""
         return bool(self.banner) and self.name == POCKET
 
 
@@ -91,14 +91,14 @@ class ModelSource:
 
     id: str
     revision: str
-    """The hub's commit; for a folder or a GGUF file a hash of what is in it."""
+    """The hub's commit; for a folder or a GGUF file a hash of its content."""
     folder: Path
     to_download: int | None = None
-    """Bytes of weights that are still on the hub; None: they are here."""
+    """Bytes of weights still to be downloaded; None: they are on this machine."""
 
 
 def choose(model: str) -> Choice:
-    """Decide which model is meant; only `auto` has a choice, and only `auto` asks the network here."""
+    """Decide which model is meant; only `auto` leaves a choice, and only `auto` uses the network here."""
     if model != AUTO:
         return Choice(model)
     if _cached(FIRST_CHOICE, None):
@@ -110,9 +110,9 @@ def choose(model: str) -> Choice:
 
 
 def choose_again(name: str, found: ModelSpec) -> Choice | None:
-    """What `auto`, or a model's own name, must mean for a store begun with it, whatever is cached or on the hub today.
+    """What `auto`, or a model's own name, must mean for a store begun with it, whatever is cached or on the hub now.
 
-    None where the name never means that model.
+    None if the name never means that model.
     """
     if name == AUTO and found.id in (FIRST_CHOICE, POCKET):
         return Choice(found.id, _commit_of(found), _banner(found.id, "the store at --out was begun with it"))
@@ -120,12 +120,12 @@ def choose_again(name: str, found: ModelSpec) -> Choice | None:
 
 
 def fetch(choice: Choice) -> ModelSource:
-    """Bring the files of a choice to this machine, or say what stands in the way."""
+    """Download the files of a choice, or raise an error that says why not."""
     return _here(choice) or _download(choice.name, choice.revision)
 
 
 def fetch_recorded(model: ModelSpec, override: str | None) -> ModelSource:
-    """The files of the model that a store was made with, down to the revision; `override` says where to look."""
+    """The files of the model that a store was made with, at its exact revision; `override` says where to look."""
     if override is not None and (snapshot := _snapshot_at(override, model)):
         return snapshot
     source = fetch(Choice(override or model.id, _commit_of(model) if override in (None, model.id) else None))
@@ -138,7 +138,7 @@ def fetch_recorded(model: ModelSpec, override: str | None) -> ModelSource:
 
 
 def _snapshot_at(name: str, model: ModelSpec) -> ModelSource | None:
-    """The folder of the recorded commit in a cache of the hub, which calls it by the commit, wherever that lies."""
+    """The folder of the recorded commit in a cache of the hub, wherever it is: its name is the commit."""
     folder = Path(os.path.expanduser(name)).absolute()
     if not folder.is_dir() or (folder.parent.name, folder.name) != (SNAPSHOTS, model.revision):
         return None
@@ -147,20 +147,20 @@ def _snapshot_at(name: str, model: ModelSpec) -> ModelSource | None:
 
 
 def _where_a_commit_lies(model: ModelSpec) -> str:
-    """What to add for a person: of a folder it is not known which commit of the hub it is, but of the hub's own."""
+    """A hint for a message: only a folder in the hub's own cache shows its commit."""
     if (commit := _commit_of(model)) is None or commit.startswith(GGUF):
         return ""
-    return f". Set HF_HOME to where the hub's cache has it, or name its folder there, .../{SNAPSHOTS}/{commit}"
+    return f". Set HF_HOME to the hub's cache that has it, or name its folder there, .../{SNAPSHOTS}/{commit}"
 
 
 def _commit_of(model: ModelSpec) -> str | None:
-    """By which a recorded model can be asked for; None where its revision is a hash of a folder."""
+    """The commit of a recorded model; None if its revision is a hash of a folder."""
     revision = model.revision or "-"
     return revision if "-" not in revision or revision.startswith(GGUF) else None
 
 
 def look(choice: Choice, say: Callable[[str], None] = lambda _: None) -> ModelSource:
-    """Bring what describes a model; the weights of one on the hub stay there. A GGUF file is converted, and told of."""
+    """Download what describes a model, without its weights. A GGUF file is converted, with a message to `say`."""
     here = _here(choice, say)
     if here is not None:
         return here
@@ -170,7 +170,7 @@ def look(choice: Choice, say: Callable[[str], None] = lambda _: None) -> ModelSo
 
 
 def _here(choice: Choice, say: Callable[[str], None] = lambda _: None) -> ModelSource | None:
-    """A model that is on this machine already, a GGUF file in the form that can be loaded."""
+    """A model that is on this machine already, a GGUF file in converted form; None if it is on the hub."""
     if choice.name == POCKET:
         return ModelSource(POCKET, _hash_of(MODEL_FOLDER), MODEL_FOLDER)
     if choice.name == SMOLLM2:
@@ -193,7 +193,7 @@ def _converted(name: str, file: Path, say: Callable[[str], None]) -> ModelSource
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
-    """The snapshot in the local cache, if all is there that a harvest reads; others may have brought it, or we."""
+    """The snapshot in the local cache, whoever downloaded it, if it has everything that a harvest reads."""
     try:
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=NEEDED))
     except (LocalEntryNotFoundError, HFValidationError):
@@ -210,7 +210,7 @@ def _download(model: str, revision: str | None) -> ModelSource:
 
 
 def _bytes_to_come(model: str, revision: str | None) -> int:
-    """Bytes of weights still to download, without those in the cache; asks the hub for sizes alone."""
+    """Bytes of weights still to download, without those in the cache; asks the hub only for sizes."""
     files = _snapshot(model, revision, allow_patterns=WEIGHTS, dry_run=True)
     missing = [file for file in files if file.will_download]
     return sum(file.file_size or 0 for file in missing) or (KNOWN_BYTES.get(model, 0) if missing else 0)
@@ -221,12 +221,12 @@ def _snapshot(model: str, revision: str | None, **options: Any) -> Any:
         return snapshot_download(
             model, revision=revision, ignore_patterns=OTHER_FILES, etag_timeout=ANSWER_SECONDS, **options
         )
-    except (*NETWORK_ERRORS, HFValidationError, RuntimeError) as error:  # the last is how the hub's own library fails
+    except (*NETWORK_ERRORS, HFValidationError, RuntimeError) as error:  # the last is raised by the hub's own library
         raise ModelUnavailable(f"{model}: {_explain(error, model)}") from error
 
 
 def _obstacle(model: str) -> str | None:
-    """Why a model cannot be downloaded, by asking for one small file of it; None if it can."""
+    """Why a model cannot be downloaded, found by asking for one small file of it; None if it can."""
     try:
         get_hf_file_metadata(hf_hub_url(model, CONFIG_FILE), timeout=ANSWER_SECONDS)
     except NETWORK_ERRORS as error:
@@ -235,9 +235,9 @@ def _obstacle(model: str) -> str | None:
 
 
 def _explain(error: Exception, model: str) -> str:
-    """What is wrong and what to do, by kind of error."""
+    """What went wrong and what to do, by kind of error."""
     if isinstance(error, (DryRunError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # these say of any failure that the network may be gone
+        error = error.__cause__  # for any failure these only say that the network may be gone
     if isinstance(error, GatedRepoError):
         return f"its licence is not accepted here: accept it at https://huggingface.co/{model}, then `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
@@ -245,7 +245,7 @@ def _explain(error: Exception, model: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "no such folder, and no model of that name on the hub; if it is private, `hf auth login`"
     if isinstance(error, HFValidationError):
-        return "no such folder, and not a name that the hub could have"
+        return "no such folder, and not a valid name on the hub"
     if _is_full_disk(error):
         return (
             f"the disk is full while downloading into {constants.HF_HUB_CACHE}: free some space, or set HF_HOME to a "
@@ -260,18 +260,18 @@ def _explain(error: Exception, model: str) -> str:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Whether the disk is full: the hub's library says it in words only."""
+    """Whether the disk is full: the hub's library says so only in words."""
     return getattr(error, "errno", None) in FULL_DISK or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _ask_in_time(question: Callable[[], str | None]) -> str | None:
-    """The answer of `question`, or that there was none: a name lookup without a network can hang for long."""
+    """The answer of `question`, or that there was none in time: a name lookup without a network can hang for long."""
     answers: list[str | None] = []
 
     def ask() -> None:
         try:
             answers.append(question())
-        except Exception as error:  # noqa: BLE001  whatever stands in the way is the answer
+        except Exception as error:  # noqa: BLE001  any failure is the answer
             answers.append(f"the hub could not be asked ({first_line(error)})")
 
     thread = Thread(target=ask, daemon=True)
@@ -283,12 +283,12 @@ def _ask_in_time(question: Callable[[], str | None]) -> str | None:
 def _banner(taken: str, reason: str) -> tuple[str, str]:
     return (
         f"model: {taken}, because {reason}",
-        f"to insist: --model {FIRST_CHOICE} never falls back, --model {POCKET} the one in this package (make: MODEL=)",
+        f"to insist: --model {FIRST_CHOICE} never falls back, --model {POCKET} is the bundled one (make: MODEL=)",
     )
 
 
 def _hash_of(folder: Path) -> str:
-    """A name for what is in a folder: its configuration and weights, wherever it lies."""
+    """A name for the content of a folder, its configuration and weights, wherever it is."""
     total = hashlib.sha256()
     for file in (folder / CONFIG_FILE, *_weights_of(folder, str(folder))):
         with file.open("rb") as stream:
@@ -297,11 +297,11 @@ def _hash_of(folder: Path) -> str:
 
 
 def _weights_of(folder: Path, name: str) -> list[Path]:
-    """The files with a model's weights; refuses a folder that does not hold all it takes to load them."""
+    """The files with a model's weights; refuses a folder that lacks anything needed to load them."""
     weights = find_weights(folder)
     if not weights or not (folder / CONFIG_FILE).is_file():
         raise ModelUnavailable(
-            f"{name}: expected {CONFIG_FILE} and complete safetensors weights there. "
+            f"{name}: expected {CONFIG_FILE} and complete safetensors weights, found not all of them. "
             "Save the model with `save_pretrained`, which writes both, and name that folder"
         )
     return weights

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: what of it decides a store's tokens, and batches of text to token ids."""
+"""The tokenizer of a model: what in it decides a store's tokens, and batches of text to token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .load_and_truncate import CONFIG_FILE
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns documents into token ids, without BOS: windows get theirs when they are packed."""
+    """Turns documents into token ids without BOS: windows get theirs when they are packed."""
 
     backend: Any  # of the `tokenizers` library: encodes a batch on all cores
     bos_token: int
@@ -30,7 +30,7 @@ class TextEncoder:
 
     @property
     def digest(self) -> str:
-        """A hash of vocabulary, merges, normaliser and the rest; how a user pads or cuts is left out."""
+        """A hash of vocabulary, merges, normaliser and the rest; padding and truncation are left out."""
         rules = json.loads(self.backend.to_str())
         for setting in ("padding", "truncation"):
             rules.pop(setting, None)
@@ -39,15 +39,15 @@ class TextEncoder:
 
 
 def load_encoder(source: str | Path) -> TextEncoder:
-    """The encoder of a model's folder or hub id."""
+    """The encoder for a model's folder or hub id."""
     return make_encoder(load_tokenizer(source), str(source))
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of transformers, by the rules of tokenizer.json, for some of its classes put in their own."""
+    """transformers' tokenizer, with the rules of tokenizer.json, which some of its classes replace by their own."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    alone: dict[str, Any] = {"trust_remote_code": False}  # left open, it asks at a terminal whether to run their code
+    alone: dict[str, Any] = {"trust_remote_code": False}  # if unset, a terminal is asked whether to run their code
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **alone)
         file = Path(source, "tokenizer.json")
@@ -57,21 +57,21 @@ def load_tokenizer(source: str | Path) -> Any:
         return tokenizer if is_as_published else PreTrainedTokenizerFast.from_pretrained(source, **alone)
     except UNREADABLE as error:
         raise TokenizerUnsuitable(
-            f"{source} has no tokenizer that can be loaded ({error}). Save one beside the model "
+            f"{source} has no tokenizer that can be loaded ({error}). Save one next to the model "
             "with `tokenizer.save_pretrained`"
         ) from error
 
 
 def _rules_of(backend: Tokenizer) -> list[Any]:
-    """What decides the tokens of a text beside vocabulary and merges, which every class takes from the file."""
+    """What decides a text's tokens besides vocabulary and merges, which every class takes from the file."""
     stages = [stage and stage.__getstate__() for stage in (backend.normalizer, backend.pre_tokenizer)]
     return [*stages, *(getattr(backend.model, name, None) for name in ("byte_fallback", "ignore_merges"))]
 
 
 def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
-    """The encoder of a tokenizer of transformers."""
+    """The encoder for a tokenizer of transformers."""
     if not getattr(tokenizer, "is_fast", False):
-        raise TokenizerUnsuitable(f"the tokenizer of {name} has no fast form (tokenizer.json); convert it first")
+        raise TokenizerUnsuitable(f"the tokenizer of {name} has no fast form (tokenizer.json). Convert it first")
     named = tokenizer.bos_token_id
     bos = _bos_of_configuration(tokenizer, Path(name)) if named is None else int(named)
     if bos is None:
@@ -86,8 +86,8 @@ def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
 
 
 def _bos_of_configuration(tokenizer: Any, folder: Path) -> int | None:
-    """What Qwen's models name as BOS and their tokenizers do not. Only what is special there: some configurations have
-    a number that nobody chose."""
+    """The BOS that a configuration names and its tokenizer does not, as in Qwen's models. Only special tokens count:
+    some configurations have an arbitrary number."""
     try:
         found = json.loads((folder / CONFIG_FILE).read_bytes()).get("bos_token_id")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The bundled pocket model: a 26-layer Gemma-2 small enough to travel with the package.
+"""The bundled pocket model: a 26-layer Gemma-2 small enough to ship with the package.
 
 `MODEL_FOLDER` is an ordinary Hugging Face folder; MODEL_CARD.md says what the model
 is good for. The folder is made by the scripts in `bench/pocket/`.
@@ -17,8 +17,8 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 
 
 def load_model(dtype: torch.dtype | None = None, folder: Path = MODEL_FOLDER) -> Gemma2ForCausalLM:
-    """The model, in the bfloat16 it is stored in or in another dtype; eager attention."""
-    from transformers import Gemma2ForCausalLM  # here, so that reading text alone stays quick
+    """The model, in its stored bfloat16 or in another dtype, with eager attention."""
+    from transformers import Gemma2ForCausalLM  # here, so that only reading text stays quick
 
     model = Gemma2ForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", attn_implementation="eager", local_files_only=True
@@ -27,7 +27,7 @@ def load_model(dtype: torch.dtype | None = None, folder: Path = MODEL_FOLDER) ->
 
 
 def load_tokenizer(folder: Path = MODEL_FOLDER) -> PreTrainedTokenizerFast:
-    """Its tokenizer: puts BOS first, knows every byte."""
+    """Its tokenizer, which puts BOS first and knows every byte."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

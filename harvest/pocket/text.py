@@ -1,8 +1,8 @@
 """The running Python's own standard library, read as a corpus of documents.
 
 Every machine that can run the project has this text, so a demo, a test and the pocket model need no download. What
-builds generate, sites install or container images drop is left out, so that the same Python gives the same text; where
-a distribution patched a file after all, `text_digest` shows it. One file is one document, but for the language
+builds generate, sites install or container images drop is left out, so that the same Python gives the same text; if a
+distribution has patched a file after all, `text_digest` shows it. One file is one document, except for the language
 reference of `pydoc`, whose topics are documents of plain English of their own.
 """
 
@@ -21,7 +21,7 @@ EXCLUDED_FOLDERS = frozenset(
         "dist-packages",
         "encodings",  # generated tables of code points
         "ensurepip",  # bundles wheels, removed by distributions
-        "idlelib",  # a package of its own on many systems
+        "idlelib",  # a separate package on many systems
         "lib-dynload",
         "site-packages",
         "test",  # left out of most container images
@@ -69,11 +69,11 @@ def _source_names(root: Path) -> Iterator[str]:
 
 
 def _is_left_out(folder: str) -> bool:
-    return folder in EXCLUDED_FOLDERS or folder.startswith("config-")  # config-3.11-...: of this build alone
+    return folder in EXCLUDED_FOLDERS or folder.startswith("config-")  # config-3.11-...: of this build only
 
 
 def _decode(raw: bytes) -> str | None:
-    """The text of a source file, by its declared encoding; None where it has none."""
+    """The text of a source file, by its declared encoding; None if it cannot be decoded."""
     if b"\0" in raw:
         return None
     try:
@@ -93,7 +93,7 @@ def _split(name: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _topics(text: str) -> dict[str, str] | None:
-    """The dictionary that the file assigns to `topics`, read without running it."""
+    """The dictionary that the file assigns to `topics`, read without running the file."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             return ast.literal_eval(node.value)

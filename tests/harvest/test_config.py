@@ -112,14 +112,14 @@ def test_a_range_from_a_number_to_a_distance_is_read_by_the_models_layer():
     facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
     config = HarvestConfig("store", layer=19, attention_layers="17..+1", hooks="resid,mlp_in:18..+0")
     assert wanted_layers(config, facts) == Wanted((19,), (17, 18, 19, 20), {"mlp_in": (18, 19)})
-    with pytest.raises(SettingInvalid, match=r"--attention-layers: expected a range that rises, .*, found '17\.\.\+1'"):
+    with pytest.raises(SettingInvalid, match=r"--attention-layers: expected a rising range .*, found '17\.\.\+1'"):
         wanted_layers(HarvestConfig("store", layer=3, attention_layers="17..+1"), facts)
 
 
 @pytest.mark.parametrize(
     ("hooks", "words"),
     [
-        ("mlp_in", "mlp_in for none: add resid"),
+        ("mlp_in", "mlp_in for none. Add resid"),
         ("resid:5", "resid:5 for those of other layers"),
         ("resid:5,mlp_in", "those of other layers"),
         ({"resid": (5,)}, "those of other layers"),
@@ -139,7 +139,7 @@ def test_what_a_corpus_would_not_heed_is_refused(dataset, beside):
     if dataset == "./text.jsonl" and beside == "column":
         assert HarvestConfig("store", corpus=options).corpus == options
         return
-    with pytest.raises(SettingInvalid, match=rf"--(dataset-)?{beside} other: --dataset {dataset} knows nothing"):
+    with pytest.raises(SettingInvalid, match=rf"--(dataset-)?{beside} other has no effect with --dataset {dataset}"):
         HarvestConfig("store", corpus=options)
     HarvestConfig("store", corpus=DatasetOptions("owner/name", **{beside: "other"}))
 

@@ -78,7 +78,7 @@ BAD = {  # what to refuse, by which error; stdlib can be asked for nothing else
         (a_file_that_is_not_text, DocumentInvalid, "line 1: .* unpaired surrogate"),
     ],
     "docs": [
-        (lambda *_: DatasetOptions("docs:./nothing"), CorpusUnavailable, "no folder './nothing': give --dataset docs:"),
+        (lambda *_: DatasetOptions("docs:./nothing"), CorpusUnavailable, "no folder './nothing'. Give --dataset docs:"),
         (lambda *_: DatasetOptions("docs:~nosuchuser"), CorpusUnavailable, "no folder '~nosuchuser'"),
         (lambda *_: DatasetOptions("docs:"), CorpusUnavailable, "no folder ''"),
         (a_folder_without_documentation, CorpusEmpty, r"no documentation \(\.html"),

@@ -183,7 +183,7 @@ def test_a_device_without_memory_for_the_layers_that_are_timed_is_named(make_con
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.")
 
     monkeypatch.setattr(estimate_cost, "make_random", allocate)
-    with pytest.raises(DeviceFull, match="cpu has no memory left for layers whose time is taken .*Tried to allocate"):
+    with pytest.raises(DeviceFull, match="cpu has no memory left for layers to be timed .*Tried to allocate"):
         dry_run(make_config(model="owner/name"), Watch(is_quiet=True))
 
 

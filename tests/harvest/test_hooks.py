@@ -212,7 +212,7 @@ def test_residuals_alone_are_the_bytes_of_format_1(make_config: Make, tmp_path):
 def test_an_older_store_is_not_resumed_with_other_hooks(make_config: Make):
     out = harvest(make_config())
     before = digest_of(out)
-    with pytest.raises(StoreMismatch, match=r"(?s)mlp_in.layers: the store has none, asked for 1, 2\n.*mlp_out"):
+    with pytest.raises(StoreMismatch, match=r"(?s)mlp_in.layers: the store has none, but 1, 2 was asked for\n.*mlp_out"):
         harvest(make_config(hooks=BOTH))
     assert digest_of(out) == before
 

@@ -253,10 +253,10 @@ def test_what_is_left_to_others_is_counted_and_not_as_many_as_were_tried(share_o
     assert all(other.take(shard) for shard in range(10, 40))
     written, said = share_of(Worker(0, 40), 40, mine, set())
     assert written == 10
-    assert f"another writer that holds or has committed them: 30 shards; {30 - HELD_TRIED} not tried" in said
+    assert f"other writers, which hold or have committed them: 30 shards; {30 - HELD_TRIED} not tried" in said
     assert "may have lapsed. If that writer was killed, run again in 10 minutes" in said
     written, said = share_of(Worker(0, 40), 40, mine, set(range(25)))
-    assert written == 0 and "left to another writer that holds or has committed them: 15 shards. If" in said
+    assert written == 0 and "left to other writers, which hold or have committed them: 15 shards. If" in said
 
 
 def test_a_worker_whose_whole_share_is_held_takes_what_is_free(share_of):
@@ -264,7 +264,7 @@ def test_a_worker_whose_whole_share_is_held_takes_what_is_free(share_of):
     other, mine = open_claims(files), open_claims(files)
     assert other.take(0) and other.take(2)
     written, said = share_of(Worker(0, 2), 4, mine, set())
-    assert written == 2 and "left to another writer that holds or has committed them: 2 shards" in said
+    assert written == 2 and "left to other writers, which hold or have committed them: 2 shards" in said
 
 
 @pytest.mark.parametrize("model", [{}, {"model": "auto"}])
@@ -312,7 +312,7 @@ def test_who_waits_for_tokens_ends_soon_where_nobody_is_about_them(make_config: 
     ):
         create_or_resume_store.wait_for_tokens(files, Watch(Console(file=said, width=300)))
     assert clock.now > 12 * 3600 if is_held else 3600 <= clock.now < 3800
-    told = said.getvalue().count(f"{'worker 1' if is_held else 'nobody'} is about it\n")
+    told = said.getvalue().count(f"{'worker 1' if is_held else 'nobody'} is working on it\n")
     assert told == said.getvalue().count("still waiting") and (is_held or 24 < told <= 30)
     assert folder.exists() == is_held
 
@@ -370,11 +370,11 @@ def test_a_device_by_number_is_not_for_each_process_of_a_launch(make_config: Mak
     with pytest.raises(SettingInvalid, match="--device cuda:1: each process of a launch .* Leave out the number"):
         harvest(make_config(device="cuda:1"))
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: int("no MASTER_ADDR"))  # as it refuses, in a ValueError
-    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=2: .* that meet, found: .*MASTER_ADDR.*: start them all by"):
+    with pytest.raises(LaunchInvalid, match="^WORLD_SIZE=2: .* to connect, found: .*MASTER_ADDR.*. Start them all"):
         harvest(make_config(device="cpu"))
     for said in ("", "0", "abc"):
         monkeypatch.setenv("WORLD_SIZE", said)
-        with pytest.raises(LaunchInvalid, match=f"^WORLD_SIZE={said}: expected a number as torchrun sets it: unset"):
+        with pytest.raises(LaunchInvalid, match=f"^WORLD_SIZE={said}: expected a number as torchrun sets it. Unset"):
             harvest(make_config())
 
 
@@ -399,7 +399,7 @@ def test_a_launch_without_gpus_is_several_processes_and_one_that_lacks_a_number_
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", state)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SettingInvalid, match="expected RANK and LOCAL_RANK beside WORLD_SIZE=2"):
+    with pytest.raises(SettingInvalid, match="expected RANK and LOCAL_RANK next to WORLD_SIZE=2"):
         harvest(make_config(device="auto"))
     assert asked == [True]
 
@@ -816,7 +816,7 @@ def test_sinks_left_out_are_recorded_and_in_no_row(make_config: Make):
                 assert csr.entries and (csr.indices > 0).all() and (csr.indices < query).all()
         facts = describe(store)
     assert all(links["links"] > 0 and links["bos_mass"] == 0 for links in facts["attention_links"].values())
-    with pytest.raises(StoreMismatch, match=r"attention.left_out: the store has bos, self, asked for none"):
+    with pytest.raises(StoreMismatch, match=r"attention.left_out: the store has bos, self, but none was asked for"):
         harvest(replace(config, leave_out=()))
 
 
@@ -1047,7 +1047,7 @@ def test_tokens_of_a_store_that_is_a_disk_lie_on_it(harvested, monkeypatch):
 
 def test_a_link_to_nothing_is_no_place_for_a_store(make_config: Make, tmp_path):
     (tmp_path / "store").symlink_to(tmp_path / "gone")
-    with pytest.raises(AddressInvalid, match="is a link to .*gone, which is not there. Make that folder"):
+    with pytest.raises(AddressInvalid, match="is a link to .*gone, which is missing. Make that folder"):
         harvest(make_config())
     with pytest.raises(AddressInvalid, match="is a link to"):
         harvest(make_config(out=str(tmp_path / "store" / "below")))
@@ -1115,7 +1115,7 @@ def test_a_corpus_of_the_hub_is_pinned_from_the_first_checkpoint(make_config: Ma
         run.harvest(make_config(corpus=again))
         with Store.open(make_config().out) as store:
             assert store.manifest.corpus.revision == revision
-        assert ("tokenising starts anew" in capsys.readouterr().err) == is_anew
+        assert ("tokenising starts over" in capsys.readouterr().err) == is_anew
         shutil.rmtree(make_config().out)
 
 

@@ -199,9 +199,9 @@ def test_the_last_key_that_can_be_packed_is_kept():
 @pytest.mark.parametrize(
     ("dtype", "said"),
     [
-        ("float16", "overflows in float16, harvest with --dtype bfloat16 or float32 into another --out$"),
-        ("bfloat16", "overflows in bfloat16, harvest with --dtype float32 into another --out$"),
-        ("float32", "the model itself gives them in float32: look at its weights$"),
+        ("float16", "overflows in float16: harvest with --dtype bfloat16 or float32 into another --out$"),
+        ("bfloat16", "overflows in bfloat16: harvest with --dtype float32 into another --out$"),
+        ("float32", "the model computes them even in float32: check its weights$"),
     ],
 )
 def test_attention_that_is_not_finite_names_a_dtype_that_is_wider(dtype, said):

@@ -243,7 +243,7 @@ def test_a_corpus_without_text_is_empty(tmp_path):
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize(
     ("settings", "more"),
-    [({}, ""), ({"column": "text"}, ". Where their text is in another column, name it with --column")],
+    [({}, ""), ({"column": "text"}, ". If their text is in another column, name it with --column")],
 )
 def test_documents_without_text_are_told(tmp_path, settings, more):
     """Of a column that is half empty half is harvested. Those before an interruption count too."""
@@ -252,7 +252,7 @@ def test_documents_without_text_are_told(tmp_path, settings, more):
     with pytest.raises(KeyboardInterrupt):
         spool_corpus(ListCorpus(texts, 301, settings=settings), encoder, job, tmp_path)
     spool_corpus(ListCorpus(texts, settings=settings), encoder, job, tmp_path, say=said.append)
-    assert said == [f"warning: 400 of 800 documents read of list are empty, or null{more}"]
+    assert said == [f"warning: 400 of 800 documents read of list are empty or null{more}"]
     spool_corpus(ListCorpus(make_texts(400)), encoder, job, tmp_path / "full", say=said.append)
     assert len(said) == 1
 

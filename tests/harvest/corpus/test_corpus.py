@@ -145,7 +145,7 @@ def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
     for name in ("a.jsonl.gz", "deep/b.TXT.GZ", "c.json", "page.html", "NOTICE"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "text")
-    said = f"5 files of {tmp_path} left alone (2 .gz, 1 without suffix, 1 .json, 1 .html). To have one read: Where it"
+    said = f"5 files of {tmp_path} left alone (2 .gz, 1 without suffix, 1 .json, 1 .html). To have one read: If it"
     with pytest.raises(CorpusEmpty, match=re.escape("holds no file with text (.txt, .md") + ".*" + re.escape(said)):
         read(tmp_path)
     write(tmp_path / "README.md", "text")
@@ -171,8 +171,8 @@ def test_hidden_files_are_read_as_they_always_were_and_told(tmp_path):
     digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     assert corpus.revision == f"sha256:{hashlib.sha256(digests).hexdigest()}"
     assert left_alone_by(corpus) == (
-        f"3 hidden files of {tmp_path} read as text (.git/x.txt, .ipynb_checkpoints/a.md, .note.txt). Move what is not "
-        "meant out of the folder"
+        f"3 hidden files of {tmp_path} read as text (.git/x.txt, .ipynb_checkpoints/a.md, .note.txt). Move unintended "
+        "files out of the folder"
     )
 
 
@@ -199,7 +199,7 @@ def test_folders_that_are_not_entered_are_told(tmp_path, monkeypatch, open_it, n
         return
     entered = ["mine"] if number else ["mine", "theirs"]
     assert sorted(corpus.documents()) == [name * 99 for name in entered]
-    closed = f"2 folders not entered (a link, or not yours to open): {here}/link, {here}/theirs. To have one read"
+    closed = f"2 folders not entered (links, or without permission): {here}/link, {here}/theirs. To have one read"
     assert left_alone_by(corpus).startswith(
         closed if number else closed.replace("2 folders", "1 folder").replace(f", {here}/theirs", "")
     )
@@ -207,7 +207,7 @@ def test_folders_that_are_not_entered_are_told(tmp_path, monkeypatch, open_it, n
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("wiki.json", "needs that name"), ("a.CSV", ".jsonl"), ("x.jsonl.gz", "Unpack it"), ("x.txt.zst", "Unpack it")],
+    [("wiki.json", "rename it"), ("a.CSV", ".jsonl"), ("x.jsonl.gz", "Unpack it"), ("x.txt.zst", "Unpack it")],
 )
 def test_a_file_of_rows_or_a_packed_one_is_not_read_as_text(tmp_path, name, remedy):
     path = write(tmp_path / name, '{"text": "one"}\n{"text": "two"}\n')

@@ -121,7 +121,7 @@ def streamed(path: Path) -> HubCorpus:
 
 def test_a_row_that_is_no_utf8_is_a_bad_document(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
-    with pytest.raises(DocumentInvalid, match=r"owner/name: a row behind document 1 is not UTF-8"):
+    with pytest.raises(DocumentInvalid, match=r"owner/name: a row after document 1 is not UTF-8"):
         list(streamed(tmp_path / "a.jsonl").documents())
 
 
@@ -185,7 +185,7 @@ def test_a_package_that_a_proxy_takes_is_not_waited_for(parquet):
 
 
 def test_a_name_that_the_hub_could_not_have_is_refused_without_asking():
-    with pytest.raises(CorpusUnavailable, match="data set my data cannot be reached.*neither a file"):
+    with pytest.raises(CorpusUnavailable, match="data set my data cannot be reached.*neither a local file"):
         open_hub(DatasetOptions("my data"))
 
 

@@ -231,7 +231,7 @@ def test_files_whose_fields_are_no_model_and_no_tokenizer(tmp_path):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ModelUnavailable, match=r"config\.json is missing; expected the folder"):
+    with pytest.raises(ModelUnavailable, match=r"config\.json is missing. Expected the folder"):
         read_facts(tmp_path)
 
 

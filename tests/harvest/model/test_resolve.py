@@ -219,7 +219,7 @@ def test_an_id_never_falls_back(hub, failure, message):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~nosuchuser/m", "two words", ""])
 def test_what_is_neither_a_folder_nor_an_id(name):
-    with pytest.raises(ModelUnavailable, match="no such folder, and not a name that the hub could have"):
+    with pytest.raises(ModelUnavailable, match="no such folder, and not a valid name on the hub"):
         fetch(choose(name))
 
 
