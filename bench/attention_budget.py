@@ -1,10 +1,10 @@
-"""How many links to other tokens an attention budget leaves: mass asked for, slots, sinks in or left out.
+"""How many links to other tokens an attention budget leaves, by mass asked for, slots, and sinks in or left out.
 
     python bench/attention_budget.py --store ./store --model FOLDER [--layers 13,14,15,16] [--tokens 4096]
 
-The model runs once over tokens of the store's test split; every row of attention is sparsified under each budget as the
-harvest would, and packed as a store would. A link goes to an earlier token that is neither special nor the window's
-first. Prints a table in Markdown: means over the layers.
+The model runs once over tokens of the store's test split; every row of attention is sparsified under each budget as in
+a harvest, and packed as in a store. A link goes to an earlier token that is neither special nor the window's first.
+Prints a Markdown table of means over the layers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(url: str, folder: str, layers: str, tokens: int) -> None:
 
 
 def packed_bytes(manifest: Manifest, budget: AttentionSpec, layer: int, csr: AttentionCsr, windows: int) -> int:
-    """On disk, of one layer."""
+    """Bytes on disk of one layer."""
     splits = {"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)}
     budget = replace(budget, layers=(layer,))
     shard = replace(manifest, windows=windows, splits=splits, shard_windows=windows, attention=budget)

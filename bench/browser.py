@@ -1,10 +1,10 @@
 """The latent browser against SAEDashboard 0.8: the same latents of the same SAEs on the same tokens.
 
-On a store of the pocket model: SAEs of random directions, whose latents all fire, top-k and JumpReLU at about as many
-active ones. Ours is a process of its own each round and makes all latents, attended-to tokens included. SAEDashboard
-goes through batches of 128 latents one after the other, each of which reads all tokens again: of a wide SAE one batch
-a round is timed, another each time, and multiplied; of a narrow one all. Its model has run before, its cache is warm.
-Rounds take turns.
+On a store of the pocket model: SAEs of random directions, whose latents all fire, top-k and JumpReLU with about equally
+many active. Ours is a new process each round and makes all latents, attended-to tokens included. SAEDashboard goes
+through batches of 128 latents one after another, each of which reads all tokens again: for a wide SAE one batch per
+round is timed, a different one each time, and multiplied; for a narrow one all are. Its model has run before, so its
+cache is warm. Rounds take turns.
 
     python bench/browser.py STORE --dashboard .venv-dashboard
 """
@@ -44,7 +44,7 @@ CASES = (("topk", WIDE), ("jumprelu", WIDE), ("topk", NARROW))
 
 @dataclass(frozen=True)
 class World:
-    """A store, the tokens that are read, and a folder for runs."""
+    """A store, the tokens to read, and a folder for runs."""
 
     store: str
     folder: Path
@@ -110,7 +110,7 @@ def make_run(world: World, variant: str, width: int) -> Path:
 
 
 def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds: int) -> list[Row]:
-    """Both in turns; the last rows say what each made."""
+    """Time both in turns; the last rows say what each made."""
     run = make_run(world, variant, width)
     request, latents = world.request(run), BATCH if width == WIDE else width
     made: dict[str, dict[str, Any]] = {}
@@ -150,7 +150,7 @@ def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds
 
 
 def agreement(what: str, made: dict[str, dict[str, Any]], latents: int) -> Row:
-    """How far the shares of tokens on which each latent fires are apart: theirs come from another pass of the model."""
+    """How far apart the latents' firing rates are: theirs come from another pass of the model."""
     first = made["SAEDashboard"]["first"]
     ours = np.array(made["ours"]["densities"][first : first + latents])
     theirs = np.array(made["SAEDashboard"]["densities"])
@@ -161,11 +161,11 @@ def agreement(what: str, made: dict[str, dict[str, Any]], latents: int) -> Row:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store")
-@click.option("--dashboard", type=click.Path(path_type=Path), help="The environment of sae-dashboard 0.8; none: alone.")
-@click.option("--windows", default=Config().windows, show_default=True, help="As many as the browser reads by itself.")
+@click.option("--dashboard", type=click.Path(path_type=Path), help="Environment of sae-dashboard 0.8; none: ours only.")
+@click.option("--windows", default=Config().windows, show_default=True, help="By default as many as the browser.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.IntRange(0, len(CASES) - 1), default=range(len(CASES)))
-@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(
     store: str,
@@ -176,7 +176,7 @@ def main(
     folder: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Measure the browser; the exit status is 1 where a target is missed."""
+    """Measure the browser; the exit status is 1 if a target is missed."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=folder) as place:
         world = make_world(str(Path(store).resolve()), Path(place), windows)

@@ -1,11 +1,11 @@
-"""Exported transcoders opened by circuit-tracer itself, which builds an attribution graph with them.
+"""Open exported transcoders with circuit-tracer itself, and build an attribution graph with them.
 
     python bench/check_circuit_tracer.py --python PATH
 
-Transcoders of every layer of the pocket model, a Gemma-2, with a skip and without, and one cross-layer transcoder are
-trained for a short while and exported. circuit-tracer, in an environment of its own, loads each, must rebuild what we
-do to 1e-5, must build a graph with features in it, and measures the model with all MLPs replaced at once beside all of
-them left out. Exits with 1 if anything of it fails.
+Transcoders of every layer of the pocket model, a Gemma-2, with and without a skip connection, and one cross-layer
+transcoder are trained briefly and exported. circuit-tracer, in an environment of its own, loads each, must agree with
+our reconstructions to 1e-5, must build a graph that has features, and measures the model with all MLPs replaced against
+all of them left out. Exits with 1 if any of this fails.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROWS, WINDOWS = 256, 4
 
 
 def train_all(folder: Path, width: int, epochs: int) -> dict[str, Path]:
-    """Runs by variant, of one store that holds what every MLP reads and writes."""
+    """Runs by variant, on one store that holds what every MLP reads and writes."""
     store, runs = folder / "store", {}
     own = {"hook": "mlp_in", "data.batch_tokens": 1024}
     each = {"width": width, "grid": {"layer": LAYERS}, "set": own | {"k": width // 8, "gate": "batchtopk"}}
@@ -52,7 +52,7 @@ def train_all(folder: Path, width: int, epochs: int) -> dict[str, Path]:
 
 
 def first_rows(store: Store, hook: str) -> Tensor:
-    """[L, N, D] of the first shard."""
+    """[L, N, D]: the rows of the first shard."""
     request = Request(hooks={hook: LAYERS})
     part = store.read(request, store.spans(request)[0])
     rows = [part.values(Site(hook, layer))[:, 1:] for layer in LAYERS]
@@ -68,7 +68,7 @@ def rebuild(saes: list[SparseAutoencoder], x_LND: Tensor) -> Tensor:
 
 
 def check(variant: str, run: Path, work: Path, tracer: Worker, x: Tensor, nodes: int) -> tuple[float, dict[str, Any]]:
-    """How far the two reconstructions are apart, and what circuit-tracer found."""
+    """How far apart the two reconstructions are, and what circuit-tracer found."""
     folders = find_saes(str(run), run.parent)
     export_set(folders, work / variant)
     places = {"model": str(MODEL_FOLDER), "folder": str(work / variant), "work": str(work)}
@@ -80,10 +80,10 @@ def check(variant: str, run: Path, work: Path, tracer: Worker, x: Tensor, nodes:
 
 @click.command()
 @click.option("--python", "python", required=True, help="Python with circuit-tracer installed.")
-@click.option("--tokens", default="20k", show_default=True, help="Of the pocket model, to train on.")
-@click.option("--width", default=64, show_default=True, help="Latents of a layer.")
+@click.option("--tokens", default="20k", show_default=True, help="Tokens of the pocket model to train on.")
+@click.option("--width", default=64, show_default=True, help="Latents per layer.")
 @click.option("--epochs", default=2, show_default=True)
-@click.option("--nodes", default=64, show_default=True, help="Features of a graph.")
+@click.option("--nodes", default=64, show_default=True, help="Features in the graph.")
 @click.option("--tolerance", default=1e-5, show_default=True)
 def main(python: str, tokens: str, width: int, epochs: int, nodes: int, tolerance: float) -> None:
     """Open exported transcoders with circuit-tracer."""

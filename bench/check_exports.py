@@ -1,11 +1,12 @@
-"""SAEs opened by the other side's own code, out and in: codes and reconstructions must agree to 1e-5.
+"""Open SAEs with the other side's own code, both ways: codes and reconstructions must agree to 1e-5.
 
     python bench/check_exports.py --peers-python PATH
 
 Out: each variant that reads the rows of one layer is trained for a few steps, saved, and exported to SAELens,
-dictionary_learning and sparsify, which open it in their environment on the same raw activations. In: SAEs that those
-trained and saved themselves are opened here, and what `--init` begins as one, on activations of another scale, must
-rebuild the same before its first step. Exits with 1 if any of them disagrees, or is refused that has a form.
+dictionary_learning and sparsify, which open it in their environment on the same raw activations. In: SAEs that these
+tools trained and saved themselves are opened here, and an SAE begun from one by `--init`, on activations of another
+scale, must rebuild the same before its first step. Exits with 1 if any disagrees, or is refused although the tool has
+a form for it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from saemill.train.run.find_and_load_sae import read_folder
 D, WIDTH, K, SCALE, STEPS, ROWS = 64, 256, 8, 0.05, 60, 512
 HERE = Path(__file__).parent
 TOOLS = ("sae_lens", "dictionary_learning", "sparsify")
-# Beside every variant as it is by default; and what each tool has a form for, whatever else is tried.
+# Besides every variant at its defaults; and the variants that each tool has a form for, whatever else is tried.
 MORE = [("transcoder", {"gate": "batchtopk"}), ("skip_transcoder", {"gate": "topk"})]
 HAVE_FORM = {
     "sae_lens": {"standard", "topk", "batchtopk", "jumprelu", "gated", "abstopk", "transcoder gate=batchtopk"},
     "dictionary_learning": {"standard", "topk", "batchtopk", "jumprelu", "gated", "abstopk"},
     "sparsify": {"topk", "abstopk", "transcoder", "skip_transcoder gate=topk"},
 }
-# Whose, its name there, what else it is made with, and the variant here that begins as it, if there is one.
+# The tool, the name there, further settings, and the variant here that can begin from it, if there is one.
 MAPS = {"d_out": D, "apply_b_dec_to_input": False}
 MADE: list[tuple[str, str, dict[str, Any], str | None]] = [
     *(("sae_lens", name, {}, name) for name in ("standard", "topk", "batchtopk", "jumprelu", "gated")),
@@ -61,7 +62,7 @@ MADE: list[tuple[str, str, dict[str, Any], str | None]] = [
 
 
 def planted(rows: int, rng: torch.Generator) -> Tensor:
-    """Sums of a few of many directions, off the origin."""
+    """Rows that are sums of a few of many directions, off the origin."""
     directions = normalize(torch.randn(2 * D, D, generator=torch.Generator().manual_seed(7)), dim=1)
     chosen = torch.rand(rows, 2 * D, generator=rng).topk(K // 2).indices
     codes = torch.zeros(rows, 2 * D).scatter_(1, chosen, 80 * torch.rand(rows, K // 2, generator=rng) + 40)
@@ -82,7 +83,7 @@ def make_trainee(variant: str, settings: Mapping[str, Any], stats: Stats) -> Tra
 
 
 def train_and_save(variant: str, settings: Mapping[str, Any], folder: Path, train: Tensor, x: Tensor) -> list[Tensor]:
-    """What our own module makes of raw activations: codes, and what it rebuilds."""
+    """Our own module's codes and reconstruction of raw activations."""
     trainee = make_trainee(variant, settings, stats_of(train))
     is_transcoder = config_type(variant)().needs().targets is not None
     for rows in (SCALE * train).split(ROWS):
@@ -97,7 +98,7 @@ def train_and_save(variant: str, settings: Mapping[str, Any], folder: Path, trai
 
 
 def differences(own: list[Tensor], work: Path) -> list[float]:
-    """The largest between codes, which may be in other units, and between reconstructions, relative to their size."""
+    """The largest differences of codes, which may be in other units, and of reconstructions, relative to their size."""
     acts, x_hat = own
     theirs, found = (torch.from_numpy(np.load(work / name)) for name in ("acts.npy", "x_hat.npy"))
     if theirs.shape != acts.shape:  # without signs
@@ -108,7 +109,7 @@ def differences(own: list[Tensor], work: Path) -> list[float]:
 
 
 def open_there(variant: str, settings: Mapping[str, Any], peers: Worker, data: Path) -> dict[str, list[float] | None]:
-    """By tool; None where it has no such architecture."""
+    """The differences by tool; None if it has no such architecture."""
     train, x = (torch.from_numpy(np.load(data / name)) for name in ("train.npy", "x.npy"))
     found: dict[str, list[float] | None] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -133,7 +134,7 @@ def open_there(variant: str, settings: Mapping[str, Any], peers: Worker, data: P
 def open_here(
     tool: str, name: str, more: dict[str, Any], variant: str | None, peers: Worker, data: Path
 ) -> list[float]:
-    """How far what is opened is from theirs, and at last what has begun as it."""
+    """How far the opened SAE is from theirs; last, the SAE begun from it."""
     x = torch.from_numpy(np.load(data / "x.npy"))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         sae = Path(folder, name)

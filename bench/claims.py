@@ -1,14 +1,14 @@
-"""What each published variant is said to do better, on a real model: at equal sparsity where sparsity can be set.
+"""What each published variant claims to do better, on a real model, at equal sparsity where sparsity can be set.
 
-1. Trains, on a store of a real model, top-k and the variants that claim something beyond it, from three seeds each.
+1. Trains, on a store of a real model, top-k and the variants that claim to improve on it, with three seeds each.
 2. Reads the test split once for each SAE: explained variance and L0 of ordinary tokens, and what the claim is about.
-3. Prints them beside the SAE that they are claimed to be better than, seed by seed.
+3. Prints them next to the SAE that they claim to improve on, seed by seed.
 
     sae-harvest --model smollm2 --dataset docs:/usr/share/doc --tokens 1200k --out ./store
     python bench/claims.py ./store
 
-A run that is in the folder of runs already is gone on with, or read, where it was begun by the same commit and
-packages. Which machine trained it a run does not record: the seconds of its steps are told as if this one had.
+A run that is in the folder of runs already is resumed or read, if it was begun by the same commit and packages. A run
+does not record which machine trained it: the seconds of its steps are reported as this machine's.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ K = 32
 KS = (8, 16, 32, 64)
 SEEDS = (0, 1, 2)
 BESIDE = ("batchtopk", "matryoshka", "ortsae", "tsae", "abstopk", "matching_pursuit", "treesae")
-FIRST = 0.2  # the part of the dictionary that T-SAE steadies, and a matryoshka's third group ends near it
+FIRST = 0.2  # the part of the dictionary that T-SAE makes smooth over time; a matryoshka's third group ends near it
 BATCH = 2048
-BOTH = 0.1  # a signed latent counts as used both ways if so large a share of its firings has the rarer sign
+BOTH = 0.1  # a signed latent counts as used both ways if at least this share of its firings has the rarer sign
 
 
 @dataclass
 class Seen:
-    """Sums over the test split of one SAE at one number of active latents."""
+    """Sums over the test split for one SAE at one number of active latents."""
 
     rows: int = 0
     unexplained: float = 0.0
@@ -88,7 +88,7 @@ def read_rows(store: Store, layer: int) -> list[Tensor]:
 
 @torch.no_grad()
 def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
-    """A row for each SAE; of those that were trained at the largest k, with every smaller one too."""
+    """A row for each SAE; those trained at the largest k are also measured at every smaller one."""
     rows = torch.cat(batches)
     variance = float((rows - rows.mean(0)).double().square().sum(1).mean())
     found = []
@@ -115,7 +115,7 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
 
 
 def train_all(out: Path, **words: Any) -> list[Run]:
-    """Three runs: all at one k, the dictionary for every k, and one top-k SAE for each of these."""
+    """Three runs: all variants at one k, the dictionary for every k, and one top-k SAE for each k."""
     seeds = "seed=" + ",".join(map(str, SEEDS))
     asked = {
         "claims_32": {"variant": ["topk", *BESIDE], "k": K, "grid": [seeds]},
@@ -126,7 +126,7 @@ def train_all(out: Path, **words: Any) -> list[Run]:
 
 
 def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
-    """A run that has ended, or the rest of it, or all of it."""
+    """The run in a folder: read if it has ended, otherwise resumed or begun."""
     if not (folder / "config.json").is_file():
         return train(plots=False, **words)
     require_same_code(folder)
@@ -134,10 +134,10 @@ def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
 
 
 def require_same_code(folder: Path) -> None:
-    """Rows name the commit and the packages of now, so a run that was there already has to be of these."""
+    """Rows name the present commit and packages, so an existing run must have the same."""
     found, now = (_code(about) for about in (RunFolder(folder).read_config()["provenance"], provenance({})))
     if found != now:
-        raise click.ClickException(f"{folder} was begun with {found}, and this is {now}: choose other --runs")
+        raise click.ClickException(f"{folder} was begun with {found}, but this is {now}: choose another --runs")
 
 
 def _code(about: Mapping[str, Any]) -> str:
@@ -146,7 +146,7 @@ def _code(about: Mapping[str, Any]) -> str:
 
 
 def require_of(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> None:
-    """Runs that were there already are told as if they had been asked for now, so they have to be what is asked for."""
+    """Existing runs are reported as if they were asked for now, so they must match what is asked for."""
     for run in runs:
         config = RunFolder(run.path).read_config()
         found = (config["cache"]["cache_id"], {sae["config"]["width"] for sae in config["saes"].values()})
@@ -154,7 +154,7 @@ def require_of(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> N
         if found != (cache_id, {width}) or not least < run.results["tokens"] <= tokens:
             raise click.ClickException(
                 f"{run.path} is of the store {found[0]}, width {found[1]}, {run.results['tokens']:,} tokens, and "
-                f"{cache_id}, {width}, {tokens:,} were asked for: choose other --runs"
+                f"{cache_id}, {width}, {tokens:,} were asked for: choose another --runs"
             )
 
 
@@ -162,7 +162,7 @@ COLUMNS = ("explained_variance", "l0", "never_fired", "decoder", "neighbours", "
 
 
 def show(found: list[dict[str, Any]], console: Console) -> None:
-    """A line for each variant and k: mean and standard deviation over seeds, and the difference from top-k by seed."""
+    """A line per variant and k: mean and standard deviation over seeds, and the difference from top-k by seed."""
     table = Table(title="the test split: mean ± standard deviation over seeds", title_justify="left", box=None)
     for heading in ("variant", "k", *COLUMNS, "EV, against topk at this k"):
         table.add_column(heading.replace("_", " "))
@@ -179,7 +179,7 @@ def show(found: list[dict[str, Any]], console: Console) -> None:
 @click.argument("store")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("bench-results/claims"), show_default=True)
 @click.option("--width", default=1152, show_default=True)
-@click.option("--tokens", default=546304, show_default=True, help="Of the training split, for each SAE.")
+@click.option("--tokens", default=546304, show_default=True, help="Training tokens of each SAE.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), default=Path("bench-results/claims.json"))
 def main(store: str, runs: Path, width: int, tokens: int, json_file: Path) -> None:
     """Train and compare the variants on the residual stream of STORE."""

@@ -1,11 +1,11 @@
 """The core evaluation against official SAEBench 0.6.0, and how much memory it takes at a large vocabulary.
 
 On the pocket model and on a random 26-layer Gemma-2 of width 576, residual after layer 19: the same
-model, tokens and SAEs, one batch for the losses of the model to ten for sparsity, as SAEBench's own
-proportion is. One SAE and eight; the official code runs eight one after the other. Cold means that the
-clean pass and SAEBench's own ablation are computed, as it computes them; warm that an earlier run has
-left them beside the store, with mean and resample ablation. Every run is a process of its own, rounds
-take turns, and loading is never timed.
+model, tokens and SAEs, with one batch for the losses of the model to ten for sparsity, SAEBench's own
+proportion. One SAE and eight; the official code runs eight one after another. Cold means that the
+clean pass and SAEBench's own ablation are computed, as it computes them; warm means that an earlier run
+has left them next to the store, with mean and resample ablation. Every run is a process of its own,
+rounds take turns, and loading is never timed.
 
     python bench/evaluate.py --saebench .venv-saebench
 """
@@ -42,7 +42,7 @@ PEERS = Path(__file__).with_name("peers")
 LAYER, CONTEXT, BATCH, K = 19, 128, 16, 32
 SPECIAL, BOS = (0, 1, 2), 2
 WIDTH, VOCABULARY, LARGE_VOCABULARY = 576, 32_000, 256_000
-BATCHES = {"pocket": 4, "random": 1}  # for losses: of the pocket model so many that starting up is not what is timed
+BATCHES = {"pocket": 4, "random": 1}  # for losses: enough of the pocket model that start-up does not dominate
 TARGETS = {1: 8.0, 8: 12.0}
 EXTRA_BYTES = 2 * 10**9
 
@@ -59,7 +59,7 @@ class World:
     sparsity: int
 
     def request(self, saes: int, **more: Any) -> dict[str, Any]:
-        """What a process is told."""
+        """The request to a process."""
         asked = {
             "model": str(self.model),
             "store": str(self.folder / "store"),
@@ -75,7 +75,7 @@ class World:
         return asked | more
 
     def forget(self) -> None:
-        """What earlier runs have left beside the store."""
+        """Remove what earlier runs have left next to the store."""
         shutil.rmtree(self.folder / "store.evals", ignore_errors=True)
 
 
@@ -138,13 +138,13 @@ def run_ours(world: World, saes: int, **more: Any) -> dict[str, Any]:
 
 
 def run_official(world: World, saes: int, environment: Path) -> float:
-    """The seconds of several SAEs are those of each of them, added up."""
+    """The seconds for several SAEs: the sum over each of them."""
     command = [environment / "bin/python", "-W", "ignore", PEERS / "saebench_core.py"]
     return sum(ask_once("SAEBench", command, world.request(saes))["seconds"])
 
 
 def ask_once(name: str, command: list[Any], request: dict[str, Any]) -> dict[str, Any]:
-    """A process of its own for each request: nothing is warm, and memory is its own."""
+    """Use a new process for each request: nothing is warm, and memory is its own."""
     worker = Worker(name, command)
     try:
         return worker.ask(**request)
@@ -158,7 +158,7 @@ def run_cold(world: World, saes: int) -> float:
 
 
 def run_warm(world: World, saes: int) -> float:
-    """After a run that has left beside the store what it leaves."""
+    """Seconds after a run that has left its results next to the store."""
     world.forget()
     run_ours(world, saes)
     return run_ours(world, saes)["seconds"]
@@ -183,7 +183,7 @@ def bench_speed(name: str, world: World, environment: Path, rounds: int, counts:
 
 
 def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
-    """Peak growth of a fresh process over what it had before its model, SAEs included."""
+    """Peak memory growth of a new process since before its model was loaded, SAEs included."""
     rows = []
     for count in counts:
         world.forget()
@@ -211,13 +211,13 @@ def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
 @click.option(
     "--reconstruction",
     type=int,
-    help="Batches for losses; ten times as many follow for sparsity.  [default: 4 of the pocket model, 1 of the other]",
+    help="Batches for losses; ten times as many follow for sparsity.  [default: 4 for pocket, 1 for the other]",
 )
-@click.option("--width", default=WIDTH, show_default=True, help="Of the random model.")
-@click.option("--layers", default=26, show_default=True, help="Of the random model.")
-@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Of the random model, for speed.")
-@click.option("--large-vocabulary", default=LARGE_VOCABULARY, show_default=True, help="For memory.")
-@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--width", default=WIDTH, show_default=True, help="Width of the random model.")
+@click.option("--layers", default=26, show_default=True, help="Layers of the random model.")
+@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Its vocabulary, to measure speed.")
+@click.option("--large-vocabulary", default=LARGE_VOCABULARY, show_default=True, help="The same, to measure memory.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(
     environment: Path | None,
@@ -233,7 +233,7 @@ def main(
     folder: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Measure the core evaluation; the exit status is 1 where a target is missed."""
+    """Measure the core evaluation; the exit status is 1 if a target is missed."""
     rows: list[Row] = []
     for name in models if environment is not None else ():
         for dtype in dtypes:

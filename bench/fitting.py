@@ -1,6 +1,6 @@
-"""What every contestant of the quality benchmark shares: the same rows in the same order, the same held-out score.
+"""What all contestants of the quality benchmark share: the same rows in the same order, the same held-out score.
 
-Imports only numpy and torch, so that this package and its peers each run in an environment of their own.
+Imports only numpy and torch, so that this package and its peers can each run in an environment of their own.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 import torch
 from worker_pipe import serve
 
-ROWS = 2048  # of a batch
-DEAD_PART = 30  # a latent is dead when it has not fired for this part of the run, our default: the peers' too
-FEWER_ROWS = 512  # of one of cross-layer transcoders, whose steps cost a peer most
+ROWS = 2048  # per batch
+DEAD_PART = 30  # a latent is dead if it has not fired for this part of the run: our default, used for the peers too
+FEWER_ROWS = 512  # per batch of cross-layer transcoders, whose steps cost a peer most
 TRANSCODERS = ("transcoder", "skip_transcoder")
 CROSS_LAYER = "clt"
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu")
-PLACED = 0.002  # how near L0 is brought by a threshold
+PLACED = 0.002  # how close to the wanted L0 a threshold is placed
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One SAE to be trained."""
+    """One SAE to train."""
 
     folder: str
     variant: str
     width: int
-    l0: float  # what is wanted
-    coefficient: float  # of the penalty, where there is one
+    l0: float  # the wanted L0
+    coefficient: float  # of the penalty, if there is one
     lr: float
     steps: int
     seed: int  # of the weights and of the order of rows
@@ -48,7 +48,7 @@ class Ask:
 
 
 def batches(ask: Ask, steps: int | None = None) -> Iterator[torch.Tensor]:
-    """Training rows, epoch by epoch in the order of one seed."""
+    """Batches of training rows, epoch by epoch, in the order of one seed."""
     rows, steps = load(ask.folder, "train"), ask.steps if steps is None else steps
     generator = torch.Generator().manual_seed(ask.seed)
     order, at = torch.randperm(len(rows), generator=generator), 0
@@ -64,18 +64,18 @@ def load(folder: str, split: str) -> torch.Tensor:
 
 
 def ends(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a transcoder reads and what it is to rebuild, which lie side by side: [B, D], or [B, layers, D]."""
+    """A transcoder's inputs and targets, which are stored side by side: [B, D], or [B, layers, D]."""
     x, target = rows.chunk(2, dim=1)
     return x.contiguous(), target.contiguous()
 
 
 def scale_to_unit(rows: torch.Tensor) -> torch.Tensor:
-    """To a mean norm of sqrt(D), in each layer."""
+    """The scale that gives a mean norm of sqrt(D), in each layer."""
     return (rows.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True).double().mean(0)).float()
 
 
 def end_scales(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both ends have a scale of their own."""
+    """The scales of inputs and targets, each its own."""
     x, target = ends(load(folder, "train"))
     return scale_to_unit(x), scale_to_unit(target)
 
@@ -89,10 +89,10 @@ def norms(folder: str) -> dict[str, float]:
 def score(
     ask: Ask, encode: Encode, decode: Encode, scale: float, threshold: torch.Tensor | None = None
 ) -> dict[str, float | None]:
-    """Of the test split, and what chooses between fits of the validation split; the SAE reads x * scale.
+    """Scores on the test split, and on the validation split, which chooses between fits; the SAE reads x * scale.
 
-    Where `threshold`, one number or one of each latent, decides who is active, held-out text has more active latents
-    than the training text by which it was learned: it is multiplied by what makes L0 of validation text as wanted.
+    If `threshold`, one number or one per latent, decides which latents are active, held-out text has more of them than
+    the training text it was learned on: it is multiplied so that L0 on validation text is as wanted.
     """
     test, validation = (load(ask.folder, split) * scale for split in ("test", "validation"))
     came_to = None if threshold is None else place(threshold, encode, validation, ask.l0)
@@ -103,7 +103,7 @@ def score(
 
 @torch.no_grad()
 def rebuild_windows(ask: Ask, encode: Encode, decode: Encode, scale: float) -> None:
-    """Where there are windows to be spliced into the model, they are rebuilt."""
+    """Rebuild the windows to splice into the model, if there are any."""
     if Path(ask.folder, "windows.npy").is_file():
         parts = [decode(encode(part)) / scale for part in (load(ask.folder, "windows") * scale).split(ROWS)]
         np.save(Path(ask.folder, "rebuilt.npy"), torch.cat(parts).numpy())
@@ -111,9 +111,9 @@ def rebuild_windows(ask: Ask, encode: Encode, decode: Encode, scale: float) -> N
 
 @torch.no_grad()
 def place(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: float, tries: int = 8) -> float:
-    """Multiply the threshold until `wanted` latents are active in a row; how many were."""
+    """Scale the threshold until `wanted` latents are active per row; return how many were active before."""
     found: list[float] = []  # L0 at each try
-    before = step = 0.0  # log of L0 as a multiple of the wanted one, and of what the threshold was then multiplied by
+    before = step = 0.0  # log of L0 over the wanted L0, and of the factor then applied to the threshold
     slope = -1.0
     for _ in range(tries):
         found.append(sum(int((encode(part) > 0).sum()) for part in rows.split(ROWS)) / len(rows))
@@ -130,13 +130,13 @@ def place(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: f
 def score_map(
     ask: Ask, encode: Encode, rebuild: Encode, scale: torch.Tensor | float = 1.0, to: torch.Tensor | float = 1.0
 ) -> dict[str, float]:
-    """The same of a transcoder, which reads x * scale and writes target * to; squares are summed over layers."""
+    """The same for a transcoder, which reads x * scale and writes target * to; squares are summed over layers."""
     parts = [ends(load(ask.folder, split)) for split in ("test", "validation")]
     return told(*(measure(x * scale, target * to, encode, lambda x, _: rebuild(x)) for x, target in parts))
 
 
 def threshold_of(ask: Ask, autoencoder: Any) -> torch.Tensor | None:
-    """What decides who is active at inference, where that is a threshold; a top-k SAE keeps one and does not use it."""
+    """The threshold that decides which latents are active at inference, if any; a top-k SAE's is not used."""
     threshold: torch.Tensor | None = autoencoder.threshold if ask.variant in BY_THRESHOLD else None
     return threshold
 
@@ -165,5 +165,5 @@ def measure(
 
 
 def serve_fits(fit: Callable[[Ask], dict[str, Any]]) -> None:
-    """A request is an SAE to be trained, its answer the held-out score."""
+    """Answer requests: each names an SAE to train, and is answered with its held-out score."""
     serve(lambda request: fit(Ask(**request)))

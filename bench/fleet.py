@@ -1,7 +1,7 @@
-"""What a fleet costs: eight top-k SAEs trained from one read of a store, against their steps one by one.
+"""What a fleet costs: eight top-k SAEs trained from one read of a store, against their single steps.
 
 The fleet's steps include the whole stream (shards read and verified, tokens drawn, gathered, scaled);
-the single steps are of a batch that lies ready. A ratio of 0.95 is a fleet that takes 1.05 times as long.
+the single steps use a batch that is in memory. A ratio of 0.95 means that a fleet takes 1.05 times as long.
 
     python bench/fleet.py STORE [--fleet 8 --width 2048 --k 32]
 """
@@ -30,7 +30,7 @@ LONGER = 1.05
 
 
 class Race:
-    """The same SAEs twice: as a fleet on the stream, and one after the other on one batch."""
+    """The same SAEs twice: as a fleet on the stream, and one after another on one batch."""
 
     def __init__(
         self, store: Store, size: int, width: int, k: int, rows: int, pool_tokens: int, device: torch.device
@@ -69,9 +69,9 @@ def wait_for(device: torch.device) -> None:
 @click.option("--fleet", "size", default=8, show_default=True)
 @click.option("--width", default=2048, show_default=True)
 @click.option("--k", default=32, show_default=True)
-@click.option("--rows", default=2048, show_default=True, help="Tokens of a batch.")
-@click.option("--steps", default=20, show_default=True, help="In a round.")
-@click.option("--pool-tokens", type=int, help="Of the shuffle pool.  [default: 16 batches, so that rounds read]")
+@click.option("--rows", default=2048, show_default=True, help="Tokens per batch.")
+@click.option("--steps", default=20, show_default=True, help="Steps per round.")
+@click.option("--pool-tokens", type=int, help="Size of the shuffle pool.  [default: 16 batches, so that rounds read]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
@@ -89,7 +89,7 @@ def main(
     threads: int,
     json_file: Path | None,
 ) -> None:
-    """A fleet's step against the sum of single steps."""
+    """Measure a fleet's step against the sum of single steps."""
     torch.set_num_threads(threads)
     keep_large_blocks()
     with Store.open(url) as store:

@@ -1,7 +1,7 @@
 """What guidance by attention costs: a hierarchical step against its base's step on the same windows.
 
 Both train in this process, in turns, on Gaussian rows with random sparse attention of four layers. The
-ratio is of speeds: 0.74 is a step 1.35 times as long. Memory is the largest sum of live tensors in a step.
+ratio is of speeds: 0.74 means a step 1.35 times as long. Memory is the largest sum of live tensors in a step.
 
     python bench/guided.py [--d-model 2304 --width 2304 --windows 16 --context 128]
 """
@@ -27,7 +27,7 @@ from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.kernels.dense_products import Product
 
 LAYERS = (17, 18, 19, 20)
-KEYS = 16  # of a row of attention, as a harvest keeps them
+KEYS = 16  # per row of attention, as in a harvest
 LONGER = 1.35
 TOTAL_STEPS = 1000
 
@@ -42,7 +42,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def make_batch(generator: torch.Generator, windows: int, context: int, d_model: int) -> Batch:
-    """Whole windows after a special token each."""
+    """Whole windows, each after a special token."""
     rows = windows * (context - 1)
     window, place = torch.arange(rows) // (context - 1), torch.arange(rows) % (context - 1) + 1
     row_of = torch.full((windows, context), -1)
@@ -63,14 +63,14 @@ def make_attention(generator: torch.Generator, windows: int, context: int) -> At
 
 
 def make_pair(base: str, batch: Batch, width: int, sparsity: int, product: str) -> dict[str, Trainee]:
-    """The base, and the same guided; both start where `sparsity` latents fire."""
+    """The base, and the same with guidance; both start with `sparsity` latents firing."""
     cls = config_type("hierarchical")
     config = cls(base=base, width=width, k=sparsity if base == "topk" else None, encoder_product=product)
     d_model = batch.x.shape[1]
     pair = {}
     for name, assembly in (("base", build_base(config, d_model)), ("hierarchical", config.build(d_model))):
         trainee = Trainee(name, assembly, TOTAL_STEPS, device=batch.x.device)
-        trainee.step_index = TOTAL_STEPS // 2  # everything is warm
+        trainee.step_index = TOTAL_STEPS // 2  # past every warm-up
         if base != "topk":
             with torch.no_grad():
                 sae = trainee.sae
@@ -80,10 +80,10 @@ def make_pair(base: str, batch: Batch, width: int, sparsity: int, product: str) 
 
 
 def peak_bytes(trainee: Trainee, batch: Batch) -> int:
-    """The most that tensors made during a step took together."""
+    """The peak memory of the tensors made during a step."""
     if batch.x.is_cuda:
         torch.cuda.synchronize()
-        trainee.replays.is_possible = False  # what is replayed allocates nothing
+        trainee.replays.is_possible = False  # replayed steps allocate nothing
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainee.step(batch)
@@ -135,15 +135,15 @@ def measure(base: str, settings: dict[str, Any]) -> list[Row]:
 @click.option("--width", default=2304, show_default=True)
 @click.option("--windows", default=16, show_default=True)
 @click.option("--context", default=128, show_default=True)
-@click.option("--sparsity", default=32, show_default=True, help="Active latents a token.")
+@click.option("--sparsity", default=32, show_default=True, help="Active latents per token.")
 @click.option("--product", type=click.Choice(get_args(Product)), default="float32", show_default=True)
 @click.option("--rounds", default=ROUNDS, show_default=True)
-@click.option("--steps", default=1, show_default=True, help="In a round.")
+@click.option("--steps", default=1, show_default=True, help="Steps per round.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(bases: tuple[str, ...], json_file: Path | None, **settings: Any) -> None:
-    """A hierarchical step against its base's."""
+    """Measure a hierarchical step against its base's."""
     torch.set_num_threads(settings["threads"])
     keep_large_blocks()
     rows = [row for base in bases for row in measure(base, settings)]

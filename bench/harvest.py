@@ -1,8 +1,8 @@
 """The harvest against the bare forward pass and against SAELens' CacheActivationsRunner; and its memory.
 
-All on one random Gemma-2 of 26 layers and width 576, residual after layer 19, the same tokens and the same
+All use one random Gemma-2 of 26 layers and width 576, the residual after layer 19, the same tokens and the same
 batch. Ours also captures, sparsifies and stores the attention of four layers; the others do not.
-Jobs take turns within a round, so that a ratio is of one run; loading a model is never timed.
+Jobs take turns within a round, so that a ratio is from one run; loading a model is never timed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WIDTH, CONTEXT, VOCABULARY, BOS = 576, 128, 32_000, 2
 BATCH = 16
 SHARD_WINDOWS = 32
 PEERS = Path(__file__).with_name("peers")
-MEASURE = "--measure-memory"  # what this file says to a copy of itself
+MEASURE = "--measure-memory"  # passed by this file to a copy of itself
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Bench:
 
 
 def make_model(folder: Path) -> Path:
-    """gemma-2-2b's shape at a quarter of its width, with random weights and a tokenizer that nobody asks."""
+    """gemma-2-2b's shape at a quarter of its width, with random weights and an unused tokenizer."""
     torch.manual_seed(0)
     Gemma2ForCausalLM(gemma(VOCABULARY, WIDTH)).save_pretrained(folder)
     save_tokenizer(folder)
@@ -71,7 +71,7 @@ def make_model(folder: Path) -> Path:
 
 
 def gemma(vocabulary: int, width: int, layers: int = 26, head: int = 64, mlp: int | None = None) -> Gemma2Config:
-    """gemma-2-2b but for these sizes."""
+    """gemma-2-2b except for these sizes."""
     return Gemma2Config(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -85,7 +85,7 @@ def gemma(vocabulary: int, width: int, layers: int = 26, head: int = 64, mlp: in
 
 
 def save_tokenizer(folder: Path) -> None:
-    """SAELens wants to see one, although the tokens are there already."""
+    """Save a tokenizer, which SAELens requires although the tokens are given."""
     words = {"<pad>": 0, "<eos>": 1, "<bos>": BOS, "<unk>": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -113,7 +113,7 @@ def make_manifest(tokens_WT: np.ndarray, dtype: str, attention: tuple[int, ...] 
 
 
 def harvest_once(out: Path, harvester: Harvester, tokens_WT: np.ndarray) -> float:
-    """Seconds from tokens to committed shards; nothing stays."""
+    """Seconds from tokens to committed shards; the store is removed."""
     with StoreWriter.create(out, harvester.manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
         start = perf_counter()
         harvest_shards(writer, replace(harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
@@ -126,7 +126,7 @@ class Ours:
     """A whole harvest from tokens to committed shards."""
 
     def __init__(self, bench: Bench, dtype: str) -> None:
-        keep_large_blocks(SMALLER_THAN_SHARDS)  # as every harvest does; the bare pass beside it has the same
+        keep_large_blocks(SMALLER_THAN_SHARDS)  # as in every harvest; the bare pass gets the same
         self.bench = bench
         model = load_model(bench.model, Wanted((LAYER,), ATTENTION), getattr(torch, dtype), bench.device)
         self.harvester = Harvester(model, make_manifest(bench.tokens, dtype), bench.device)
@@ -138,7 +138,7 @@ class Ours:
 
 
 class Bare:
-    """transformers' own eager forward pass through layer 19, and nothing kept of it."""
+    """transformers' own eager forward pass through layer 19, keeping nothing."""
 
     def __init__(self, model: Path, dtype: str, device: torch.device, batch: int = BATCH) -> None:
         self.device, self.batch = device, batch
@@ -163,7 +163,7 @@ class Bare:
 
 
 class SaeLens:
-    """SAELens' runner in the peers' environment. On a CPU its processes differ in speed: each run has its own."""
+    """SAELens' runner in the peers' environment. On a CPU its processes differ in speed: each run gets its own."""
 
     def __init__(
         self, folder: Path, model: Path, dtype: str, device: torch.device, python: Path, width: int, batch: int
@@ -174,7 +174,7 @@ class SaeLens:
         self._worker: Worker | None = None
 
     def run(self, tokens_WT: np.ndarray) -> float:
-        """Seconds for these windows, once it is warm."""
+        """Seconds for these windows, after a warm-up."""
         if self._worker is None:
             self._worker = Worker("SAELens", [self.python, PEERS / "sae_lens_harvest.py"])
             self._seconds(self._worker, tokens_WT[: self.request["batch"]])
@@ -198,8 +198,8 @@ def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
     for dtype in ("float32", "bfloat16"):
         jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench.model, dtype, bench.device)}
     for job in jobs.values():
-        job.run(bench.tokens[:BATCH])  # to warm
-    if environment is not None:  # which warms each of its processes
+        job.run(bench.tokens[:BATCH])  # warm-up
+    if environment is not None:  # it warms up each of its processes
         python = environment / "bin/python"
         jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, python, WIDTH, BATCH)
     seconds = take_turns(bench.rounds, {name: (lambda job=job: job.run(bench.tokens)) for name, job in jobs.items()})
@@ -219,9 +219,9 @@ def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
 
 
 def bench_memory(bench: Bench) -> list[Row]:
-    """Peak growth of a fresh process over what it had before the model: the model and two shards, and no more.
+    """Peak memory growth of a new process since before the model was loaded: the model and two shards, no more.
 
-    At a low layer, because memory does not depend on how many layers are below.
+    At a low layer, because memory does not depend on the number of layers below.
     """
     rows = []
     for layers in ((), (0, 1, 2, 3)):
@@ -236,7 +236,7 @@ def bench_memory(bench: Bench) -> list[Row]:
 
 
 def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
-    """In a process of its own: print growth, and the bytes of the model, of a shard waiting, and of a forward pass."""
+    """In a process of its own: print growth, and the bytes of the model, a waiting shard and a forward pass."""
     tokens_WT = make_tokens(3 * 512)
     keep_large_blocks(SMALLER_THAN_SHARDS)
     wanted, device = Wanted((2,), layers), torch.device("cpu")
@@ -257,26 +257,26 @@ def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
 
 
 def num_bytes(content: ShardContent) -> int:
-    """Of a shard's arrays as they wait to be written."""
+    """Bytes of a shard's arrays as they wait to be written."""
     attention = [getattr(csr, field.name) for csr in content.attention.values() for field in fields(csr)]
     return sum(array.nbytes for array in (*content.acts.values(), *attention))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
-@click.option("--windows", default=64, show_default=True, help="Windows of 128 tokens in a timed run.")
+@click.option("--peers", type=click.Path(path_type=Path), help="The environment with SAELens; none: no comparison.")
+@click.option("--windows", default=64, show_default=True, help="Windows of 128 tokens per timed run.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(
     peers: Path | None, windows: int, rounds: int, device: str, folder: Path | None, json_file: Path | None
 ) -> None:
-    """Measure the harvest; the exit status is 1 where a target is missed."""
+    """Measure the harvest; the exit status is 1 if a target is missed."""
     if windows % BATCH:
         raise click.UsageError(f"--windows: expected a multiple of {BATCH}, a batch of SAELens, found {windows}")
     if peers is not None and not (peers / "bin/python").exists():
-        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave --peers out")
+        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave out --peers")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         model = make_model(Path(place) / "model")
         bench = Bench(Path(place), model, make_tokens(windows), torch.device(device), rounds)

@@ -1,6 +1,6 @@
-"""What it costs to harvest hooks: two hooks of eight layers beside the residual, against the bare pass and against
-writing the same bytes. Jobs take turns within a round; seconds are the processor's. The pocket model: so narrow that
-what a hook costs beside the pass weighs more than in any model that is worth harvesting.
+"""What harvesting hooks costs: two hooks of eight layers besides the residual, against the bare pass and against
+writing the same bytes. Jobs take turns within a round; seconds are processor time. The pocket model is so narrow that
+a hook's cost relative to the pass is higher than in any model worth harvesting.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def manifest_of(tokens: np.ndarray, hooks: tuple[str, ...]) -> Manifest:
 
 
 class Harvest:
-    """Tokens to committed shards, residuals and hooks, without attention."""
+    """From tokens to committed shards, with residuals and hooks, without attention."""
 
     def __init__(self, folder: Path, tokens: np.ndarray, hooks: tuple[str, ...]) -> None:
         self.store, self.tokens, self.manifest = folder / "store", tokens, manifest_of(tokens, hooks)
@@ -46,17 +46,17 @@ class Harvest:
         self.harvester = Harvester(load_model(MODEL_FOLDER, wanted, getattr(torch, DTYPE)), self.manifest, DEVICE)
 
     def run(self) -> None:
-        """All of it."""
+        """Run the whole harvest."""
         harvest_once(self.store, self.harvester, self.tokens)
 
     @cached_property
     def content(self) -> ShardContent:
-        """Of every shard: they are of one size."""
+        """The content of a shard: all are of one size."""
         first = self.tokens[slice(*self.manifest.shard_range(0))]
         return compute_shard(self.harvester, first, first)
 
     def write(self) -> None:
-        """Write and commit what was computed before."""
+        """Write and commit what was computed earlier."""
         with StoreWriter.create(self.store, self.manifest, self.tokens, self.tokens) as writer:
             for shard in writer.pending():
                 writer.write(shard, self.content)
@@ -64,7 +64,7 @@ class Harvest:
 
 
 def processor_seconds(job: Callable[[], object]) -> float:
-    """Of all threads of this process: what else the machine does is not in it."""
+    """Processor time of all threads of this process, whatever else the machine does."""
     start = process_time()
     job()
     return process_time() - start

@@ -1,10 +1,10 @@
-"""What rows of massive norm cost whoever trains on them, ours and the peers': explained variance and cross entropy.
+"""What training on rows of massive norm costs us and the peers: explained variance and cross-entropy.
 
-Everybody trains twice, on all rows but those of special tokens, which is as far as the peers' own settings go
-(`remove_bos`, `exclude_special_tokens`), and on ordinary rows alone, which is our default. On ordinary rows each
-takes the rate that `quality.py` found best for it; on all rows the best is sought from there, in the same way and by
-ordinary rows of validation text. Then everybody rebuilds the same windows of the test split: the rows are spliced into
-the model, all of them, and all but the massive ones.
+Each contestant trains twice: on all rows except special tokens, which is as far as the peers' own settings go
+(`remove_bos`, `exclude_special_tokens`), and on ordinary rows alone, which is our default. On ordinary rows each uses
+the rate that `quality.py` found best for it; on all rows the best is sought from there, in the same way, judged on
+ordinary rows of validation text. Then each rebuilds the same windows of the test split: the rows are spliced into the
+model, once all of them and once all but the massive ones.
 
     python bench/massive_rows.py STORE --peers-python PATH
 """
@@ -61,7 +61,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Held:
-    """Windows of the test split, with what the model makes of them."""
+    """Windows of the test split, with the model's output for them."""
 
     model: LanguageModel
     layer: int
@@ -90,7 +90,7 @@ class Held:
 
     @torch.inference_mode()
     def cross_entropy(self, resid_WTD: Tensor) -> float:
-        """Of the token after each that is not special."""
+        """The loss on the token after each token that is not special."""
         total, count = 0.0, 0
         for start in range(0, len(self.windows), 8):
             part = self.windows.slice(start, start + 8)
@@ -103,7 +103,7 @@ class Held:
 
 
 def write_rows(store: Store, held: Held, folder: Path) -> None:
-    """What is trained on differs; what chooses a rate and what is told are ordinary rows for all."""
+    """Write the rows: training rows differ; choosing a rate and reporting use ordinary rows for all."""
     for kind in (ALL, ORDINARY):
         (folder / kind).mkdir()
         np.save(folder / kind / "windows.npy", held.rows.numpy())
@@ -116,14 +116,14 @@ def write_rows(store: Store, held: Held, folder: Path) -> None:
 
 
 def best_rates(path: Path) -> dict[tuple[str, str], float]:
-    """By variant and contestant: the best of the first seed."""
+    """The best rate of the first seed, by variant and contestant."""
     scores = {fit: score for fit, score in last_scores(json.loads(path.read_text())["rows"]).items() if not fit.seed}
     rising = sorted(scores, key=lambda fit: scores[fit].worth(fit.l0))
     return {(fit.variant, fit.contestant): fit.lr for fit in rising}
 
 
 def show(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
-    """Of the rows of one run: the file keeps those of other stores, steps and widths too."""
+    """Print the rows of one run: the file also keeps those of other stores, steps and widths."""
     rows = [row for row in rows if row.items() >= run.items()]
     table = Table(title="each at its best rate: median of seeds (from to)")
     for heading in ("variant", "trained on", "contestant", "rate", "dead", *MEASURES.values()):
@@ -144,12 +144,12 @@ def show(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
 @click.argument("store")
 @click.option("--peers-python", required=True, help="Python with sae-lens, dictionary-learning, sparsify installed.")
 @click.option("--contestant", "contestants", multiple=True, default=CONTESTANTS, show_default=True)
-@click.option("--variant", "variants", multiple=True, default=("topk",), show_default=True, help="One with a k.")
-@click.option("--rates", type=click.Path(path_type=Path), default=RATES, help="What quality.py wrote.")
+@click.option("--variant", "variants", multiple=True, default=("topk",), show_default=True, help="A variant with a k.")
+@click.option("--rates", type=click.Path(path_type=Path), default=RATES, help="The results of quality.py.")
 @click.option("--width", default=2304, show_default=True)
 @click.option("--l0", default=32.0, show_default=True)
-@click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens.")
-@click.option("--windows", default=128, show_default=True, help="Of the test split, spliced.")
+@click.option("--steps", default=440, show_default=True, help="Steps of 2,048 tokens.")
+@click.option("--windows", default=128, show_default=True, help="Windows of the test split to splice.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/massive_rows.json"))
 def main(
     store: str,
@@ -163,7 +163,7 @@ def main(
     windows: int,
     out: Path,
 ) -> None:
-    """Train on STORE with its massive rows and without."""
+    """Train on STORE with and without its massive rows."""
     with Store.open(store) as opened, tempfile.TemporaryDirectory() as made:
         manifest, folder = opened.manifest, Path(made)
         layer = manifest.layers[0]

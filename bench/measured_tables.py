@@ -1,5 +1,4 @@
-"""The tables of docs/measured.md and docs/smaller_stores.md, from bench/results: `--check` fails where a page says
-something else.
+"""The tables of docs/measured.md and docs/smaller_stores.md, from bench/results: `--check` fails if a page differs.
 
 python bench/measured_tables.py [--check]
 """
@@ -122,7 +121,7 @@ def rows_of(name: str) -> Rows:
 
 
 def ratio_of(row: dict[str, Any]) -> str:
-    """With what it was in each round where those were kept, and what was wanted where that was missed."""
+    """The ratio, with its range over rounds if these were kept, and the target if it was missed."""
     text = f"{row['ratio']:.2f}"
     rounds = list(row.get("rounds", {}).values())
     if len(rounds) == 2:
@@ -132,7 +131,7 @@ def ratio_of(row: dict[str, Any]) -> str:
 
 
 def ratios_of(rows: Rows, beside: Iterable[dict[str, Any]]) -> str:
-    """And of which day and processor they are, where those of their file differ in it."""
+    """The ratios, with day and processor if these differ within their file."""
     told = ", ".join(map(ratio_of, rows))
     return told if len(set(map(when, beside))) == 1 else f"{told} [{'; '.join(dict.fromkeys(map(when, rows)))}]"
 
@@ -170,7 +169,7 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
 
 
 def train_lines() -> Iterable[tuple[str, str, str]]:
-    """Of each width: every variant, float32 and with a bfloat16 product."""
+    """For each width: every variant, in float32 and with a bfloat16 product."""
     for name in ("train", "train_bfloat16", "train_relu"):
         rows = [row for row in rows_of(name) if "ratio_to_faster_peer" in row]
         for width in sorted({row["width"] for row in rows}, reverse=True):
@@ -194,7 +193,7 @@ def train_lines() -> Iterable[tuple[str, str, str]]:
 
 
 def quality_lines() -> Iterable[str]:
-    """Each at its best learning rate first."""
+    """The quality tables, each contestant at its best learning rate first."""
     rows = rows_of("quality")
     scores, run = last_scores(rows), rows[-1]
     seeds = len({fit.seed for fit in scores})
@@ -208,7 +207,7 @@ def quality_lines() -> Iterable[str]:
 
 
 def gpu_lines() -> Iterable[str]:
-    """Of the newest day of bench/gpu that is kept; of what was measured twice on it, the later."""
+    """The table of the newest day kept in bench/gpu; of what was measured twice that day, the later."""
     calls = [path for path in sorted((RESULTS / "gpu").glob("*/*.json")) if '"parts"' in path.read_text()]
     told: dict[str, Rows] = {}
     if not calls:
@@ -235,13 +234,13 @@ def gpu_lines() -> Iterable[str]:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """Of what bench/gpu/kernels.py timed, the name holds the speed."""
+    """A row's name; rows of bench/gpu/kernels.py hold the speed in it."""
     name, found, _ = row["what"].partition(": a step, ")
     return f"{name}, alone" if found else name
 
 
 def gpu_line(what: str, beside: Rows) -> str:
-    """Ours at its defaults, whose row comes first, or which took turns with the peer, against the best peer."""
+    """Ours, at its defaults (the first row) or in turns with the peer, against the best peer."""
     if beside[0]["part"] == "kernels":
         return f"| {what} | {beside[0]['what'].partition(': a step, ')[2]} | | |"
     own = [row for row in beside if row["who"].startswith("ours")]
@@ -258,7 +257,7 @@ def gpu_line(what: str, beside: Rows) -> str:
 
 
 def smaller_lines() -> Iterable[str]:
-    """Of each model: every kind of store, then what it costs seed by seed against the exact one."""
+    """For each model: every kind of store, then its cost seed by seed against the exact one."""
     for path in sorted(RESULTS.glob("smaller_stores*.json")):
         measured = [row for row in rows_of(path.stem) if "explained variance" in row.get("rounds", {})]
         for about in dict.fromkeys(row.get("about") for row in measured):
@@ -281,18 +280,18 @@ def smaller_lines_of(rows: Rows, path: Path) -> Iterable[str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean of the seeds, and from where to where they go."""
+    """The mean over seeds, and their range."""
     return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 def cost(values: list[float]) -> str:
-    """The same of differences by seed, with the interval of their mean where there is one."""
+    """The same for differences by seed, with the interval of their mean if there is one."""
     reach = f" ± {half_width(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.4f}{reach} ({min(values):+.4f} to {max(values):+.4f})"
 
 
 def write_tables() -> str:
-    """Everything between the two marks."""
+    """All lines between the two marks."""
     lines = ["### On an accelerator", "", *gpu_lines(), "", "### On two cores", "", ABOUT_SPEED, ""]
     lines += ["| what | ratio | command |", "|---|---|---|"]
     lines += [f"| {what} | {found} | `{command}` |" for what, found, command in speed_lines()]
@@ -312,7 +311,7 @@ def with_tables(page: str, name: str) -> str:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Write nothing; fail where the page says something else.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if a page differs.")
 def main(check: bool) -> None:
     is_old = False
     for name in PAGES:
@@ -325,7 +324,7 @@ def main(check: bool) -> None:
             click.echo("\n".join(diff))
             is_old = True
     if is_old:
-        click.echo("the tables are not those of bench/results: run `make measured`")
+        click.echo("the tables differ from bench/results: run `make measured`")
         sys.exit(1)
 
 

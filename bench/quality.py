@@ -1,24 +1,23 @@
 """Quality against the peers: explained variance on held-out text at equal sparsity, and dead latents.
 
-All contestants train on the same rows in the same order, in a process and an environment of their own: ordinary
-tokens only, since no peer would be well served by rows of massive norm, and what is reported is of ordinary tokens.
-A short run is decided by its learning rate, so each contestant is tried with the first seed at its own rate and at
-rates three times apart from there, up and down for as long as that is better on validation text; the other seeds
-train at the best. Where `--lr` has given all seeds to another rate too, the median on validation text decides. Where
-sparsity follows a coefficient, it is sought in the same way until L0 is what was asked, and where a threshold decides
-who is active, it is placed on validation text so that L0 is just that. What is told is of the test split, which chose
-nothing. A fit whose L0 is more than a tenth from what was asked is off target: it is kept and marked, and stands in no
-comparison. A fit that is in the results already is not made again.
+All contestants train on the same rows in the same order, each in its own process and environment: ordinary tokens
+only, as rows of massive norm would serve no peer well, and results are for ordinary tokens. A short run is decided by
+its learning rate, so the first seed of each contestant is tried at its own rate and at rates three times apart from
+there, up and down for as long as validation text improves; the other seeds train at the best. If `--lr` has given all
+seeds another rate too, the median on validation text decides. If sparsity depends on a coefficient, that is sought in
+the same way until L0 is as asked; if a threshold decides which latents are active, it is placed on validation text to
+give exactly that L0. Reported numbers are of the test split, which chose nothing. A fit whose L0 is more than a tenth
+off is off target: it is kept and marked, but not compared. A fit that is in the results already is not repeated.
 
     python bench/quality.py STORE --peers-python PATH
 
-Transcoders, of a store that has mlp_in and mlp_out, are compared with sparsify's, both with k active latents a row:
+Transcoders, on a store that has mlp_in and mlp_out, are compared with sparsify's, both with k active latents per row:
 
     python bench/quality.py STORE --peers-python PATH --variant transcoder --variant skip_transcoder
 
-Cross-layer transcoders, of all layers of such a store, with CLT-Forge's, whose code `make bench-transcoders` fetches.
-Width and L0 are those of all layers together, and so are the squares that explained variance adds up, each layer
-scaled to the same mean norm as both train on it:
+Cross-layer transcoders, over all layers of such a store, are compared with CLT-Forge's, whose code
+`make bench-transcoders` fetches. Width and L0 are over all layers together, as are the squares in explained variance,
+each layer scaled to the same mean norm, on which both train:
 
     python bench/quality.py STORE --peers-python PATH --clt-forge FOLDER --variant clt
 """
@@ -54,29 +53,29 @@ OF_CROSS_LAYER = ("ours", "clt_forge")
 BY_K = ("topk", "batchtopk", "matryoshka", *TRANSCODERS)
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated")
 SEEDS = (0, 1, 2)
-PROTOCOL = 4  # raised when a contestant is trained in another way: rows of before are of another comparison
-OFF = 0.1  # how far L0 may be from what was asked
-NEAR = 0.03  # where a coefficient is sought, the search ends here
+PROTOCOL = 4  # raised when a contestant's training changes: earlier rows belong to another comparison
+OFF = 0.1  # how far L0 may be from what was asked, as a share
+NEAR = 0.03  # the search for a coefficient ends here
 FACTOR = 3.0  # between learning rates
-COEFFICIENTS = {  # where the search for one begins
+COEFFICIENTS = {  # where the search begins
     "standard": {"ours": 0.2, "sae_lens": 5.0, "dictionary_learning": 0.17},
     "gated": {"ours": 0.3, "sae_lens": 8.0, "dictionary_learning": 0.3},
     "p_anneal": {"ours": 0.14, "dictionary_learning": 0.17},
     "jumprelu": {"sae_lens": 2.0},
     CROSS_LAYER: {"clt_forge": 0.2},
 }
-# They are told the L0 that is wanted.
+# These are given the wanted L0.
 TARGETED = {("jumprelu", "ours"), ("jumprelu", "dictionary_learning"), (CROSS_LAYER, "ours")}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One SAE to be trained."""
+    """One SAE to train."""
 
     variant: str
     width: int
     l0: float
-    """What is wanted: k, a target, or where the coefficient is sought."""
+    """The wanted L0: k, a target, or the goal of the search for a coefficient."""
     contestant: str
     lr: float
     coefficient: float = 0.0
@@ -85,7 +84,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Score:
-    """On the test split; and on the validation split, by which rates and coefficients are chosen."""
+    """Scores on the test split, and on the validation split, by which rates and coefficients are chosen."""
 
     explained_variance: float
     l0: float
@@ -93,18 +92,18 @@ class Score:
     validation: float
     validation_l0: float
     came_to: float | None = None
-    """L0 of validation text as trained, where thresholds were then placed to make it what is wanted."""
+    """L0 on validation text as trained, if thresholds were then placed to reach the wanted one."""
 
     @property
     def as_trained(self) -> float:
-        """L0 of validation text, before thresholds were placed."""
+        """L0 on validation text, before thresholds were placed."""
         return self.validation_l0 if self.came_to is None else self.came_to
 
     def is_on_target(self, wanted: float) -> bool:
         return is_near(self.l0, wanted)
 
     def worth(self, wanted: float) -> tuple[bool, float]:
-        """What decides between rates: validation text alone."""
+        """What decides between rates: validation text only."""
         return is_near(self.validation_l0, wanted), self.validation
 
 
@@ -113,7 +112,7 @@ def is_near(l0: float, wanted: float) -> bool:
 
 
 def rows_read_by(variant: str) -> str:
-    """The kind of rows: those of the residual stream, of an MLP, or of the MLPs of several layers."""
+    """The kind of rows: of the residual stream, of an MLP, or of the MLPs of several layers."""
     return "MLPs" if variant == CROSS_LAYER else "MLP" if variant in TRANSCODERS else RESID
 
 
@@ -126,8 +125,9 @@ def layers_of(store: Store, kind: str) -> tuple[int, ...]:
 
 
 def write_rows_of(store: Store, layers: Sequence[int], folder: Path, kind: str) -> None:
-    """A table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm; of transcoders
-    what the MLP reads and writes side by side, of all tokens but special ones; of several layers [N, 2 layers, D]."""
+    """Write a table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm. For
+    transcoders: what the MLP reads and writes, side by side, of all but special tokens; several layers are
+    [N, 2 layers, D]."""
     of_mlp = kind != RESID
     how = {"batch_tokens": 512, "shuffle": False, "device": "cpu"} | ({"massive_norms": None} if of_mlp else {})
     join = np.stack if kind == "MLPs" else np.concatenate
@@ -141,7 +141,7 @@ def write_rows_of(store: Store, layers: Sequence[int], folder: Path, kind: str) 
 
 
 def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
-    """What a contestant trains with where it is told nothing."""
+    """The learning rate a contestant uses by default."""
     match contestant, variant:
         case "ours", _:
             rate = config_type(variant)(width=width).build(d_model).optim.lr
@@ -150,7 +150,7 @@ def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
         case "sparsify", _:
             return 5e-3 / (width / 2**14) ** 0.5
         case "clt_forge", _:
-            return 4e-4  # of its GPT-2 runner; the field's default is 1e-5
+            return 4e-4  # from its GPT-2 runner; the field's default is 1e-5
         case "sae_lens", _:
             return 3e-4  # its default
         case _, "jumprelu":
@@ -164,7 +164,7 @@ def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
 
 
 class Contestants:
-    """A process each, started when it is first asked."""
+    """A process per contestant, started on first use."""
 
     def __init__(self, folder: Path, steps: int, peers_python: str, clt_forge: Path | None) -> None:
         self._folder, self._steps, self._peers_python = str(folder), steps, peers_python
@@ -185,7 +185,7 @@ class Contestants:
 
 
 class Results:
-    """Scores by fit, in a file that grows; each row with what it was measured with."""
+    """Scores by fit, in a file that grows; each row records what it was measured with."""
 
     def __init__(self, path: Path, run: dict[str, Any], facts: dict[str, Any]) -> None:
         self.path, self._run, self._facts = path, run | {"protocol": PROTOCOL}, facts
@@ -215,7 +215,7 @@ Train = Callable[[Fit], Score]
 
 
 def best_of(first: Fit, train: Train, is_targeted: bool) -> Fit:
-    """Of the first seed: rates from `first` on, up and then down, as long as validation text is rebuilt better."""
+    """The best rate for the first seed: from `first` up, then down, for as long as validation text improves."""
 
     def tried(fit: Fit) -> tuple[Fit, tuple[bool, float]]:
         fit = fit if is_targeted else seek(fit, train)
@@ -226,26 +226,26 @@ def best_of(first: Fit, train: Train, is_targeted: bool) -> Fit:
         began = best
         while (there := tried(replace(best, lr=float(f"{best.lr * factor:.4g}"))))[1] > worth:
             best, worth = there
-        if best is not began:  # what lies on the other side of a better rate is the one that it beat
+        if best is not began:  # on the other side of a better rate is the one that it beat
             break
     return best
 
 
 def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
-    """The coefficient at which L0 is what is wanted, by secants on a logarithmic scale: the nearest that was found."""
-    seen: list[tuple[float, float, Fit]] = []  # log of the coefficient, of L0 as a multiple of the wanted one
+    """Seek the coefficient that gives the wanted L0, by secants on a logarithmic scale; return the nearest found."""
+    seen: list[tuple[float, float, Fit]] = []  # log of the coefficient, log of L0 over the wanted L0
     slope = -1.0
     for _ in range(tries):
         found = train(fit)
         off = math.log(max(found.as_trained, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
-        # No penalty mends that, unless what is wanted lies between this one and another.
+        # No penalty can fix that, unless the wanted L0 lies between this one and another.
         is_hopeless = found.validation < 0.0 and all(off * other >= 0 for _, other, _ in seen)
         if is_hopeless or abs(off) <= (NEAR if found.came_to is None else OFF):
             break
         if len(seen) > 1:
             (before, off_before, _), (now, off_now, _) = seen[-2:]
-            # More of a penalty never means more latents: that would be noise.
+            # A larger penalty never means more latents: that would be noise.
             slope = min((off_now - off_before) / (now - before), -0.2)
         step = max(-1.5, min(1.5, -off / slope))
         fit = replace(fit, coefficient=float(f"{fit.coefficient * math.exp(step):.4g}"))
@@ -254,13 +254,13 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one contestant has come to at one rate: a score of each seed."""
+    """The results of one contestant at one rate: a score per seed."""
 
     fits: tuple[Fit, ...]
     scores: tuple[Score, ...]
 
     def worth(self) -> tuple[int, tuple[bool, float]]:
-        """What decides between rates, of those with most seeds: the median of their validation text."""
+        """What decides between rates: the number of seeds first, then the median score on validation text."""
         each = [score.worth(fit.l0) for fit, score in zip(self.fits, self.scores, strict=True)]
         return len(each), statistics.median_high(each)
 
@@ -290,7 +290,7 @@ Line = tuple[str, dict[str, Cell]]  # what is compared, and the cells by contest
 
 
 def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
-    """Of each variant, width and wanted L0: every contestant at its best rate, and at its own."""
+    """For each variant, width and wanted L0: every contestant at its best rate, and at its own."""
     found: dict[str, list[Line]] = {"best": [], "own": []}
     for what in dict.fromkeys((fit.variant, fit.width, fit.l0) for fit in scores):
         variant, width, l0 = what
@@ -299,7 +299,7 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
             own = {f: s for f, s in scores.items() if (f.variant, f.width, f.l0) == what and f.contestant == contestant}
             if own:
                 by_rate = {lr: cell_at(own, lr) for lr in dict.fromkeys(fit.lr for fit in own)}
-                cells["own"][contestant] = next(iter(by_rate.values()))  # the first that is tried
+                cells["own"][contestant] = next(iter(by_rate.values()))  # the first one tried
                 cells["best"][contestant] = max(by_rate.values(), key=Cell.worth)
         for kind, told in cells.items():
             found[kind].append((f"{variant}, {width:,} latents, L0 {l0:g}", told))
@@ -307,7 +307,7 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
 
 
 def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
-    """Of each seed the fit whose L0 is nearest to what is wanted, as trained: that is what was sought."""
+    """For each seed, the fit whose L0 as trained is nearest to the wanted one: that is what was sought."""
     chosen: dict[int, Fit] = {}
     for fit in sorted((fit for fit in scores if fit.lr == lr), key=lambda fit: abs(scores[fit].as_trained - fit.l0)):
         chosen.setdefault(fit.seed, fit)
@@ -316,11 +316,11 @@ def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
 
 
 def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
-    """Of each variant's latest comparison, of those with most contestants that have all seeds: rows of other steps, of
-    another store or protocol are not beside it."""
+    """The scores of each variant's latest comparison among those with the most contestants that have all seeds. Rows
+    with other steps, another store or another protocol belong to another comparison."""
     runs: dict[str, dict[tuple[Any, ...], dict[Fit, Score]]] = {}
     for row in rows:
-        # Taken out and put back: the latest at the end.
+        # Removed and reinserted, so that the latest is at the end.
         of_variant = runs[row["variant"]] = runs.pop(row["variant"], {})
         run = tuple(row.get(name) for name in ("steps", "cache_id", "protocol"))
         of_variant[run] = of_variant.pop(run, {}) | {fit_of(row): score_of(row)}
@@ -329,7 +329,7 @@ def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
 
 
 def count_whole(scores: dict[Fit, Score]) -> int:
-    """How many contestants have a rate with all seeds."""
+    """The number of contestants that have a rate with all seeds."""
     seeds: dict[tuple[str, float], set[int]] = {}
     for fit in scores:
         seeds.setdefault((fit.contestant, fit.lr), set()).add(fit.seed)
@@ -349,8 +349,8 @@ def show(scores: dict[Fit, Score]) -> None:
 
 
 def make_fits(first: Fit, seeds: tuple[int, ...], train: Train, lr: float | None = None) -> None:
-    """The first seed finds the rate, if it is not given, and each its coefficient where there is one: near a steep
-    place of L0 one that serves the first leaves another off target."""
+    """The first seed finds the rate, unless given, and each seed its own coefficient, if there is one: where L0 is
+    steep, the first seed's coefficient would leave another off target."""
     is_targeted = first.variant in BY_K or (first.variant, first.contestant) in TARGETED
     best = replace(first, seed=seeds[0], lr=lr) if lr else best_of(replace(first, seed=seeds[0]), train, is_targeted)
     for seed in seeds if lr else seeds[1:]:
@@ -375,10 +375,10 @@ def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> 
 @click.option("--variant", "variants", multiple=True, default=VARIANTS, show_default=True)
 @click.option("--width", default=2304, show_default=True)
 @click.option("--l0", default=32.0, show_default=True)
-@click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens; clt: of 512.")
+@click.option("--steps", default=440, show_default=True, help="Steps of 2,048 tokens; clt: of 512.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
-@click.option("--contestant", "wanted", multiple=True, help="Only these.  [default: all of the variant]")
-@click.option("--lr", type=float, help="At this rate, in place of the search for one.")
+@click.option("--contestant", "wanted", multiple=True, help="Only these.  [default: all for the variant]")
+@click.option("--lr", type=float, help="Train at this rate instead of searching for one.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/quality.json"))
 def main(
     store: str,
@@ -393,11 +393,11 @@ def main(
     lr: float | None,
     out: Path,
 ) -> None:
-    """Train everything on the activations of STORE and compare."""
+    """Train all contestants on the activations of STORE and compare them."""
     kind, *others = dict.fromkeys(map(rows_read_by, variants))
     if others:
         raise click.UsageError(
-            "expected SAEs of one place, transcoders, or cross-layer ones, found several of these: they read other rows"
+            "expected SAEs of one place, transcoders, or cross-layer ones, found a mix: they read different rows"
         )
     if kind == "MLPs" and clt_forge is None:
         raise click.UsageError("--variant clt: expected --clt-forge with CLT-Forge's checkout, found none")

@@ -1,4 +1,4 @@
-"""Training steps of several contestants, each a process of its own, in turns."""
+"""Training steps of several contestants, each in a process of its own, in turns."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TOP_K = ("topk", "batchtopk", "matryoshka")
 VARIANTS = (*TOP_K, "standard", "jumprelu", "gated", "p_anneal")
 PEERS = ("sae_lens", "dictionary_learning", "sparsify")
 ABSENT = {("sae_lens", "p_anneal"), *(("sparsify", variant) for variant in VARIANTS if variant != "topk")}
-UNEQUAL = 0.15  # spread of the log of rows' lengths at which one of 4,096 keeps some ten times its share of a batch's
+UNEQUAL = 0.15  # spread of the log of row lengths at which one of 4,096 rows keeps some ten times its share of a batch
 PATIENCE = 120.0  # seconds for a contestant to import everything and to build a trainer
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """Who takes part, and at which settings."""
+    """A contestant and its settings."""
 
     name: str
     script: str
@@ -41,7 +41,7 @@ class Entrant:
 
 @dataclass
 class Outcome:
-    """Of one contest: seconds a step by name and round, bytes of the device at the most, and who fell out."""
+    """The outcome of one contest: seconds per step by name and round, peak bytes on the device, and who failed."""
 
     seconds: dict[str, list[float]]
     peaks: dict[str, int]
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class Contest:
-    """The processes; they live through many contests, so that nobody imports twice."""
+    """The processes; they live through many contests, so that none imports twice."""
 
     def __init__(self, entrants: Iterable[Entrant], peers_python: str | None, threads: int) -> None:
         self.entrants = [entrant for entrant in entrants if entrant.is_ours or peers_python]
@@ -71,7 +71,7 @@ class Contest:
     def race(
         self, settings: dict[str, Any], rounds: int, steps: int, warm: int = 0, names: Iterable[str] | None = None
     ) -> Outcome:
-        """Everyone who knows the variant, in turns; who fails is left out, and the others go on."""
+        """Time all entrants that know the variant, in turns; those that fail are left out, and the others continue."""
         wanted = set(self._workers) if names is None else set(names)
         taking_part = [e for e in self.entrants if e.knows(settings["variant"]) and e.name in wanted]
         failures = self._open(taking_part, settings)
@@ -102,7 +102,7 @@ class Contest:
             worker.close()
 
     def _open(self, entrants: list[Entrant], settings: dict[str, Any]) -> dict[str, str]:
-        """All at once; what went wrong by name."""
+        """Open all at once; return what went wrong, by name."""
         failures: dict[str, str] = {}
         for entrant in entrants:
             try:
@@ -127,8 +127,8 @@ class Contest:
 
 
 def make_batches(folder: str, rows: int, d_model: int, count: int = 3, spread: float = 0.0) -> str:
-    """Gaussian rows of mean norm sqrt(D), their lengths lognormal: where latents are kept of a whole batch, what a
-    step costs may depend on how unequally rows have them, and on nothing more."""
+    """Gaussian rows of mean norm sqrt(D) with lognormal lengths: if latents are kept over a whole batch, a step's cost
+    may depend on how unequally rows have them, and on nothing else."""
     generator = np.random.default_rng(0)
     Path(folder).mkdir(exist_ok=True)
     for index in range(count):

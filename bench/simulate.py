@@ -1,10 +1,10 @@
-"""A harvest by thousands of workers on an object store, on paper: what they ask for, what it costs, how long it takes.
+"""Simulate a harvest by thousands of workers on an object store: their requests, the cost and the time.
 
-The claims, the records and the index are those of the package, on objects in memory: only time and chunks are made up.
-Every request moves a clock; workers die at random, their claims lapse by that clock, and others come in their place.
-What would only be worked out again is kept: which shards have a record, what the index says; a record that is in the
-index, which nobody reads any more, is emptied. Requests are counted as s3fs makes them: a test in
-tests/cache_schema/test_object_stores.py holds them to those that a real writer makes of a real server.
+The claims, the records and the index are the package's own, on objects in memory: only time and chunks are made up.
+Every request moves a clock; workers die at random, their claims lapse by that clock, and others replace them. What
+would only be recomputed is cached: which shards have a record, and what the index says; a record that is in the index,
+which is never read again, is emptied. Requests are counted as s3fs makes them: a test in
+tests/cache_schema/test_object_stores.py compares them with those of a real writer to a real server.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ READ_INDEX = commits.read_index
 
 @dataclass(frozen=True)
 class Paper:
-    """What is made up: seconds of a request, of a shard's work; how often a worker dies, and what comes then."""
+    """What is made up: seconds per request and per shard; how often a worker dies, and what happens then."""
 
     request_s: float = 0.03
     shard_s: float = 60.0
-    chunks: int = 10  # of a shard; REMOTE_WRITERS at once, each so long:
+    chunks: int = 10  # per shard; REMOTE_WRITERS at once, each taking:
     chunk_s: float = 0.5
-    has_device: bool = True  # a note beside each record, as a harvest leaves it: a name more in every listing
-    deaths_a_day: float = 1.0  # of each worker
-    return_s: float = 120.0  # until another has come in its place
+    has_device: bool = True  # a device record next to each record, as in a harvest: one more name in every listing
+    deaths_a_day: float = 1.0  # per worker
+    return_s: float = 120.0  # until another one replaces it
     seed: int = 0
 
     @property
     def write_s(self) -> float:
-        """Of a shard."""
+        """Seconds to write a shard."""
         return self.chunk_s * max(1, self.chunks / writer.REMOTE_WRITERS)
 
 
@@ -104,17 +104,15 @@ class PaperFiles(RemoteFiles):
         return list(self.claims)
 
 
-AHEAD = (
-    30  # seconds that one worker may ask on before the others have lived up to there: what they hold would seem lapsed
-)
+AHEAD = 30  # seconds that a worker may run ahead of the others: further ahead, their claims would seem lapsed
 
 
 @dataclass(frozen=True)
 class Told:
-    """What came out."""
+    """The results."""
 
     lost: int
-    left: int  # to the same command once more: their writers died last, and their claims had not lapsed
+    left: int  # to another run of the same command: their writers died last, and their claims had not lapsed
     deaths: int
     hours: float
     requests: Counter[str]
@@ -125,7 +123,7 @@ class Told:
 
 
 class Harvest:
-    """All workers, each an iterator that says how long it works before its next step."""
+    """All workers, each an iterator that yields how long it works before its next step."""
 
     def __init__(self, manifest: Manifest, workers: int, paper: Paper) -> None:
         self.manifest, self.workers, self.paper = seal(manifest), workers, paper
@@ -157,7 +155,7 @@ class Harvest:
                 heapq.heappush(turns, (back, self.workers + born, share, life))
             left = int((~self.files.committed).sum())
             self.files.now = ended + shard_claims.LEASE_SECONDS
-            for _ in self._life(0, alone=True) if again else ():  # what those held that died last
+            for _ in self._life(0, alone=True) if again else ():  # what the last to die held
                 pass
         requests, minutes = Counter(self.files.requests), self.files.minutes
         index = commits.read_index(self.files, self.manifest)
@@ -175,14 +173,14 @@ class Harvest:
         )
 
     def _life(self, share: int, alone: bool = False) -> Iterator[float]:
-        """As `sae-harvest --worker`: its share, then what others have left and nobody holds."""
+        """A worker's life, as in `sae-harvest --worker`: its share, then what others have left and nobody holds."""
         held, files = LeaseClaims(self.files), self.files
         files.ask("GET")  # the root
         step = 1 if alone else self.workers
         shards = np.flatnonzero(~self._look()[share::step]) * step + share
         while len(shards):
             wrote = 0
-            yield 0.0  # a look takes minutes where there are a million records
+            yield 0.0  # a look takes minutes with a million records
             since = files.now
             for shard in shards.tolist():
                 if files.now > since + AHEAD:
@@ -214,7 +212,7 @@ class Harvest:
         files.committed[shard] = True
 
     def _read_index(self, files: PaperFiles, manifest: Manifest) -> commits.Index:
-        """Asked for by each, parsed where it has changed."""
+        """The index: every worker's request counts, but it is parsed only if it has changed."""
         raw = files.objects.get(INDEX)
         if raw is None or self._known is None or self._known[0] is not raw:
             index = READ_INDEX(files, manifest)
@@ -229,16 +227,16 @@ class Harvest:
         return found
 
     def _look(self, index: commits.Index | None = None) -> np.ndarray:
-        """Which shards have a record: the answer is kept, its requests are counted."""
+        """Which shards have a record: the answer is cached, its requests are counted."""
         found = index or commits.read_index(self.files, self.manifest)
         if found.committed != ((0, self.manifest.shards),):
             self.files.ask("LIST", self._pages(found))
         return self.files.committed.copy()
 
     def _pages(self, index: commits.Index) -> int:
-        """Of a listing of all names, or of `S3Files.which_exist`; a shard's note comes before its record there."""
+        """The pages of a full listing, or of `S3Files.which_exist`; a shard's device record sorts before its record."""
         has_record, each = self.files.committed[self._by_name], 1 + self.paper.has_device
-        ends = np.cumsum(has_record, dtype=np.int64) * each  # names up to and with each shard's
+        ends = np.cumsum(has_record, dtype=np.int64) * each  # names up to and including each shard's
         names = int(ends[-1]) + (INDEX in self.files.objects)
         if self._lacks[0] is not index:
             self._lacks = index, np.flatnonzero(~index.mask(self.manifest.shards)[self._by_name])
@@ -247,7 +245,7 @@ class Harvest:
             return 1 + names // PAGE
         while at < len(left):
             pages += 1
-            read = ends[left[at]] - has_record[left[at]] + PAGE  # names, with those that are skipped
+            read = ends[left[at]] - has_record[left[at]] + PAGE  # names, including those skipped
             if read >= names:
                 break
             last = np.searchsorted(ends, read)
@@ -255,7 +253,7 @@ class Harvest:
         return pages
 
     def _derive(self, held: LeaseClaims, ends: bool = False) -> None:
-        """One at a time; those that wait ask less and less often, and after a while they go on."""
+        """One worker at a time; those that wait ask less and less often, and eventually continue."""
         files = self.files
         end, pause = files.now + shard_claims.DERIVED_SECONDS, 0.3
         while (waits := self._deriving_until > files.now) and files.now < end:
@@ -281,7 +279,7 @@ class Harvest:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        """Claims live by the clock on paper; nobody renews one, as a shard takes less than a lease."""
+        """Make claims live by the simulated clock; none is renewed, as a shard takes less than a lease."""
         kept = shard_claims.time, LeaseClaims._keep_renewing, commits.find_committed
         readers = commits.read_index, commits._read_records
         shard_claims.time = SimpleNamespace(time=lambda: self.files.now)  # type: ignore[assignment]
@@ -311,7 +309,7 @@ def rows_of(harvest: Harvest, told: Told) -> list[Row]:
 
 
 def lay_out_on_paper(name: str, layers: int, hooks: tuple[str, ...], width: int, tokens: float) -> list[Row]:
-    """What a store of all of it would be, from the layout that the package would write."""
+    """The size of a whole store, from the layout that the package would write."""
     sites, shard_windows = tuple(range(layers)), 256
     specs = {hook: HookSpec(sites, width) for hook in hooks}
     windows = int(tokens) // CONTEXT // shard_windows * shard_windows
@@ -343,7 +341,7 @@ LOOKED_AT = 3  # blocks of an epoch, and batches of each
 
 
 def shuffle_on_paper(shards: int) -> list[Row]:
-    """What a trainer's batches mix: its own read order and pool, over documents of random lengths."""
+    """How a trainer's batches mix, with its own read order and pool, over documents of random lengths."""
     from saemill.train.data.shuffle_order import Plan, SplitSizes, count_pairs, token_order, token_slice
     from saemill.train.run.fill_config_from_store import POOL_BYTES
 
@@ -372,7 +370,7 @@ def shuffle_on_paper(shards: int) -> list[Row]:
 
 
 def _documents_on_paper(manifest: Manifest, piece: Span) -> np.ndarray:
-    """Of the tokens of some windows: a shard's documents follow each other, their lengths exponential."""
+    """The documents of the tokens of some windows: a shard's documents are consecutive, with exponential lengths."""
     first, own = manifest.shard_range(piece.shard)[0], CONTEXT - 1
     lengths = np.random.default_rng(piece.shard).exponential(DOCUMENT, 4 * manifest.shard_windows * own // DOCUMENT)
     tokens = np.arange((piece.start - first) * own, (piece.stop - first) * own)
@@ -388,10 +386,10 @@ PAPERS = (
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--shards", default=1_000_000, show_default=True)
 @click.option("--workers", default=10_000, show_default=True)
-@click.option("--deaths", default=1.0, show_default=True, help="A day, of each worker.")
-@click.option("--shard-seconds", default=60.0, show_default=True, help="To compute a shard.")
-@click.option("--store", is_flag=True, help="What stores of two projects would be, in place of a harvest.")
-@click.option("--shuffle", is_flag=True, help="What a trainer's batches mix, in place of a harvest.")
+@click.option("--deaths", default=1.0, show_default=True, help="Deaths per day and worker.")
+@click.option("--shard-seconds", default=60.0, show_default=True, help="Seconds to compute a shard.")
+@click.option("--store", is_flag=True, help="Show the stores of two projects instead of a harvest.")
+@click.option("--shuffle", is_flag=True, help="Show what a trainer's batches mix instead of a harvest.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(
     shards: int,
@@ -402,7 +400,7 @@ def main(
     shuffle: bool,
     json_file: Path | None,
 ) -> None:
-    """Simulate a harvest; the exit status is 1 where a shard is lost."""
+    """Simulate a harvest; the exit status is 1 if a shard is lost."""
     if shuffle:
         sys.exit(conclude("Batches on paper", shuffle_on_paper(shards), json_file, gather_facts()))
     if store:

@@ -1,8 +1,8 @@
-"""What stores of half the bytes cost: SAEs trained from bfloat16, fp8 and int8 of the same activations, all measured on
-the model's own; and how much faster they are read.
+"""What stores of half the bytes cost: SAEs trained on bfloat16, fp8 and int8 of the same activations, all measured on
+the model's own; and how much faster such stores are read.
 
-The small stores are written from the exact one by the writer that writes a harvest: what it is handed is the same.
-SAEs of one seed draw the same batches in the same order from the same start, so stores are compared seed by seed.
+The small stores are written from the exact one by the same writer as a harvest, with the same input. SAEs of one seed
+draw the same batches in the same order from the same start, so stores are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_small(exact: Store, folder: Path, kind: SmallDtype) -> None:
 
 
 def measure(context: Context, run: Path) -> list[dict[str, float]]:
-    """Of each seed, on the activations of the context's store, whichever the run was trained from."""
+    """The metrics of each seed on the activations of the context's store, whichever store the run was trained on."""
     subjects = find_subjects([str(run)], run.parent)
     rows = run_evals(context, subjects, {"core": Config(ablations=("zero",))})
     assert all(row.document for row in rows), [row.reason for row in rows]
@@ -80,7 +80,7 @@ def measure(context: Context, run: Path) -> list[dict[str, float]]:
 
 
 def bytes_per_token(store: StoredArrays) -> float:
-    """Of activations, and of the scales that go with them."""
+    """Bytes per token of activations and their scales."""
     sizes = read_index(store.files, store.manifest).bytes
     of_acts = sum(size for path, size in sizes.items() if path.startswith(("resid/", "scales/")))
     return of_acts / (store.manifest.windows * store.manifest.context)
@@ -127,8 +127,8 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def bench_reading(folder: Path, shards: int, rounds: int) -> list[Row]:
-    """Made activations of Gemma-2-2B's width, from the page cache: as they lie, and as batches of float32. Seconds
-    are the processor's: what else the machine does is not in them."""
+    """Read made-up activations of Gemma-2-2B's width from the page cache, as stored and as float32 batches. Seconds are
+    processor time, whatever else the machine does."""
     keep_large_blocks()
     shard_WTD = from_float32(stores.make_residuals(np.random.default_rng(0)), EXACT)
     norm = float(np.linalg.norm((shard_WTD[0, 0].astype(np.uint32) << 16).view(np.float32)))
@@ -152,7 +152,7 @@ def bench_reading(folder: Path, shards: int, rounds: int) -> list[Row]:
 
 
 def seconds_of_stream(store: Store) -> float:
-    """Of the processor, a token of three passes."""
+    """Processor seconds per token, over three passes."""
     start = process_time()
     stream = store.stream(stores.RESID, store.spans(stores.RESID) * 3)
     tokens = sum(part.span.windows for part in stream) * stores.CONTEXT
@@ -160,7 +160,7 @@ def seconds_of_stream(store: Store) -> float:
 
 
 def seconds_of_batches(store: Store) -> float:
-    """Of the processor, a token of one pass of batches, reading and making float32 of them."""
+    """Processor seconds per token for one pass of batches, read and converted to float32."""
     plan = Plan(measure_split(store, "train"), batch_tokens=4096, pool_tokens=2**17, seed=0)
     stats: dict[Place, Stats] = {stores.LAYER: layer_stats(store, stores.LAYER, None)}
     batches = Batches(store, plan, stores.LAYER, stats, torch.device("cpu"))
@@ -171,12 +171,12 @@ def seconds_of_batches(store: Store) -> float:
 
 @click.command()
 @click.option(
-    "--store", "given", type=click.Path(exists=True, path_type=Path), help="Of bfloat16, in place of a new one."
+    "--store", "given", type=click.Path(exists=True, path_type=Path), help="A bfloat16 store, instead of a new one."
 )
-@click.option("--tokens", default="300k", show_default=True, help="Of the pocket model, where there is no --store.")
+@click.option("--tokens", default="300k", show_default=True, help="Tokens of the pocket model, without --store.")
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--set", "words", multiple=True, help="Of sae-train.", default=("width=1024", "k=32", "epochs=3"))
-@click.option("--shards", default=3, show_default=True, help="To be read, 151 MB of bfloat16 each.")
+@click.option("--set", "words", multiple=True, help="For sae-train.", default=("width=1024", "k=32", "epochs=3"))
+@click.option("--shards", default=3, show_default=True, help="Shards to read, of 151 MB in bfloat16 each.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--only", type=click.Choice(["quality", "reading"]))
 @click.option("--json", "json_file", type=click.Path(path_type=Path))

@@ -1,9 +1,9 @@
-"""One process that makes training steps when told to, and says how long they took.
+"""A process that makes training steps on request and reports how long they took.
 
-`{"open": settings}` builds a trainer; `{"steps": 10, "warm": 3}` makes steps and answers seconds a step and the
-most memory of the device that they took; `{"close": true}` lets the trainer go. A turn is timed as a whole: a step
-that is waited for by itself hides what a queue of steps would overlap. Imports only numpy and torch, so that the
-same loop drives this package and its peers, each in its own environment.
+`{"open": settings}` builds a trainer; `{"steps": 10, "warm": 3}` makes steps and answers with seconds per step and the
+peak device memory; `{"close": true}` frees the trainer. A turn is timed as a whole: waiting for every single step
+would hide what a queue of steps overlaps. Imports only numpy and torch, so that the same loop drives this package and
+its peers, each in its own environment.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from worker_pipe import serve
 
 Step = Callable[[torch.Tensor], object]
 PRECISIONS = ("float32", "tf32", "bfloat16")
-LONG = 10**9  # steps or tokens for which a latent that is made dead has not fired
+LONG = 10**9  # steps or tokens since which a latent that is made dead has not fired
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one trainer."""
+    """The settings of one trainer."""
 
     batches: str  # folder
     variant: str
     width: int
     k: int
-    layers: int = 0  # of a transcoder, whose batches have inputs and targets side by side; 0: of an SAE
-    l0: float = 0.0  # how many latents fire at the start, of variants without k; 0: as initialised
+    layers: int = 0  # of a transcoder, whose batches have inputs and targets side by side; 0: an SAE
+    l0: float = 0.0  # how many latents fire at the start, for variants without k; 0: as initialised
     dead: float = 0.0  # the share of latents that never fire
     device: str = "cpu"
     clock: str = "wall"
     precision: str = "float32"
-    fused: bool = False  # Adam in one kernel, where a peer leaves it at its default
+    fused: bool = False  # Adam in one kernel, if a peer leaves it at its default
     compiled: bool = False  # the peer's own switch for torch.compile
 
     @property
@@ -48,7 +48,7 @@ class Settings:
         return round(self.dead * self.width)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What a peer's own switch for mixed precision turns on."""
+        """What a peer's own mixed-precision switch turns on."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
@@ -66,13 +66,13 @@ def split_pairs(batches: list[torch.Tensor]) -> dict[int, tuple[torch.Tensor, ..
 
 
 def fuse(optimizer: Any) -> None:
-    """Before its first step: torch's fused Adam."""
+    """Switch to torch's fused Adam, before the first step."""
     for group in optimizer.param_groups:
         group |= {"fused": True, "foreach": False}
 
 
 class Stepper:
-    """Answers requests."""
+    """Answers the requests above."""
 
     def __init__(self, make: Callable[[Settings, list[torch.Tensor]], Step]) -> None:
         self._make = make
@@ -98,7 +98,7 @@ class Stepper:
 
     def _run(self, steps: int, warm: int, release: bool) -> dict[str, float]:
         assert self._step is not None
-        if self._on_gpu:  # before what is replayed from the third step on, which allocates nothing anew
+        if self._on_gpu:  # before steps are replayed, from the third on, which allocate nothing
             torch.cuda.reset_peak_memory_stats()
         for _ in range(warm):
             self._step(next(self._batches))
@@ -112,7 +112,7 @@ class Stepper:
         return {"seconds": seconds, "peak": peak}
 
     def _close(self) -> None:
-        """Everything of the trainer before, also on the device."""
+        """Free everything of the previous trainer, also on the device."""
         self._step, self._batches = None, iter(())
         gc.collect()
         if torch.cuda.is_initialized():

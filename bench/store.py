@@ -1,7 +1,7 @@
 """The store against plain files, against plain zarr, and against SAELens' cache.
 
-Every ratio is of medians of one run in which the two took turns. The residuals are random: Gaussian
-in bfloat16, with a heavy-tailed scale a dimension, as residual streams have it; real ones compress
+Every ratio is of medians from one run in which the two took turns. The residuals are random: Gaussian
+in bfloat16, with a heavy-tailed scale per dimension, as in residual streams; real ones compress
 better, never worse, as their dimensions are not independent.
 """
 
@@ -55,7 +55,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Bench:
-    """Where, how much, how often. W windows of a shard, T context, D width."""
+    """Where, how much and how often to measure. W windows of a shard, T context, D width."""
 
     folder: Path
     shards: int
@@ -87,7 +87,7 @@ def make_manifest(shards: int, width: int = WIDTH, shard_windows: int = SHARD_WI
 
 
 def make_content(shard_WTD: np.ndarray, norm: float = 1.0) -> ShardContent:
-    """Moments are the harvest's work: here they are of rows of one norm."""
+    """A shard's content. Moments are the harvest's work: here they are made up for rows of one norm."""
     tokens = np.zeros((SHARD_WINDOWS, CONTEXT), np.uint32)
     moments = Moments(1, np.zeros(WIDTH), norm, norm**2, SHARD_WINDOWS, np.full(CONTEXT, norm))
     return ShardContent(tokens, tokens, {PLACE: shard_WTD}, {PLACE: moments})
@@ -110,7 +110,7 @@ def chunk_files(folder: Path) -> list[Path]:
 
 
 def bench_writing(bench: Bench) -> list[Row]:
-    """A shard of raw chunks with checksums and a commit, against its bytes in plain files with as many fsyncs."""
+    """Write a shard of raw chunks with checksums and a commit, against plain files of its bytes with as many fsyncs."""
     folder, content = bench.folder / "write", make_content(bench.resid)
     with open_writer(folder / "store", make_manifest(1)) as writer, ThreadPoolExecutor(WRITERS) as pool:
         fsyncs = count_fsyncs(lambda: writer.write(0, content))
@@ -139,7 +139,7 @@ def count_fsyncs(job: Callable[[], object]) -> int:
 
 
 def write_plain(folder: Path, chunks: list[np.ndarray], fsyncs: int, pool: ThreadPoolExecutor) -> None:
-    """One file a chunk, as many at once as the store writes; the fsyncs left over go to the folder."""
+    """Write one file per chunk, as many at once as the store does; the remaining fsyncs go to the folder."""
 
     def write(at: int) -> None:
         with open(folder / f"{at}.bin", "wb", buffering=0) as file:
@@ -154,7 +154,7 @@ def write_plain(folder: Path, chunks: list[np.ndarray], fsyncs: int, pool: Threa
 
 
 def bench_codecs(bench: Bench) -> list[Row]:
-    """One store a codec: what it takes on disk, and how fast it is read, checked, into preallocated memory."""
+    """One store per codec: its size on disk, and how fast it is read, verified, into preallocated memory."""
     folders, rows, raw_bytes = {}, [], bench.shards * bench.resid.nbytes
     for codec in ("raw", "lz4", "zstd"):
         folders[codec] = bench.folder / codec
@@ -180,7 +180,7 @@ def bench_codecs(bench: Bench) -> list[Row]:
 
 @contextmanager
 def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, Callable[[], object]]]:
-    """Every way to read all residuals once."""
+    """All ways to read all residuals once."""
     stores = {codec: Store.open(folder) for codec, folder in folders.items()}
     memory_of_shard = shard_memory(stores["raw"].manifest, RESID)
     array = zarr.open_array(folders["raw"] / f"resid/layer_{LAYER}", mode="r")
@@ -209,9 +209,9 @@ def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, C
 
 
 def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
-    """The same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best.
+    """Read the same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best.
 
-    Ours begins each turn anew: a stream that lived through the rounds would read ahead while the peer has its turn.
+    Ours starts afresh each turn: a stream that lived through the rounds would read ahead during the peer's turn.
     """
     folder = bench.folder / "peer"
     folder.mkdir()
@@ -231,7 +231,7 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
             for batch in (8, 32, 256):
                 jobs[f"store batch {batch}"] = lambda batch=batch: seconds_a_token(peer.ask(read=cache, batch=batch))
             jobs["arrow"] = lambda: seconds_a_token(peer.ask(raw=cache, batch=32))
-            take_turns(1, jobs)  # to warm
+            take_turns(1, jobs)  # warm-up
             speeds = speeds_of(1e-6, take_turns(bench.rounds, jobs))
     finally:
         peer.close()
@@ -244,7 +244,7 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
 
 
 def stream_once(store: Store, request: Request) -> float:
-    """Seconds a token in the second of three epochs: what was read ahead of it is read ahead of the third again."""
+    """Seconds per token in the second of three epochs, in which as much is read ahead as was read ahead before it."""
     spans = store.spans(request)
     stream = store.stream(request, spans * 3)
     for _ in islice(stream, len(spans)):
@@ -261,7 +261,7 @@ def seconds_a_token(answer: dict[str, Any]) -> float:
 
 
 def bench_memory(bench: Bench) -> list[Row]:
-    """Peak growth of a fresh process that streams the whole store, against the buffers it says it holds."""
+    """Peak memory growth of a new process that streams the whole store, against the buffers it reports."""
     code = """
 import sys
 from timing_and_tables import resident
@@ -285,7 +285,7 @@ with Store.open(sys.argv[1]) as store:
 
 
 def bench_opening(bench: Bench) -> list[Row]:
-    """A store of 100,000 shards: its root and its index, nothing else is needed to open it."""
+    """Open a store of 100,000 shards, which needs only its root and its index."""
     folder, shards = bench.folder / "many", 100_000
     (folder / "commits").mkdir(parents=True)
     manifest = seal(make_manifest(shards))
@@ -300,15 +300,15 @@ def bench_opening(bench: Bench) -> list[Row]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
+@click.option("--peers", type=click.Path(path_type=Path), help="The environment with SAELens; none: no comparison.")
 @click.option("--gigabytes", default=1.0, show_default=True, help="Size of the store.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(peers: Path | None, gigabytes: float, rounds: int, folder: Path | None, json_file: Path | None) -> None:
-    """Measure the store; the exit status is 1 where a target is missed."""
+    """Measure the store; the exit status is 1 if a target is missed."""
     if peers is not None and not (peers / "bin/python").exists():
-        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave --peers out")
+        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave out --peers")
     shard_WTD = from_float32(make_residuals(np.random.default_rng(0)), "bfloat16")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         bench = Bench(Path(place), max(2, round(gigabytes * GB / shard_WTD.nbytes)), rounds, shard_WTD)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: turns, medians with their spread, what a number was measured with, and the table."""
+"""What all benchmarks share: turns, medians with their spread, the facts of a measurement, and the table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Speeds:
-    """Units a second of one job, a value a round."""
+    """Units per second of one job, one value per round."""
 
     rounds: tuple[float, ...]
 
@@ -37,7 +37,7 @@ class Speeds:
         return statistics.median(self.rounds)
 
     def __str__(self) -> str:
-        """The median, and from where to where its rounds went."""
+        """The median, and the range of its rounds."""
         low, high = min(self.rounds), max(self.rounds)
         return f"{_number(self.median)} ({_number(low)} to {_number(high)})"
 
@@ -48,7 +48,7 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. Without a target it is there for the record."""
+    """One line of a table. Without a target it is only for the record."""
 
     name: str
     found: str
@@ -56,9 +56,9 @@ class Row:
     ratio: float | None = None
     target: float | None = None
     rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """What the two were in each round."""
+    """Both values in each round."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Beyond those of the whole run: what else this number is of."""
+    """Facts about this number besides those of the whole run."""
 
     @property
     def is_met(self) -> bool:
@@ -71,7 +71,7 @@ class Row:
 
 
 def take_turns(rounds: int, jobs: Mapping[str, Callable[[], object]], seed: int = 0) -> dict[str, list[float]]:
-    """Run all jobs once a round in an order drawn anew; seconds by name. A job may say its own seconds."""
+    """Run all jobs once per round in a new random order; return seconds by name. A job may return its own seconds."""
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
@@ -87,14 +87,14 @@ def speeds_of(units: float, seconds: Mapping[str, Iterable[float]]) -> dict[str,
 
 
 def compare(name: str, ours: Speeds, theirs: Speeds, unit: str, target: float | None = None, against: str = "") -> Row:
-    """The ratio of medians of rounds that took turns."""
+    """The ratio of the medians over rounds that took turns."""
     found, other = f"{ours} {unit}", f"{against} {theirs} {unit}".strip()
     rounds = {"ours": ours.rounds, against or "theirs": theirs.rounds}
     return Row(name, found, other, ours.median / theirs.median, target, rounds)
 
 
 def gather_facts(peers_python: str | os.PathLike[str] | None = None, **more: Any) -> dict[str, Any]:
-    """What a number was measured with: versions, processor, commit, tuning of the allocator."""
+    """The facts of a measurement: versions, processor, commit, allocator settings."""
     facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "processor": processor()}
     facts |= {"cores": os.cpu_count(), "python": platform.python_version()}
     facts |= {name: found for name in PACKAGES if (found := _version(name))}
@@ -103,7 +103,7 @@ def gather_facts(peers_python: str | os.PathLike[str] | None = None, **more: Any
 
 
 def commit() -> str:
-    """Of the tree that is measured, with a plus where files that git tracks were changed; a copy says it in a file."""
+    """The commit of the tree, with a plus if tracked files were changed; in a copy without git, read from a file."""
     if found := _say("git", "-C", HERE, "rev-parse", "--short=9", "HEAD"):
         return found + "+" * bool(_say("git", "-C", HERE, "status", "--porcelain", "-uno"))
     copied = HERE.parent / ".whl/COMMIT"
@@ -111,7 +111,7 @@ def commit() -> str:
 
 
 def revision_of(checkout: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Of CLT-Forge, which is no package: the commit that is measured."""
+    """The commit of CLT-Forge, which is not a package."""
     if checkout is None:
         return {}
     is_one = _say("git", "-C", checkout, "rev-parse", "--show-toplevel") == str(Path(checkout).resolve())
@@ -137,7 +137,7 @@ def has_bfloat16() -> bool:
 
 
 def versions_beside(python: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Of the peers, and of what they run on, in their own environment."""
+    """Versions of the peers, and of what they run on, in their own environment."""
     if python is None:
         return {}
     names = (*PEER_PACKAGES, "torch", "transformers")
@@ -148,7 +148,7 @@ def versions_beside(python: str | os.PathLike[str] | None) -> dict[str, str]:
 
 
 def _version(name: str) -> str | None:
-    """None of a package that is not there, or of a tree that runs without an install."""
+    """The version of a package; None if it is missing or the tree runs without an install."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -171,7 +171,7 @@ def render(title: str, rows: list[Row]) -> Table:
 
 
 def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more: Any) -> None:
-    """A row a line, each with all it was measured with."""
+    """Write one row per line, each with all facts of its measurement."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in {"title": title, **more}.items())
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
@@ -179,23 +179,23 @@ def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more
 
 
 def conclude(title: str, rows: list[Row], json_file: Path | None, facts: Mapping[str, Any]) -> int:
-    """Print, keep, and return the exit status: 1 where a target is missed. Rows that were kept and are of other parts
-    of the benchmark, or about something else, stay, with the date and the commit that they have."""
+    """Print, keep, and return the exit status: 1 if a target is missed. Rows kept earlier stay, with their date and
+    commit, if they are of other parts of the benchmark or about something else."""
     Console(width=160).print(render(title, rows))
     made = [row.document(facts) for row in rows]
     twice = [what for what, count in Counter(map(_what, made)).items() if count > 1]
     if twice:
-        raise ValueError(f"expected a name for each row, found two of {twice}: say in the name what they differ in")
+        raise ValueError(f"expected a name for each row, found two of {twice}: put the difference into the name")
     if json_file is not None:
         kept = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
         told = {row["name"] for row in made if "about" in row}
-        kept = [row for row in kept if "about" in row or row["name"] not in told]  # of before rows said it
+        kept = [row for row in kept if "about" in row or row["name"] not in told]  # from before rows recorded it
         write_rows(json_file, title, ({_what(row): row for row in kept} | {_what(row): row for row in made}).values())
     return int(not all(row.is_met for row in rows))
 
 
 def _what(row: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What a row is of: its name, and what it is about (a store, a model) where it says so."""
+    """What a row measures: its name, and what it is about (a store, a model) if it says so."""
     return row["name"], row.get("about")
 
 
@@ -206,7 +206,7 @@ def resident(field_name: str = "VmRSS") -> int:
 
 
 def peak_growth(job: Callable[[], object]) -> int:
-    """How far the memory of this process rises over where it is now."""
+    """How far the memory of this process rises above its present value."""
     Path("/proc/self/clear_refs").write_text("5")
     start = resident()
     job()

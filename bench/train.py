@@ -1,10 +1,9 @@
 """Training steps against the peers, in one run, on the same activations.
 
-Every contestant is a process of its own (the peers in their own environment) that makes a few steps when told to.
-Rounds go through the contestants in an order drawn anew, so that a machine with other work slows all of them alike;
-a ratio is the median over rounds of (faster peer's seconds / ours). Peers in float32, as they are by default, and
-under bfloat16 autocast where the processor multiplies bfloat16 itself; with torch's fused Adam, which they do not
-choose themselves and which is faster.
+Every contestant is a process of its own (the peers in their own environment) that makes a few steps on request.
+Rounds go through the contestants in a new random order, so that a busy machine slows all of them alike; a ratio is
+the median over rounds of (faster peer's seconds / ours). Peers run in float32, their default, and under bfloat16
+autocast if the processor multiplies bfloat16 itself; with torch's fused Adam, which is faster and not their default.
 
     python bench/train.py --peers-python PATH --variant topk --width 2304 --width 9216
 """
@@ -39,7 +38,7 @@ def entrants(peers: Iterable[str], precisions: Iterable[str]) -> list[Entrant]:
 
 
 def rows_of(outcome: Outcome, variant: str, width: int, tokens: int) -> list[dict[str, Any]]:
-    """One of each contestant; of ours with the ratio to the faster peer of the same round."""
+    """A row per contestant; ours with the ratio to the faster peer of the same round."""
     theirs = [seconds for name, seconds in outcome.seconds.items() if not name.startswith("ours")]
     best = [min(turn) for turn in zip(*theirs, strict=True)]
     rows: list[dict[str, Any]] = []
@@ -70,12 +69,12 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 @click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), default=TOP_K)
 @click.option("--width", "widths", multiple=True, type=int, default=(2304, 9216))
 @click.option("--d-model", default=2304, show_default=True)
-@click.option("--rows", default=2048, show_default=True, help="Tokens of a batch.")
+@click.option("--rows", default=2048, show_default=True, help="Tokens per batch.")
 @click.option("--k", default=32, show_default=True)
 @click.option("--l0", default=0.0, help="Start where this many latents fire (variants without k); 0: as initialised.")
 @click.option("--dead", default=0.0, help="The share of latents that never fire, so that auxiliary losses work.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
-@click.option("--steps", default=2, show_default=True, help="Steps of each contestant and round, timed together.")
+@click.option("--steps", default=2, show_default=True, help="Steps per contestant and round, timed together.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
@@ -84,7 +83,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     "precisions",
     multiple=True,
     type=click.Choice(PRECISIONS),
-    help="Of the peers.  [default: float32, and bfloat16 on processors that have it]",
+    help="For the peers.  [default: float32, and bfloat16 on processors that have it]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the results as JSON.")
 def main(
@@ -101,7 +100,7 @@ def main(
     out: Path | None,
     **settings: Any,
 ) -> None:
-    """Training steps of this package and its peers."""
+    """Time training steps of this package and its peers."""
     precisions = precisions or (PRECISIONS if has_bfloat16() else PRECISIONS[:1])
     contest, found = Contest(entrants(peers, precisions), peers_python, threads), []
     with tempfile.TemporaryDirectory() as folder:

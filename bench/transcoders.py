@@ -1,8 +1,8 @@
-"""Steps of our transcoders against the peers', in one run, on the same activations: as bench/train.py measures.
+"""Steps of our transcoders against the peers', in one run, on the same activations, measured as in bench/train.py.
 
 The cross-layer one against CLT-Forge, whose code `make bench-transcoders` fetches and which runs in the peers'
-environment; it has no k and runs as initialised, with as many active as that gives. The one of a single layer against
-sparsify. SAELens (6.54) has transcoders to load, and none to train.
+environment; it has no k and runs as initialised, with as many active as that gives. The single-layer one against
+sparsify. SAELens (6.54) can load transcoders but not train them.
 
     python bench/transcoders.py --peers-python PATH --clt-forge FOLDER
 """
@@ -25,12 +25,12 @@ PEERS = {"clt": ("CLT-Forge", 2.0), "transcoder": ("sparsify", None)}
 @click.option("--peers-python", required=True, help="Python of the peers.")
 @click.option("--clt-forge", "forge", required=True, type=click.Path(exists=True, path_type=Path), help="Its checkout.")
 @click.option("--d-model", default=512, show_default=True)
-@click.option("--layers", default=6, show_default=True, help="Of the cross-layer transcoder.")
-@click.option("--width", default=2048, show_default=True, help="Latents of a layer.")
-@click.option("--k", default=32, show_default=True, help="Active latents of a layer.")
-@click.option("--rows", default=1024, show_default=True, help="Tokens of a batch.")
+@click.option("--layers", default=6, show_default=True, help="Layers of the cross-layer transcoder.")
+@click.option("--width", default=2048, show_default=True, help="Latents per layer.")
+@click.option("--k", default=32, show_default=True, help="Active latents per layer.")
+@click.option("--rows", default=1024, show_default=True, help="Tokens per batch.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
-@click.option("--steps", default=2, show_default=True, help="Steps of each contestant and round, timed together.")
+@click.option("--steps", default=2, show_default=True, help="Steps per contestant and round, timed together.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
@@ -50,7 +50,7 @@ def main(
     clock: str,
     json_file: Path | None,
 ) -> None:
-    """Training steps of transcoders against the peers'."""
+    """Time training steps of transcoders against the peers'."""
     source = {"PYTHONPATH": str((forge / "src").resolve())}
     entrants = [
         Entrant(OURS, "ours", {"precision": "float32"}),

@@ -1,6 +1,6 @@
 """Two sides of a pipe: a benchmark that asks, and a script in a process of its own that answers.
 
-A request is a line of JSON, and so is its answer: `{"ok": ...}`, or `{"error": ...}` of a request that failed.
+A request is a line of JSON, and so is its answer: `{"ok": ...}`, or `{"error": ...}` if the request failed.
 Imports only the standard library, so that scripts in the peers' environment can use it.
 """
 
@@ -19,15 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LAST_LINES = 12
-MARK = "answer: "  # before each, so that nothing a library prints passes for one
+MARK = "answer: "  # before each answer, so that no library's output passes for one
 
 
 class WorkerFailed(Exception):
-    """A script that ended, failed or did not answer in time; says what it last wrote."""
+    """A script ended, failed or did not answer in time; the message has its last output."""
 
 
 class Worker:
-    """The asking side. What the script writes to its standard error is kept and shown when it fails."""
+    """The asking side. The script's standard error is kept and shown if it fails."""
 
     def __init__(self, name: str, command: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
@@ -56,11 +56,11 @@ class Worker:
             raise WorkerFailed(f"{self.name} has ended: {self.last_words()}") from None
 
     def receive(self, timeout: float | None = None) -> Any:
-        """The answer to the oldest request that has none yet."""
+        """The answer to the oldest unanswered request."""
         try:
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
-            self.close()  # an answer that comes later would pass for that of another request
+            self.close()  # a later answer would pass for that of another request
             raise WorkerFailed(f"{self.name}: no answer within {timeout:.0f} s") from None
         if line is None:
             raise WorkerFailed(f"{self.name} has ended: {self.last_words()}")
@@ -73,7 +73,7 @@ class Worker:
         if not self._stderr.closed:
             self._stderr.seek(0)
             lines = [line for line in self._stderr.read().splitlines() if line.strip()]
-            self._words = "\n".join(lines[-LAST_LINES:]) or "without a word"
+            self._words = "\n".join(lines[-LAST_LINES:]) or "without output"
         return self._words
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Worker:
 
 
 def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
-    """The answering side, until the input ends. What libraries print from now on goes to standard error."""
+    """The answering side, until the input ends. From now on what libraries print goes to standard error."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:

@@ -1,10 +1,10 @@
-"""Many workers on one server of the S3 protocol: what they lose, and how near they come to the server's own rate.
+"""Many workers on one S3 server: what they lose, and how close they come to the server's own rate.
 
-The server is moto on loopback, one process of Python: with 64 clients it is what everybody waits for. Its own rate is
-that of as many clients that put, and then get, the same objects and do nothing else. What a model would have computed
-lies in a worker's memory before the clock starts, as a client's bytes do; checksums, digests and the bytes that are put
-are the store's work. A claim, a commit and a listing cost as many requests for a small shard as for a large one:
-`--megabytes 151` is a shard of Gemma-2-2B.
+The server is moto on loopback, a single Python process: with 64 clients it is the bottleneck. Its own rate is that of
+as many clients that only put, and then get, the same objects. What a model would have computed is in a worker's memory
+before the clock starts, as a client's bytes are; checksums, digests and the bytes put are the store's work. A claim, a
+commit and a listing cost as many requests for a small shard as for a large one: `--megabytes 151` is a shard of
+Gemma-2-2B.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from saemill.cache_schema.verify_and_repair import verify_shards
 from saemill.cache_schema.writer import REMOTE_WRITERS
 
 SERVER = Path(__file__).parents[1] / "tests/cache_schema/s3_server.py"
-FORK = multiprocessing.get_context("fork")  # each shares all that is imported, and begins at once
+FORK = multiprocessing.get_context("fork")  # each shares everything imported and starts at once
 WIDTH = 2048
 
 Mark = Callable[[], object]
-"""A client calls it when it is ready, and again when its work is done."""
+"""Called by a client when it is ready, and again when its work is done."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Who writes what: W windows of a shard, T context, D width."""
+    """Which worker writes what: W windows of a shard, T context, D width."""
 
     workers: int
     manifest: Manifest
@@ -64,7 +64,7 @@ class Bench:
         return range(worker, self.manifest.shards, self.workers)
 
     def content(self, shard: int) -> ShardContent:
-        """Each shard's values are its own, so that none can stand for another."""
+        """The content of a shard, with values of its own, so that no shard can stand for another."""
         resid = self.resid.copy()
         resid[:, 0, 0] = shard
         windows, context, width = resid.shape
@@ -75,27 +75,27 @@ class Bench:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of the clock, and of the server's processor: beside other work on the machine that tells more."""
+    """Wall-clock seconds, and the server's processor seconds, which say more on a busy machine."""
 
     seconds: float
     busy: float
 
 
 class Server:
-    """The server's process, and clients of it side by side."""
+    """The server's process, and its parallel clients."""
 
     def __init__(self, pid: int, clients: int) -> None:
         self._stat = Path(f"/proc/{pid}/stat")
         self.clients = clients
 
     def side_by_side(self, job: Callable[[int, Mark], object]) -> tuple[Spent, Spent]:
-        """What the work took, from when all were ready to when the last had done it, and what they did after it."""
+        """The time from when all were ready to when the last finished its work, and the time spent afterwards."""
         meet, failures = FORK.Barrier(self.clients + 1), FORK.SimpleQueue()
 
         def work(number: int) -> None:
             try:
                 job(number, lambda: meet.wait(3600))
-            except BaseException as error:  # noqa: BLE001 (a client that is lost is what is looked for)
+            except BaseException as error:  # noqa: BLE001 (a lost client is what we look for)
                 failures.put(f"client {number}: {type(error).__name__}: {error}")
                 meet.abort()
 
@@ -121,7 +121,7 @@ class Server:
 
 
 def write_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
-    """A worker's whole life but for the model. After the second mark come index and summary."""
+    """A worker's whole life except for the model. After the second mark come index and summary."""
     with StoreWriter.open(url) as writer:
         pending, mine, content = writer.pending(), bench.share(worker), bench.content(worker)
         mark()
@@ -144,7 +144,7 @@ def read_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
 
 
 def use_each(keys: Sequence[str], use: Callable[[Any, str], object], mark: Mark) -> None:
-    """A client that puts or gets and does nothing else, as many at once as the store's writer."""
+    """A client that only puts or gets, as many objects at once as the store's writer."""
     s3 = fsspec.filesystem("s3", max_concurrency=1)
     s3.ls("mill")  # connected
     with ThreadPoolExecutor(REMOTE_WRITERS) as pool:
@@ -154,7 +154,7 @@ def use_each(keys: Sequence[str], use: Callable[[Any, str], object], mark: Mark)
 
 
 def keys_of(writer: StoreWriter, shard: int) -> list[str]:
-    """What a shard of residuals consists of; its residuals come first."""
+    """The keys of a shard of residuals; the residuals come first."""
     resid, moments = writer.arrays[f"resid/layer_{LAYER}"], writer.arrays[f"stats/layer_{LAYER}"]
     each = writer.manifest.shard_windows // resid.chunks[0]
     chunks = [resid.chunk_key(at) for at in range(shard * each, (shard + 1) * each)]
@@ -162,7 +162,7 @@ def keys_of(writer: StoreWriter, shard: int) -> list[str]:
 
 
 class Jobs:
-    """What takes turns. Each writes to a place of its own, and what lay in the one before is gone."""
+    """The jobs that take turns. Each writes to a new place and removes the previous one."""
 
     def __init__(self, bench: Bench, server: Server) -> None:
         self.bench, self.server = bench, server
@@ -204,7 +204,7 @@ class Jobs:
         return self._note("get", work)
 
     def check(self) -> None:
-        """Every value of the store that was written last."""
+        """Check every value of the store that was written last."""
         with Store.open(self.places[True]) as store:
             self.lost += sum(bool(report.damage) for report in verify_shards(store))
             for part in store.stream(RESID):
@@ -253,12 +253,12 @@ def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--workers", default=64, show_default=True)
-@click.option("--shards", default=2, show_default=True, help="Of each worker.")
-@click.option("--megabytes", default=32, show_default=True, help="Of a shard.")
+@click.option("--shards", default=2, show_default=True, help="Shards per worker.")
+@click.option("--megabytes", default=32, show_default=True, help="Size of a shard.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(workers: int, shards: int, megabytes: int, rounds: int, json_file: Path | None) -> None:
-    """Measure workers against their server; the exit status is 1 where a shard is lost or a target missed."""
+    """Measure workers against their server; the exit status is 1 if a shard is lost or a target missed."""
     windows = max(1, round(megabytes * 1e6 / (CONTEXT * WIDTH * 2)))
     resid = from_float32(np.random.default_rng(0).standard_normal((windows, CONTEXT, WIDTH), np.float32), "bfloat16")
     bench = Bench(workers, make_manifest(workers * shards, width=WIDTH, shard_windows=windows), resid)
@@ -266,7 +266,7 @@ def main(workers: int, shards: int, megabytes: int, rounds: int, json_file: Path
     assert process.stdin is not None and process.stdout is not None
     os.environ |= {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
     os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": process.stdout.readline().decode().strip()}
-    gc.freeze()  # or a collection of garbage in each would copy what they share
+    gc.freeze()  # or garbage collection in each would copy what they share
     try:
         subprocess.run([sys.executable, "-c", "import fsspec; fsspec.filesystem('s3').mkdir('mill')"], check=True)
         rows = measure(bench, Server(process.pid, workers), rounds)

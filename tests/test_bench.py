@@ -216,7 +216,7 @@ def test_a_claim_refuses_a_run_of_another_commit_or_other_packages(bench, tmp_pa
     config, result = tmp_path / "config.json", tmp_path / "result.json"
     config.write_text(json.dumps({"provenance": claims.provenance({}) | other}))
     for _ in range(2):
-        with pytest.raises(Exception, match="choose other --runs"):
+        with pytest.raises(Exception, match="choose another --runs"):
             claims.run_of(tmp_path, {})
         result.write_text("{}")
     config.write_text(json.dumps({"provenance": claims.provenance({})}))
@@ -403,7 +403,7 @@ def test_a_cross_layer_transcoder_meets_clt_forge_at_a_coefficient_that_is_sough
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [(("clt", "transcoder"), "other rows"), (("topk", "clt"), "other rows"), (("clt",), "--clt-forge")],
+    [(("clt", "transcoder"), "different rows"), (("topk", "clt"), "other rows"), (("clt",), "--clt-forge")],
 )
 def test_what_cannot_be_compared_is_told_before_anything_is_read(bench, asked, said):
     variants = [word for variant in asked for word in ("--variant", variant)]

@@ -1,4 +1,4 @@
-"""Prints what this machine is, as JSON: python facts.py [PYTHON OF THE PEERS]."""
+"""Print the facts of this machine as JSON: python facts.py [PYTHON OF THE PEERS]."""
 
 from __future__ import annotations
 

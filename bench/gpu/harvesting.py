@@ -1,10 +1,10 @@
 """The harvest of a model of gemma-2-2b's real shape with random weights, at short and at long context.
 
-ours: a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). Beside it our own
-truncated pass with nothing captured, transformers' eager pass through the same layers, and SAELens' runner caching
-the one residual. All eager: that is Gemma-2 with its softcap. Where the disk is slow everything is written to
-memory (/dev/shm), which the result says. At the short context our shards are also computed and not written. Nothing
-can overlap the writing of the last of eight shards, which a real harvest has thousands of.
+Ours is a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). It is compared with
+our own truncated pass with nothing captured, transformers' eager pass through the same layers, and SAELens' runner
+caching the one residual. All are eager: that is Gemma-2 with its softcap. On a slow disk everything is written to
+memory (/dev/shm), which the result records. At the short context our shards are also computed without being written.
+Nothing can overlap the writing of the last of eight shards; a real harvest has thousands.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from saemill.harvest.capture import run
 from saemill.harvest.model.load_and_truncate import TruncatedModel, Wanted, load_model
 from saemill.harvest.shards import Harvester, compute_shard
 
-ENOUGH = 24 * 10**9  # bytes that must be free where everything is written
-SLOW_DISK = 2e9  # bytes a second with fsync
+ENOUGH = 24 * 10**9  # bytes that must be free in the folder written to
+SLOW_DISK = 2e9  # bytes per second with fsync
 SHARD = 4  # batches
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model."""
+    """The shape of the model."""
 
     width: int = 2304
     mlp: int = 9216
@@ -47,10 +47,10 @@ class Shape:
     vocabulary: int = 256_000
     contexts: tuple[int, int] = (128, 1024)
     batch_tokens: int = 8192
-    """Of every contestant; SAELens wants the tokens to be a multiple of it."""
+    """For every contestant; SAELens needs the number of tokens to be a multiple of it."""
 
     def flops_per_token(self, context: int) -> int:
-        """Of layers 0 to 19: two for each weight, and the scores and their products with values."""
+        """For layers 0 to 19: two per weight, plus the scores and their products with values."""
         weights = self.width * self.head * (2 * 8 + 2 * 4) + 3 * self.width * self.mlp
         return (LAYER + 1) * (2 * weights + 4 * context * 8 * self.head)
 
@@ -69,7 +69,7 @@ def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
 
 
 def make_harvester(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -> Harvester:
-    """Whose shards are of so many batches."""
+    """A harvester with shards of SHARD batches."""
     made, context = make_manifest(tokens_WT, "bfloat16"), tokens_WT.shape[1]
     manifest = replace(
         made,
@@ -81,7 +81,7 @@ def make_harvester(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -
 
 
 def compute_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -> float:
-    """Everything of a harvest but its writing."""
+    """A whole harvest except for writing."""
     harvester = make_harvester(model, tokens_WT, shape)
     start = time.perf_counter()
     for shard in range(harvester.manifest.shards):
@@ -91,7 +91,7 @@ def compute_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -> 
 
 
 def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float:
-    """Our truncated pass with nothing captured, and nothing brought to the host."""
+    """Our truncated pass, with nothing captured and nothing copied to the host."""
     device = next(model.stack.parameters()).device
     ids = torch.from_numpy(tokens_WT.astype(np.int64)).to(device)
     wait(device)
@@ -103,7 +103,7 @@ def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float
 
 
 def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: torch.device, shape: Shape) -> None:
-    """Everyone of ours and of transformers, in turns."""
+    """Time ours and transformers in turns."""
     tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
     batch = shape.batch_tokens // context
     bare = Bare(folder / "model", "bfloat16", device, batch)
@@ -124,7 +124,7 @@ def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: 
 def bench_peer(
     context: int, tokens: int, rounds: int, folder: Path, device: torch.device, shape: Shape, peer: SaeLens
 ) -> None:
-    """Ours and SAELens in turns, fewer: its runs are long."""
+    """Time ours and SAELens in turns, in fewer rounds, as its runs are long."""
     tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
     peer.request["batch"] = shape.batch_tokens // context
     jobs: dict[str, Any] = {
@@ -178,7 +178,7 @@ def peak_of(device: torch.device) -> float | None:
 
 
 def choose_folder(asked: Path | None) -> Path:
-    """The disk, unless it is too slow to say anything of the device and there is room in memory."""
+    """The disk, unless it is too slow to say anything about the device and there is room in memory."""
     place, memory = asked or Path(tempfile.gettempdir()), Path("/dev/shm")
     rate = disk_rate(place)
     is_moved = asked is None and rate < SLOW_DISK and memory.is_dir() and shutil.disk_usage(memory).free > ENOUGH
@@ -199,11 +199,11 @@ def disk_rate(folder: Path) -> float:
 
 
 @click.command()
-@click.option("--peers-python", help="Of the peers' environment; none: not compared.")
-@click.option("--tokens", default=262_144, show_default=True, help="In a timed run; a multiple of 8192 is taken.")
+@click.option("--peers-python", help="Python of the peers' environment; none: no comparison.")
+@click.option("--tokens", default=262_144, show_default=True, help="Tokens per timed run, rounded to 8192s.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--peer-rounds", default=2, show_default=True)
-@click.option("--limit", default=150.0, show_default=True, help="Seconds; nothing begins that would end later.")
+@click.option("--limit", default=150.0, show_default=True, help="Seconds; nothing is begun that would end later.")
 @click.option("--device", default="cuda")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to write.")
 @click.option("--small", is_flag=True)

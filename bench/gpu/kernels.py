@@ -1,10 +1,10 @@
-"""The GPU's kernels one by one at the sizes of a real step, and where the time of whole steps goes.
+"""The GPU kernels one by one at the sizes of a real step, and where the time of whole steps goes.
 
-D 2304, k 64, 4,096 rows. Every line is printed and kept when it is measured: milliseconds as the median of repeated
-launches by device events, and the bytes or operations a second that this is.
+D 2304, k 64, 4,096 rows. Every line is printed and kept as it is measured: the median milliseconds of repeated
+launches, by device events, and the resulting bytes or operations per second.
 
     bash bench/gpu/run.sh --only kernels
-    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile]  # where saemill is installed
+    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile]  # if saemill is installed
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from saemill.train.sae.kernels.sparse_support import support_from_topk
 from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products
 
 D, K, B = 2304, 64, 4096
-HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues all that is timed
+HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues everything that is timed
 
 
 def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
-    """The device's own time: it sleeps until the launches are queued, or it would wait for Python in between."""
+    """The device's own time: it sleeps until all launches are queued, or it would wait for Python in between."""
     for _ in range(3):
         job()
     found = []
@@ -51,7 +51,7 @@ def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
 
 
 def tell(what: str, rounds: list[float], bytes_moved: float = 0.0, operations: float = 0.0, **more: Any) -> None:
-    """Among the records of the whole benchmark; `rounds`: milliseconds."""
+    """Add to the records of the whole benchmark; `rounds` are milliseconds."""
     ms = statistics.median(rounds)
     rates = {"GB_per_s": bytes_moved / ms / 1e6} if bytes_moved else {}
     rates |= {"TFLOP_per_s": operations / ms / 1e9} if operations else {}
@@ -142,12 +142,12 @@ def step(variant: str, width: int, profile: bool) -> None:
     config = config_type(variant)(width=width, k=K)
     trainee = Trainee(variant, config.build(D), total_steps=100_000, device="cuda")
     batches = [Batch(torch.randn(B, D, device="cuda")) for _ in range(3)]
-    torch.cuda.reset_peak_memory_stats()  # the first two steps are launched; those that are replayed allocate nothing
+    torch.cuda.reset_peak_memory_stats()  # the first two steps are launched; replayed steps allocate nothing
     for index in range(6):
         trainee.step(batches[index % 3])
     torch.cuda.synchronize()
     found = []
-    for _ in range(5):  # runs of steps, as training makes them: the host may run ahead
+    for _ in range(5):  # runs of steps, as in training: the host may run ahead
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for index in range(8):

@@ -1,6 +1,6 @@
-"""What the device can do at all: bfloat16 matrix products and copies, for long enough that the clocks settle.
+"""The limits of the device: bfloat16 matrix products and copies, for long enough that the clocks settle.
 
-The operands are random: a copy of ones, and a product of few distinct values, draw less power than real ones do.
+The operands are random: copies of ones, and products of few distinct values, draw less power than real ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TURNS = 5
 
 
 def rates(device: torch.device, seconds: float, units: float, job: Callable[[], object]) -> tuple[list[float], list]:
-    """Units a second of each of some turns that follow each other without a pause."""
+    """Units per second in each of several turns without a pause in between."""
     wait(device)
     job()
     began, found = time.time(), []

@@ -1,7 +1,7 @@
-"""Disk to device: a store through the loader that training reads it through, against plain files.
+"""Disk to device: a store through the loader that training uses, against plain files.
 
-Plain: as many threads as the loader has, reading into memory that is there already, with and without a copy from
-pinned memory to the device. From the disk, and once more from the page cache, from which later epochs come.
+Plain: as many threads as the loader has, reading into allocated memory, with and without a copy from pinned memory to
+the device. From the disk, and again from the page cache, from which later epochs come.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYER = 19
 
 
 class Plain:
-    """The files, and nothing of ours."""
+    """Reads the plain files, without any of our code."""
 
     def __init__(self, files: list[Path], device: torch.device) -> None:
         self.files, self.device = files, device
@@ -52,7 +52,7 @@ class Plain:
 
 
 def read_all(url: Path, device: torch.device, pool_tokens: int) -> None:
-    """Every block of one epoch."""
+    """Read every block of one epoch."""
     with Store.open(url) as store:
         plan = Plan(measure_split(store, "train"), batch_tokens=4096, pool_tokens=pool_tokens, seed=0)
         request = Request(layers=(LAYER,), tokens=True, documents=True, split="train")
@@ -64,7 +64,7 @@ def read_all(url: Path, device: torch.device, pool_tokens: int) -> None:
 
 
 def forget(files: list[Path]) -> None:
-    """Out of the page cache, so that the disk is read."""
+    """Drop files from the page cache, so that the disk is read."""
     for file in files:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -88,7 +88,7 @@ def timed(before: Callable[[], None], job: Callable[[], None]) -> Callable[[], f
 def main(url: Path, device: str, rounds: int, pool_tokens: int) -> None:
     where = torch.device(device)
     files = sorted((url / f"resid/layer_{LAYER}").glob("c.*"))
-    random.Random(0).shuffle(files)  # as a plan does
+    random.Random(0).shuffle(files)  # as in a plan
     size = sum(file.stat().st_size for file in files)
     plain = Plain(files, where)
     jobs = {

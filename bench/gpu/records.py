@@ -1,4 +1,4 @@
-"""What the parts of the device benchmark write down: a line of JSON for each number, the moment it is there."""
+"""The records of the device benchmark: a line of JSON for each number, written as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-FILE = "BENCH_RECORDS"  # the environment variable that names the file; without one numbers are only printed
+FILE = "BENCH_RECORDS"  # the environment variable that names the file; without it numbers are only printed
 START = time.monotonic()
 
 
 def record(what: str, who: str, unit: str, rounds: Iterable[float], at: tuple[float, float], **more: Any) -> None:
-    """A number of every round, from when to when they were measured, and what else is told of it."""
+    """Record the numbers of all rounds, the time span of the measurement, and further facts."""
     values = [float(value) for value in rounds]
     median = statistics.median(values)
     row = {"what": what, "who": who, "unit": unit, "median": median, "low": min(values), "high": max(values)}
@@ -26,7 +26,7 @@ def record(what: str, who: str, unit: str, rounds: Iterable[float], at: tuple[fl
 
 
 def record_failure(what: str, who: str, why: str) -> None:
-    """A contestant that fell out is a row too."""
+    """Record a contestant that failed: that is a row too."""
     keep({"what": what, "who": who, "failed": why[-600:]})
     tell(f"{what}: {who}: FAILED: {why.strip().splitlines()[-1][:160] if why.strip() else why}")
 
@@ -46,13 +46,13 @@ def tell(text: str) -> None:
 
 
 def limits() -> dict[str, float]:
-    """What limits.py has measured of the device in the same call; empty where it has not run."""
+    """The device's limits that limits.py has measured in the same call; empty if it has not run."""
     path = Path(os.environ.get("BENCH_LIMITS", ""))
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def shares(flops: float, bytes_moved: float = 0.0) -> dict[str, float]:
-    """Of the measured rates, for what is done in a second."""
+    """The shares of the measured rates, for work done per second."""
     known = limits()
     found = {"share_of_matrix_rate": flops / known["matrix"]} if "matrix" in known and flops else {}
     return found | ({"share_of_bandwidth": bytes_moved / known["memory"]} if "memory" in known and bytes_moved else {})

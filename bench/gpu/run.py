@@ -1,12 +1,12 @@
-"""Everything that is measured on an accelerator, within a time that is given: most important first.
+"""All measurements of an accelerator, within a given time, most important first.
 
     bash bench/gpu/run.sh --out results            # on a GPU, under ten minutes
     bash bench/gpu/run.sh --small --device cpu     # to try it anywhere, within a few minutes
 
-Each part has a limit of its own and stops no other. Numbers are printed and kept the moment they are there; the
+Each part has a limit of its own and stops no other. Numbers are printed and kept as soon as they are measured; the
 table comes last, and OUT/<card>.json holds every round with card, clocks, versions and commit on every row. The
 tree needs no install: wheels that this Python lacks are read from .whl/ and .whl-peers/ (wheels.sh). This file
-imports only the standard library, because nothing else may be there yet.
+imports only the standard library, because nothing else may be installed yet.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BENCH = HERE.parent
-SPARE = 8.0  # seconds that the end needs
-SHORTEST = 12.0  # seconds in which a part may come to something
+SPARE = 8.0  # seconds needed at the end
+SHORTEST = 12.0  # the fewest seconds in which a part is worth starting
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,utilization.gpu"
 
 
@@ -50,13 +50,13 @@ class Part:
 
     @property
     def table(self) -> Path | None:
-        """Of bench/timing_and_tables.py, whose rows are kept too; its exit status 1 is a target that was missed."""
+        """The table of bench/timing_and_tables.py, whose rows are kept too; its exit status 1 means a missed target."""
         return Path(self.command[-1]) if "--json" in self.command else None
 
 
 @dataclass
 class Run:
-    """What is asked, and what is there."""
+    """What is asked for, and what is available."""
 
     asked: argparse.Namespace
     work: Path
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def peers_python(self) -> Path | None:
-        """None where there are no peers."""
+        """The peers' Python; None if there are no peers."""
         if self.asked.no_peers:
             return None
         if self.asked.peers is not None:
@@ -90,11 +90,11 @@ class Run:
         return [sys.executable, *map(str, words)]
 
 
-# ---- the machine: wheels, the tree as a package, what it is
+# ---- the machine: wheels, the tree as a package, facts
 
 
 def prepare(run: Run) -> subprocess.Popen[bytes] | None:
-    """The tree as a package with the metadata of an install; wheels, the peers' while the first parts run."""
+    """Set up the tree as an installed package, and wheels; the peers' wheels while the first parts run."""
     site, package = run.work / "site", run.work / "package"
     package.mkdir()
     (package / "saemill").symlink_to(ROOT)
@@ -131,14 +131,14 @@ def write_metadata(package: Path) -> None:
 
 
 def write_stub(folder: Path) -> None:
-    """SAELens and transformer_lens import wandb at once, 20 MB that nothing here calls."""
+    """Write a stub of wandb: SAELens and transformer_lens import it, 20 MB that nothing here calls."""
     (folder / "wandb").mkdir(parents=True)
     text = '"""Imported, never called."""\n\n\ndef __getattr__(name):\n    return None\n'
     (folder / "wandb/__init__.py").write_text(text)
 
 
 def find_facts(run: Run) -> dict[str, Any]:
-    """Of the machine, for every row."""
+    """The facts of the machine, for every row."""
     words = run.python(HERE / "facts.py", run.peers_python or "")
     done = subprocess.run(words, capture_output=True, text=True, env=run.environment)
     if done.returncode:
@@ -149,7 +149,7 @@ def find_facts(run: Run) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def watched_clocks(run: Run) -> Iterator[None]:
-    """Reads them once a second; sets nothing."""
+    """Read the clocks once a second, without setting any."""
     if run.asked.device == "cpu" or shutil.which("nvidia-smi") is None:
         yield
         return
@@ -165,7 +165,7 @@ def watched_clocks(run: Run) -> Iterator[None]:
 
 
 def parts_of(run: Run) -> list[Part]:
-    """Most important first."""
+    """The parts, most important first."""
     device, small, rounds = run.asked.device, run.asked.small, run.asked.rounds
     options = ["--device", device, *(["--small"] if small else [])]
     beside = ["--peers-python", run.peers_python] if run.peers_python else []
@@ -175,8 +175,8 @@ def parts_of(run: Run) -> list[Part]:
     tests = ["-m", "pytest", "-m", mark, "--timeout", 80, "--maxfail", 20]
     tests += ["-vv", "-p", "no:cacheprovider"]  # against the -q of pyproject.toml: a line for each test, as it ends
     tests += ["-k", run.asked.matching] if run.asked.matching else []
-    tests += ["-p", "no:benchmark"]  # a plugin that warns of xdist, and a warning is an error
-    if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler
+    tests += ["-p", "no:benchmark"]  # a plugin that warns about xdist, and warnings are errors
+    if importlib.util.find_spec("xdist"):  # most of the time goes to Triton's compiler
         tests += ["-n", min(6, max(1, (os.cpu_count() or 1) // 2))]
     turns = ["--device", device, "--rounds", rounds, "--steps", 2 if small else 24]
     fleet = ["--width", 16384, "--k", 64, "--rows", 4096, "--pool-tokens", 2**16]
@@ -187,7 +187,7 @@ def parts_of(run: Run) -> list[Part]:
         guided = ["--base", "topk", "--width", 128, "--windows", 4, "--sparsity", 8, "--d-model", 64, "--context", 32]
         harvest = ["--tokens", 1024, "--rounds", 2, "--peer-rounds", 1]
     in_time = ["--limit", max(10, min(180, run.left - 15))]
-    jobs_in_time = ["--limit", max(10, min(140, run.left - 18))]  # its jobs are no children of this group
+    jobs_in_time = ["--limit", max(10, min(140, run.left - 18))]  # its jobs are not in this process group
 
     def part(name: str, limit: float, script: Path, *words: object) -> Part:
         return Part(name, limit, run.python(script, *words, *(["--json", tables[name]] if name in tables else [])))
@@ -207,7 +207,7 @@ def parts_of(run: Run) -> list[Part]:
 
 
 def files_with_gpu_tests() -> list[Path]:
-    """By name: collecting all of tests/ needs more than a bare machine has."""
+    """Test files by name: collecting all of tests/ needs more than a bare machine has."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if re.search(r"(?<!\")pytest\.mark\.(gpu|either)\b", file.read_text())]
 
@@ -217,18 +217,18 @@ NEEDED = {"fleet": ("store",), "reading": ("store",), "steps": ("limits",), "har
 
 
 def chosen(asked: argparse.Namespace) -> list[str]:
-    """By --only, with what they need."""
+    """The parts chosen by --only, and those that they need."""
     wanted = set(asked.only.split(",")) if asked.only else set(PARTS)
     if unknown := wanted - set(PARTS):
         sys.exit(f"--only: expected some of {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
     wanted |= {need for name in wanted for need in NEEDED.get(name, ())}
     if asked.device == "cpu":
-        wanted.discard("kernels")  # which run on a GPU only
+        wanted.discard("kernels")  # they run only on a GPU
     return [name for name in PARTS if name in wanted]
 
 
 def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
-    """Its lines are shown as they come; what it says on standard error is for the log, unless it fails."""
+    """Run a part. Its output is shown as it comes; its standard error goes to the log, unless it fails."""
     limit = min(part.limit, run.left - SPARE)
     if limit < SHORTEST:
         run.status.append(f"{part.name:<8} no time left")
@@ -249,7 +249,7 @@ def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
 
 
 def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, Any]) -> tuple[int, bool]:
-    """Exit status, and whether it was stopped for its time; nothing of it is left running."""
+    """The exit status, and whether it was stopped for its time; nothing is left running."""
     environment = run.environment | {"BENCH_PART": part.name}
     with (
         open(errors, "w") as error_file,
@@ -279,7 +279,7 @@ def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, An
             is_late = not killer.is_alive()
             killer.cancel()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # contestants that its end left behind
+                os.killpg(process.pid, signal.SIGKILL)  # contestants that it left behind
     return status, is_late
 
 
@@ -290,11 +290,11 @@ def take_table(run: Run, name: str, path: Path) -> None:
             file.write(json.dumps({key: value for key, value in kept.items() if key not in ("name", "found")}) + "\n")
 
 
-# ---- what comes out
+# ---- the results
 
 
 def conclude(run: Run, facts: dict[str, Any]) -> None:
-    """After every part anew, so that nothing is lost where this is stopped from outside."""
+    """Write the results, after every part, so that nothing is lost if this is stopped from outside."""
     rows = [json.loads(line) for line in run.records.read_text().splitlines()] if run.records.exists() else []
     clocks = read_clocks(run.work / "clocks.csv")
     rows = [row | clocks_of(row, clocks) | facts for row in rows]
@@ -322,7 +322,7 @@ def read_clocks(path: Path) -> list[tuple[float, list[float]]]:
 
 
 def clocks_of(row: dict[str, Any], clocks: list[tuple[float, list[float]]]) -> dict[str, Any]:
-    """While it was measured."""
+    """The clocks during a row's measurement."""
     begin, end = row.get("at") or (math.inf, math.inf)
     seen = [values for at, values in clocks if begin - 1 <= at <= end + 1]
     if not seen:
@@ -332,7 +332,7 @@ def clocks_of(row: dict[str, Any], clocks: list[tuple[float, list[float]]]) -> d
 
 
 def table_of(rows: list[dict[str, Any]], status: list[str]) -> str:
-    """Medians, from where to where the rounds went, and each of ours against the best peer beside it."""
+    """A table of medians, the range of the rounds, and each of ours against the best peer."""
     lines = []
     for what in dict.fromkeys(row["what"] for row in rows):
         beside = [row for row in rows if row["what"] == what]
@@ -367,7 +367,7 @@ def number(value: float) -> str:
 
 
 def clean(run: Run, text: str) -> str:
-    """Without the places of this machine."""
+    """The text without paths of this machine."""
     for path, name in ((run.work, "WORK"), (ROOT, "TREE"), (Path(sys.prefix), "PYTHON"), (Path.home(), "HOME")):
         if str(path) not in ("/", "/usr", "/usr/local"):
             text = text.replace(str(path), name)
@@ -381,33 +381,33 @@ def say(run: Run, text: str) -> None:
 
 
 def make_environment(asked: argparse.Namespace, work: Path) -> dict[str, str]:
-    """Offline, and nothing written outside the folder for this run."""
+    """An environment that is offline and writes nothing outside the folder of this run."""
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
     made = {"HF_HOME": str(work / "hf"), "TMPDIR": str(work / "tmp"), "TRITON_CACHE_DIR": str(work / "triton")}
     made |= {"BENCH_RECORDS": str(work / "records.jsonl"), "BENCH_LIMITS": str(work / "limits.json")}
     made |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    # Asking whether there is a device must not begin to use it: forks would lose it.
+    # Asking whether there is a device must not initialise it, or forks would lose it.
     made |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
     if asked.small and asked.device == "cpu":
-        made["OMP_NUM_THREADS"] = "1"  # tiny tensors do not keep several threads busy, and other work may be there
+        made["OMP_NUM_THREADS"] = "1"  # tiny tensors do not keep several threads busy
     return os.environ | offline | made
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for what comes out.")
-    parse.add_argument("--only", help=f"Some of {','.join(PARTS)}; what they need is added.")
-    parse.add_argument("--matching", help="Of the tests, those that pytest's -k chooses by this.")
+    parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for the results.")
+    parse.add_argument("--only", help=f"Only some of {','.join(PARTS)}; what they need is added.")
+    parse.add_argument("--matching", help="Run only the tests that match this, as in pytest's -k.")
     parse.add_argument("--total", type=float, default=580, help="Seconds for everything.")
     parse.add_argument("--device", default="cuda")
     parse.add_argument("--rounds", type=int, default=5)
-    parse.add_argument("--peers", type=Path, help="An environment of the peers; default: .whl-peers, where it is.")
+    parse.add_argument("--peers", type=Path, help="An environment of the peers; default: .whl-peers, if it exists.")
     parse.add_argument("--no-peers", action="store_true")
-    parse.add_argument("--compile", action="store_true", help="SAELens with its compile_sae too; a minute more.")
-    parse.add_argument("--small", action="store_true", help="Tiny sizes: to try this, not to measure.")
+    parse.add_argument("--compile", action="store_true", help="Also SAELens with its compile_sae; takes a minute more.")
+    parse.add_argument("--small", action="store_true", help="Tiny sizes: to try this out, not to measure.")
     asked = parse.parse_args()
     asked.rounds = 2 if asked.small else asked.rounds
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # from outside: everything that was begun is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped from outside: end everything that was started
     wanted = chosen(asked)
     with tempfile.TemporaryDirectory(prefix="saemill-bench-", ignore_cleanup_errors=True) as name:
         work = Path(name).resolve()
@@ -419,7 +419,7 @@ def main() -> None:
         with watched_clocks(run):
             for name in wanted:
                 if installing is not None and name not in ("tests", "small"):
-                    installing.wait()  # nothing is timed beside it
+                    installing.wait()  # nothing is timed while it runs
                     facts, installing = find_facts(run), None
                 part = next(part for part in parts_of(run) if part.name == name)
                 do_part(run, part, facts)

@@ -2,8 +2,8 @@
 
 One process imports everything once; each job is a fork of it with a limit of its own, so that a job that fails,
 hangs or breaks the device's context is reported and the next one begins. Nothing here touches CUDA before a fork;
-where a fork has no CUDA all the same (some import asked for the device), each job is a fresh process instead.
-Jobs that do not wait for each other run several at a time: a small run is all start, and none is timed.
+if a fork still has no CUDA (because some import asked for the device), each job is a new process instead.
+Independent jobs run several at a time: a small run is mostly start-up, and none is timed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from records import keep, tell
 
 ON_BOTH = ("topk", "batchtopk", "jumprelu", "temporal")  # trained on the CPU too
 EVALUATED = ("topk", "batchtopk", "jumprelu", "hierarchical")
-METRICS = (  # of core, which the device and the CPU must agree on
+METRICS = (  # of core; the device and the CPU must agree on these
     "sparsity.l0",
     "saemill_metrics.explained_variance",
     "model_performance_preservation.ce_loss_score",
     "model_behavior_preservation.kl_div_score",
 )
-FAR = 0.02  # how far they may be apart, as a share: bfloat16 passes, another order of sums
+FAR = 0.02  # how far apart they may be, as a share: bfloat16 passes, another order of summation
 AT_ONCE = min(6, max(1, (os.cpu_count() or 1) // 2))
-LAST_LINES = 14  # shown of a job that failed
+LAST_LINES = 14  # shown of a failed job
 children: set[int] = set()
 
 
@@ -46,16 +46,16 @@ def stop_children(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do, with a limit in seconds, and what to say of it once it is done."""
+    """Something to do, with a limit in seconds, and what to report once it is done."""
 
     name: str
     limit: float
     do: Callable[[], object]
-    note: Callable[[], str] | None = None  # without one: the last line that it wrote
+    note: Callable[[], str] | None = None  # without one: its last line of output
 
 
 class Jobs:
-    """Runs them, keeps what came out."""
+    """Runs jobs and keeps the results."""
 
     def __init__(self, logs: Path, deadline: float, only: str | None) -> None:
         self.logs, self.deadline, self.only, self.spawns = logs, deadline, only, False
@@ -64,8 +64,8 @@ class Jobs:
         logs.mkdir(exist_ok=True)
 
     def run(self, *jobs: Job) -> bool:
-        """Side by side; whether all of them came to an end."""
-        if self.only is not None:  # this process is one job, and goes through the others without a word
+        """Run jobs in parallel; return whether all of them succeeded."""
+        if self.only is not None:  # this process is one job, and skips the others silently
             for job in jobs:
                 if job.name == self.only:
                     job.do()
@@ -95,7 +95,7 @@ class Jobs:
 
     def _begin(self, job: Job) -> int:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # threads of libraries stand still here
+            warnings.simplefilter("ignore")  # library threads are idle here
             child = os.fork()
         if child == 0:
             self._in_child(job)
@@ -103,7 +103,7 @@ class Jobs:
         return child
 
     def _end(self, job: Job, seconds: float, status: int | None) -> bool:
-        """Tell of it; a status of None is that of a job that was killed for its time."""
+        """Report a job; a status of None means that it was killed for its time."""
         if status != 0:
             said = "TIMEOUT" if status is None else f"FAILED {os.waitstatus_to_exitcode(status)}"
             self.keep(job.name, said, seconds, self.last(job.name)[-1])
@@ -111,12 +111,12 @@ class Jobs:
             return False
         try:
             said = self.last(job.name)[-1] if job.note is None else job.note()
-        except Exception as error:  # noqa: BLE001  # a note is not the job
+        except Exception as error:  # noqa: BLE001  # a failed note is not a failed job
             said = f"({type(error).__name__}: {error})"
         return self.keep(job.name, "ok", seconds, said)
 
     def _in_child(self, job: Job) -> None:
-        """Never returns."""
+        """Run the job and exit; never returns."""
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         file = os.open(self._log(job.name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -129,7 +129,7 @@ class Jobs:
             job.do()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        except BaseException:  # noqa: BLE001  # a fork must not go on with its parent's work
+        except BaseException:  # noqa: BLE001  # a fork must not continue its parent's work
             traceback.print_exc()
             code = 1
         sys.stdout.flush(), sys.stderr.flush()
@@ -139,7 +139,7 @@ class Jobs:
         return self.logs / f"{name.replace(' ', '_')}.log"
 
     def last(self, name: str) -> list[str]:
-        """Of what a job wrote."""
+        """The last lines of a job's output."""
         written = self._log(name).read_text(errors="replace") if self._log(name).exists() else ""
         lines = [line.strip()[:200] for line in written.splitlines() if line.strip()]
         return lines[-LAST_LINES:] or [""]
@@ -154,7 +154,7 @@ class Jobs:
 
 
 def call(main: Callable[..., object], *words: object) -> Callable[[], object]:
-    """A click command in this process."""
+    """A call of a click command in this process."""
     return lambda: main([str(word) for word in words], standalone_mode=False)
 
 
@@ -182,11 +182,11 @@ def core_of(runs: Path, name: str) -> dict[str, float]:
     document = json.loads(next((runs / name).rglob("*_eval_results.json")).read_text())
     found = document | document["eval_result_metrics"]
     named = {metric: (found.get(group) or {}).get(key) for metric in METRICS for group, key in [metric.split(".")]}
-    return {metric: value for metric, value in named.items() if value is not None}  # one that reads attention has few
+    return {metric: value for metric, value in named.items() if value is not None}  # if it reads attention, few
 
 
 def compare_core(device: Path, cpu: Path, names: list[str]) -> None:
-    """Fails where a number of the evaluation on the device is far from the CPU's."""
+    """Fail if a number of the evaluation on the device is far from the CPU's."""
     worst = 0.0
     for name in names:
         here, there = core_of(device, name), core_of(cpu, name)
@@ -200,7 +200,7 @@ def compare_core(device: Path, cpu: Path, names: list[str]) -> None:
 
 
 def compare_stores(device: Path, cpu: Path, layer: int) -> None:
-    """Residuals by relative norm, attention by the share of kept entries that both keep. Fails where they differ."""
+    """Compare residuals by relative norm, attention by the share of entries that both keep. Fail if they differ."""
     import numpy as np
 
     from saemill.cache_schema import Request, Store, to_float32
@@ -224,7 +224,7 @@ def compare_stores(device: Path, cpu: Path, layer: int) -> None:
 
 
 def evaluate_on_both(jobs: Jobs, sae_eval: Any, runs: Path, work: Path, device: str, small: bool) -> None:
-    """The same SAEs, the same rows; the clean pass of one device must not serve the other."""
+    """Evaluate the same SAEs on the same rows; the clean pass of one device must not serve the other."""
     names = [name for name in EVALUATED[: 1 if small else None] if (runs / name / "result.json").exists()]
     if not names and jobs.only is None:
         return
@@ -248,7 +248,7 @@ def evaluate_on_both(jobs: Jobs, sae_eval: Any, runs: Path, work: Path, device: 
 
 
 def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small: bool) -> None:
-    """In float32, where the two differ by the order of their sums only."""
+    """Harvest in float32, in which the two differ only by the order of summation."""
     words = ["--model", "pocket", "--layer", 19, "--tokens", "8k" if small else "16k", "--dtype", "float32"]
     places = {device: work / "exact_device", "cpu": work / "exact_cpu"}
     if device == "cpu":
@@ -268,8 +268,8 @@ def main() -> None:
     parse.add_argument("--work", type=Path, required=True)
     parse.add_argument("--limit", type=float, default=170)
     parse.add_argument("--small", action="store_true")
-    parse.add_argument("--spawn", action="store_true", help="A fresh process for each job in any case.")
-    parse.add_argument("--job", help="For this script's own use.")
+    parse.add_argument("--spawn", action="store_true", help="Always use a new process for each job.")
+    parse.add_argument("--job", help="Internal.")
     asked = parse.parse_args()
     signal.signal(signal.SIGTERM, stop_children)
     start = time.monotonic()
@@ -283,7 +283,7 @@ def main() -> None:
 
     from saemill.cache_schema.cli import main as sae_store
     from saemill.evaluate.cli import main as sae_eval
-    from saemill.evaluate.run import command  # noqa: F401  # what the commands import late
+    from saemill.evaluate.run import command  # noqa: F401  # imported late by the commands
     from saemill.harvest import run as harvest_run  # noqa: F401
     from saemill.harvest.cli import main as sae_harvest
     from saemill.train.cli import main as sae_train
@@ -304,7 +304,7 @@ def main() -> None:
         return call(sae_train, *words)
 
     def train_on_cpu(name: str) -> object:
-        torch.set_num_threads(2)  # several at a time must not take all cores for long
+        torch.set_num_threads(2)  # several at a time must not occupy all cores for long
         return train(name, "cpu", by_cpu)()
 
     def trained(names: list[str]) -> list[Job]:

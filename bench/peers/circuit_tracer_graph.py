@@ -1,7 +1,7 @@
 """Exported transcoders in circuit-tracer: what they rebuild, an attribution graph, the model with all MLPs replaced.
 
-circuit-tracer asks the Hub for transcoders, also where they lie in a folder, so the folder is laid into a Hub cache and
-read offline by `load_transcoder_from_hub`. Its `from_pretrained` knows models by TransformerLens' list of names, so the
+circuit-tracer asks the Hub for transcoders, even for those in a folder, so the folder is put into a Hub cache and read
+offline by `load_transcoder_from_hub`. Its `from_pretrained` knows models by TransformerLens' list of names, so the
 model is made by `ReplacementModel.from_config`, as in its own tests, and given the weights of the model's folder.
 
 L layers, N tokens, D width, F latents.
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def load_transcoders(folder: Path) -> Any:
-    """By circuit-tracer's own code, from a repository that is in the Hub's cache and nowhere else."""
+    """Load with circuit-tracer's own code, from a repository that is only in the Hub's cache."""
     cached = Path(HF_HUB_CACHE) / f"models--exported--{folder.name}"
     (cached / "snapshots").mkdir(parents=True)
     (cached / "refs").mkdir()
@@ -44,13 +44,13 @@ def load_transcoders(folder: Path) -> Any:
 
 
 def load_model(folder: Path, transcoders: Any) -> Any:
-    """A replacement model of a Gemma-2 in a folder, and how far its logits are from transformers'."""
+    """A replacement model of a Gemma-2 in a folder; its logits are checked against transformers'."""
     whole = Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = make_config(whole.config, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ReplacementModel.from_config(config, transcoders, tokenizer=tokenizer)
     found = {}
-    for name, weight in convert_gemma_weights(whole, config).items():  # it has put modules of its own around these
+    for name, weight in convert_gemma_weights(whole, config).items():  # these are wrapped in its own modules
         name = name.replace(".mlp.", ".mlp.old_mlp.")
         found[name.replace("unembed.", "unembed.old_unembed.")] = weight
     missing, unknown = model.load_state_dict(found, strict=False)
@@ -64,7 +64,7 @@ def load_model(folder: Path, transcoders: Any) -> Any:
 
 
 def contribute(transcoders: Any, layer: int, x: Tensor) -> Tensor:
-    """[layers, ..., D]: what latents that read `layer` write to it, and of a cross-layer transcoder to later ones."""
+    """[layers, ..., D]: what latents that read `layer` write to it and, in a cross-layer transcoder, to later ones."""
     acts = transcoders.encode_layer(x, layer)
     if not isinstance(transcoders, CrossLayerTranscoder):
         return transcoders[layer].decode(acts, x)[None]

@@ -1,4 +1,4 @@
-"""Steps of CLT-Forge's trainer at its own defaults, on one device. PYTHONPATH says where its `src` is."""
+"""Steps of CLT-Forge's trainer at its own defaults, on one device. PYTHONPATH must contain its `src`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
         n_checkpoints=0,
     )
     clt = CLT(config.create_sub_config(CLTConfig, n_layers=layers)).to(settings.device)
-    nothing: Any = None  # its store of activations, which a step does not ask
+    nothing: Any = None  # its store of activations, which a step does not use
     trainer = CLTTrainer(clt, nothing, config, lambda **_: None)
     by_layer = {key: [part.unflatten(1, (layers, d_in)) for part in pair] for key, pair in pairs.items()}
     return lambda x: trainer._compute_training_step_loss(*by_layer[id(x)])

@@ -2,9 +2,9 @@
 
 Its own defaults, on rows of mean square norm 1 as its `normalize_activations` makes them. What it counts in steps or
 tokens of long runs is a share of this one: warm-up and the start of the threshold a tenth, as our warm-up; the steps
-that the threshold averages over a hundredth (at its 0.999 it would keep most of where it began for all of a short
-run); a latent is dead after a thirtieth, as everybody's (its ten million tokens are a twentieth of 100,000 batches of
-2,048, a fiftieth of 500M). Its own p_end of 0 divides by zero. With torch's fused Adam, which is faster and the same.
+that the threshold averages over a hundredth (at its 0.999 it would stay close to its start for all of a short run); a
+latent is dead after a thirtieth, as for all contestants (its ten million tokens are a twentieth of 100,000 batches of
+2,048, a fiftieth of 500M). Its own p_end of 0 divides by zero. With torch's fused Adam, which is faster and equivalent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def settings_of(ask: Ask) -> dict[str, Any]:
 
 
 def threshold_beta(steps: int) -> float:
-    """Averages over the last hundredth of the run: its 0.999 at 100,000 steps and longer."""
+    """The decay that averages over the last hundredth of the run: its 0.999 from 100,000 steps on."""
     return min(0.999, 1 - 1 / max(2.0, steps / 100))
 
 

@@ -23,7 +23,7 @@ TRAINERS = {
     "p_anneal": ("p_anneal", "PAnnealTrainer"),
 }
 FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
-MIDDLE = 2000  # after its warm-up, and after the step from which it also updates a threshold
+MIDDLE = 2000  # after its warm-up, and after the step from which it updates a threshold too
 
 
 def make_trainer(variant: str, width: int, k: int, d_model: int, more: dict[str, Any] | None = None) -> Any:

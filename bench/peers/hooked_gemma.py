@@ -1,7 +1,7 @@
 """A Gemma-2 in a folder as a HookedTransformer, offline; runs in the environment of sae-bench.
 
 `HookedTransformer.from_pretrained` knows models by their names on the hub. Here the configuration is
-written down from the folder's own, and the weights go through transformer_lens' own conversion.
+built from the folder's own, and the weights go through transformer_lens' own conversion.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_hooked(folder: Path, dtype: torch.dtype = torch.float32) -> HookedTrans
 
 
 def make_config(config: object, dtype: torch.dtype) -> HookedTransformerConfig:
-    """transformer_lens' settings of Gemma-2 with the sizes of this one."""
+    """transformer_lens' settings for Gemma-2 with the sizes of this model."""
     layers = config.num_hidden_layers
     return HookedTransformerConfig(
         n_layers=layers,

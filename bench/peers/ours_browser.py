@@ -1,6 +1,6 @@
-"""Our browser of a run, answered with seconds: all latents, from the call to the folder in its place.
+"""Our browser of a run, answered with seconds: all latents, from the call to the finished folder.
 
-What the evaluation imports when it gets there is timed; the SAE is loaded before.
+The evaluation's late imports are timed; the SAE is loaded before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Our core evaluation of the same SAEs on the same rows: a request is answered with seconds and how far memory rose.
+"""Our core evaluation of the same SAEs on the same rows: a request is answered with seconds and memory growth.
 
-Loading is not timed; memory is told as growth over the process before its model, and the model's own.
+Loading is not timed; memory is reported as growth since before the model was loaded, and the model's own.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def make_config(ask: Ask, first: Tensor) -> Any:
     wanted = {"width": ask.width, "k": ask.k, "target_l0": ask.l0, "seed": ask.seed}
     wanted |= {"dead_after_tokens": ask.steps * ask.rows // cls().dead_part()}
     wanted |= {"penalty": ask.coefficient} if ask.variant in PENALTY else {}
-    wanted |= {"gate": "topk"} if ask.variant in TRANSCODERS else {}  # as the peer's
+    wanted |= {"gate": "topk"} if ask.variant in TRANSCODERS else {}  # as for the peer
     wanted |= {"hook": "mlp_in", "layers": tuple(range(first.shape[1]))} if ask.variant == CROSS_LAYER else {}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
@@ -68,7 +68,7 @@ def fit(ask: Ask) -> dict[str, Any]:
 
 
 def fit_map(ask: Ask) -> dict[str, Any]:
-    """A transcoder; of several layers with these side by side."""
+    """Train a transcoder; for a cross-layer one the layers are side by side."""
     scale, to = end_scales(ask.folder)
     x, target = ends(next(batches(ask, 1)))
     assembly = make_config(ask, x).build(x.shape[-1], stats_of(x, scale), stats_of(target, to))

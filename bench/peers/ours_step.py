@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 if os.environ.get("WITHOUT_TRITON"):
-    sys.modules["triton"] = None  # pyright: ignore  # as where it is not installed: what our kernels fall back to
+    sys.modules["triton"] = None  # pyright: ignore  # as if not installed, to time the fallback of our kernels
 
 import torch
 
@@ -45,7 +45,7 @@ def make_trainee(settings: Settings, x: torch.Tensor) -> Trainee:
         if settings.dead:
             sae.b_enc[: settings.num_dead] = -1e4
             trainee.counters.tokens_since_fired[: settings.num_dead] = 1000 * LONG
-    trainee.step_index = 2000  # everything is warm
+    trainee.step_index = 2000  # past every warm-up
     return trainee
 
 

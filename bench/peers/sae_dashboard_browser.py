@@ -1,7 +1,7 @@
 """SAEDashboard 0.8's dashboards of some latents, answered with seconds; runs in an environment of its own.
 
-As its runner for Neuronpedia does at its defaults: batches of 128 latents, 32 windows at a time, activations of the
-model kept on disk; then its own page of these latents. `warm` fills that cache, so that no round pays for the model.
+As in its runner for Neuronpedia at its defaults: batches of 128 latents, 32 windows at a time, activations of the
+model cached on disk; then its own page of these latents. `warm` fills that cache, so that no round pays for the model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BATCH, WINDOWS = 128, 32
 
 
 class Maker:
-    """Model, SAE and tokens stay loaded from round to round."""
+    """Keeps model, SAE and tokens loaded from round to round."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] = {}
@@ -71,14 +71,14 @@ class Maker:
             self._loaded = {"model": model, "tokens": load_file(request["tokens"])["tokens"]}
         if request["sae"] not in self._loaded:
             sae = SAE.load_from_disk(request["sae"], device="cpu")
-            # Its rows have length one. SAEDashboard folds their norms all the same, which SAELens refuses for top-k.
+            # Its rows have length one. SAEDashboard folds their norms anyway, which SAELens refuses for top-k.
             sae.fold_W_dec_norm = lambda: None
             self._loaded[request["sae"]] = sae
         return self._loaded["model"], self._loaded[request["sae"]], self._loaded["tokens"]
 
 
 def layout() -> SaeVisLayoutConfig:
-    """What its runner for Neuronpedia asks for."""
+    """The layout that its runner for Neuronpedia uses."""
     sequences = SequencesConfig(
         stack_mode="stack-all",
         buffer=None,

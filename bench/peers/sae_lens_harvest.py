@@ -1,9 +1,9 @@
-"""SAELens' CacheActivationsRunner: runs in the peers' environment, one JSON answer a line.
+"""SAELens' CacheActivationsRunner: runs in the peers' environment, one JSON answer per line.
 
 {"model": folder, "rows": file.npy, "out": folder, "layer", "width", "batch", "dtype", "device"} caches one
-residual of the given tokens and answers seconds and tokens; loading the model, once a process, is not timed.
-Attention is eager, as ours is: what transformers takes for Gemma-2 by itself leaves its softcap out, which is
-faster and another function.
+residual of the given tokens and answers with seconds and tokens; loading the model, once per process, is not
+timed. Attention is eager, like ours: transformers' default for Gemma-2 leaves out its softcap, which is faster
+but a different function.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cache(request: dict[str, Any]) -> dict[str, Any]:
         new_cached_activations_path=request["out"],
         dtype=stored_as,
         device=request["device"],
-        buffer_size_gb=(tokens * width * itemsize + 1) / 1e9,  # all in one buffer, and not a row more
+        buffer_size_gb=(tokens * width * itemsize + 1) / 1e9,  # everything in one buffer, without a row to spare
         streaming=False,
         shuffle=False,
     )
@@ -57,7 +57,7 @@ def cache(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_once() -> None:
-    """One model for all requests of a process; the runner would load it anew for each."""
+    """Use one model for all requests of a process; the runner would reload it for each."""
     load, models = cache_activations_runner.load_model, {}
 
     @functools.wraps(load)

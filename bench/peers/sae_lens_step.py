@@ -83,7 +83,7 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
         trainer.n_forward_passes_since_fired[: settings.num_dead] = LONG
     if settings.fused:
         fuse(trainer.optimizer)
-    if settings.compiled:  # as its runner does with `compile_sae`
+    if settings.compiled:  # as in its runner with `compile_sae`
         sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="inductor")
 
     def step(x: torch.Tensor) -> None:

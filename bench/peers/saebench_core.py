@@ -1,4 +1,4 @@
-"""Official SAEBench's core evaluation of some SAEs, one after the other as `multiple_evals` does; answers seconds.
+"""Official SAEBench's core evaluation of some SAEs, one after another as in `multiple_evals`; answers with seconds.
 
 The request names the model's folder, the rows of tokens, SAELens folders of the SAEs, the data type and
 the numbers of batches. Loading is not timed.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from worker_pipe import serve
 
-FLAGS = {  # what the evaluation is asked for: everything
+FLAGS = {  # ask for every part of the evaluation
     "compute_kl": True,
     "compute_ce_loss": True,
     "compute_l2_norms": True,
@@ -35,7 +35,7 @@ FLAGS = {  # what the evaluation is asked for: everything
 
 
 class TokenRows:
-    """Rows of a table in order: what the evaluation asks of an activation store, and no more."""
+    """Rows of a table in order: the part of an activation store that the evaluation needs."""
 
     def __init__(self, rows: torch.Tensor, batch: int) -> None:
         self._rows, self._at = rows, 0
@@ -47,7 +47,7 @@ class TokenRows:
         return self._rows[self._at - count : self._at]
 
     def reset_input_dataset(self) -> None:
-        """The official one starts its data set anew, but goes on with the sequences that it is making."""
+        """Do nothing: the official one restarts its data set but continues with its pending sequences."""
 
 
 def evaluate_all(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hold results of `sae-eval` against the official validators; runs in the environment of sae-bench.
+"""Check results of `sae-eval` with the official validators; runs in the environment of sae-bench.
 
 python saebench_validate.py runs/run_1/evals/*/*_eval_results.json
 """
@@ -26,11 +26,11 @@ OUTPUTS = {
 
 
 def validate(path: Path) -> str:
-    """The pydantic model and the JSON schema that sae-bench ships for this kind of result."""
+    """Validate with the pydantic model and the JSON schema that sae-bench ships for this kind of result."""
     text = path.read_text()
     kind = json.loads(text)["eval_type_id"]
     if kind not in OUTPUTS:
-        return f"{path}: {kind} is none of SAEBench's"
+        return f"{path}: {kind} is not one of SAEBench's"
     folder, name = OUTPUTS[kind]
     module = importlib.import_module(f"sae_bench.evals.{folder}.eval_output")
     TypeAdapter(getattr(module, name)).validate_json(text)

@@ -1,7 +1,7 @@
 """SAEs of SAELens, dictionary_learning and sparsify, each made, saved and opened by its own code.
 
-{"tool": name, "make": variant, "settings", "sae": folder, "work": folder}    trains one a little and saves it
-{"tool": name, "sae": folder, "work": folder}                                 what it computes, beside x.npy
+{"tool": name, "make": variant, "settings", "sae": folder, "work": folder}    trains one briefly and saves it
+{"tool": name, "sae": folder, "work": folder}                                 writes what it computes next to x.npy
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Opened = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def batches(request: Request) -> list[Tensor]:
-    """Of a planted dictionary, or latents would not come to fire and decoders not to turn."""
+    """Batches from a planted dictionary, or latents would not start to fire and decoders not turn."""
     x = torch.from_numpy(np.load(Path(request["work"]) / "train.npy"))
     return list(x.split(ROWS))[:STEPS]
 
@@ -42,7 +42,7 @@ def make_sae_lens(request: Request) -> None:
     from sae_lens_step import SAES, make_sae, make_trainer
 
     settings, d_in = request["settings"], batches(request)[0].shape[1]
-    if request["make"] not in SAES:  # it has transcoders to load, and no way to train them
+    if request["make"] not in SAES:  # it can load transcoders but not train them
         cls, config = get_sae_class(request["make"])
         sae: Any = cls(config(d_in=d_in, d_sae=settings["d_sae"], **settings["more"]))
         move(sae)
@@ -60,7 +60,7 @@ def open_dictionary_learning(folder: Path) -> Opened:
     from dictionary_learning.utils import load_dictionary
     from safetensors.torch import load_file
 
-    if not (folder / "ae.pt").is_file():  # the two lines of the README that is exported along
+    if not (folder / "ae.pt").is_file():  # the two lines of the README in the export
         torch.save(load_file(folder / "ae.safetensors"), folder / "ae.pt")
     sae, _ = load_dictionary(str(folder), "cpu")
     return sae.encode, sae
@@ -93,7 +93,7 @@ def make_sparsify(request: Request) -> None:
     settings, data = request["settings"], batches(request)
     sae = make_coder(data[0].shape[1], num_latents=settings["d_sae"], k=settings["k"], **settings["more"])
     optimiser = make_optimiser(sae)
-    for x in data:  # as its trainer does, which does not normalise what it saves
+    for x in data:  # as in its trainer, which does not normalise what it saves
         if not sae.cfg.transcode:
             sae.set_decoder_norm_to_unit_norm()
         sae(x, x.roll(1, 1) if sae.cfg.transcode else None).fvu.backward()
@@ -107,7 +107,7 @@ def make_sparsify(request: Request) -> None:
 
 @torch.no_grad()
 def move(sae: torch.nn.Module) -> None:
-    """Weights that begin at zero would prove nothing."""
+    """Move weights off zero, where they would prove nothing."""
     for parameter in sae.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape))
 

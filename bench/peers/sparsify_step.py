@@ -1,4 +1,4 @@
-"""Steps of sparsify at its own defaults. Its forward pass is under bfloat16 autocast on a GPU whatever is asked."""
+"""Steps of sparsify at its own defaults. Its forward pass always uses bfloat16 autocast on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if not torch.cuda.is_available():
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read when it is imported: its kernels need a GPU
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read on import: its kernels need a GPU
 from schedulefree import ScheduleFreeWrapper
 from sparsify.config import SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
@@ -29,13 +29,13 @@ def load_coder(folder: Path) -> Any:
 
 @torch.no_grad()
 def encode_dense(sae: Any, x: torch.Tensor) -> torch.Tensor:
-    """Codes [rows, latents]; its own are the k that are active, and which."""
+    """Codes [rows, latents]; its own format is the k active values and their indices."""
     found = sae.encode(x)
     return torch.zeros(len(x), sae.num_latents).scatter_(1, found.top_indices, found.top_acts)
 
 
 def make_optimiser(sae: Any, lr: float | None = None) -> Any:
-    """Its trainer's default: the sign of the momentum, free of a schedule."""
+    """Its trainer's default: the sign of the momentum, without a schedule."""
     groups = [{"params": sae.parameters(), "lr": lr or 5e-3 / (sae.num_latents / 2**14) ** 0.5}]
     optimiser = ScheduleFreeWrapper(SignSGD(groups), momentum=0.95)
     optimiser.train()
@@ -44,7 +44,7 @@ def make_optimiser(sae: Any, lr: float | None = None) -> Any:
 
 def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     assert settings.variant in ("topk", "transcoder") and not settings.l0, "sparsify has top-k SAEs only"
-    # Its trainer asks for TF32 itself.
+    # Its trainer turns on TF32 itself.
     torch.set_float32_matmul_precision("high")
     device = settings.device
     is_transcoder = settings.variant == "transcoder"

@@ -2,10 +2,10 @@
 
     .venv-peers/bin/python bench/peers/train_from_store.py ./store --own harvest/pocket/model
 
-runs in the peers' environment (`make peers`). Each trains a top-k SAE and says how much of held-out text it explains;
-nothing is converted, and no model is loaded. With `--own`, the folder of the store's model, each trains the same steps
-once more fed by its own pipeline, which runs that model over the same windows: tokens a second of both, loading the
-model not counted.
+runs in the peers' environment (`make peers`). Each trains a top-k SAE and reports how much of held-out text it
+explains; nothing is converted, and no model is loaded. With `--own`, the folder of the store's model, each trains the
+same steps again, fed by its own pipeline, which runs that model over the same windows, and tokens per second of both
+are compared, without the time to load the model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Rebuild = Callable[[Tensor], Tensor]
 
 
 def open_store(url: str) -> Any:
-    """With this repository as the package, which is not installed in the peers' environment."""
+    """Open a store with this repository as the package, which is not installed in the peers' environment."""
     spec = importlib.util.spec_from_file_location("saemill", ROOT / "__init__.py")
     assert spec is not None and spec.loader is not None
     sys.modules["saemill"] = package = importlib.util.module_from_spec(spec)
@@ -53,7 +53,7 @@ def main() -> None:
     words.add_argument("--k", type=int, default=32)
     words.add_argument("--batch-tokens", type=int, default=1024)
     words.add_argument("--steps", type=int, default=500)
-    words.add_argument("--own", type=Path, metavar="MODEL", help="the store's model, a folder: by their own way too")
+    words.add_argument("--own", type=Path, metavar="MODEL", help="the store's model, a folder: also by their own way")
     asked = words.parse_args()
     store = open_store(asked.store)
     for name, train, own_rows in (
@@ -76,12 +76,12 @@ def timed(name: str, train: Callable[[Any, Any, Any], Rebuild], store: Any, aske
 
 
 def rows_of_store(store: Any, asked: Any) -> Any:
-    """`scaled` gives rows the mean norm that the peers' settings expect."""
+    """Rows from the store; `scaled` gives them the mean norm that the peers' settings expect."""
     return store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, epochs=None, scaled=True)
 
 
 def with_sae_lens(store: Any, asked: Any, rows: Any) -> Rebuild:
-    """Its data provider is any iterator of rows."""
+    """Train with SAELens, whose data provider is any iterator of rows."""
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=store.manifest.model.d_model, d_sae=asked.width, k=asked.k))
     config = SAETrainerConfig(
         total_training_samples=asked.steps * asked.batch_tokens,
@@ -95,13 +95,13 @@ def with_sae_lens(store: Any, asked: Any, rows: Any) -> Rebuild:
 
 
 def with_dictionary_learning(store: Any, asked: Any, rows: Any) -> Rebuild:
-    """Its data are any iterable of rows, for as many steps as it is told."""
+    """Train with dictionary_learning, whose data is any iterable of rows, for a given number of steps."""
     config = {"trainer": TopKTrainer, "activation_dim": store.manifest.model.d_model, "dict_size": asked.width}
     config |= {"k": asked.k, "lr": 1e-3, "steps": asked.steps, "warmup_steps": asked.steps // 10, "device": "cpu"}
     config |= {"layer": asked.layer, "lm_name": store.manifest.model.id, "threshold_start_step": asked.steps // 10}
     found: list[TopKTrainer] = []
 
-    def made(**settings: Any) -> TopKTrainer:  # `trainSAE` keeps what it trains to itself, or saves it
+    def made(**settings: Any) -> TopKTrainer:  # `trainSAE` does not return what it trains, it only saves it
         found.append(TopKTrainer(**settings))
         return found[0]
 
@@ -145,7 +145,7 @@ def rows_of_dictionary_learning(store: Any, asked: Any) -> Iterator[Tensor]:
 
 
 def windows(store: Any, asked: Any) -> Iterator[Any]:
-    """As many of the store's own windows as the steps read."""
+    """As many of the store's windows as the steps read."""
     left = -(-asked.steps * asked.batch_tokens // store.manifest.context)
     request = sys.modules["saemill"].cache_schema.Request(tokens=True, split="train")
     for part in store.stream(request):

@@ -1,8 +1,8 @@
-"""The documents that the pocket model was not trained on, kept beside this file.
+"""The documents that the pocket model was not trained on, kept next to this file.
 
 Another Python version has the same library slightly changed, so a file that is held out by its text there may have been
-trained on here. The documents that were held out in training are therefore kept, as compressed JSON, less those that
-only repeat what other documents say.
+trained on here. The documents that were held out in training are therefore kept, as compressed JSON, except those that
+only repeat other documents.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ HELD_OUT_FILE = Path(__file__).parent / "held_out.json.xz"
 
 
 def is_held_out(text: str) -> bool:
-    """Whole documents, chosen by a hash of their text."""
+    """Whether a document is held out: whole documents are, chosen by a hash of their text."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
 
 
 def without_repeats(held_out: Iterable[tuple[str, str]], trained: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The held-out documents of whose lines at most half stand in a trained document too."""
+    """The held-out documents that have at most half of their lines in a trained document too."""
     known = {line for _, text in trained for line in _telling_lines(text)}
     return [(name, text) for name, text in held_out if _share_known(text, known) <= 0.5]
 
@@ -38,7 +38,7 @@ def write_held_out(documents: Iterable[tuple[str, str]], file: Path = HELD_OUT_F
 
 
 def _telling_lines(text: str) -> list[str]:
-    """Lines long enough that two documents hardly share one by chance."""
+    """Lines long enough that two documents rarely share one by chance."""
     return [line.strip() for line in text.splitlines() if len(line.strip()) >= 30]
 
 

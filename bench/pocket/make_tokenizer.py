@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
-    """The same tokenizer as transformers knows it, ready for `save_pretrained`."""
+    """The same tokenizer in transformers' form, ready for `save_pretrained`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",

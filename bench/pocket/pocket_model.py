@@ -1,8 +1,8 @@
-"""The pocket model's shape: Gemma-2-2b's 26 layers and every trick of its kind, made narrow.
+"""The pocket model's shape: Gemma-2-2b's 26 layers with all its features, made narrow.
 
-Soft-capping, query scaling, grouped queries, tied embeddings and a sliding window
-on every other layer are real; the window is shorter than the usual context, so
-that sliding layers do slide.
+It has soft-capping, query scaling, grouped queries, tied embeddings and a sliding
+window on every other layer; the window is shorter than the usual context, so that
+sliding layers do slide.
 
 A checkpoint of its training is one safetensors file with a JSON record in its header. One file is one rename, so a
 killed run leaves the old checkpoint or the new one.
@@ -47,7 +47,7 @@ def make_config() -> Gemma2Config:
 
 
 def make_model(seed: int) -> Gemma2ForCausalLM:
-    """A fresh model, initialised as transformers does but for the gains after each sub-layer."""
+    """A new model, initialised as in transformers except for the gains after each sub-layer."""
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(make_config())
     for name, weight in model.named_parameters():
@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], record: dict[str, 
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, record), or None where no checkpoint was written yet."""
+    """(tensors, record), or None if no checkpoint was written yet."""
     path = folder / FILE
     if not path.exists():
         return None

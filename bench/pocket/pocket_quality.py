@@ -5,8 +5,8 @@ Shapes: N windows, T tokens in a window.
 1. Documents are packed as the harvest packs them: BOS before each document and
    at the start of each window.
 2. Cross-entropy is the mean over all targets that are not BOS.
-3. The yardstick is the unigram entropy of the very same targets: what the best
-   guess without context would pay.
+3. The yardstick is the unigram entropy of the same targets: the loss of the best
+   guess without context.
 
 `python bench/pocket/pocket_quality.py` measures the bundled model.
 """
@@ -37,7 +37,7 @@ class Quality:
 
     @property
     def gain(self) -> float:
-        """What context is worth to the model, in nats per token."""
+        """How much context helps the model, in nats per token."""
         return self.unigram_entropy - self.cross_entropy
 
 
@@ -47,7 +47,7 @@ def join_documents(documents: Iterable[list[int]], bos: int) -> np.ndarray:
 
 
 def measure(model: torch.nn.Module, run: np.ndarray, bos: int, context: int, batch: int = 8) -> Quality:
-    """Quality over the whole windows that the run fills."""
+    """Quality over the full windows in the run."""
     inputs_NT, targets_NT = _windows(run, bos, context)
     losses = [
         _losses(model, inputs_NT[i : i + batch], targets_NT[i : i + batch]) for i in range(0, len(inputs_NT), batch)

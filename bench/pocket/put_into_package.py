@@ -1,9 +1,9 @@
-"""Put a trained pocket model into the package; keep what it was held against.
+"""Put a trained pocket model into the package; keep what it was measured on.
 
 1. Round the checkpoint's master weights to bfloat16; save model and tokenizer as
    an ordinary Hugging Face folder.
-2. Keep the curve of the training beside it, and the held-out documents beside this file.
-3. Measure the folder as it now lies on disk, and write that down too.
+2. Keep the training curve next to it, and the held-out documents next to this file.
+3. Measure the folder as it is on disk now, and record that too.
 """
 
 import json
@@ -38,14 +38,14 @@ def save_tokenizer(tokenizer_file: Path, folder: Path) -> None:
     wrap_tokenizer(Tokenizer.from_file(str(tokenizer_file)), CONTEXT).save_pretrained(folder)
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older transformers know too
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions of transformers know too
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def describe(
     record: dict[str, Any], trained: list[tuple[str, str]], held_out: list[tuple[str, str]], quality: list[Quality]
 ) -> dict[str, Any]:
-    """What training_curve.json says."""
+    """The content of training_curve.json."""
     return {
         "python": platform.python_version(),
         "corpus": record["corpus"],
@@ -71,7 +71,7 @@ def _count(documents: list[tuple[str, str]]) -> dict[str, int]:
 def main(run: Path, to: Path) -> None:
     found = load_checkpoint(run)
     if found is None:
-        raise click.ClickException(f"no checkpoint in {run}: train first, with --out {run}")
+        raise click.ClickException(f"no checkpoint in {run}: train first with --out {run}")
     tensors, record = found
     documents = list(stdlib_documents())
     if text_digest(documents) != record["corpus"]:

@@ -1,4 +1,4 @@
-"""Train the pocket model on the standard library of the Python that runs this.
+"""Train the pocket model on the standard library of the running Python.
 
 \b
     python bench/pocket/train_pocket.py --out DIR --minutes 75
@@ -6,7 +6,7 @@
 1. Read the text, set whole documents aside, learn the tokenizer from the rest.
 
 2. Train for the planned minutes: the learning rate follows the clock, so the run
-ends on time however busy the machine is. A paused process uses no time up.
+ends on time however busy the machine is. A paused process uses no time.
 
 3. Every few minutes, at the end and on Ctrl-C, measure on held-out text and write
 a checkpoint; the same command continues from there.
@@ -22,13 +22,13 @@ from pocket_model import load_checkpoint, save_checkpoint
 from rich.console import Console
 from trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Trainer, context_of, learning_rate, read_corpus
 
-LONGEST_STEP = 15.0  # seconds; what goes beyond is a pause
+LONGEST_STEP = 15.0  # seconds; a longer step is a pause
 STEPS_PER_LINE = 10
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; with the tensors, all that a resumed run needs."""
+    """The state of a run; with the tensors, all that a resumed run needs."""
 
     corpus: str  # digest of the text
     step: int = 0
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for: how long, and where to."""
+    """What the command line asks for: how long to train, and where to save."""
 
     out: Path
     minutes: float
@@ -50,7 +50,7 @@ class Plan:
 
 
 class Interrupt:
-    """Ctrl-C as a question that the loop asks, so that no step is left half done."""
+    """Ctrl-C as a flag that the loop checks, so that no step is left half done."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -75,7 +75,7 @@ def main(out: Path, minutes: float, save_every: float, seed: int, is_compiled: b
 
 
 def train(trainer: Trainer, progress: Progress, plan: Plan, interrupt: Interrupt) -> None:
-    """Go on from `progress` until the planned time is used."""
+    """Train from `progress` on until the planned time is used."""
     console = Console()
     budget = 60 * plan.minutes
     saved = progress
@@ -105,7 +105,7 @@ def _resume(trainer: Trainer, fresh: Progress, out: Path) -> Progress:
     if progress.corpus != fresh.corpus:
         raise click.ClickException(
             f"{out} was trained on text {progress.corpus[:12]}, this Python has {fresh.corpus[:12]}; "
-            "resume with the Python that began, or choose another --out"
+            "resume with the Python that began it, or choose another --out"
         )
     trainer.optimizer.load_state(tensors)
     return progress

@@ -1,4 +1,4 @@
-"""The pocket model's training: its text, its optimizer, its model, one step.
+"""The pocket model's training: its text, optimizer, model and single step.
 
 Shapes: B windows, T tokens in a window.
 
@@ -8,11 +8,11 @@ The optimizer, Muon for matrices and AdamW for the rest, in bfloat16 arithmetic:
 3. Matrices inside the layers go to Muon, embedding and gains to AdamW.
 4. The masters are rounded back into the model.
 
-Which tokens it sees at which step is a pure function of the step:
+The tokens of a step are a pure function of the step:
 1. Each document starts with BOS; documents are one long run of tokens.
 2. A pass over the run, for one context T, cuts it at a phase of its own into
-   pieces of T tokens and visits them in an order of its own, each once.
-3. A window is BOS and the piece but its last token; the piece is what it predicts.
+   pieces of T tokens and visits each once, in an order of its own.
+3. A window is BOS and the piece without its last token; the piece is the target.
 4. Most steps are short; a few in each cycle are long, so that far positions are
    learned too. Every context counts its own passes.
 """
@@ -33,14 +33,14 @@ from torch import Tensor
 
 from saemill.harvest.pocket.text import stdlib_documents, text_digest
 
-CYCLE = (128,) * 7 + (512,) + (128,) * 7 + (1024,)  # the context of each step, again and again
+CYCLE = (128,) * 7 + (512,) + (128,) * 7 + (1024,)  # the context of each step, repeated
 MATRIX_RATE = 6e-3
 EMBEDDING_RATE = 3e-3
 GAIN_RATE = 3e-3
 CLIP_NORM = 1.0
 TOKENS_PER_STEP = 4096
 WARMUP_STEPS = 40
-DECAY_FROM = 0.4  # of the planned time; from here the rate falls in a line
+DECAY_FROM = 0.4  # of the planned time; from here on the rate falls linearly
 EVALUATION_CONTEXT = 128
 CURVE_STRETCHES = 6
 
@@ -55,7 +55,7 @@ class Corpus:
 
 
 def read_corpus(tokenizer_file: Path) -> Corpus:
-    """The text in tokens; learns the tokenizer once, and keeps it in the file."""
+    """The text in tokens; learns the tokenizer once and keeps it in the file."""
     documents = list(stdlib_documents())
     texts = [text for _, text in documents if not is_held_out(text)]
     held_out = [text for _, text in documents if is_held_out(text)]
