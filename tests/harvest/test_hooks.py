@@ -212,7 +212,7 @@ def test_residuals_alone_are_the_bytes_of_format_1(make_config: Make, tmp_path):
 def test_an_older_store_is_not_resumed_with_other_hooks(make_config: Make):
     out = harvest(make_config())
     before = digest_of(out)
-    with pytest.raises(StoreMismatch, match=r"(?s)mlp_in.layers: the store has none, but 1, 2 was asked for\n.*mlp_out"):
+    with pytest.raises(StoreMismatch, match=r"(?s)mlp_in.layers: the store has none, but 1, 2 was .*\n.*mlp_out"):
         harvest(make_config(hooks=BOTH))
     assert digest_of(out) == before
 
@@ -238,7 +238,7 @@ def test_hooks_on_the_command_line():
     with pytest.raises(SettingInvalid, match="--hooks mlp_in: expected layers such as .*, found 'low'"):
         read_hooks("mlp_in:low", 4, (4,))
     contradicting = CliRunner().invoke(main, ["--hooks=mlp_in", "--resid-layers=1,2"])
-    assert contradicting.exit_code == 1 and "add resid" in contradicting.output
+    assert contradicting.exit_code == 1 and "Add resid" in contradicting.output
 
 
 def test_a_hook_that_overflows_is_named(make_model):

@@ -640,7 +640,7 @@ def test_a_folder_of_that_name_that_is_no_scratch_folder_stays(harvested):
 
 def test_other_settings_are_refused_with_their_differences(harvested):
     before = digest_of(harvested.out)
-    with pytest.raises(StoreMismatch, match=r"(?s)settings.tokens: .*4000, .*5000.*attention.topk: .*16, .*8\n"):
+    with pytest.raises(StoreMismatch, match=r"(?s)settings.tokens: .*4000, .*5000.*attention.topk: .*16, .*8 was .*\n"):
         harvest(replace(harvested, tokens=5000, attention_topk=8))
     assert digest_of(harvested.out) == before
 
@@ -691,7 +691,7 @@ def test_a_folder_for_tokens_that_is_another_users_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SettingInvalid, match="no folder"), create_or_resume_store.lock_spool(folder):
+    with pytest.raises(SettingInvalid, match="not a folder"), create_or_resume_store.lock_spool(folder):
         pass
 
 
@@ -751,7 +751,7 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(harvested
     reharvest(harvested.out, [1, 2], model=str(model_folder))
     said = capsys.readouterr().err
     assert f"warning: shard 2 was computed on cuda (NVIDIA H100), torch {here.torch}, float32 products tf32" in said
-    assert f"here it is {here}" in said and "last digits" in said
+    assert f"this is {here}" in said and "last digits" in said
     assert digest_of(harvested.out) == before
     assert read_devices(files, range(10)) == {shard: here for shard in recorded if shard not in (3, 4)}
     write_device(files, 0, replace(here, torch="1.0"))
@@ -902,7 +902,7 @@ def test_without_attention(make_config: Make):
         (
             {"shard_windows": 2**20, "attention_topk": 99},
             SettingInvalid,
-            r"layer_0/data: .* 2.00 GiB .* --shard-windows \(1048576\) or --attention-topk \(32\)",
+            r"layer_0/data: .* 2.00 GiB, .* --shard-windows \(1048576\) or --attention-topk \(32\)",
         ),
         ({"shard_windows": 2**25, "attention_layers": ()}, SettingInvalid, r"tokens: .* --shard-windows .*\d\)$"),
     ],
@@ -960,7 +960,7 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
 @pytest.mark.parametrize(
     ("asked", "filled", "told"),
     [
-        (78_125, 3_125, "; 22.5 % of its documents are for tests, .* not 4 %.* begin it with --tokens 400000"),
+        (78_125, 3_125, "; 22.5 % of its documents are for tests, .* instead of 4 %.* begin it with --tokens 400000"),
         (78_125, 70_000, ""),
         (781_250, 78_125, ""),  # 4.6 % for tests, where its own count would have 22.5 %
         (4_000, 3_000, ""),
