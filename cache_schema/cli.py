@@ -97,7 +97,7 @@ def info(url: str, is_json: bool) -> None:
 
 @main.command(epilog=example("watch s3://bucket/store"))
 @click.argument("url")
-@click.option("--every", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds between looks.")
+@click.option("--every", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds between polls.")
 def watch(url: str, every: float) -> None:
     """Show the progress of all writers until the store is whole."""
     console = open_console()

@@ -232,7 +232,7 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
     columns = [(name, feature) for name, feature in features.items() if len(getattr(feature, "shape", ())) == 2]
     if len(columns) != 1:
         raise ImportInvalid(
-            f"{folder}: expected one column of windows [tokens, width] beside token_ids, found {list(features)}"
+            f"{folder}: expected one column of windows [tokens, width] besides token_ids, found {list(features)}"
         )
     return columns[0]
 

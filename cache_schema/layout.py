@@ -83,7 +83,7 @@ class ArrayLayout:
 
 
 def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
-    """The codec chain: bytes, compression if any, and always a crc32c over what lies on disk."""
+    """The codec chain: bytes, compression if any, and always a crc32c over what is on disk."""
     chain: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
     if dtype.itemsize == 1:
         chain = [{"name": "bytes"}]

@@ -28,7 +28,7 @@ class Moments:
     mean: np.ndarray  # float64 [D]
     mean_norm: float  # mean of ||x||
     mean_square_norm: float  # mean of ||x||^2
-    windows: int  # windows behind norm_by_position
+    windows: int  # windows that norm_by_position is over
     norm_by_position: np.ndarray  # float64 [T], mean of ||x|| at each position, special tokens included
 
     @property
@@ -95,7 +95,7 @@ def is_special(tokens: np.ndarray, special_tokens: Iterable[int]) -> np.ndarray:
 
 
 def to_line(moments: Moments) -> np.ndarray:
-    """float64 [4 + T + D]: the moments as they lie in the store, see `layout.moment_columns`."""
+    """float64 [4 + T + D]: the moments as they are stored, see `layout.moment_columns`."""
     scalars = [getattr(moments, name) for name in MOMENT_SCALARS]
     return np.concatenate([np.array(scalars, np.float64), moments.norm_by_position, moments.mean])
 

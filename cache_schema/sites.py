@@ -10,11 +10,11 @@ RESID = "resid"
 HOOKS = {
     RESID: "the residual stream after a layer",
     "mlp_in": "what the MLP reads, after its norm",
-    "mlp_out": "what the MLP adds to the residual stream, after the norm behind it where there is one",
+    "mlp_out": "what the MLP adds to the residual stream, after its output norm if there is one",
     "attn_out": "what attention adds to the residual stream, likewise",
-    "q": "queries of all heads, before they are turned by position",
+    "q": "queries of all heads, before rotation by position",
     "k": "keys of all key-value heads, likewise",
-    "z": "values that attention brought together, of all heads, before the output projection",
+    "z": "values combined by attention, of all heads, before the output projection",
 }
 
 

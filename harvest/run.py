@@ -152,7 +152,7 @@ def reharvest(
             raise StoreError(f"{error}. Running the same harvest again also writes the missing shards") from error
     if busy:
         raise StoreBusy(
-            f"shards {busy} of {url} are committed or held by another writer. Wait for it, try again{writer.if_killed}"
+            f"shards {busy} of {url} are committed or held by another writer. Wait, then try again{writer.if_killed}"
         )
 
 

@@ -25,7 +25,7 @@ from ..cache_schema.csr import index_dtype
 from .errors import ContextTooLong, NonFiniteAttention, name_window, say_overflow
 
 MAX_CONTEXT = 1 << 15  # a position shares an int32 with the 16 bits of a float16
-DROPPED = (1 << 31) - 1  # sorts behind every kept entry; its low half is a NaN, so no entry equals it
+DROPPED = (1 << 31) - 1  # sorts after every kept entry; its low half is a NaN, so no entry equals it
 LOW_HALF = (1 << 16) - 1
 SHORT_ROW = 256  # up to here numpy sorts a row of int32 ten times as fast as torch.topk selects from it
 

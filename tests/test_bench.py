@@ -403,7 +403,7 @@ def test_a_cross_layer_transcoder_meets_clt_forge_at_a_coefficient_that_is_sough
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [(("clt", "transcoder"), "different rows"), (("topk", "clt"), "other rows"), (("clt",), "--clt-forge")],
+    [(("clt", "transcoder"), "different rows"), (("topk", "clt"), "different rows"), (("clt",), "--clt-forge")],
 )
 def test_what_cannot_be_compared_is_told_before_anything_is_read(bench, asked, said):
     variants = [word for variant in asked for word in ("--variant", variant)]
