@@ -184,7 +184,7 @@ def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path:
         subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook), cache_url=store)
         return command.next_look([Mock(subject=subject, eval_id=eval_id, document=document)], words)
 
-    how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages to look at all latents, about 8.19 MB"
+    how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages that show all latents, about 8.19 MB"
     assert said() == how
     words["layer"] = 0
     assert said() == how.replace(" --evals", " --layer 0 --evals")
@@ -225,7 +225,7 @@ def test_at_a_terminal_a_missing_run_with_a_recipe_is_trained_on_the_way(
     recipe_of_one(monkeypatch)
     result = type_("sae-eval", "run_4", "--cache", small.store, "--json", *QUICK, "--no-plots", answer="\n")
     for said in (
-        "no run 'run_4' in runs, and a recipe attention/run_4: timing a few steps",
+        "no run 'run_4' in runs, but there is a recipe attention/run_4: timing a few steps",
         "1 SAE side by side, 7 steps, about ",
         f"$ sae-train --recipe attention/run_4 --cache {small.store} --out runs --name run_4 --no-plots",
     ):
@@ -303,7 +303,7 @@ def test_a_long_run_has_a_shorter_one_beside_it(
     monkeypatch.setattr(offer_training, "find_recipes", lambda _: (recipe,))
     monkeypatch.setattr(offer_training, "estimate_seconds", lambda *_: 16 * 3600.0)
     result = type_("sae-eval", "run_4", "--cache", small.store, answer="n\n", code=1)
-    assert "one epoch of it takes about 60.0 minutes: sae-train --recipe attention/run_4" in result.stderr
+    assert "one epoch takes about 60.0 minutes: sae-train --recipe attention/run_4" in result.stderr
     assert "--name run_4 --epochs 1\n" in result.stderr and "about 16.0 hours [Y/n]" in result.stderr
 
 

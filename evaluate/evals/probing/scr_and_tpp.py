@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def opposites(self) -> Mapping[str, str] | None:
-        """Where negatives come from, where they are not drawn from all other classes."""
+        """Where negatives come from, if not from all other classes."""
         return BOTH_WAYS if self.kind == "absolute" else None
 
 
@@ -71,7 +71,7 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one task says of one SAE, as SAEBench does it and without its faults."""
+    """What one task says about one SAE, as SAEBench does it and without its faults."""
 
     official: Perturbed
     corrected: Perturbed
@@ -80,8 +80,8 @@ class Outcome:
 def perturb(
     pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: Memo[Probed]
 ) -> Outcome:
-    """Both ways; what is corrected draws nothing from SAEBench's generator. SAEs share probes, whose training draws the
-    same for all."""
+    """Perturb both ways; the corrected way draws nothing from SAEBench's generator. SAEs share probes, whose training
+    draws the same for all."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
     official = of_model.recall("official", generator, lambda: probe_model(*resid, setup, generator))
