@@ -28,7 +28,7 @@ class RunUnfinished(EvalError, ValueError):
 
 
 class StoreGone(EvalError, FileNotFoundError):
-    """The store that an SAE was trained on is not where it was."""
+    """The store that an SAE was trained on is no longer where it was."""
 
 
 class CacheIdMismatch(EvalError, ValueError):

@@ -22,7 +22,8 @@ DECISIVE = "decisive"
 """The run of a study that the rule applies to, if it is on this model and has this many seeds."""
 MODEL, SEEDS = "smollm2", 5
 MOST_GROWTH = 0.01
-"""By the last doubling. Growth within a run says nothing: as the rate falls to zero, every run grows at the end."""
+"""What a budget may gain by the last doubling. Growth within a run says nothing: as the rate falls to zero, every run
+grows at the end."""
 MOST_L0 = 1.05
 """Relative to the base's: how closely a requested L0 is met."""
 Families = Mapping[str, Mapping[int, Mapping[str, float | None]]]

@@ -151,7 +151,7 @@ def interval_of(difference: Difference, seeds: int) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several."""
+    """Mean, and standard deviation if there are several."""
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""

@@ -173,13 +173,13 @@ def heading(metric: str, among: Iterable[str] = ()) -> str:
 
 
 def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What we say of a result; nothing of one of SAEBench's own."""
+    """Our own part of a result; empty for SAEBench's own results."""
     ours = document.get("saemill")
     return ours if isinstance(ours, Mapping) else {}
 
 
 def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
-    """What evaluations say of the text that SAEs were measured on, by the SAEs where they do not say the same."""
+    """What evaluations say about the text that SAEs were measured on, with the SAEs' names if they differ."""
     names: dict[tuple[str, Any], list[str]] = {}
     for name, said in told:
         names.setdefault(said, []).append(name)

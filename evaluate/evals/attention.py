@@ -194,5 +194,5 @@ EVALUATION = Evaluation(
         "tracing.change_unattended",
     ),
     least={"trace_windows": 0, "trace_pairs": 0},
-    revision=2,  # pairs lie in one document, and as many windows are traced as were asked for
+    revision=2,  # pairs are of one document, and as many windows are traced as requested
 )

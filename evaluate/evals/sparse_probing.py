@@ -129,7 +129,7 @@ def probe_validated(
 
 
 def sparse_accuracies(train: Features, test: Features, k: int, generator: torch.Generator) -> dict[str, float]:
-    """By class."""
+    """The accuracy of each class's probe."""
 
     def one(name: str) -> float:
         train_draw = draw_probe(train.spans, name, generator)

@@ -161,7 +161,7 @@ def _named(prefix: str, scores: Scores) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class LastTokens:
-    """By the prompts' order."""
+    """What was read at each prompt's last token, in the prompts' order."""
 
     resid: Mapping[tuple[int, ...], np.ndarray]  # float32 [N, D], by layers
     latents: Mapping[LoadedSae, csr_matrix]  # float32 [N, F]

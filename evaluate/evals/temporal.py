@@ -174,7 +174,7 @@ class Consistency(Sums):
     pairs: Tensor  # float64 [scales]
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """By scale: mean cosine in order, the same under shuffled order, and their difference, the TCS."""
+        """For each scale: mean cosine in order, the same under shuffled order, and their difference, the TCS."""
         pairs = self.pairs.clamp_min(1)
         ordered, shuffled = (self.in_order / pairs).tolist(), (self.shuffled / pairs).tolist()
         return {

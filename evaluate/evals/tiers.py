@@ -51,7 +51,7 @@ LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below wh
 @dataclass(frozen=True)
 class Config:
     windows: int = 128
-    """Of the test split, for activity and information."""
+    """Windows of the test split, for activity and information."""
     trace_windows: int = 16
     """How many of these have their predictions traced; 0: no tracing."""
     trace_latents: int = 2

@@ -88,7 +88,7 @@ WORD_SHAPES = WordClasses(SHAPES, shape_index, shape_of, "{word} is:")
 
 
 def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> str:
-    """A prompt about `word`; its examples are drawn anew until the word is not among them."""
+    """A prompt about `word`; its examples are drawn again until the word is not among them."""
     lines = [f"{_line(classes, example)} {classes.answer(example)}" for example in _draw(word, examples, draw)]
     return SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)])
 

@@ -48,7 +48,7 @@ class Exported:
     texts: Mapping[int, str]
     promotes: Mapping[str, tuple[np.ndarray, np.ndarray]]
     near: Near
-    """By direction."""
+    """Latents near each one, by direction."""
     model: str
     corpus: str
     run: str

@@ -31,7 +31,7 @@ class Near:
 
 @torch.inference_mode()
 def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) -> Near:
-    """By cosine of decoder rows; of the same table, a row is not its own neighbour."""
+    """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour."""
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
@@ -47,7 +47,7 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
 
 
 def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
-    """By tokens on which both fire, over the geometric mean of those on which each does."""
+    """The nearest by tokens on which both fire, over the geometric mean of those on which each does."""
     rows, others = affordable(rows, others)
     latents = np.full((rows.shape[1], count), -1, np.int32)
     scores = np.zeros((rows.shape[1], count), np.float32)

@@ -70,7 +70,7 @@ def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: in
 def read_block(
     context: Context, block: Block, layers: Sequence[int], attention_layers: Sequence[int] = ()
 ) -> Iterator[Windows]:
-    """The batches of a block; residuals are the store's, or computed anew from its tokens."""
+    """The batches of a block; residuals are the store's, or computed from its tokens."""
     batches = store_batches(
         context.store,
         block.split,

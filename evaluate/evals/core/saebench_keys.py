@@ -164,7 +164,7 @@ BLOCK = 1024
 
 @torch.inference_mode()
 def weight_metrics(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """By SAEBench's names and in its order, each [F] on the CPU."""
+    """Measures of weights by SAEBench's names and in its order, each [F] on the CPU."""
     comparable = sae.W_enc.shape == sae.W_dec.shape
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {

@@ -181,7 +181,7 @@ def explained_variance_of(sums: Mapping[str, Any], square_of_mean: float) -> Any
 
 
 def ratio(numerator: Any, denominator: Any) -> Any:
-    """Of numbers, NaN if the denominator is 0; of arrays, what numpy gives."""
+    """The quotient; of numbers, NaN if the denominator is 0; of arrays, what numpy gives."""
     return numerator / denominator if isinstance(denominator, np.ndarray) or denominator != 0 else NAN
 
 

@@ -56,7 +56,7 @@ def tier_activity(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Activity
 
 @dataclass(frozen=True, eq=False)
 class Strongest:
-    """The K largest activations of each latent, and on which tokens they were; 0 at -1 where it fired less often."""
+    """The K largest activations of each latent, and on which tokens they were; 0 at -1 if it fired less often."""
 
     values: Tensor  # float32
     places: Tensor  # int64, numbers of tokens as they were given

@@ -101,8 +101,8 @@ def perturb(
 def probe_model(
     train: Features, test: Features, setup: Setup, generator: torch.Generator, corrected: bool = False
 ) -> Probed:
-    """Probes of all classes, and their accuracies on the texts as they are: on rows drawn anew; corrected, on test rows
-    that are seen once, the same for all accuracies that follow."""
+    """Probes of all classes, and their accuracies on the texts as they are: on newly drawn rows; corrected, on test
+    rows that are seen once, the same for all accuracies that follow."""
     probes, _ = probe_every_class(
         train, test, setup.training, generator, opposites=setup.opposites, validated=corrected
     )

@@ -88,12 +88,12 @@ class Scores:
 
 
 def by_first_token(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
-    """By SAEBench's rule."""
+    """Scores by SAEBench's rule."""
     return _scores(pairs, completions, lambda pair: pair.target_token != pair.base.first_token)
 
 
 def by_kind(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
-    """By what each pair was made for."""
+    """Scores by what each pair was made for."""
     return _scores(pairs, completions, lambda pair: pair.is_cause)
 
 

@@ -42,7 +42,7 @@ class Config:
     topic: str = "asyncio"
     """The package of the standard library to forget."""
     cache: str = "~/.cache/saemill/unlearning"
-    """Where it is cached which questions a model knows."""
+    """Where the questions that a model knows are cached."""
     random_seed: int = 42
     dataset_names: tuple[str, ...] = (
         "wmdp-bio",
