@@ -5,9 +5,9 @@
 2. A measure counts if no sanity baseline does as well at it as the base.
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
    comparisons of the run, and by the same test worse than none of them at the others. It does not help if every
-   interval against the base excludes a gain of one standard deviation of the base over seeds; or, for a base whose
-   seeds are all alike, if no gain was found. Anything else is undecided, as is a method that lacks a measure that
-   counts, and a gain of an SAE with more active latents than the base: more latents explain more, whatever the method.
+   interval against the base excludes a gain of one standard deviation of the base over seeds (where these are all
+   alike, any gain that was found). Anything else is undecided, as is a method that lacks a measure that counts, and a
+   gain of an SAE with more active latents than the base: more latents explain more, whatever the method.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from .comparisons import Difference
 
 DECISIVE = "decisive"
-"""The run of a study that the rule applies to, if it is on this model and has this many seeds."""
+"""The run of a study that the rule applies to, on this model and with this many seeds or more."""
 MODEL, SEEDS = "smollm2", 5
 MOST_GROWTH = 0.01
 """What a budget may gain by the last doubling. Growth within a run says nothing: as the rate falls to zero, every run

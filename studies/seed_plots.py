@@ -1,4 +1,4 @@
-"""Plots of a run of several seeds, as PNG and SVG: a seed is a point, and a band shows their spread.
+"""Plots of a run of several seeds, as PNG and SVG: a seed is a point, and a band is what seeds leave uncertain.
 
 `RUN_measures`: a panel for each measure, a row for each SAE: its seeds, and the 95 % interval of their mean. The
 interval of the base runs through all rows, so that whatever lies outside it shows at a glance.

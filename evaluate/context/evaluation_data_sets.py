@@ -87,8 +87,8 @@ def commits_of(datasets: Iterable[str], converted: Container[str] = ()) -> dict[
 
 
 def data_meant(told: Revision | None, now: Revision | None) -> Revision | None:
-    """The data to judge a result by that records some. If the data meant now are unknown, its own count: the store may
-    be gone, the hub may not answer, and older results record no commit of the hub."""
+    """The data revision to judge a result by, from the one that it records. If the present one is unknown, its own
+    counts: the store may be gone, the hub may not answer, and older results record no commit of the hub."""
     if now is None:
         return told
     if isinstance(now, str) or isinstance(told, str):

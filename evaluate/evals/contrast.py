@@ -5,7 +5,7 @@ trained.
 1. A contrast is two classes of a data set: texts of two libraries, of two professions, code and prose.
 2. A text has one value for each latent, the mean over its tokens (`probing/pooling.py`).
 3. The effect of a latent at a contrast is 2 AUC - 1 over the texts of both sides: 1 if every text of the first has more
-   of the latent than every one of the second, 0 if it makes no difference. Ranks have no scale, so SAEs compare.
+   of the latent than every one of the second, 0 if it makes no difference. Ranks have no scale, so SAEs are comparable.
 4. Training texts choose each latent's own contrast and its direction; test texts give the number. A latent that
    differed only by chance comes out at 0.
 The same measure on the channels of the residual is the baseline. N texts, F latents, C contrasts.

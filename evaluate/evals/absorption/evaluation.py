@@ -55,7 +55,7 @@ class Config:
     llm_batch_size: int = 32
     k_sparse_probe_l1_decay: float = 0.01
     k_sparse_probe_batch_size: int | None = None
-    """None: SAEBench's 4096; 32 for a sample of the words: 4096 would be all of them, one step an epoch."""
+    """None: SAEBench's 4096; 32 for a sample of the words, where 4096 would be all and make too few steps."""
     k_sparse_probe_num_epochs: int = 50
     min_GT_probe_f1: float = 0.6  # noqa: N815  SAEBench's name
     min_feats_for_eval: int | None = None

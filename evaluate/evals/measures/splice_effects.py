@@ -1,6 +1,6 @@
 """How the model's predictions change when its residual is replaced: KL and loss, from the layers above alone.
 
-Special tokens and massive rows keep their residual and do not count, all others get the given one. The clean
+Special tokens and massive rows keep their residual and do not count; all others get the replacement. The clean
 pass of a batch is made once for all that is compared with it.
 W windows, T positions, D residual width, N kept tokens.
 """

@@ -109,5 +109,5 @@ def _scores(pairs: Sequence[Pair], completions: Sequence[str], is_cause: Callabl
 
 
 def _mean(right: Sequence[bool]) -> float:
-    """NaN for none, which is written to results as -1."""
+    """NaN for none, which results have as -1."""
     return fmean(right) if right else float("nan")
