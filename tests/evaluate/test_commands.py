@@ -256,7 +256,7 @@ def test_who_declines_or_has_no_store_is_told_the_command(
     words = words or ["--cache", small.store]
     result = type_("sae-eval", "run_4", *words, answer="n\n", code=1)
     assert ("[Y/n]" in result.stderr) == (words[1] == small.store)
-    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` makes that" in result.stderr
+    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` makes the one" in result.stderr
     assert not Path("runs").exists()
 
 
@@ -270,7 +270,7 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
     Path("demo/store").symlink_to(small.store)
     result = type_("sae-eval", "run_4", answer="n\n", code=1)
     assert "timing a few steps of it on ./demo/store" in result.stderr and "[Y/n]" in result.stderr
-    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes that" in result.stderr
+    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes the one" in result.stderr
     Path("store").symlink_to(small.store)  # what was harvested for oneself comes first
     assert "attention/run_4 --cache ./store`" in type_("sae-eval", "run_4", answer="n\n", code=1).stderr
 

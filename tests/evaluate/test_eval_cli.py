@@ -268,8 +268,8 @@ def test_what_needs_no_store_goes_on_without_one(movable, sae_eval):
 
 def test_nothing_goes_on_without_a_store_that_was_asked_for(world, run_1, sae_eval):
     output = sae_eval("run_1", "--evals", "decoder_cosine", "--cache", "no/such/store", code=1, options=[])
-    assert "failed: decoder_cosine" in output and "there is no store at no/such/store, which --cache names" in output
-    assert f"leave it out to take {world.store}, on which run_1/large was trained" in output
+    assert "failed: decoder_cosine" in output and "no store at no/such/store, the value of --cache" in output
+    assert f"leave it out to use {world.store}, which run_1/large was trained on" in output
     assert not results(run_1, "decoder_cosine")
 
 
@@ -531,7 +531,7 @@ def test_fewer_windows_than_were_asked_for_are_told(name, run_1, sae_eval):
     words, there = ("run_1/small", "--evals", name), 40 if name == "browser" else 20
     assert "asked for" not in sae_eval(*words, options=[])
     output = sae_eval(*words, options=["--set", f"{name}.windows=5000"])
-    assert f"{name}: asked for 5,000 windows, and " in output and f" {there}: all are read" in output
+    assert f"{name}: asked for 5,000 windows, but " in output and f" {there}: all are read" in output
     (found,) = results(run_1, name).values()
     assert f" of {there} windows" in found["saemill"]["measured_on"]
     assert f"{name}: {found['saemill']['measured_on']}" in output
@@ -662,7 +662,7 @@ def test_a_result_of_other_settings_is_kept_beside_the_new_one(run_1, sae_eval):
     place = run_1 / "evals/core/small_eval_results.json"
     before = place.read_bytes()
     said = " ".join(sae_eval("run_1/small").split())
-    assert "done. Its result of config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
+    assert "done. Its result with config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
     (aside,) = place.parent.glob("small_eval_results.*.json")
     assert aside.read_bytes() == before != place.read_bytes()
     assert "Its result" not in sae_eval("run_1/small")  # of the same settings
@@ -691,7 +691,7 @@ def test_compare_takes_no_result_of_another_store(world, make_world, builder, sa
 def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
     other = builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
     assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
-    assert "own store by --cache" in sae_eval("run_2", "--cache", world.store, code=1)  # which is here
+    assert "Give --cache its own store" in sae_eval("run_2", "--cache", world.store, code=1)  # which is here
     assert not results(run_1) and not results(other)
 
 
@@ -1069,8 +1069,8 @@ def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, 
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        ({"model_name": "lab/other"}, "and not of lab/other"),
-        ({"model_name": None}, "and not of one that the SAE names"),
+        ({"model_name": "lab/other"}, ", not of lab/other"),
+        ({"model_name": None}, ", not of one that the SAE names"),
         ({"context_size": 8}, "whose windows have 12 tokens, more than 8"),
         ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layer 1"),
     ],
@@ -1092,5 +1092,5 @@ def test_models_of_two_owners_are_not_the_same_by_their_names(make_world, builde
     with Store.open(make_world(model_id="lab/tiny").store) as store:
         for subject in alike:
             command.require_fit(subject, store, is_named=True)
-        with pytest.raises(CacheIdMismatch, match="of the model lab/tiny and not of others/tiny"):
+        with pytest.raises(CacheIdMismatch, match="of the model lab/tiny, not of others/tiny"):
             command.require_fit(another, store, is_named=True)

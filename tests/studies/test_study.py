@@ -607,7 +607,7 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
             study.keep_course(course)
     begin(course)
     begin(course, "run_2", "id of another")
-    with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):
+    with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, but ./store is store "):
         study.keep_course(course)
 
 

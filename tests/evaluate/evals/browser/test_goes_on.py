@@ -361,4 +361,4 @@ def test_pages_of_other_weights_do_not_stay(bench, builder):
     builder.save(bench.run / "b", builder.make_sae(k=None, seed=9))
     bench.build(every=math.inf, labels="a")
     assert [sae["label"] for sae in browser_folder.read_data(bench.run / "browser", "run")["saes"]] == ["a"]
-    assert [line for line in bench.said if line.startswith("browser: b left out, of other weights")]
+    assert [line for line in bench.said if line.startswith("browser: b left out, whose weights have changed")]

@@ -220,7 +220,7 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
 )
 def test_data_sets_without_a_topic_or_without_a_rest_are_refused_before_anything_is_read(names):
     config = unlearning.Config(data="wmdp", forget_corpus="nowhere.jsonl", dataset_names=names)
-    with pytest.raises(SettingInvalid, match="unlearning.dataset_names: expected wmdp-bio, .*college_biology is none"):
+    with pytest.raises(SettingInvalid, match="unlearning.dataset_names: expected wmdp-bio, .*college_biology is not"):
         unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
 
 
