@@ -33,7 +33,7 @@ class Context:
     dtype_name: DtypeName | None = None
     """None: the store's, or bfloat16 without a store."""
     from_tokens: bool = False
-    """Run the whole model from tokens where the store's residuals would do."""
+    """Run the whole model from tokens even where the store's residuals would do."""
     massive_norms: float | Literal["store's"] | None = "store's"
     """Rows whose norm is beyond this multiple of their layer's median are left out; None: every row counts."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -129,7 +129,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def head(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in the model's dtype, soft-capped where the model does so."""
+        """Logits [N, V] in the model's dtype, soft-capped if the model does so."""
         logits_NV = self._unembed(hidden_ND)
         if self._softcap is not None:
             logits_NV.div_(self._softcap).tanh_().mul_(self._softcap)
@@ -173,7 +173,7 @@ class LanguageModel:
         return torch.cat(new, dim=1)
 
     def _require_positions(self, length: int) -> None:
-        """Require positions for so many tokens: learned ones end where their table does."""
+        """Require positions for `length` tokens: learned ones end where their table does."""
         if self._architecture.positions and length > self.facts.max_context:
             raise NotApplicable(
                 f"expected texts of at most {self.facts.max_context} tokens, the model's positions, found {length}: "
@@ -256,7 +256,7 @@ def _room_for(folder: Path) -> Iterator[None]:
 
 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
-    """A model that is in memory, with the tokenizer of `source` where there is one."""
+    """A model that is in memory, with the tokenizer of `source` if there is one."""
     obstacle = None
     try:
         if source is not None:

@@ -139,7 +139,7 @@ def require_one_store(subjects: Iterable[LoadedSae]) -> None:
     """Refuse SAEs of several stores: they saw different tokens, so their numbers do not compare."""
     by_id: dict[str, list[str]] = {}
     for subject, name in shown_names(subjects).items():
-        if subject.cache_id is not None:  # one that says none is measured on the store it is given, as the results say
+        if subject.cache_id is not None:  # one without is measured on the store it is given, as its results say
             by_id.setdefault(subject.cache_id, []).append(name)
     if len(by_id) > 1:
         listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())

@@ -254,7 +254,7 @@ def facts_of(exported: Exported, now: str) -> dict[str, dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, compressed where the name says so."""
+    """Write JSON lines, compressed if the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text, 5, mtime=0) if path.suffix == ".gz" else text)

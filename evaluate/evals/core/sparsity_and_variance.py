@@ -84,7 +84,7 @@ class Firing(Sums):
 
 
 def measure_tokens(l0_N: Tensor, l1_N: Tensor, x_ND: Tensor, x_hat_ND: Tensor, mean_D: Tensor) -> Tokens:
-    """Some tokens. `mean_D` is that of the kept tokens of the whole batch."""
+    """Measure some tokens. `mean_D` is the mean of the kept tokens of the whole batch."""
     return Tokens(
         l0=l0_N,
         l1=l1_N,

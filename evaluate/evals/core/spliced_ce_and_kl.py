@@ -58,7 +58,7 @@ class LossSums:
 
 
 def splice_layer(subject: LoadedSae) -> int:
-    """The layer whose residual the SAE's output can take the place of."""
+    """The layer whose residual the SAE's output can replace."""
     if len(subject.target_layers) != 1:
         raise NotApplicable(
             f"{subject.name} writes layers {list(subject.target_layers)}: the losses of the model are about "

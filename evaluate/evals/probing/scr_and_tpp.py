@@ -140,7 +140,7 @@ Measure = Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Re
 
 
 def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Settings]:
-    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` gives for the others."""
+    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` yields for the others."""
 
     def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
         source = find_source(context, config.data)

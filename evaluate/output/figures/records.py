@@ -238,5 +238,5 @@ def web_file(name: str) -> str:
 
 
 def script_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON that may stand in a script: ASCII, and `<` is escaped: corpus text cannot end a script or begin one."""
+    """JSON that is safe inside a script: ASCII, and `<` is escaped: corpus text cannot end a script or begin one."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"), default=default).replace("<", "\\u003c")
