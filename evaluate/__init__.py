@@ -1,6 +1,6 @@
 """From trained sparse autoencoders to numbers and pictures.
 
-`saemill.evaluate("run_1", evals="core")` evaluates, with the words of `sae-eval`, and gives a table.
+`saemill.evaluate("run_1", evals="core")` takes the options of `sae-eval` and returns a table.
 """
 
 from .. import make_callable

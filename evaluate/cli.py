@@ -1,4 +1,4 @@
-"""`sae-eval`: numbers for trained SAEs, and in words what could not be measured."""
+"""`sae-eval`: measures trained SAEs, and says what could not be measured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Examples:
 
 
 def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The last of the names between commas."""
+    """Complete the last of comma-separated names."""
     before, comma, last = incomplete.rpartition(",")
     return [CompletionItem(before + comma + name) for name in (ALL, *evals.names()) if name.startswith(last)]
 
@@ -43,14 +43,12 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     show_default=True,
     metavar="NAMES",
     shell_complete=complete_evals,
-    help=f"all, or any of {', '.join(evals.names())}. browser makes pages to look at all latents.",
+    help=f"all, or any of {', '.join(evals.names())}. browser makes pages that show all latents.",
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
 @click.option("--runs", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
-@click.option(
-    "--layer", type=click.IntRange(0), metavar="L", help="The layer of an SAE that does not say which it reads."
-)
-@click.option("--model", metavar="NAME", help="As sae-harvest's --model.  [default: the one that made the store]")
+@click.option("--layer", type=click.IntRange(0), metavar="L", help="The layer that an SAE reads, if it does not say.")
+@click.option("--model", metavar="NAME", help="As for sae-harvest.  [default: the one that made the store]")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -66,9 +64,9 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     "[default: 10; inf if imported with --keep-massive]",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
-@click.option("--compare", is_flag=True, help="Print one table of results; evaluate only what has none yet.")
+@click.option("--compare", is_flag=True, help="Print one table of results; evaluate only what has no result.")
 @click.option("--resume", is_flag=True, help="Skip what was already done with the same settings.")
-@click.option("--plots/--no-plots", default=True, show_default=True, help="Save pictures beside the results.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Save plots next to the results.")
 @click.option(
     "--set", multiple=True, metavar="EVAL.KEY=V", help="A setting, such as core.split=validation; a list is a,b."
 )
@@ -76,9 +74,9 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 def main(**words: Any) -> None:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 
-    Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
-    2 for an option that does not exist, 3 when something could not be run because a model or data is missing, 130
-    after a stop.
+    Results are JSON files next to the run. The exit status is 0 when all is done, 1 when something failed,
+    2 for an unknown option, 3 when something could not be run because a model or data is missing, 130
+    when stopped.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

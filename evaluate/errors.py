@@ -1,4 +1,4 @@
-"""Everything that an evaluation can refuse, by name."""
+"""Every error that an evaluation raises on purpose, by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class SettingInvalid(EvalError, ValueError):
 
 
 class UnknownEval(EvalError, LookupError):
-    """An evaluation was asked for that has no file in the folder of evaluations."""
+    """The requested evaluation has no file in the folder of evaluations."""
 
 
 class EvaluationInvalid(EvalError, TypeError):
@@ -20,7 +20,7 @@ class EvaluationInvalid(EvalError, TypeError):
 
 
 class TargetUnknown(EvalError, FileNotFoundError):
-    """There is no run, and no folder of an SAE, of the name that was given."""
+    """No run and no SAE folder has the given name."""
 
 
 class RunUnfinished(EvalError, ValueError):
@@ -28,7 +28,7 @@ class RunUnfinished(EvalError, ValueError):
 
 
 class StoreGone(EvalError, FileNotFoundError):
-    """The store that an SAE was trained on is not where it was."""
+    """The store that an SAE was trained on is no longer where it was."""
 
 
 class CacheIdMismatch(EvalError, ValueError):
@@ -40,11 +40,11 @@ class WidthMismatch(EvalError, ValueError):
 
 
 class ResultInvalid(EvalError, ValueError):
-    """A file of results is damaged, or is not one."""
+    """A results file is damaged, or is not a results file."""
 
 
 class ResultFromLater(EvalError, ValueError):
-    """A later saemill wrote a file of results: whole, and not to be taken for a damaged one."""
+    """A results file was written by a later saemill: it is newer, not damaged."""
 
 
 class Incomparable(EvalError, ValueError):
@@ -56,15 +56,15 @@ class MemoryTooSmall(EvalError, MemoryError):
 
 
 class BrowserUnwritten(EvalError, OSError):
-    """The disk has no room for a latent browser, or refuses to take it."""
+    """A latent browser cannot be written: the disk is full or refuses it."""
 
 
 class NotRun(EvalError):
-    """Something that an evaluation needs is not there. It is reported as not run; the others go on."""
+    """Something that an evaluation needs is missing. It is reported as not run; the others continue."""
 
 
 class ModelMissing(NotRun, FileNotFoundError):
-    """The language model is neither on this machine nor reachable, or it is a different one."""
+    """The language model is neither on this machine nor reachable, or is not the right one."""
 
 
 class DataMissing(NotRun, FileNotFoundError):

@@ -1,1 +1,1 @@
-"""Studies as programs: the recipes are train's, runs, tables and verdicts are here."""
+"""Studies as programs: recipes are in train; runs, tables and verdicts are here."""

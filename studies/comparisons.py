@@ -1,7 +1,7 @@
 """Whether SAEs of a run differ: paired by seed, with intervals, corrected for how many comparisons there are.
 
-Each SAE is held against the base and against each control, at each measure that it was not trained on. Seed by seed
-the two saw the same text in the same order from the same first weights, so differences are taken seed by seed.
+Each SAE is compared with the base and with each control, at each measure that it was not trained on. At each seed
+the two saw the same text in the same order from the same initial weights, so differences are taken seed by seed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from scipy import stats
 
 LEVEL = 0.05
 ALIKE = 1e-9
-"""Of a difference: what seeds differ by less is rounding, and says nothing of how others would."""
+"""Relative to a difference: a smaller spread over seeds is rounding, and says nothing about other seeds."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One SAE less another, at one measure."""
+    """One SAE minus another, at one measure."""
 
     label: str
     against: str
@@ -27,7 +27,7 @@ class Difference:
     seeds: int
     mean: float
     half_width: float
-    """Of the 95 % interval of the mean, by Student's t over seeds."""
+    """Half of the 95 % interval of the mean, by Student's t over seeds."""
     p: float
     p_corrected: float = 1.0
     """Holm's, over all comparisons of the run."""
@@ -42,7 +42,7 @@ class Difference:
 def compare(
     values: Mapping[str, Mapping[int, Mapping[str, float | None]]], against: Sequence[str], measures: Iterable[str]
 ) -> list[Difference]:
-    """`values` by label, seed and measure. What fewer than two seeds have is not compared."""
+    """`values` by label, seed and measure. A measure that fewer than two seeds have is not compared."""
     found = []
     for measure in measures:
         for label, own in values.items():
@@ -60,7 +60,7 @@ def compare(
 def _difference(label: str, against: str, measure: str, numbers: Sequence[float]) -> Difference:
     mean, count = statistics.fmean(numbers), len(numbers)
     error = statistics.stdev(numbers) / count**0.5
-    if error <= abs(mean) * ALIKE:  # a test by the spread of seeds has none to go by; one by their signs has this
+    if error <= abs(mean) * ALIKE:  # without a spread of seeds to test by, the p of a test by their signs
         p = 1.0 if mean == 0.0 else 2.0 ** (1 - count)
     else:
         p = float(2 * stats.t.sf(abs(mean) / error, count - 1))
@@ -68,7 +68,7 @@ def _difference(label: str, against: str, measure: str, numbers: Sequence[float]
 
 
 def half_width(numbers: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean of some seeds, by Student's t; two at least."""
+    """Half of the 95 % interval of the mean of at least two seeds, by Student's t."""
     count = len(numbers)
     return float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * statistics.stdev(numbers) / count**0.5
 

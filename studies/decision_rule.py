@@ -1,13 +1,13 @@
 """The rule of `docs/studies/questions.md`, as written there before the runs: what the numbers of a run decide.
 
-1. A budget counts if the base has converged: for half as long, every seed of it known, it explains less than
+1. A budget counts if the base has converged: at half the length, known for every seed, it explains less than
    `MOST_GROWTH` less.
 2. A measure counts if no sanity baseline does as well at it as the base.
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
    comparisons of the run, and by the same test worse than none of them at the others. It does not help if every
-   interval against the base leaves out a gain of one standard deviation of the base over seeds; of a base whose seeds
-   are all alike, any gain that was found. Anything else is undecided, and so is what lacks a measure that counts, and
-   a gain of an SAE with more active latents than the base: more latents explain more, whatever the method.
+   interval against the base excludes a gain of one standard deviation of the base over seeds (where these are all
+   alike, any gain that was found). Anything else is undecided, as is a method that lacks a measure that counts, and a
+   gain of an SAE with more active latents than the base: more latents explain more, whatever the method.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from dataclasses import dataclass, replace
 from .comparisons import Difference
 
 DECISIVE = "decisive"
-"""The run of a study that the rule is about, on this model and from so many seeds."""
+"""The run of a study that the rule applies to, on this model and with this many seeds or more."""
 MODEL, SEEDS = "smollm2", 5
 MOST_GROWTH = 0.01
-"""By the last doubling. Within a run growth says nothing: as the rate falls to zero, every run grows in the end."""
+"""What a budget may gain by the last doubling. Growth within a run says nothing: as the rate falls to zero, every run
+grows at the end."""
 MOST_L0 = 1.05
-"""Of the base's: as near as an L0 that was asked for is met."""
+"""Relative to the base's: how closely a requested L0 is met."""
 Families = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """Values by SAE, seed and measure."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the rule says of one SAE of a run, and the numbers that it says so for."""
+    """What the rule says about one SAE of a run, and the numbers behind it."""
 
     label: str
     verdict: str
@@ -41,7 +42,7 @@ class Finding:
 def judge(
     values: Families, against: Sequence[str], found: Sequence[Difference], measures: Sequence[str]
 ) -> list[Finding]:
-    """Of every SAE that is neither base nor control nor sanity baseline. The first of `against` is the base."""
+    """A finding for every SAE that is not a base, control or sanity baseline. The first of `against` is the base."""
     base, *controls = against
     methods = methods_of(values, against)
     too_small = why_too_small([one.get("growth") for one in values.get(base, {}).values()])
@@ -56,12 +57,12 @@ def judge(
 
 
 def methods_of(values: Families, against: Sequence[str]) -> list[str]:
-    """The SAEs that are asked about."""
+    """The SAEs that the rule judges."""
     return [label for label in values if label not in against and not is_baseline(label)]
 
 
 def why_outside(models: set[str | None], seeds: int) -> str | None:
-    """What makes a run one that the rule was not written about."""
+    """Why the rule does not apply to a run; None if it does."""
     if models == {MODEL} and seeds >= SEEDS:
         return None
     found = " and ".join(sorted(model or "an unknown model" for model in models)) or "no model"
@@ -74,7 +75,7 @@ def is_baseline(label: str) -> bool:
 
 
 def why_too_small(grown: Sequence[float | None]) -> str | None:
-    """What is wrong with the budget, by how much each seed of the base gained by its second half; None if it counts."""
+    """Why the budget does not count, from how much each seed of the base gained in its second half; None if it does."""
     known = [one for one in grown if one is not None]
     if not known:
         return "how much the base gained by the last doubling is not known: there is no run of it at half the length"
@@ -99,7 +100,7 @@ def matched_by_baselines(values: Families, base: str, measures: Iterable[str]) -
 
 
 def _notes_of_baselines(values: Families, useless: Sequence[str], used: Sequence[str]) -> Iterator[str]:
-    """What was left out for them, and what they could not be asked about."""
+    """Which measures were left out because of baselines, and at which baselines have no number."""
     if useless:
         yield f"not used, since a sanity baseline does as well: {', '.join(useless)}"
     baselines = [seeds for label, seeds in values.items() if is_baseline(label)]
@@ -111,7 +112,7 @@ def _notes_of_baselines(values: Families, useless: Sequence[str], used: Sequence
 
 
 def own_controls(label: str, methods: Sequence[str], controls: Sequence[str]) -> list[str]:
-    """Without those that break another method: `encoders_scattered` is the control of `encoders`."""
+    """The controls without those of another method: `encoders_scattered` is the control of `encoders`."""
     return [one for one in controls if not any(one.startswith(f"{other}_") for other in methods if other != label)]
 
 
@@ -155,7 +156,7 @@ def _judge(
 
 
 def _why_denser(values: Families, label: str, base: str) -> str:
-    """Where an SAE has more active latents than the base, seeds on average."""
+    """What to say if an SAE has more active latents than the base, on average over seeds; otherwise empty."""
     found = [values_of(values[one], "l0") for one in (label, base)]
     if not all(found):
         return ""
@@ -164,13 +165,13 @@ def _why_denser(values: Families, label: str, base: str) -> str:
 
 
 def _may_gain(one: Difference, deviation: float) -> bool:
-    """Whether the interval leaves room for a gain of one deviation. Where the seeds of the base are all alike, one is
-    nothing, which every interval of an SAE that is like it too has room for: then a gain is one that was found."""
+    """Whether the interval leaves room for a gain of one deviation. If the seeds of the base are all alike, that is
+    zero, which the interval of an SAE just like the base always includes: then only a gain that was found counts."""
     return one.mean + one.half_width >= deviation if deviation > 0.0 else one.mean > 0.0
 
 
 def values_of(seeds: Mapping[int, Mapping[str, float | None]], measure: str) -> list[float]:
-    """Of the seeds that have it."""
+    """The values of a measure, for the seeds that have it."""
     return [value for one in seeds.values() if (value := one.get(measure)) is not None]
 
 

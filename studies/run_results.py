@@ -1,4 +1,4 @@
-"""What the runs of a study came to: each SAE's numbers, what is wrong with them, and why some are not there."""
+"""The results of a study's runs: each SAE's numbers, what is wrong with them, and why some are missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .decision_rule import Families
 CORE = "core"
 LOGGED = "explained_variance"
 ASKS_FOR_MATERIAL = ("unlearning",)
-"""WMDP's text is given on request only, and is about one model: a study is whole without."""
+"""WMDP's text is given on request only, and is about one model: a study is complete without it."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Line:
     """None for what was measured and gave no number."""
     problems: list[str]
     remarks: list[str] = field(default_factory=list)
-    """Why numbers are not there, where an evaluation says."""
+    """Why numbers are missing, if an evaluation says so."""
     model: str | None = None
-    """Of which its results say that they are."""
+    """The model that its results name."""
 
     @property
     def family(self) -> str:
@@ -64,7 +64,7 @@ Results = Sequence[tuple[Recipe, Sequence[Line]]]
 def read_lines(
     folder: RunFolder, eval_ids: Sequence[str], costs: bool = False, asked: Mapping[str, Any] | None = None
 ) -> list[Line]:
-    """What a finished run came to: of its result and of its evaluations, if these are of the settings `asked` for."""
+    """The results of a finished run, and of its evaluations if these have the settings `asked` for."""
     result = read_json(folder.path / "result.json")
     half = RunFolder(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json") if half.is_finished else {"saes": {}}
@@ -136,7 +136,7 @@ def column_of(eval_id: str, metric: str, among: Sequence[str]) -> str:
 
 
 def titles_of(eval_ids: Sequence[str]) -> dict[str, str]:
-    """How columns are headed whose name does not say of which evaluation they are; core's go without."""
+    """Headings for columns whose names do not show their evaluation; core's have none."""
     columns = ((eval_id, metric) for eval_id in eval_ids if eval_id != CORE for metric in evals.load(eval_id).summary)
     return {
         column_of(eval_id, metric, eval_ids): f"{eval_id}: {name}"
@@ -146,7 +146,7 @@ def titles_of(eval_ids: Sequence[str]) -> dict[str, str]:
 
 
 def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:
-    """Where a result of before was left standing, since an evaluation by these settings has failed."""
+    """How an earlier result differs that was left in place because an evaluation with these settings failed."""
     if asked is None:
         return ""
     revision = evals.load(eval_id).revision
@@ -156,7 +156,7 @@ def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | No
 
 
 def of_other_store(eval_id: str, document: Mapping[str, Any], folder: RunFolder) -> str:
-    """Where `sae-eval` has measured a run of the study in another way since."""
+    """How a result differs if `sae-eval` has since measured the run in another way."""
     settings = settings_in(document)
     if not evals.load(eval_id).needs.store:
         return ""
@@ -181,7 +181,7 @@ def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
 
 
 def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
-    """The metrics of a result that are not there, and why as far as it says."""
+    """The metrics that a result lacks, and why, as far as it says."""
     names = [short_name(metric, found) for metric, value in found.items() if value is None]
     ours = document.get("saemill", {})
     if not names and ours.get("missing"):
@@ -191,7 +191,7 @@ def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, floa
 
 
 def measured_on(document: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    """The model and the store that a run's numbers are about, as far as its results say."""
+    """The model and the store that a run's numbers are of, as far as its results say."""
     store = document.get("saemill", {}).get("cache_id")
     if store is None:
         return []

@@ -1,7 +1,7 @@
-"""Pictures of a run of several seeds, as PNG and SVG: a seed is a point, and a band is what seeds leave open.
+"""Plots of a run of several seeds, as PNG and SVG: a seed is a point, and a band is what seeds leave uncertain.
 
 `RUN_measures`: a panel for each measure, a row for each SAE: its seeds, and the 95 % interval of their mean. The
-interval of the base goes down through all rows, so that whoever lies outside of it shows at a glance.
+interval of the base runs through all rows, so that whatever lies outside it shows at a glance.
 `RUN_training`: explained variance over training, the mean of an SAE's seeds in the band from its least to its most.
 """
 
@@ -27,7 +27,7 @@ Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 
 
 def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves, out: Path) -> list[Path]:
-    """Both pictures, as far as there are numbers for them."""
+    """Draw both plots, as far as there are numbers for them."""
     out.mkdir(parents=True, exist_ok=True)
     looks = {label: look(place) for place, label in enumerate(values)}
     figures = {"measures": draw_measures(title, values, base, looks), "training": draw_training(title, curves, looks)}
@@ -35,7 +35,7 @@ def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves
     for name, figure in figures.items():
         paths = [out / f"{run}_{name}.{kind}" for kind in KINDS]
         for path in paths:
-            path.unlink(missing_ok=True)  # a picture of what is no longer there
+            path.unlink(missing_ok=True)  # a plot of what is no longer there
         if figure is not None:
             save(figure, paths[0])
             written += paths
@@ -43,7 +43,7 @@ def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves
 
 
 def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, Look]) -> Figure | None:
-    """What all SAEs have alike to four digits, such as L0 on a top-k base, has no panel."""
+    """A measure that is the same for all SAEs to four digits, such as L0 on a top-k base, has no panel."""
     columns = list(dict.fromkeys(name for seeds in values.values() for one in seeds.values() for name in one))
     numbers = {name: {label: values_of(seeds, name) for label, seeds in values.items()} for name in columns}
     told = {name: {f"{n:.4g}" for some in found.values() for n in some} for name, found in numbers.items()}
@@ -71,7 +71,7 @@ def draw_training(title: str, curves: Curves, looks: Mapping[str, Look]) -> Figu
         drawn = [points for points in seeds if points]
         if not drawn:
             continue
-        shortest = min(map(len, drawn))  # where a seed ends, its mean would be that of the others
+        shortest = min(map(len, drawn))  # where a seed ends, the mean would be that of the others
         smooth = [smoothed(points[:shortest]) for points in drawn]
         steps = [step for step, _ in smooth[0]]
         at_step = list(zip(*([value for _, value in points] for points in smooth), strict=True))

@@ -1,12 +1,12 @@
 """`sae-study`: a study from its recipes to its table.
 
-1. Every run of the study, by the commands a person would type; runs that ended are kept, others go on.
-2. Runs that compare, such as `headline`, once for each of several seeds: comparisons stand on more than one.
-3. Of the run that decides, its base once more at half the length: `growth` in the table, whether the budget counts.
+1. Every run of the study, by the commands a person would type; runs that ended are kept, others continue.
+2. Runs that compare, such as `headline`, once for each of several seeds: comparisons need more than one.
+3. For the run that decides, its base once more at half the length: `growth` in the table says if the budget counts.
 4. Evaluation: core, the study's own measures, and what else a run asks for.
 5. table.md and table.json of all runs of the study that have ended, with the differences of SAEs from their base and
-   controls, their intervals, and a correction for how many there are; a list of everything wrong, and a non-zero exit
-   if there is anything: a run without steps, NaN, scores no better than those of an SAE that was never trained.
+   controls, their intervals, and a correction for how many there are; a list of all problems, and a non-zero exit
+   if there are any: a run without steps, NaN, scores no better than those of an SAE that was never trained.
 
 The run `decisive`, five seeds at equal sparsity, is longer than all others together: `--only decisive` asks for it.
 """
@@ -46,7 +46,7 @@ from .run_results import Line, Results, curve_by_label, families, read_lines, ti
 from .tables import rows_of, write_tables
 
 AS_OFTEN = ("--epochs", "1000")
-"""As it takes for the tokens that are asked for."""
+"""As many epochs as the requested tokens take."""
 DIVERGED = (
     "training diverged, and no SAE of the run has a result. The same call trains it again, to the same end: choose a "
     "lower learning rate (--set optim.lr=) and another --out"
@@ -60,13 +60,14 @@ class Course:
     cache: str
     out: Path
     options: tuple[str, ...]
-    """Of sae-train, such as --tokens 1M."""
+    """Options of sae-train, such as --tokens 1M."""
     seeds: int | None
-    """Of runs that compare; None: as many as the recipe says."""
+    """Seeds of runs that compare; None: as many as the recipe says."""
     baselines: bool = False
-    """Whether sanity baselines train beside the SAEs of runs that compare."""
+    """Whether sanity baselines train along with the SAEs of runs that compare."""
     evaluation: tuple[str, ...] = ()
-    """Of sae-eval, such as --set sparse_probing.data=stdlib. Not of the training: another call may say others."""
+    """Options of sae-eval, such as --set sparse_probing.data=stdlib. Training does not depend on them: another call may
+    give others."""
 
 
 EXAMPLES = """\b
@@ -91,7 +92,7 @@ Examples:
     "--seeds", type=click.IntRange(1), help="How many seeds runs that compare have.  [default: the recipe's, 3 or 5]"
 )
 @click.option(
-    "--with-baselines", "baselines", is_flag=True, help="Train sanity baselines beside the SAEs that are compared."
+    "--with-baselines", "baselines", is_flag=True, help="Train sanity baselines along with the SAEs that are compared."
 )
 @click.option("--evals", "few", metavar="NAMES", help="Only these evaluations of each run.  [default: all]")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
@@ -116,8 +117,8 @@ def main(
     with errors_told(refuse):
         if count_processes() > 1:
             refuse(
-                "a study is one process, found several, as torchrun starts them: start it by itself, and train what is "
-                "too large for it by torchrun, with sae-train --recipe STUDY/RUN"
+                "expected one process, found several, as torchrun starts them: start a study without torchrun, and use "
+                "torchrun with sae-train --recipe STUDY/RUN for what is too large for one process"
             )
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
@@ -127,7 +128,7 @@ def main(
         make_configs(evals.ALL, evaluation)  # refuses what no evaluation has, before anything is trained
     told = []
     try:
-        with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # of what it runs, too
+        with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # for what it runs, too
             chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
             for line in unused(list(chain.from_iterable(chosen.values())), few, evaluation, seeds, baselines):
                 click.echo(line, err=True)
@@ -153,7 +154,7 @@ def refuse(message: str) -> None:
 
 
 def choose(study: str, wanted: str | None) -> list[Recipe]:
-    """The runs of a study but the one that decides, or those that are named."""
+    """The runs of a study except the one that decides, or those that are named."""
     if wanted is None:
         return [recipe for recipe in runs_of(study) if recipe.name != DECISIVE]
     named = [name for name in dict.fromkeys(name.strip() for name in wanted.split(",")) if name]
@@ -167,7 +168,7 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
             whole = name.removesuffix(HALF)
             raise click.ClickException(
                 f"--only {name}: expected a run with something to compare, found the base of {whole} alone. Ask for "
-                f"{whole}, beside which it is trained, or for itself: sae-train --recipe {study}/{name}"
+                f"{whole}, with which it is trained, or train it by itself: sae-train --recipe {study}/{name}"
             )
     return [recipe for name in named for recipe in find_recipes(f"{study}/{name}")]
 
@@ -178,7 +179,7 @@ def restrict(recipes: Sequence[Recipe], few: str | None) -> list[Recipe]:
         return list(recipes)
     named = [name.strip() for name in few.split(",")]
     for name in named:
-        evals.load(name)  # an unknown one is told with what it may have meant
+        evals.load(name)  # the error for an unknown one suggests what was meant
     found = [replace(recipe, evals=tuple(name for name in recipe.evals if name in named)) for recipe in recipes]
     if not any(recipe.evals for recipe in found):
         known = sorted({name for recipe in recipes for name in recipe.evals})
@@ -192,7 +193,7 @@ def restrict(recipes: Sequence[Recipe], few: str | None) -> list[Recipe]:
 def unused(
     recipes: Sequence[Recipe], few: str | None, evaluation: Sequence[str], seeds: int | None, baselines: bool
 ) -> Iterator[str]:
-    """What was asked for and none of these runs has a use for."""
+    """What was requested but none of these runs uses."""
     measured = {eval_id for recipe in recipes for eval_id in recipe.evals}
     named = [name.strip() for name in few.split(",")] if few else []
     yield from (f"--evals {name}: none of these runs has it" for name in named if name not in measured)
@@ -205,7 +206,7 @@ def unused(
 
 
 def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
-    """All of one study; what is done already is kept."""
+    """Carry out one study; what is done already is kept."""
     keep_course(course)
     for recipe in recipes:
         train(training_words(recipe, course, course.options, course.baselines), console)
@@ -231,10 +232,10 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
 
 
 def _lines_of(recipe: Recipe, out: Path, asked: Mapping[str, Any], *, is_asked: bool) -> list[Line]:
-    """Of a run; one of before that cannot be read costs the others no table."""
+    """The lines of a run; an earlier one that cannot be read does not cost the others their table."""
     folder = RunFolder(out / recipe.name)
     try:
-        if not folder.is_finished:  # what else may befall a run has ended the study
+        if not folder.is_finished:  # any other failure of a run has ended the study
             return [Line(recipe.name, label, {}, [DIVERGED]) for label in folder.read_config()["saes"]]
         return read_lines(folder, recipe.evals, recipe.costs, asked)
     except (EvalError, TrainError) as error:
@@ -244,7 +245,7 @@ def _lines_of(recipe: Recipe, out: Path, asked: Mapping[str, Any], *, is_asked: 
 
 
 def of_before(recipes: Sequence[Recipe], out: Path) -> Iterator[Recipe]:
-    """The other runs of the study that have ended here, with those of their evaluations that they have."""
+    """The other runs of the study that have ended here, with those of their evaluations that have results."""
     named = [recipe.name for recipe in recipes]
     for recipe in runs_of(recipes[0].study):
         folder = RunFolder(out / recipe.name)
@@ -260,14 +261,14 @@ def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:
 
 
 def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path, console: Console) -> None:
-    """Of the runs of several seeds, beside the table."""
-    from .seed_plots import draw_bands  # loads matplotlib, which nobody waits for who asks for help
+    """Draw the runs of several seeds, next to the table."""
+    from .seed_plots import draw_bands  # late: --help must not wait for matplotlib
 
     for recipe, lines in results:
         if recipe.seeds > 1 and any(line.values for line in lines):
             curves: dict[str, list[list[tuple[float, float]]]] = {}
             points = curve_by_label(folders[recipe.name])
-            for line in (line for line in lines if line.values):  # of one that diverged there is nothing to draw
+            for line in (line for line in lines if line.values):  # there is nothing to draw for one that diverged
                 curves.setdefault(line.family, []).append(points.get(line.label, []))
             title, titles = f"{recipe.study}: {recipe.name}", titles_of(recipe.evals)
             named = [replace(one, values={titles.get(n, n): v for n, v in one.values.items()}) for one in lines]
@@ -276,7 +277,7 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
 
 
 def keep_course(course: Course) -> None:
-    """Runs of one table share their settings and their store: those of an earlier call are refused if they differ."""
+    """Runs of one table share their settings and their store: a call with others than an earlier one is refused."""
     wanted = {"options": list(course.options), "seeds": course.seeds, "baselines": course.baselines}
     path = course.out / "course.json"
     begun = sorted(course.out.glob("*/config.json"))
@@ -287,7 +288,7 @@ def keep_course(course: Course) -> None:
         if found != wanted:
             raise click.ClickException(
                 f"{course.out} was begun with {_typed(found)}, found {_typed(wanted)}: "
-                "say the same again, or choose another --out"
+                "give the same options, or choose another --out"
             )
         return
     try:
@@ -298,7 +299,7 @@ def keep_course(course: Course) -> None:
 
 
 def _typed(course: Mapping[str, Any]) -> str:
-    """A course in the options that ask for it."""
+    """A course as command-line options."""
     words = list(course.get("options") or ())
     words += ["--seeds", str(course["seeds"])] if course.get("seeds") is not None else []
     words += ["--with-baselines"] if course.get("baselines") else []
@@ -306,20 +307,20 @@ def _typed(course: Mapping[str, Any]) -> str:
 
 
 def require_one_store(course: Course, begun: Sequence[Path]) -> None:
-    """Another one at the same place, of other text, would go into the same table."""
+    """Refuse another store at the same place: runs on other text would go into the same table."""
     trained = {path: cache_of(RunFolder(path.parent))[1] for path in begun}
-    # Where it is gone, results that are there can be told.
+    # If it is gone, existing results can still be reported.
     found = id_of_store(course.cache) or next(iter(trained.values()))
     for path, trained_on in trained.items():
         if trained_on != found:
             raise click.ClickException(
-                f"{path.parent} was trained on store {trained_on}, and {course.cache} is store {found}: give --cache "
+                f"{path.parent} was trained on store {trained_on}, but {course.cache} is store {found}: give --cache "
                 "the store that the study was begun with, or choose another --out"
             )
 
 
 def half_command(recipe: Recipe, course: Course) -> list[str]:
-    """The same for the base of a finished run, at half its length; none where that has ended."""
+    """The words after `sae-train` for the base of a finished run, at half its length; none if that has ended."""
     tokens = RunFolder(course.out / recipe.name).read_config()["course"]["tokens"] // 2
     pairs = zip(course.options[::2], course.options[1::2], strict=True)
     options = [word for pair in pairs if not _says_length(*pair) for word in pair]
@@ -332,7 +333,7 @@ def _says_length(option: str, value: str) -> bool:
 
 
 def training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:
-    """The words after `sae-train` for a run; none where it has ended."""
+    """The words after `sae-train` for a run; none if it has ended."""
     name = recipe.name
     folder = RunFolder(course.out / name)
     if folder.is_finished:
@@ -347,14 +348,14 @@ def training_words(recipe: Recipe, course: Course, options: Sequence[str], besid
 
 
 def train(words: Sequence[str], console: Console) -> None:
-    """Nothing where the run has ended."""
+    """Train a run, unless it has ended."""
     if words:
         call(sae_train, "sae-train", words, console)
 
 
 def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
-    """Run a command of this package and print it as one would type it. A failure ends the study, but for training that
-    diverged, of which the table tells; and a stop as it ended the command."""
+    """Run a command of this package and print it as one would type it. A failure ends the study, except training that
+    diverged, which the table reports; a stop ends the study as it ended the command."""
     console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
     try:
         command.main(list(words), prog_name=name, standalone_mode=False)

@@ -31,12 +31,12 @@ MEASURES = (
     "tpp_threshold_10_total_metric",
     "tpp_threshold_50_total_metric",
 )
-"""What SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each number of it is
-about pairs of seeds, so that five of them are not five."""
+"""The measures that SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each of its
+numbers is about pairs of seeds, so that five of them are not five independent ones."""
 
 
 def write_tables(results: Results, out: Path, console: Console) -> None:
-    """On the console, and as table.md and table.json."""
+    """Print the tables, and write them to table.md and table.json."""
     every = [line for _, lines in results for line in lines]
     parts = []
     for title, head, rows in _tables(results):
@@ -48,7 +48,7 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     remarks += told_of(every, lambda line: line.remarks)
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
-    remarks += [f"failed: {problem}" for problem in told_of(every, lambda line: line.problems)]  # for who reads files
+    remarks += [f"failed: {problem}" for problem in told_of(every, lambda line: line.problems)]  # for readers of files
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
@@ -61,7 +61,7 @@ def rows_of(lines: Iterable[Line]) -> list[dict[str, Any]]:
 
 
 def told_of(lines: Iterable[Line], said: Callable[[Line], Iterable[str]]) -> list[str]:
-    """Each once, with whom it is about: the seeds of an SAE are one name, and all SAEs of a run are the run."""
+    """Each remark once, with its subject: the seeds of an SAE are one name, and all SAEs of a run are the run."""
     about: dict[tuple[str, str], list[str]] = {}
     everybody: dict[str, set[str]] = {}
     for line in lines:
@@ -76,7 +76,7 @@ def told_of(lines: Iterable[Line], said: Callable[[Line], Iterable[str]]) -> lis
 
 
 def selected(recipe: Recipe, lines: Sequence[Line]) -> str:
-    """Which SAE of a run is the best at what it is selected by; of one seed, so that it says where to look."""
+    """Which SAE of a run is the best by what it is selected by; it is of one seed, so it only says where to look."""
     found = {line.label: value for line in lines if (value := line.values.get(recipe.select)) is not None}
     if not found:
         return f"{recipe.name}: nothing to select by, no SAE has {recipe.select}"
@@ -115,7 +115,7 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
 
 
 def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int, found: Sequence[Difference]) -> list[Finding]:
-    """What the rule says, of a run that it is about."""
+    """What the rule says about a run, if it applies to it."""
     values, outside = families(lines), why_outside({line.model for line in lines if line.values}, seeds)
     if outside is not None:
         return [Finding(label, "not asked", outside) for label in methods_of(values, recipe.against)]
@@ -123,7 +123,7 @@ def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int, found: Sequence[Dif
 
 
 def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
-    """At what no SAE is trained on."""
+    """Differences at the measures that no SAE is trained on."""
     known = {name for line in lines for name in line.values}
     values = {label: seeds for label, seeds in families(lines).items() if not is_baseline(label)}
     return compare(values, recipe.against, [name for name in MEASURES if name in known])
@@ -145,13 +145,13 @@ def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]
 
 
 def interval_of(difference: Difference, seeds: int) -> str:
-    """The mean and half of its 95 % interval, and of how many seeds where it is not of all."""
+    """The mean and half of its 95 % interval, and the number of seeds if it is not all of them."""
     partly = f" (of {difference.seeds})" if difference.seeds < seeds else ""
     return f"{difference.mean:+.4g} ± {difference.half_width:.2g}{partly}"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several."""
+    """Mean, and standard deviation if there are several."""
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""

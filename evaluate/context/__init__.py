@@ -1,1 +1,1 @@
-"""What every evaluation is given and may use: context, SAEs, results, data kept on disk or on the hub."""
+"""What every evaluation is given and may use: context, SAEs, results, data on disk or on the hub."""

@@ -1,4 +1,4 @@
-"""The context of an evaluation: the store, the language model behind it, the device, and who watches."""
+"""The context of an evaluation: the store, the language model behind it, the device, and the progress display."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ DtypeName = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(eq=False)
 class Context:
-    """What all evaluations of one store share. The model is loaded when it is first asked for."""
+    """What all evaluations of one store share. The model is loaded when it is first needed."""
 
     opened: Store | None
     model_name: str | None = None
-    """A folder, `pocket` or an id that the user insists on; None: the one that the store says."""
+    """A folder, `pocket` or an id given by the user; None: the model that the store names."""
     dtype_name: DtypeName | None = None
-    """None: the store's; without one bfloat16."""
+    """None: the store's, or bfloat16 without a store."""
     from_tokens: bool = False
-    """Run the whole model from tokens where the store's residuals would do."""
+    """Run the whole model from tokens even where the store's residuals would do."""
     massive_norms: float | Literal["store's"] | None = "store's"
     """Rows whose norm is beyond this multiple of their layer's median are left out; None: every row counts."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     watch: Watch = field(default_factory=Watch)
     model_identity: str | None = None
-    """Of the loaded model, down to the revision; None where nobody knows."""
+    """Id and revision of the loaded model; None if unknown."""
     _massive: dict[Place, Massive] = field(default_factory=dict)
     _source: ModelSource | None = None
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
     _no_room: str | None = None
-    """Why the model does not fit; the words alone, as the error holds what was loaded of it."""
+    """Why the model does not fit: text only, as the error would keep what was loaded in memory."""
 
     @property
     def store(self) -> Store:
@@ -59,8 +59,8 @@ class Context:
 
     @property
     def without_tokens(self) -> str | None:
-        """What to do where the store was imported without tokens, as those that it holds are made up; None: they are
-        its own."""
+        """What to do if the store was imported without tokens, so that those it holds are made up; None: they are
+        real."""
         if self.opened is None or self.manifest.corpus.settings.get("tokens") is not False:
             return None
         return (
@@ -70,7 +70,7 @@ class Context:
 
     @property
     def massive_multiple(self) -> float | None:
-        """The multiple that holds here."""
+        """The multiple that is in effect; None: every row counts."""
         if self.massive_norms == "store's":
             return default_multiple(self.manifest)
         return self.massive_norms
@@ -91,7 +91,7 @@ class Context:
 
     @property
     def model(self) -> LanguageModel:
-        """The whole language model; ModelMissing or MemoryTooSmall where it cannot be loaded, the same each time."""
+        """The whole language model. Raises ModelMissing or MemoryTooSmall if it does not load, the same each time."""
         if self._no_room is not None:
             raise MemoryTooSmall(self._no_room)
         if self._model is None:
@@ -116,14 +116,14 @@ class Context:
     def head(self) -> Head:
         """The model's final norm and unembedding, in float32 whatever the model runs in; nothing else is loaded.
 
-        ModelMissing where there are none."""
+        Raises ModelMissing if there are none."""
         if self._model is not None and self._source is None:  # given in memory: there are no files
             return head_of(self._model.model)
         return load_head(self._find_source().folder, self.device)
 
     @property
     def tokenizer(self) -> TextEncoder:
-        """The model's; its weights stay on disk. ModelMissing where it cannot be loaded."""
+        """The model's tokenizer; no weights are loaded. Raises ModelMissing if it cannot be loaded."""
         if self._model is not None:
             return self._model.tokenizer
         try:
@@ -132,7 +132,7 @@ class Context:
             raise ModelMissing(str(error)) from error
 
     def _find_source(self) -> ModelSource:
-        """The model's files; the same error each time where they are missing."""
+        """The model's files. Raises the same error each time if they are missing."""
         if self._obstacle is not None:
             raise self._obstacle
         if self._source is None:
@@ -148,16 +148,16 @@ class Context:
 
     @property
     def is_pocket(self) -> bool:
-        """Whether the model is the one that comes with this package: evaluations then take data made here."""
+        """Whether the model is the one that comes with this package: evaluations then use data made locally."""
         name = self.model_name or (self.opened.manifest.model.id if self.opened else None)
         return name == POCKET
 
     def takes_library(self, data: str) -> bool:
-        """Whether `data`, as an evaluation's setting says it, means text of this Python's library."""
+        """Whether an evaluation's setting `data` means text of this Python's standard library."""
         return data == "stdlib" or (data == "auto" and self.is_pocket)
 
     def use(self, model: LanguageModel) -> None:
-        """Take a model that is in memory already. Nobody knows which it is, so nothing it computes is kept."""
+        """Use a model that is already in memory. Its identity is unknown, so nothing it computes is cached."""
         self._model, self.model_identity, self._no_room = model, None, None
 
     def say(self, text: str) -> None:
@@ -171,11 +171,11 @@ def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
     try:
         return fetch(Choice(override or "")) if manifest is None else fetch_recorded(manifest.model, override)
     except HarvestError as error:
-        raise ModelMissing(f"{error}. Or give its folder by --model") from error
+        raise ModelMissing(f"{error}. Or give its folder with --model") from error
 
 
 def require_same_shape(folder: Path, manifest: Manifest) -> None:
-    """For stores that know no revision: a model of another width or depth cannot have made them."""
+    """For stores that record no revision: a model of another width or depth cannot have made them."""
     try:
         facts = read_facts(folder)
     except HarvestError as error:
@@ -184,5 +184,5 @@ def require_same_shape(folder: Path, manifest: Manifest) -> None:
         raise ModelMissing(
             f"the store holds layers {list(manifest.layers)} of width {manifest.model.d_model}, "
             f"the model has {facts.num_layers} layers of width {facts.d_model}: it is not the one that made the store. "
-            "Give that one by --model"
+            "Give that one with --model"
         )

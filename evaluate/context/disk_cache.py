@@ -1,4 +1,4 @@
-"""What takes a model long to find out is kept on disk, as JSON named for all that decides it."""
+"""A cache on disk of what takes a model long to compute, as JSON files named after everything that decides it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..model.prefix_suffix import LanguageModel
 
 
 def decided_by(**facts: Any) -> str:
-    """The name of what these facts decide, all that do: a kept value is found again by the same facts alone."""
+    """The name of a value that exactly these facts decide: a cached value is found again only by the same facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def remembered(folder: str | Path, name: str, decided: str, compute: Callable[[], Any]) -> Any:
-    """What `compute` returned when it was first asked for under this name; it must fit into JSON.
+    """What `compute` returned when first called under this name; it must be JSON.
 
-    A damaged file is none, and a disk that takes no file costs no result: it is computed again next time. Nor does a
-    user without a home, as in containers.
+    A damaged file counts as none. If the disk takes no file, or the user has no home, as in containers, the value is
+    computed again next time.
     """
     try:
         file = Path(folder).expanduser() / f"{name}-{decided}.json"
@@ -38,7 +38,6 @@ def remembered(folder: str | Path, name: str, decided: str, compute: Callable[[]
 
 
 def model_print(model: LanguageModel) -> str:
-    """What distinguishes a model from others: tokenizer, dtype, and the sum of every parameter, the head's too: it is
-    cheap."""
+    """A fingerprint of a model: tokenizer, dtype, and the sum of every parameter, including the head's: it is cheap."""
     sums = [float(parameter.float().sum()) for parameter in model.model.parameters()]
     return json.dumps([model.tokenizer.digest, str(model.dtype), sums])

@@ -1,5 +1,5 @@
-"""What evaluations measure on: a data set on the hub by its real name, at a commit that results remember, with errors
-that say what is in the way and what to do; and which text of the running Python it is."""
+"""Data that evaluations measure on: data sets on the hub by their real names, at a commit that results record, with
+errors that say what went wrong and what to do; and the revision of the running Python's library text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ...train.run.find_and_load_sae import ANSWER_SECONDS, ask_hub
 from ..errors import DataMissing
 
 _AWAY: list[Exception] = []
-"""Why the hub did not answer; nobody waits for it twice."""
+"""Why the hub did not answer, so that it is not waited for twice."""
 
 Revision = str | Mapping[str, str]
-"""Of data: a digest, or of data sets on the hub the commit of each."""
+"""A revision of data: a digest or, for data sets on the hub, the commit of each."""
 
 
 def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]]:
@@ -49,8 +49,8 @@ def load_json(dataset: str, file: str) -> Any:
 
 @cache
 def commit_of(dataset: str, *branch: str) -> str | None:
-    """At which commit a data set is read, the same as long as the process lives: the hub's newest, of a branch where
-    one is named, or that of what was downloaded before where the hub does not answer. None: nobody knows one."""
+    """The commit at which a data set is read, fixed for the life of the process: the hub's newest (of a branch, if one
+    is named) or, if the hub does not answer, that of an earlier download. None: unknown."""
     from datasets import config  # here: it takes seconds to import
     from huggingface_hub import HfApi, constants
 
@@ -65,8 +65,8 @@ def commit_of(dataset: str, *branch: str) -> str | None:
 
 
 def downloaded_commit(dataset: str) -> str | None:
-    """Without the hub `datasets` reads what it prepared last, whichever commit it is told; files come from a snapshot.
-    Both lie in a folder that the commit names."""
+    """The commit of what is on disk. Without the hub, `datasets` reads what it prepared last, whichever commit is
+    requested; files come from a snapshot. Both are in a folder named after the commit."""
     from datasets import config  # here: it takes seconds to import
     from huggingface_hub import constants
 
@@ -81,14 +81,14 @@ def downloaded_commit(dataset: str) -> str | None:
 
 
 def commits_of(datasets: Iterable[str], converted: Container[str] = ()) -> dict[str, str] | None:
-    """Those that are known, as an evaluation's `data_revision`; of what is read `converted` that of the conversion."""
+    """The known commits, as an evaluation's `data_revision`; for data sets in `converted`, that of the conversion."""
     found = {one: commit_of(one, *([CONVERSION] if one in converted else [])) for one in datasets}
     return {dataset: commit for dataset, commit in found.items() if commit} or None
 
 
 def data_meant(told: Revision | None, now: Revision | None) -> Revision | None:
-    """By which data a result is judged that tells of some. Where nobody knows which data were meant its own count: the
-    store may be gone, the hub may not answer, and results of before tell of no commit of the hub."""
+    """The data revision to judge a result by, from the one that it records. If the present one is unknown, its own
+    counts: the store may be gone, the hub may not answer, and older results record no commit of the hub."""
     if now is None:
         return told
     if isinstance(now, str) or isinstance(told, str):
@@ -98,7 +98,7 @@ def data_meant(told: Revision | None, now: Revision | None) -> Revision | None:
 
 @cache
 def library_revision() -> str:
-    """Of the running Python's standard library, for evaluations on its text."""
+    """The revision of the running Python's standard library, for evaluations on its text."""
     return f"sha256:{text_digest(stdlib_documents())}"
 
 
@@ -106,5 +106,5 @@ def _missing(dataset: str, part: str | None, error: Exception) -> DataMissing:
     return DataMissing(
         f"data set {dataset}{f' ({part})' if part else ''} cannot be loaded ({first_line(error)}). Open "
         f"https://huggingface.co/datasets/{dataset} and accept its terms if it asks, then `hf auth login`, and run "
-        "this again with a network, or once elsewhere and copy ~/.cache/huggingface here"
+        "this again with network access, or once elsewhere and copy ~/.cache/huggingface here"
     )

@@ -36,7 +36,7 @@ class LoadedSae:
 
     label: str
     folder: Path  # of the SAE
-    home: Path  # of its results: the run's folder, or the SAE's own; for the Hub's one under runs/hub
+    home: Path  # of its results: the run's folder, or the SAE's own; for one from the Hub, under runs/hub
     run: str | None
     variant: str
     sae: SparseAutoencoder
@@ -57,7 +57,7 @@ class LoadedSae:
 
     @property
     def hooks(self) -> tuple[str, str]:
-        """What of its layers the SAE reads and writes: the residual stream, or other hooks."""
+        """What the SAE reads and writes in its layers: the residual stream, or other hooks."""
         hook = self.metadata.get("hook", RESID)
         return hook, self.metadata.get("target_hook", hook)
 
@@ -71,12 +71,12 @@ class LoadedSae:
 
     @cached_property
     def encoder(self) -> Affine:
-        """What `sae` multiplies its input with; where it is looked at twice, half of `W_enc` more is held."""
+        """The encoder's affine map; a bfloat16 copy, where products use one, takes half of `W_enc` more memory."""
         return Affine(self.sae.W_enc.detach(), self.sae.b_enc.detach())
 
     @cached_property
     def sha256(self) -> str:
-        """Of its weights and settings on disk."""
+        """Digest of its weights and settings on disk."""
         return source_of(self.folder).sha256
 
     @cached_property
@@ -102,31 +102,31 @@ class LoadedSae:
         if not self.is_single_layer:
             raise NotApplicable(
                 f"{self.name} reads layers {list(self.layers)} and writes {list(self.target_layers)}: "
-                "this evaluation is about SAEs that read and write one layer"
+                "this evaluation is for SAEs that read and write one layer"
             )
         return self.layers[0]
 
     def to(self, device: torch.device) -> None:
-        """Move the SAE; `encoder`, which would hold the memory it leaves, is made anew there."""
+        """Move the SAE; `encoder`, which would keep the old memory in use, is made again there."""
         vars(self).pop("encoder", None)
         self.sae.to(device)
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights."""
+        """Size of the weights in memory."""
         return sum(table.numel() * table.element_size() for table in (*self.sae.parameters(), *self.sae.buffers()))
 
     @property
     def together(self) -> int:
-        """How many windows are encoded at once at least: two by the control, which reads the other one's attention."""
+        """The fewest windows that are encoded at once: two for the control, where each reads the other's attention."""
         reads = self.needs >= {"attention", "row_of"}
         return 2 if reads and self.metadata.get("training_architecture_details", {}).get("shuffle_attention") else 1
 
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
-        """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have. The
-        control takes windows two by two, so that its numbers are the same however large batches are, but for those of
-        an odd number: their last one reads nobody's attention."""
+        """Activations [W, T, F]; zero at special tokens if the SAE needs side inputs, which those lack. The control
+        takes windows two by two, so that its numbers do not depend on the batch size, except for a batch of an odd
+        number: its last window reads no attention."""
         if 1 < self.together < len(batch):
             return torch.cat([self.encode(batch.slice(start, start + 2)) for start in range(0, len(batch), 2)])
         x_WTD = batch.x(self.layers)
@@ -139,8 +139,8 @@ class LoadedSae:
         return acts_WTF
 
     def _ordinary(self, x: Tensor) -> Tensor:
-        """bool [B]: rows of a norm that training had too, in each layer. A massive one among those that attention
-        reads would be all that it brings."""
+        """bool [B]: rows whose norm is within training's bounds in every layer. A massive row among those that
+        attention reads would outweigh all others."""
         hook, found = self.hooks[0], bounds_in(self.config)
         keys = [key_of(place_of(hook, layer)) for layer in self.layers]
         bounds = x.new_tensor([found.get(key, math.inf) for key in keys])
@@ -149,7 +149,7 @@ class LoadedSae:
 
     @torch.inference_mode()
     def decode(self, acts_WTF: Tensor) -> Tensor:
-        """x_hat [W, T, D_out], without what goes past the activations."""
+        """x_hat [W, T, D_out], without what bypasses the activations."""
         return self.sae.decode(acts_WTF)
 
     def reconstruct(self, batch: Windows) -> tuple[Tensor, Tensor]:
@@ -159,41 +159,41 @@ class LoadedSae:
 
 
 def is_massive(norms: Tensor, bounds: Tensor | float) -> Tensor:
-    """bool, like `norms`. One that is not finite is no massive one: numbers show it, where leaving it out would hide
-    it."""
+    """bool, shaped like `norms`. A norm that is not finite does not count as massive: results show it, where leaving
+    it out would hide it."""
     return (norms > bounds) & norms.isfinite()
 
 
 def bounds_in(config: Mapping[str, Any]) -> Mapping[str, float]:
-    """By place, beyond which norm a row is massive; none where training took every row."""
+    """For each place, the norm beyond which a row is massive; empty if training took every row."""
     metadata = config.get("metadata")
     told = metadata if isinstance(metadata, Mapping) else {}
-    return told.get(NORM_BOUNDS, told.get("largest_norms", {}))  # as SAEs of before say it
+    return told.get(NORM_BOUNDS, told.get("largest_norms", {}))  # as older SAEs name it
 
 
 def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
-    """Every layer that some of these SAEs read or write, in rising order."""
+    """Every layer that any of these SAEs reads or writes, in ascending order."""
     return tuple(sorted({layer for sae in saes for layer in (*sae.layers, *sae.target_layers)}))
 
 
 def attention_layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
-    """Every layer whose attention some of these SAEs read, in rising order."""
+    """Every layer whose attention any of these SAEs reads, in ascending order."""
     return tuple(sorted({layer for sae in saes for layer in sae.attention_layers}))
 
 
 def batch_size_for(saes: Collection[LoadedSae], context: int, wanted: int) -> int:
-    """As many rows of tokens at once as asked for, but no more than the dense codes of the widest SAE allow; whole
-    pairs where there is a control that reads those."""
+    """How many windows to read at once: as many as requested, but no more than the dense codes of the widest SAE allow;
+    whole pairs if there is a control that needs them."""
     return whole(min(wanted, MOST_CODES // (context * max(sae.width for sae in saes))), together(saes))
 
 
 def together(saes: Iterable[LoadedSae]) -> int:
-    """How many windows all of these SAEs are given at least."""
+    """The fewest windows that all of these SAEs can be given."""
     return max(sae.together for sae in saes)
 
 
 def make_side(batch: Windows, is_read: Tensor) -> Side:
-    """The side inputs of the rows `x[batch.keep]`, by the names that training uses; `is_read` [B] says which of them
+    """The side inputs of the rows `x[batch.keep]`, by the names that training uses; `is_read` [B] says which rows
     others may read."""
     window = batch.keep.nonzero()[:, 0]
     row_of = torch.full_like(batch.tokens, -1)

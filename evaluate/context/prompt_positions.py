@@ -1,7 +1,7 @@
-"""Reading single tokens of prompts: what the model, and each SAE, makes of them. N prompts, D width, F latents.
+"""Residuals and activations at single positions of prompts. N prompts, D width, F latents.
 
-A prompt is read at one position, counted from its end, so prompts of any length will do. Of an SAE that reads more than
-the residual there, activations are kept from the pass, and sparse: dense ones of all spots may be more than fits.
+A prompt is read at one position, counted from its end, so prompts may have any length. For an SAE that reads more than
+the residual there, activations are kept from the pass, and sparse: dense ones of all spots may not fit into memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..model.smaller_pieces import PieceSize, in_pieces
 from .loaded_sae import LoadedSae, layers_of, together
 
 CHUNK_BYTES = 64 << 20
-"""Of dense activations held at once."""
+"""The most bytes of dense activations held at once."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Spot:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Residuals at the spots; activations too of SAEs that read more than the residual there."""
+    """Residuals at the spots, and the activations of SAEs that read more than the residual there."""
 
     x: dict[int, Tensor]  # layer -> float32 [N, D]
     acts: dict[LoadedSae, csr_matrix]  # float32 [N, F]
@@ -82,7 +82,7 @@ class Reader:
     say: Callable[[str], None] = lambda _: None
 
     def read(self, spots: Sequence[Spot], advance: Callable[[int], None]) -> Reading:
-        """Prompts that do not fit into memory together are read in smaller batches."""
+        """Read all spots, in smaller batches if memory runs out."""
         size = PieceSize(self.batch_size, "prompts", self.say, together(self.subjects))
         parts = []
         for part in in_pieces(len(spots), size, lambda start, stop: self._read(spots[start:stop])):
@@ -99,7 +99,7 @@ class Reader:
         )
 
     def _run(self, spots: Sequence[Spot], layers: Sequence[int]) -> tuple[Windows, tuple[Tensor, Tensor]]:
-        """A batch, and where its spots are."""
+        """Run a batch; return it and the indices of its spots."""
         tokens, valid = make_rows(self.model, [spot.tokens for spot in spots], max(len(spot.tokens) for spot in spots))
         batch = run_windows(self.model, tokens, valid, layers, self.attention)
         places = torch.tensor([len(spot.tokens) + spot.position for spot in spots], device=batch.tokens.device)

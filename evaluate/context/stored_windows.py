@@ -1,6 +1,6 @@
-"""What measures of stored text read: some windows of a split with the layers that all SAEs need, and which rows count.
+"""What measures on stored text read: windows of a split with the layers that all SAEs need, and which rows count.
 
-They look at dense codes [W, T, F] of one SAE at a time; batches are as small as the widest SAE asks for. Rows that
+They take dense codes [W, T, F] of one SAE at a time; batches are small enough for the widest SAE. Rows that
 count are neither special nor padding, nor massive in a layer that the SAE reads or writes.
 """
 
@@ -23,7 +23,7 @@ from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, bounds_i
 
 @dataclass
 class TextCount:
-    """How much text the numbers of an SAE are of, batch by batch; as a string, what its result says."""
+    """How much text an SAE was measured on, added up batch by batch; as a string, what its result says."""
 
     split: str = "test"
     windows: int = 0
@@ -31,7 +31,7 @@ class TextCount:
     massive: int = 0
 
     def add(self, batch: Windows, rows_WT: Tensor) -> None:
-        """A batch, and which of its tokens count."""
+        """Add a batch; `rows_WT` says which of its tokens count."""
         self.windows += len(batch)
         self.tokens += int(rows_WT.sum())
         self.massive += int((batch.keep & ~rows_WT).sum())
@@ -41,7 +41,7 @@ class TextCount:
         return f"{said}, {counted(self.massive, 'massive row')} left out" if self.massive else said
 
     def and_traced(self, windows: int) -> str:
-        """With how many of the windows latents were traced in, where at most so many are."""
+        """The same, with how many of the windows latents were traced in, `windows` at most."""
         traced = min(windows, self.windows)
         return f"{self}; traced in {counted(traced, 'window')}" if traced > 0 else str(self)
 
@@ -57,8 +57,8 @@ def read_windows(
     layers: Sequence[int] | None = None,
     first: int = 0,
 ) -> Iterator[Windows]:
-    """The first `windows` windows of a split, batch by batch, with a bar. `layers`: whose residuals come along, where
-    it is not just what the SAEs need. `first`: so many of them, whole batches, were read before."""
+    """The first `windows` windows of a split, batch by batch, with a progress bar. `layers`: the layers whose residuals
+    are read, if not just those that the SAEs need. `first`: how many of them, in whole batches, were read before."""
     require_some(windows)
     total = min(windows, count_windows(context.store, split))
     if total == 0:
@@ -76,16 +76,16 @@ def read_windows(
 
 
 def require_some(windows: int) -> None:
-    """Else it would seem that the store has none."""
+    """Refuse to read no windows: it would seem that the store has none."""
     if windows < 1:
         raise SettingInvalid(f"windows: expected at least 1 to be read, found {windows}")
 
 
 def say_if_fewer(context: Context, title: str, config: Any, split: str = "test") -> None:
-    """Tell where more windows are asked for than the split has; by default all of them may be fewer."""
+    """Say so if more windows were requested than the split has; the default may be more than that without a message."""
     there = count_windows(context.store, split)
     if there < config.windows != type(config)().windows:
-        context.say(f"{title}: asked for {config.windows:,} windows, and the {split} split has {there:,}: all are read")
+        context.say(f"{title}: asked for {config.windows:,} windows, but the {split} split has {there:,}: all are read")
 
 
 def sums_of_codes(
@@ -96,8 +96,8 @@ def sums_of_codes(
     batch_windows: int,
     of_rows: Callable[[Tensor], Tensor],
 ) -> dict[LoadedSae, tuple[Tensor, TextCount]]:
-    """What `of_rows` gives of an SAE's codes [N, F], added up over the rows that count of the first windows: by it
-    latents are chosen that are the same however large batches are. Beside it, how much text it is of."""
+    """What `of_rows` returns for an SAE's codes [N, F], summed over the rows that count in the first windows, so that
+    latents chosen by it do not depend on the batch size; and how much text that was."""
     sums: dict[LoadedSae, Tensor] = {}
     texts = {subject: TextCount() for subject in subjects}
     for batch in read_windows(context, subjects, title, windows, batch_windows):
@@ -125,8 +125,8 @@ def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tenso
 def without_massive(
     context: Context, rows_WT: Tensor, acts: Mapping[Place, Tensor], own: Mapping[str, float] | None = None
 ) -> Tensor:
-    """bool [W, T]: those rows whose norm is within the bound that training has for this store, at all these places. Of
-    places that the store does not hold it knows no bound: there those that an SAE was trained with hold (`own`)."""
+    """bool [W, T]: the rows whose norm is within the bound that training has for this store, at all these places. For
+    places that the store does not hold, it has no bound: those that the SAE was trained with apply (`own`)."""
     for place, acts_WTD in acts.items():
         bound = _bound_of(context, place, own or {})
         if bound is not None:
@@ -136,7 +136,7 @@ def without_massive(
 
 
 def tell_bounds(context: Context, subject: LoadedSae, places: Sequence[Place]) -> str | None:
-    """What a result says where the store cannot tell which rows are massive: its settings name a multiple even so."""
+    """What a result says if the store does not show which rows are massive, although its settings name a multiple."""
     if context.massive_multiple is None:
         return None
     own, bounded, unbounded = bounds_in(subject.config), list[str](), list[str]()
@@ -149,7 +149,7 @@ def tell_bounds(context: Context, subject: LoadedSae, places: Sequence[Place]) -
 
 
 def _bound_of(context: Context, place: Place, own: Mapping[str, float]) -> float | None:
-    """Beyond which norm a row is massive; None where every row counts, or nobody knows."""
+    """The norm beyond which a row is massive; None if every row counts, or if it is unknown."""
     if context.massive_multiple is None:
         return None
     found = context.massive(place)

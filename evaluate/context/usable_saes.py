@@ -19,29 +19,29 @@ Require = Callable[[LoadedSae, LanguageModel], None]
 
 
 def require_reading(subject: LoadedSae, model: LanguageModel) -> None:
-    """The model has the layers that the SAE reads, and side by side they have its width."""
+    """Require that the model has the layers that the SAE reads and that side by side they have its width."""
     facts, layers = model.facts, subject.layers
     if max(layers) >= facts.num_layers or subject.d_in != len(layers) * facts.d_model:
         named = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
         raise WidthMismatch(
             f"{subject.name} reads width {subject.d_in} after {named}, but the model of this evaluation "
-            f"has {facts.num_layers} layers of width {facts.d_model}. Give the SAE's own model by --model"
+            f"has {facts.num_layers} layers of width {facts.d_model}. Give the SAE's own model with --model"
         )
 
 
 def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
-    """The SAE reads and writes one layer, and the model has it in the SAE's width."""
+    """Require that the SAE reads and writes one layer, and that the model has it in the SAE's width."""
     _ = subject.layer
     require_reading(subject, model)
 
 
 def require_places(subject: LoadedSae, longest: int) -> None:
-    """An SAE that reads a token's place knows the places of the windows it was trained on, and none behind them."""
+    """An SAE that reads positions knows those of the windows it was trained on, and none beyond them."""
     context = subject.metadata.get("context_size")
     if isinstance(context, int) and context < longest:
         raise NotApplicable(
-            f"{subject.name} reads the places of tokens and was trained on windows of {context}, but a text of this "
-            f"evaluation has up to {longest} tokens. Ask for shorter texts where a setting says how long they are "
+            f"{subject.name} reads the positions of tokens and was trained on windows of {context}, but a text of this "
+            f"evaluation has up to {longest} tokens. Ask for shorter texts if a setting gives their length "
             "(context_length), or train the SAE on longer windows"
         )
 
@@ -53,9 +53,9 @@ def split_fitting(
     longest: Callable[[], int],
     require: Require = require_layer,
 ) -> tuple[list[LoadedSae], list[Failure]]:
-    """SAEs that an evaluation can take, and for each other one the reason why not: what `require` raises, that the
-    attention that it reads cannot come along, or that texts are too long for it. `longest` says how many tokens a text
-    has at most; it is asked only where an SAE reads places."""
+    """The SAEs that an evaluation can take, and for each other one the reason why not: what `require` raises, that the
+    attention it reads is not available, or that texts are too long for it. `longest` returns the most tokens that a
+    text has; it is called only if an SAE reads positions."""
     fitting: list[LoadedSae] = []
     failures: list[Failure] = []
     longest = cache(longest)
@@ -73,12 +73,12 @@ def split_fitting(
 
 
 def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
-    """The attention that must come along because some SAE reads it, kept as the store keeps it."""
+    """The attention to compute because some SAE reads it, kept as the store keeps it."""
     layers = attention_layers_of(subjects)
     if not layers:
         return None
     if not context.manifest.attention.layers:
-        raise DataMissing("an SAE reads attention, and the store holds none: harvest again with --attention-layers")
+        raise DataMissing("an SAE reads attention, but the store holds none: harvest again with --attention-layers")
     return replace(context.manifest.attention, layers=layers)
 
 
@@ -88,7 +88,7 @@ def model_name_of(context: Context) -> str:
 
 
 def official_config(context: Context, config: Any, **fixed: Any) -> dict[str, Any]:
-    """The settings of a result under SAEBench's keys, with ours beside them; `fixed` are those that a `Config` does not
-    hold, or holds otherwise."""
+    """The settings of a result under SAEBench's keys, along with ours; `fixed` are those that a `Config` lacks or holds
+    in another form."""
     dtype = str(context.model.dtype).removeprefix("torch.")
     return {**deciding(to_json(config)), "model_name": model_name_of(context), "llm_dtype": dtype, **fixed}

@@ -1,4 +1,4 @@
-"""Results: what an evaluation says of one SAE, as JSON in SAEBench's frame, beside the run.
+"""Results: what an evaluation says about one SAE, as JSON in SAEBench's layout, next to the run.
 
 <home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder, the SAE's own,
 or runs/hub/OWNER--NAME.
@@ -29,7 +29,7 @@ from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae
 
 RESULTS = "_eval_results.json"  # after an SAE's label
-FORMAT = 1  # of our part of a result, which does not say it until there is another
+FORMAT = 1  # of our part of a result, which does not name it until there is another
 UNKNOWN = "Unknown"
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
@@ -39,7 +39,7 @@ UNMEASURED = -1  # what SAEBench writes where there is no number
 
 @dataclass(frozen=True)
 class Result:
-    """What one evaluation found out about one SAE."""
+    """What one evaluation found about one SAE."""
 
     subject: LoadedSae
     eval_config: Mapping[str, Any]
@@ -53,7 +53,7 @@ class Result:
     remark: str | None = None
     """Why this SAE cannot have some of the numbers."""
     measured_on: str | None = None
-    """Which text, and how much of it, in words for who reads the numbers."""
+    """Which text, and how much of it, in words for whoever reads the numbers."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(frame(result, eval_id, settings), indent=2, allow_nan=False)
     replace_file(path, text.encode() + b"\n")
-    return json.loads(text)  # as whoever reads it later will find it
+    return json.loads(text)  # exactly as it will be read later
 
 
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,21 +132,21 @@ def read_result(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
     if not isinstance(found, dict) or "eval_result_metrics" not in found or not _has_settings(found):
-        raise ResultInvalid(f"{path} is not a file of results: remove it and evaluate again")
+        raise ResultInvalid(f"{path} is not a results file: remove it and evaluate again")
     if found.get("saemill", {}).get("format", FORMAT) != FORMAT:
         raise ResultFromLater(f"{path} was written by a later saemill: update, or remove it and evaluate again")
     return found
 
 
 def _has_settings(document: Mapping[str, Any]) -> bool:
-    """Ours are objects where there are any; SAEBench's own results have none."""
+    """Our settings are an object, if there are any; SAEBench's own results have none."""
     ours = document.get("saemill", {})
     return isinstance(ours, dict) and isinstance(ours.get("settings", {}), dict)
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
-    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number. In
-    our results a number that really is -1 is written as -1.0; SAEBench's own say no number that way too."""
+    """A number by its dotted name: one of the official metrics, or under a top-level key of ours; None for no number.
+    In our results a number that really is -1 is written as -1.0, which in SAEBench's own means no number too."""
     value = _at(document["eval_result_metrics"], metric)
     if value == UNMEASURED and (isinstance(value, int) or not ours_in(document)):
         return None
@@ -155,31 +155,31 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _at(place: Any, path: str) -> Any:
-    """What lies at a dotted path; None where nothing does."""
+    """The value at a dotted path, or None."""
     for part in path.split("."):
         place = place.get(part) if isinstance(place, Mapping) else None
     return place
 
 
 def short_name(metric: str, among: Iterable[str] = ()) -> str:
-    """The last part of a dotted name; the whole where others of these end alike."""
+    """The last part of a dotted name; the whole name if others of these end alike."""
     last = metric.rsplit(".", 1)[-1]
     return metric if any(other.rsplit(".", 1)[-1] == last for other in among if other != metric) else last
 
 
 def heading(metric: str, among: Iterable[str] = ()) -> str:
-    """Its short name in words that can stand below each other."""
+    """The short name as words, which can wrap."""
     return short_name(metric, among).replace(".", " ").replace("_", " ")
 
 
 def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What we say of a result; nothing of one of SAEBench's own."""
+    """Our own part of a result; empty for SAEBench's own results."""
     ours = document.get("saemill")
     return ours if isinstance(ours, Mapping) else {}
 
 
 def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
-    """What evaluations say of the text that SAEs were measured on, by the SAEs where they do not say the same."""
+    """What evaluations say about the text that SAEs were measured on, with the SAEs' names if they differ."""
     names: dict[tuple[str, Any], list[str]] = {}
     for name, said in told:
         names.setdefault(said, []).append(name)
@@ -189,13 +189,13 @@ def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
 
 
 def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> float | None:
-    """From a number to the farther end of its interval, where it has one."""
+    """The distance from a number to the farther end of its interval, if it has one."""
     value, interval = metric_of(document, metric), interval_of(document, intervals, metric)
     return None if value is None or interval is None else max(interval[1] - value, value - interval[0])
 
 
 def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> tuple[float, float] | None:
-    """None where there is none, or one of other rows than the number's, which it does not hold."""
+    """The interval of a metric; None if there is none, or if it is of other rows and does not contain the number."""
     found = _at(document, f"{intervals}.{metric.rsplit('.', 1)[-1]}") if intervals else None
     value = metric_of(document, metric)
     if value is None or not isinstance(found, list) or not all(isinstance(end, (int, float)) for end in found):
@@ -205,32 +205,32 @@ def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str)
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it still stands and is of the layers and hooks that the SAE has now: one that says none
-    has those that it is given."""
+    """The result on disk, if it is still valid and of the layers and hooks that the SAE has now: an SAE that names none
+    has those it is given."""
     path = result_path(subject, eval_id)
     document = read_result(path) if path.is_file() else None
     if document is None or not still_stands(document, path, subject.folder):
         return None
-    if ours_in(document).get("sha256") not in (None, subject.sha256):  # times do not tell of an earlier revision
+    if ours_in(document).get("sha256") not in (None, subject.sha256):  # file times do not show an earlier revision
         return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
-    """Whether a result is of the SAE that is there now. Without a folder it is the one that the result's place says."""
+    """Whether a result is of the SAE that is there now. Without `folder`, the result's path says where that is."""
     home, label = path.parents[2], path.name.removesuffix(RESULTS)
     folder = folder or (home if list_saes(home) == [home] else home / label)
     return not _is_of_other_files(document, path, folder)
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a result is of these very settings and misses nothing."""
+    """Whether a result has exactly these settings and lacks nothing."""
     return settings_in(document) == dict(settings) and ours_in(document).get("missing") is None
 
 
 def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a whole result is of a store, and these settings are the same with none, and with what follows of that:
-    another number type, a model by its name, no bound of its own for massive rows."""
+    """Whether a complete result was measured on a store, and these settings differ only in having none and in what
+    follows from that: another number type, a model by its name, no bound of its own for massive rows."""
     found = settings_in(document)
     of_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
     asked = {name: value for name, value in settings.items() if name not in of_store}
@@ -244,19 +244,19 @@ def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def differing(documents: Iterable[Mapping[str, Any]]) -> str:
-    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
+    """The settings in which results of one evaluation differ, so that it is unknown which of them was meant."""
     all_of = [flatten(settings_in(document)) for document in documents]
     keys = sorted({key for one in all_of for key in one})
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an evaluation that can change a number: all but the folder in which it remembers."""
+    """The settings of an evaluation that can change a number: all but its cache folder."""
     return {name: value for name, value in config.items() if name != "cache"}
 
 
 def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Where a result's settings differ from these, in words; empty where they are the same."""
+    """Where a result's settings differ from these, in words; empty if they are the same."""
     found, wanted = flatten(settings_in(document)), flatten(settings)
     keys = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
     return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
@@ -272,19 +272,19 @@ def _places_in(config: Any) -> list[Any]:
 
 
 def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
-    """Whether another SAE has taken the place of the one measured. They are read for it only where one was written,
-    moved or copied since; of results that say no digest, as SAEBench's own, times alone tell."""
+    """Whether another SAE has replaced the one measured. Its files are read only if one was written, moved or copied
+    since; for results without a digest, such as SAEBench's own, only file times are compared."""
     files = [file.stat() for file in files_of(folder)]
     measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
     if told is None:
         return any(file.st_mtime > measured for file in files)
     times = [time for file in files for time in (file.st_mtime, file.st_ctime)]
-    times += [folder.stat().st_ctime] if files else []  # all that tells of a folder that was moved
+    times += [folder.stat().st_ctime] if files else []  # the only sign that a folder was moved
     return any(time > measured for time in times) and source_of(folder).sha256 != told
 
 
 def without_nan(value: Any, instead: Any) -> Any:
-    """The same with every number that JSON does not have replaced."""
+    """The same value with every number that JSON does not have replaced."""
     if isinstance(value, Mapping):
         return {key: without_nan(item, instead) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -299,7 +299,7 @@ Status = Literal["done", "incomplete", "kept", "not run", "failed"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """How one evaluation of one SAE ended. It carries the result, so that nobody reads it from disk again."""
+    """How one evaluation of one SAE ended, with the result, so that it is not read from disk again."""
 
     subject: LoadedSae
     eval_id: str

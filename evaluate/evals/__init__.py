@@ -20,7 +20,7 @@ __path__ = and_own(__path__, "evaluate/evals")
 
 CONTRACT = "evaluation_contract"
 ALL = "all"
-"""In place of names: every evaluation."""
+"""Stands for the names of all evaluations."""
 
 
 def names() -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def load(name: str) -> Evaluation[Any]:
 
 
 def is_own(name: str) -> bool:
-    """Whether it is a user's own, and lies outside the repository."""
+    """Whether an evaluation is the user's own, outside the repository."""
     return any(Path(folder, place).exists() for folder in __path__[1:] for place in (name, f"{name}.py"))
 
 

@@ -2,9 +2,9 @@
 
 Contribution by layer: how much of the similarity of two tokens' codes the stored attention of each layer
 explains, beyond their nearness. Attention fidelity: the residual after layer L is replaced by its
-reconstruction, layer L + 1 computes its attention from that, and its rows are held against the stored ones
-(KL). From the true residual they differ by rounding; mean and zero ablation are the other end. Causal tracing: what a
-latent at the token that layer L + 1 attends to most does to the same latent at the token that attends.
+reconstruction, layer L + 1 computes its attention from that, and its rows are compared with the stored ones
+(KL). From the true residual they differ by rounding; mean and zero ablation are the other extreme. Causal tracing: what
+a latent at the token that layer L + 1 attends to most does to the same latent at the token that attends.
 
 W windows, H heads, T context, L layers.
 """
@@ -38,14 +38,14 @@ class Config:
     """Of the test split."""
     batch_windows: int = 16
     trace_windows: int = 16
-    """Of these, those in which latents are traced along attention; 0: none."""
+    """How many of these have latents traced along attention; 0: none."""
     trace_pairs: int = 4
-    """Of each such window, the strongest."""
+    """Pairs traced in each such window, the strongest ones."""
 
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows leaves of one SAE."""
+    """What a pass over windows collects about one SAE."""
 
     explained: Explained
     divergence: dict[str, float] = field(default_factory=dict)  # sums over rows, by what replaced the residual
@@ -86,7 +86,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             if subject in able:
                 given = {"sae": x_hat, "mean_ablation": means[subject.layer]}
                 replace(context, subject, batch, rows, given, stored[subject.layer + 1], seen[subject])
-            share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
+            share = batch.slice(0, max(0, config.trace_windows - windows))  # whatever the batch size
             if subject in able and len(share):  # along links between tokens that are neither special nor massive
                 some, links = len(share), stored[subject.layer + 1]
                 pairs = choose_pairs(links[:some].mean(1), rows[:some], config.trace_pairs, share.documents)
@@ -141,7 +141,7 @@ def replace(
 
 
 def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
-    """[W, H, T, T] of the layer after `layer`, heads averaged where the store has them so."""
+    """[W, H, T, T] of the layer after `layer`, averaged over heads if the store's is."""
     blocks: list[Tensor] = []
 
     def keep(probs_WHTT: Tensor) -> None:
@@ -194,5 +194,5 @@ EVALUATION = Evaluation(
         "tracing.change_unattended",
     ),
     least={"trace_windows": 0, "trace_pairs": 0},
-    revision=2,  # pairs lie in one document, and as many windows are traced as were asked for
+    revision=2,  # pairs are of one document, and as many windows are traced as requested
 )

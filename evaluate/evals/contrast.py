@@ -1,13 +1,14 @@
-"""contrast: do latents tell contrasting texts apart, and do they tell nothing else apart? Nobody judges.
+"""contrast: do latents tell contrasting texts apart, and do they tell nothing else apart? No judge is needed.
 
-CE-Bench's kind of interpretability: no language model explains a latent or guesses at its firing, and no probe learns.
+CE-Bench's kind of interpretability: no language model explains a latent or guesses at its firing, and no probe is
+trained.
 1. A contrast is two classes of a data set: texts of two libraries, of two professions, code and prose.
-2. A text is what a latent is on average over its tokens (`probing/pooling.py`).
+2. A text has one value for each latent, the mean over its tokens (`probing/pooling.py`).
 3. The effect of a latent at a contrast is 2 AUC - 1 over the texts of both sides: 1 if every text of the first has more
-   of the latent than every one of the second, 0 if it does not care. Ranks know no scale, so SAEs compare.
-4. Training texts choose each latent's own contrast and its direction; test texts give the number. A latent that only
-   seemed to care comes out at 0.
-The same of the channels of the residual is what to hold it against. N texts, F latents, C contrasts.
+   of the latent than every one of the second, 0 if it makes no difference. Ranks have no scale, so SAEs are comparable.
+4. Training texts choose each latent's own contrast and its direction; test texts give the number. A latent that
+   differed only by chance comes out at 0.
+The same measure on the channels of the residual is the baseline. N texts, F latents, C contrasts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .probing.features import Features
 from .probing.pooling import pool_task
 from .probing.settings import LEAST, DataSettings, filled, of_data
 
-MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
+MOST_TEXTS = 400  # of one contrast, by default: the hub's data have thousands
 AT_ONCE = 1024  # features, at most what 16 bits can number
 NO_LATENTS = "no latent is in as many training texts as one must be to be measured (contrast.least_texts)"
 NO_OTHERS = "every two contrasts share a class: independence is not known"
@@ -37,17 +38,17 @@ NO_OTHERS = "every two contrasts share a class: independence is not known"
 
 @dataclass(frozen=True)
 class Config(DataSettings):
-    """Texts are those of both sides of a contrast, by default at most 400 of training texts and of tests."""
+    """Texts are those of both sides of a contrast, by default at most 400 for training and 400 for tests."""
 
     least_texts: int = 5
-    """Of the training texts: a latent that is in fewer is not measured."""
+    """Training texts: a latent that is in fewer is not measured."""
     strong: float = 0.5
     """The effect from which a latent counts as strong: it puts three of four pairs of texts in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Of all features at the contrasts of some data sets. float64 [C, F]."""
+    """Effects of all features at the contrasts of some data sets. float64 [C, F]."""
 
     contrasts: tuple[tuple[str, str, str], ...]
     """Data set and both classes."""
@@ -94,13 +95,13 @@ def effects_of(name: str, train: Features, test: Features) -> Effects:
 
 
 def effects(features: Features) -> np.ndarray:
-    """float64 [pairs, F]: 2 AUC - 1 of each pair of classes; of two equal values each is half above the other."""
+    """float64 [pairs, F]: 2 AUC - 1 of each pair of classes; two equal values are each half above the other."""
     blocks = [features.matrix[:, start : start + AT_ONCE] for start in range(0, features.width, AT_ONCE)]
     return np.concatenate([_effects(block, [len(span) for span in features.spans.values()]) for block in blocks], 1)
 
 
 def _effects(matrix: csc_matrix, sizes: Sequence[int]) -> np.ndarray:
-    """Values are sorted once for all pairs, and zeros, which are most, are one value of many texts. Of K classes; V
+    """Values are sorted once for all pairs, and zeros, which are most, are one value of many texts. K classes; V
     counts the different values of all features, one feature after the other."""
     width, classes = len(matrix.indptr) - 1, len(sizes)
     feature = np.repeat(np.arange(width), np.diff(matrix.indptr))
@@ -156,8 +157,8 @@ def make_result(
 
 
 def summarise(found: Effects, config: Config) -> dict[str, float]:
-    """Over the features that are in enough texts; over contrasts for `best`. All of test texts, in the direction that
-    training texts chose."""
+    """Means over the features that are in enough texts; over contrasts for `best`. All are of test texts, in the
+    direction that training texts chose."""
     signed_CF = found.test * np.sign(found.train)
     best = np.abs(found.train).argmax(1)
     metrics = {"best": float(signed_CF[np.arange(len(best)), best].mean())}

@@ -2,8 +2,8 @@
 
 From the weights alone: no store, no model. The largest cosine of each latent's decoder row with another one's: an SAE
 whose latents were split or found twice has many near 1. The same with the rows of SAEs of the same run that differ by
-their seed alone says how much of a dictionary is the data's, and how much chance's. As many random directions of the
-same width are what to compare both with. F latents, D width.
+their seed alone says how much of a dictionary is due to the data, and how much to chance. As many random directions
+of the same width are the baseline for both. F latents, D width.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ONE_SEED = "its run has no SAE that differs by its seed alone"
 @dataclass(frozen=True)
 class Config:
     threshold: float = 0.9
-    """Latents with a neighbour at least so near count as doubled."""
+    """Latents with a neighbour at least this near count as doubled."""
     shared_threshold: float = 0.7
-    """Latents with one at least so near in another seed's dictionary count as shared."""
+    """Latents with one at least this near in another seed's dictionary count as shared."""
     seed: int = 51_866
-    """Of the random directions; not a small one, from which a dictionary may have been started."""
+    """Seed of the random directions; not a small one, which a dictionary may have been initialised from."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
@@ -51,7 +51,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def within(rows_FD: Tensor, config: Config) -> dict[str, float]:
-    """Over latents, each with its nearest neighbour."""
+    """Statistics over latents, each with its nearest neighbour."""
     nearest_F = max_cosine(rows_FD).double()
     return {
         "mean": float(nearest_F.mean()),
@@ -63,7 +63,7 @@ def within(rows_FD: Tensor, config: Config) -> dict[str, float]:
 
 
 def across(rows_FD: Tensor, others: Sequence[Tensor], config: Config) -> dict[str, float]:
-    """Over latents, each with the nearest of another seed's; means over the other seeds."""
+    """Statistics over latents, each with the nearest of another seed's; means over the other seeds."""
     nearest = [max_cosine(rows_FD, other).double() for other in others]
     return {
         "seeds": float(1 + len(others)),
@@ -74,8 +74,8 @@ def across(rows_FD: Tensor, others: Sequence[Tensor], config: Config) -> dict[st
 
 
 def other_seeds(subject: LoadedSae) -> tuple[list[Tensor], list[str]]:
-    """Decoder rows of the SAEs beside this one that were trained alike from another seed, and which beside it cannot
-    be read."""
+    """Decoder rows of the SAEs next to this one that were trained alike from another seed, and which of those next to
+    it cannot be read."""
     own, found, remarks = _all_but_seed(subject.config), list[Tensor](), list[str]()
     for folder in list_saes(subject.folder.resolve().parent) if own is not None else ():
         try:
@@ -87,7 +87,7 @@ def other_seeds(subject: LoadedSae) -> tuple[list[Tensor], list[str]]:
 
 
 def _all_but_seed(config: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What must be the same in both; None where no seed was recorded."""
+    """What must be the same in both; None if no seed was recorded."""
     metadata = config.get("metadata", {})
     settings = dict(metadata.get("training_architecture_details") or {})
     if settings.pop("seed", None) is None:

@@ -13,8 +13,8 @@ There are four ways of having no number:
     yield Failure(sae, e)   this SAE cannot be evaluated, others can: `not run` for a NotRun error, else `failed`
     Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
     Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
-A single number that cannot be had, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
-metrics, details and `unstructured`, as SAEBench does, where tables take -1 for no number, and as null in `extra`.
+A single number that does not exist, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
+metrics, details and `unstructured`, as SAEBench does (tables take -1 for no number), and as null in `extra`.
 
 Every result says what it was measured on (`measured_on`), in a short line: the split, tokens and windows of the store
 (`TextCount` of context/stored_windows.py counts them), the name and size of other data, or that it is of weights alone.
@@ -48,11 +48,11 @@ class Needs:
     model: bool = False
     store: bool = False
     tokens_only: bool = False
-    """Of the store it reads tokens, and no activations."""
+    """It reads only tokens from the store, no activations."""
     from_tokens: bool = False
     """It can compute residuals from the store's tokens in place of reading them (--from-tokens)."""
     residuals: bool = True
-    """It is about SAEs on the residual stream, others are not run. False where only the weights are looked at."""
+    """It is for SAEs on the residual stream; others are not run. False if only weights are read."""
 
     def require(self, context: Context) -> None:
         """Raise the NotRun error that names the first thing missing."""
@@ -70,23 +70,24 @@ class Evaluation(Generic[C]):
     """A frozen dataclass of settings that JSON can hold, each with a default: together with the store and the
     model's dtype they decide every number. A field `cache` names a folder and decides none."""
     evaluate: Callable[[Context, Sequence[LoadedSae], C], Iterator[Result | Failure]]
-    """Given all SAEs at once, so that the model runs once for all of them; gives one Result or Failure for each, as
-    they come, the same numbers whoever else is there. `Result.metrics` is two levels deep, group and metric."""
+    """Called with all SAEs at once, so that the model runs once for all of them; yields one Result or Failure for each,
+    with numbers that do not depend on the others. `Result.metrics` is two levels deep, group and metric."""
     needs: Needs = Needs()
     summary: tuple[str, ...] = ()
     """Metrics for the tables of the console and of a run's page by dotted path: `group.metric`, or one into
     `Result.extra`."""
     intervals: str | None = None
-    """Path into `Result.extra` of [low, high] of 95 % by the last name of a metric; those of `summary` are shown."""
+    """Path into `Result.extra` of 95 % intervals [low, high], by the last name of a metric; those of `summary` are
+    shown."""
     least: Mapping[str, int] = field(default_factory=dict)
-    """Of numbers among the settings, and of each in a list: what is below is refused before anything is read."""
+    """The least value of a numeric setting, and of each in a list: less is refused before anything is read."""
     is_there: Callable[[LoadedSae], bool] = lambda _: True
-    """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
+    """Whether what it writes besides its result still exists: if not, `--resume` runs it again."""
     revision: int = 1
-    """Raised where the same settings give other numbers than before: `--resume` takes no result of an earlier one."""
+    """Raised when the same settings give other numbers than before: `--resume` keeps no result of an earlier one."""
     data_revision: Callable[[Context, C], Revision | None] = lambda _context, _config: None
-    """Names the text that it measures on, where neither settings nor store do: `--resume` takes no result of other
-    text. Of data sets on the hub, the commit of each. None where there is nothing to name, or nobody knows."""
+    """Names the text that it measures on, if neither settings nor store do: `--resume` keeps no result of other text.
+    For data sets on the hub, the commit of each. None if there is nothing to name, or it is unknown."""
 
     def __post_init__(self) -> None:
         settings: Any = self.config
@@ -100,7 +101,7 @@ class Evaluation(Generic[C]):
             )
 
     def require(self, config: C) -> None:
-        """Refuse settings below what they make sense from; one that is None is open."""
+        """Refuse settings below the least that makes sense; None is always accepted."""
         for name, bound in self.least.items():
             given = getattr(config, name)
             for value in given if isinstance(given, tuple) else (given,):

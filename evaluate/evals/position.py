@@ -3,8 +3,8 @@
 1. A pass over validation windows gives each latent of an SAE without masks the range where its activation is
    highest: static slicing, the control. An SAE with masks keeps those it was trained with.
 2. A pass over test windows: specialisation retention (share of activation inside the range), positional
-   fidelity (correlation of the profile with the mask that was meant).
-3. Order probes on the same windows: the range a token stands in, and which of two tokens came first, from a
+   fidelity (correlation of the profile with the intended mask).
+3. Order probes on the same windows: the range a token is in, and which of two tokens came first, from a
    few latents, and from the residual itself as the reference.
 
 N tokens, W windows, T context, F latents.
@@ -46,12 +46,12 @@ UNPAIRED = "which of two tokens came first is not probed: too few windows hold t
 @dataclass(frozen=True)
 class Config:
     windows: int = 128
-    """Of the test split, and as many of the validation split to assign ranges by."""
+    """Of the test split, and as many of the validation split to assign ranges."""
     batch_windows: int = 16
     ranges: int = 4
     """For SAEs that were trained without."""
     least_firings: int = 20
-    """A latent that fired less often has no profile worth the name."""
+    """A latent that fired less often has no meaningful profile."""
     probe_k: tuple[int, ...] = (1, 5, 20)
     """Latents that an order probe may read."""
     probe_tokens: int = 24
@@ -62,8 +62,8 @@ class Config:
 @dataclass(eq=False)
 class Sample:
     """Some tokens of every window, the same for every SAE of the same layers, in no order; special and massive ones
-    only where no others are left. Kept off the device, codes as what is in them that is not 0: dense, those of a wide
-    SAE take a gigabyte, and they are kept for all SAEs."""
+    only if no others are left. Kept off the device, and codes in sparse form: dense, those of a wide SAE take a
+    gigabyte, and they are kept for all SAEs."""
 
     tokens: int
     generator: torch.Generator
@@ -113,7 +113,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     chosen_on: dict[LoadedSae, TextCount] = {}
     try:
         before, chosen_on = profiles(context, plain, "position: ranges", config, "validation") if plain else ({}, {})
-    except NotApplicable as obstacle:  # in the way of those alone that have no ranges yet
+    except NotApplicable as obstacle:  # affects only those that have no ranges yet
         yield from (Failure(subject, obstacle) for subject in plain)
         subjects = [subject for subject in subjects if subject not in plain]
     if not subjects:
@@ -137,8 +137,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def make_samples(subjects: Sequence[LoadedSae], config: Config) -> dict[tuple[int, ...], Sample]:
-    """By all layers that an SAE reads or writes: what is massive in those of another is nothing to it. Each throws the
-    same dice."""
+    """Samples by all layers that an SAE reads or writes, since what is massive in those of another does not concern it.
+    All draw the same random numbers."""
     return {
         layers_of([subject]): Sample(config.probe_tokens, torch.Generator().manual_seed(config.seed))
         for subject in subjects
@@ -173,7 +173,7 @@ def profiles(
 
 
 def specialisation(subject: LoadedSae, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:
-    """Over latents that have a range and fired often enough."""
+    """Measures over latents that have a range and fired often enough."""
     kept = retention(seen, ranges.of_latent, ranges.count)
     faithful = fidelity(seen, meant_mask(subject, ranges, len(seen.tokens)))
     often = is_bound(ranges) & (seen.firings >= config.least_firings)
@@ -235,7 +235,7 @@ def came_first(acts_WPF: Tensor, positions_WP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_pairs(chosen_WP: Tensor, documents_WP: Tensor) -> Tensor:
-    """bool: the pairs of which both tokens are chosen, and of one document: across two, the document tells."""
+    """bool: the pairs of two chosen tokens of one document: across two documents, these give the order away."""
     pairs = chosen_WP.shape[1] // 2
     left, right = slice(pairs), slice(pairs, 2 * pairs)
     return chosen_WP[:, left] & chosen_WP[:, right] & (documents_WP[:, left] == documents_WP[:, right])
@@ -247,7 +247,7 @@ EVALUATION = Evaluation(
     needs=Needs(store=True),
     summary=("specialisation.retention", "specialisation.fidelity", "order.range_top_5", "order.first_top_5"),
     least={"ranges": 1, "probe_k": 1, "probe_tokens": 1},
-    # 2: order probes see no massive rows, which are long at places of their own and gave them away; 3: the place of BOS
-    # is no silent one of the first range; 4: pairs of tokens are of one document
+    # 2: order probes see no massive rows, which are long at positions of their own and gave them away; 3: the position
+    # of BOS does not count as a silent one of the first range; 4: pairs of tokens are of one document
     revision=4,
 )

@@ -1,11 +1,11 @@
-"""replacement: what the model loses with an SAE's output in place of what it rebuilds, beside skipping that place.
+"""replacement: what the model loses with an SAE's output in place of what it rebuilds, against skipping that place.
 
 For SAEs and transcoders on any hook: a transcoder from `mlp_in` to `mlp_out` stands for the MLP. The model runs from
 tokens, so all activations are its own.
 
 1. One clean pass of a batch keeps what SAEs read and what they rebuild.
-2. One pass for each place with nothing in it (zeros), and one for each SAE with its output in it. What rebuilds
-   several layers takes the place of all at once, by what it read in the clean pass. Special tokens and massive rows
+2. One pass for each place with nothing in it (zeros), and one for each SAE with its output in it. An SAE that
+   rebuilds several layers replaces all at once, by what it read in the clean pass. Special tokens and massive rows
    keep theirs.
 
 W windows, T positions, N tokens that count, D width.
@@ -111,14 +111,14 @@ def places_of(subject: LoadedSae) -> list[Place]:
 
 
 def _require_place(context: Context, subject: LoadedSae) -> None:
-    """The model has what the SAE reads, in its width, and takes something else for what it rebuilds."""
+    """Require that the model has what the SAE reads, in its width, and lets what it rebuilds be replaced."""
     read, written, facts = sites_read(subject), sites_written(subject), context.model.facts
     taps = {hook: architecture_of(facts.model_type).tap(hook) for hook in subject.hooks if hook != RESID}
     widths = {hook: facts.d_model if hook == RESID else facts.width_of(hook) for hook in subject.hooks}
     if max(site.layer for site in (*read, *written)) >= facts.num_layers:
         raise WidthMismatch(
             f"{subject.name} writes {written[-1]}, but the model of this evaluation has {facts.num_layers} layers. "
-            "Give the SAE's own model by --model"
+            "Give the SAE's own model with --model"
         )
     expected = tuple(sum(widths[site.hook] for site in sites) for sites in (read, written))
     if (subject.d_in, subject.sae.d_out) != expected:
@@ -129,7 +129,7 @@ def _require_place(context: Context, subject: LoadedSae) -> None:
     hook = written[0].hook
     if hook in taps and taps[hook].take is not None:
         raise NotApplicable(
-            f"{subject.name} rebuilds {hook}, which is a part of what a module gives: this evaluation replaces "
+            f"{subject.name} rebuilds {hook}, which is a part of a module's output: this evaluation replaces "
             "whole outputs"
         )
 
@@ -160,11 +160,11 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows, r
 
 
 def _keep(kept: dict[Site, Tensor], site: Site, acts: Tensor) -> None:
-    kept[site] = acts.clone()  # what passes by may be changed in place behind it
+    kept[site] = acts.clone()  # later code may change it in place
 
 
 def _replaced(context: Context, batch: Windows, sites: Sequence[Site], instead: Tensor, counts: Tensor) -> Tensor:
-    """[W, T, D] behind the final norm, with something else at some sites, of tokens that count."""
+    """[W, T, D] after the final norm, with something else at some sites, for tokens that count."""
 
     def put(part: Tensor, acts: Tensor) -> Tensor:
         return torch.where(counts[..., None], part, acts)
@@ -187,5 +187,5 @@ EVALUATION = Evaluation(
         "replacement.kl_replaced",
         "replacement.kl_skipped",
     ),
-    revision=2,  # of places that the store lacks, the SAE's own bounds say which rows are massive
+    revision=2,  # at places that the store lacks, the SAE's own bounds say which rows are massive
 )

@@ -1,4 +1,4 @@
-"""sparse_probing: how well a class can be read off k latents, beside k channels and all of the residual stream.
+"""sparse_probing: how well k latents predict a class, against k channels and all of the residual stream.
 
 SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone:
 1. Texts of each class are averaged over their tokens: residuals, and latents of every SAE, in one pass.
@@ -40,7 +40,7 @@ class Config(DataChoice):
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
     k_values: tuple[int, ...] = ALL_K
-    """SAEBench's default is 1, 2, 5; every further k moves all draws after it."""
+    """SAEBench's default is 1, 2, 5; every further k changes all draws after it."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -73,7 +73,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def filled(config: Config, source: Source) -> Config:
-    """The settings with what the data decide."""
+    """The settings, completed with what the data decide."""
     return replace(
         config,
         data=source.name,
@@ -129,7 +129,7 @@ def probe_validated(
 
 
 def sparse_accuracies(train: Features, test: Features, k: int, generator: torch.Generator) -> dict[str, float]:
-    """By class."""
+    """The accuracy of each class's probe."""
 
     def one(name: str) -> float:
         train_draw = draw_probe(train.spans, name, generator)

@@ -4,7 +4,7 @@ The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
 2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`sae_probes_regression`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
-Every draw is seeded for itself, so that neither SAEs nor values of k bear on one another. A prompt
+Every draw has its own seed, so that neither SAEs nor values of k affect one another. A prompt
 that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.
 """
 
@@ -79,13 +79,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
-    """Of this Python's text, or the version of the package that brings the prompts."""
+    """The revision of this Python's text, or the version of the package that contains the prompts."""
     source = find_source(context, config.data)
     return source.revision(()) if source.name == "stdlib" else sae_probes_data.revision()
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
-    """The data sets asked for, and why the rest is missing."""
+    """The requested data sets, and why the rest is missing."""
     if source.name == "stdlib":
         names = config.dataset_names or stdlib_tasks.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
@@ -93,7 +93,7 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
 
 
 def said_of_sets(source: Source, sets: Sequence[BinarySet]) -> str:
-    """How many prompts numbers are of, in words."""
+    """How many prompts were used, in words."""
     prompts = sum(min(len(data.prompts), MOST_ROWS) for data in sets)
     name = source.name if source.name == "stdlib" else "sae-probes"
     return f"{name} prompts, {prompts:,} of two classes in {counted(len(sets), 'task')}"
@@ -161,7 +161,7 @@ def _named(prefix: str, scores: Scores) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class LastTokens:
-    """By the prompts' order."""
+    """What was read at each prompt's last token, in the prompts' order."""
 
     resid: Mapping[tuple[int, ...], np.ndarray]  # float32 [N, D], by layers
     latents: Mapping[LoadedSae, csr_matrix]  # float32 [N, F]
@@ -170,7 +170,7 @@ class LastTokens:
 def read_prompts(
     context: Context, subjects: Sequence[LoadedSae], title: str, prompts: Sequence[str], length: int, batch_size: int
 ) -> LastTokens:
-    """Run the model on prompts of like length together, and put its activations back into their order."""
+    """Run the model on prompts of similar length together, and put its activations back into their order."""
     rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
     dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
@@ -191,7 +191,7 @@ def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> li
 
 
 def longest_prompt(model: LanguageModel, sets: Sequence[BinarySet], context: int) -> int:
-    """How many tokens are read of a prompt at most."""
+    """The most tokens that are read of a prompt."""
     return max(len(row) for data in sets for row in token_rows(model, data.prompts[:MOST_ROWS], context))
 
 

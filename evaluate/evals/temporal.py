@@ -2,7 +2,7 @@
 
 TCS (temporal consistency score), by scale: mean cosine of codes at the scale's lags, less what shuffled order would
 give. FSM (feature stability metric), by latent: P(active next | active) over its base rate. SAEs that were trained
-without temporal groups have equal shares of their dictionary for groups.
+without temporal groups get equal shares of their dictionary as groups.
 
 W windows, T context, F latents, M latents in the transition matrix. Pairs lie in one window and in one document, with
 no special token at either end. `follows` [W, T] marks tokens whose predecessor makes such a pair; `segment` [W, T]
@@ -37,14 +37,14 @@ class Config:
     """Of the test split."""
     batch_windows: int = 16
     least_firings: int = 20
-    """A latent that fired less often has no stability worth the name."""
+    """A latent that fired less often has no meaningful stability."""
     most_frequent: int = 24
     """Latents in the transition matrix."""
 
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows gathers of one SAE."""
+    """What a pass over windows collects about one SAE."""
 
     groups: Assignment
     frequent: Tensor  # the latents of the transition matrix
@@ -68,7 +68,7 @@ class Seen:
         self.transition_counts += transitions(acts_WTF[:, :, self.frequent], segment)
 
     def _by_group(self) -> dict[str, Any]:
-        """The latents that are to be consistent at each scale."""
+        """The latents that should be consistent at each scale."""
         return {scale: self.groups.members(number) for number, scale in enumerate(SCALES)}
 
 
@@ -98,7 +98,7 @@ def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Con
 
 
 def consistency_scores(seen: Seen) -> dict[str, float]:
-    """By scale: of the whole code, and of the latents that belong to the scale."""
+    """Scores by scale: of the whole code, and of the latents that belong to the scale."""
     whole = seen.consistency[ALL].scores()
     found = {
         f"{name}_{scale}": value
@@ -124,7 +124,7 @@ def too_short(seen: Seen) -> str | None:
 
 
 def stability(seen: Seen, config: Config) -> dict[str, float]:
-    """Over latents that fired often enough; `measured` says how many there are."""
+    """Measures over latents that fired often enough; `measured` says how many there are."""
     counts = seen.persistence
     often = counts.fired >= config.least_firings
     found: dict[str, float] = {"measured": int(often.sum())}
@@ -174,7 +174,7 @@ class Consistency(Sums):
     pairs: Tensor  # float64 [scales]
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """By scale: mean cosine in order, the same under shuffled order, and their difference, the TCS."""
+        """For each scale: mean cosine in order, the same under shuffled order, and their difference, the TCS."""
         pairs = self.pairs.clamp_min(1)
         ordered, shuffled = (self.in_order / pairs).tolist(), (self.shuffled / pairs).tolist()
         return {
@@ -187,7 +187,7 @@ def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
     """Cosines between codes at the lags of each scale, and what shuffling each stretch would give.
 
     Shuffling a stretch makes every pair in it as likely as any other, so its expectation is the mean over
-    all pairs of the stretch: no dice are thrown. A token on which nothing fires has cosine 0 with all.
+    all pairs of the stretch: nothing is drawn. A token on which nothing fires has cosine 0 with all.
     """
     unit_WTF = functional.normalize(acts_WTF, dim=2)
     cosine = unit_WTF @ unit_WTF.mT
@@ -226,7 +226,7 @@ class Persistence(Sums):
 
     @property
     def stability(self) -> Tensor:
-        """FSM: how much likelier a latent is right after it fired; 1 for one that does not care."""
+        """FSM: how much likelier a latent is right after it fired; 1 if that makes no difference."""
         return self.stay / self.base.clamp_min(1e-12)
 
     @property

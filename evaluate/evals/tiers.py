@@ -2,11 +2,11 @@
 
 1. Composition, from the weights alone: decoder rows as non-negative sums of those of the tier below.
 2. A pass over test windows: activity of each tier, and the latent that dominates it on each token.
-3. Causal tracing, where the model is there: predictions without a tier, with it alone, without the latents
+3. Causal tracing, if the model is available: predictions without a tier, with it alone, without the latents
    that are composed of nothing, without single latents; from one clean pass of the layers above.
 4. What those latents fire on; and which latents of the tier below make up those that are composed best.
 
-Tier numbers in results count from 1. A plain SAE has equal shares of its dictionary for tiers.
+Tier numbers in results count from 1. A plain SAE gets equal shares of its dictionary as tiers.
 N tokens, F latents, D residual width, M tiers.
 """
 
@@ -51,11 +51,11 @@ LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below wh
 @dataclass(frozen=True)
 class Config:
     windows: int = 128
-    """Of the test split, for activity and information."""
+    """Windows of the test split, for activity and information."""
     trace_windows: int = 16
-    """Of these, those whose predictions are traced; 0: no tracing."""
+    """How many of these have their predictions traced; 0: no tracing."""
     trace_latents: int = 2
-    """Of each tier, those that are traced one by one: the most active of the windows that are traced."""
+    """Latents of each tier that are traced one by one: the most active in the windows that are traced."""
     batch_windows: int = 16
     tiers: int = 3
     """For SAEs that were trained without."""
@@ -66,16 +66,16 @@ class Config:
     listed: int = 12
     """Latents composed of nothing, and as many of each tier that are composed best, with their strongest tokens."""
     seed: int = 51_866
-    """Of what is compared with chance. SAEs are born from small seeds: with one of those, the random rows
+    """Seed of what is compared with chance. SAEs are initialised from small seeds: with one of those, the random rows
     would be those that a dictionary started from."""
 
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows gathers of one SAE."""
+    """What a pass over windows collects about one SAE."""
 
     tiers: Assignment
-    by_few: Tensor  # [F], R^2 of each latent's row by few of the tier below; NaN where there is none below
+    by_few: Tensor  # [F], R^2 of each latent's row by few of the tier below; NaN if there is none below
     activity: Activity = field(init=False)
     dominant: list[Tensor] = field(default_factory=list)
     strongest: Strongest = field(init=False)
@@ -113,7 +113,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         choose_alone(context, {subject: seen[subject] for subject in traced}, config)
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
-        share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
+        share = batch.slice(0, max(0, config.trace_windows - windows))  # whatever the batch size
         at_layer = tracers.of(share) if tracers and len(share) else {}
         for subject in subjects:
             acts = subject.encode(batch)
@@ -152,7 +152,7 @@ def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]
 
 
 def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
-    """By all windows that are traced, before the first of them is."""
+    """Choose latents to trace by all windows that are traced, before the first of them is."""
     count, title = min(config.windows, config.trace_windows), "tiers: latents to trace"
     mass = sums_of_codes(context, list(seen), title, count, config.batch_windows, lambda acts: acts.sum(0))
     for subject, one in seen.items():
@@ -180,7 +180,7 @@ def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tenso
 
 
 def coverage(rows_RD: Tensor, atoms_AD: Tensor, parts: int, generator: torch.Generator) -> dict[str, float]:
-    """Coverage by all atoms, and what rows that point anywhere would have by all and by few."""
+    """Coverage by all atoms, and what random rows would have by all and by few."""
     strangers = random_rows(rows_RD, generator)
     both = torch.cat([rows_RD, strangers])
     own, chance = explained(both, fit_all(both, atoms_AD) @ atoms_AD).chunk(2)
@@ -254,7 +254,7 @@ def uncomposed(seen: Seen, effects: Mapping[str, Effect]) -> dict[str, float]:
 
 
 def causal(effects: Mapping[str, Effect], tiers: int) -> dict[str, float]:
-    """Effects of taking a tier out, and of putting it alone into a mean-ablated residual."""
+    """Effects of removing a tier, and of putting it alone into a mean-ablated residual."""
     if not effects:
         return {}
     room = effects["mean"].kl - effects["all"].kl
@@ -268,7 +268,7 @@ def causal(effects: Mapping[str, Effect], tiers: int) -> dict[str, float]:
 
 
 def most_active(mass_F: Tensor, tiers: Assignment, count: int) -> tuple[int, ...]:
-    """Of each tier, those of the largest activation that have any."""
+    """The latents of each tier with the largest activation, if they have any."""
     found: list[int] = []
     for tier in range(tiers.count):
         mass = torch.where(tiers.members(tier), mass_F, 0.0)
@@ -280,7 +280,7 @@ def most_active(mass_F: Tensor, tiers: Assignment, count: int) -> tuple[int, ...
 
 
 def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> list[dict[str, Any]]:
-    """What predictions lose, in nats a token, by taking out single latents, and on what these fire."""
+    """What predictions lose, in nats per token, without single latents, and on what these fire."""
     listed = []
     for latent in seen.alone:
         effect, every_one = effects[f"without_latent_{latent}"], effects["all"]
@@ -291,7 +291,7 @@ def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> li
 
 
 def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
-    """The most active of them, and their strongest tokens."""
+    """The most active latents composed of nothing, and their strongest tokens."""
     mass = torch.where(seen.composed, 0.0, seen.activity.mass)
     chosen = mass.topk(min(config.listed, len(mass))).indices.tolist()
     return [
@@ -308,7 +308,7 @@ def _told(seen: Seen, latent: int) -> dict[str, Any]:
 
 
 def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
-    """Of each tier but the first, those of its latents that fire and that few of the tier below make up best."""
+    """For each tier but the first, the latents that fire and that few of the tier below make up best."""
     W_dec, strongest, listed = subject.sae.W_dec.detach(), seen.strongest, []
     for tier in range(1, seen.tiers.count):
         below = seen.tiers.members(tier - 1).nonzero().view(-1)
@@ -336,7 +336,7 @@ def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Co
 
 
 def _share(r_squared_R: Tensor) -> float:
-    """Of rows that are explained."""
+    """The share of rows that are explained."""
     return float((r_squared_R >= EXPLAINED).double().mean())
 
 
@@ -353,7 +353,7 @@ EVALUATION = Evaluation(
         "causal.loss_increase_without_3",
     ),
     least={"tiers": 1, "trace_latents": 0, "parts": 1, "fitted_rows": 1, "listed": 0},
-    # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as were asked for; 4: as many tiers
-    # as were saved, and no empty ones
+    # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as requested; 4: as many tiers as
+    # were saved, and no empty ones
     revision=4,
 )

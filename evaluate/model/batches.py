@@ -126,7 +126,7 @@ def store_batches(
 
 
 def count_windows(store: Store, split: str) -> int:
-    """Of a split."""
+    """How many windows a split has."""
     splits = store.manifest.splits
     if split not in splits:
         raise SettingInvalid(f"expected a split of {', '.join(splits)}, found {split!r}")
@@ -235,7 +235,7 @@ def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: 
 
 
 def _resid_of(part: ShardArrays, layer: int, rows: slice, dtype: torch.dtype) -> Tensor:
-    """In the model's dtype: where codes are stored, their values rounded to it."""
+    """Residuals in the model's dtype; stored codes become their values, rounded to it."""
     stored, scales = part.resid[layer][rows].copy(), part.scales.get(Site(RESID, layer))
     if scales is None:
         return as_tensor(stored, dtype)

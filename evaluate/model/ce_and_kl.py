@@ -4,7 +4,7 @@ Nothing of the size rows x vocabulary outlives a chunk of rows, whose elementwis
 processor's cache.
 
 All arithmetic after the logits is float32. `kl_published` is SAEBench's formula to the letter, the
-logarithm of a softmax: not a number where a probability underflows, which `kl` does not mind.
+logarithm of a softmax: not a number where a probability underflows, which does not affect `kl`.
 N rows, V vocabulary.
 """
 
@@ -30,7 +30,7 @@ MAY_UNDERFLOW = -80.0  # a float32 probability below this logarithm may be zero
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one distribution, by row: float32 [N]."""
+    """Losses of one distribution, by row: float32 [N]."""
 
     ce: Tensor  # NaN where the row predicts nothing
     kl: Tensor
@@ -42,7 +42,7 @@ class Losses:
 
 
 def logits_of(model: LanguageModel, hidden_ND: Tensor) -> LogitsOf:
-    """Of hidden states behind the final norm."""
+    """Logits of hidden states after the final norm."""
     return lambda start, stop: model.head(hidden_ND[start:stop])
 
 
@@ -55,7 +55,7 @@ def rows_of_logits(model: LanguageModel, say: Callable[[str], None]) -> PieceSiz
 def compare(
     clean: LogitsOf, others: Sequence[LogitsOf], targets_N: Tensor, rows: PieceSize
 ) -> tuple[Tensor, list[Losses]]:
-    """Cross entropy [N] of the clean distribution; of the others also their divergence from it.
+    """Cross entropy [N] of the clean distribution; for the others also their divergence from it.
 
     `targets_N` holds the next token of each row, or -1; `rows` says how many have logits at once.
     """
@@ -87,7 +87,7 @@ def kl_as_published(clean_NV: Tensor, other_NV: Tensor) -> Tensor:
 
 
 def _losses(logp_NV: Tensor, logits_NV: Tensor, targets_N: Tensor) -> Losses:
-    """One chunk."""
+    """The losses of one chunk."""
     blocks = []
     for start, stop in _ranges(len(targets_N), _block_rows(logp_NV)):
         logp, logq = logp_NV[start:stop], _log_softmax(logits_NV[start:stop])

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def fitted(rows: np.ndarray, labels: np.ndarray, **settings: Any) -> Any:
-    """A regression, as it is where its iterations ran out: so SAEBench and sae-probes take it, and nothing warns."""
+    """Fit a regression. As in SAEBench and sae-probes, one that runs out of iterations is taken without a warning."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
 

@@ -1,6 +1,6 @@
 """A causal language model in the parts that evaluations run: prefix, suffix, head.
 
-Prefix followed by suffix is the whole model to the bit, because a layer neither knows nor cares who called it. Full
+Prefix followed by suffix is the whole model to the bit, because a layer does not depend on who called it. Full
 windows share one mask and the harvest's function, so that a stored residual is exactly what the model computes here;
 a padded batch has a mask for each row.
 
@@ -37,7 +37,7 @@ Sinks = Mapping[int, Callable[[Tensor], None]]
 
 
 class LanguageModel:
-    """A model in memory, cut wherever an evaluation wants it cut."""
+    """A model in memory that can be cut after any layer."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class LanguageModel:
     def tokenizer(self) -> TextEncoder:
         """The harvest's encoder of this model's tokens."""
         if self.encoder is None:
-            said = "this model was made without a tokenizer: evaluations of text need one beside it"
+            said = "this model was made without a tokenizer, which evaluations on text need"
             raise ModelMissing(self._obstacle or said)
         return self.encoder
 
@@ -82,7 +82,7 @@ class LanguageModel:
     def special(self) -> tuple[int, ...]:
         """Ids that stand for no text: BOS, EOS, padding and what else the tokenizer reserves."""
         reserved = self.encoder.special_tokens if self.encoder is not None else ()
-        ends = self.model.config.eos_token_id  # several, of some models
+        ends = self.model.config.eos_token_id  # some models have several
         found = {*reserved, self.eos, self.pad, self.model.config.bos_token_id}
         found |= {*ends} if isinstance(ends, list) else {ends}
         return tuple(sorted(token for token in found if token is not None))
@@ -102,7 +102,7 @@ class LanguageModel:
         wanted: list[int] = [*layers, *(sinks or {})]
         if max(wanted) >= self.facts.num_layers:
             raise WidthMismatch(
-                f"expected a layer below {self.facts.num_layers}, all the model has, found {max(wanted)}"
+                f"expected a layer below {self.facts.num_layers}, the model's number of layers, found {max(wanted)}"
             )
         self._require_positions(tokens_WT.shape[1])
         stack = self._part(0, max(wanted) + 1, normed=False)
@@ -124,12 +124,12 @@ class LanguageModel:
         return self.stack(input_ids=tokens_WT, use_cache=False).last_hidden_state
 
     def tapped(self, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> AbstractContextManager[None]:
-        """While it runs, functions read what passes by at these sites, or put something in its place."""
+        """While this is active, functions read what passes these sites, or replace it."""
         return tapped(self.stack, self.facts.model_type, taps)
 
     @torch.inference_mode()
     def head(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in the model's dtype, soft-capped where the model does so."""
+        """Logits [N, V] in the model's dtype, soft-capped if the model does so."""
         logits_NV = self._unembed(hidden_ND)
         if self._softcap is not None:
             logits_NV.div_(self._softcap).tanh_().mul_(self._softcap)
@@ -158,8 +158,8 @@ class LanguageModel:
         valid_WT: Tensor,
         splice: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
-        """The next `count` tokens [W, count], greedily, keys and values kept. The splice, which puts other residuals
-        in place of those after some layers, acts on the prompt alone."""
+        """The next `count` tokens [W, count], greedily, with cached keys and values. The splice, which puts other
+        residuals in place of those after some layers, acts on the prompt alone."""
         from transformers import DynamicCache
 
         self._require_positions(tokens_WT.shape[1] + count)
@@ -173,10 +173,11 @@ class LanguageModel:
         return torch.cat(new, dim=1)
 
     def _require_positions(self, length: int) -> None:
-        """Learned positions end where their table does."""
+        """Require positions for `length` tokens: learned ones end where their table does."""
         if self._architecture.positions and length > self.facts.max_context:
             raise NotApplicable(
-                f"texts of {length} tokens: the model has positions for {self.facts.max_context}. Ask for shorter ones"
+                f"expected texts of at most {self.facts.max_context} tokens, the model's positions, found {length}: "
+                "ask for shorter ones"
             )
 
     def _next(self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: DynamicCache) -> Tensor:
@@ -243,7 +244,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
 
 @contextmanager
 def _room_for(folder: Path) -> Iterator[None]:
-    """Whose memory it is, the host's or the device's, the message need not know."""
+    """Raise MemoryTooSmall if memory runs out, whether the host's or the device's."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -255,14 +256,14 @@ def _room_for(folder: Path) -> Iterator[None]:
 
 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
-    """A model that is in memory, with the tokenizer of `source` where there is one."""
+    """A model that is in memory, with the tokenizer of `source` if there is one."""
     obstacle = None
     try:
         if source is not None:
             tokenizer = load_tokenizer(source)
             encoder = make_encoder(tokenizer, str(source))
             return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    except HarvestError as error:  # said where text is asked for: activations need none
+    except HarvestError as error:  # reported when text is needed: activations need none
         obstacle = str(error)
     # What tokens mean is unknown; which are special, the configuration says.
     eos = model.config.eos_token_id

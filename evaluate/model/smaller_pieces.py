@@ -1,4 +1,4 @@
-"""Work in pieces, smaller ones where memory runs out."""
+"""Work in pieces, smaller ones if memory runs out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import MemoryTooSmall
 
 T = TypeVar("T")
 NO_ROOM = "Free some memory, or evaluate narrower SAEs or on another --device"
-WEIGHTS_SHARE = 4  # of a device's free memory, one part in so many is for weights of SAEs: a model and batches follow
+WEIGHTS_SHARE = 4  # one part in so many of a device's free memory is for SAEs: a model and batches need the rest
 
 
 class PieceSize:
-    """How many items go in at once, in whole numbers of those that belong together. Halved when memory runs out, never
-    raised again."""
+    """How many items are processed at once, in multiples of those that belong together. Halved when memory runs out,
+    never raised again."""
 
     def __init__(self, size: int, what: str, say: Callable[[str], None], together: int = 1) -> None:
         self.size = whole(size, together)
@@ -30,11 +30,11 @@ class PieceSize:
                 f"not even {few} of the {self._what} at a time fits into memory ({first_line(error)}). {NO_ROOM}"
             ) from error
         self.size = whole(self.size // 2, self._together)
-        self._say(f"out of memory: going on with {self.size} {self._what} at a time")
+        self._say(f"out of memory: continuing with {self.size} {self._what} at a time")
 
 
 def whole(size: int, together: int) -> int:
-    """As many of what belongs together as go into a size, and one at least."""
+    """The largest multiple of `together` that `size` holds, and at least one."""
     return max(together, size - size % together)
 
 
@@ -56,7 +56,7 @@ def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Ite
 
 
 def room_for_weights(device: torch.device) -> int | None:
-    """Bytes that SAEs may take at once on a device; None where they lie in its memory already."""
+    """Bytes that SAEs may take at once on a device; None if they are in its memory already."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
@@ -64,7 +64,7 @@ def room_for_weights(device: torch.device) -> int | None:
 
 
 def within(room: int | None, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """The items in order, group by group: as many at once as have room, and one at least."""
+    """The items in order, group by group: as many at once as have room, and at least one."""
     group: list[T] = []
     for item in items:
         if group and room is not None and sum(map(size_of, group)) + size_of(item) > room:

@@ -1,6 +1,6 @@
 """The head of a language model alone: final norm and unembedding, without the layers below them.
 
-It says which tokens a direction of the residual stream promotes. Of a model of gigabytes two tables are read.
+It says which tokens a direction of the residual stream promotes. Only two tables of the model are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TABLES = {True: ("embed_tokens", "embed_in", "wte"), False: ("lm_head", "embed_o
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """From directions to what they add to the logits, up to a factor."""
+    """Maps directions to what they add to the logits, up to a factor."""
 
     norm: Callable[[Tensor], Tensor]
     unembedding: Tensor  # [V, D]
@@ -56,7 +56,7 @@ def load_head(folder: Path, device: torch.device) -> Head:
         weight, bias = (tables.get(f"{architecture.final_norm}.{part}") for part in ("weight", "bias"))
         found = [tables[f"{name}.weight"] for name in names[1:] if f"{name}.weight" in tables]
         if weight is None or not found:
-            raise KeyError(f"of {', '.join(names)} there are {[*tables]}")
+            raise KeyError(f"expected {', '.join(names)}, found {[*tables]}")
         return Head(norm_of(architecture.norm, config, weight, bias), found[0])
     except (HarvestError, SafetensorError, OSError, KeyError, RuntimeError, ValueError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -65,8 +65,8 @@ def load_head(folder: Path, device: torch.device) -> Head:
 
 
 def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of modules that lie in no layer, by the last two parts of their names: of four at most, as of a part
-    that reads text."""
+    """The tensors of modules outside the layers, by the last two parts of their names, which have four parts at most,
+    as in a text model that is part of a larger one."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
             for key in tables.keys():  # noqa: SIM118  # it is not a mapping
@@ -76,7 +76,7 @@ def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, T
 
 
 def norm_of(kind: str, config: Any, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What `Architecture.norm` names, bit for bit as transformers computes it in float32."""
+    """The norm that `Architecture.norm` names, bit for bit as transformers computes it in float32."""
     if kind == "layer":
         eps = config.layer_norm_epsilon if hasattr(config, "layer_norm_epsilon") else config.layer_norm_eps
         return lambda x: functional.layer_norm(x, weight.shape, weight, bias, eps)

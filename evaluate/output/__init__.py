@@ -1,1 +1,1 @@
-"""Pictures and pages of runs and results."""
+"""Plots and pages of runs and results."""

@@ -1,4 +1,4 @@
-"""Pictures of what has been evaluated, beside the results. What goes wrong with one costs no number."""
+"""Plots of what has been evaluated, next to the results. A plot that fails does not cost any number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_NAME = 255  # bytes, of a file system
 
 
 def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
-    """Plots and the page of every run; where runs are compared, of those with a new result, and of all together."""
+    """Plots and the page of every run; if runs are compared, of those with a new result, and of all together."""
     known = {row.path.absolute(): row.document for row in rows if row.document is not None}
     new = [row for row in rows if row.document is not None and not (compares and row.status == "kept")]
     for home in dict.fromkeys(row.subject.home for row in new):
@@ -27,7 +27,7 @@ def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
 
 
 def joint_name(names: Sequence[str]) -> str:
-    """The names of all; where they are too many for a folder's name, its beginning and a digest of the whole."""
+    """All names joined; if that is too long for a folder's name, its beginning and a digest of the whole."""
     whole = "+".join(names).encode()
     if len(whole) <= LONGEST_NAME:
         return whole.decode()
@@ -36,7 +36,7 @@ def joint_name(names: Sequence[str]) -> str:
 
 
 def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
-    """What training calls when a run has ended; and before, every so many seconds, while it is on its way."""
+    """What training calls when a run has ended and, every so many seconds, while it trains."""
     if RunFolder(folder).is_finished:
         _draw([folder], folder / "plots", say)
     else:
@@ -49,7 +49,7 @@ def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
 
     try:
         write_live_page(run, read_records([run], say), pause)
-    except Exception as error:  # noqa: BLE001  a page costs no training
+    except Exception as error:  # noqa: BLE001  a page must not cost any training
         say(f"no page of {run.path} while it trains: {type(error).__name__}: {error}")
 
 
@@ -59,7 +59,7 @@ def _draw(
     from ..evals.browser.overview import refresh
     from .figures.records import read_records
     from .plots import make_plots
-    from .report.page_of_a_run import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
+    from .report.page_of_a_run import write_page  # late: without plots, nothing must wait for matplotlib
 
     runs = [RunFolder(home) for home in homes]
     try:
@@ -68,7 +68,7 @@ def _draw(
         page = write_page(homes[0] if len(homes) == 1 else folder, records, folder)
         if len(homes) == 1:
             refresh(homes[0], records)
-    except Exception as error:  # noqa: BLE001  the numbers are safe on disk; a picture can be drawn again
+    except Exception as error:  # noqa: BLE001  the numbers are safe on disk; a plot can be drawn again
         say(f"no plots in {folder}: {type(error).__name__}: {error}")
         return
     if drawn:

@@ -1,1 +1,1 @@
-"""From the words of the command line to results: find SAEs, open stores, run evaluations, print."""
+"""From command-line options to results: find SAEs, open stores, run evaluations, print."""

@@ -1,4 +1,4 @@
-"""What `sae-eval` does with the words of its command line: find SAEs, bring them and their stores together, print."""
+"""What `sae-eval` does with its options: find SAEs, match them with their stores, evaluate, print."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ Complain = Callable[[str], None]
 
 
 def run(words: Mapping[str, Any], complain: Complain) -> int:
-    """Evaluate, print, draw; the exit status. What is wrong with one target does not stop the others."""
+    """Evaluate, print and draw; return the exit status. A problem with one target does not stop the others."""
     with errors_told(complain):
         rows, problems = measure(words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal())
         console = make_console(is_stderr=words["is_json"])
         print_results(console, rows)
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
-        for problem in problems if rows else ():  # told before a table of all the others
+        for problem in problems if rows else ():  # repeated: the first time was above the table
             complain(f"error: {problem}")
         if not problems and (line := next_look(rows, words)):
             console.print(line)
@@ -64,8 +64,8 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
 
 
 def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
-    """The command that makes pages of the latents, where there are none, nobody has asked for them now, and there is
-    a store to make them from."""
+    """The command that makes browser pages of the latents; None if there are some, if they were requested just now, or
+    if there is no store to make them from."""
     if any(row.eval_id == BROWSER for row in rows):
         return None
     subjects = dict.fromkeys(row.subject for row in rows if row.document is not None)
@@ -79,11 +79,11 @@ def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
     options = chain.from_iterable((f"--{name.replace('_', '-')}", str(words[name])) for name in given)
     command = shlex.join(["sae-eval", *words["targets"], *options, "--evals", "browser"])
     size = say_size(sum(subject.width for subject in bare) * LATENT_BYTES)
-    return f"next: {command}    # pages to look at all latents, about {size}"
+    return f"next: {command}    # pages that show all latents, about {size}"
 
 
 def id_of_store(url: str | None) -> str | None:
-    """Of the one that is there and can be opened."""
+    """The cache id of the store at `url`; None if it cannot be opened."""
     if url is None:
         return None
     try:
@@ -101,14 +101,14 @@ def is_at_terminal() -> bool:
 def measure(
     words: Mapping[str, Any], refuse: Callable[[Problem], None], may_train: bool = False
 ) -> tuple[list[Row], list[Problem]]:
-    """Results of all targets that can be loaded, and what is wrong with the others, which is told at once: whoever
-    raises it has nothing evaluated. Where someone can be asked, a run that is missing may be trained."""
+    """Results of all targets that can be loaded, and the problems of the others. Each problem goes to `refuse` at once;
+    if that raises, nothing is evaluated. With `may_train`, the user is asked whether to train a missing run."""
     if (launched := count_processes()) > 1:
         raise SettingInvalid(
             f"expected one process, found {launched}, each of which would evaluate all SAEs and write the same files: "
-            "start it by itself, several of them with some of the SAEs each (docs/cluster.md)"
+            "start a single one, or several separately, each with some of the SAEs (docs/cluster.md)"
         )
-    session = make_session(words)  # first: no run is trained for words that are refused then
+    session = make_session(words)  # first: no run is trained for options that are then refused
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
@@ -125,7 +125,7 @@ def measure(
 
 
 def make_session(words: Mapping[str, Any]) -> Session:
-    """What the words ask for, those that name SAEs aside."""
+    """The session that the options ask for, apart from its SAEs."""
     device = find_device(words["device"])
     context = partial(
         Context,
@@ -141,7 +141,7 @@ def make_session(words: Mapping[str, Any]) -> Session:
 
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The evaluations asked for, with their settings."""
+    """The requested evaluations, with their settings."""
     names = evals.names() if wanted == evals.ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
     given: dict[str, dict[str, Any]] = {}
     for said, value in parse_settings(settings).items():
@@ -177,11 +177,11 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 @contextmanager
 def errors_told(complain: Complain) -> Iterator[None]:
-    """Expected errors end in one message, not in a traceback."""
+    """Report an expected error as one message, without a traceback."""
     try:
         with tell_files():
             yield
-    except RunInterrupted as stop:  # of a run that was trained on the way
+    except RunInterrupted as stop:  # from a run that was trained on the way
         complain(str(stop))
         sys.exit(128 + stop.signal)
     except (EvalError, TrainError, StoreError, HarvestError) as error:
@@ -190,11 +190,11 @@ def errors_told(complain: Complain) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Session:
-    """What was asked for on the command line.
+    """What was requested on the command line.
 
-    SAEs of one store share a context, so that the store is opened and the model loaded once for them, and lie on the
-    device together as far as its memory allows. A store that is gone, or that is another one, fails the SAEs of that
-    store and nothing else.
+    SAEs of one store share a context, so that the store is opened and the model loaded once for them, and are on the
+    device together as far as its memory allows. A store that is missing, or is not the right one, fails only its own
+    SAEs.
     """
 
     configs: Mapping[str, Any]
@@ -219,7 +219,7 @@ class Session:
             return self._run_fitting(self.context(store), subjects)
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
-        """What needs none goes on, and what was measured on it before stands, but where a store was asked for."""
+        """Run what needs no store and keep earlier results on it, unless the store was given by --cache."""
         others = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
         context, rows = self.context(None), list[Row]()
         if self.cache is None:
@@ -235,7 +235,7 @@ class Session:
         return rows
 
     def _run_fitting(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """Those SAEs that belong to this store."""
+        """Evaluate the SAEs that belong to this store."""
         rows: list[Row] = []
         fitting = []
         for subject in subjects:
@@ -248,14 +248,14 @@ class Session:
         groups = list(within(room_for_weights(context.device), fitting, lambda subject: subject.num_bytes))
         if len(groups) > 1 and BROWSER in self.configs:
             apart = "; ".join(", ".join(subject.name for subject in group) for group in groups)
-            context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are looked for within {apart}")
+            context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are sought only within {apart}")
         for group in groups:
             rows += self._run_on_device(context, group)
         return rows
 
     def _run_on_device(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """SAEs that have room on the device together; they leave it in the end. One that has none costs the others
-        nothing."""
+        """Evaluate SAEs that fit on the device together, and move them off it afterwards. One that does not fit does
+        not affect the others."""
         rows: list[Row] = []
         try:
             for subject in subjects:
@@ -287,54 +287,54 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
         name, own = subjects[0].name, subjects[0].cache_url
         if url == own:
             raise StoreGone(
-                f"the store of {name} was at {url}, and there is none now. Give its new place by --cache, or harvest "
-                "it again"
+                f"the store of {name} was at {url}, and is no longer there. Give its new place with --cache, or "
+                "harvest it again"
             ) from error
-        instead = f", or leave it out to take {own}, on which {name} was trained" if id_of_store(own) else ""
-        raise StoreGone(f"there is no store at {url}, which --cache names: mend it{instead}") from error
+        instead = f", or leave it out to use {own}, which {name} was trained on" if id_of_store(own) else ""
+        raise StoreGone(f"there is no store at {url}, the value of --cache: correct it{instead}") from error
 
 
 def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:
-    """Another store than the one that an SAE was trained on was named for it, and is of the same model and of no
-    positions that it was not trained at. Layers and hooks that the store does not keep evaluations tell."""
+    """Require that a store other than the one an SAE was trained on was named for it, has the same model, and has no
+    positions that the SAE was not trained at. Layers and hooks that the store lacks are left to the evaluations."""
     name, revision, context = (subject.metadata.get(key) for key in ("model_name", "model_revision", "context_size"))
     manifest, model = store.manifest, store.manifest.model
     told = str(name), model.id
-    if not all(one.count("/") == 1 for one in told):  # not owner/name on both sides: of a folder the last part says it
+    if not all(one.count("/") == 1 for one in told):  # not owner/name on both sides: of a folder, compare the last part
         told = [one.split("/")[-1] for one in told]
     if name is None or told[0] != told[1]:
-        why = f", of the model {model.id} and not of {name or 'one that the SAE names'}"
+        why = f", of the model {model.id}, not of {name or 'one that the SAE names'}"
     elif None not in (revision, model.revision) and revision != model.revision:
-        why = f", of revision {model.revision} of {model.id} and not of {revision}"
+        why = f", of revision {model.revision} of {model.id}, not {revision}"
     elif isinstance(context, int) and context < manifest.context:
-        why = f", whose windows have {manifest.context} tokens and not at most {context}"
+        why = f", whose windows have {manifest.context} tokens, more than {context}"
     elif is_named:
         return
     else:
         why = ""
     raise CacheIdMismatch(
         f"{subject.name} was trained on the store with cache id {subject.cache_id}, found {manifest.cache_id} at "
-        f"{store.url}{why}. Give the place of its own store by --cache, or a store of the same model and context"
+        f"{store.url}{why}. Give --cache its own store, or a store of the same model and context"
     )
 
 
 def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = False) -> None:
-    """The store is the one that the SAE was trained on, as far as the SAE knows, or one that was named for it and is of
-    the same model; and it has the SAE's width."""
+    """Require that the store is the one the SAE was trained on, as far as the SAE says, or was named for it and has the
+    same model; and that it has the SAE's width."""
     if store is None:
         return
     manifest = store.manifest
     depth, highest = manifest.model.num_layers, max(layers_of([subject]))
     if depth is not None and highest >= depth:
         raise WidthMismatch(
-            f"{subject.name} is about layer {highest}, but the model of {store.url} ({manifest.model.id}) has {depth} "
-            "layers, counted from 0"
+            f"{subject.name} reads or writes layer {highest}, but the model of {store.url} ({manifest.model.id}) has "
+            f"{depth} layers, counted from 0"
         )
-    if subject.cache_id not in (None, manifest.cache_id):  # where its own is here, its results are of that one
+    if subject.cache_id not in (None, manifest.cache_id):  # its own store is used if it is available
         require_stand_in(subject, store, is_named and id_of_store(subject.cache_url) != subject.cache_id)
     hook = subject.hooks[0]
     if hook != RESID and hook not in manifest.hooks:
-        return  # of what the store does not keep; evaluations that read it say so
+        return  # the store does not keep it; evaluations that read it say so
     expected = manifest.width_of(hook) * len(subject.layers)
     if subject.d_in != expected:
         raise WidthMismatch(

@@ -39,7 +39,7 @@ NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines
 
 
 def make_console(*, is_stderr: bool = False) -> Console:
-    """For what a person reads at the end; a pipe has room for a wide table."""
+    """The console for the final report; a pipe gets room for a wide table."""
     console = open_console(stderr=is_stderr, highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -47,7 +47,7 @@ def make_console(*, is_stderr: bool = False) -> Console:
 
 
 def print_results(console: Console, rows: Sequence[Row]) -> None:
-    """The table, what in it cannot be right, then everything that is not in it and why."""
+    """Print the table, warnings about numbers that cannot be right, then everything that is not in it and why."""
     good = [row for row in rows if row.document is not None]
     names_of = shown_names(row.subject for row in rows)
     if good:
@@ -68,7 +68,7 @@ def print_results(console: Console, rows: Sequence[Row]) -> None:
 
 
 def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
-    """The name of each SAE; where several have the same, with its folder."""
+    """The name of each SAE; if several share it, with the folder."""
     each = dict.fromkeys(subjects)
     times = Counter(subject.name for subject in each)
     return {one: one.name if times[one.name] == 1 else f"{one.name} ({one.folder})" for one in each}
@@ -121,7 +121,7 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
 
 
 def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[str]:
-    """What text the numbers are of, and what stands behind them."""
+    """Lines that say on what text the numbers were measured, and what a reach is."""
     told = ((names_of[row.subject], (row.eval_id, ours_in(row.document or {}).get("measured_on"))) for row in rows)
     lines = lines_of_each((name, said) for name, said in told if said[1])
     if any(reach is not None for row in rows for reach in _reaches(row).values()):
@@ -130,27 +130,27 @@ def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[
 
 
 def _reaches(row: Row) -> dict[str, float | None]:
-    """By metric."""
+    """The reach of each metric in the evaluation's summary."""
     evaluation = evals.load(row.eval_id)
     return {metric: reach_of(row.document or {}, evaluation.intervals, metric) for metric in evaluation.summary}
 
 
 def require_one_store(subjects: Iterable[LoadedSae]) -> None:
-    """SAEs of several stores saw different tokens: their numbers do not compare."""
+    """Refuse SAEs of several stores: they saw different tokens, so their numbers do not compare."""
     by_id: dict[str, list[str]] = {}
     for subject, name in shown_names(subjects).items():
-        if subject.cache_id is not None:  # one that says none is measured on the store it is given, as the results say
+        if subject.cache_id is not None:  # one without is measured on the store it is given, as its results say
             by_id.setdefault(subject.cache_id, []).append(name)
     if len(by_id) > 1:
         listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())
         raise Incomparable(
-            f"--compare is for SAEs of one store, found cache ids {listed}. Compare those of one "
-            "id, or name by --cache one store to measure all of them on"
+            f"--compare: expected SAEs of one store, found cache ids {listed}. Compare those of one "
+            "id, or give --cache one store to measure all of them on"
         )
 
 
 def require_comparable(rows: Sequence[Row]) -> None:
-    """Results of one evaluation must be of the same settings to stand in one table."""
+    """Require that results of one evaluation have the same settings, so that they can share a table."""
     names_of = shown_names(row.subject for row in rows)
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
         found = {row.subject: row.document for row in rows if row.eval_id == eval_id and row.document is not None}

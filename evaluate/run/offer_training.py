@@ -1,6 +1,6 @@
-"""A run that is not there but has a recipe of its name: at a terminal it can be trained on the way.
+"""Offer to train a missing run that has a recipe of its name, if there is a terminal to ask at.
 
-README's three commands name such a run. Elsewhere, and where there is no store to train on, the command ends and says
+README's three commands name such a run. Without a terminal, or without a store to train on, the command ends and says
 what makes the run.
 """
 
@@ -30,7 +30,7 @@ LONG_SECONDS = 600
 
 
 def offer_training(targets: Sequence[str], runs: Path, cache: str | None, device: str, plots: bool) -> None:
-    """Train what is missing, has a recipe and is wanted."""
+    """Train each missing run that has a recipe, if the user agrees."""
     store = cache or known_store()
     for target in dict.fromkeys(targets):
         if store and _is_missing(target, runs) and (found := studies_with(target)):
@@ -42,13 +42,13 @@ def _is_missing(target: str, runs: Path) -> bool:
         return False
     try:
         find_places(target, runs)
-    except (EvalError, TrainError) as error:  # what is wrong with one that is there is told with the others' results
+    except (EvalError, TrainError) as error:  # problems of a run that exists are reported with the others' results
         return isinstance(error, TargetUnknown)
     return False
 
 
 def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: bool) -> None:
-    """Say what the training is and how long it takes; do it if that is wanted."""
+    """Say what would be trained and how long it takes; train it if the user agrees."""
     console = make_console(is_stderr=True)
     ask = Ask.of_recipe(find_recipes(recipe)[0])
     words = {"--recipe": recipe, "--cache": cache, "--out": str(runs), "--name": name}
@@ -58,16 +58,16 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
     except StoreMissing:
         return  # the error that follows says how the run is made
     with store, open_process(device, console) as process:
-        console.print(f"no run {name!r} in {runs}, and a recipe {recipe}: timing a few steps of it on {cache}")
+        console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         settled = settle(ask, store)
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
             of_one = say_time(seconds * epoch / settled.total_steps)
-            console.print(f"one epoch of it takes about {of_one}: {command} --epochs 1")
+            console.print(f"one epoch takes about {of_one}: {command} --epochs 1")
         saes = len(settled.config.members)
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, about {say_time(seconds)}"
-        if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
+        if not click.confirm(f"Train it now, then continue? {what}", default=True, err=True):
             return
     with open_process(device, console, is_watched=plots) as process:
         console.print(f"$ {command}", style="bold")

@@ -1,9 +1,9 @@
-"""Run evaluations over SAEs, so that nothing that goes wrong in one costs another its result.
+"""Run evaluations over SAEs, so that a failure in one does not cost another its result.
 
-1. Skip what is done, where that was asked for; a result that cannot be read is done anew.
+1. Skip what is done, if asked to; a result that cannot be read is measured again.
 2. Hand all SAEs to an evaluation at once and write each result as it comes.
-3. What an evaluation raises as NotRun is the reason for all SAEs it still owed.
-4. After any other error, the SAEs it still owed are tried one by one: the one that fails, fails alone.
+3. If an evaluation raises NotRun, that is the reason for every SAE that has no result yet.
+4. After any other error, the SAEs that have no result yet are tried one by one, so that each fails alone.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once
 
 Keep = Literal["none", "same", "any"]
-"""Which results that are there are taken: none, those of the same settings, or all of the same SAE and store. One that
-a later saemill wrote is never written over."""
+"""Which existing results are kept: none, those with the same settings, or all of the same SAE and store. One that a
+later saemill wrote is never overwritten."""
 
 
 def run_evals(
@@ -63,8 +63,8 @@ def run_evals(
     keep: Keep = "none",
     only_kept: bool = False,
 ) -> list[Row]:
-    """Every evaluation for every SAE; configs are by the evaluations' ids. `only_kept`: results that are taken as they
-    are, and nothing is measured."""
+    """Run every evaluation on every SAE; configs are by the evaluations' ids. With `only_kept`, existing results are
+    returned and nothing is measured."""
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(context, eval_id, config)
@@ -73,15 +73,15 @@ def run_evals(
         pending = [subject for subject in subjects if subject not in kept]
         if pending and not only_kept:
             if context.from_tokens and not settings["from_tokens"]:
-                context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
+                context.say(f"{eval_id}: --from-tokens has no effect here, and its results say so")
             if context.massive_norms != "store's" and not evals.load(eval_id).needs.store:
-                context.say(f"{eval_id}: --massive-norms changes nothing here: it reads no store")
+                context.say(f"{eval_id}: --massive-norms has no effect here: it reads no store")
             rows += _Attempts(context, eval_id, config, settings).run(pending)
     return rows
 
 
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
-    """A result that is taken as it is; the reason says where it was measured with other settings."""
+    """An existing result that is kept; the reason says which of its settings differ."""
     try:
         document = _standing(context, subject, eval_id)
     except ResultFromLater as error:
@@ -91,41 +91,39 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     found = settings_in(document)
     settings = _as_meant(found, settings)
     store, meant = found.get("cache_id"), settings["cache_id"] or subject.cache_id
-    if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # of another one
+    if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # measured on another store
         return None
     is_gone = is_of_store_now_gone(document, settings) and context.dtype_name in (None, found.get("dtype"))
     if keep == "same" or is_gone:
         stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
-        reason = "its result is of a store, and none is read now" if is_gone else ""
+        reason = "its result was measured on a store, and none is read now" if is_gone else ""
         return Row(subject, eval_id, "kept", reason, document) if stands else None
     other, missing = describe_differences(document, settings), ours_in(document).get("missing")
     if missing and not other:
-        return None  # what has a part of its numbers is done again, as --resume does it
-    reason = (
-        f"its result is of {other}. Evaluate it again without --compare to have what was asked for" if other else ""
-    )
+        return None  # an incomplete result is measured again, as by --resume
+    reason = f"its result has {other}. Evaluate it again without --compare to get what was asked for" if other else ""
     if missing:
         return Row(subject, eval_id, "incomplete", f"{missing}; {reason}", document)
     return Row(subject, eval_id, "kept", reason, document)
 
 
 def _as_meant(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by which a result of these is judged: it may tell more of its data than is known now, or less."""
+    """The settings to judge a result by: it may record more about its data than is known now, or less."""
     data = data_meant(found.get(DATA), settings.get(DATA))
     return {name: value for name, value in {**settings, DATA: data}.items() if value is not None or name != DATA}
 
 
 def _standing(context: Context, subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk; one that cannot be read counts as none, so that it costs no other SAE its result."""
+    """The result on disk; one that cannot be read counts as none, so that no other SAE loses its result."""
     try:
         return standing_result(subject, eval_id)
     except ResultInvalid as error:
-        context.say(f"{eval_id}: {error}. Here it is done anew, for {subject.name}")
+        context.say(f"{eval_id}: {error}. It is now measured again for {subject.name}")
         return None
 
 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
-    """All that decides a result of an evaluation besides the SAE."""
+    """Everything besides the SAE that decides a result."""
     evaluation = evals.load(eval_id)
     settings = {
         "config": deciding(to_json(config)),
@@ -133,9 +131,9 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
         "dtype": str(context.dtype).removeprefix("torch."),
         "from_tokens": context.from_tokens and evaluation.needs.from_tokens,
     }
-    if evaluation.revision != 1:  # results of before there were any are of the first
+    if evaluation.revision != 1:  # results from before there were revisions are of the first
         settings["revision"] = evaluation.revision
-    if evals.is_own(eval_id):  # which has no commit of this package that would tell of its changes
+    if evals.is_own(eval_id):  # no commit of this package shows its changes
         settings["own_files"] = digest_of_own("evaluate")
     if evaluation.needs.store and (context.opened is not None or context.massive_norms != "store's"):
         settings["massive_norms"] = context.massive_multiple
@@ -146,7 +144,7 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
 
 
 def crash_path(subject: LoadedSae, eval_id: str) -> Path:
-    """Where the traceback of an error that nobody expected is kept."""
+    """Where the traceback of an unexpected error is kept."""
     return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
 
 
@@ -159,7 +157,7 @@ def _why_apart(subject: LoadedSae) -> str:
 
 
 class _Attempts:
-    """One evaluation at work."""
+    """One evaluation being run."""
 
     def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
         self._context, self._eval_id, self._config, self._settings = context, eval_id, config, settings
@@ -184,19 +182,19 @@ class _Attempts:
         return rows
 
     def _attempt(self, subjects: Sequence[LoadedSae]) -> tuple[list[Row], Exception | None]:
-        """Rows as far as they came, and what ended them early."""
+        """The rows so far, and the error that ended them early."""
         rows: list[Row] = []
         try:
             self._evaluation.require(self._config)
             self._evaluation.needs.require(self._context)
             for subject in subjects:
-                subject.sha256  # noqa: B018  of what was loaded, whatever lies there when a result is written
+                subject.sha256  # noqa: B018  of what was loaded, even if the files change before a result is written
             for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
         except NotRun as reason:
             done = {row.subject for row in rows}
             rows += [self._not_run(subject, str(reason)) for subject in subjects if subject not in done]
-        except Exception as error:  # noqa: BLE001  whatever it is, the others' results must not be lost to it
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must not lose their results
             return rows, error
         return rows, None
 
@@ -209,10 +207,10 @@ class _Attempts:
         other = self._other_store(item.subject)
         item = replace(item, measured_on="; ".join(filter(None, (item.measured_on, other))) or None)
         before = None
-        with suppress(ResultInvalid):  # told already
+        with suppress(ResultInvalid):  # reported already
             before = standing_result(item.subject, self._eval_id)
         if before and item.missing and self._eval_id != BROWSER and is_whole(before, self._settings):
-            reason = f"{item.missing}. The whole result of these settings that was there stands"
+            reason = f"{item.missing}. The earlier, complete result with these settings is kept"
             return Row(item.subject, self._eval_id, "kept", reason, before)
         place, aside = result_path(item.subject, self._eval_id), None
         replaced = "" if before is None or self._completes(before) else self._differences(before)
@@ -221,21 +219,21 @@ class _Attempts:
                 aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
                 shutil.copyfile(place, aside)
             document = write_result(item, self._eval_id, self._settings)
-        except OSError as error:  # of the disk, and no reason to measure anything again
+        except OSError as error:  # a disk error is no reason to measure anything again
             if aside is not None:
                 with suppress(OSError):
                     aside.unlink()
-            said = f"its result could not be written to {place} ({error}): make room, then --resume"
+            said = f"its result could not be written to {place} ({error}): free some space, then --resume"
             return Row(item.subject, self._eval_id, "failed", said)
-        crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
-        before_it = f". Its result of {replaced} is now {aside}" if aside else f", in place of {replaced}"
+        crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # from an earlier attempt
+        before_it = f". Its result with {replaced} is now {aside}" if aside else f", replacing one with {replaced}"
         self._context.say(f"{self._eval_id}: {item.subject.name} done{before_it if replaced else ''}")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
 
     def _completes(self, before: Mapping[str, Any]) -> bool:
-        """Whether a result takes the place of a part of itself, for which a model was missing that is named now."""
+        """Whether the new result completes an earlier one for which a model was missing that is named now."""
         same = {name: value for name, value in self._settings.items() if name != "model"} == settings_in(before)
         return same and ours_in(before).get("missing") is not None
 
@@ -243,7 +241,7 @@ class _Attempts:
         return describe_differences(before, _as_meant(settings_in(before), self._settings))
 
     def _remark_of_store(self) -> str | None:
-        """What a result says that was read from a store's activations, where these are not the model's own."""
+        """What a result says if it was read from a store whose activations are not exactly the model's."""
         opened, needs = self._context.opened, self._evaluation.needs
         if not needs.store or needs.tokens_only or opened is None or opened.manifest.stored_as is None:
             return None
@@ -253,7 +251,7 @@ class _Attempts:
         return f"{said}; --from-tokens computes them anew" if needs.from_tokens else said
 
     def _other_store(self, subject: LoadedSae) -> str | None:
-        """What a result says that is of another store than its SAE was trained on."""
+        """What a result says if it was measured on another store than its SAE was trained on."""
         opened = self._context.opened
         if opened is None or not self._evaluation.needs.store or subject.cache_id in (None, opened.manifest.cache_id):
             return None
@@ -263,7 +261,7 @@ class _Attempts:
         return Row(subject, self._eval_id, "not run", reason)
 
     def _failed(self, subject: LoadedSae, error: Exception) -> Row:
-        """A line for the table; for what nobody expected, the whole traceback beside the results."""
+        """A row for the table; the traceback of an unexpected error is kept next to the results."""
         if isinstance(error, EXPECTED):
             return Row(subject, self._eval_id, "failed", str(error))
         if is_out_of_memory(error):
@@ -273,13 +271,13 @@ class _Attempts:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         except OSError as obstacle:  # a full or read-only disk, which may be the very error
-            return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be kept: {obstacle})")
-        return Row(subject, self._eval_id, "failed", f"{said} (all of it in {path})")
+            return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be saved: {obstacle})")
+        return Row(subject, self._eval_id, "failed", f"{said} (traceback in {path})")
 
     def _no_room(self, error: Exception) -> str:
-        """What to do about it: how large batches are is a setting of most evaluations."""
+        """What failed and what to do: most evaluations have a setting for the batch size."""
         sizes = {field.name: getattr(self._config, field.name) for field in fields(self._config)}
         smaller = [f"{self._eval_id}.{name}=N, less than {sizes[name]}" for name in BATCHES if sizes.get(name, 1) > 1]
-        learns = ", which changes its numbers, since it learns by them" if "learning_rate" in sizes else ""
-        advice = "".join(f"Make batches smaller by --set {setting}{learns}. " for setting in smaller)
+        learns = ", which changes its numbers, since it trains on them" if "learning_rate" in sizes else ""
+        advice = "".join(f"Make batches smaller with --set {setting}{learns}. " for setting in smaller)
         return f"out of memory ({first_line(error)}). {advice}{NO_ROOM}"

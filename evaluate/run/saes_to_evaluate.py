@@ -2,8 +2,8 @@
 
 1. A run gives all its SAEs; it must have ended.
 2. A folder of an SAE inside a run belongs to that run and its store.
-3. Any other folder says itself where it belongs, as far as it does: `hook_name` in its cfg.json.
-4. What comes from the Hub lies in a cache that is not ours to write to: its results go to runs/hub.
+3. Any other folder says where it belongs, if at all, by `hook_name` in its cfg.json.
+4. An SAE from the Hub is in a cache that is not ours to write to: its results go to runs/hub.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 
 STORES = ("./store", "./demo/store")
-"""Where `make harvest` and `make demo` put one."""
+"""Where `make harvest` and `make demo` put theirs."""
 
 Problem = EvalError | TrainError
 
 
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
-    """All SAEs of all targets, each once; the first that cannot be loaded is an error."""
+    """All SAEs of all targets, each once; raises the error of the first that cannot be loaded."""
     subjects, problems = find_all(targets, runs, layer)
     if problems:
         raise problems[0]
@@ -48,13 +48,13 @@ def find_all(
     cache: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[LoadedSae], list[Problem]]:
-    """All SAEs of all targets that can be loaded, and what is wrong with the others.
+    """All SAEs of all targets that can be loaded, and the problems of the others.
 
-    `layer` is for SAEs that do not say theirs; `cache` is the store that what is missing would be trained on. What a
-    run has no weights of is said.
+    `layer` is for SAEs that do not say theirs; `cache` is the store that a missing run would be trained on. SAEs of a
+    run that have no weights are reported by `say`.
     """
     found: dict[Path, LoadedSae] = {}
-    homes: dict[Path, Path] = {}  # one run is one, by whatever paths it was named
+    homes: dict[Path, Path] = {}  # a run is the same by whatever path it was named
     problems: list[Problem] = []
     for target in targets:
         try:
@@ -76,7 +76,7 @@ def find_all(
 def find_places(
     target: str, runs: Path, cache: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> list[tuple[Path, RunFolder | None]]:
-    """The folders of SAEs that one word on the command line means, and the run they belong to."""
+    """The SAE folders that a target means, and the run that each belongs to."""
     run = _run_of(target, runs)
     if run is not None:
         folders = _saes_of(run)
@@ -92,7 +92,7 @@ def find_places(
 
 
 def absent_from(run: RunFolder, folders: Iterable[Path]) -> Iterator[str]:
-    """Which SAEs of a run that has ended have no weights, as those in these folders have, and why."""
+    """Which SAEs of a finished run have no weights, unlike those in these folders, and why."""
     there = {folder.name for folder in folders}
     diverged = read_json(run.path / "result.json").get("diverged") or {}
     for label in run.read_config()["saes"]:
@@ -101,7 +101,7 @@ def absent_from(run: RunFolder, folders: Iterable[Path]) -> Iterator[str]:
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
-    """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
+    """Load the SAE of a folder. A separate `home` for its results also gives it its name."""
     sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
     config = _config_of(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
@@ -125,13 +125,13 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """cfg.json, if there is one, and that of SAELens in its words of now."""
+    """cfg.json, if there is one; that of an older SAELens in today's keys."""
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     return as_said_since_6(config, folder) if config and (folder / WEIGHTS).is_file() else config
 
 
 def _run_of(target: str, runs: Path) -> RunFolder | None:
-    """The run of this name or path."""
+    """The run of this name or path, if there is one."""
     for path in places_of(target, runs):
         if is_run(path) and list_saes(path) != [path]:
             return RunFolder(path)
@@ -140,9 +140,7 @@ def _run_of(target: str, runs: Path) -> RunFolder | None:
 
 def _saes_of(run: RunFolder) -> list[Path]:
     if not run.is_finished:
-        raise RunUnfinished(
-            f"{run.path} has not ended: it has no result.json. Go on with it: {resume_command(run.path)}"
-        )
+        raise RunUnfinished(f"{run.path} has not ended: it has no result.json. Continue it: {resume_command(run.path)}")
     found = list_saes(run.path)
     if not found:
         raise RunUnfinished(f"{run.path} holds no saved SAE: they were removed. Train it again")
@@ -153,7 +151,7 @@ def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainErr
     if "/" in target:
         return str(error)
     known = ", ".join(run_names(runs)) or "none"
-    text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
+    text = f"no run {target!r} in {runs} (it has: {known}), and no SAE folder of that name"
     found = studies_with(target)
     if not found:
         return text
@@ -162,11 +160,11 @@ def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainErr
     first = "" if store else "; first `make harvest`, as there is no store here yet"
     place = [] if runs == Path(RUNS) else ["--out", str(runs)]
     command = shlex.join(["sae-train", "--recipe", f"{found[0]}/{target}", "--cache", store or STORES[0], *place])
-    return f"{text}. `{command}` makes that of the study {found[0]}{others}{first}"
+    return f"{text}. `{command}` makes the one of the study {found[0]}{others}{first}"
 
 
 def known_store() -> str | None:
-    """The first store of those that `make` leaves in this folder."""
+    """The first store that `make` has left in this folder."""
     return next((place for place in STORES if (Path(place) / ROOT).is_file()), None)
 
 
@@ -176,7 +174,7 @@ def studies_with(run: str) -> list[str]:
 
 
 def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Told:
-    """Where an SAE reads and writes: as it says or, where no name is that of a place, as the user says."""
+    """Where an SAE reads and writes: as it says or, if it names no place, as the user says."""
     try:
         told = places_told(metadata)
     except SaeInvalid as error:
@@ -185,8 +183,8 @@ def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> To
         if given is not None and given not in told.layers:
             named = ", ".join(map(str, told.layers))
             raise SettingInvalid(
-                f"{folder}: expected the layer that it says it reads, {named}, found --layer {given}, which is for "
-                "SAEs that say none: leave it out"
+                f"{folder}: expected the layer that the SAE says it reads, {named}, found --layer {given}, which is "
+                "for SAEs that name none: leave it out"
             )
         return told
     if metadata.get("transcodes"):

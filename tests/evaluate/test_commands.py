@@ -184,7 +184,7 @@ def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path:
         subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook), cache_url=store)
         return command.next_look([Mock(subject=subject, eval_id=eval_id, document=document)], words)
 
-    how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages to look at all latents, about 8.19 MB"
+    how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages that show all latents, about 8.19 MB"
     assert said() == how
     words["layer"] = 0
     assert said() == how.replace(" --evals", " --layer 0 --evals")
@@ -225,7 +225,7 @@ def test_at_a_terminal_a_missing_run_with_a_recipe_is_trained_on_the_way(
     recipe_of_one(monkeypatch)
     result = type_("sae-eval", "run_4", "--cache", small.store, "--json", *QUICK, "--no-plots", answer="\n")
     for said in (
-        "no run 'run_4' in runs, and a recipe attention/run_4: timing a few steps",
+        "no run 'run_4' in runs, but there is a recipe attention/run_4: timing a few steps",
         "1 SAE side by side, 7 steps, about ",
         f"$ sae-train --recipe attention/run_4 --cache {small.store} --out runs --name run_4 --no-plots",
     ):
@@ -256,7 +256,7 @@ def test_who_declines_or_has_no_store_is_told_the_command(
     words = words or ["--cache", small.store]
     result = type_("sae-eval", "run_4", *words, answer="n\n", code=1)
     assert ("[Y/n]" in result.stderr) == (words[1] == small.store)
-    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` makes that" in result.stderr
+    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` makes the one" in result.stderr
     assert not Path("runs").exists()
 
 
@@ -270,7 +270,7 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
     Path("demo/store").symlink_to(small.store)
     result = type_("sae-eval", "run_4", answer="n\n", code=1)
     assert "timing a few steps of it on ./demo/store" in result.stderr and "[Y/n]" in result.stderr
-    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes that" in result.stderr
+    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes the one" in result.stderr
     Path("store").symlink_to(small.store)  # what was harvested for oneself comes first
     assert "attention/run_4 --cache ./store`" in type_("sae-eval", "run_4", answer="n\n", code=1).stderr
 
@@ -303,7 +303,7 @@ def test_a_long_run_has_a_shorter_one_beside_it(
     monkeypatch.setattr(offer_training, "find_recipes", lambda _: (recipe,))
     monkeypatch.setattr(offer_training, "estimate_seconds", lambda *_: 16 * 3600.0)
     result = type_("sae-eval", "run_4", "--cache", small.store, answer="n\n", code=1)
-    assert "one epoch of it takes about 60.0 minutes: sae-train --recipe attention/run_4" in result.stderr
+    assert "one epoch takes about 60.0 minutes: sae-train --recipe attention/run_4" in result.stderr
     assert "--name run_4 --epochs 1\n" in result.stderr and "about 16.0 hours [Y/n]" in result.stderr
 
 

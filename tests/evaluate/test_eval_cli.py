@@ -233,7 +233,7 @@ def test_a_run_of_a_recipe_says_how_it_is_made(run_1, sae_eval, tmp_path, monkey
     output = sae_eval("run_4", code=1)
     assert "no run 'run_4'" in output
     words = f"--recipe attention/run_4 --cache ./store --out {run_1.parent}"
-    assert f"`sae-train {words}` makes that of the study attention" in output
+    assert f"`sae-train {words}` makes the one of the study attention" in output
 
 
 def test_a_run_that_has_not_ended(world, builder, sae_eval):
@@ -262,14 +262,14 @@ def test_what_needs_no_store_goes_on_without_one(movable, sae_eval):
     shutil.rmtree(store)
     output = sae_eval("run_1/one", "--evals", "core,decoder_cosine", code=1)
     assert "failed: core of run_1/one: the store of run_1/one was at" in output and "failed: decoder" not in output
-    assert "there is none now" in output and "--cache" in output
+    assert "is no longer there" in output and "--cache" in output
     assert results(run, "decoder_cosine") and not results(run)
 
 
 def test_nothing_goes_on_without_a_store_that_was_asked_for(world, run_1, sae_eval):
     output = sae_eval("run_1", "--evals", "decoder_cosine", "--cache", "no/such/store", code=1, options=[])
-    assert "failed: decoder_cosine" in output and "there is no store at no/such/store, which --cache names" in output
-    assert f"leave it out to take {world.store}, on which run_1/large was trained" in output
+    assert "failed: decoder_cosine" in output and "no store at no/such/store, the value of --cache" in output
+    assert f"leave it out to use {world.store}, which run_1/large was trained on" in output
     assert not results(run_1, "decoder_cosine")
 
 
@@ -280,7 +280,7 @@ def test_resume_leaves_a_result_of_a_store_that_is_gone(movable, sae_eval):
     before = results(run, "decoder_cosine")
     shutil.rmtree(store)
     said = sae_eval(*words, "--resume", options=[])
-    assert "kept: decoder_cosine of run_1/one: its result is of a store, and none is read now" in said
+    assert "kept: decoder_cosine of run_1/one: its result was measured on a store, and none is read now" in said
     assert results(run, "decoder_cosine") == before
     sae_eval(*words, "--resume", "--set", "decoder_cosine.threshold=0.5", options=[])
     assert results(run, "decoder_cosine") != before
@@ -294,7 +294,7 @@ def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(movab
     shutil.rmtree(store)
     output = sae_eval("run_1", keep, code=1)
     assert "ce loss score" in output and results(run) == before
-    assert "kept: core of run_1/one: its result is of a store, and none is read now" in output
+    assert "kept: core of run_1/one: its result was measured on a store, and none is read now" in output
     assert "failed: core of run_1/two: the store of run_1/one was at" in output
     assert "kept" not in sae_eval("run_1", keep, "--cache", store, code=1)
     if keep == "--resume":  # of other settings
@@ -379,7 +379,7 @@ def test_what_is_there_in_part_is_no_result_to_compare(run_1, sae_eval):
     assert json.loads(path.read_text())["saemill"]["missing"] is None  # the model is here now
     leave_a_part()
     said = sae_eval("run_1/small", "--compare", "--set", "core.resamples=11", code=3)
-    assert "incomplete: core of run_1/small: the model is not here; its result is of config.resamples 10" in said
+    assert "incomplete: core of run_1/small: the model is not here; its result has config.resamples 10" in said
 
 
 def test_a_whole_result_is_not_written_over_by_a_part_of_itself(run_1, sae_eval, monkeypatch):
@@ -392,7 +392,7 @@ def test_a_whole_result_is_not_written_over_by_a_part_of_itself(run_1, sae_eval,
 
     monkeypatch.setattr(Context, "model", property(no_model))
     said = sae_eval("run_1/small")
-    assert "kept: core of run_1/small: it is away" in said and "that was there stands" in said
+    assert "kept: core of run_1/small: it is away" in said and "with these settings is kept" in said
     assert results(run_1) == before
     assert "incomplete: core of run_1/small" in sae_eval("run_1/small", "--set", "core.resamples=11", code=3)
     assert results(run_1) != before
@@ -499,7 +499,7 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
         for name, found in results(run_1).items():
             assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
     said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", options=[])
-    assert "browser: no room for all SAEs at once: counterparts are looked for within run_1/large; run_1/small" in said
+    assert "browser: no room for all SAEs at once: counterparts are sought only within run_1/large; run_1/small" in said
 
 
 def test_an_sae_that_has_no_room_costs_the_others_nothing(run_1, sae_eval, monkeypatch):
@@ -518,11 +518,11 @@ def test_an_sae_that_has_no_room_costs_the_others_nothing(run_1, sae_eval, monke
 def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
     words = ("run_1/small", "--evals", "core,temporal", "--set", "temporal.windows=4", "--from-tokens")
     output = sae_eval(*words)
-    assert output.count("--from-tokens changes nothing here") == 1 and "temporal: --from-tokens" in output
+    assert output.count("--from-tokens has no effect here") == 1 and "temporal: --from-tokens" in output
     said = [results(run_1, name)["small_eval_results.json"]["saemill"]["settings"] for name in ("core", "temporal")]
     assert [settings["from_tokens"] for settings in said] == [True, False]
     output = sae_eval("run_1/small", "--evals", "core,decoder_cosine", "--massive-norms", "5")
-    assert output.count("--massive-norms changes nothing here") == 1 and "decoder_cosine: --massive-norms" in output
+    assert output.count("--massive-norms has no effect here") == 1 and "decoder_cosine: --massive-norms" in output
 
 
 @pytest.mark.parametrize("name", ["attention", "browser", "position", "replacement", "temporal", "tiers"])
@@ -531,7 +531,7 @@ def test_fewer_windows_than_were_asked_for_are_told(name, run_1, sae_eval):
     words, there = ("run_1/small", "--evals", name), 40 if name == "browser" else 20
     assert "asked for" not in sae_eval(*words, options=[])
     output = sae_eval(*words, options=["--set", f"{name}.windows=5000"])
-    assert f"{name}: asked for 5,000 windows, and " in output and f" {there}: all are read" in output
+    assert f"{name}: asked for 5,000 windows, but " in output and f" {there}: all are read" in output
     (found,) = results(run_1, name).values()
     assert f" of {there} windows" in found["saemill"]["measured_on"]
     assert f"{name}: {found['saemill']['measured_on']}" in output
@@ -541,7 +541,7 @@ def test_smaller_batches_than_were_asked_for_are_told(run_1, sae_eval):
     """They are a part of the definition of some of SAEBench's means."""
     for options, is_told in (([], False), (["--set", "core.batch_size_prompts=64"], True)):
         output = sae_eval("run_1/small", options=options)
-        assert ("core: asked for batches of 64 windows, and the test split has room for 10" in output) == is_told
+        assert ("core: asked for batches of 64 windows, but the test split has room for 10" in output) == is_told
         (found,) = results(run_1).values()
         assert found["eval_config"]["batch_size_prompts"] == 10  # of 20 windows, in two blocks
         assert found["saemill"]["measured_on"].endswith("; batches of 10 windows")
@@ -573,7 +573,7 @@ def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
     before, damaged = results(run_1), run_1 / "evals" / "core" / "small_eval_results.json"
     damaged.write_text("{")
     output = " ".join(sae_eval("run_1", keep).split())
-    assert "is damaged" in output and "Here it is done anew, for run_1/small" in output
+    assert "is damaged" in output and "It is now measured again for run_1/small" in output
     after = results(run_1)
     assert after["large_eval_results.json"] == before["large_eval_results.json"]
     assert after[damaged.name]["eval_result_metrics"] == before[damaged.name]["eval_result_metrics"]
@@ -651,7 +651,7 @@ def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_
     sae_eval("run_1", "--set", "core.n_eval_reconstruction_batches=1")
     before = results(run_1)
     output = sae_eval("run_1", "--compare")
-    assert "kept: core of run_1/large, run_1/small: its result is of config.n_eval_reconstruction_batches 1" in output
+    assert "kept: core of run_1/large, run_1/small: its result has config.n_eval_reconstruction_batches 1" in output
     assert "(asked for: None)" in output and results(run_1) == before
     assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
 
@@ -662,7 +662,7 @@ def test_a_result_of_other_settings_is_kept_beside_the_new_one(run_1, sae_eval):
     place = run_1 / "evals/core/small_eval_results.json"
     before = place.read_bytes()
     said = " ".join(sae_eval("run_1/small").split())
-    assert "done. Its result of config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
+    assert "done. Its result with config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
     (aside,) = place.parent.glob("small_eval_results.*.json")
     assert aside.read_bytes() == before != place.read_bytes()
     assert "Its result" not in sae_eval("run_1/small")  # of the same settings
@@ -691,7 +691,7 @@ def test_compare_takes_no_result_of_another_store(world, make_world, builder, sa
 def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
     other = builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
     assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
-    assert "own store by --cache" in sae_eval("run_2", "--cache", world.store, code=1)  # which is here
+    assert "Give --cache its own store" in sae_eval("run_2", "--cache", world.store, code=1)  # which is here
     assert not results(run_1) and not results(other)
 
 
@@ -732,7 +732,7 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 
     monkeypatch.setattr(core, "measure_sparsity", breaks)
     (run_1 / "evals").write_text("in the way")
-    assert "planted (its traceback cannot be kept" in sae_eval("run_1", code=1)
+    assert "planted (its traceback cannot be saved" in sae_eval("run_1", code=1)
 
 
 @pytest.fixture
@@ -766,7 +766,7 @@ def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, s
     assert results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]["config"] == {"pairs": 5}
     elsewhere = ("--set", 'second.cache="/else/where"')
     sae_eval("run_1", *call, *elsewhere, "--resume", options=[])
-    assert "its result is of" not in sae_eval("run_1", *call, *elsewhere, "--compare", options=[])
+    assert "its result has" not in sae_eval("run_1", *call, *elsewhere, "--compare", options=[])
     assert len(second_eval.asked) == 1
     sae_eval("run_1", *call, "--set", "second.pairs=6", "--resume", options=[])
     assert len(second_eval.asked) == 2
@@ -843,7 +843,7 @@ def test_out_of_memory_is_told_with_the_setting_that_takes_less(batch, run_1, sa
     options = ["--set", f"second.batch_windows={batch}"]
     said = " ".join(sae_eval("run_1", "--evals", "second", *options, code=1, options=[]).split())
     assert "out of memory (CUDA out of memory. Tried to allocate). " in said and "Free some memory" in said
-    assert ("Make batches smaller by --set second.batch_windows=N, less than 16." in said) == (batch > 1)
+    assert ("Make batches smaller with --set second.batch_windows=N, less than 16." in said) == (batch > 1)
     second_eval.config = ravel.Config
     said = " ".join(sae_eval("run_1", "--evals", "second", code=1, options=[]).split())
     assert "--set second.llm_batch_size=N, less than 8, which changes its numbers" in said
@@ -944,8 +944,8 @@ def test_a_hook_is_what_its_name_says_whatever_layer_is_given(told, builder, sae
 def test_another_layer_than_an_sae_names_is_refused(told, builder, run_1, sae_eval):
     """It was measured at its own, and the option had no effect."""
     said = " ".join(sae_eval(told(hook_name="blocks.3.hook_resid_post"), "run_1/small", "--layer", 4, code=1).split())
-    assert "expected the layer that it says it reads, 3, found --layer 4" in said
-    assert f"it says it reads, {builder.LAYER}, found --layer 4" in said
+    assert "expected the layer that the SAE says it reads, 3, found --layer 4" in said
+    assert f"the SAE says it reads, {builder.LAYER}, found --layer 4" in said
 
 
 @pytest.mark.parametrize("name", ["blocks.3.hook_resid_mid", "hook_embed", "blocks.0.hook_resid_pre"])
@@ -960,13 +960,13 @@ def test_an_sae_that_names_no_place_has_the_layer_it_is_given(told, builder, wor
     (subject,) = find_subjects([str(folder)], builder.root, layer=4)
     assert subject.layers == (4,)
     assert "is not in the range x>=0" in sae_eval(folder, "--layer", -1, code=2)
-    assert "below 5, all the model has, found 99" in sae_eval(
+    assert "below 5, the model's number of layers, found 99" in sae_eval(
         folder, "--layer", 99, "--cache", world.store, "--from-tokens", code=1
     )
     with Store.open(world.store) as store:
         model = replace(store.manifest.model, num_layers=5)
         known = SimpleNamespace(manifest=replace(store.manifest, model=model), url=world.store)
-        with pytest.raises(WidthMismatch, match="about layer 99, but the model .* has 5 layers"):
+        with pytest.raises(WidthMismatch, match="writes layer 99, but the model .* has 5 layers"):
             command.require_fit(replace(subject, layers=(99,)), known)
 
 
@@ -1069,9 +1069,9 @@ def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, 
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        ({"model_name": "lab/other"}, "and not of lab/other"),
-        ({"model_name": None}, "and not of one that the SAE names"),
-        ({"context_size": 8}, "whose windows have 12 tokens and not at most 8"),
+        ({"model_name": "lab/other"}, ", not of lab/other"),
+        ({"model_name": None}, ", not of one that the SAE names"),
+        ({"context_size": 8}, "whose windows have 12 tokens, more than 8"),
         ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layer 1"),
     ],
     ids=["another model", "no model", "more positions", "another layer"],
@@ -1092,5 +1092,5 @@ def test_models_of_two_owners_are_not_the_same_by_their_names(make_world, builde
     with Store.open(make_world(model_id="lab/tiny").store) as store:
         for subject in alike:
             command.require_fit(subject, store, is_named=True)
-        with pytest.raises(CacheIdMismatch, match="of the model lab/tiny and not of others/tiny"):
+        with pytest.raises(CacheIdMismatch, match="of the model lab/tiny, not of others/tiny"):
             command.require_fit(another, store, is_named=True)

@@ -450,7 +450,7 @@ def test_several_processes_of_a_study_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "o")]
     result = CliRunner().invoke(study.main, words)
-    assert result.exit_code == 1 and "a study is one process" in result.output and not (tmp_path / "o").exists()
+    assert result.exit_code == 1 and "expected one process" in result.output and not (tmp_path / "o").exists()
     monkeypatch.setenv("WORLD_SIZE", "abc")
     assert "WORLD_SIZE=abc: expected a number as torchrun sets it" in CliRunner().invoke(study.main, words).output
 
@@ -574,7 +574,7 @@ def test_a_table_is_of_one_course(tmp_path):
     begin(course)
     study.keep_course(course)
     with pytest.raises(
-        click.ClickException, match="begun with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: say"
+        click.ClickException, match="begun with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: give"
     ):
         study.keep_course(other)
 
@@ -584,7 +584,7 @@ def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):
     course = Course("./store", tmp_path, (), seeds=3)
     study.keep_course(course)
     begin(course)
-    with pytest.raises(click.ClickException, match="begun with --seeds 3, found no options: say the same again"):
+    with pytest.raises(click.ClickException, match="begun with --seeds 3, found no options: give the same options"):
         study.keep_course(replace(course, seeds=None))
 
 
@@ -607,7 +607,7 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
             study.keep_course(course)
     begin(course)
     begin(course, "run_2", "id of another")
-    with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):
+    with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, but ./store is store "):
         study.keep_course(course)
 
 
@@ -616,7 +616,7 @@ def test_what_is_evaluated_may_change_from_call_to_call(tmp_path):
     study.keep_course(course := Course("./store", tmp_path, (), seeds=5, evaluation=("--set", "scr.data=stdlib")))
     begin(course)
     study.keep_course(Course("./store", tmp_path, (), seeds=5))
-    with pytest.raises(click.ClickException, match="say the same again"):
+    with pytest.raises(click.ClickException, match="give the same options"):
         study.keep_course(Course("./store", tmp_path, (), seeds=5, baselines=True))
 
 

@@ -38,7 +38,7 @@ from .task import (
 
 OFFICIAL_ID = "absorption_first_letter"
 POCKET_WORDS, POCKET_CLASSES = 1000, 4
-"""So many are asked within a minute, and so many of the shapes must be known."""
+"""How many words are asked, to take about a minute, and how many of the shapes must be known."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Config:
     f1_jump_threshold: float = 0.03
     max_k_value: int = 10
     prompt_template: str | None = None
-    """None: "{word} has the first letter:", or what the classes have in its place."""
+    """None: "{word} has the first letter:", or the template of other classes."""
     llm_batch_size: int = 32
     k_sparse_probe_l1_decay: float = 0.01
     k_sparse_probe_batch_size: int | None = None
-    """None: SAEBench's 4096; 32 for a sample of the words, of which 4096 are all, and a step an epoch too few."""
+    """None: SAEBench's 4096; 32 for a sample of the words, where 4096 would be all and make too few steps."""
     k_sparse_probe_num_epochs: int = 50
     min_GT_probe_f1: float = 0.6  # noqa: N815  SAEBench's name
     min_feats_for_eval: int | None = None
     """Letters that the model must know; None: SAEBench's 20, or 4 of the 6 shapes."""
     max_words: int | None = None
-    """Words that are asked at most; None: all, fewer for the pocket model."""
+    """The most words that are asked; None: all, or fewer for the pocket model."""
 
     def word_limit(self, context: Context) -> int | None:
         """How many words are asked; None: all."""
@@ -178,6 +178,6 @@ EVALUATION = Evaluation(
     summary=("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score"),
     least=dict.fromkeys(("max_words", "min_feats_for_eval", "max_k_value", "k_sparse_probe_batch_size"), 1)
     | {"min_GT_probe_f1": 0},
-    # top-k SAEs with decoder rows of any length are as if of length one; a template's tail is counted behind a word
+    # top-k SAEs with decoder rows of any length count as of length one; a template's tail is counted after a word
     revision=2,
 )

@@ -108,7 +108,7 @@ class Sparse:
 def measure_letters(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> list[LetterResult]:
-    """One result a letter that has words which the probe found."""
+    """One result for each letter with words that the probe found."""
     latents = letter_latents(task, subject, letters, sparse, generator)
     return [
         _measure(task, subject, letter, latents[letter], found)
@@ -147,7 +147,7 @@ def letter_latents(
 
 
 def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
-    """SAEBench's means over letters; deviations are those of a sample, 0 of a single letter."""
+    """SAEBench's means over letters; deviations are those of a sample, 0 for a single letter."""
     found = [result.to_json() for result in results]
     columns = {
         "absorption_fraction_score": [row["mean_absorption_fraction"] for row in found],

@@ -117,7 +117,7 @@ def choose_latents(
 ) -> tuple[int, ...]:
     """The letter's latents; columns of the activations are those of `ranked_K`.
 
-    Larger k than the first that does not gain enough are not looked at, so they are not fitted either.
+    No k larger than the first that does not gain enough is tried, so none is fitted either.
     """
     best = -100.0
     for k in range(1, len(ranked_K) + 1):

@@ -2,15 +2,15 @@
 
 1. Words of the vocabulary are split, and each gets a prompt with examples of its own half.
 2. A probe for each layer is fitted on the residuals at the training words.
-3. Test words that a layer's probe gets right are asked once more, with examples from all words: there absorption
-   is measured. Draws are those of this layer alone, whatever other layers are read.
+3. Test words that a layer's probe gets right are asked once more, with examples from all words: absorption is
+   measured there. A layer's draws do not depend on which other layers are read.
 Every draw comes from the seed. The official package declares a seed and never applies it.
 
 Words are tokens of the model's vocabulary made of ASCII letters, perhaps after a space.
 
 Classes are first letters, or shapes, which even the pocket model knows: small models do not learn how their
-tokens are spelled, but whether a token begins a word, and whether it is a name, a constant or plain text, they must
-know to go on.
+tokens are spelled, but to predict what follows they must know whether a token begins a word, and whether it is a
+name, a constant or plain text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRAIN_SHARE = 0.8
 
 @dataclass(frozen=True)
 class WordClasses:
-    """What is asked of a word: one of these classes, which a prompt's examples answer."""
+    """What is asked about a word: its class, as the examples in a prompt answer it."""
 
     names: tuple[str, ...]
     class_of: Callable[[str], int]
@@ -88,7 +88,7 @@ WORD_SHAPES = WordClasses(SHAPES, shape_index, shape_of, "{word} is:")
 
 
 def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> str:
-    """A prompt about `word`; its examples are drawn anew until the word is not among them."""
+    """A prompt about `word`; its examples are drawn again until the word is not among them."""
     lines = [f"{_line(classes, example)} {classes.answer(example)}" for example in _draw(word, examples, draw)]
     return SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)])
 
@@ -100,7 +100,7 @@ def longest_prompt(words: Sequence[str], classes: WordClasses, model: LanguageMo
 
 
 def make_spots(prompts: Sequence[str], classes: WordClasses, model: LanguageModel) -> list[Spot]:
-    """Where prompts are read: at the word's last token, so many before the end as the line has behind the word."""
+    """Where prompts are read: at the word's last token, with the rest of its line behind it."""
     position = word_position(model, classes.template)
     return [Spot((model.bos, *tokens), position) for tokens in model.tokenizer.encode(prompts)]
 
@@ -136,7 +136,7 @@ def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """Words of one half, as they are read."""
+    """One half of the words, and what was read of them."""
 
     words: Sequence[str]
     labels: Tensor  # int64 [N], on the model's device
@@ -168,7 +168,7 @@ class Task:
     test: Half
     probes: dict[int, ClassProbe]  # by layer
     again: dict[int, Reading]
-    """The test words that a layer's probe found once more, in new prompts, where it found any."""
+    """By layer, the test words that its probe found, read in new prompts; none if it found none."""
 
     def found_words(self, layer: int, number: int) -> Tensor:
         """Which test words of a class the layer's probe found."""
@@ -206,17 +206,17 @@ def make_task(
 
 
 def require_examples(halves: Sequence[Sequence[str]], words: int) -> None:
-    """A prompt shows other words of its own half."""
+    """Require enough words in each half, since a prompt shows other words of its own half."""
     least = min(map(len, halves))
     if least <= NUM_EXAMPLES:
         raise NotApplicable(
-            f"of {words} words {least} are in one half, and a prompt shows {NUM_EXAMPLES} others: ask for more words "
+            f"one half of {words} words has {least}, but a prompt shows {NUM_EXAMPLES} others: ask for more words "
             "(absorption.max_words), or give a model with more of them in its vocabulary"
         )
 
 
 def require_template(template: str) -> None:
-    """A word's line has one place for the word, and nothing else to fill in."""
+    """Require one place for the word in its line, and nothing else to fill in."""
     try:
         is_plain = template.count("{word}") == 1 and template.format(word="A") == template.replace("{word}", "A")
     except (LookupError, ValueError, AttributeError):

@@ -1,9 +1,9 @@
-"""The folder of a browser: made beside its place, and moved there when it is whole.
+"""The folder of a browser: built next to its final place, and moved there when it is complete.
 
-What a stopped build had read stays beside that place, for a build of the same inputs to go on from.
+What a stopped build had read stays there too, so that a build of the same inputs can continue from it.
 
 Data lie in script files that hand one JSON value to the page, because a page opened from disk may add scripts and
-may read nothing else. JSON is ASCII, and `<` is escaped: text of a corpus cannot end a script or begin one.
+may read nothing else. JSON is ASCII, and `<` is escaped: corpus text cannot end a script or begin one.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ KINDS = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "int32": "i4", "float32"
 
 
 class Folder:
-    """A browser in the making; `inputs` names all that decides what is read."""
+    """A browser being built; `inputs` names everything that decides what is read."""
 
     def __init__(self, made_in: Path, inputs: str) -> None:
         self.path = made_in / NAME
         self.saved = made_in / f"read-{inputs}"
-        """What was read so far, where it was saved: beside the browser, which moves away whole."""
+        """Where what was read so far is saved: outside the browser, which is moved as a whole."""
 
     def write(self, name: str, value: Mapping[str, Any]) -> Path:
-        """Data by the name that the page asks for them by."""
+        """Write data under the name by which the page asks for it."""
         return write_data(self.path, name, value)
 
 
 @contextmanager
 def making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
-    """The browser of a run; whatever happens, the run has the one of before or the whole new one."""
+    """Build the browser of a run; whatever happens, the run has the previous one or the complete new one."""
     with _alone(home), _making(home, least_bytes, inputs) as folder:
         yield folder
 
 
 @contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """One process at a time makes a run's browser: two would write into one folder, and clear it for each other."""
+    """Let one process at a time build a run's browser: two would write into one folder and clear each other's files."""
     path = home / LOCK
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -68,16 +68,16 @@ def _alone(home: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
             is_taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):  # another has it, or had it and took it away when it was done
+        except (BlockingIOError, FileNotFoundError):  # another process has it, or had it and removed it when done
             is_taken = True
         except OSError:
             is_taken = False  # a file system without locks
         if is_taken:
-            raise BrowserUnwritten(f"another process is making {home / NAME}: let it end, or stop it, first")
+            raise BrowserUnwritten(f"another process is building {home / NAME}: wait until it ends, or stop it")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # before it is let go: whoever opened it meanwhile finds it gone
+            path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile finds it gone
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     except (BrowserUnwritten, StoreError):
         raise
     except OSError as error:
-        goes_on = ". What was read is kept: the same command goes on from there" if _goes_on(made_in, inputs) else ""
+        goes_on = ". What was read is kept: the same command continues from there" if _goes_on(made_in, inputs) else ""
         raise BrowserUnwritten(
             f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {say_size(least_bytes)}"
             f"{goes_on}"
@@ -106,7 +106,7 @@ def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     finally:
         _put_back(home)
         shutil.rmtree(old, ignore_errors=True)
-        if not _goes_on(made_in):  # a build that was refused leaves what one of other inputs saved
+        if not _goes_on(made_in):  # a refused build leaves what one of other inputs saved
             shutil.rmtree(made_in, ignore_errors=True)
 
 
@@ -116,7 +116,7 @@ def _goes_on(made_in: Path, inputs: str = "*") -> bool:
 
 
 def _clear(folder: Folder, inputs: str) -> None:
-    """What a stopped build left, but for what one of the same inputs goes on from; no save outlives its text."""
+    """Remove what a stopped build left, except what one of the same inputs needs; no save outlives its text."""
     made_in, path, data = folder.path.parent, folder.path, folder.path / "data"
     stays = {folder.saved, path, data, data / TEXT, data / ATTENTION} if _goes_on(made_in, inputs) else set()
     for left in (*made_in.glob("read-*"), *data.glob("*"), *path.glob("*"), *made_in.glob("*")):
@@ -125,24 +125,24 @@ def _clear(folder: Folder, inputs: str) -> None:
 
 
 def _put_back(home: Path) -> None:
-    """The browser of before, where the new one did not take its place."""
+    """Put the previous browser back if the new one did not take its place."""
     if (home / OLD).is_dir() and not (home / NAME).exists():
         (home / OLD).rename(home / NAME)
 
 
 def require_space(home: Path, least_bytes: int) -> None:
-    """For the browser: what saves take hangs on how much fires, and a disk too full for them may still take it."""
+    """Require space for the browser alone: saves depend on how much fires, and a disk too full for them may hold it."""
     free = free_bytes_at(home)
     if free < least_bytes:
         raise BrowserUnwritten(
-            f"{home / NAME} needs about {say_size(least_bytes)}, what is saved on the way not counted, and "
+            f"{home / NAME} needs about {say_size(least_bytes)}, not counting what is saved on the way, but "
             f"{say_size(free)} are free there: free some, or ask for fewer windows or examples "
             "(--set browser.windows=..., browser.sample=...), or for fewer exports"
         )
 
 
 def write_page(path: Path, build: str) -> None:
-    """The page itself; `build` keeps browsers from taking data of another build out of their memory."""
+    """Write the page itself; `build` keeps web browsers from using cached data of another build."""
     for file in (*sorted(PAGE.iterdir()), *sorted(FILES.iterdir())):
         (path / file.name).write_text(file.read_text(encoding="utf-8").replace(BUILD, build), encoding="utf-8")
 
@@ -159,7 +159,7 @@ def as_data(name: str, value: Mapping[str, Any]) -> str:
 
 
 def read_data(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was written, arrays still packed; None where there is nothing that can be read."""
+    """What was written, arrays still packed; None if nothing can be read."""
     try:
         text = (folder / "data" / f"{name}.js").read_text(encoding="ascii")
         found = json.loads(text.removeprefix(f"saemill({json.dumps(name)},").removesuffix(");\n"))
@@ -184,7 +184,7 @@ def unpacked(value: list[Any]) -> np.ndarray:
 
 
 class Pieces:
-    """Arrays with a row a window, written in files of so many windows as they come."""
+    """Arrays with a row for each window, written as they come, in files of `windows` windows."""
 
     def __init__(self, folder: Folder, name: str, windows: int) -> None:
         self._folder, self._name, self._size = folder, name, windows
@@ -200,7 +200,7 @@ class Pieces:
         self._write_full(1)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Rows that wait for their file; the files before are on the disk for good."""
+        """Rows that wait for their file; earlier files have been synced to disk."""
         for path in {place for file in self._written for place in (file, file.parent)}:
             sync(path)
         self._written = []

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Config:
     windows: int = 2048
-    """To be read: of the splits in turn."""
+    """Windows to read, from the splits in turn."""
     splits: tuple[str, ...] = ("test", "validation", "train")
     batch_windows: int = 16
     top: int = 10
-    """Examples of the highest activations of a latent; then as many as are sampled, and of the lowest."""
+    """Examples of a latent: those of its highest activations; below, a random sample, and those of the lowest."""
     sample: int = 25
     low: int = 5
     neighbours: int = 8
     promoted: int = 10
-    """Tokens, and as many suppressed ones."""
+    """Promoted tokens, and as many suppressed ones."""
     attended: int = 4
-    """Earlier tokens that are kept of every token and layer."""
+    """Earlier tokens that are kept for every token and layer."""
     exports: tuple[str, ...] = ()
-    """Forms of others to write too: saedashboard, neuronpedia."""
+    """Formats of other tools to write too: saedashboard, neuronpedia."""
     together_tokens: int = 16_384
-    """Spread over the text, on which firing together is counted."""
+    """Tokens, spread over the text, on which firing together is counted."""

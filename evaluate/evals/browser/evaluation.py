@@ -1,9 +1,9 @@
-"""browser: all latents of all SAEs of a run, to be looked at: a folder of pages beside the run that opens from disk.
+"""browser: all latents of all SAEs of a run, in a folder of pages next to the run that opens from disk.
 
 1. One pass over windows encodes them for all SAEs, keeps examples of every latent, and writes tokens, and what these
-   attended to, as it goes. A build that was stopped on the way goes on there.
+   attended to, as it goes. A build that was stopped continues from there.
 2. Each SAE's latents: neighbours, counterparts in the other SAEs, what they promote through the model's own head.
-3. The page, and the folder moves to its place.
+3. The page is written, and the folder is moved to its place.
 
 F latents, D width, T context.
 """
@@ -46,7 +46,7 @@ from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
 
 FORMAT = 1
-SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can stand side by side
+SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can be shown side by side
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -66,7 +66,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
     saes = [[subject.label, subject.sha256] for subject in subjects]
-    # What computes the same numbers to the bit: sums of two are not joined.
+    # What computes the same numbers to the bit: sums by different programs are not joined.
     programs = [__version__, torch.__version__, torch.get_num_threads(), has_fast_bfloat16("cpu")]
     inputs = decided_by(
         **{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device), programs=programs
@@ -114,7 +114,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
 
 
 def readable(context: Context, subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:
-    """SAEs of layers and attention that the store holds, and why each other one is not read: it costs these nothing."""
+    """The SAEs whose layers and attention the store holds, and why each other one is not read."""
     fitting, failures = list[LoadedSae](), list[Failure]()
     for subject in subjects:
         layers, attention = layers_of([subject]), attention_layers_of([subject])
@@ -127,12 +127,12 @@ def readable(context: Context, subjects: Sequence[LoadedSae]) -> tuple[list[Load
 
 
 def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[LoadedSae]) -> None:
-    """A browser of the store that the SAEs were trained on cannot be made again from another one."""
+    """Keep a browser of the store that the SAEs were trained on: it cannot be made again from another store."""
     of = (read_data(home / NAME, "run") or {}).get("cache_id")
     if of != context.manifest.cache_id and any(subject.cache_id == of for subject in subjects if of):
         raise BrowserUnwritten(
             f"{home / NAME} was made from the store with cache id {of}, on which these SAEs were trained, and not from "
-            f"{context.store.url}: move that folder elsewhere to have one of this store"
+            f"{context.store.url}: move that folder elsewhere to make one from this store"
         )
 
 
@@ -148,7 +148,7 @@ def share_out(context: Context, config: Config) -> dict[str, int]:
     if left > 0 and config.windows != Config().windows:
         there = sum(found.values())
         context.say(
-            f"browser: asked for {config.windows:,} windows, and {', '.join(found)} have {there:,}: all are read"
+            f"browser: asked for {config.windows:,} windows, but {', '.join(found)} have {there:,}: all are read"
         )
     return {split: count for split, count in found.items() if count}
 
@@ -175,18 +175,18 @@ def keep_others(
     subjects: Sequence[LoadedSae],
     words: Vocabulary,
 ) -> list[dict[str, Any]]:
-    """SAEs of the run that are not evaluated now go on to be shown, if they were read on the same tokens and are still
-    those that were read."""
+    """Keep showing SAEs of the run that are not evaluated now, if they were read on the same tokens and have not
+    changed since."""
     before, known = read_data(home / NAME, "run") or {}, {subject.label for subject in subjects}
 
     def leave_out(saes: Sequence[dict[str, Any]], why: str) -> None:
         if saes:
             names = ", ".join(sae["label"] for sae in saes)
-            context.say(f"browser: {names} left out, {why}: name them too to have them shown")
+            context.say(f"browser: {names} left out, {why}: name them too to show them")
 
     there = [sae for sae in saes_in(before) if sae["label"] not in known and (home / sae["label"]).is_dir()]
     same = [sae for sae in there if sae.get("sha256") == source_of(home / sae["label"]).sha256]
-    leave_out([sae for sae in there if sae not in same], "of other weights than are there now")
+    leave_out([sae for sae in there if sae not in same], "whose weights have changed since")
     if _deciding(before) != _deciding(about):
         leave_out(same, "read with other settings")
         return []
@@ -204,7 +204,7 @@ def keep_others(
 
 
 def saes_in(about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The SAEs that a browser's run.js tells of, each in a folder of its own; none where it was not written here."""
+    """The SAEs that a browser's run.js lists, each in its own folder; none if it was not written here."""
     saes = about.get("saes")
     if not isinstance(saes, list) or not all(map(_has_folder, saes)):
         return []
@@ -217,8 +217,8 @@ def _has_folder(sae: Any) -> bool:
 
 
 def keep_marks(before: Path, folder: Folder) -> None:
-    """Text goes on to be marked where SAEs that are kept leave rows out that none of those read now does: wherever it
-    was marked before, since which SAE left a row out is not kept."""
+    """Keep the marks of text that SAEs which are kept leave out and none of those read now does: wherever there were
+    marks before, since it is not stored which SAE left a row out."""
     for file in (folder.path / "data" / TEXT).glob("*.js"):
         name = f"{TEXT}/{file.stem}"
         marks = stored(before, name, "marks")
@@ -228,7 +228,7 @@ def keep_marks(before: Path, folder: Folder) -> None:
 
 
 def stored(folder: Path, name: str, key: str) -> np.ndarray | None:
-    """An array of a browser, if its file is there and whole."""
+    """An array of a browser, if its file exists and is intact."""
     try:
         return unpacked((read_data(folder, name) or {})[key])
     except (KeyError, TypeError, ValueError):
@@ -236,7 +236,7 @@ def stored(folder: Path, name: str, key: str) -> np.ndarray | None:
 
 
 def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What SAEs side by side must have alike: `SAME`, without the forms of others that are written too."""
+    """What SAEs shown side by side must have in common: `SAME`, without the exports."""
     config = about.get("config")
     settings = config if isinstance(config, Mapping) else {}
     found = {key: about.get(key) for key in SAME}
@@ -244,14 +244,14 @@ def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_there(subject: LoadedSae) -> bool:
-    """Whether the SAE's pages are: a browser can be removed, or be made without it."""
+    """Whether the SAE's pages exist: a browser can be removed, or be made without it."""
     return any(sae["label"] == subject.label for sae in saes_in(read_data(subject.home / NAME, "run") or {}))
 
 
 def describe(
     context: Context, home: Path, config: Config, windows: dict[str, int], words: Vocabulary, missing: str | None
 ) -> dict[str, Any]:
-    """What the page says of the run and has to know of the files."""
+    """What the page says about the run and has to know about the files."""
     manifest = context.manifest
     return {
         "format": FORMAT,

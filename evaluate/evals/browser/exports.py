@@ -1,10 +1,10 @@
-"""The same latents in the forms of others: SAEDashboard's batches, and the folder that Neuronpedia takes uploads from.
+"""The same latents in formats of other tools: SAEDashboard's batches, and the folder that Neuronpedia imports.
 
-`--set browser.exports=saedashboard,neuronpedia` writes them beside the pages:
+`--set browser.exports=saedashboard,neuronpedia` writes them next to the pages:
 exports/saedashboard/SAE/batch-0.json and exports/neuronpedia/MODEL/LAYER-RUN-SAE/.
 
 Both say what we have (examples with all activations of their window, density, histogram, promoted tokens, near
-latents) and leave empty what we have not (neurons, logit histograms).
+latents) and leave empty what we do not have (neurons, logit histograms).
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ UNUSED = (
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """One SAE with all that its export says."""
+    """One SAE with everything that its export contains."""
 
     shown: Shown
     tokens: np.ndarray  # [W, T]
     texts: Mapping[int, str]
     promotes: Mapping[str, tuple[np.ndarray, np.ndarray]]
     near: Near
-    """By direction."""
+    """Latents near each one, by direction."""
     model: str
     corpus: str
     run: str
@@ -74,12 +74,12 @@ def require_known(exports: Sequence[str]) -> None:
 
 
 def bytes_of(exports: Sequence[str], examples: int, context: int) -> int:
-    """On disk in all forms asked for, about: most is the text of the examples, with every activation."""
+    """About how much all requested formats take on disk: most is the text of the examples, with every activation."""
     return examples * context * sum(TOKEN_BYTES[name] for name in exports)
 
 
 def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> None:
-    """In every form asked for, a batch of latents at a time."""
+    """Write every requested format, a batch of latents at a time."""
     for number, rows in enumerate(parts_of(exported.shown.subject.width, BATCH)):
         features = list(features_of(exported, rows))
         for name in exports:
@@ -87,31 +87,31 @@ def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> N
 
 
 def keep_exports(before: Path, folder: Path, run: str, labels: Sequence[str]) -> None:
-    """Of SAEs that a browser of before has and the new one too, as they were written."""
+    """Copy the exports of SAEs that are kept from the previous browser, as they were written."""
     for path in exports_in(before):
         if any(path.name == label or path.name.endswith(f"-{run}-{label}") for label in labels):
             shutil.copytree(before / path, folder / path)
 
 
 def exports_in(folder: Path) -> list[Path]:
-    """The SAEs that a browser has in forms of others, relative to it."""
+    """The SAEs that a browser has exports of, as paths relative to it."""
     found = (*folder.glob("exports/saedashboard/*"), *folder.glob("exports/neuronpedia/*/*"))
     return sorted(path.relative_to(folder) for path in found)
 
 
 def tell_exports(folder: Path, before: Sequence[Path]) -> Iterator[str]:
-    """What there is now and what is no more: their latents may be other ones now."""
+    """What is exported now, and what no longer is: its latents may have changed."""
     now = exports_in(folder)
     if now:
         size = sum(file.stat().st_size for path in now for file in (folder / path).rglob("*.*"))
         yield f"browser: {say_size(size)} of exports in {folder / 'exports'}"
     if gone := [str(path) for path in before if path not in now]:
         forms = ",".join(dict.fromkeys(path.split("/")[1] for path in gone))
-        yield f"browser: removed {', '.join(gone)}: --set browser.exports={forms} writes exports anew"
+        yield f"browser: removed {', '.join(gone)}: --set browser.exports={forms} writes exports again"
 
 
 def features_of(exported: Exported, rows: slice) -> Iterator[dict[str, Any]]:
-    """Latents as SAEDashboard 0.8 says them."""
+    """Latents in the form of SAEDashboard 0.8."""
     shown = exported.shown
     edges, windows, context = lower_edges(), *exported.tokens.shape
     for latent in range(rows.start, rows.stop):
@@ -237,7 +237,7 @@ FEATURE_COLUMNS = {
 
 
 def facts_of(exported: Exported, now: str) -> dict[str, dict[str, Any]]:
-    """Release, model, set and source. Who publishes them fills in the creator."""
+    """Release, model, set and source. Whoever publishes them fills in the creator."""
     windows, context = exported.tokens.shape
     whose = {"creatorId": "", "creatorName": "", "createdAt": now}
     return {
@@ -254,7 +254,7 @@ def facts_of(exported: Exported, now: str) -> dict[str, dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, compressed where the name says so."""
+    """Write JSON lines, compressed if the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text, 5, mtime=0) if path.suffix == ".gz" else text)

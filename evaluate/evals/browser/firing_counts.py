@@ -1,4 +1,4 @@
-"""What one pass over windows leaves of an SAE: how often, how strongly, where and beside whom its latents fire.
+"""What one pass over windows collects about an SAE: how often, how strongly, where and with which its latents fire.
 
 F latents, B bins of activation, P parts of a window, E entries of a batch.
 """
@@ -29,7 +29,7 @@ SUMS = ("fired", "mass", "highest", "histogram", "by_part", "part_tokens")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Where the kept tokens of a batch stand."""
+    """Where the kept tokens of a batch are."""
 
     first: int  # the number of its first window in the pass
     window: np.ndarray  # int32 [N], the number of each token's window in the pass
@@ -66,10 +66,10 @@ class Seen:
         self._together_entries = 0
 
     def take(self, codes: Sequence[Codes], batch: Batch, ordinary: np.ndarray) -> None:
-        """The codes of the batch's kept tokens, of which those count that are ordinary."""
+        """Add the codes of the batch's kept tokens, of which only ordinary ones count."""
         by_token = joined_rows(codes)
         if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
-            self._together.append(emptied(by_token, ordinary))  # a row stays a token's, as in other SAEs' tables
+            self._together.append(emptied(by_token, ordinary))  # one row for each token, as in other SAEs' tables
             self._together_entries += self._together[-1].nnz
         if not ordinary.all():
             by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
@@ -109,7 +109,7 @@ class Seen:
         )  # fmt: skip
 
     def state(self) -> dict[str, np.ndarray]:
-        """All of it, by name."""
+        """Everything that is held, by name."""
         acts_TF, positions = self.beginning
         together = self.together
         return {
@@ -189,5 +189,5 @@ def bin_of(value: np.ndarray) -> np.ndarray:
 
 
 def lower_edges() -> list[float]:
-    """Of all bins; the first also holds what lies below."""
+    """The lower edge of every bin; the first also holds what lies below."""
     return [2.0 ** (LOWEST + number // 4) * (1 + number % 4 / 4) for number in range(BINS)]

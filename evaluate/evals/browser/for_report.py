@@ -1,4 +1,4 @@
-"""What a run's report and plots show of latents: the contexts of a few, and a pattern of one window.
+"""What a run's report and plots show about latents: the contexts of a few, and a pattern of one window.
 
 Latents are spread evenly over how often they fire, from the rarest that fired a few times to the commonest. A pattern
 shows the strongest latents of the first tokens of the first window. T tokens, F latents.
@@ -37,7 +37,7 @@ def contexts(
 
 
 def spread_by_frequency(fired_F: np.ndarray) -> list[int]:
-    """Latents that fired at least so often, evenly spaced in their order of frequency."""
+    """Latents that fired at least `LEAST_FIRINGS` times, evenly spaced in their order of frequency."""
     order = np.argsort(fired_F, kind="stable")
     order = order[fired_F[order] >= LEAST_FIRINGS]
     chosen = order if len(order) <= LATENTS else order[np.linspace(0, len(order) - 1, LATENTS).astype(int)]

@@ -1,4 +1,4 @@
-"""What is written of the latents of one SAE: columns for the list, files of a few latents each for the rest.
+"""What is written about the latents of one SAE: columns for the list, files of a few latents each for the rest.
 
 F latents, K neighbours or tokens, D width.
 """
@@ -29,10 +29,10 @@ from .top_firings import SAMPLE, TOP, Firings, largest, ranges
 
 FILE_LATENTS = 32
 PLACES_LATENTS = 1 << 14
-RANDOM = 8  # beside TOP, SAMPLE and LOW: one of a few of the sample, chosen by chance
+RANDOM = 8  # besides TOP, SAMPLE and LOW: one of a few of the sample, chosen at random
 
 SHOWN_RANDOM = 5
-LISTED = 3  # promoted tokens that the list knows
+LISTED = 3  # promoted tokens in the list
 DENSE = 0.1  # fires on more than this share of tokens
 STEPS = 65_535  # in which activations are written, from zero to the latent's highest
 MARKS = {"tier": TIERS, "range": RANGES, "group": GROUPS}
@@ -44,7 +44,7 @@ DENSITY_EDGES = np.arange(-6, 0.01, 0.25)  # log10 of the share of tokens
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """An SAE with what was seen of it."""
+    """An SAE and what was seen of it."""
 
     folder: str
     subject: LoadedSae
@@ -85,7 +85,7 @@ class Shown:
 
 
 def summary_of(shown: Shown) -> dict[str, Any]:
-    """What the overview says."""
+    """What the overview shows."""
     alive = shown.density[shown.density > 0]
     counts, _ = np.histogram(np.log10(np.maximum(alive, 1e-6)), DENSITY_EDGES)
     subject = shown.subject
@@ -138,12 +138,12 @@ def write_latents(
 
 
 def parts_of(width: int, size: int) -> list[slice]:
-    """The latents in files of so many."""
+    """The latents, in slices of `size`."""
     return [slice(first, min(first + size, width)) for first in range(0, width, size)]
 
 
 def with_random(kept: Firings, reasons: np.ndarray) -> np.ndarray:
-    """A few of each latent's sample, marked: chance chose them, so they stand for all."""
+    """Mark a few of each latent's sample: they are chosen at random, so they stand for all."""
     sampled = np.flatnonzero(reasons & SAMPLE)
     chosen = sampled[largest(kept.latent[sampled], kept.priority[sampled], SHOWN_RANDOM)]
     found = reasons.copy()
@@ -164,7 +164,7 @@ def firings_value(firings: Firings, highest: np.ndarray) -> dict[str, np.ndarray
 
 
 def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """From the first bin with something in it to the last."""
+    """The bins from the first with something in it to the last."""
     filled = counts > 0
     first = filled.argmax(1)
     lengths = np.where(filled.any(1), BINS - filled[:, ::-1].argmax(1) - first, 0)
@@ -177,7 +177,7 @@ def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def near_value(near: Near | list[tuple[LoadedSae, str, Near]], rows: slice) -> Any:
-    if isinstance(near, list):  # of these very weights: others may come to stand under the same label
+    if isinstance(near, list):  # of exactly these weights: others may get the same label
         return [{"label": of.label, "sha256": of.sha256, "by": by, **near_value(one, rows)} for of, by, one in near]
     return {"latents": near.latents[rows], "scores": near.scores[rows]}
 
@@ -185,9 +185,9 @@ def near_value(near: Near | list[tuple[LoadedSae, str, Near]], rows: slice) -> A
 def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[str, Any]:
     """Near latents of the same SAE, counterparts in the others, and what a hierarchy joins."""
     rows, together = shown.rows, shown.seen.together
-    with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:  # it keeps one core, the other the rest
+    with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:  # it has one core, the other the rest
         firing = worker.submit(by_firing, together, together, config.neighbours, is_same=True)
-        kept = worker.submit(lambda: shown.kept)  # to be written later, sorted out meanwhile
+        kept = worker.submit(lambda: shown.kept)  # written later, sorted out meanwhile
         direction = by_direction(rows, rows, config.neighbours, is_same=True)
         kept.result()
     found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
@@ -224,7 +224,7 @@ def hierarchy(shown: Shown) -> dict[str, Near]:
 
 
 def join(near: Near, own: np.ndarray, others: np.ndarray, rows: Tensor, learned: Tensor | None) -> None:
-    """By the weights that training learned, where it did; else by direction."""
+    """Join by the weights that training learned, if it did; otherwise by direction."""
     if learned is None:
         place = torch.as_tensor(own, device=rows.device), torch.as_tensor(others, device=rows.device)
         found = by_direction(rows[place[0]], rows[place[1]], PARTS, is_same=False)
@@ -284,7 +284,7 @@ def write_columns(
 
 
 def top_tokens(kept: Firings, reasons: np.ndarray, peak_tokens: np.ndarray, width: int) -> np.ndarray:
-    """int32 [F]: the token that most of a latent's strongest examples peak on; of as frequent ones the strongest's."""
+    """int32 [F]: the token that most of a latent's strongest examples peak on; of a tie, the strongest's."""
     top = np.flatnonzero(reasons & TOP)
     latent, token = kept.latent[top], peak_tokens[top]
     pairs, first, counts = np.unique(latent.astype(np.int64) << 32 | token, return_index=True, return_counts=True)

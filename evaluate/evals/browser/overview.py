@@ -1,6 +1,6 @@
-"""What was measured and logged of a run's SAEs, as the browser's overview shows it.
+"""What was measured and logged about a run's SAEs, as the browser's overview shows it.
 
-It is written with the browser, and anew whenever the run is evaluated or drawn.
+It is written with the browser, and again whenever the run is evaluated or plotted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SPARSITY = "l0"  # what the others are drawn against
 
 
 def write_numbers(browser: Path, records: Sequence[Record]) -> None:
-    """Into a browser's folder."""
+    """Write the numbers into a browser's folder."""
     records = of_one_split(records)
     value = {
         "columns": [[key, column.heading, column.meaning, key != SPARSITY] for key, column in COLUMNS.items()],
@@ -30,13 +30,13 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
 
 
 def refresh(home: Path, records: Sequence[Record]) -> None:
-    """What a run's browser says of its SAEs, where it has a browser."""
+    """Update what a run's browser says about its SAEs, if it has a browser."""
     if (home / NAME / "data").is_dir():
         write_numbers(home / NAME, records)
 
 
 def of_one_split(records: Sequence[Record]) -> list[Record]:
-    """Without training's own numbers, which are of the validation split, where core has measured any of them."""
+    """Leave out training's own numbers, which are of the validation split, if core has measured any SAE."""
     is_measured = any("core" in one.documents for one in records)
     return [replace(one, outcome={}) if is_measured and "core" not in one.documents else one for one in records]
 

@@ -1,8 +1,8 @@
-"""The one pass over windows: SAEs encode some batches while what a batch before says is sorted into its place.
+"""The one pass over windows: SAEs encode some batches while the codes of an earlier one are sorted into place.
 
 Batches are encoded side by side, each by its share of the cores: products that all cores share would wait for the one
-that sorts, each time. What was read is saved now and then, between two batches: a build that was stopped goes on from
-there to the same bytes. W windows, T context, L layers, K keys.
+that sorts, each time. What was read is saved now and then, between two batches: a build that was stopped continues
+from there to the same bytes. W windows, T context, L layers, K keys.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .firing_counts import Batch, Seen
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 LEVELS = 255  # of a weight of attention
 SAVED = 2  # the format of what is saved
-WORKERS = 2  # at the most: each holds a batch with its codes
-EVERY, SHARE = 30, 20  # seconds from one save to the next at the least, and how many times what the last one took
-LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: some SAE is not asked about it; it begins a document
+WORKERS = 2  # at most: each holds a batch with its codes
+EVERY, SHARE = 30, 20  # least seconds from one save to the next, and how many times what the last one took
+LEFT_OUT, BEGINS = 1, 2  # bits of a token: some SAE leaves it out; it begins a document
 CodesBySae = Mapping[LoadedSae, Sequence[Codes]]
 
 
@@ -79,9 +79,9 @@ def read(
 
 @contextmanager
 def side_by_side(device: torch.device, subjects: Sequence[LoadedSae]) -> Iterator[tuple[int, ThreadPoolExecutor]]:
-    """Some workers, and how many: each has its share of the threads that products take.
+    """A pool of workers, and how many there are: each has its share of the threads that products use.
 
-    A GPU has enough in one. So has memory, where SAEs are encoded by tables of all latents, several at a time.
+    A GPU needs only one. So does memory, where SAEs are encoded by tables of all latents.
     """
     threads = torch.get_num_threads()
     are_sparse = all(subject.sae.is_plain and not subject.needs for subject in subjects)
@@ -96,7 +96,7 @@ def side_by_side(device: torch.device, subjects: Sequence[LoadedSae]) -> Iterato
 
 
 class Gathering:
-    """What is left of the batches that were read."""
+    """Collects what is kept of the batches that were read."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Gathering:
         self._save_at = time.monotonic() + EVERY
 
     def add(self, batch: Windows, rows: Mapping[LoadedSae, Tensor], codes: CodesBySae) -> None:
-        """The next batch: which rows count, and the codes of its kept tokens."""
+        """Add the next batch: which rows count, and the codes of its kept tokens."""
         place = Batch.of(batch, self._windows, is_sampled=self._batches % self._every == 0)
         self._tokens.append(self._words.meet(batch.tokens.cpu().numpy()))
         self._windows, self._batches = self._windows + len(batch), self._batches + 1
@@ -134,7 +134,7 @@ class Gathering:
             self._save()
 
     def _save(self) -> None:
-        """All that was read so far. A disk that does not take it may still take the browser."""
+        """Save everything read so far. A disk without room for it may still have room for the browser."""
         began = time.monotonic()
         try:
             text = {"tokens": np.concatenate(self._tokens), "batches": np.array([self._batches])}
@@ -146,16 +146,16 @@ class Gathering:
         except (OSError, SafetensorError) as error:
             for part in self._saved.glob(".step_*.tmp"):
                 shutil.rmtree(part, ignore_errors=True)
-            then = "go on from the last save" if list_checkpoints(self._saved) else "be read anew"
-            self._say(f"browser: what was read cannot be saved ({error}): stopped now, it would {then}")
+            then = "continue from the last save" if list_checkpoints(self._saved) else "start again"
+            self._say(f"browser: what was read cannot be saved ({error}): if it is stopped now, it will {then}")
         self._save_at = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - began))
 
     def go_on(self) -> int:
-        """From where a build of the same inputs was stopped; the windows that it had read."""
+        """Continue where a build of the same inputs was stopped; return how many windows it had read."""
         try:
             found = load_checkpoint(self._saved)
         except CheckpointDamaged:
-            self._say("browser: what a stopped build had read is damaged: it is read anew")
+            self._say("browser: what a stopped build had read is damaged: it is read again")
             shutil.rmtree(self._saved)
             return 0
         if found is None:
@@ -167,7 +167,7 @@ class Gathering:
             pieces.restore(self._windows, text)
         for number, seen in enumerate(self._seen.values()):
             seen.restore(state[f"sae_{number}"])
-        self._say(f"browser: goes on where it was stopped, behind {self._windows:,} of {self._total:,} windows")
+        self._say(f"browser: continuing where it was stopped, after {self._windows:,} of {self._total:,} windows")
         return self._windows
 
     def finish(self) -> tuple[dict[LoadedSae, Seen], np.ndarray]:
@@ -177,7 +177,7 @@ class Gathering:
 
 
 def files_of(tokens: int, context: int) -> int:
-    """Windows in a file."""
+    """How many windows a file has."""
     return max(1, tokens // context)
 
 
@@ -191,7 +191,7 @@ def marks_of(batch: Windows, rows: Iterable[Tensor]) -> np.ndarray:
 
 
 def attended(batch: Windows, layers: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which earlier tokens the model attended to: of every token the strongest keys of each stored layer.
+    """Which earlier tokens the model attended to: for every token, the strongest keys of each stored layer.
 
     Positions and weights [W, T, L, K], uint16 and uint8 in steps of 1 / LEVELS; weight 0 where there is no more. Heads
     are averaged. The token itself and special tokens, above all the first, say nothing and are left out.

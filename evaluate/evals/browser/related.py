@@ -17,8 +17,8 @@ from .firing_counts import Table
 from .top_firings import largest
 
 BLOCK = 1024
-LEAST_TOGETHER = 3  # tokens on which both fire, below which it may be chance
-PAIRS = 50_000_000  # of latents on one token, added up, that a comparison may cost
+LEAST_TOGETHER = 3  # tokens on which both fire: fewer may be chance
+PAIRS = 50_000_000  # of latents on one token, over all tokens, that a comparison may cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Near:
 
 @torch.inference_mode()
 def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) -> Near:
-    """By cosine of decoder rows; of the same table, a row is not its own neighbour."""
+    """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour."""
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
@@ -47,7 +47,7 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
 
 
 def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
-    """By tokens on which both fire, over the geometric mean of those on which each does."""
+    """The nearest by tokens on which both fire, over the geometric mean of those on which each does."""
     rows, others = affordable(rows, others)
     latents = np.full((rows.shape[1], count), -1, np.int32)
     scores = np.zeros((rows.shape[1], count), np.float32)
@@ -68,7 +68,7 @@ def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
 
 
 def affordable(rows: Table, others: Table) -> tuple[Table, Table]:
-    """As many tokens as the product of the two has time for; both hold the same ones, the shorter fewer of them."""
+    """As many tokens as the product of the two can afford; both hold the same ones, the shorter fewer of them."""
     tokens = min(rows.shape[0], others.shape[0])
     pairs = np.cumsum(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) * np.diff(others.indptr[: tokens + 1]))
     tokens = int(np.searchsorted(pairs, PAIRS, side="right"))

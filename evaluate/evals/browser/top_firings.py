@@ -1,7 +1,7 @@
-"""Which places are kept to show a latent by, chosen while the tokens go by.
+"""Chooses the firings that are kept to show a latent by, while the tokens go by.
 
-A firing is a latent in a window: its peak there and all its activations. Of each latent are kept the firings with
-the highest peaks, a uniform sample, and those just above the threshold. Whatever is kept is rewritten when as many
+A firing is a latent in a window: its peak there and all its activations. For each latent, the firings with
+the highest peaks, a uniform sample, and those just above the threshold are kept. They are chosen again when as many
 firings wait as are kept, so memory grows with the latents and not with the text.
 
 F latents, N firings, E activations of these.
@@ -18,13 +18,13 @@ import torch
 from .config import Config
 
 TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
-WAITING = 1 << 20  # firings that wait at the least before any are sorted out
+WAITING = 1 << 20  # least number of waiting firings before any are sorted out
 MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 @dataclass(frozen=True, eq=False)
 class Firings:
-    """Firings with their activations, which stand one behind the other."""
+    """Firings with their activations, one after another."""
 
     latent: np.ndarray  # int32 [N]
     window: np.ndarray  # int32 [N]
@@ -67,7 +67,7 @@ class Firings:
 
 
 class Keeper:
-    """Keeps the firings of one SAE, of each latent as many as `config` says."""
+    """Keeps the firings of one SAE, for each latent as many as `config` says."""
 
     def __init__(self, width: int, config: Config) -> None:
         self._config = config
@@ -85,7 +85,7 @@ class Keeper:
             self._settle()
 
     def state(self) -> dict[str, np.ndarray]:
-        """Firings that are kept, with their reasons, and behind them those that wait."""
+        """Firings that are kept, with their reasons, followed by those that wait."""
         return {**vars(self._everything), "reasons": self._reasons}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
@@ -118,7 +118,7 @@ class Keeper:
         return Firings.joined([self._kept, *self._waiting])
 
     def _hold(self, kept: Firings, reasons: np.ndarray) -> None:
-        """Nothing but these, and the bounds beyond which others are kept too."""
+        """Hold only these, and the bounds beyond which others are kept too."""
         self._kept, self._reasons = kept, reasons
         self._waiting: list[Firings] = []
         self._waits = 0
@@ -161,6 +161,6 @@ def scatter(number: np.ndarray) -> np.ndarray:
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: the numbers start..start + count of each, one behind the other."""
+    """int64: the numbers start..start + count of each, one after another."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)

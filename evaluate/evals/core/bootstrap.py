@@ -31,7 +31,7 @@ class DocumentSums:
         self._parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
     def add(self, documents_N: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Per-token values [N], by name; a NaN is one in the sums of its document and of all."""
+        """Add per-token values [N], by name; a NaN makes the sums of its document and of all NaN."""
         found, place = np.unique(documents_N, return_inverse=True)
         sums = {name: np.bincount(place, value, len(found)) for name, value in values.items()}
         self._parts.append((found, sums))
@@ -54,8 +54,8 @@ def said(table: Sums) -> str:
 def intervals(
     table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES
 ) -> dict[str, list[float] | None]:
-    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, without resamples, or where one is
-    no number."""
+    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, without resamples, or if one is
+    not a number."""
     count = len(next(iter(table.values()), ()))
     if count < 2 or resamples < 1:
         return dict.fromkeys(statistics)
@@ -74,7 +74,7 @@ def resampled(table: Sums, resamples: int, seed: int = 0) -> dict[str, np.ndarra
 
 
 def draws(documents: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
-    """How often each resample has each document, some resamples at a time; every SAE of a store has the same."""
+    """How often each resample has each document, some resamples at a time; the same for every SAE of a store."""
     if documents * resamples <= KEPT_DRAWS:
         return _kept_draws(documents, resamples, seed)
     return _new_draws(documents, resamples, seed)

@@ -45,10 +45,10 @@ class Rows:
 
 
 def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
-    """The blocks asked for, or those that the split has room for."""
+    """The requested blocks, or those that the split has room for."""
     if windows < 2:
         raise NotApplicable(
-            f"the {split} split has {windows} windows, and the two blocks of rows need one each: harvest more "
+            f"the {split} split has {windows} windows, but the two blocks of rows need one each: harvest more "
             "text, or name another split"
         )
     batch_windows = min(batch_windows, windows // 2)
@@ -70,7 +70,7 @@ def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: in
 def read_block(
     context: Context, block: Block, layers: Sequence[int], attention_layers: Sequence[int] = ()
 ) -> Iterator[Windows]:
-    """The batches of a block; residuals are the store's, or computed anew from its tokens."""
+    """The batches of a block; residuals are the store's, or computed from its tokens."""
     batches = store_batches(
         context.store,
         block.split,

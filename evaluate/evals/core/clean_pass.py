@@ -1,11 +1,11 @@
 """The clean pass of a batch and its ablations: the same for every SAE, so computed once for a store and kept.
 
-Zero ablation takes the residual of every position away, special tokens included, as SAEBench does. All
+Zero ablation removes the residual of every position, special tokens included, as SAEBench does. All
 windows then look alike, and one of them is run. Mean and resample ablation replace what a spliced SAE
 replaces: by the store's mean, or by the residual at the same position in another window of the batch.
 
-Kept beside the store, in <store>.evals/<cache id>/clean-<settings>/<batch>.safetensors: of each kept
-token the hidden state behind the final norm, the cross entropy, and those of each ablation.
+Kept next to the store, in <store>.evals/<cache id>/clean-<settings>/<batch>.safetensors: for each kept
+token the hidden state after the final norm, the cross entropy, and the losses of each ablation.
 W windows, T positions, N kept tokens, D residual width, V vocabulary.
 """
 
@@ -56,9 +56,9 @@ class Baselines:
         self._files = files_of(context, layer, block, self._ablations)
 
     def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
-        """The baselines of the batch of this number, and what follows from each of other hidden states [N, D].
+        """The baselines of batch `number`, and the losses that follow from each of other hidden states [N, D].
 
-        Baselines are those that are kept, or made now and kept; clean logits are computed once for both.
+        Baselines are read if they were kept, or else computed and kept; clean logits are computed once for both.
         """
         key = f"{self._first + number:05d}.safetensors"
         model, targets = self._context.model, next_tokens(batch.tokens, batch.keep)
@@ -71,7 +71,7 @@ class Baselines:
         return made, losses
 
     def hidden(self, batch: Windows, resid_WTD: Tensor) -> Tensor:
-        """[N, D] behind the final norm, when the residual at the layer is this one."""
+        """[N, D] after the final norm, with this residual at the layer."""
         suffix = self._context.model.suffix
         pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
         return torch.cat(list(pieces))
@@ -118,7 +118,7 @@ def elsewhere(resid_WTD: Tensor) -> Tensor:
 
 
 def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
-    """Where they are kept: a folder for each way of computing them; nowhere if nobody can name the model."""
+    """Where baselines are kept: a folder for each way of computing them; nowhere if the model is unknown."""
     if context.model_identity is None:
         return None
     massive = context.massive(layer)
@@ -140,7 +140,7 @@ def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str
 
 
 def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str], device: torch.device) -> Clean | None:
-    """What is kept, if it is whole."""
+    """What is kept, if it is complete."""
     if files is None:
         return None
     try:
@@ -153,7 +153,7 @@ def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str], 
 
 
 def _write(files: Files, key: str, clean: Clean) -> bool:
-    """Whether it could be kept: a store on a read-only disk can be evaluated too."""
+    """Keep it, and return whether that worked: a store on a read-only disk can be evaluated too."""
     tensors = {"hidden": clean.hidden, "ce": clean.ce}
     for name, losses in clean.ablated.items():
         tensors |= {f"{name}.{part}": getattr(losses, part) for part in PARTS}

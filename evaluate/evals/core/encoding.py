@@ -1,10 +1,10 @@
 """Activations and reconstruction of the kept tokens of a batch, sparse where that is faster.
 
 The same numbers as `LoadedSae.encode` and `decode` up to the order of sums, at a fraction of the cost:
-1. Rows go in pieces: many enough for the product to run at full speed, few enough to be held.
+1. Rows go in pieces: many enough for the product to run at full speed, few enough to fit into memory.
 2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out. Where the processor is
-   faster in bfloat16 only those entries are computed in float32 that may be among them.
-3. The decoder adds up rows of active latents. Where many are active the dense products are used.
+   faster in bfloat16, only entries that may be among them are computed in float32.
+3. The decoder adds up rows of active latents. Where many are active, the dense products are used.
 
 N kept tokens, D width, F latents.
 """

@@ -37,14 +37,14 @@ class Config:
     """None: 2,000, or the rest of the split."""
     split: str = "test"
     resamples: int = 1000
-    """Of documents, for confidence intervals; 0: none."""
+    """Resamples of documents, for confidence intervals; 0: none."""
     ablations: tuple[str, ...] = ABLATIONS
-    """What to set the losses against; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
+    """What to compare the losses with; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
-    if "zero" not in config.ablations or set(config.ablations) - set(ABLATIONS):  # SAEBench's scores are about zero
+    """Evaluate all SAEs side by side; those that cannot be spliced into a model get the measures that need none."""
+    if "zero" not in config.ablations or set(config.ablations) - set(ABLATIONS):  # SAEBench's scores are against zero
         raise SettingInvalid(
             f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(config.ablations)}"
         )
@@ -57,7 +57,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     )
     if rows.sparsity.batch_windows < config.batch_size_prompts != Config().batch_size_prompts:
         asked, given = config.batch_size_prompts, rows.sparsity.batch_windows
-        context.say(f"core: asked for batches of {asked} windows, and the {config.split} split has room for {given}")
+        context.say(f"core: asked for batches of {asked} windows, but the {config.split} split has room for {given}")
     reasons = unspliceable(context, subjects)
     able = [subject for subject in subjects if subject not in reasons]
     missing = missing_model(context) if able else None
@@ -71,8 +71,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
-    """SAEs whose output has no single place in the model, and why; on a store without tokens, which has no text for the
-    model, all. With --from-tokens nothing can be measured there."""
+    """SAEs whose output has no single place in the model, and why; all of them on a store without tokens, which has no
+    text for the model. There, nothing can be measured with --from-tokens."""
     if context.without_tokens and context.from_tokens:
         raise DataMissing(f"{context.without_tokens}, or leave out --from-tokens")
     if context.without_tokens:
@@ -87,7 +87,7 @@ def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[Loaded
 
 
 def missing_model(context: Context) -> str | None:
-    """Why the losses of the model cannot be measured; None where they can. With --from-tokens nothing can."""
+    """Why the losses of the model cannot be measured; None if they can. With --from-tokens, nothing can."""
     try:
         context.require_model()
     except ModelMissing as error:
@@ -118,8 +118,8 @@ def make_result(
 
 
 def measured_on(config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None) -> str:
-    """The second block without massive rows, and the first, where they are spliced as well; and how large batches were,
-    where the split had no room for those of the settings."""
+    """The text of the second block, without massive rows, and of the first, where they are spliced too; and the batch
+    size, if the split had no room for the one in the settings."""
     line = f"{config.split} split, {said(sparsity.documents.table())}"
     line += "" if losses is None else f"; CE and KL on {said(losses.documents.table())}"
     size = rows.sparsity.batch_windows

@@ -1,9 +1,9 @@
-"""From the sums of a core evaluation to SAEBench's keys, and to ours beside them.
+"""From the sums of a core evaluation to SAEBench's keys, and to our own.
 
 SAEBench's keys have SAEBench's formulas exactly; what those leave out or get wrong has our own keys.
 F latents, D width.
 
-Of each latent SAEBench says bias, norm and cosines from the weights alone. A similarity is computed once for both its
+For each latent SAEBench gives bias, norm and cosines from the weights alone. A similarity is computed once for both its
 latents: blocks above the diagonal give the maxima of their rows and of their columns.
 """
 
@@ -80,7 +80,7 @@ def official_losses(losses: LossSums | None) -> dict[str, dict[str, float]]:
 
 
 def losses_and_scores(sums: Mapping[str, Any], ablation: str, sae: str = "sae") -> dict[str, Any]:
-    """Mean losses, and the SAE's scores: 1 the clean model, 0 the ablation. Of sums, or of arrays of resampled sums."""
+    """Mean losses, and the SAE's scores: 1 the clean model, 0 the ablation. From sums, or arrays of resampled sums."""
     ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in (ablation, sae, "clean"))
     kl, kl_sae = (sums[f"kl_{name}"] / sums["tokens"] for name in (ablation, sae))
     return {
@@ -113,7 +113,7 @@ def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 def own_metrics(
     sparsity: Sparsity, losses: LossSums | None, ablations: Sequence[str], resamples: int
 ) -> dict[str, Any]:
-    """What SAEBench leaves out or gets wrong. Massive rows are left out where the name does not say otherwise."""
+    """What SAEBench leaves out or gets wrong. Massive rows are left out unless the name says otherwise."""
     square_of_mean = sparsity.ordinary.square_of_mean
     table = sparsity.documents.table()
     variance: dict[str, Statistic] = {
@@ -147,7 +147,7 @@ def massive_metrics(sparsity: Sparsity) -> dict[str, float]:
 
 
 def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
-    """What results say of one ablation; divergences never underflow."""
+    """What results say about one ablation; divergences never underflow."""
     found = losses_and_scores(sums, ablation)
     return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {
         name: found[name] for name in ("ce_loss_score", "kl_div_score")
@@ -155,7 +155,7 @@ def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
 
 
 def loss_statistics() -> dict[str, Statistic]:
-    """What intervals are drawn around, with zero ablation as zero."""
+    """The statistics that have intervals; scores are against zero ablation."""
     return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()}
 
 
@@ -164,7 +164,7 @@ BLOCK = 1024
 
 @torch.inference_mode()
 def weight_metrics(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """By SAEBench's names and in its order, each [F] on the CPU."""
+    """Measures of weights by SAEBench's names and in its order, each [F] on the CPU."""
     comparable = sae.W_enc.shape == sae.W_dec.shape
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {

@@ -1,7 +1,7 @@
 """The second block of rows: how sparse SAEs are and how well they reconstruct, by SAEBench's measures from sums.
 
-Beside them stands the variance explained as it should be. Needs no model. Means are over all tokens, but where SAEBench
-means over batches it does too, and where it divides by the tokens of a batch the batch is the one of the settings.
+Explained variance is also computed as it should be. Needs no model. Means are over all tokens, except where SAEBench
+takes them over batches; where it divides by the tokens of a batch, the batch is the one of the settings.
 
 Sums are float64; all SAEs share each batch. W windows, T positions, N kept tokens, D width, F latents.
 """
@@ -31,7 +31,7 @@ SMALL_NORM = 1e-4  # below it SAEBench divides by one
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of each kept token: float32 [N]."""
+    """Values of each kept token: float32 [N]."""
 
     l0: Tensor
     l1: Tensor
@@ -84,7 +84,7 @@ class Firing(Sums):
 
 
 def measure_tokens(l0_N: Tensor, l1_N: Tensor, x_ND: Tensor, x_hat_ND: Tensor, mean_D: Tensor) -> Tokens:
-    """Some tokens. `mean_D` is that of the kept tokens of the whole batch."""
+    """Measure some tokens. `mean_D` is the mean of the kept tokens of the whole batch."""
     return Tokens(
         l0=l0_N,
         l1=l1_N,
@@ -102,7 +102,7 @@ def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 @dataclass
 class Tally:
-    """Batches added up."""
+    """Sums over batches."""
 
     tokens: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -181,7 +181,7 @@ def explained_variance_of(sums: Mapping[str, Any], square_of_mean: float) -> Any
 
 
 def ratio(numerator: Any, denominator: Any) -> Any:
-    """Of numbers, NaN where there is nothing to divide by; or of arrays, as numpy has it."""
+    """The quotient; of numbers, NaN if the denominator is 0; of arrays, what numpy gives."""
     return numerator / denominator if isinstance(denominator, np.ndarray) or denominator != 0 else NAN
 
 
@@ -226,7 +226,7 @@ def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Blo
 
 
 def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> PieceSize:
-    """As many windows as have activations of `PIECE_BYTES`."""
+    """As many windows as have activations that fit into `PIECE_BYTES`."""
     room = PIECE_BYTES // (4 * context.manifest.context * subject.width)
     return PieceSize(min(room, batch_windows), "windows", context.say, subject.together)
 

@@ -36,7 +36,7 @@ class LossSums:
     published: dict[str, float] = field(default_factory=dict)  # divergences by SAEBench's formula, NaN and all
 
     def add(self, documents_N: np.ndarray, predicts_N: Tensor, clean: Clean, spliced: Losses, ordinary: Losses) -> None:
-        """One batch: with all its rows spliced, and with massive ones left as they are."""
+        """Add one batch: with all its rows spliced, and with massive ones left as they are."""
         runs: dict[str, Losses] = {**clean.ablated, "sae": spliced}
         values: dict[str, Tensor] = {
             "tokens": torch.ones_like(clean.ce),
@@ -53,12 +53,12 @@ class LossSums:
         self.documents.add(documents_N, {name: value.double().cpu().numpy() for name, value in values.items()})
 
     def totals(self) -> dict[str, float]:
-        """Over all documents."""
+        """The sums over all documents."""
         return {name: float(values.sum()) for name, values in self.documents.table().items()}
 
 
 def splice_layer(subject: LoadedSae) -> int:
-    """The layer whose residual the SAE's output can take the place of."""
+    """The layer whose residual the SAE's output can replace."""
     if len(subject.target_layers) != 1:
         raise NotApplicable(
             f"{subject.name} writes layers {list(subject.target_layers)}: the losses of the model are about "
@@ -89,7 +89,7 @@ def measure_losses(
 
 
 def mean_residual(context: Context, layer: int, block: Block) -> Tensor:
-    """The store's mean at a layer [D]; where it does not hold the layer, that of the block's own tokens."""
+    """The store's mean at a layer [D]; if it does not hold the layer, that of the block's own tokens."""
     if layer in context.manifest.layers:
         return mean_of_rows(context, layer)
     total, count = torch.zeros(context.manifest.model.d_model, dtype=torch.float64), 0
@@ -108,7 +108,7 @@ def _add_batch(
     batch: Windows,
     number: int,
 ) -> None:
-    """The SAEs of one layer, side by side. Where a batch has massive rows, also with these left as they are."""
+    """Add a batch for the SAEs of one layer; if it has massive rows, also with these left as they are."""
     hidden = []
     massive = {subject: int((batch.keep & ~ordinary[subject]).sum()) for subject in subjects}
     for subject, size in subjects.items():

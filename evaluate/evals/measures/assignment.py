@@ -1,7 +1,7 @@
-"""Which latent belongs where: as the SAE was trained, or for a plain SAE as it is assigned afterwards.
+"""Which latent belongs where: as the SAE was trained or, for a plain SAE, as assigned afterwards.
 
-A variant saves its assignment beside its weights, under names of an extra and its tensor; a module that is
-rebuilt from its variant has the same by attribute. An SAE without gets equal shares of its dictionary, in
+A variant saves its assignment with its weights, under the names of an extra and its tensor; a module that is
+rebuilt from its variant has the same as attributes. An SAE without one gets equal shares of its dictionary, in
 the order of its latents: the baseline that every measure compares with.
 F latents.
 """
@@ -34,7 +34,7 @@ class Assignment:
 
 
 def saved(subject: LoadedSae, name: str) -> Tensor | None:
-    """A tensor that trained along, by its name beside the weights or by its path in the module."""
+    """A tensor that was trained with the SAE, by its name among the weights or its path in the module."""
     tensor = subject.sae.extras_tensors.get(name)
     if tensor is None:
         module = getattr(subject.sae, "inner", subject.sae)
@@ -61,7 +61,7 @@ def groups_of(subject: LoadedSae, count: int) -> Assignment:
 
 
 def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None:
-    """The range of positions of each latent, from its mask; None for an SAE that was trained without."""
+    """The range of positions of each latent, from its mask; None for an SAE that was trained without one."""
     ranges = saved(subject, RANGES)
     if ranges is not None:
         known = saved(subject, "mask.num_ranges")
@@ -80,7 +80,7 @@ def is_bound(assignment: Assignment) -> Tensor:
 
 
 def _saved_or_equal(subject: LoadedSae, name: str, count: int, least: int) -> Assignment:
-    """`least`: how many are told apart of what was saved, where its last ones are empty."""
+    """What was saved, or equal shares. `least`: how many groups a saved one has at least; its last may be empty."""
     membership = saved(subject, name)
     if membership is not None:
         return Assignment(membership.long(), max(least, int(membership.max()) + 1), "saved")

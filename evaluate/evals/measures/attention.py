@@ -1,12 +1,12 @@
 """Attention and codes: what attention says about which tokens share codes, and what an SAE does to attention.
 
 Contribution by layer: the similarity of a token's code to those of earlier ones, s_ij = cos(f_i, f_j), is explained by
-least squares from the stored attention of layers from i to j. Nearness, 1 / (i - j), is always in: near tokens attend
-to each other and are alike anyhow. All is centred within its row i: which tokens are alike, not how alike they are on
-the whole. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value).
+least squares from the stored attention of layers from i to j. Nearness, 1 / (i - j), is always included: near tokens
+attend to each other and are alike anyway. All is centred within its row i: which tokens are alike, not how alike they
+are overall. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value).
 
-Causal tracing: what a latent writes at a token is taken out of the residual there, the layer above is run, and the same
-SAE reads a later token again, whose own residual is never touched: what changes of it has come by attention.
+Causal tracing: what a latent writes at a token is removed from the residual there, the layer above is run, and the same
+SAE reads a later token again, whose own residual is never touched: any change in it has come through attention.
 
 W windows, H heads, T context, L layers, S regressors, P pairs per window, D width.
 """
@@ -84,7 +84,7 @@ def explain(
     """What stored attention says about the similarity of codes in a batch of windows.
 
     `attention` is averaged over heads; special tokens (the sink) and the token itself are not keys. Nor are tokens of
-    another document: attention knows where one begins, and that alone would pass for what it says of single tokens.
+    another document: attention knows where one begins, and that alone would pass for information about single tokens.
     """
     unit = functional.normalize(acts_WTF, dim=2)
     similarity = unit @ unit.mT
@@ -101,8 +101,8 @@ def explain(
 def attention_divergence(stored_WHTT: Tensor, found_WHTT: Tensor) -> Tensor:
     """KL [W, H, T] of computed attention from stored rows: on the stored keys, and on all others as one.
 
-    `stored` is zero where nothing was kept. A float16 store is off by its rounding, so a difference of
-    the rest below that is none.
+    `stored` is zero where nothing was kept. A float16 store is off by its rounding, so a smaller
+    difference of the rest is none.
     """
     kept = stored_WHTT.float(), torch.where(stored_WHTT > 0, found_WHTT.float(), 0.0)
     rows = [torch.cat([part, (1 - part.sum(-1, keepdim=True)).clamp_min(0)], dim=-1) for part in kept]
@@ -126,7 +126,7 @@ def _centred_by_row(tables_SWTT: Tensor, pairs_WTT: Tensor) -> Tensor:
 
 
 def _attended(similarity_WTT: Tensor, attention_LWTT: Tensor, pairs_WTT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By layer: sums over rows that attend to anyone of weighted and of plain mean similarity, and their number."""
+    """By layer: sums over rows that attend to any token of weighted and of plain mean similarity, and their number."""
     mass = attention_LWTT.sum(-1)
     weighted = (attention_LWTT * similarity_WTT).sum(-1) / mass.clamp_min(TINY)
     plain = torch.where(pairs_WTT, similarity_WTT, 0.0).sum(-1) / pairs_WTT.sum(-1).clamp_min(1)
@@ -147,8 +147,8 @@ def _shapley(player: int, worth: dict[tuple[int, ...], float], players: int) -> 
 
 
 def _mean_gains(worth: Callable[[tuple[int, ...]], float], players: int, orders: int) -> list[float]:
-    """Each player's mean gain over drawn orders of entering. Every other order is the one before backwards: who gains
-    by coming early has come late as well, so means settle sooner."""
+    """Each player's mean gain over drawn orders of entering. Every other order is the previous one reversed: what
+    gains by coming early also comes late, so means settle sooner."""
     worth, dice, gains = cache(worth), np.random.default_rng(0), np.zeros(players)
     for _ in range(orders // 2):
         drawn = dice.permutation(players).tolist()
@@ -190,8 +190,8 @@ class Traced(Sums):
 
 
 def choose_pairs(attended_WTT: Tensor, rows_WT: Tensor, count: int, documents_WT: Tensor | None = None) -> Pairs:
-    """Of each window the `count` later tokens that attend most to one earlier token of their document, where there are
-    two to tell."""
+    """For each window, the `count` later tokens that attend most to one earlier token of their document, if there are
+    two to tell apart."""
     may = _earlier_pairs(rows_WT, documents_WT)
     strength, most = torch.where(may, attended_WTT, -1.0).max(dim=2)
     least = torch.where(may, attended_WTT, torch.inf).argmin(dim=2)
@@ -225,5 +225,5 @@ def trace_pairs(
 
 
 def _read(subject: LoadedSae, batch: Windows, resid_WTD: Tensor) -> Tensor:
-    """What the SAE says of the next layer's residual."""
+    """The SAE's activations on the next layer's residual."""
     return subject.encode(replace(batch, resid={**batch.resid, subject.layer: resid_WTD}))

@@ -1,4 +1,4 @@
-"""Latents and places in the window: does a latent keep to its range, has its profile the shape meant? And order probes.
+"""Latents and positions: does a latent keep to its range, and does its profile have the intended shape? Order probes.
 
 W windows, T context, F latents, R ranges. Range r is the positions [r T / R, (r + 1) T / R). An SAE that was
 trained without ranges gets them afterwards, each latent the one where most of its activation lies: the
@@ -20,7 +20,7 @@ ANYWHERE = -1  # the range of a latent that no mask binds
 
 
 def equal_shares(length: int, count: int) -> Tensor:
-    """int64 [length]: in which of so many equal shares each place lies."""
+    """int64 [length]: in which of `count` equal shares each position lies."""
     return torch.arange(length) * count // length
 
 
@@ -56,7 +56,7 @@ def assign_ranges(seen: Profile, ranges: int) -> Tensor:
 def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
     """[F]: share of a latent's activation that lies inside its range; 1 for a latent bound to none.
 
-    Of mean activation by position, so that windows that end early do not favour the first ranges.
+    By mean activation at each position, so that windows that end early do not favour the first ranges.
     """
     share = _by_range(seen, ranges)
     share = share / share.sum(0).clamp_min(1e-30)
@@ -116,6 +116,6 @@ def best_latents(acts_NF: Tensor, labels_N: Tensor, k: int) -> Tensor:
 
 
 def _scaled(table_NK: Tensor, like_NK: Tensor) -> np.ndarray:
-    """With the mean and spread of the training examples taken out."""
+    """Standardised by the mean and spread of the training examples."""
     scaled = (table_NK - like_NK.mean(0)) / like_NK.std(0).clamp_min(1e-6)
     return scaled.double().cpu().numpy()

@@ -1,6 +1,6 @@
 """How the model's predictions change when its residual is replaced: KL and loss, from the layers above alone.
 
-Special tokens and massive rows keep their residual and do not count, all others get what they are given. The clean
+Special tokens and massive rows keep their residual and do not count; all others get the replacement. The clean
 pass of a batch is made once for all that is compared with it.
 W windows, T positions, D residual width, N kept tokens.
 """
@@ -35,13 +35,13 @@ class Effect(Sums):
 
     @staticmethod
     def of(kl_N: Tensor, loss_N: Tensor, targets_N: Tensor) -> Effect:
-        """Of the tokens of a batch; those without a target, -1, predict nothing."""
+        """The effect on the tokens of a batch; those without a target, -1, predict nothing."""
         losses = loss_N[targets_N >= 0].double()
         return Effect(float(kl_N.double().sum()), float(losses.sum()), len(kl_N), len(losses))
 
     @property
     def kl(self) -> float:
-        """Mean KL from the clean predictions, in nats a token."""
+        """Mean KL from the clean predictions, in nats per token."""
         return self.kl_sum / max(self.tokens, 1)
 
     @property
@@ -53,7 +53,7 @@ class Effect(Sums):
 def effects_of(
     model: LanguageModel, clean_ND: Tensor, replaced: Mapping[str, Tensor], targets_N: Tensor, rows: PieceSize
 ) -> dict[str, Effect]:
-    """Of each [N, D] behind the final norm, and of the model as it is."""
+    """The effect of each [N, D] after the final norm, and of the model as it is."""
     clean, *others = (logits_of(model, hidden_ND) for hidden_ND in (clean_ND, *replaced.values()))
     loss_N, losses = compare(clean, others, targets_N, rows)
     found = {name: Effect.of(part.kl, part.ce, targets_N) for name, part in zip(replaced, losses, strict=True)}
@@ -61,7 +61,7 @@ def effects_of(
 
 
 class Tracer:
-    """Replaces the residual of one batch at one layer, as often as one likes, against one clean pass."""
+    """Replaces the residual of one batch at one layer, any number of times, against one clean pass."""
 
     def __init__(self, model: LanguageModel, batch: Windows, layer: int, mean_D: Tensor, rows: PieceSize) -> None:
         self._model, self._batch, self._layer, self._rows = model, batch, layer, rows
@@ -70,7 +70,7 @@ class Tracer:
         self.given = self.effects({MEAN: lambda: mean_D.expand_as(self._resid)})
 
     def effects(self, replaced: Mapping[str, Callable[[], Tensor]]) -> dict[str, Effect]:
-        """Of each residual [W, T, D], made when its turn comes; and of the model as it is."""
+        """The effect of each residual [W, T, D], made when its turn comes, and of the model as it is."""
         keep = self._batch.keep[:, :, None]
         hidden = {
             name: self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid))
@@ -80,7 +80,7 @@ class Tracer:
         return effects_of(self._model, self._clean, hidden, targets, self._rows)
 
     def _hidden(self, resid_WTD: Tensor) -> Tensor:
-        """[N, D] behind the final norm."""
+        """[N, D] after the final norm."""
         return self._model.suffix(resid_WTD, self._layer, self._batch.valid)[self._batch.keep]
 
 
@@ -93,7 +93,7 @@ class Tracers:
         self._means = {layer: mean_of_rows(context, layer).to(context.device, torch.float32) for layer in self._at}
 
     def of(self, batch: Windows) -> dict[int, Tracer]:
-        """By layer."""
+        """The tracers of a batch, by layer."""
         tracers = {}
         for layer, subject in self._at.items():
             ordinary = replace(batch, keep=ordinary_rows(self._context, subject, batch))

@@ -1,8 +1,8 @@
 """How tiers of a dictionary fire, what the firing of one says about another's, and what they are composed of.
 
-Composition: is a decoder row a sum, with weights C >= 0, of decoder rows of the tier below? Where those are more than
+Composition: is a decoder row a sum, with weights C >= 0, of decoder rows of the tier below? If those are more than
 twice as many as the width, almost any row is; so there is a fit of few parts as well (matching pursuit), and both are
-to be held against rows that point anywhere.
+to be compared with random rows.
 
 N tokens, F latents, K kept, M tiers; R rows, A atoms, D width, P parts.
 """
@@ -56,7 +56,7 @@ def tier_activity(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Activity
 
 @dataclass(frozen=True, eq=False)
 class Strongest:
-    """The K largest activations of each latent, and on which tokens they were; 0 at -1 where it fired less often."""
+    """The K largest activations of each latent, and on which tokens they were; 0 at -1 if it fired less often."""
 
     values: Tensor  # float32
     places: Tensor  # int64, numbers of tokens as they were given
@@ -83,14 +83,14 @@ class Strongest:
 
 
 class Wording:
-    """The kept tokens of a pass: a token is known by its number, which counts them in the order they were read."""
+    """The kept tokens of a pass: a token's number counts them in the order they were read."""
 
     def __init__(self, context: Context) -> None:
         self._vocabulary = Vocabulary(context)
         self._batches: list[Tensor] = []
 
     def read(self, batch: Windows) -> None:
-        """The next batch of the pass."""
+        """Add the next batch of the pass."""
         self._batches.append(batch.tokens[batch.keep].cpu())
 
     def token(self, number: int) -> str:
@@ -99,7 +99,7 @@ class Wording:
 
     @cached_property
     def _tokens(self) -> np.ndarray:
-        """int64 [N]; asked for when the pass is over."""
+        """int64 [N]; used when the pass is over."""
         return torch.cat(self._batches).numpy()
 
 
@@ -120,7 +120,7 @@ def normalised_mutual_information(first_N: Tensor, second_N: Tensor) -> float:
 
 
 def adjusted_mutual_information(first_N: Tensor, second_N: Tensor, generator: torch.Generator) -> float:
-    """The same with what chance gives taken off: I - E[I] over mean entropy - E[I].
+    """The same, corrected for chance: I - E[I] over mean entropy - E[I].
 
     Many labels on few tokens share information by accident; E[I] is measured on shuffled tokens.
     """
@@ -202,7 +202,7 @@ def explained_by(learned_RA: Tensor, rows_RD: Tensor, atoms_AD: Tensor) -> Tenso
 
 
 def random_rows(like_RD: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows of the same lengths that point anywhere: what coverage is by chance."""
+    """Rows of the same lengths in random directions: what coverage is by chance."""
     rows = torch.randn(like_RD.shape, generator=generator).to(like_RD)
     return rows / rows.norm(dim=1, keepdim=True) * like_RD.norm(dim=1, keepdim=True)
 

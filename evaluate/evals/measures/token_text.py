@@ -1,4 +1,4 @@
-"""Tokens as pages and results show them: for a page the distinct ones of what was read and of what latents promote.
+"""Tokens as pages and results show them: for a page, the distinct ones that were read or that latents promote.
 
 A token that is not text by itself, such as a part of a character, is shown by its bytes.
 """
@@ -31,7 +31,7 @@ class Vocabulary:
         self._met = np.zeros(0, bool)
 
     def meet(self, ids: np.ndarray) -> np.ndarray:
-        """The same ids, as a page has them, their texts to be told."""
+        """The same ids, as a page has them; their texts will be written."""
         if ids.size and int(ids.max()) >= len(self._met):
             self._met = np.concatenate([self._met, np.zeros(int(ids.max()) + 1 - len(self._met), bool)])
         self._met[ids] = True
@@ -52,7 +52,7 @@ class Vocabulary:
         if self._backend is None:
             return [f"<{token}>" for token in ids]
         start = self._backend.decode([self._bos], skip_special_tokens=False)
-        # Some tokenizers drop a space at the beginning of a text: behind another token it is there.
+        # Some tokenizers drop a space at the beginning of a text: after another token it is there.
         behind = self._backend.decode_batch([[self._bos, token] for token in ids], skip_special_tokens=False)
         return [
             text_of(self._backend, token, text.removeprefix(start)) for token, text in zip(ids, behind, strict=True)
@@ -60,7 +60,7 @@ class Vocabulary:
 
 
 def text_of(backend: Any, token: int, text: str) -> str:
-    """Its text, or its bytes where that is none."""
+    """A token's text, or its bytes if it has none."""
     if text and BROKEN not in text:
         return text
     piece = backend.id_to_token(token)

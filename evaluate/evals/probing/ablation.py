@@ -1,4 +1,4 @@
-"""Which latents a probe rests on, and what probes say of texts without them.
+"""Which latents a probe relies on, and what probes say about texts without them.
 
 Effect of a latent: how much more it fires on the class, times how far its decoder row moves the probe.
 Ablation: x' = decode(acts without the chosen) + (x - decode(acts)). The decoder is linear, so that is x
@@ -38,14 +38,14 @@ def effects(latents: Features, draw: Draw, probe: LinearProbe, W_dec: Tensor, ki
 
 
 def top_effects(effects_F: Tensor, count: int) -> np.ndarray:
-    """The latents with the largest effects, fewer where fewer have any."""
+    """The latents with the largest effects; fewer if fewer have any."""
     available = min(count, int((effects_F != 0).sum()), len(effects_F))
     return torch.topk(effects_F, available).indices.numpy()
 
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """What every probe says of every test text."""
+    """What every probe says about every test text."""
 
     table: np.ndarray  # float64 [N, P]
     probes: Sequence[str]
@@ -58,7 +58,7 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class Ablatable:
-    """Test texts whose latents can be switched off, before probes that look at them."""
+    """Test texts whose latents can be switched off, and the probes that read them."""
 
     resid: Features
     latents: Features  # of the same texts
@@ -75,7 +75,7 @@ class Ablatable:
 
     @cached_property
     def _untouched(self) -> np.ndarray:
-        """float64 [N, P]: what the probes say of the texts as they are."""
+        """float64 [N, P]: what the probes say about the texts as they are."""
         return self.resid.matrix @ self._weights + self._biases
 
     @cached_property

@@ -1,6 +1,6 @@
-"""Where probing data come from: the hub, by their real names, or text of this Python.
+"""Where probing data come from: the hub, by their real names, or text of this Python's library.
 
-`auto` takes the hub's, but for the pocket model, which knows nothing but Python's library.
+`auto` takes the hub's, except for the pocket model, which knows only Python's library.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Source:
     test_size: int
     context: int
     revision: Callable[[Sequence[str]], Revision | None]
-    """Of some data sets."""
+    """The revision of some data sets."""
 
     def pairs_of(self, name: str) -> Pairs:
         if name not in self.pairs:
-            raise DataMissing(f"{name} has no two labels to confound: choose of {', '.join(self.pairs)}")
+            raise DataMissing(f"{name} has no two labels to confound: choose from {', '.join(self.pairs)}")
         return self.pairs[name]
 
 
@@ -134,12 +134,12 @@ class DataChoice:
     data: DataName = "auto"
     random_seed: int = 42
     dataset_names: tuple[str, ...] = ()
-    """Empty: all of the data's."""
+    """Empty: all data sets of the source."""
     llm_batch_size: int = 32
 
 
 def data_revision(context: Context, settings: DataChoice) -> Revision | None:
-    """Of the data that the settings mean, as an evaluation's `data_revision`."""
+    """The revision of the data that the settings mean, as an evaluation's `data_revision`."""
     source = find_source(context, settings.data)
     return source.revision(settings.dataset_names or source.probing)
 
@@ -151,14 +151,14 @@ def revision_of_perturbed(context: Context, settings: DataChoice) -> Revision | 
 
 
 def said_of(source: Source, tasks: Sequence[Task]) -> str:
-    """How much text numbers are of, in words; of a task each text once, however often it is drawn."""
+    """How much text was used, in words; a task's texts count once, however often they are drawn."""
     texts = [{text for part in (task.train, task.test) for each in part.values() for text in each} for task in tasks]
     classes = sum(len(task.train) for task in tasks)
     return f"{source.name} texts, {sum(map(len, texts)):,} of {classes} classes in {counted(len(tasks), 'task')}"
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:
-    """The data sets that can be loaded, and why the others cannot; DataMissing where none can."""
+    """The data sets that can be loaded, and why the others cannot. Raises DataMissing if none can."""
     found: list[T] = []
     reasons: list[str] = []
     for name in names:

@@ -1,6 +1,6 @@
 """Labelled texts, and how SAEBench draws its classes from them.
 
-1. A `Table` has a text and two labels a row (profession and gender, category and rating, library and kind).
+1. A `Table` has a text and two labels in each row (profession and gender, category and rating, library and kind).
 2. `balanced` gives each class of the first label as many texts of every value of the second.
 3. `by_class` draws texts of one label alone.
 4. `spurious` makes the six groups of spurious-correlation removal, under the names SAEBench fixes.

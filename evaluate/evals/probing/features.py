@@ -4,7 +4,7 @@ A text has one feature vector: activations averaged over its tokens. Few latents
 matrix is kept sparse by columns: a mean over rows reads what is not zero, and a probe of k latents
 takes k columns. N rows, F features.
 
-Work that depends on random draws alone is done once for all SAEs whose generators stand at the same place (`Memo`).
+Work that depends on random draws alone is done once for all SAEs whose generators have the same state (`Memo`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of one's own: the stream that `torch.manual_seed` would give, and no global state."""
+    """A separate generator: the stream that `torch.manual_seed` would give, without global state."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -34,7 +34,7 @@ class Memo(Generic[T]):
         self._known: dict[tuple[str, bytes], tuple[T, Tensor]] = {}
 
     def recall(self, what: str, generator: torch.Generator, compute: Callable[[], T]) -> T:
-        """What `compute` gives, and the generator where `compute` leaves it."""
+        """What `compute` returns, with the generator as `compute` leaves it."""
         key = what, generator.get_state().numpy().tobytes()
         if key not in self._known:
             self._known[key] = compute(), generator.get_state()
@@ -61,11 +61,11 @@ class Features:
     matrix: csc_matrix  # float32
     spans: Mapping[str, range]
     dtype: torch.dtype = torch.float32
-    """In which the values were computed, and in which dense probes train."""
+    """The dtype in which the values were computed and dense probes train."""
 
     @staticmethod
     def of(classes: Mapping[str, Tensor]) -> Features:
-        """Of one dense matrix a class."""
+        """From one dense matrix for each class."""
         parts = [csc_matrix(part.float().numpy()) for part in classes.values()]
         sizes = {name: len(part) for name, part in classes.items()}
         dtype = next(iter(classes.values())).dtype
@@ -91,7 +91,7 @@ class Features:
 
 
 def spans_of(sizes: Mapping[str, int]) -> dict[str, range]:
-    """Where each class lies when they stand one after the other."""
+    """The rows of each class when classes follow one another."""
     ends = np.cumsum([0, *sizes.values()])
     return {name: range(int(ends[i]), int(ends[i + 1])) for i, name in enumerate(sizes)}
 

@@ -2,7 +2,7 @@
 
 SAEBench judges epochs by the test rows and reports the best: `train_probe` takes the rows that judge
 as an argument, so that the corrected number can come from rows held out of training.
-Everything random comes from the generator: the initial weights, then one permutation an epoch.
+Everything random comes from the generator: the initial weights, then one permutation for each epoch.
 B rows, F features.
 """
 
@@ -53,7 +53,7 @@ class LinearProbe:
 
 
 def fresh_probe(width: int, dtype: torch.dtype, generator: torch.Generator) -> LinearProbe:
-    """Random as `nn.Linear` is, from a generator of its own."""
+    """Random as `nn.Linear` is, but from the given generator."""
     weight = torch.empty(1, width, dtype=dtype)
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(width)
@@ -150,7 +150,7 @@ MAX_ITERATIONS = 1000
 
 
 def top_features(train: Features, draw: Draw, k: int) -> np.ndarray:
-    """The k features with the largest difference of means, in rising order."""
+    """The k features with the largest difference of means, in ascending order."""
     difference = (train.mean(draw.rows[draw.labels == 1]) - train.mean(draw.rows[draw.labels == 0])).abs()
     return np.sort(torch.argsort(difference, descending=True)[:k].numpy())
 

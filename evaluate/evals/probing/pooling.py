@@ -49,9 +49,9 @@ class Pool:
     _of_model: dict[tuple[tuple[int, ...], int], tuple[Classes, Features]] = field(default_factory=dict)
 
     def of_model(self, layers: tuple[int, ...], classes: Classes) -> Features:
-        """What the residuals of some layers are on average; made once for all SAEs."""
+        """The mean residuals of some layers; computed once for all SAEs."""
         key = layers, id(classes)
-        if key not in self._of_model:  # the classes stay with it, or their id could become that of others
+        if key not in self._of_model:  # keeps the classes alive, or their id could be reused
             self._of_model[key] = classes, self._features(self.whole.model[layers], classes, self.dtype)
         return self._of_model[key][1]
 
@@ -137,13 +137,13 @@ def mean_resid(batch: Windows, layers: Sequence[int], valid_WT: Tensor) -> Tenso
 
 
 def mean_latents(acts_WTF: Tensor, valid_WT: Tensor, counted_WT: Tensor) -> Tensor:
-    """[W, F]: the sum over counted positions, by the number of valid ones."""
+    """[W, F]: the sum over counted positions, divided by the number of valid ones."""
     total_WF = torch.einsum("wtf,wt->wf", acts_WTF, counted_WT.to(acts_WTF.dtype))
     return by_count(total_WF, valid_WT)
 
 
 def by_count(total_WF: Tensor, valid_WT: Tensor) -> Tensor:
-    """Sums by the number of valid positions; zero where there are none."""
+    """Sums divided by the number of valid positions; zero if there are none."""
     count_W1 = valid_WT.to(total_WF.dtype).sum(dim=1, keepdim=True)
     return torch.where(count_W1 > 0, total_WF / count_W1.clamp_min(1), 0.0)
 

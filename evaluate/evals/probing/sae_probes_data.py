@@ -1,7 +1,7 @@
 """The binary data sets of the package `sae-probes`: prompts with one of two labels.
 
-Its wheel carries them as compressed tables. They are read where the package lies; nothing of it is
-imported, and none of what it depends on is needed.
+Its wheel carries them as compressed tables. They are read where the package is installed; none of its code
+is imported, and none of its dependencies are needed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def as_labels(targets: Sequence[str]) -> np.ndarray:
 
 
 def revision() -> dict[str, str] | None:
-    """The version of the package; None where nobody knows it."""
+    """The version of the package; None if unknown."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return {"sae-probes": importlib.metadata.version("sae-probes")}
     return None
@@ -73,7 +73,7 @@ def data_folder() -> Path:
         if (folder / INDEX).is_file():
             return folder
     raise DataMissing(
-        f"the data sets of sae-probes are not here: `{INSTALL}` brings them. "
+        f"the data sets of sae-probes are not installed: `{INSTALL}` installs them. "
         "`--set sparse_probing_sae_probes.data=stdlib` probes with text of this Python instead"
     )
 

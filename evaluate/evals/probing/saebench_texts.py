@@ -56,7 +56,7 @@ COLUMNS = {BIOS: ("hard_text", "profession", "gender"), AMAZON: ("text", "catego
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     """One data set; sizes are of one binary probe, half of it the class itself."""
     if name not in CLASSES:
-        raise DataMissing(f"there is no probing data set {name!r}: choose of {', '.join(NAMES)}")
+        raise DataMissing(f"there is no probing data set {name!r}: choose from {', '.join(NAMES)}")
     train, test = _draw(name, train_size, test_size, seed)
     return Task(name, train, test)
 
@@ -71,7 +71,7 @@ def repository_of(name: str) -> str:
 
 
 def revision(names: Sequence[str]) -> dict[str, str] | None:
-    """At which commits the repositories of these data sets are read."""
+    """The commits at which the repositories of these data sets are read."""
     return commits_of(dict.fromkeys(repository_of(name) for name in names if name in CLASSES), converted=(GITHUB,))
 
 
@@ -85,14 +85,14 @@ def _table(id: str, is_test: bool) -> Table:
 
 
 def reached(id: str, load: Callable[[], T]) -> T:
-    """What `load` returns; where it cannot, DataMissing that says what to do."""
+    """What `load` returns; if it fails, raises DataMissing that says what to do."""
     try:
         return load()
     except (*LOAD_ERRORS, KeyError) as error:
         raise DataMissing(
             f"data set {id} cannot be loaded ({type(error).__name__}: {first_line(error)}): connect to the network, or "
             f"download it beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its "
-            "terms and log in (`hf auth login`). `--set EVALUATION.data=stdlib`, as "
+            "terms and log in (`hf auth login`). `--set EVALUATION.data=stdlib`, such as "
             "`--set sparse_probing.data=stdlib`, probes with text of this Python instead"
         ) from error
 

@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def opposites(self) -> Mapping[str, str] | None:
-        """Where negatives come from, where they are not drawn from all other classes."""
+        """Where negatives come from, if not from all other classes."""
         return BOTH_WAYS if self.kind == "absolute" else None
 
 
@@ -71,7 +71,7 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one task says of one SAE, as SAEBench does it and without its faults."""
+    """What one task says about one SAE, as SAEBench does it and without its faults."""
 
     official: Perturbed
     corrected: Perturbed
@@ -80,8 +80,8 @@ class Outcome:
 def perturb(
     pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: Memo[Probed]
 ) -> Outcome:
-    """Both ways; what is corrected draws nothing from SAEBench's generator. SAEs share probes, whose training draws the
-    same for all."""
+    """Perturb both ways; the corrected way draws nothing from SAEBench's generator. SAEs share probes, whose training
+    draws the same for all."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
     official = of_model.recall("official", generator, lambda: probe_model(*resid, setup, generator))
@@ -101,8 +101,8 @@ def perturb(
 def probe_model(
     train: Features, test: Features, setup: Setup, generator: torch.Generator, corrected: bool = False
 ) -> Probed:
-    """Probes of all classes, and their accuracies on the texts as they are: on rows drawn anew; corrected, on test rows
-    that are seen once, the same for all accuracies that follow."""
+    """Probes of all classes, and their accuracies on the texts as they are: on newly drawn rows; corrected, on test
+    rows that are seen once, the same for all accuracies that follow."""
     probes, _ = probe_every_class(
         train, test, setup.training, generator, opposites=setup.opposites, validated=corrected
     )
@@ -140,7 +140,7 @@ Measure = Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Re
 
 
 def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Settings]:
-    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` gives for the others."""
+    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` yields for the others."""
 
     def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
         source = find_source(context, config.data)

@@ -34,9 +34,9 @@ def tpp_scores(ablated: Ablated, clean: Accuracies) -> tuple[dict[str, float], d
 
 
 def scr_scores(ablated: Ablated, clean: Accuracies) -> dict[str, float]:
-    """How much of the way from confounded to clean the ablation leads, both ways round.
+    """How much of the way from confounded to clean the ablation leads, in both directions.
 
-    The metric is the direction in which the confounded probe did worse; where both are even there is none.
+    The metric is the direction in which the confounded probe did worse; if both are even there is none.
     """
     scores: dict[str, float] = {}
     start = {data: clean[on_data(CONFOUNDED, data)] for data in (CONCEPT, ATTRIBUTE)}

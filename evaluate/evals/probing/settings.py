@@ -16,7 +16,7 @@ from .fit_probes import Training
 ALL_N = (2, 5, 10, 20, 50, 100, 500)
 TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema
 LEAST = {"train_set_size": 4, "test_set_size": 4, "context_length": 2}
-"""A text of each class with each value of the other label, and a token behind BOS."""
+"""A text of each class with each value of the other label, and a token after BOS."""
 LEAST_PERTURBED = LEAST | {"n_values": 1, "probe_train_batch_size": 1, "probe_epochs": 1}
 
 S = TypeVar("S", bound="DataSettings")
@@ -41,10 +41,10 @@ class DataSettings(DataChoice):
 
 @dataclass(frozen=True)
 class Settings(DataSettings):
-    """What scr and tpp can be told; the defaults are SAEBench's."""
+    """The settings of scr and tpp; the defaults are SAEBench's."""
 
     probe_train_batch_size: int = 16
-    """Decides how much of a spurious correlation a probe learns: change it and nothing compares."""
+    """Decides how much of a spurious correlation a probe learns: results with another value do not compare."""
     probe_epochs: int = 20
     probe_lr: float = 1e-3
     probe_l1_penalty: float = 1e-3
@@ -63,7 +63,7 @@ class Settings(DataSettings):
 
 
 def filled(settings: S, source: Source, names: Sequence[str], most: int | None = None) -> S:
-    """The settings with what the data decide; at `most` so many texts, where nothing else was asked for."""
+    """The settings, completed with what the data decide; by default at most `most` texts."""
     train_size, test_size = (min(size, most or size) for size in (source.train_size, source.test_size))
     return replace(
         settings,
@@ -78,7 +78,7 @@ def filled(settings: S, source: Source, names: Sequence[str], most: int | None =
 def config_of_round(
     settings: Settings, context: Context, source: Source, kind: Kind, names: Sequence[str], pairs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Those of scr and tpp as their results give them."""
+    """The settings of scr and tpp as their results give them."""
     return official_config(
         context,
         replace(settings, dataset_names=tuple(names)),

@@ -2,7 +2,7 @@
 
 1. A module's documentation strings and its runs of comment lines are prose; what is left is code.
 2. Both are cut at line ends into snippets of about `SNIPPET_CHARACTERS`.
-3. Of every module the last snippets are for tests, so that no text is in both parts.
+3. The last snippets of every module are for tests, so that no text is in both parts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def revision() -> str:
 
 
 def split_lines(text: str) -> dict[Kind, list[str]]:
-    """The lines of a module by kind: prose without the marks that make it such, nothing blank."""
+    """The lines of a module by kind: prose without its quotation marks or hashes, nothing blank."""
     prose = {
         number for start, stop in (*_docstring_spans(text), *_comment_spans(text)) for number in range(start, stop)
     }

@@ -8,7 +8,7 @@ Some differ in order alone, which a bag of words cannot tell apart:
 `reordered`  the words of a snippet as they were written, or shuffled
 `position`   a piece of prose at the beginning, in the middle or at the end of code
 
-There every class holds the same pieces, so that only their order says which class a text is of.
+In these, every class holds the same pieces, so that only their order says which class a text is of.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def reordered(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Gr
 
 
 def position(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
-    """Where among the pieces of code the prose stands."""
+    """Where the prose is among the pieces of code."""
     codes = [(code[:36], code[36:]) for code in _pieces(snippets, "code", count, rng, 72)]
     parts = list(zip(_pieces(snippets, "prose", count, rng, 45), codes, strict=True))
     return {
@@ -92,7 +92,7 @@ def load_table(is_test: bool) -> Table:
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     """One data set, drawn as SAEBench draws its own: sizes are of one binary probe."""
     if name not in NAMES:
-        raise DataMissing(f"there is no data set {name!r} made from installed text: choose of {', '.join(NAMES)}")
+        raise DataMissing(f"there is no data set {name!r} made from installed text: choose from {', '.join(NAMES)}")
     train, test = (_draw(name, is_test, size, seed) for is_test, size in ((False, train_size), (True, test_size)))
     return Task(name, train, test)
 
@@ -101,7 +101,7 @@ def load_binary(name: str, seed: int) -> BinarySet:
     """A data set of two classes as shuffled prompts with labels."""
     if name not in BINARY_NAMES:
         raise DataMissing(
-            f"there is no binary data set {name!r} of installed text: choose of {', '.join(BINARY_NAMES)}"
+            f"there is no binary data set {name!r} of installed text: choose from {', '.join(BINARY_NAMES)}"
         )
     negative, positive = _draw(name, False, BINARY_ROWS, seed).values()
     prompts = [*negative, *positive]
@@ -120,7 +120,7 @@ def _draw(name: str, is_test: bool, size: int, seed: int) -> Classes:
     smallest = min(sum(snippet.kind == kind for snippet in chosen) for kind in KINDS)
     if size // 2 > smallest:
         raise DataMissing(
-            f"{name}: expected at most {smallest} texts a class, asked for {size // 2}: take smaller sets"
+            f"{name}: expected at most {smallest} texts of a class, found {size // 2}: ask for smaller sets"
         )
     return TASKS[name.removeprefix(PREFIX)](chosen, size // 2, random.Random(seed))
 

@@ -21,7 +21,7 @@ TOLERANCE_DEGREES = 2
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, what was expected, and what came; `lower_` forms are normalised."""
+    """What was asked, what was expected, and what was answered; `lower_` forms are normalised."""
 
     text: str
     label: str

@@ -3,7 +3,7 @@
 1. Keep the prompts that the model answers right, about the entities it knows best.
 2. For each attribute draw pairs for cause (this attribute) and isolation (the others), in equal numbers.
 3. Learn which latents to swap on 70 % of them; all SAEs see the same pairs.
-4. On the rest: how often does the swapped attribute come (cause), and how often do the others stay (isolation)?
+4. On the rest: how often does the swapped attribute appear (cause), and how often do the others stay (isolation)?
 
 SAEBench's entities are cities and Nobel laureates; the pocket model is asked about Python's identifiers.
 """
@@ -40,7 +40,7 @@ from .prompts import (
 from .swapper import Swapper, complete
 
 GENERATION_FACTOR = 8
-"""Completing prompts takes less memory than learning masks: batches are so much larger."""
+"""Completing prompts takes less memory than learning masks: its batches are larger by this factor."""
 OFFICIAL_SELECTION = {
     "city": ("Country", "Continent", "Language"),
     "nobel_prize_winner": ("Country of Birth", "Field", "Gender"),
@@ -54,9 +54,9 @@ class Config:
     data: Literal["auto", "ravel", "stdlib"] = "auto"
     """auto: identifiers of the standard library for the pocket model, RAVEL's prompts for all others."""
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Empty: SAEBench's, or those of the data taken in its place."""
+    """Empty: SAEBench's, or those of the data used in its place."""
     cache: str = "~/.cache/saemill/ravel"
-    """Where it is remembered what a model says to the prompts."""
+    """Where a model's answers to the prompts are cached."""
     top_n_entities: int = 500
     num_pairs_per_attribute: int = 5000
     train_test_split: float = 0.7
@@ -69,13 +69,13 @@ class Config:
 
 @dataclass
 class Findings:
-    """What was found out about one SAE, by entity class and attribute."""
+    """What was found about one SAE, by entity class and attribute."""
 
     official: dict[str, dict[str, Scores]] = field(default_factory=dict)
     ours: dict[str, dict[str, Scores]] = field(default_factory=dict)
     latents: dict[str, dict[str, int]] = field(default_factory=dict)
     pairs: int = 0
-    """That its swaps were judged on."""
+    """How many its swaps were judged on."""
 
     def add(self, entity: str, attribute: str, pairs: Sequence[Pair], said: Sequence[str], chosen: Tensor) -> None:
         self.official.setdefault(entity, {})[attribute] = by_first_token(pairs, said)
@@ -109,13 +109,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
-    """What was selected is in the data that are taken."""
+    """Require that what was selected is in the data that are used."""
     known = {entity_class.name: tuple(entity_class.templates) for entity_class in entities}
     fits = selection.keys() == known.keys() and all(set(selection[name]) <= set(known[name]) for name in known)
     if not fits or not all(selection.values()):
         raise SettingInvalid(
             f"ravel.entity_attribute_selection: expected of {listed(known)}, found {listed(selection)}. "
-            "Select of those, or take other data by ravel.data"
+            "Select from those, or use other data with ravel.data"
         )
 
 
@@ -156,7 +156,7 @@ def longest_prompt(
 def known_prompts(
     context: Context, entity_class: EntityClass, attributes: Sequence[str], config: Config
 ) -> list[Prompt]:
-    """Prompts that the model answers right; what it says to SAEBench's is remembered between runs."""
+    """Prompts that the model answers right; its answers to SAEBench's are cached between runs."""
     model = context.model
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
     if entity_class.name == ENTITY_CLASS:
@@ -250,5 +250,5 @@ EVALUATION = Evaluation(
     data_revision=lambda context, config: (
         library_revision() if context.takes_library(config.data) else commits_of([DATASET])
     ),
-    revision=2,  # a template's tail is counted behind a word
+    revision=2,  # a template's tail is counted after a word
 )

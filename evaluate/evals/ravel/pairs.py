@@ -1,4 +1,4 @@
-"""Pairs of prompts: the entity of one is to lend an attribute to that of the other.
+"""Pairs of prompts: the entity of one passes an attribute to that of the other.
 
 Cause: the base asks for the attribute that is swapped, the source's label differs, and the answer must become the
 source's. Isolation: both ask for another attribute, and the base's own answer must stay.
@@ -28,7 +28,7 @@ class Pair:
 
     @property
     def label(self) -> str:
-        """What the base must be answered with once the source's latents are put in."""
+        """What the answer to the base must be once the source's latents are put in."""
         return self.source.label if self.is_cause else self.base.label
 
     @property
@@ -38,12 +38,12 @@ class Pair:
 
 
 def require_labels(prompts: Sequence[Prompt], attributes: Sequence[str]) -> None:
-    """Each attribute has two labels that pairs can be drawn of."""
+    """Require two labels of each attribute to draw pairs from."""
     for attribute in attributes:
         labels = {prompt.label for prompt in prompts if prompt.attribute == attribute}
         if len(labels) < 2:
             raise NotApplicable(
-                f"RAVEL: of {attribute!r} the model answers prompts with {len(labels)} different labels, "
+                f"RAVEL: the model answers prompts about {attribute!r} with {len(labels)} different labels, "
                 "but swapping needs two. A larger model knows more"
             )
 
@@ -63,7 +63,7 @@ def draw_pairs(
 def _pairs(
     prompts: Sequence[Prompt], attribute: str, number: int, draw: random.Random, *, is_cause: bool
 ) -> list[Pair]:
-    """Bases drawn without repetition (all of them where there are fewer), each with any source of another label."""
+    """Bases drawn without repetition (all of them if there are fewer), each with any source of another label."""
     asking = [prompt for prompt in prompts if prompt.attribute == attribute]
     sources = {label: [one for one in asking if one.label != label] for label in {prompt.label for prompt in asking}}
     bases = asking if len(asking) < number else draw.sample(asking, number)
@@ -88,12 +88,12 @@ class Scores:
 
 
 def by_first_token(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
-    """By SAEBench's rule."""
+    """Scores by SAEBench's rule."""
     return _scores(pairs, completions, lambda pair: pair.target_token != pair.base.first_token)
 
 
 def by_kind(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
-    """By what each pair was made for."""
+    """Scores by what each pair was made for."""
     return _scores(pairs, completions, lambda pair: pair.is_cause)
 
 
@@ -109,5 +109,5 @@ def _scores(pairs: Sequence[Pair], completions: Sequence[str], is_cause: Callabl
 
 
 def _mean(right: Sequence[bool]) -> float:
-    """NaN for none, which results are written with as -1."""
+    """NaN for none, which results have as -1."""
     return fmean(right) if right else float("nan")

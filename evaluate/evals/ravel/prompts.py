@@ -5,7 +5,7 @@ Entities are RAVEL's cities and Nobel laureates from the hub, or Python's identi
 Identifiers are counted in the standard library: what a small model of code does know. An entity is an identifier about
 to be read from, such as `parser.`. Two attributes: its favourite member where a value is wanted (`x = sys.modules`),
 and where a statement begins (`sys.stdout`). As in RAVEL, only prompts that the model answers right are kept, so
-nothing here must be true of every model.
+nothing here has to be true of every model.
 
 The entity ends the prompt, because deep in a small model earlier tokens have no more to say: swapping whole residuals
 one token before the end changed one answer in fifty at layer 19 of the pocket model.
@@ -38,7 +38,7 @@ class EntityClass:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about one attribute of one entity, and what the model says to it."""
+    """A question about one attribute of one entity, and the model's answer."""
 
     text: str
     attribute: str
@@ -57,7 +57,7 @@ class Prompt:
 def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encode, bos: int) -> list[Prompt]:
     """All prompts, in the order of the data: by entity, then attribute, then template.
 
-    An entity without an attribute is not asked for it.
+    An entity without an attribute is not asked about it.
     """
     asked = [
         (attribute, template)
@@ -91,9 +91,9 @@ def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encod
 def answered_prompts(
     prompts: Sequence[Prompt], first_tokens: Sequence[int], completions: Sequence[str], top_entities: int
 ) -> list[Prompt]:
-    """Prompts that the model answers right, of the entities about which it knows most.
+    """Prompts that the model answers right, about the entities that it knows best.
 
-    Among entities that are known equally well those that come first in the data stay.
+    Among entities that are known equally well, those that come first in the data are kept.
     """
     answered = (
         replace(prompt, first_token=token, completion=completion)
@@ -109,7 +109,7 @@ DATASET = "adamkarvonen/ravel_prompts"
 
 
 def load_facts(names: Sequence[str]) -> list[EntityClass]:
-    """Entity classes in the order asked for."""
+    """Entity classes in the requested order."""
     return [
         EntityClass(
             name=name,
@@ -132,7 +132,7 @@ FACTS = {
 }
 MIN_COUNT = 5
 NUM_ENTITIES = 60
-"""Of each attribute."""
+"""Entities of each attribute."""
 
 
 def load_identifiers() -> list[EntityClass]:
@@ -150,7 +150,7 @@ def count_identifiers(texts: Iterable[str]) -> EntityClass:
 
 
 def _favourites(texts: Iterable[str], pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-    """The most frequent names, each with what most often follows it: the first seen of equals."""
+    """The most frequent names, each with what most often follows it; the first seen on a tie."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for text in texts:
         for name, label in pattern.findall(text):

@@ -41,7 +41,7 @@ def mixed(base_BF: Tensor, source_BF: Tensor, share_F: Tensor) -> Tensor:
 
 
 class LatentMask:
-    """The mask of one SAE and one attribute while it is learned, and then for good."""
+    """The mask of one SAE and one attribute, while it is learned and afterwards."""
 
     def __init__(self, width: int, lr: float, device: torch.device | str = "cpu") -> None:
         self.values = torch.zeros(width, device=device, requires_grad=True)
@@ -55,7 +55,7 @@ class LatentMask:
         temperature: float,
         predict: Callable[[Tensor], Tensor],
     ) -> float:
-        """One step on codes at the entities of a batch, and the token that each pair is to bring about; `predict` maps
+        """One step on codes at the entities of a batch, and the token that each pair should produce; `predict` maps
         mixed codes [B, F] to logits [B, V]. Returns the loss."""
         with torch.enable_grad():
             share_F = torch.sigmoid(self.values / temperature)
@@ -76,7 +76,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Some pairs as the model takes them."""
+    """Some pairs as the model reads them."""
 
     pairs: Sequence[Pair]
     tokens: Tensor  # int64 [W, T], the bases
@@ -119,7 +119,7 @@ class Swapper:
     def completions(
         self, pairs: Sequence[Pair], chosen: Mapping[LoadedSae, Tensor], count: int, batch_size: int, advance: Advance
     ) -> tuple[list[Pair], dict[LoadedSae, list[str]]]:
-        """The pairs that fill batches, and what the model says to each when an SAE's latents are swapped."""
+        """The pairs that fill batches, and the model's answer to each when an SAE's latents are swapped."""
         judged: list[Pair] = []
         said: dict[LoadedSae, list[str]] = {subject: [] for subject in self.subjects}
         for batch in self.batches(pairs, batch_size):
@@ -152,7 +152,7 @@ class Swapper:
 
     def _step(self, batch: PairBatch, masks: Mapping[LoadedSae, LatentMask], temperature: float) -> None:
         resid = self.model.resid(batch.tokens, layers_of(self.subjects), batch.valid)
-        resid = {layer: each.clone() for layer, each in resid.items()}  # inference's own tensors take no gradient
+        resid = {layer: each.clone() for layer, each in resid.items()}  # inference tensors take no gradient
         for subject, mask in masks.items():
 
             def predict(codes_WF: Tensor, subject: LoadedSae = subject) -> Tensor:
@@ -173,7 +173,7 @@ class Swapper:
 def complete(
     model: LanguageModel, prompts: Sequence[Prompt], count: int, batch_size: int, advance: Advance
 ) -> tuple[list[int], list[str]]:
-    """What the undisturbed model says to each prompt: its first token, and the text."""
+    """The undisturbed model's answer to each prompt: its first token, and the text."""
     first, said = [], []
     for start in range(0, len(prompts), batch_size):
         rows = [prompt.tokens for prompt in prompts[start : start + batch_size]]

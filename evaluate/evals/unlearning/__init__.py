@@ -1,1 +1,1 @@
-"""Unlearning: does clamping a topic's latents take the topic away, and nothing else?"""
+"""Unlearning: does clamping a topic's latents remove the topic, and nothing else?"""

@@ -3,7 +3,7 @@
 1. How often does each latent fire on the text to forget, and on the text to retain?
 2. Rank the latents that fire on the first and hardly on the second.
 3. For each threshold, number of latents and multiplier: clamp, and mark both exams.
-4. The score is one less the lowest accuracy on the topic among interventions that keep 99 % of the rest.
+4. The score is 1 minus the lowest accuracy on the topic among interventions that keep 99 % of the rest.
 
 SAEBench's material is WMDP's biology on gemma-2-2b-it; the pocket model forgets a package of the standard
 library. The score is 0 if nothing was forgotten, and 1 if all of it was.
@@ -27,22 +27,22 @@ from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
 
 WMDP, STDLIB = "wmdp", "stdlib"
 OF_DATA = {WMDP: ("model", "forget_corpus", "dataset_names", "dataset_size", "seq_len"), STDLIB: ("topic",)}
-"""Settings of either alone."""
+"""Settings that only one kind of data has."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """SAEBench's settings; some are of one kind of data alone (`OF_DATA`)."""
+    """SAEBench's settings; some are for one kind of data only (`OF_DATA`)."""
 
     data: Literal["auto", "wmdp", "stdlib"] = "auto"
     """auto: the standard library for the pocket model, WMDP for all others."""
     model: str = "google/gemma-2-2b-it"
-    """Who is asked WMDP's questions."""
+    """The model that is asked WMDP's questions."""
     forget_corpus: str = "data/bio-forget-corpus.jsonl"
     topic: str = "asyncio"
-    """What of the standard library is to be forgotten."""
+    """The package of the standard library to forget."""
     cache: str = "~/.cache/saemill/unlearning"
-    """Where it is remembered which questions a model knows."""
+    """Where the questions that a model knows are cached."""
     random_seed: int = 42
     dataset_names: tuple[str, ...] = (
         "wmdp-bio",
@@ -85,7 +85,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
-    """Of this Python's text, or of what WMDP's material is made of beside the corpus that is given out as a file."""
+    """The revision of this Python's text, or of WMDP's material apart from the corpus, which is given out as a file."""
     if context.takes_library(config.data):
         return library_revision()
     return commits_of(dict.fromkeys((WIKITEXT, *map(home_of, config.dataset_names))))
@@ -109,18 +109,18 @@ def load_material(context: Context, config: Config) -> Material:
 
 
 def require_its_own(config: Config, is_stdlib: bool) -> None:
-    """Refuse settings that say nothing about the data that are taken: the result would count as of them."""
+    """Refuse settings that do not apply to the data in use: the result would record them."""
     mine, other = (STDLIB, WMDP) if is_stdlib else (WMDP, STDLIB)
     given = [f"unlearning.{name}" for name in OF_DATA[other] if getattr(config, name) != getattr(Config(), name)]
     if given:
         raise SettingInvalid(
-            f"{', '.join(given)}: of the data {other} alone, and here it is {mine} (unlearning.data={config.data}). "
-            f"Leave it out, or ask for --set unlearning.data={other}"
+            f"{', '.join(given)}: only for the data {other}, but the data here are {mine} "
+            f"(unlearning.data={config.data}). Leave it out, or ask for --set unlearning.data={other}"
         )
 
 
 def set_exams(material: Material, config: Config) -> list[Exam]:
-    """Of each paper the questions that the undisturbed model answers right."""
+    """The questions of each paper that the undisturbed model answers right."""
     exams = [paper.exam(remembered_questions(material.model, paper, config.cache)) for paper in material.papers]
     for papers, kind in ((material.forget, "to forget"), (material.retain, "to retain")):
         if not any(len(exam) for exam in exams if exam.name in {paper.name for paper in papers}):
@@ -163,7 +163,7 @@ def make_result(
 
 
 def run_to_json(outcome: Outcome) -> dict[str, Any]:
-    """One intervention, and the share of each exam that it left standing."""
+    """One intervention, and the share of each exam that is still answered right."""
     return {
         "retain_threshold": outcome.setting.retain_threshold,
         "num_latents": outcome.setting.num_latents,
@@ -200,5 +200,5 @@ EVALUATION = Evaluation(
     summary=("unlearning.unlearning_score",),
     least={"n_features_list": 1, "dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
     data_revision=data_revision,
-    revision=3,  # college_biology is not retained; 2: top-k SAEs with decoder rows of any length, as if of length one
+    revision=3,  # college_biology is not retained; 2: top-k SAEs with decoder rows of any length count as of length one
 )

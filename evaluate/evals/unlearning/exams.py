@@ -1,9 +1,9 @@
-"""Exams and their papers: a paper knows all its questions, and sets the exam of those that the model can answer.
+"""Exams and their papers: a paper has all its questions, and sets an exam of those that the model can answer.
 
 A question counts only if the model answers it right undisturbed. Multiple choice must be answered right with
 its choices in every order; the exam then has them as they are written. Plain text asks each token once.
 
-An exam is places in rows of tokens where the model must choose, and what is right there.
+An exam is positions in rows of tokens where the model must choose, and the right choices.
 
 N questions, W rows, T tokens, V vocabulary. A question is one position of one row; the model's logits
 there decide. Two kinds: letters of multiple choice (`letters_chosen`), and the next token of plain text
@@ -76,7 +76,7 @@ class Exam:
 
     @property
     def longest(self) -> int:
-        """How many tokens a row of it has at most."""
+        """The most tokens that a row of it has."""
         return max((sheet.tokens.shape[1] for sheet in self.sheets), default=0)
 
     def only(self, chosen: Sequence[Tensor]) -> Exam:
@@ -152,7 +152,7 @@ class ChoicePaper:
     """How often the trial asks each question."""
 
     def trial(self) -> Exam:
-        """All questions, the orders of each one after the other."""
+        """All questions, each in all its orders in turn."""
         return self._exam(self.questions, ALL_ORDERS)
 
     def exam(self, numbers: Sequence[int]) -> Exam:

@@ -2,12 +2,12 @@
 
 The intervention: firing latents of the topic are set to a negative value. SAEBench decodes codes twice, as they are
 (f) and clamped (f'), and keeps the error of the first: x' = decode(f') + x - decode(f). A decoder is linear, so this
-is x + (f' - f) W_dec, and only the K clamped latents differ. Decoder rows are taken to length one, and codes with
+is x + (f' - f) W_dec, and only the K clamped latents differ. Decoder rows are scaled to length one, and codes with
 them. Position 0 (BOS) is encoded as zeros in both, so it stays as it is.
 
 W rows, T tokens, D width, F latents, K clamped latents, N questions.
 
-Which questions a model answers right undisturbed is remembered between runs: 24 orders of every question take longer
+Which questions a model answers right undisturbed is cached between runs: 24 orders of every question take longer
 than all SAEs.
 """
 
@@ -45,14 +45,14 @@ Answered = tuple[LoadedSae, str, Essence]
 
 @dataclass(frozen=True, eq=False)
 class FiringCounts(Sums):
-    """Over some batches of a text."""
+    """Counts over some batches of a text."""
 
     fired: Tensor  # int64 [F]
     tokens: int
 
     @staticmethod
     def of(acts_WTF: Tensor, keep_WT: Tensor) -> FiringCounts:
-        """Those of a batch; special tokens (`keep` is false) count for nothing."""
+        """The counts of a batch; special tokens (`keep` is false) do not count."""
         return FiringCounts(((acts_WTF > 0) & keep_WT[..., None]).sum((0, 1)), int(keep_WT.sum()))
 
     def shares(self) -> np.ndarray:
@@ -67,7 +67,7 @@ class FiringCounts(Sums):
 
 @dataclass(frozen=True, eq=False)
 class SharedPasses:
-    """SAEs on one model. Rows that do not fit into memory together run in smaller batches."""
+    """SAEs on one model. Rows run in smaller batches if memory runs out."""
 
     model: LanguageModel
     subjects: Sequence[LoadedSae]
@@ -113,7 +113,7 @@ class SharedPasses:
     def _answer_part(
         self, exam: Exam, sheet: Sheet, settings: Mapping[LoadedSae, Sequence[Setting]], start: int, stop: int
     ) -> dict[Answered, int]:
-        """Its own numbers, to be added when it is done: where it runs out of memory, it is tried again."""
+        """The numbers of one part, to be added when it is done: it is tried again if memory runs out."""
         part, right = sheet.part(start, stop), dict[Answered, int]()
         if not len(part):
             return right
@@ -137,7 +137,7 @@ def _essence(setting: Setting) -> Essence:
 
 
 def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor:
-    """What clamping adds to the residual: [W, T, D]. Each latent comes to write -multiplier times its row's direction,
+    """What clamping adds to the residual: [W, T, D]. Each latent then writes -multiplier times its row's direction,
     whatever its scale."""
     fires, lengths_K = acts_WTK > 0, row_lengths(W_dec_KD)
     fires[:, 0] = False
@@ -162,13 +162,13 @@ def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
 
 
 def valid_tokens(sheet: Sheet) -> Tensor:
-    """bool [W, T]: positions up to the last question of each row; behind it is padding, or nothing to ask."""
+    """bool [W, T]: positions up to the last question of each row; after it is padding, or nothing to ask."""
     last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
     return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
 
 
 def remembered_questions(model: LanguageModel, paper: Paper, folder: str | Path) -> list[int]:
-    """The numbers of the questions that the model knows, of multiple choice computed at most once."""
+    """The numbers of the questions that the model knows; for multiple choice they are computed at most once."""
     if not isinstance(paper, ChoicePaper):
         return known_questions(model, paper)
     questions = [(question.prompt(), question.answer) for question in paper.questions]

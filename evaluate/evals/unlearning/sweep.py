@@ -45,7 +45,7 @@ class Outcome:
 
 
 def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> list[Setting]:
-    """Every combination, in SAEBench's order. There may be fewer topic latents than asked for, or none."""
+    """Every combination, in SAEBench's order. There may be fewer topic latents than requested, or none."""
     settings = []
     for threshold in sweep.retain_thresholds:
         ranked = topic_latents(forget_F, retain_F, threshold).tolist()
@@ -57,17 +57,17 @@ def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> l
 
 
 def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain: Sequence[str]) -> float:
-    """One less the lowest accuracy on the topic among settings that keep at least 99 % of the rest; 0 if none does."""
+    """1 minus the lowest accuracy on the topic among settings that keep at least 99 % of the rest; 0 if none does."""
     return 1.0 - min(
         outcome.accuracy(forget) if outcome.accuracy(retain) >= MIN_RETAINED else 1.0 for outcome in outcomes
     )
 
 
 def topic_latents(forget_F: np.ndarray, retain_F: np.ndarray, retain_threshold: float) -> np.ndarray:
-    """Latents by falling share on the forget text, without those that fire on the retain text too.
+    """Latents by descending share on the forget text, without those that fire on the retain text too.
 
     Latents that fire on at least `retain_threshold` of the retain tokens, or never on the forget text,
-    are left out. Among equal shares the higher index comes first: a rising stable sort read backwards.
+    are left out. Among equal shares the higher index comes first: an ascending stable sort, reversed.
     """
     scores = np.where(retain_F >= retain_threshold, 0.0, forget_F)
     rising = scores.argsort(kind="stable")

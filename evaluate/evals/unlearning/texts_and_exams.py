@@ -1,9 +1,9 @@
 """What an unlearning evaluation is made of: a text to forget, a text to retain, and exams on both.
 
-`stdlib`, a topic to forget without a download: one package of the standard library, beside all the others.
+`stdlib`, a topic to forget without a download: one package of the standard library, as against all others.
 
-1. Documents of the topic and documents of the rest, read where this Python is installed.
-2. Of each, every third is set aside for the exam: latents are chosen on the others.
+1. Documents of the topic and documents of the rest are read from this Python's installation.
+2. Every third of each is set aside for the exam: latents are chosen on the others.
 3. The exam asks for next tokens (`TextPaper`), because a small base model answers no questions.
 
 `wmdp`, SAEBench's: biology from WMDP to forget, WikiText and four subjects of MMLU to retain.
@@ -34,7 +34,7 @@ from .exams import ChoicePaper, Paper, Question, TextPaper
 from .sweep import Sweep
 
 CHUNKS = 20
-"""The joined text is cut into so many strings before it is tokenised, wherever the cut falls."""
+"""The joined text is cut into this many strings before it is tokenised, wherever the cut falls."""
 
 
 def joined_rows(texts: Sequence[str], encoder: TextEncoder, eos_text: str, bos: int, pad: int, length: int) -> Tensor:
@@ -45,7 +45,7 @@ def joined_rows(texts: Sequence[str], encoder: TextEncoder, eos_text: str, bos: 
     ids = [token for chunk in encoder.encode(chunks) for token in (bos, *chunk) if token != pad]
     if len(ids) < length:
         raise DataMissing(
-            f"expected text for a row of {length} tokens at least, found {len(ids)}: give more of it (--set "
+            f"expected text for at least one row of {length} tokens, found {len(ids)}: give more of it (--set "
             "unlearning.forget_corpus=FILE, or unlearning.topic=NAME of the standard library), or ask for shorter rows "
             "of WMDP's (unlearning.seq_len=N)"
         )
@@ -76,7 +76,7 @@ def eos_text(model: LanguageModel) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """Texts as rows of tokens, and papers; the model that is asked may be another than the store's."""
+    """Texts as rows of tokens, and papers; the model that is asked may differ from the store's."""
 
     name: str
     model_name: str
@@ -88,7 +88,7 @@ class Material:
     sweep: Sweep
     """What is tried unless the settings say otherwise."""
     beside: Sequence[Paper] = ()
-    """Reported, and neither to be forgotten nor to be retained."""
+    """Reported, but neither to be forgotten nor to be retained."""
 
     @property
     def papers(self) -> tuple[Paper, ...]:
@@ -102,7 +102,7 @@ class Material:
 TEXT_ROWS, EXAM_ROWS = 48, 24
 MAX_LENGTH = 128
 TEXTS = 120
-"""Documents of each kind that are read at most."""
+"""The most documents of each kind that are read."""
 EXAM_SHARE = 3
 SWEEP = Sweep(retain_thresholds=(0.01, 0.05), num_latents=(5, 20), multipliers=(1, 2, 5, 10))
 """Gentler than SAEBench's, whose multipliers are made for the residuals of Gemma-2-2b, and laxer about text that is
@@ -118,7 +118,7 @@ def load_topic(model: LanguageModel, model_name: str, topic: str, seed: int) -> 
     if len(inside) < 2 * EXAM_SHARE:
         raise DataMissing(
             f"expected a package of the standard library with at least {2 * EXAM_SHARE} files, found {len(inside)} "
-            f"under {topic!r}: give another by --set unlearning.topic=NAME, for example asyncio, email or xml"
+            f"under {topic!r}: give another with --set unlearning.topic=NAME, for example asyncio, email or xml"
         )
     return make_material(model, model_name, inside, outside, topic, seed)
 
@@ -131,7 +131,7 @@ def make_material(
     topic: str,
     seed: int,
 ) -> Material:
-    """Material of two lists of texts."""
+    """Material from two lists of texts."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     drawn = [sampled_texts(texts, TEXTS, draw) for texts in (inside, outside)]
     length = min(MAX_LENGTH, model.facts.max_context)
@@ -159,7 +159,7 @@ WIKITEXT = "Salesforce/wikitext"
 FORGET_EXAM = "wmdp-bio"
 FORGET_SUBJECT = "biology"
 BESIDE = "college_biology"
-"""Near the topic: as in SAEBench, it is not among what must be retained."""
+"""Close to the topic: as in SAEBench, it does not have to be retained."""
 MIN_CHARACTERS = 50
 REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 
@@ -167,11 +167,11 @@ REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 def load_wmdp(
     context: Context, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
 ) -> Material:
-    """All of it; what needs no download is looked at first, so that a missing file is said at once."""
+    """All of WMDP's material; what needs no download is read first, so that a missing file is reported at once."""
     if FORGET_EXAM not in names or not set(names) - {FORGET_EXAM, BESIDE}:
         raise SettingInvalid(
             f"unlearning.dataset_names: expected {FORGET_EXAM}, which is to be forgotten, and subjects of MMLU to be "
-            f"retained ({BESIDE} is none of them), found {', '.join(names) or 'none'}"
+            f"retained ({BESIDE} is not one of them), found {', '.join(names) or 'none'}"
         )
     forget_texts = read_corpus(Path(os.path.expanduser(corpus)))
     retain_texts = [row["text"] for row in load_rows(WIKITEXT, "wikitext-2-raw-v1", "test")]
@@ -195,8 +195,8 @@ def read_corpus(file: Path) -> list[str]:
     """The texts of the forget corpus: a JSON object with `text` on each line."""
     if not file.is_file():
         raise DataMissing(
-            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl by the form that {REQUEST_FORM} "
-            "names, and give its place with --set unlearning.forget_corpus=FILE"
+            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl with the form that {REQUEST_FORM} "
+            "names, and give its path with --set unlearning.forget_corpus=FILE"
         )
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # splitlines also cuts where a text has U+2028
@@ -206,14 +206,14 @@ def read_corpus(file: Path) -> list[str]:
     long_enough = [text for text in texts if len(text) > MIN_CHARACTERS]
     if not long_enough:
         raise DataMissing(
-            f"{file}: expected texts of more than {MIN_CHARACTERS} characters, found {len(texts)} texts and none so "
+            f"{file}: expected texts of more than {MIN_CHARACTERS} characters, found {len(texts)} texts, none so "
             "long: give the whole corpus with --set unlearning.forget_corpus=FILE"
         )
     return long_enough
 
 
 def home_of(name: str) -> str:
-    """The data set on the hub in which the questions of an exam lie."""
+    """The data set on the hub that has the questions of an exam."""
     return "cais/wmdp" if name == FORGET_EXAM else "cais/mmlu"
 
 

@@ -1,6 +1,6 @@
-"""Panels that are drawn alike in every plot: lines over training, bars by SAE, bars by SAE and part.
+"""Panels that look the same in every plot: lines over training, bars by SAE, bars by SAE and part.
 
-A `Lines` or `Bars` knows which SAEs have its numbers; one that none has is not drawn at all.
+A `Lines` or `Bars` knows which SAEs have its numbers; a panel without any is not drawn.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .records import Record
 from .style import HEIGHT, INK, LINES, WIDTH, Look, caption, is_wide, log_axis, look, new_figure, shades
 
 STEP = "training step"
-LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that have room in a figure, and inches of every further one
-MOST_LABELLED = 18  # upright bars whose numbers have room above them
+LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that fit into a figure, and inches for each further one
+MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
 Looks = Mapping[str, Look]
 
 
@@ -38,7 +38,7 @@ class Lines:
     title: str
     y: str
     values: Callable[[Record], tuple[list[float], list[float]]]
-    limits: tuple[float, float] | None = None  # of a share; without, an axis fits its values
+    limits: tuple[float, float] | None = None  # of a share; without it, an axis fits its values
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.values(record)[1] for record in records)
@@ -60,9 +60,9 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """One number per SAE as a horizontal bar, the number beside it; every SAE has its row in every panel.
+    """One number per SAE as a horizontal bar, labelled with the number; every SAE has its row in every panel.
 
-    Where numbers span orders of magnitude they are dots: a bar's length means nothing on a logarithmic axis.
+    Numbers that span orders of magnitude are dots: a bar's length means nothing on a logarithmic axis.
     """
 
     title: str
@@ -70,7 +70,7 @@ class Bars:
     value: Callable[[Record], float | None]
     format: str = "{:.3g}"
     may_be_log: bool = False
-    floor: float | None = None  # what lies below is drawn there; the number beside it is the true one
+    floor: float | None = None  # anything lower is drawn there, labelled with the true number
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.value(record) is not None for record in records)
@@ -110,7 +110,7 @@ def _draw_dots(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) 
 
 
 def series_of(name: str, factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
-    """A logged number, in other units if need be."""
+    """A logged number, in other units if needed."""
 
     def values(record: Record) -> tuple[list[float], list[float]]:
         steps, found = record.series(name)
@@ -132,9 +132,9 @@ def first_series(names: Iterable[str]) -> Callable[[Record], tuple[list[float], 
 def draw_panels(
     panels: Sequence[Panel], records: Sequence[Record], title: str, among: Sequence[Record] = ()
 ) -> Figure | None:
-    """All panels that anyone has numbers for, and one legend for all; None where there is nothing to draw. A bar by
-    itself says no more than its number, which stands in the table. Where these are a part of the SAEs, `among` are all
-    of them."""
+    """All panels that any SAE has numbers for, and one legend for all; None if there is nothing to draw. A single bar
+    says no more than its number, which is in the table. If these are only some of the SAEs, `among` are all of
+    them."""
     drawn = [panel for panel in panels if panel.finds(records) and (len(records) > 1 or not isinstance(panel, Bars))]
     if not drawn:
         return None
@@ -151,12 +151,12 @@ def draw_panels(
 
 
 def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bool) -> None:
-    """One for the whole figure, below it: by lines where it has any, else by marks."""
+    """One legend for the whole figure, below it: by lines if it has any, otherwise by marks."""
     handles = [Line2D([], [], color=looks[name].colour, ls=looks[name].line, lw=2) for name in names]
     if not has_lines:
         handles = [Line2D([], [], color=looks[name].colour, ls="", marker=looks[name].mark, ms=8) for name in names]
     columns = max(1, min(len(names), int(figure.get_figwidth() * 9 / max(len(name) + 4 for name in names))))
-    further = max(0, -(-len(names) // columns) - LEGEND_LINES)  # thirty SAEs would leave the panels no height
+    further = max(0, -(-len(names) // columns) - LEGEND_LINES)  # thirty SAEs would leave no height for the panels
     figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * further)
     legend = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     for text in legend.get_texts():
@@ -164,7 +164,7 @@ def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bo
 
 
 def looks_of(records: Sequence[Record]) -> dict[str, Look]:
-    """The look of each SAE: by its place among all, whatever a panel shows of them."""
+    """The look of each SAE: by its place among all, whichever of them a panel shows."""
     return {record.name: look(place) for place, record in enumerate(records)}
 
 
@@ -176,7 +176,7 @@ def draw_each(
     width: float = WIDTH,
     height: float = HEIGHT,
 ) -> Figure | None:
-    """A panel for each SAE; None where there is none."""
+    """A panel for each SAE; None if there are none."""
     if not records:
         return None
     figure, axes = new_figure(len(records), columns, width, height)
@@ -187,7 +187,7 @@ def draw_each(
 
 
 def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], y: str) -> None:
-    """What an SAE logged of each layer, over training. A layer looks alike wherever it is drawn among these layers."""
+    """What an SAE logged about each layer, over training. A layer looks the same wherever it is among these layers."""
     colours = dict(zip(layers, shades(len(layers)), strict=True))
     for layer, name in record.numbered(prefix).items():
         line = LINES[layers.index(layer) % len(LINES)]

@@ -1,4 +1,4 @@
-"""What plots and pages know of an SAE: its run's log, its settings, how it ended, and its evaluations.
+"""What plots and pages know about an SAE: its run's log, its settings, how it ended, and its evaluations.
 
 At the end: what all pages share, and how data reach their scripts.
 """
@@ -32,7 +32,7 @@ FILES = Path(__file__).parent / "web_files"  # the look and the charts that page
 Documents = Mapping[Path, Mapping[str, Any]]
 Say = Callable[[str], object]
 SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
-CORE = {  # where core's results have what pages show; SAEBench's explained variance is another one
+CORE = {  # where core's results have what pages show; SAEBench's explained variance is a different one
     "l0": "sparsity.l0",
     "explained_variance": "saemill_metrics.explained_variance",
     "explained_variance_with_massive": "saemill_metrics.explained_variance_with_massive",
@@ -45,7 +45,7 @@ CORE = {  # where core's results have what pages show; SAEBench's explained vari
 class Record:
     """One SAE of one run."""
 
-    name: str  # as figures call it
+    name: str  # in figures
     run: str
     label: str
     variant: str = ""
@@ -54,10 +54,10 @@ class Record:
     outcome: Mapping[str, Any] = field(default_factory=dict)  # its part of result.json
     steps: int | None = None
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # results by evaluation
-    asked: Mapping[str, Any] = field(default_factory=dict)  # of its run: config.json
+    asked: Mapping[str, Any] = field(default_factory=dict)  # config.json of its run
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a logged number, where it is one."""
+        """Steps and values of a logged number, wherever it is a number."""
         points = [(line["step"], line[name]) for line in self.log if isinstance(line.get(name), (int, float))]
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
@@ -77,18 +77,18 @@ class Record:
         return {int(end): name for end, name in sorted(ends.items()) if end.isdigit()}
 
     def metric(self, evaluation: str, path: str) -> float | None:
-        """A dotted metric of an evaluation; None where it was not measured."""
+        """A dotted metric of an evaluation; None if it was not measured."""
         document = self.documents.get(evaluation)
         return None if document is None else metric_of(document, path)
 
     def held_out(self, name: str) -> float | None:
-        """By core; before core was asked, by the run's own validation."""
+        """As measured by core or, before core was run, by the run's own validation."""
         measured = self.metric("core", CORE[name])
         return self.outcome.get(name) if measured is None else measured
 
     @property
     def asked_l0(self) -> float | None:
-        """Active latents per token that the variant was told to have."""
+        """Active latents per token that the variant should have."""
         return self.setting("k", "target_l0")
 
     def setting(self, *names: str) -> float | None:
@@ -99,7 +99,7 @@ class Record:
 
     @property
     def measured_on(self) -> list[tuple[str, str]]:
-        """Evaluations that say what text their numbers are of, and what they say."""
+        """Evaluations that say what text they measured on, and what they say."""
         told = {name: ours_in(document).get("measured_on") for name, document in self.documents.items()}
         return [(name, str(line)) for name, line in told.items() if line]
 
@@ -140,11 +140,11 @@ COLUMNS = {  # those that every table of SAEs has
 def read_records(
     runs: Sequence[RunFolder], say: Say, known: Documents | None = None, only_known: bool = False
 ) -> list[Record]:
-    """The SAEs of some runs in a fixed order; names carry the run where there are several, and its path where several
-    runs have one name.
+    """The SAEs of some runs in a fixed order; names include the run if there are several, and its path if several runs
+    have the same name.
 
-    `known` are results that are in memory already, by their place on disk; with `only_known` nobody has others, and
-    who has none is left out: of others nobody has looked whether they compare.
+    `known` are results that are in memory already, by their path; with `only_known` no others are read, and SAEs
+    without any are left out: it has not been checked whether others compare.
     """
     times = Counter(run.name for run in runs)
     names = [run.name if times[run.name] == 1 else str(run.path) for run in runs]
@@ -178,7 +178,7 @@ def _records_of(
 
 
 def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
-    """What a table's numbers are of, and those of which of these evaluations do not compare."""
+    """What a table's numbers were measured on, and for which of these evaluations they do not compare."""
     told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
     for name in dict.fromkeys(evaluations):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
@@ -191,26 +191,26 @@ def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
 
 
 def thinned(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """As many lines as a chart can show, evenly, the last among them."""
+    """As many lines as a chart can show, evenly spaced, including the last."""
     every = -(-len(log) // CURVE_POINTS) or 1
     return [*log[:-1][::every], *log[-1:]]
 
 
 def read_log(path: Path) -> list[Mapping[str, Any]]:
-    """metrics.jsonl; a last line that is not whole is a run that is still writing it."""
+    """metrics.jsonl; an incomplete last line is one that a run is still writing."""
     if not path.is_file():
         return []
     whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished, or nothing
     try:
         return [line for line in map(json.loads, filter(None, whole)) if isinstance(line, Mapping)]
     except (ValueError, RecursionError) as error:
-        raise ResultInvalid(f"{path} is damaged ({error}): remove the line, or copy the file anew") from None
+        raise ResultInvalid(f"{path} is damaged ({error}): remove the line, or copy the file again") from None
 
 
 def read_documents(
     folder: Path, say: Say, known: Documents, only_known: bool = False
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Results by label and evaluation, those that still hold; one that cannot be read costs the others nothing."""
+    """Results by label and evaluation that are still valid; one that cannot be read does not affect the others."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
         if only_known and path.absolute() not in known:
@@ -226,8 +226,8 @@ def read_documents(
 
 
 def of_one_sae(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Without results of other weights than the newest one's: where an SAE is not here, as one of the Hub, nothing
-    else tells its revisions apart."""
+    """Leave out results of other weights than the newest one's: for an SAE that is not on this machine, such as one of
+    the Hub, nothing else tells its revisions apart."""
     told = {name: found for name, one in documents.items() if (found := ours_in(one).get("sha256"))}
     newest = max(told, key=lambda name: documents[name].get("datetime_epoch_millis", 0), default="")
     return {name: one for name, one in documents.items() if told.get(name) in (None, told.get(newest))}
@@ -238,5 +238,5 @@ def web_file(name: str) -> str:
 
 
 def script_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON that may stand in a script: ASCII, and `<` is escaped: text of a corpus cannot end a script or begin one."""
+    """JSON that is safe inside a script: ASCII, and `<` is escaped: corpus text cannot end a script or begin one."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"), default=default).replace("<", "\\u003c")

@@ -1,6 +1,6 @@
-"""One look for all plots: colours that colour-blind readers tell apart, and text that is only text.
+"""One look for all plots: colours that colour-blind readers can tell apart, and text that is only text.
 
-An SAE has one colour in every panel; from the eighth on, colours come again with another line style,
+An SAE has one colour in every panel; from the eighth on, colours repeat with another line style,
 mark and hatching.
 Tiers and layers are ordered, so they have shades of one scale that no SAE has.
 """
@@ -40,19 +40,19 @@ class Look:
 
     @property
     def strokes(self) -> dict[str, Any]:
-        """For a line."""
+        """Arguments for drawing a line."""
         return {"color": self.colour, "linestyle": self.line, "linewidth": self.width}
 
 
 def look(place: int) -> Look:
-    """Of the SAE at this place among all. Later lines are thinner: what they hide shows at their sides."""
+    """The look of the SAE at this place among all. Later lines are thinner: what they hide shows at their sides."""
     width = THICKEST - (THICKEST - THINNEST) * min(place, len(COLOURS)) / len(COLOURS)
     again = place // len(COLOURS) % len(LINES)
     return Look(COLOURS[place % len(COLOURS)], LINES[again], MARKS[again], HATCHES[again], width)
 
 
 def shades(count: int) -> list[str]:
-    """Colours of an ordered few: tiers, layers; dark to light."""
+    """Colours for a few ordered things, such as tiers or layers; dark to light."""
     scale = colormaps["cividis"]
     places = [0.0] if count == 1 else [0.02 + 0.8 * i / (count - 1) for i in range(count)]
     return ["#{:02X}{:02X}{:02X}".format(*(round(255 * part) for part in scale(place)[:3])) for place in places]
@@ -61,7 +61,7 @@ def shades(count: int) -> list[str]:
 def new_figure(
     panels: int, columns: int = 3, width: float = WIDTH, height: float = HEIGHT
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, three in a row; none is left empty."""
+    """A figure with this many panels, `columns` in a row; none is left empty."""
     columns = min(columns, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=DPI, layout="constrained")
@@ -70,7 +70,7 @@ def new_figure(
 
 
 def plainly(axis: Axes) -> Axes:
-    """No box, a faint grid behind, and at every tick its number in full: no offset beside the axis to add to it."""
+    """No box, a faint grid behind, and the full number at every tick: no offset next to the axis to add to it."""
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(_in_full)
     axis.spines[["top", "right"]].set_visible(False)
@@ -93,7 +93,7 @@ def caption(axis: Axes, title: str, x: str, y: str) -> None:
 
 
 def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers at it."""
+    """A logarithmic axis with plain numbers."""
     side = axis.xaxis if which == "x" else axis.yaxis
     axis.set(**{f"{which}scale": "log"})
     side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))

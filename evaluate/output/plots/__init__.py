@@ -1,8 +1,8 @@
-"""The registry: every file of this folder is a plot, and its name is the picture's.
+"""The registry: every file of this folder is a plot, and its name is the image's.
 
-A file has `draw(records) -> Figure | None`, where None says that none of the SAEs has what it shows; one of several
-plots has `PLOTS`, such functions by the pictures' names. No global state of matplotlib is touched: figures are objects
-that are drawn to files and dropped.
+A file has `draw(records) -> Figure | None`, where None says that none of the SAEs has what it shows; a file with
+several plots has `PLOTS`, such functions by the images' names. No global state of matplotlib is touched: figures are
+objects that are drawn to files and dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Draw = Callable[[Sequence[Record]], Figure | None]
 
 
 def all_plots() -> dict[str, Draw]:
-    """By their names, sorted."""
+    """All plots by name, sorted."""
     found: dict[str, Draw] = {}
     for name in file_names(__path__):
         file = import_file(__name__, name)
@@ -34,7 +34,7 @@ def all_plots() -> dict[str, Draw]:
 def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
     """Every plot that these SAEs have the data for, as PNG, and as SVG for papers; several runs share each figure.
 
-    The PNG files are what is returned.
+    Returns the PNG files.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -43,7 +43,7 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
         path = out / f"{name}.png"
         if figure is None:
             for kind in KINDS:
-                path.with_suffix(f".{kind}").unlink(missing_ok=True)  # a picture of what is no longer there
+                path.with_suffix(f".{kind}").unlink(missing_ok=True)  # a plot of what is no longer there
             continue
         save(figure, path)
         written.append(path)
@@ -51,7 +51,7 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw to files that differ in their ends, each all or nothing, whoever else draws the same."""
+    """Draw to one file for each format, each all or nothing, whatever else draws the same."""
     FigureCanvasAgg(figure)
     for kind, metadata in KINDS.items():
         drawn = io.BytesIO()

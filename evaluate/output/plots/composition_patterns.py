@@ -1,4 +1,4 @@
-"""What latents are made of: a row per latent, its parts from the heaviest on, each with its number; a panel per SAE."""
+"""What latents are made of: a row per latent, with its parts by descending weight and number; a panel per SAE."""
 
 from __future__ import annotations
 

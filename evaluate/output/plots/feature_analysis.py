@@ -1,4 +1,4 @@
-"""How long latents stay on, over training and in the end, and how many are on at once."""
+"""How long latents stay on, over training and at the end, and how many are on at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..figures.style import caption, log_axis
 
 @dataclass(frozen=True)
 class Spread:
-    """The share of latents that have at most so much of something, as a rising line for each SAE."""
+    """The share of latents with at most a given value, as a rising line for each SAE."""
 
     title: str
     x: str

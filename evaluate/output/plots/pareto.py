@@ -1,4 +1,4 @@
-"""The summary: what an SAE keeps of the residual and of the model's predictions, against how many latents it takes."""
+"""The summary: what an SAE keeps of the residual and the model's predictions, against how many latents it uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..figures.panels import Looks, draw_panels
 from ..figures.records import Record
 from ..figures.style import caption, is_wide, log_axis
 
-FLOOR = -0.5  # a score below is drawn here, pointing down, with its number
+FLOOR = -0.5  # a lower score is drawn here, pointing down, with its number
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Points:
 
     def finds(self, records: Sequence[Record]) -> bool:
         scored = [record for record in records if record.held_out("l0") and self.score(record) is not None]
-        return len(scored) > 1  # a point by itself is next to nothing
+        return len(scored) > 1  # a single point says next to nothing
 
     def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
         found = [(r, x, y) for r in records if (x := r.held_out("l0")) and (y := self.score(r)) is not None]
@@ -63,7 +63,7 @@ PANELS = (
 
 
 def draw(records: Sequence[Record]) -> Figure | None:
-    """Of SAEs that core measured, where there is any: training's own numbers are of another split."""
+    """Only SAEs that core measured, if there are any: training's own numbers are of another split."""
     measured = [record for record in records if "core" in record.documents]
     title = "Quality against sparsity"
     if uneven := differing(record.documents["core"] for record in measured):

@@ -1,5 +1,5 @@
-"""How active each tier is in the end: of those SAEs for which the test split was measured, where there are any; else
-in the last logged batch of all."""
+"""How active each tier is at the end: for SAEs that were measured on the test split, if there are any; otherwise for
+all, in the last logged batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measured(record: Record, tier: int) -> float | None:
 
 
 def logged(record: Record, tier: int) -> float | None:
-    """The same, as training said it last."""
+    """The same, as training last logged it."""
     return record.last(f"tiers/activity_{tier}")
 
 

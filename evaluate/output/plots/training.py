@@ -1,4 +1,4 @@
-"""Training: what was set differently, losses and tiers on the way, and how far it came."""
+"""Training: what was set differently, losses and tiers on the way, and how far it got."""
 
 from __future__ import annotations
 

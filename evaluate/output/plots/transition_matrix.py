@@ -13,7 +13,7 @@ from ..figures.records import Record
 from ..figures.style import INK, caption
 
 MOST = 9
-LEAST, LIMIT = 1 / 16, 3.0  # times the base rate that is drawn as nothing; the scale's ends, in doublings
+LEAST, LIMIT = 1 / 16, 3.0  # multiple of the base rate that is drawn as nothing; the scale's ends, in doublings
 
 
 def draw(records: Sequence[Record]) -> Figure | None:

@@ -27,7 +27,7 @@ def text(value: object) -> Html:
 
 
 def element(name: str, *parts: str, **attributes: object) -> Html:
-    """<name attributes>parts</name>; parts that are no Html are escaped. `class_` is class."""
+    """<name attributes>parts</name>; parts that are not Html are escaped. `class_` is class."""
     written = "".join(f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items())
     inner = "".join(part if isinstance(part, Html) else text(part) for part in parts)
     return Html(f"<{name}{written}>{inner}</{name}>")
@@ -44,7 +44,7 @@ def image(path: Path, title: str) -> Html:
 
 
 def _visible(letter: str) -> str:
-    """A letter, or a mark where it would be invisible or act on its neighbours."""
+    """A letter, or a mark if it would be invisible or affect its neighbours."""
     if letter == "\n":
         return LINE_BREAK
     if letter == "\t":

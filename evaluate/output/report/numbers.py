@@ -1,6 +1,6 @@
-"""The table of a run: one line for each SAE, one column for each number that somebody measured.
+"""The table of a run: one line for each SAE, one column for each number that was measured.
 
-An evaluation that no column here is of has one for each metric of its summary.
+An evaluation without a column here gets one for each metric of its summary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MISSING = "\N{EN DASH}"
 
 COLUMNS = (
     Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
-    Column("asked L0", "k, or a target", lambda r: r.asked_l0),
+    Column("requested L0", "k, or a target", lambda r: r.asked_l0),
     Column("penalty", "coefficient", lambda r: r.setting("penalty")),
     SHARED["l0"],
     SHARED["explained_variance"],
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def summary_columns(records: Sequence[Record]) -> list[Column]:
-    """Of evaluations that have none of `COLUMNS`; results of one that is not installed here stay in their files."""
+    """Columns of evaluations that are not in `COLUMNS`; results of one that is not installed stay in their files."""
     shown = {column.evaluation for column in COLUMNS}
     found = dict.fromkeys(name for record in records for name in record.documents if name not in shown)
     return [
@@ -51,7 +51,7 @@ def summary_columns(records: Sequence[Record]) -> list[Column]:
 
 
 def numbers_table(records: Sequence[Record]) -> Html:
-    """Columns that nobody has a number for are left out."""
+    """The table; columns without any number are left out."""
     every = (*COLUMNS, *summary_columns(records))
     columns = [column for column in every if any(column.value(record) is not None for record in records)]
     headings = [
@@ -65,13 +65,13 @@ def numbers_table(records: Sequence[Record]) -> Html:
 
 
 def variant(record: Record) -> list[Html]:
-    """Below the name, where that does not say it."""
+    """The variant, shown below the name if that does not say it."""
     is_named = record.label == record.variant or record.label.startswith(f"{record.variant}_")
     return [] if is_named else [element("small", record.variant)]
 
 
 def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
-    """What the numbers are of, and what they are not about."""
+    """What the numbers were measured on, and what they leave out."""
     told = notes_on(records, [column.evaluation for column in columns if column.evaluation])
     if any(reach(column, one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
@@ -85,7 +85,7 @@ def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
 
 
 def reach(column: Column, record: Record) -> float | None:
-    """To the farther end of the number's interval, where its evaluation gives one."""
+    """The distance to the farther end of the number's interval, if its evaluation gives one."""
     if column.evaluation not in record.documents:
         return None
     return reach_of(record.documents[column.evaluation], evals.load(column.evaluation).intervals, column.metric)

@@ -1,4 +1,4 @@
-"""What a run's numbers are of: the model, the text and the store, what was trained, when, and by which command."""
+"""Where a run's numbers come from: model, text and store, what was trained, when, and by which command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _part(asked: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _sites(records: Sequence[Record]) -> str:
-    """Where the SAEs read, if all read there."""
+    """Where the SAEs read, if it is the same for all."""
     found = {(str(one.settings.get("layer")), str(one.settings.get("hook", RESID))) for one in records}
     layer, hook = next(iter(found))
     return f"layer {layer} ({hook})" if len(found) == 1 and layer != "None" else ""

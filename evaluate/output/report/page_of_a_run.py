@@ -1,7 +1,7 @@
-"""A run as one HTML page that needs nothing else: its curves, numbers and pictures, and what its latents fire on.
+"""A run as one HTML page that needs nothing else: its curves, numbers and plots, and what its latents fire on.
 
-The page asks for nothing from anywhere, and its policy forbids browsers to: pictures lie inside it, and of scripts
-only its own may run, by its digest. While a run trains, its page also takes `live.js` beside it, the same data anew.
+The page requests nothing from anywhere, and its policy forbids browsers to: images are inside it, and only its own
+script may run, by its digest. While a run trains, its page also loads `live.js` next to it, the same data updated.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ HERE = Path(__file__).parent
 
 
 def write_page(folder: Path, records: Sequence[Record], plots: Path) -> Path:
-    """Write <folder>/report.html, with the pictures of another folder; all or nothing."""
+    """Write <folder>/report.html, with the plots of another folder; all or nothing."""
     path = folder / "report.html"
     has_browser = (folder / BROWSER).is_file()
     pictures = {quote(os.path.relpath(one, folder)): one for one in sorted(plots.glob("*.png"))}
     replace_file(path, page(folder.name, records, pictures, has_browser).encode())
-    if (folder / LIVE).exists():  # who watched the run train is brought to this page
+    if (folder / LIVE).exists():  # whoever watched the run train is brought to this page
         replace_file(folder / LIVE, b'saemill({"ended":true});\n')
     return path
 
 
 def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> None:
-    """The page of a run that trains, and the data that it takes again and again."""
+    """Write the page of a run that trains, and the data that it loads again and again."""
     course = course_of(records, run.read_config().get("total_steps", 0), pause)
     data = training_data(records, course)
     replace_file(run.path / LIVE, f"saemill({script_json(data)});\n".encode())
@@ -47,8 +47,8 @@ def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> 
 
 
 def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has_browser: bool = False) -> Html:
-    """The whole document; pictures by where they lie as seen from it."""
-    link = element("p", element("a", "all latents, to look at and search", href=BROWSER)) if has_browser else Html("")
+    """The whole document; plots by their paths relative to it."""
+    link = element("p", element("a", "all latents, to browse and search", href=BROWSER)) if has_browser else Html("")
     numbers, *below = [
         element("section", card, class_="card") if card else card
         for card in (numbers_table(records), figures(pictures, len(records) == 1), contexts_of(records))
@@ -57,7 +57,7 @@ def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has
 
 
 def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> Html:
-    """What the script draws is between the two."""
+    """The document; what the script draws is between `above` and `below`."""
     script = web_file("charts.js") + (HERE / "report.js").read_text(encoding="utf-8")
     head = joined(
         [
@@ -83,19 +83,19 @@ def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> H
 
 
 def _policy(script: str, data: Mapping[str, Any]) -> str:
-    """Nothing from anywhere; this script, by its digest; while a run trains, files beside it."""
+    """The page's policy: nothing from anywhere; this script, by its digest; while a run trains, files next to it."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     beside = " 'self' file:" if data["course"] else ""
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{beside}"
 
 
 CURVES = ("hyperparameters", "training_metrics", "training_progression")
-"""Pictures of which the page's script draws all but the bars that several SAEs have there."""
+"""Plots that the page's script draws, except the bars that they have for several SAEs."""
 
 
 def figures(pictures: Mapping[str, Path], is_alone: bool) -> Html:
-    """Every picture under its name, and the files of it for papers; where an SAE is alone, the files alone of what
-    stands above."""
+    """Every plot with its name and its files for papers; if there is only one SAE, only the files of what is drawn
+    above."""
     left_out = CURVES if is_alone else ()
     drawn = [
         element("figure", image(path, path.stem), element("figcaption", _links(address, path)))
@@ -104,11 +104,11 @@ def figures(pictures: Mapping[str, Path], is_alone: bool) -> Html:
     ]
     of_curves = [_links(*found) for found in pictures.items() if found[1].stem in left_out]
     as_files = [element("p", "The curves above, for papers: ", joined(of_curves, between=", "))] if of_curves else []
-    return joined([element("h2", "Pictures"), *drawn, *as_files]) if pictures else Html("")
+    return joined([element("h2", "Plots"), *drawn, *as_files]) if pictures else Html("")
 
 
 def _links(address: str, path: Path) -> Html:
-    """The picture's name, and its files."""
+    """The plot's name, and links to its files."""
     files = {kind: path.with_suffix(f".{kind}") for kind in ("png", "svg")}
     links = [
         element("a", kind.upper(), href=f"{address.removesuffix('png')}{kind}")
@@ -118,11 +118,11 @@ def _links(address: str, path: Path) -> Html:
     return joined([text(path.stem.replace("_", " ")), *links], between=" ")
 
 
-LATENTS = 12  # of an SAE: a page is to be read
+LATENTS = 12  # of an SAE: a page should be readable
 
 
 def contexts_of(records: Sequence[Record]) -> Html:
-    """What latents fire on, their strongest contexts: a section for each SAE that has some."""
+    """What latents fire on: their strongest contexts, in a section for each SAE that has some."""
     sections = [_section(record) for record in records if record.unstructured("browser").get("latents")]
     return joined([element("h2", "What latents fire on"), *sections]) if sections else Html("")
 

@@ -1,5 +1,5 @@
 // Draws what a run logs: seeds of one SAE as their median and range, SAEs side by side. While the run trains, the same
-// data are asked for again as a script, because a page opened from disk may add scripts and may read nothing else.
+// data are requested again as a script, because a page opened from disk may add scripts and may read nothing else.
 
 W = 340; H = 170;
 const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
@@ -123,7 +123,7 @@ function compared(shown) {
   }).filter(Boolean);
   if (points.length < 2) return null;
   W = innerWidth < 600 ? 340 : 620; H = 260;
-  const chart = scatter(points, ["L0 (active latents a token)", "explained variance"]);
+  const chart = scatter(points, ["L0 (active latents per token)", "explained variance"]);
   W = 340; H = 170;
   return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : "Of the validation split, as training measured."));
 }

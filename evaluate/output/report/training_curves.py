@@ -1,4 +1,4 @@
-"""What a page's own script draws: curves of all that was logged, which SAEs are seeds of one, and how far a run is."""
+"""What a page's own script draws: curves of all that was logged, which SAEs differ by seed, and how far a run is."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SHARED = ("sae", "step")
 
 
 def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`course` is how far a run is that has not ended."""
-    first: dict[str, str] = {}  # by what SAEs of one group have in common: how the group is called
+    """The data for the script; `course` is the progress of a run that has not ended."""
+    first: dict[str, str] = {}  # the name of each group, by what its SAEs have in common
     saes = []
     for record in records:
         group = first.setdefault(_without_seed(record), SEED.sub("", record.name) or record.name)
         saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record)})
     names = list(first.values())
     for sae, record in zip(saes, records, strict=True):
-        if names.count(sae["group"]) > 1:  # others are called so too, and have other settings
+        if names.count(sae["group"]) > 1:  # others have the same name, but other settings
             sae["group"] = record.name
     return {"saes": saes, "course": course}
 
 
 def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, Any]:
-    """How far a run is, and how often that is written."""
+    """The progress of a run, and how often that is written."""
     last: Mapping[str, Any] = max((record.log[-1] for record in records if record.log), key=_step, default={})
     speed = {"tokens_per_second": _rounded(last.get("tokens_per_second")) or 0.0}
     return {"step": _step(last) + 1 if last else 0, "steps": steps, **speed, "written": time.time(), "pause": pause}
@@ -54,7 +54,7 @@ def _curves(record: Record) -> dict[str, Any]:
 
 
 def _worth(record: Record) -> dict[str, float | None]:
-    """Held out, or while it trains as last logged."""
+    """Held-out numbers or, while the run trains, those last logged."""
     return {
         name: _rounded(record.outcome.get(name, record.last(name) if record.steps is None else None))
         for name in ("l0", "explained_variance")

@@ -115,5 +115,5 @@ def test_texts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(contex
 
 
 def test_a_store_without_attention_is_no_store_for_an_sae_that_reads_it(make_world, open_context, subject):
-    with pytest.raises(DataMissing, match="reads attention, and the store holds none"):
+    with pytest.raises(DataMissing, match="reads attention, but the store holds none"):
         attention_of(open_context(make_world(attention_layers=())), [subject])

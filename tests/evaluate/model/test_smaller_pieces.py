@@ -34,7 +34,7 @@ def test_pieces_cover_everything_once(error, fits):
     parts = list(in_pieces(21, size, work))
     assert [item for part in parts for item in part] == list(range(21))
     assert max(map(len, parts)) <= fits
-    assert said[-1] == f"out of memory: going on with {size.size} windows at a time"
+    assert said[-1] == f"out of memory: continuing with {size.size} windows at a time"
 
 
 def test_what_never_fits_says_so():
@@ -70,7 +70,7 @@ def test_core_says_that_it_halves_and_gives_the_same_numbers(world, open_context
     context, said = open_context(world), []
     monkeypatch.setattr(context, "say", said.append)
     (halved,) = core.evaluate(context, [subject], config)
-    assert any("going on with 1 windows" in line for line in said)
+    assert any("continuing with 1 windows" in line for line in said)
     for group, values in whole.metrics.items():
         assert halved.metrics[group] == pytest.approx(values, rel=1e-5), group
 

@@ -20,7 +20,7 @@ function load(name, fresh = false) {
       const script = document.createElement("script");
       const path = name.split("/").map(encodeURIComponent).join("/");
       script.src = `data/${path}.js?${fresh ? Date.now() : BUILD}`;
-      script.onload = () => { script.remove(); reject(new Error(`data/${name}.js says nothing: make the browser again`)); };
+      script.onload = () => { script.remove(); reject(new Error(`data/${name}.js has no data: make the browser again`)); };
       script.onerror = () => { script.remove(); arrived.delete(name); reject(new Error(`data/${name}.js is missing: make the browser again`)); };
       document.head.append(script);
     });
@@ -114,11 +114,11 @@ function attendedFrom(attention, at, layer) {
 
 // ---------------------------------------------------------------- notes
 
-// Of the very weights: another SAE may come to stand under the same label, and its latents are others.
+// By weights: another SAE may later have the same label, and its latents are different.
 const KEY = (sae) => `saemill:notes:${sae.sha256}`;
-let notes = Object.create(null), isKept = true; // not kept, they are of this page alone
+let notes = Object.create(null), isKept = true; // if not kept, they last as long as this page
 function readNotes() {
-  // Anew before each change: another tab may have written.
+  // Again before each change: another tab may have written.
   if (!isKept) return;
   const found = Object.create(null);
   for (const sae of run.saes) try { found[sae.label] = JSON.parse(localStorage.getItem(KEY(sae)) ?? "{}"); } catch { found[sae.label] = notes[sae.label]; /* what is here stays */ }
@@ -127,7 +127,7 @@ function readNotes() {
 function checkedNotes(value) {
   const found = Object.create(null); // a label may be called __proto__
   for (const [label, latents] of Object.entries(value ?? {})) {
-    if (typeof latents !== "object" || latents === null || /\p{Cs}/u.test(label)) continue; // half a character stands in no address
+    if (typeof latents !== "object" || latents === null || /\p{Cs}/u.test(label)) continue; // half a character cannot be in an address
     for (const [latent, note] of Object.entries(latents)) {
       if (!/^\d+$/.test(latent) || typeof note !== "object" || note === null) continue;
       const kept = { star: note.star === true, label: typeof note.label === "string" ? note.label.slice(0, 500) : "" };
@@ -146,7 +146,7 @@ function setNote(label, latent, change) {
 }
 function saveNotes(labels) {
   try { for (const label of labels) localStorage.setItem(KEY(run.saes.find((one) => one.label === label)), JSON.stringify(notes[label] ?? {})); isKept = true; }
-  catch { isKept = false; say("this browser keeps nothing for pages: export notes before you leave"); }
+  catch { isKept = false; say("this web browser keeps no data for pages: export notes before you leave"); }
 }
 let quiet;
 function say(text) {
@@ -188,7 +188,7 @@ function showOverview() {
 
 function table() {
   const rows = run.saes.map((sae, place) => ({ sae, place, facts: facts(sae) }));
-  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents a token"]]), ["alive", "alive", "share of latents that fired at all"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of tokens`]]
+  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents per token"]]), ["alive", "alive", "share of latents that fired at all"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of tokens`]]
     .filter(([key]) => rows.some((row) => row.facts[key]?.value !== undefined && row.facts[key]?.value !== null));
   const value = (row) => tableSort[0] === "sae" ? row.sae.label : row.facts[tableSort[0]]?.value ?? -Infinity;
   rows.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * tableSort[1]);
@@ -216,7 +216,7 @@ function charts() {
     chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
     const [, name] = choices.find(([key]) => key === chosenY);
     const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0?.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); box.querySelector("select").focus(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); box.querySelector("select").focus(); })), points.length ? scatter(points, ["L0 (active latents per token)", name]) : h("p", { class: "quiet" }, "no numbers"));
   };
   draw();
   return h("div", { class: "pair" }, box, curvesCard());
@@ -254,7 +254,7 @@ async function showSae(label, latent, window_) {
   const sae = run.saes.find((one) => one.label === label);
   if (!sae) return showMissing(`There is no SAE ${label} in this run.`);
   const mine = visits;
-  if (state.sae !== sae) state.order = null; // it is of the list before
+  if (state.sae !== sae) state.order = null; // it is of the previous list
   state.sae = sae;
   const found = await columnsOf(sae);
   if (mine !== visits) return;
@@ -418,7 +418,7 @@ async function search(sae, found, query) {
   };
 }
 
-let joined; // of every file of text: its characters and where tokens begin in them
+let joined; // for every file of text: its characters and where tokens begin in them
 async function allTexts() {
   if (!joined) {
     const total = Object.values(run.windows).reduce((a, b) => a + b, 0);
@@ -429,7 +429,7 @@ async function allTexts() {
       const begins = new Uint32Array(tokens.length), parts = new Array(tokens.length);
       let place = 0;
       for (let i = 0; i < tokens.length; i++) {
-        if (i % run.context === 0) place += 1; // a character that no query has stands between windows
+        if (i % run.context === 0) place += 1; // windows are separated by a character that no query has
         begins[i] = place;
         parts[i] = (i % run.context === 0 ? "\u0000" : "") + lower[tokens[i]];
         place += lower[tokens[i]].length;
@@ -483,7 +483,7 @@ async function latentData(sae, latent) {
     bins: { first: data.bins_first[row], counts: [...data.bins.subarray(bins[row], bins[row + 1])] },
     parts: [...slice(data.parts)],
     byDirection: near(data.by_direction), byFiring: near(data.by_firing), madeOf: near(data.made_of), partOf: near(data.part_of),
-    // Of the very weights: another SAE may stand under the label by now.
+    // By weights: another SAE may have the label by now.
     others: data.others.filter((one) => one.sha256 && run.saes.some((other) => other.label === one.label && other.sha256 === one.sha256)).map((one) => ({ ...one, ...near(one) })),
     promoted: data.promoted && { tokens: slice(data.promoted.tokens), values: slice(data.promoted.values) },
     suppressed: data.suppressed && { tokens: slice(data.suppressed.tokens), values: slice(data.suppressed.values) },
@@ -564,8 +564,8 @@ function pairs(items, empty) {
 }
 
 function logits(sae, data) {
-  const why = sae.target_layers.length > 1 ? "This SAE writes to several layers, so it has no one place in front of the model's head."
-    : run.without_model ?? "The model was not there when this SAE was read: name this SAE too when you make the browser again.";
+  const why = sae.target_layers.length > 1 ? "This SAE writes to several layers, so it has no single place in front of the model's head."
+    : run.without_model ?? "The model was not available when this SAE was read: name this SAE too when you make the browser again.";
   if (!data.promoted) return h("section", { class: "card" }, h("h2", {}, "Promoted tokens"), h("p", { class: "small quiet" }, why));
   const listed = ({ tokens, values }) => pairs([...tokens].map((token, place) => [chip(token), "", number(values[place])]), "none");
   return h("section", { class: "card", id: "logits" }, h("h2", { title: "the decoder's direction through the model's final norm and unembedding" }, "Through the model's head"), h("div", { class: "three" }, h("div", {}, h("h3", {}, "promotes"), listed(data.promoted)), h("div", {}, h("h3", {}, "suppresses"), listed(data.suppressed))));
@@ -575,10 +575,10 @@ function related(sae, data, found) {
   const entry = (target, columns_, latent, score) => [h("a", { href: link(target.label, latent) }, `${latent}`), columns_ ? h("span", {}, noteOf(target.label, latent).label || chip(columns_.token[latent])) : "", number(score, 2)];
   const listed = (near, empty) => pairs([...near.latents].map((latent, place) => [latent, near.scores[place]]).filter(([latent]) => latent >= 0).map(([latent, score]) => entry(sae, found, latent, score)), empty);
   const groups = [];
-  if (data.byDirection) groups.push(h("div", {}, h("h3", { title: "cosine of decoder rows" }, "writes in a like direction (cosine)"), listed(data.byDirection, "it is alone")));
-  groups.push(h("div", {}, h("h3", { title: "tokens on which both fire, over the geometric mean of those on which each does" }, "fires on the same tokens"), listed(data.byFiring, "with none often enough to tell")));
+  if (data.byDirection) groups.push(h("div", {}, h("h3", { title: "cosine of decoder rows" }, "writes in a similar direction (cosine)"), listed(data.byDirection, "none")));
+  groups.push(h("div", {}, h("h3", { title: "tokens on which both fire, over the geometric mean of those on which each does" }, "fires on the same tokens"), listed(data.byFiring, "none often enough to tell")));
   if (data.madeOf) groups.push(h("div", {}, h("h3", {}, "made of, in the tier below"), listed(data.madeOf, "nothing below it")), h("div", {}, h("h3", {}, "part of, in the tier above"), listed(data.partOf, "nothing above it")));
-  const box = h("section", { class: "card", id: "related" }, h("h2", {}, "Near it"), h("div", { class: "three" }, groups));
+  const box = h("section", { class: "card", id: "related" }, h("h2", {}, "Related latents"), h("div", { class: "three" }, groups));
   const labels = [...new Set(data.others.map((one) => one.label))];
   if (labels.length) {
     const others = h("div", { class: "three" });
@@ -779,7 +779,7 @@ function showNotes() {
   const listed = Object.entries(notes).flatMap(([label, latents]) => Object.entries(latents).map(([latent, note]) => ({ sae: label, latent: Number(latent), ...note })));
   const file = h("input", { type: "file", accept: "application/json,.json", id: "notes-file", hidden: true, on: { change: importNotes } });
   $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Notes"),
-    h("p", { class: "quiet" }, "Stars and labels are kept in this web browser. Export them to keep or to pass them on; what is imported is added to what is there."),
+    h("p", { class: "quiet" }, "Stars and labels are kept in this web browser. Export them to keep or share them; imported notes are added to those that are here."),
     h("div", { class: "row-of" }, h("button", { type: "button", id: "export-notes", on: { click: exportNotes } }, "export as JSON"), h("button", { type: "button", on: { click: () => file.click() } }, "import"), file),
     h("section", { class: "card listed" }, listed.length ? h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "latent"), h("th", {}, "label"))), h("tbody", {}, listed.map((note) => h("tr", {}, h("td", {}, h("a", { href: link(note.sae, note.latent) }, `${note.star ? "\u2605 " : ""}${brief(note.sae, 30)} ${note.latent}`)), h("td", {}, brief(note.label, 200)))))) : h("p", { class: "quiet" }, "Nothing yet: press ", h("kbd", {}, "s"), " on a latent to star it, ", h("kbd", {}, "l"), " to label it."))));
 }
@@ -793,10 +793,10 @@ function exportNotes() {
 }
 async function importNotes(event) {
   const [file] = event.target.files;
-  event.target.value = ""; // else a browser tells nothing of the same file, chosen again
+  event.target.value = ""; // otherwise choosing the same file again is not reported
   try {
     const given = JSON.parse(await file.text());
-    if (given.saemill_notes !== 1) throw new Error("this is no file of notes");
+    if (given.saemill_notes !== 1) throw new Error("this is not a file of notes");
     const taken = new Set(), others = [];
     readNotes();
     for (const [label, latents] of Object.entries(checkedNotes(given.notes))) {
@@ -805,10 +805,10 @@ async function importNotes(event) {
       for (const [latent, note] of Object.entries(latents)) notes[sae.label] = { ...notes[sae.label], [latent]: note };
       taken.add(sae.label);
     }
-    if (others.length && !taken.size) throw new Error(`these notes are of other weights than are shown here: ${others.join(", ")}`);
+    if (others.length && !taken.size) throw new Error(`these notes are for other weights than the ones shown here: ${others.join(", ")}`);
     saveNotes(taken);
     showNotes();
-    say(others.length ? `notes imported, but not those of other weights than are shown here: ${others.join(", ")}` : "notes imported");
+    say(others.length ? `notes imported, except those for other weights than the ones shown here: ${others.join(", ")}` : "notes imported");
   } catch (error) { say(`not imported: ${error.message}`); }
 }
 
@@ -816,7 +816,7 @@ async function importNotes(event) {
 
 function showMissing(text) {
   state.sae = null;
-  $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Not here"), h("p", {}, text), h("p", {}, h("a", { href: "#/" }, "all SAEs of the run"))));
+  $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Not found"), h("p", {}, text), h("p", {}, h("a", { href: "#/" }, "all SAEs of the run"))));
 }
 
 async function route() {
@@ -898,7 +898,7 @@ async function begin() {
   try {
     let words;
     [run, words, numbers] = await Promise.all([load("run"), load("words"), load("numbers", true)]);
-    texts = new Array(words.ids.at(-1) + 1).fill(""); // by id; what nobody read has none
+    texts = new Array(words.ids.at(-1) + 1).fill(""); // by id; empty for what was not read
     words.ids.forEach((id, place) => { texts[id] = words.texts[place]; });
   }
   catch (error) { return $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Nothing to show"), h("p", { class: "warn" }, error.message))); }

@@ -28,7 +28,7 @@ const number = (value, digits = 3) => value === null || value === undefined || N
 const whole = (value) => value.toLocaleString("en");
 const share = (value) => value === 0 ? "0" : value >= 1e-5 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
 
-// Characters that are invisible or turn what stands beside them are written out; joiners inside words stay.
+// Characters that are invisible or turn the direction of their neighbours are written out; joiners inside words stay.
 const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\p{Co}\p{Cn}\p{Cs}]|(?![\u200c\u200d])\p{Cf}/gu;
 const LONG = 80;
 function visible(text) {
@@ -45,7 +45,7 @@ function brief(text, most = LONG) {
 
 const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8", "#7d8794", "#8f9a1f"];
 const colourOf = (place) => COLOURS[place % COLOURS.length];
-const DASHES = [null, "6 3", "2 3"]; // of lines, where all colours are taken
+const DASHES = [null, "6 3", "2 3"]; // for lines, when all colours are taken
 const dashOf = (place) => DASHES[Math.floor(place / COLOURS.length) % DASHES.length];
 let W = innerWidth < 600 ? 340 : 520, H = 260;
 
@@ -96,7 +96,7 @@ function frame(x, y, names, label) {
   const width = W, height = H, left = 46, foot = 34;
   const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": label });
   const px = (value) => left + x.scale(value) * (width - left - 10), py = (value) => 8 + (1 - y.scale(value)) * (height - 8);
-  const digits = (ticks) => { // as many as tell neighbours apart
+  const digits = (ticks) => { // as many as distinguish neighbours
     const apart = Math.min(...ticks.slice(1).map((tick, place) => tick - ticks[place])), most = Math.max(...ticks.map(Math.abs));
     return Math.max(3, Math.min(7, Math.floor(Math.log10(most)) - Math.floor(Math.log10(apart)) + 1)) || 3;
   };

@@ -82,7 +82,7 @@ class Bench:
     def goes_on_behind(self) -> int:
         """Batches of all SAEs that the last build did not encode."""
         assert self.encoded % 2 == 0
-        told = [line for line in self.said if "goes on where it was stopped" in line]
+        told = [line for line in self.said if "continuing where it was stopped" in line]
         assert len(told) == (self.encoded < 2 * BATCHES)
         return BATCHES - self.encoded // 2
 
@@ -178,7 +178,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "write_numbers", meanwhile)
         assert bench.build() == whole and taken(bench.run) == files
-    assert told == [f"another process is making {bench.run / 'browser'}: let it end, or stop it, first"]
+    assert told == [f"another process is building {bench.run / 'browser'}: wait until it ends, or stop it"]
     (bench.run / browser_folder.LOCK).touch()
     assert bench.build(every=math.inf) == whole and taken(bench.run) == files
 
@@ -227,7 +227,7 @@ def test_what_was_damaged_is_not_read(bench):
     bench.stop_in_batch(4)
     damage(newest=2)
     bench.stop_in_batch(2)
-    assert "browser: what a stopped build had read is damaged: it is read anew" in bench.said
+    assert "browser: what a stopped build had read is damaged: it is read again" in bench.said
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == 1
 
@@ -280,7 +280,7 @@ def test_a_disk_that_takes_no_saves_may_take_the_browser(bench, monkeypatch):
     let_saves_fail(monkeypatch, *range(1, BATCHES + 1))
     assert bench.build() == whole and taken(bench.run) == files
     (said,) = {line for line in bench.said if "cannot be saved" in line}
-    assert said.endswith("(No space left on device): stopped now, it would be read anew")
+    assert said.endswith("(No space left on device): if it is stopped now, it will start again")
 
 
 @pytest.mark.parametrize("failing, behind", [((2, 3), 1), ((2,), 3)])
@@ -291,7 +291,7 @@ def test_a_save_that_fails_costs_none_before_and_none_behind(bench, monkeypatch,
         let_saves_fail(patch, *failing)
         bench.stop_in_batch(4)
     said = [line for line in bench.said if "cannot be saved" in line]
-    assert len(said) == len(failing) and all(line.endswith("it would go on from the last save") for line in said)
+    assert len(said) == len(failing) and all(line.endswith("it will continue from the last save") for line in said)
     assert not list(bench.run.glob(".browser.making/read-*/.step_*"))
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == behind
@@ -313,7 +313,7 @@ def test_where_the_disk_was_full_it_goes_on_when_there_is_room(bench, builder, m
         first, second = bench.build()
     for failure in (first, second):
         assert isinstance(failure.error, BrowserUnwritten)
-        assert str(failure.error).endswith("What was read is kept: the same command goes on from there")
+        assert str(failure.error).endswith("What was read is kept: the same command continues from there")
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == BATCHES
 
@@ -361,4 +361,4 @@ def test_pages_of_other_weights_do_not_stay(bench, builder):
     builder.save(bench.run / "b", builder.make_sae(k=None, seed=9))
     bench.build(every=math.inf, labels="a")
     assert [sae["label"] for sae in browser_folder.read_data(bench.run / "browser", "run")["saes"]] == ["a"]
-    assert [line for line in bench.said if line.startswith("browser: b left out, of other weights")]
+    assert [line for line in bench.said if line.startswith("browser: b left out, whose weights have changed")]

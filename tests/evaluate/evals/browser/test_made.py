@@ -511,7 +511,7 @@ def test_promoted_tokens_that_have_no_room_are_found_for_fewer_latents_at_once(m
     words = SimpleNamespace(meet=lambda ids: ids)
     one = latents.Shown("sae_a", subject, seen=None)
     few, all_ = (latents.promoted(one, h, 4, words, said.append) for h in (SimpleNamespace(promotes=promotes), whole))
-    assert said[-1] == "out of memory: going on with 8 latents before the head at a time"
+    assert said[-1] == "out of memory: continuing with 8 latents before the head at a time"
     for name in ("promoted", "suppressed"):
         assert (few[name][0] == all_[name][0]).all() and few[name][1] == pytest.approx(all_[name][1], abs=1e-5)
 
@@ -783,7 +783,7 @@ def test_saes_whose_pages_are_damaged_do_not_stay(damage, made, open_context, wo
     context.say = said.append
     make(context, [one for one in subjects_of(home) if one.label == "b"])
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
-    assert "browser: a left out, whose pages are damaged: name them too to have them shown" in said
+    assert "browser: a left out, whose pages are damaged: name them too to show them" in said
 
 
 def test_saes_stay_with_their_exports_whatever_is_exported_now(made, open_context, world):

@@ -376,7 +376,7 @@ def test_what_another_sae_or_the_model_would_say_is_shown_where_it_is_the_very_o
     page.evaluate("showSae('first', 3, null)")
     assert "In the other SAEs" not in page.locator("#related").text_content()
     said = page.evaluate("[[1], [1, 2]].map((layers) => logits({ target_layers: layers }, {}).textContent)")
-    assert "The model was not there when this SAE was read" in said[0] and "writes to several layers" in said[1]
+    assert "The model was not available when this SAE was read" in said[0] and "writes to several layers" in said[1]
 
 
 def test_keys_alone_are_enough(site, open_page):
@@ -470,9 +470,9 @@ def test_notes_are_of_the_weights_and_not_of_whatever_bears_their_label(site, op
         page.locator("#notes-file").set_input_files(tmp_path / f"{name}.json")
         page.wait_for_selector("#said:not(:empty)")
         said.append(page.locator("#said").inner_text())
-    refused = "not imported: these notes are of other weights than are shown here: first"
+    refused = "not imported: these notes are for other weights than the ones shown here: first"
     assert said[:2] == [refused] * 2
-    assert said[2] == "notes imported, but not those of other weights than are shown here: first"
+    assert said[2] == "notes imported, except those for other weights than the ones shown here: first"
     assert page.locator("table a").all_inner_texts() == ["\u2605 second 3"]
 
 

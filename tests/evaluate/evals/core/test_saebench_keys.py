@@ -110,7 +110,7 @@ def test_logits_that_do_not_fit_are_asked_for_in_smaller_chunks():
     size = PieceSize(8, "rows of logits", said.append)
     ce, _ = compare(tight, [tight], torch.zeros(11, dtype=torch.int64), size)
     torch.testing.assert_close(ce, -clean.log_softmax(-1)[:, 0])
-    assert said == [f"out of memory: going on with {n} rows of logits at a time" for n in (4, 2)]
+    assert said == [f"out of memory: continuing with {n} rows of logits at a time" for n in (4, 2)]
 
 
 def test_where_a_probability_underflows_only_the_published_divergence_breaks():

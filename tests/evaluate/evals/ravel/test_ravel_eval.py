@@ -200,7 +200,7 @@ def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(context, builder, con
 
 def test_a_model_that_answers_nothing_right_is_a_reason_not_to_run(context, builder, config, monkeypatch):
     monkeypatch.setattr(ravel, "known_prompts", lambda *_: [])
-    with pytest.raises(NotApplicable, match="of 'Colour' the model answers prompts with 0 different labels"):
+    with pytest.raises(NotApplicable, match="the model answers prompts about 'Colour' with 0 different labels"):
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config()))
 
 

@@ -87,7 +87,7 @@ def test_rows_are_cut_from_the_joined_text_and_start_with_bos():
 
 @pytest.mark.parametrize(("texts", "found"), [(["abcd"], 24), ([], 0)])
 def test_a_text_that_fills_no_row_is_refused(texts, found):
-    with pytest.raises(DataMissing, match=f"a row of 25 tokens at least, found {found}: .*forget_corpus=FILE"):
+    with pytest.raises(DataMissing, match=f"at least one row of 25 tokens, found {found}: .*forget_corpus=FILE"):
         joined_rows(texts, Characters(), eos_text="|", bos=1, pad=0, length=25)
 
 

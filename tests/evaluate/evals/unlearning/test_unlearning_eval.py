@@ -205,7 +205,7 @@ def test_what_is_asked_otherwise_is_asked_again(tmp_path, change):
 
 
 def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
-    with pytest.raises(DataMissing, match="bio-forget-corpus.jsonl by the form"):
+    with pytest.raises(DataMissing, match="bio-forget-corpus.jsonl with the form"):
         texts_and_exams.read_corpus(tmp_path / "nowhere.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"no": 1}\n')
     with pytest.raises(DataMissing, match="expected a JSON object with 'text'"):
@@ -220,7 +220,7 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
 )
 def test_data_sets_without_a_topic_or_without_a_rest_are_refused_before_anything_is_read(names):
     config = unlearning.Config(data="wmdp", forget_corpus="nowhere.jsonl", dataset_names=names)
-    with pytest.raises(SettingInvalid, match="unlearning.dataset_names: expected wmdp-bio, .*college_biology is none"):
+    with pytest.raises(SettingInvalid, match="unlearning.dataset_names: expected wmdp-bio, .*college_biology is not"):
         unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
 
 
@@ -237,7 +237,7 @@ def test_data_sets_without_a_topic_or_without_a_rest_are_refused_before_anything
 )
 def test_settings_of_other_data_are_refused_and_not_remembered_as_if_they_held(data, name, value):
     config, other = unlearning.Config(data=data, **{name: value}), {"stdlib": "wmdp", "wmdp": "stdlib"}[data]
-    said = rf"unlearning\.{name}: of the data {other} alone, and here it is {data} .*--set unlearning\.data={other}$"
+    said = rf"unlearning\.{name}: only for the data {other}, but the .* are {data} .*--set unlearning\.data={other}$"
     with pytest.raises(SettingInvalid, match=said):
         unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
 
