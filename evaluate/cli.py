@@ -64,7 +64,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     "[default: 10; inf if imported with --keep-massive]",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
-@click.option("--compare", is_flag=True, help="Print one table of results; evaluate only what has no result.")
+@click.option("--compare", is_flag=True, help="Print one table of results; evaluate only what has no complete result.")
 @click.option("--resume", is_flag=True, help="Skip what was already done with the same settings.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Save plots next to the results.")
 @click.option(
@@ -75,8 +75,8 @@ def main(**words: Any) -> None:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 
     Results are JSON files next to the run. The exit status is 0 when all is done, 1 when something failed,
-    2 for an unknown option, 3 when something could not be run because a model or data is missing, 130
-    when stopped.
+    2 for an unknown option, 3 when something was not run or is incomplete, for example because a model or
+    data is missing, 130 when stopped.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

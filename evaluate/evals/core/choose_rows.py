@@ -1,8 +1,8 @@
 """Which token rows a core evaluation reads: two blocks of batches of a split, one after the other.
 
 The first block is for the losses of the model, the second for sparsity and variance. SAEBench takes
-200 and 2,000 batches; a split that has fewer is shared: a tenth for the losses as SAEBench does, but up
-to 20 batches, or half, where a tenth would be too few to say anything.
+200 and 2,000 batches; a split that has fewer is shared in the same proportion, one to ten, but the losses get
+up to 20 batches, or half of all, if their share would be too few to say anything.
 """
 
 from __future__ import annotations
