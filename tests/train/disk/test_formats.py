@@ -562,7 +562,7 @@ def test_a_loaded_sae_says_what_it_reads_and_refuses_other_widths(tmp_path):
     sae = load_sae(tmp_path / "a")
     assert "  somebody/model, blocks.3.x: 6 -> 20 -> 6, k 3" in str(sae)
     with pytest.raises(
-        ValueError, match=r"expected activations \[\.\.\., 6\] of somebody/model, blocks\.3\.x, found \[2, 7\]"
+        ValueError, match=r"expected activations \[\.\.\., 6\] from somebody/model, blocks\.3\.x, found \[2, 7\]"
     ):
         sae.encode(torch.zeros(2, 7))
     assert "  an unnamed place: 6 -> 20 -> 6\n" in str(sae_from_plain(make_plain("standard")))

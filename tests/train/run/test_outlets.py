@@ -165,7 +165,7 @@ def test_devices(monkeypatch):
     with pytest.raises(ConfigInvalid, match="found no CUDA device"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigInvalid, match="finds 2 CUDA devices here"):
+    with pytest.raises(ConfigInvalid, match="found 2 CUDA devices"):
         choose_device("cuda:2")
     for kind in ("meta", "mps", "xpu"):  # NumPy reads into the memory of none
         with pytest.raises(ConfigInvalid, match=f"found '{kind}': it is not supported"):
