@@ -1,6 +1,6 @@
-"""Train sparse autoencoders from a store; never loads a language model.
+"""Train sparse autoencoders from a store; no language model is loaded.
 
-`saemill.train(variant="topk", cache="./store")` trains, with the words of `sae-train`, and gives the run.
+`saemill.train(variant="topk", cache="./store")` takes the options of `sae-train` and returns the run.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ make_callable(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    """Late: what only asks for names must not wait for torch."""
+    """Imported late: asking for names alone must not wait for torch."""
     if name == "load_sae":
         from .run.find_and_load_sae import load_sae
 

@@ -1,4 +1,4 @@
-"""`sae-train`: words to a run, and what came of it back to words."""
+"""`sae-train`: from command-line options to a run, and from its results to console output."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Examples:
 
 
 def count(_: click.Context | None, option: click.Parameter, text: str | None) -> int | None:
-    """A number of tokens from its words: `50M`, `16k` or plain digits."""
+    """Parse a count: `50M`, `16k` or plain digits."""
     if text is None:
         return None
-    may_be_fleet = option.name != "tokens" and "," in text  # `--k 16,128` is two wishes, not 16 thousand latents
+    may_be_fleet = option.name != "tokens" and "," in text  # `--k 16,128` is for two SAEs, not 16 thousand latents
     value = None if may_be_fleet else read_count(text)
     if value is None:
-        advice = f": a fleet is --grid {option.name}={text}" if may_be_fleet else ""
+        advice = f": for a fleet, give --grid {option.name}={text}" if may_be_fleet else ""
         raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}{advice}")
     return value
 
@@ -66,60 +66,60 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How many times the store may be read.")
-@click.option("--layer", type=int, metavar="L", help="The layer to train on.  [default: 19, or the store's only one]")
+@click.option("--layer", type=int, metavar="L", help="The layer to train on.  [default: 19, or the store's only layer]")
 @click.option(
     "--width",
     callback=count,
     metavar="F",
-    help="Latents.  [default: the variant's, at most 16 times the residual width]",
+    help="Number of latents.  [default: the variant's, at most 16 times the residual width]",
 )
-@click.option("--k", callback=count, metavar="K", help="Active latents per token, for variants that fix their number.")
+@click.option("--k", callback=count, metavar="K", help="Active latents per token, for variants that fix this number.")
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
 @click.option(
     "--seed",
     type=int,
     metavar="N",
-    help="Seed of the SAE (for several: --grid seed=0,1). The order of the data has its own, data.seed.",
+    help="Seed of the SAE (for several: --grid seed=0,1). The order of the data has its own seed, data.seed.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option(
     "--spread",
     is_flag=True,
-    help="Of several processes (torchrun, accelerate launch), each trains some of the SAEs, instead of all SAEs on a "
+    help="With several processes (torchrun, accelerate launch), each trains some of the SAEs, instead of all SAEs on "
     "part of every batch.",
 )
 @click.option(
     "--set",
     multiple=True,
     metavar="A.B=V",
-    help="Any other setting, such as optim.beta1=0; a list is a,b. If you give one twice, the last counts.",
+    help="Any other setting, such as optim.beta1=0; a list is a,b. If given twice, the last value counts.",
 )
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option(
     "--init",
     metavar="SAE",
-    help="Begin from a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify or Gemma Scope), or "
+    help="Start from a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify or Gemma Scope), or "
     "owner/name on the Hub.",
 )
 @click.option(
     "--with-baselines",
     is_flag=True,
-    help="Train sanity baselines too: decoder frozen, nearly frozen, encoder frozen, principal components.",
+    help="Also train sanity baselines: decoder frozen, nearly frozen, encoder frozen, principal components.",
 )
 @click.option(
-    "--resume", metavar="NAME", shell_complete=cli_support.runs, help="Go on with a run from its last checkpoint."
+    "--resume", metavar="NAME", shell_complete=cli_support.runs, help="Resume a run from its last checkpoint."
 )
 @click.option(
     "--plots/--no-plots",
     default=True,
     show_default=True,
-    help="Make a page of the run while it trains, and pictures at its end.",
+    help="Write a page about the run while it trains, and plots at its end.",
 )
 @click.option(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Check everything, time a few steps, say what the run would do and need, and write nothing.",
+    help="Check everything, time a few steps, report what the run would do and need, and write nothing.",
 )
 @as_json()
 def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: bool, **words: Any) -> None:
@@ -162,12 +162,12 @@ def _estimate(words: dict[str, Any], is_json: bool, device: str, spread: bool) -
 
 
 def document_of(outcomes: list[Outcome]) -> dict[str, Any]:
-    """For scripts: the runs as their result.json has them, and where they are."""
+    """For scripts: the runs as in their result.json, and their folders."""
     return {"runs": [{"folder": str(folder_of(outcome)), **to_json(outcome)} for outcome in outcomes]}
 
 
 def tell(console: Console, outcome: Outcome, plots: bool) -> None:
-    """The last lines: what came out, where it is, what to do next."""
+    """Print the results, where they are and what to do next."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     has_massive = any(sae.validation_massive for sae in outcome.saes.values())
@@ -180,7 +180,7 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
             cells.append(share(sae.explained_variance if every is None else every))
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
-    console.print(f"L0 and EV (explained variance) are of {outcome.say_held_out()}")
+    console.print(f"L0 and EV (explained variance) are measured on {outcome.say_held_out()}")
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
     console.print(
@@ -201,19 +201,19 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
 
 
 def share(value: float | None) -> str:
-    """A share that may not be known."""
+    """Format a share; `-` if it is unknown."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def warnings_of(outcome: Outcome) -> list[str]:
-    """What must be said and not only stand in the table."""
+    """What the table alone would not make clear."""
     shares = {label: sae.explained_variance for label, sae in outcome.saes.items()}
     alike = [label for label, found in shares.items() if found is None]
     poor = [label for label, found in shares.items() if found is not None and not found > 0]
     said = {
-        "rows of the validation split are all alike: there is no variance of which a part could be explained. "
-        "Measure on more of it by --set course.validation_tokens, or on other text": alike,
-        "activations of the validation split are rebuilt no better than by their mean. "
+        "rows of the validation split are all alike: there is no variance to explain. "
+        "Measure on more of it with --set course.validation_tokens, or on other text": alike,
+        "activations of the validation split are reconstructed no better than by their mean. "
         "Train on more --tokens, or with a higher --lr or a smaller --width": poor,
     }
     return [f"warning: {', '.join(labels)}: {what}" for what, labels in said.items() if labels]
@@ -225,7 +225,7 @@ def folder_of(outcome: Outcome) -> Path:
 
 
 def evaluated_as(outcome: Outcome) -> str:
-    """What to call the run at the next command: its name where that looks, else its path."""
+    """How the next command finds the run: by name in the default folder, otherwise by path."""
     folder = folder_of(outcome)
     return shlex.quote(outcome.run if folder == Path(cli_support.RUNS, outcome.run) else str(folder))
 

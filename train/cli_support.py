@@ -1,4 +1,4 @@
-"""What the commands have in common: how an expected error ends, and what a shell completes. Brings no torch."""
+"""Shared by the commands: the handling of expected errors, and shell completion. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run.run_folder import RUNS, run_names
 
 @contextmanager
 def tell_errors() -> Iterator[None]:
-    """Expected errors end in one message and an exit code, not in a traceback."""
+    """Turn expected errors into one message and an exit code instead of a traceback."""
     try:
         with tell_files():
             yield
@@ -28,7 +28,7 @@ def tell_errors() -> Iterator[None]:
         sys.exit(128 + stop.signal)
     except (TrainError, StoreError) as error:
         click.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from error  # a study goes on past some of them
+        raise SystemExit(1) from error  # a study continues after some of them
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -48,7 +48,7 @@ def recipes(_: click.Context, __: click.Parameter, incomplete: str) -> list[Comp
 
 
 def runs(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Runs of the folder that the command names, and folders: an SAE may lie anywhere."""
+    """Runs in the folder that the command names, and folders: an SAE may be anywhere."""
     root = context.params.get("runs") or context.params.get("out") or RUNS
     found = beginning_with(incomplete, run_names(root))
     return found or [CompletionItem(incomplete, type="dir")]

@@ -1,4 +1,4 @@
-"""A run without its folder: what it would train, from how much text, and how long that would take here."""
+"""Dry runs: what a run would train, on how much text, and how long that would take here."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ POOL_BATCHES = 16
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was found out about a run."""
+    """What a dry run found."""
 
     settled: Settled
     described: Mapping[str, Any]
-    """What its config.json would hold."""
+    """What its config.json would contain."""
     weight_bytes: int
-    """Of all SAEs."""
+    """Size of the weights of all SAEs."""
     seconds: float
     where: str
 
@@ -49,14 +49,14 @@ class Estimate:
 
     @property
     def disk_bytes(self) -> int:
-        """The SAEs, and checkpoints: one is whole before an older one goes."""
+        """The SAEs and checkpoints; a new checkpoint is complete before an old one is deleted."""
         return self.weight_bytes * (1 + (KEPT + 1) * (COPIES - 1))
 
 
 def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
-    """Time a few steps of each run that the words ask for. Name, store, settings and memory are checked."""
+    """Time a few steps of each requested run. Name, store, settings and memory are checked."""
     if words["resume"] is not None:
-        raise ConfigInvalid(f"--dry-run is of a new run: leave out it or --resume {words['resume']}")
+        raise ConfigInvalid(f"--dry-run is for a new run: leave out either it or --resume {words['resume']}")
     if words["name"] is not None:
         RunFolder.require_free(words["out"], words["name"])
     for ask in asks_of(words):
@@ -69,7 +69,7 @@ def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
 
 
 def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
-    """Of all steps of a run on this machine, by the slowest of its processes; a collective call. Nothing is written."""
+    """Time for all steps of a run on this machine, set by the slowest process; a collective call. Writes nothing."""
     fleet, data = make_fleet(settled, store, process), settled.config.data
     begin_as_source(settled, fleet, store, process)
     pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
@@ -93,7 +93,7 @@ def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
 
 
 def document_of(estimates: list[Estimate]) -> dict[str, Any]:
-    """For scripts: what `render` shows, and every setting."""
+    """For scripts: what `render` shows, plus every setting."""
     return {
         "runs": [
             {
@@ -111,7 +111,7 @@ def document_of(estimates: list[Estimate]) -> dict[str, Any]:
 
 
 def render(estimate: Estimate) -> Table:
-    """For a person."""
+    """The estimate as a table."""
     settled, cache = estimate.settled, estimate.described["cache"]
     facts = Table.grid(padding=(0, 2))
     saes = [f"{member.label}: {settings_of(member)}" for member in settled.config.members]
@@ -121,9 +121,9 @@ def render(estimate: Estimate) -> Table:
         "SAEs": "\n".join(saes),
         "text": settled.remark,
         "steps": f"{settled.total_steps:,} of {settled.plan.batch_tokens:,} tokens",
-        "memory": f"{say_size(estimate.memory_bytes)} for weights, gradients and moments of all",
-        "disk": f"{say_size(estimate.disk_bytes)} at most, nearly all of it checkpoints",
-        "time": f"about {say_time(estimate.seconds)}, by a few steps on {estimate.where}",
+        "memory": f"{say_size(estimate.memory_bytes)} for weights, gradients and moments of all SAEs",
+        "disk": f"{say_size(estimate.disk_bytes)} at most, nearly all of it for checkpoints",
+        "time": f"about {say_time(estimate.seconds)}, estimated from a few steps on {estimate.where}",
     }
     for name, value in rows.items():
         facts.add_row(f"[bold]{name}[/bold]", value)

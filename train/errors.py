@@ -1,4 +1,4 @@
-"""Everything that training can refuse, by name."""
+"""The errors that training raises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 def resume_command(folder: str | os.PathLike[str]) -> str:
-    """The command that goes on with a run, for messages: to be pasted into a shell."""
+    """The shell command that resumes a run, for use in messages."""
     return shlex.join(["sae-train", "--resume", os.fspath(folder)])
 
 
@@ -18,12 +18,12 @@ class TrainError(Exception):
 
 
 class ConfigInvalid(TrainError, ValueError):
-    """A setting is out of range or names what is not there, or two settings contradict each other."""
+    """A setting is out of range or names something that does not exist, or two settings contradict each other."""
 
 
 @contextmanager
 def name_sae(label: str) -> Iterator[None]:
-    """Of which SAE of a run a setting is refused."""
+    """Name the SAE whose setting is refused."""
     try:
         yield
     except ConfigInvalid as error:
@@ -43,16 +43,16 @@ class NonFiniteLoss(TrainError, ArithmeticError):
         listed = ", ".join(f"{name} = {value}" for name, value in terms.items())
         super().__init__(
             f"step {step}{place and f', {place}'}: expected finite losses, found {listed}; "
-            "the weights are those of the step before. "
+            "the weights are those of the previous step. "
             "Lower the learning rate, or check the activations of this batch"
         )
         self.step = step
         self.terms = terms
-        self.is_input_finite = is_input_finite  # of the step's batch, where the step has looked
+        self.is_input_finite = is_input_finite  # the step's batch; None if not checked
 
 
 class TrainingDiverged(TrainError, ArithmeticError):
-    """SAEs of a run diverged: all, so that it has no result, or some, of which its result says so."""
+    """SAEs of a run diverged: all, so there is no result, or some, which the result names."""
 
 
 class StoppedElsewhere(TrainError, RuntimeError):
@@ -64,15 +64,15 @@ class SaeInvalid(TrainError, ValueError):
 
 
 class StateInvalid(TrainError, ValueError):
-    """Saved training state lacks tensors, or has them in other shapes."""
+    """Saved training state lacks tensors, or their shapes do not match."""
 
 
 class NothingToTrain(TrainError, ValueError):
-    """The run would have no step, or has taken its last, or the split has no token."""
+    """The run would have no steps or has taken them all, or the split has no tokens."""
 
 
 class MemoryTooSmall(TrainError, MemoryError):
-    """The run does not fit into the memory that is free."""
+    """The run does not fit into free memory."""
 
 
 class ActivationsNotFinite(TrainError, ArithmeticError):
@@ -80,27 +80,27 @@ class ActivationsNotFinite(TrainError, ArithmeticError):
 
 
 class RunMissing(TrainError, FileNotFoundError):
-    """No run, or no SAE, has the name that was given."""
+    """No run or SAE has the given name."""
 
 
 class RunTaken(TrainError, FileExistsError):
-    """A run of this name exists already."""
+    """A run of this name already exists."""
 
 
 class CheckpointDamaged(TrainError, ValueError):
-    """No checkpoint of the run is complete, or its processes do not see the same."""
+    """No checkpoint of the run is complete, or its processes see different ones."""
 
 
 class RunNotWritten(TrainError, OSError):
-    """The run's disk is full, or takes no files."""
+    """The run's disk is full or cannot be written to."""
 
 
 class NotPushed(TrainError, OSError):
-    """The Hub cannot be reached, or does not take an SAE; nothing was uploaded."""
+    """The Hub cannot be reached or refuses an SAE; nothing was uploaded."""
 
 
 class TrackerMissing(TrainError, ImportError):
-    """A tracker was asked for whose package is not installed."""
+    """The package of a requested tracker is not installed."""
 
 
 class RunInterrupted(TrainError):

@@ -1,4 +1,4 @@
-"""`sae-export`: an SAE from any known folder to any other, with proof that it computes the same; or to the Hub."""
+"""`sae-export`: convert an SAE between folder formats, checking that it computes the same; or push it to the Hub."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .run.push_to_hub import push
 from .sae.model import SparseAutoencoder
 
 ROWS = 256
-MOST = 1e-3  # that what a row is rebuilt as may differ by, of the mean row's length
-FLIPPED = 0.1  # of rows may differ by more where a latent that is near a tie or its threshold jumps
+MOST = 1e-3  # largest difference in a row's reconstruction, as a share of the mean row's length
+FLIPPED = 0.1  # share of rows that may differ by more, where a latent near a tie or its threshold flips
 CIRCUIT_TRACER = "circuit_tracer"
 
 
@@ -45,13 +45,15 @@ Examples:
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", shell_complete=cli_support.runs)
 @click.option(
-    "--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="The tool whose folder form to write."
+    "--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="The tool whose folder format to write."
 )
 @click.option("--out", "target", type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload with a model card instead.")
+@click.option(
+    "--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload to this repository instead, with a model card."
+)
 @click.option("--private", is_flag=True, help="If the repository is new, make it private.")
 @click.option(
-    "--license", "licence", metavar="NAME", help="The licence that the card names, such as mit. Default: none."
+    "--license", "licence", metavar="NAME", help="The licence to name in the card, such as mit. Default: none."
 )
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
 @as_json()
@@ -65,14 +67,14 @@ def main(
     runs: str,
     is_json: bool,
 ) -> None:
-    """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning, Gemma Scope), or of the Hub.
+    """Convert SOURCE: a run, an SAE's folder (SAELens, sparsify, dictionary_learning, Gemma Scope), or one on the Hub.
 
-    Or push it: a run with all its SAEs, one of them, or a folder.
+    Or push it to the Hub: a run with all its SAEs, one of them, or a folder.
     """
     if repository is not None and (kind is not None or target is not None):
-        raise click.UsageError("expected --to and --out, or --push-to-hub, found both")
+        raise click.UsageError("expected either --to and --out or --push-to-hub, found both")
     if repository is None and (private or licence is not None):
-        raise click.UsageError("--private and --license are of --push-to-hub OWNER/NAME")
+        raise click.UsageError("--private and --license need --push-to-hub OWNER/NAME")
     with tell_errors():
         if repository is not None:
             address = push(source, runs, repository, private, licence)
@@ -88,19 +90,19 @@ def main(
             difference, compared = export(folders[0], kind, target), "codes and reconstructions differ"
         read_from = [{"folder": str(folder), "kind": kind_of(folder)} for folder in folders]
         said = f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})"
-        proof = f"read back, {compared} by {difference:.2g} at most on {ROWS} random rows"
+        proof = f"read back: {compared} by at most {difference:.2g} on {ROWS} random rows"
         document = {"read": read_from, "written": {"folder": str(target), "kind": kind}, "difference": difference}
         tell(document, [said, proof, *next_step(kind, target)], is_json)
 
 
 def next_step(kind: str, target: Path) -> list[str]:
-    """What its readers want and cannot be written without a pickle."""
-    said = f"next: the two lines in {target / 'README.md'} make ae.pt of it, which is what dictionary_learning opens"
+    """How to make the file that dictionary_learning opens: a pickle, so it is not written here."""
+    said = f"next: run the two lines in {target / 'README.md'} to make ae.pt, the file that dictionary_learning opens"
     return [said] if kind == "dictionary_learning" else []
 
 
 def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
-    """What came of it: for scripts on standard output, in words where a person looks."""
+    """Report the outcome: lines of text, or with `is_json` a document on standard output and the lines on stderr."""
     for line in lines:
         click.echo(line, err=is_json)
     if is_json:
@@ -108,13 +110,13 @@ def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
 
 
 def export(folder: Path, kind: str, target: Path) -> float:
-    """Write the SAE of a folder in another form; the largest difference between the two."""
+    """Write the SAE of a folder in another format; return the largest difference between the two."""
     _require_free(target)
     plain, metadata = read(folder)
     metadata = _with_place(metadata)
     _require_one_place(metadata, kind)
     plain = plain if kind == "sae_lens" else unsigned(plain)
-    # SAELens' form has decoder rows of length one, and codes that take up their lengths.
+    # SAELens' format has decoder rows of length one; the codes absorb their lengths.
     coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
     with _whole_or_gone(target):
         WRITERS[kind](target, plain, metadata)
@@ -125,7 +127,7 @@ def export(folder: Path, kind: str, target: Path) -> float:
 
 @torch.no_grad()
 def export_set(folders: Sequence[Path], target: Path) -> float:
-    """Write transcoders, one a layer, or a cross-layer one, for circuit-tracer; the largest difference to them."""
+    """Write transcoders, one per layer or a cross-layer one, for circuit-tracer; return the largest difference."""
     _require_free(target)
     saes = [read_folder(folder) for folder in folders]
     for sae in saes:
@@ -153,7 +155,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def _outputs(one: PlainSae, other: PlainSae, coded: PlainSae | None) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Codes of both, and what both rebuild."""
+    """Codes and reconstructions of both."""
     first, second = sae_from_plain(one), sae_from_plain(other)
     size = first.b_dec.norm().clamp_min(1.0)
     x = first.b_dec + size * torch.randn(ROWS, first.d_in, generator=torch.Generator().manual_seed(0))
@@ -161,25 +163,25 @@ def _outputs(one: PlainSae, other: PlainSae, coded: PlainSae | None) -> tuple[tu
 
 
 def _require_alike(x_hat: Tensor, found: Tensor, may_flip: bool) -> None:
-    """Refuse what does not rebuild as its source does; a few rows may where latents jump."""
+    """Refuse reconstructions that differ from the source's; a few rows may where latents can flip."""
     differences = (x_hat - found).norm(dim=1) / x_hat.norm(dim=1).mean().clamp_min(1e-30)
-    others = int((~(differences <= MOST)).sum())  # those that are not finite, too
+    others = int((~(differences <= MOST)).sum())  # including those that are not finite
     if others > (FLIPPED * len(differences) if may_flip else 0):
         raise SaeInvalid(
-            f"expected what was written to rebuild as its source does, found {others} of {len(differences)} random "
-            f"rows to differ by more than {MOST:g} of their length: nothing is left of it. Choose another --to, and "
-            "report this SAE"
+            f"expected the written SAE to reconstruct as its source does, found {others} of {len(differences)} random "
+            f"rows that differ by more than {MOST:g} of their length: it was deleted. Choose another --to, and report "
+            "this SAE"
         )
 
 
 def _require_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunTaken(f"{target} exists already and is not an empty folder: choose another --out")
+        raise RunTaken(f"{target} already exists and is not an empty folder: choose another --out")
 
 
 @contextmanager
 def _whole_or_gone(target: Path) -> Iterator[None]:
-    """Of a folder that was free: whatever stops the writing leaves no part of it; a full disk ends in one line."""
+    """Delete a partly written folder, whatever stops the writing; report a full disk in one line."""
     try:
         yield
     except BaseException as error:
@@ -190,11 +192,11 @@ def _whole_or_gone(target: Path) -> Iterator[None]:
 
 
 def _with_place(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The same with its place under our own names, which writers read, where only another tool's name tells it."""
+    """Add the place under our own names, which writers read, where only another tool's name gives it."""
     require_places(metadata)
     try:
         told = places_told(metadata)
-    except SaeInvalid:  # a place that is unknown here stays as it is named
+    except SaeInvalid:  # an unknown place keeps its name
         return metadata
     if told is None or len(told.layers) != 1 or told.layers != told.target_layers:
         return metadata
@@ -202,7 +204,7 @@ def _with_place(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
-    """Other tools know SAEs of one layer that reconstruct what they read, and sparsify a layer's MLP as well."""
+    """Other tools support only SAEs of one layer that reconstruct their input; sparsify also a layer's MLP."""
     layers, hooks = metadata.get("layers") or (), (metadata.get("hook"), metadata.get("target_hook"))
     is_of_mlp = hooks == ("mlp_in", "mlp_out") and len(layers) == 1 and metadata.get("target_layers") == layers
     is_of_module = kind == "sparsify" and (is_of_mlp or metadata.get("transcodes", False))
@@ -210,7 +212,7 @@ def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
         raise SaeInvalid(
             f"expected an SAE of one layer that reconstructs its input, found {metadata.get('hook', 'layers')} "
             f"{metadata.get('layers')} to {metadata.get('target_hook', '')} "
-            f"{metadata.get('target_layers', 'another place')}: {kind} has no form for it"
+            f"{metadata.get('target_layers', 'another place')}: {kind} has no format for it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Registries: a package's files, found by their names."""
+"""Registries: modules of a package, found by name."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..cache_schema.strict_json import nearest
 
 
 def file_names(folders: Iterable[str]) -> tuple[str, ...]:
-    """All files of a package, by its `__path__`, sorted."""
+    """All modules of a package, given its `__path__`, sorted."""
     return tuple(sorted(info.name for info in pkgutil.iter_modules(folders)))
 
 
 def require_known(name: str, known: Iterable[str], kind: str, error: type[Exception]) -> None:
-    """A name that is not known is an error that names its neighbours."""
+    """Raise `error` for an unknown name, with the nearest known ones."""
     known = tuple(known)
     if name not in known:
         raise error(f"unknown {kind} {name!r}{nearest(name, known)}")
 
 
 def import_file(package: str, name: str) -> ModuleType:
-    """A file of a package."""
+    """Import a module of a package."""
     return importlib.import_module(f"{package}.{name}")

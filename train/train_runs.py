@@ -1,4 +1,4 @@
-"""From the words of a command, or of a caller in Python, to runs that train."""
+"""From the options of a command, or of a Python caller, to trained runs."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "see
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
 _ALIASES = {"lr": "optim.lr"}
 
-TAKEN = 0.98  # share of the text below which it is said how much is read
+TAKEN = 0.98  # if less than this share of the text is read, the console says so
 
 
 @contextmanager
 def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
-    """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
+    """Where this process computes and prints; with `spread`, SAEs are divided among several processes."""
     group, place = join(device, has_sums=not spread)
     if spread and group.size == 1:
-        console.print("--spread deals SAEs out over several processes, and this is one: start it by torchrun")
+        console.print("--spread divides SAEs among several processes, but there is only one: start it with torchrun")
     process = Process(group, SOLO if spread and group.size > 1 else group, place, console, is_watched)
     try:
         yield process
-    except RunInterrupted:  # by all of them
+    except RunInterrupted:  # in all processes
         group.close()
         raise
     except BaseException as error:
@@ -57,9 +57,9 @@ def open_process(device: str, console: Console, spread: bool = False, is_watched
 
 
 def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
-    """Train what the options say, by the names that `sae-train` has for them: one run after the other.
+    """Train what the options, named as in `sae-train`, ask for: one run after the other.
 
-    Only one of several processes has results.
+    Only one of several processes yields results.
     """
     if words["resume"] is not None:
         others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
@@ -97,14 +97,14 @@ def _go_on(folder: RunFolder, cache: str | None, process: Process) -> Outcome | 
         if cache is not None:
             raise
         raise ConfigInvalid(
-            f"{folder.path} was begun on the store {url}, which is not there: say with --cache where it lies now"
+            f"{folder.path} was trained on the store {url}, which is no longer there: give its location with --cache"
         ) from None
     with store, resume_run(folder, store, process) as run:
         return train(run)
 
 
 def train(run: Run) -> Outcome | None:
-    """From the fleet's step to the last, then the end of the run; rank 0 returns the results."""
+    """Take the remaining steps, then conclude the run; rank 0 returns the results."""
     try:
         run.watch.begin()
         with catch_signals(is_launched()) as caught:
@@ -115,16 +115,16 @@ def train(run: Run) -> Outcome | None:
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
         again = resume_command(run.folder.path)
-        saved = f"The last checkpoint is whole: go on with: {again}"
+        saved = f"The last checkpoint is intact. Resume with: {again}"
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
             if run.folder.has_steps:
-                saved += f": its log is in {run.folder.path}; from step 0 again, with the same settings: {again}"
+                saved += f": the log is in {run.folder.path}. Start again from step 0 with the same settings: {again}"
         raise type(error)(f"{error}. {saved}") from error
 
 
 def _take_step(run: Run, step: int) -> None:
-    """What was drawn goes with the step: it holds what the feed is to give back at the end."""
+    """A function of its own, so that the draw is released with each step: it holds buffers that the feed must free."""
     draw = run.feed.draw(step)
     run.watch.observe(step, draw, run.fleet.step(draw), run.fleet.diverged)
     for said in run.fleet.take_news():
@@ -133,7 +133,7 @@ def _take_step(run: Run, step: int) -> None:
 
 
 def _introduce(run: Run, remark: str) -> None:
-    """What is about to happen; a collective call."""
+    """Print what is about to happen; a collective call."""
     own = {
         label: {
             "process": run.process.group.rank,
@@ -157,31 +157,31 @@ def _introduce(run: Run, remark: str) -> None:
     if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
         run.process.console.print(
             f"SAEs on whole windows read {taken:.0%} of the text: a batch of {run.feed.plan.batch_tokens:,} tokens "
-            f"takes whole windows of {run.store.manifest.context}; a multiple of that as data.batch_tokens "
-            "leaves out less"
+            f"holds only whole windows of {run.store.manifest.context}; set data.batch_tokens to a multiple of that "
+            "to leave out less"
         )
     cut = {tuple(found) for one in told.values() for found in one["cut"]}
     for asked, given in sorted(cut):
-        run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
+        run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps is cut to {given:,}")
     for line in say_products({label: tuple(one["products"]) for label, one in told.items()}):
         run.process.console.print(line)
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
             run.process.console.print(
-                f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
+                f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf includes them)"
             )
 
 
 def products_of(sae: SparseAutoencoder, device: torch.device) -> tuple[Product, Product]:
-    """How the encoder is to multiply, and how it does on this device."""
+    """The requested precision of the encoder's products, and the one used on this device."""
     return sae.encoder_product, product_on(device, sae.encoder_product)
 
 
 def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[str]:
-    """Where the machine does not have what was asked for."""
+    """Report products that this machine cannot compute as requested."""
     for asked, given in sorted({pair for pair in products.values() if len(set(pair)) > 1}):
         labels = ", ".join(label for label, pair in products.items() if pair == (asked, given))
-        yield f"{labels}: encoder_product={asked} is computed in {given}: this machine has no fast {asked} products"
+        yield f"{labels}: encoder_product={asked} is computed in {given}, as this machine has no fast {asked} products"
 
 
 def settings_of(member: Member) -> str:
@@ -198,9 +198,9 @@ def find_asks(
     settings: dict[str, Any],
     points: list[dict[str, Any]],
 ) -> list[Ask]:
-    """The runs to make, one after the other."""
+    """The runs to train, one after the other."""
     if variants and recipe is not None:
-        raise ConfigInvalid(f"--recipe {recipe} says which SAEs to train: leave out --variant")
+        raise ConfigInvalid(f"--recipe {recipe} already names the SAEs to train: leave out --variant")
     if variants:
         return [Ask.of_variants(variants, settings, points)]
     if recipe is None:
@@ -210,12 +210,12 @@ def find_asks(
         )
     found = find_recipes(recipe)
     if name is not None and len(found) > 1:
-        raise ConfigInvalid(f"--name {name} is of one run, and the study {recipe} has {len(found)}: leave it out")
+        raise ConfigInvalid(f"--name {name} is for a single run, but the study {recipe} has {len(found)}: leave it out")
     return [Ask.of_recipe(one, settings, points) for one in found]
 
 
 def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
-    """All settings of the command line. One that is said by two names has one value: the other would have no effect."""
+    """All settings of the command line. A setting given under two names must have one value: one would be ignored."""
     settings = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
     for said, value in parse_settings(words).items():
         key = _ALIASES.get(said, said)
@@ -225,14 +225,14 @@ def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, An
 
 
 def _points(words: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The grid. Of a key that stands in it twice all values but the last would be dropped."""
+    """The grid. A repeated key is refused, because only its last values would count."""
     points = [_resolve_aliases(point) for point in parse_grid(words)]
     given = [word.partition("=")[0].strip() for word in words]
     keys = [_ALIASES.get(key, key) for key in given]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
         raise ConfigInvalid(
-            f"expected {twice[0]} once in a grid, found it in several --grid: give all its values to one"
+            f"expected {twice[0]} once in a grid, found it in several --grid options: give all its values in one"
         )
     return points
 
@@ -250,4 +250,4 @@ def require_cache(cache: str | None) -> str:
 def _require_alone(resume: str, others: Mapping[str, Any]) -> None:
     given = [option for option, value in others.items() if value not in (None, ())]
     if given:
-        raise ConfigInvalid(f"--resume {resume} goes on with the settings of that run: leave out {', '.join(given)}")
+        raise ConfigInvalid(f"--resume {resume} keeps the settings of that run: leave out {', '.join(given)}")

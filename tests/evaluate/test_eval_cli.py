@@ -973,10 +973,10 @@ def test_an_sae_that_names_no_place_has_the_layer_it_is_given(told, builder, wor
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"layers": 3}, "layers as a list of layers, as [5], found 3"),
+        ({"layers": 3}, "layers as a list of layers, such as [5], found 3"),
         ({"layers": [3], "target_layers": ["3"]}, "target_layers as a list of layers"),
         ({"layers": [-1]}, "found [-1]"),
-        ({"layers": [3], "hook": ["mlp_in"]}, "expected hook of resid, mlp_in"),
+        ({"layers": [3], "hook": ["mlp_in"]}, "expected hook among resid, mlp_in"),
     ],
 )
 def test_metadata_written_by_hand_cost_the_other_targets_nothing(told, run_1, sae_eval, metadata, said):
@@ -1041,7 +1041,9 @@ def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, bui
         config["metadata"] |= more
         (folder / "cfg.json").write_text(json.dumps(config))
         said = sae_eval(folder, "--layer", 3, code=1)
-        assert "a transcoder that does not say where it reads and writes" in said and "with hooks of resid, mlp" in said
+        assert (
+            "a transcoder that does not say where it reads and writes" in said and "with hooks from resid, mlp" in said
+        )
     config["metadata"] |= {"layers": [3], "hook": "mlp_in", "target_hook": "mlp_out"}
     (folder / "cfg.json").write_text(json.dumps(config))
     (subject,) = find_subjects([str(folder)], builder.root)

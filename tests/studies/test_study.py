@@ -603,7 +603,7 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
         study.keep_course(course)
     for cache in ({}, []):
         (tmp_path / "run_1/config.json").write_text(json.dumps({"cache": cache}))
-        with pytest.raises(ConfigInvalid, match="run_1/config.json to name the run's store, .* copy the folder anew"):
+        with pytest.raises(ConfigInvalid, match="run_1/config.json to name the run's store, .* copy the folder again"):
             study.keep_course(course)
     begin(course)
     begin(course, "run_2", "id of another")

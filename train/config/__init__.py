@@ -1,1 +1,1 @@
-"""From words to records: settings, recipes, and what decides a run."""
+"""From command-line words to records: settings, recipes, and the configuration of a run."""

@@ -1,4 +1,4 @@
-"""Words on a command line to typed values: `a.b=value`, grids of them, and records changed by them."""
+"""Parse command-line words to typed values: `a.b=value`, grids of them, and records changed by them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """What stands before the first dot, and what after it."""
+    """The part before the first dot, and the part after it."""
     head, _, rest = key.partition(".")
     return head, rest
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:
-    """`a.b=value` words, by key; of two for one key the last counts, so that a script can be overruled."""
+    """`a.b=value` words, by key; the last value of a key counts, so that a script can be overridden."""
     settings = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -49,12 +49,12 @@ def parse_grid(words: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def parse_value(text: str) -> Any:
-    """JSON where it is JSON, `50M` where it is a number with a unit, a list where there are commas."""
+    """Parse JSON, a number with a unit such as `50M`, or a list separated by commas."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB])", text)
     if number:
         value = float(number[1]) * _UNITS[number[2]]
         return round(value) if math.isfinite(value) else text
-    try:  # NaN and Infinity are words, and so is what is too large for a number: no setting takes them
+    try:  # NaN, Infinity and numbers too large to represent stay strings: no setting takes them
         return json.loads(text, parse_constant=str, parse_int=_number(int), parse_float=_number(float))
     except (json.JSONDecodeError, RecursionError):
         pass
@@ -68,7 +68,7 @@ def _number(kind: Callable[[str], T]) -> Callable[[str], T | str]:
 
 
 def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:
-    """The record with dotted keys replaced; every problem in one error. One item where a list is wanted is a list."""
+    """The record with dotted keys replaced; all problems in one error. A lone item becomes a list where needed."""
     raw, problems = to_json(record), []
     known = flatten(raw)
     for key, value in settings.items():
@@ -101,7 +101,7 @@ def _wants_list(kind: Any, path: list[str]) -> bool:
 
 
 def _as_list(value: Any) -> Any:
-    """`zero` and `5` are lists of one, and nothing at all is an empty one."""
+    """`zero` and `5` become lists of one item, an empty string an empty list."""
     if value is None or isinstance(value, list | tuple):
         return value
     return [] if value == "" else [value]

@@ -1,8 +1,8 @@
-"""What a recipe is: a run that can be called by its name, as data.
+"""Recipes: runs with a name, as data.
 
 A study is a file in `train/study_recipes/` with a tuple `RUNS` of these records. Settings are written as on
 the command line (`data.batch_tokens`, `course.epochs`, `optim.lr`, a variant's own names). The
-limits of the store bound them, as they bound a variant's defaults, and the command line overrides them.
+limits of the store apply to them, as to a variant's defaults, and the command line overrides them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
-"""What the studies wrote down for every run: of 2,304 latents on gemma-2-2b, layer 19."""
+"""What the studies recorded for every run, with 2,304 latents on gemma-2-2b, layer 19."""
 
 DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304, "encoder_product": "float32"}
-"""Of the runs that decide a study: top-k, so that everything is compared at one number of active latents, chosen by
-products of one precision, which variants have defaults of their own for."""
+"""For the runs that decide a study: top-k, so that everything is compared at the same number of active latents, chosen
+at the same precision, for which variants have different defaults."""
 PROBES = ("sparse_probing", "scr", "tpp", "decoder_cosine")
-"""What no variant is trained on."""
+"""Evaluations that no variant is trained on."""
 
 
 @dataclass(frozen=True)
 class Sae:
-    """One SAE of a run: what it is called, its variant, and where it departs from the variant's defaults."""
+    """One SAE of a run: its label, its variant, and where it departs from the variant's defaults."""
 
     label: str
     variant: str
@@ -38,17 +38,17 @@ class Recipe:
     about: str
     saes: tuple[Sae, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the stream (`data.`), of the course (`course.`), and of all SAEs that have a setting of the name."""
+    """For the stream (`data.`), the course (`course.`), and all SAEs that have a setting of this name."""
     seeds: int = 1
-    """As many SAEs of each kind a study trains, that differ by their seed."""
+    """How many SAEs of each kind a study trains, differing by seed."""
     against: tuple[str, ...] = ()
-    """Labels of the base and of the controls that every other SAE of the run is held against, seed by seed."""
+    """Labels of the base and the controls that every other SAE of the run is compared with, seed by seed."""
     evals: tuple[str, ...] = ()
-    """Evaluations of the run, beside core and the study's own."""
+    """Evaluations of the run, in addition to core and the study's own."""
     costs: bool = False
-    """A study's table says what a step of each SAE takes, and how many bytes its state has."""
+    """Whether a study's table shows the time per step and the bytes of state of each SAE."""
     select: str = ""
-    """A measure of `evals`: a study names the SAE of the run that is best at it, base and controls included."""
+    """A measure of `evals`: a study names the best SAE of the run by it, base and controls included."""
     study: str = ""
     """The name of the file; the registry fills it in."""
 
@@ -57,12 +57,12 @@ HALF = "_half"
 
 
 def half_of(recipe: Recipe) -> Recipe:
-    """The base of a run that compares, alone: for half as long, it shows whether the run's budget counts."""
+    """The base of a comparing run, alone and for half as long: it shows whether the run's budget matters."""
     about = f"the base of {recipe.name} alone, for half as long"
     saes = tuple(sae for sae in recipe.saes if sae.label == recipe.against[0])
     return replace(recipe, name=recipe.name + HALF, about=about, saes=saes, against=(), evals=())
 
 
 def as_recorded(runs: Iterable[Recipe]) -> tuple[Recipe, ...]:
-    """The same runs at the learning rate and penalty that the studies wrote down, where a run has none of its own."""
+    """The same runs at the learning rate and penalty that the studies recorded, unless a run sets its own."""
     return tuple(replace(run, settings={**AS_RECORDED, **run.settings}) for run in runs)

@@ -1,5 +1,5 @@
-"""The registry of recipes: every file of `train/study_recipes/` is a study. `RUNS` are its runs in their order, `EVALS`
-its own measures."""
+"""The registry of recipes: every file of `train/study_recipes/` is a study. `RUNS` are its runs in order, `EVALS` its
+own evaluations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def own_evals(study: str) -> tuple[str, ...]:
 
 
 def find_recipes(name: str) -> tuple[Recipe, ...]:
-    """The run that `study/run` names, or all runs of `study`. `study/run_half` is the base of a run that compares."""
+    """The run that `study/run` names, or all runs of `study`. `study/run_half` is the base of a comparing run."""
     study, _, run = name.partition("/")
     runs = runs_of(study)
     if not run:

@@ -1,8 +1,8 @@
-"""What a run was asked to do, as frozen records; and how words on a command line become them.
+"""What a run is to do, as frozen records, and how command-line words become such records.
 
 A run is one stream (`DataConfig`), one course (`CourseConfig`) and one or more SAEs (`Member`). Settings
-are written `data.pool_tokens`, `course.tokens`, or by a variant's own names (`k`, `optim.lr`); a name with
-a variant in front (`topk.k`) is for the SAEs of that variant alone.
+are written `data.pool_tokens`, `course.tokens`, or by a variant's own names (`k`, `optim.lr`); a name
+prefixed with a variant (`topk.k`) applies only to the SAEs of that variant.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..kit.variant_contract import Variant
 from .parse_settings import split_key, with_settings
 from .recipe import Recipe, Sae
 
-LONGEST_LABEL = 180  # checkpoints read 200 characters back, and baselines add some to a name
+LONGEST_LABEL = 180  # checkpoints read back 200 characters, and baselines add some to a name
 Limits = Callable[[Variant], Mapping[str, Any]]
-"""What bounds the defaults of a config."""
+"""Upper bounds for the defaults of a config."""
 Held = Mapping[str, Sequence[int]]
-"""Hook to the layers of it that a store holds."""
+"""From each hook to the layers that a store holds of it."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class DataConfig:
     """The stream that all SAEs of a run share."""
 
     seed: int = 0
-    """Of the read order alone: SAEs have seeds of their own, so a fleet over seeds reads one stream."""
+    """Seed of the read order only: SAEs have their own seeds, so a fleet over seeds reads one stream."""
     batch_tokens: int = 4096
     pool_tokens: int | None = None
-    """Tokens that are shuffled together in memory, in each of two pools; None: as many as take 2 GiB per layer in
-    each, where an activation takes two bytes."""
+    """Tokens that are shuffled together in memory, in each of two pools; None: as many as fit in 2 GiB per layer in
+    each, at two bytes per number."""
 
     massive_norms: float | None = None
-    """Rows whose norm is beyond this multiple of their layer's median norm are left out of scale, mean, loss and
-    numbers; None, on a command line inf: every row counts. New runs take the store's (10, or None where an import
-    asked for it); a run of before the setting has none."""
+    """Rows whose norm is above this multiple of their layer's median norm are left out of scale, mean, loss and
+    measurements; None (inf on the command line): every row counts. New runs use the store's value (10, or None if an
+    import asked for it); runs older than this setting have none."""
 
     def __post_init__(self) -> None:
         require_least(self, seed=0, batch_tokens=1, pool_tokens=1)
@@ -64,11 +64,11 @@ class CourseConfig:
     metrics_every_steps: int = 50
     checkpoint_every_seconds: float = 300.0
     checkpoint_every_steps: int | None = None
-    """If set, the clock is ignored."""
+    """If set, checkpoint_every_seconds is ignored."""
     validation_tokens: int = 131_072
     shard_width: bool = False
-    """With several processes: each holds some of every dictionary's latents and reads all rows of every batch, for
-    widths that do not fit on one device."""
+    """With several processes: each holds part of every dictionary and reads all rows of every batch, for widths that do
+    not fit on one device."""
     trackers: tuple[str, ...] = ()
     """Further logs, through accelerate: wandb, tensorboard and others."""
 
@@ -103,12 +103,12 @@ class RunConfig:
 
 
 def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
-    """The inverse of `RunConfig.to_json`. A label is the name of a folder, and may lead nowhere else."""
+    """The inverse of `RunConfig.to_json`. A label names a folder, and must not lead outside the run."""
     try:
         saved = from_json(_Saved, {key: raw[key] for key in ("data", "course", "saes") if key in raw})
         outside = [label for label in saved.saes if not re.fullmatch(r"[\w+-][\w.+-]*", label)]
         if outside:
-            raise ConfigInvalid(f"{where}: expected labels of SAEs that are names of folders, found {outside[0]!r}")
+            raise ConfigInvalid(f"{where}: expected labels of SAEs that are folder names, found {outside[0]!r}")
         members = [
             Member(label, sae.variant, from_json(variant_registry.config_type(sae.variant), sae.config, label))
             for label, sae in saved.saes.items()
@@ -121,8 +121,8 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def damaged(where: str, found: object) -> ConfigInvalid:
-    """What to raise of a config.json that says less, or other things, than a run's does."""
-    return ConfigInvalid(f"{where} is not the configuration of a run: {found}; copy the folder anew")
+    """The error for a config.json that is not that of a run."""
+    return ConfigInvalid(f"{where} is not the configuration of a run: {found}; copy the folder again")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _SavedSae:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a config.json holds of a `RunConfig`."""
+    """The part of a config.json that is a `RunConfig`."""
 
     data: DataConfig
     course: CourseConfig
@@ -142,22 +142,22 @@ class _Saved:
 
 @dataclass(frozen=True)
 class Ask:
-    """What was asked for on the command line, before anything is known of the store."""
+    """What the command line asks for, before anything is known about the store."""
 
     saes: tuple[Sae, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Sequence[Mapping[str, Any]] = ({},)
     recipe: Recipe | None = None
     baselines: bool = False
-    """Whether sanity baselines train beside them."""
+    """Whether to train sanity baselines too."""
     init: str | None = None
-    """The folder of a trained SAE that all begin as; None: each begins anew."""
+    """The folder of a trained SAE that all start from; None: each starts afresh."""
 
     @classmethod
     def of_recipe(
         cls, recipe: Recipe, settings: Mapping[str, Any] | None = None, grid: Sequence[Mapping[str, Any]] = ({},)
     ) -> Ask:
-        """A recipe, changed by what the command line says."""
+        """A recipe, with the changes of the command line."""
         return cls(recipe.saes, settings or {}, grid, recipe)
 
     @classmethod
@@ -166,33 +166,33 @@ class Ask:
     ) -> Ask:
         """Variants at their defaults, each once."""
         for name in names:
-            variant_registry.module(name)  # an unknown name is the first error
+            variant_registry.module(name)  # report an unknown name first
         return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings or {}, grid)
 
     def stream(self, defaults: DataConfig) -> DataConfig:
-        """The stream that was asked for."""
+        """The requested stream."""
         asked = self._of("data")
         if asked.get("massive_norms") in ("inf", "Infinity"):  # JSON has neither
             asked["massive_norms"] = None
         return with_settings(defaults, asked, "data")
 
     def length(self) -> CourseConfig:
-        """The course that was asked for."""
+        """The requested course."""
         return with_settings(CourseConfig(), self._of("course"), "course")
 
     def members(self, limits: Limits, held: Held | None = None) -> tuple[Member, ...]:
-        """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for; where nobody
-        asked for a layer, it is one of those that the store holds."""
+        """The SAEs. `limits` of a config bound the variant's own defaults, never requested values; a layer that was not
+        requested is one that the store holds."""
         spread = [key for point in self.grid for key in point]
         misplaced = [key for key in spread if split_key(key)[0] in ("data", "course")]
         if misplaced:
             raise ConfigInvalid(
-                f"--grid is of SAEs that share data and course, found {misplaced[0]}: set it by --set, and "
+                f"--grid is for SAEs that share data and course, found {misplaced[0]}: set it with --set, and "
                 "start a run for each value"
             )
         for key, said in ((key, said) for key in spread for said in self.settings if self._decides(key, said)):
             raise ConfigInvalid(
-                f"expected {key} in --grid alone, found {said}={self.settings[said]} by an option or --set too: "
+                f"expected {key} only in --grid, found {said}={self.settings[said]} in an option or --set too: "
                 "leave out one of the two"
             )
         self._require_known([*self.settings, *spread])
@@ -201,25 +201,25 @@ class Ask:
         for _, _, member in made:
             if len(member.label) > LONGEST_LABEL:
                 raise ConfigInvalid(
-                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, which files bear, "
-                    f"found {len(member.label)}: fewer settings in --grid, or a recipe with names of its own"
+                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, as files bear it, "
+                    f"found {len(member.label)}: use fewer settings in --grid, or a recipe with its own names"
                 )
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
-                    f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
+                    f"two SAEs of the run would both be called {member.label}: train one of them in a run of its own"
                 )
         self._require_read(tuple(members.values()), spread)
         self._require_apart(made)
         return tuple(members.values())
 
     def _decides(self, key: str, said: str) -> bool:
-        """Whether a key of the grid leaves a setting without an SAE that would read it."""
+        """Whether a key of the grid leaves no SAE that would read a setting."""
         variants = {sae.variant for sae in self.saes}
         own, other = (rest if head in variants else whole for whole in (key, said) for head, rest in [split_key(whole)])
         return own == other and (key in (said, own) or len(variants) == 1)
 
     def _require_apart(self, made: Sequence[tuple[Sae, Mapping[str, Any], Member]]) -> None:
-        """Refuse a setting that takes from two SAEs of a recipe all that sets them apart."""
+        """Refuse a setting that makes two different SAEs of a recipe the same."""
         for (one, point, first), (other, there, second) in itertools.combinations(made, 2):
             if point != there or first.config != second.config:
                 continue
@@ -228,12 +228,12 @@ class Ask:
             over = [key for key in asked if one.settings.get(key) != other.settings.get(key)]
             if over:
                 raise ConfigInvalid(
-                    f"{first.label} and {second.label} differ in {over[0]} by the recipe, and would be the same "
-                    f"SAE twice: leave {over[0]} to the recipe"
+                    f"{first.label} and {second.label} differ in {over[0]} in the recipe, and would become the "
+                    f"same SAE: leave {over[0]} to the recipe"
                 )
 
     def _require_read(self, members: Sequence[Member], spread: Sequence[str]) -> None:
-        """Refuse what is said of SAEs of which none reads it."""
+        """Refuse settings that none of the SAEs reads."""
         known = [(member, _keys(member.config)) for member in members]
         for key in dict.fromkeys([*self.settings, *spread]):
             of = [(member, name) for member, keys in known for name in _own({key: None}, member.variant, keys)]
@@ -280,7 +280,7 @@ class Ask:
                 said = ("--k", f"--set target_l0={self.settings[key]}") if key in self.settings else ("k", "target_l0")
                 instead = f", or ask for {said[1]}" if "target_l0" in everything else ""
                 raise ConfigInvalid(
-                    f"{', '.join(by_variant)} fixes no number of active latents: leave out {said[0]}{instead}"
+                    f"{', '.join(by_variant)}: the number of active latents is not fixed: leave out {said[0]}{instead}"
                 )
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
@@ -290,13 +290,13 @@ class Ask:
 
 
 def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
-    """The limit for each setting whose default is beyond it."""
+    """The limit for each setting whose default exceeds it."""
     own = {key: getattr(config, key, None) for key in limits}
     return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
 
 
 def stored_layer(config: Variant, asked: Iterable[str], held: Held) -> dict[str, Any]:
-    """The store's only layer in place of a default that it does not hold; where it holds several, the choices."""
+    """The store's only layer in place of a default that it does not hold; an error listing several, if it has them."""
     needs = config.needs()
     sides = {"layer": (needs.hook, needs.inputs), "to_layer": (needs.to_hook or needs.hook, needs.targets or ())}
     sides["layers"] = sides["layer"]
@@ -306,10 +306,10 @@ def stored_layer(config: Variant, asked: Iterable[str], held: Held) -> dict[str,
             absent.append(key)
     if not absent or len(layers) == 1:
         return {"layer": layers[0]} if "layer" in absent else {}
-    choices = ", and by ".join(_choices(key, held[sides[key][0]]) for key in absent)
+    choices = ", and with ".join(_choices(key, held[sides[key][0]]) for key in absent)
     of_hook = "" if needs.hook == RESID else f" of {needs.hook}"
     raise ConfigInvalid(
-        f"the store holds layers {', '.join(map(str, layers))}{of_hook} and not the default: choose by {choices}"
+        f"the store holds layers {', '.join(map(str, layers))}{of_hook} and not the default: choose with {choices}"
     )
 
 
@@ -322,7 +322,7 @@ def _choices(key: str, layers: Sequence[int]) -> str:
 
 
 def _own(settings: Mapping[str, Any], variant: str, known: set[str]) -> dict[str, Any]:
-    """The settings that are for this variant; those with its name in front win."""
+    """The settings for this variant; those prefixed with its name win."""
     general = {key: value for key, value in settings.items() if key in known}
     named = {split_key(key)[1]: value for key, value in settings.items() if split_key(key)[0] == variant}
     return general | {key: value for key, value in named.items() if key}
@@ -333,6 +333,6 @@ def _keys(config: Variant) -> set[str]:
 
 
 def _label(name: str, spread: Mapping[str, Any]) -> str:
-    """The name of an SAE in its run, and what sets it apart from its neighbours of the same name."""
+    """The name of an SAE in its run, with the grid settings that distinguish it from others of the same name."""
     parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value, separators=('-', '-'))}" for key, value in spread.items()]
     return "_".join([name, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])

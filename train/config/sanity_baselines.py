@@ -1,7 +1,8 @@
-"""The sanity baselines of a run: what its SAEs are to be compared with, as members of the same fleet.
+"""The sanity baselines of a run: SAEs to compare its own with, as members of the same fleet.
 
-Each SAE that may be a base gets three whose dictionary is half frozen, at its own settings; each number of active
-latents that the run asks for gets as many principal components. Of a recipe that compares, only the base gets them.
+Each SAE that can be a base gets three baselines with half of the dictionary frozen, at its own settings; each number
+of active latents in the run gets a baseline of as many principal components. In a comparing recipe, only the base
+gets them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ FROZEN, PCA = "frozen", "pca"  # the variants that are baselines
 
 
 def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | None = None) -> tuple[Member, ...]:
-    """The members and their baselines; of two that are the same, one. Of a run that compares, those of its base."""
+    """The members and their baselines, without duplicates. In a comparing run, only the base's."""
     own = tuple(members)
     made: list[Member] = []
     for member in own:
         needs = member.config.needs()
         alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
-        alone |= needs.windows and not isinstance(member.config, Wrapping)  # no base itself, and has none
+        alone |= needs.windows and not isinstance(member.config, Wrapping)  # neither is a base nor has one
         if alone or (recipe is not None and not _is_compared_with(member, recipe)):
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):
@@ -36,14 +37,14 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
                 made.append(baseline)
     if not made:
         raise ConfigInvalid(
-            "--with-baselines: expected an SAE that rebuilds tokens of one layer, or whose base does, found "
+            "--with-baselines: expected an SAE that reconstructs tokens of one layer, or whose base does, found "
             f"{', '.join(member.variant for member in own)}: leave it out"
         )
     return (*own, *made)
 
 
 def _is_compared_with(member: Member, recipe: Recipe) -> bool:
-    """Whether it is the base of the recipe, of any seed; any SAE where the recipe has no base."""
+    """Whether it is the base of the recipe, with any seed; always true if the recipe has no base."""
     known = [sae.label for sae in recipe.saes if member.label.startswith(sae.label)]
     return not recipe.against or max(known, key=len) == recipe.against[0]
 
@@ -55,7 +56,7 @@ def _frozen(member: Member) -> Iterator[Member]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     settings = {key: value for key, value in values.items() if key in known}
     base = values.get("base", member.variant)
-    if "base" not in values:  # what a variant on a base has besides is what is compared
+    if "base" not in values:  # the settings that a variant adds to its base are what is compared
         _require_kept(member, values, settings)
     for part in get_args(variant_registry.module(FROZEN).Part):
         yield Member(f"{member.label}_frozen_{part}", FROZEN, config_type(base=base, part=part, **settings))
@@ -67,8 +68,8 @@ def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, 
     lost = [key for key, value in values.items() if key not in kept and value != getattr(plain, key)]
     if lost:
         raise ConfigInvalid(
-            f"--with-baselines: a frozen {member.variant} has no setting {', '.join(lost)} and would be compared at "
-            "another: leave that at its default"
+            f"--with-baselines: a frozen {member.variant} has no setting {', '.join(lost)}, so it would not be "
+            "comparable: leave that at its default"
         )
 
 
@@ -78,15 +79,15 @@ def _components(member: Member, limits: Limits) -> Iterator[Member]:
     base = dataclasses.replace(base, **smaller_defaults(base, limits(config)))  # as a base is built
     found = (getattr(one, name, None) for one in (config, base) for name in ("k", "target_l0"))
     wanted, layer = next((number for number in found if number), None), getattr(config, "layer", None)
-    if wanted is None or layer is None:  # a penalty fixes no number
+    if wanted is None or layer is None:  # a penalty does not fix the number
         return
     config_type: Any = variant_registry.config_type(PCA)
     hook = config.needs().hook
     pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
     if made.k > made.width:
-        said = f"--with-baselines: {member.label} has no {PCA} beside it"
-        warnings.warn(f"{said}: {made.k} components are wanted, and at most {made.width} can be had", stacklevel=2)
+        said = f"--with-baselines: {member.label} gets no {PCA} baseline"
+        warnings.warn(f"{said}: it needs {made.k} components, and there are at most {made.width}", stacklevel=2)
         return
     place = f"layer{layer}" if hook == RESID else f"{hook}{layer}"
     yield Member(f"{PCA}_k{made.k}_{place}", PCA, made)

@@ -1,4 +1,4 @@
-"""What an SAE reads from the store, and the batch that it gets.
+"""What an SAE reads from the store, and the batches it gets.
 
 B rows, W windows, T context, H heads, D width.
 """
@@ -16,23 +16,23 @@ from ...cache_schema.sites import RESID, Place, place_of, site_of
 
 
 class Kind(NamedTuple):
-    """What SAEs that draw the same rows have in common."""
+    """What SAEs that draw the same rows share."""
 
     windows: bool  # whole windows, or tokens one by one
-    layers: tuple[Place, ...]  # whose massive rows are left out
+    layers: tuple[Place, ...]  # the layers whose massive rows are left out
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a variant reads from the store, and which part of it is input, target or side input.
 
-    Not the store's `Request`, which names arrays of some windows and knows of no SAE: `joint_request`
-    (`batch_stream.py`) makes one of the needs of all SAEs of a run, so that what they share is read once.
+    This is not the store's `Request`, which names arrays of some windows and knows nothing about SAEs: `joint_request`
+    (`batch_stream.py`) makes one from the needs of all SAEs of a run, so that what they share is read once.
 
     A row holds the activations of layers `inputs` side by side; the target those of `targets`, or the row
-    itself. `hook` says what of these layers is read, `to_hook` what of the targets' where that is something else.
-    With `windows` the rows are those of whole windows, special tokens left out, and the side
-    inputs `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row, or a massive one) say which.
+    itself. `hook` says what to read of these layers, `to_hook` what to read of the target layers if that differs.
+    With `windows` the rows are those of whole windows, without special tokens, and the side inputs
+    `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row, or a massive one) locate them.
     """
 
     inputs: tuple[int, ...]
@@ -43,7 +43,7 @@ class Needs:
     positions: bool = False
     windows: bool = False
     least_windows: int = 1
-    """In a batch, where whole windows are read."""
+    """Smallest number of windows in a batch, if whole windows are read."""
     hook: str = RESID
     to_hook: str | None = None
 
@@ -53,18 +53,18 @@ class Needs:
 
     @property
     def target_places(self) -> tuple[Place, ...]:
-        """Those of the input where it is its own target."""
+        """The places of the target; those of the input if it is its own target."""
         if self.targets is None:
             return self.input_places
         return tuple(place_of(self.to_hook or self.hook, layer) for layer in self.targets)
 
     @property
     def layers(self) -> tuple[Place, ...]:
-        """Every place whose activations are read, those of a hook by rising layers."""
+        """Every place whose activations are read, by hook and ascending layer."""
         return tuple(sorted({*self.input_places, *self.target_places}, key=site_of))
 
     def kind(self, bounded: Container[Place]) -> Kind:
-        """The kind of rows, where massive ones of the `bounded` layers are left out."""
+        """The kind of rows, with massive ones of the `bounded` layers left out."""
         return Kind(self.windows, tuple(layer for layer in self.layers if layer in bounded))
 
 
@@ -73,19 +73,19 @@ class Batch:
     """Rows of scaled activations, float32, on the SAE's device. B rows."""
 
     x: Tensor  # [B, D_in]
-    target: Tensor | None = None  # [B, D_out], x itself without
+    target: Tensor | None = None  # [B, D_out]; None: x itself
     side: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which tokens of a block make up a batch; for the host, and the same on the device."""
+    """Which tokens of a block make up a batch, on the host and on the device."""
 
     places: np.ndarray  # int64 [B], flat places in the block
     places_there: Tensor
-    windows: np.ndarray | None = None  # int64 [W], numbers in the block, where whole windows are drawn
+    windows: np.ndarray | None = None  # int64 [W], indices in the block, if whole windows are drawn
     windows_there: Tensor | None = None
-    sizes_there: Tensor | None = None  # int64 [W], how many of the rows are each window's
+    sizes_there: Tensor | None = None  # int64 [W], the number of rows of each window
 
 
 @dataclass(frozen=True, eq=False)

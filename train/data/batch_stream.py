@@ -1,8 +1,8 @@
 """The stream that a run trains on: step in, draw out.
 
-`Feed` joins the plan (which tokens), the loader (their bytes) and the draw (their form). It serves any
+`Feed` combines the plan (which tokens), the loader (their bytes) and the draw (their form). It serves any
 number of SAEs from one read; `rank` of `size` processes takes its share of every batch. Nothing is read for
-steps from `steps` on.
+step `steps` and later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .shuffle_order import BlockPlan, Plan, share, token_order, token_slice, win
 
 
 class Feed:
-    """Draws of a run, for all who train in it."""
+    """Draws of a run, for all SAEs in it."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Feed:
         self._orders: dict[Kind, tuple[BlockPlan, TokenOrder | WindowOrder]] = {}
 
     def draw(self, step: int) -> Draw:
-        """What step `step` trains on. Valid until the next draw."""
+        """The rows that step `step` trains on. Valid until the next draw."""
         plan, at = self.plan.locate(step)
         block = self.loader.block(plan)
         rows = {kind: self._rows(kind, block, plan, at) for kind in self._kinds}
@@ -61,12 +61,12 @@ class Feed:
 
     @property
     def is_windowed(self) -> bool:
-        """Whether everyone draws whole windows; shuffling is measured on tokens where anyone draws those."""
+        """Whether all SAEs draw whole windows; shuffling is measured on tokens if any SAE draws those."""
         return all(needs.windows for needs in self._needs)
 
     @cached_property
     def batch_tokens(self) -> float:
-        """That a batch has of the text; whole windows leave out some, where everyone draws those."""
+        """Tokens of the text per batch; if all SAEs draw whole windows, some are left out."""
         return self.plan.batch_tokens * (self.plan.windows_taken() if self.is_windowed else 1.0)
 
     @property
@@ -76,12 +76,12 @@ class Feed:
         return sizes.same_first_document if self.is_windowed else sizes.same_document
 
     def close(self) -> None:
-        """Stop reading, and give the memory back."""
+        """Stop reading and release the memory."""
         self.loader.close()
         self._orders.clear()
 
     def _rows(self, kind: Kind, block: Block, plan: BlockPlan, at: int) -> Rows:
-        """This process's share of the batch."""
+        """This process's share of the batch, as rows."""
         if kind not in self._orders or self._orders[kind][0] != plan:
             self._orders[kind] = plan, self._order(kind, block, plan)
         where = window_slice(plan, at) if kind.windows else token_slice(plan, at, self.plan.batch_tokens)
@@ -92,7 +92,7 @@ class Feed:
             shards = sorted({piece.shard for piece in plan.pieces})
             where = ", ".join(map(say_place, kind.layers))
             raise NothingToTrain(
-                f"every token of shards {shards} is massive ({where}): nothing there to train on. "
+                f"every token of shards {shards} is massive ({where}): there is nothing to train on. "
                 "Set data.massive_norms=inf to train on all rows"
             )
         if kind.windows:
@@ -101,7 +101,7 @@ class Feed:
 
 
 def joint_request(needs: Iterable[Needs], split: str) -> Request:
-    """What all of them read together."""
+    """The request for everything that they read."""
     needs = tuple(needs)
     return Request.of(
         (site_of(place) for need in needs for place in need.layers),
@@ -121,9 +121,9 @@ def held_out(
     tokens: int,
     batch_tokens: int,
 ) -> Iterator[Draw]:
-    """The beginning of the validation split, in the order of the store, about `tokens` tokens of it.
+    """About `tokens` tokens from the beginning of the validation split, in the order of the store.
 
-    All rows, massive ones too: `Draw.ordinary` says which are not.
+    Includes massive rows: `Draw.ordinary` tells which are not.
     """
     request, manifest = joint_request(needs, "validation"), store.manifest
     scales = {layer: stats[layer].scale.to(device) for layer in stats}

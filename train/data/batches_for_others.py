@@ -1,7 +1,7 @@
-"""A store's activations for anyone's trainer: an iterator of tensors, and a data set of torch that keeps its place.
+"""A store's activations for other trainers: an iterator of tensors, and a torch data set that keeps its position.
 
-The order, the reading ahead and the batches are those of our own runs (`shuffle_order.py`, `batch_stream.py`): step s
-of seed 0 holds the tokens that step s of `sae-train` with `data.seed=0` trains on.
+Order, read-ahead and batches are those of our own runs (`shuffle_order.py`, `batch_stream.py`): step s of seed 0 holds
+the tokens that step s of `sae-train` with `data.seed=0` trains on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .shuffle_order import Plan
 class Batches(IterableDataset[Tensor]):
     """Batches of a hook of one layer [batch, D], or of several [batch, layers, D], in float32.
 
-    Special tokens are left out, and rows of massive norm where the statistics leave them out.
-    Each `for` goes through the store once more, in a new order, as often as `epochs` says (None: without end). It
-    reads ahead by itself, so a `DataLoader` around it takes `batch_size=None` and no workers.
+    Special tokens are left out, and rows of massive norm if the statistics leave them out.
+    Each `for` loop continues in the store for another `epochs` epochs (None: endless), each in a new order. Data is
+    read ahead, so wrap it in a `DataLoader` only with `batch_size=None` and no workers.
     """
 
     def __init__(
@@ -54,20 +54,22 @@ class Batches(IterableDataset[Tensor]):
         self._stats = stats if scaled else unscaled
         self._epochs, self._rank, self._size, self._scaled = epochs, rank, size, scaled
         if epochs is not None and epochs < 1:
-            raise ConfigInvalid(f"epochs: expected 1 or more, or None for batches without end, found {epochs}")
+            raise ConfigInvalid(f"epochs: expected 1 or more, or None for endless batches, found {epochs}")
         if not self._needs.layers:
             raise ConfigInvalid("layers: expected at least one layer, found none")
         if not 0 <= rank < size:
             raise ConfigInvalid(f"rank: expected one of 0 to {size - 1} of size {size}, found {rank}")
-        store.spans(joint_request([self._needs], split))  # what is not there is said now
+        store.spans(joint_request([self._needs], split))  # report missing data now
         plan.locate(0)
         self._step, self._feed = 0, None
         self._passes = 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        """From where it stands; at the end of a pass, the next one."""
+        """Continue from the current position; after the end of a pass, start the next one."""
         if get_worker_info() is not None:
-            raise ConfigInvalid("batches are read ahead in threads, found a worker process: set num_workers=0")
+            raise ConfigInvalid(
+                "expected no worker processes, as batches are read ahead in threads, found one: set num_workers=0"
+            )
         if self._step == self._end:
             self._passes += 1
         return self
@@ -85,27 +87,29 @@ class Batches(IterableDataset[Tensor]):
     def __len__(self) -> int:
         """Batches in one pass."""
         if self._epochs is None:
-            raise TypeError("batches without end (epochs=None) have no length")
+            raise TypeError("endless batches (epochs=None) have no length")
         return self._plan.steps_in(self._passes * self._epochs) - self._plan.steps_in((self._passes - 1) * self._epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, and what decides which batches come next: plain numbers and words."""
+        """The position, and what determines the next batches, as plain numbers and strings."""
         return {"step": self._step, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the same batches; a state of other batches is refused."""
+        """Continue with the same batches; a state of other batches is refused."""
         expected = self._identity
         wrong = [key for key in expected if state.get(key) != expected[key]]
         if wrong or not isinstance(step := state.get("step"), int) or step < 0:
             found = ", ".join(f"{key} {state.get(key)!r} (here {expected.get(key)!r})" for key in wrong or ["step"])
-            raise StateInvalid(f"expected a state of these very batches, found {found}: open them as they were before")
+            raise StateInvalid(
+                f"expected a state of these same batches, found {found}: open them with the settings they had before"
+            )
         self.close()
         self._step, self._passes = step, 1
         while self._end is not None and self._end < step:
             self._passes += 1
 
     def close(self) -> None:
-        """Stop reading ahead and give the memory back; the next batch begins it anew."""
+        """Stop reading ahead and release the memory; the next batch starts it again."""
         if self._feed is not None:
             self._close_feed()
             self._feed = None
@@ -121,7 +125,7 @@ class Batches(IterableDataset[Tensor]):
         return {
             "hook": self._needs.hook,
             "cache_id": self._store.manifest.cache_id,
-            "shard_windows": self._store.manifest.shard_windows,  # not in the id, and decides the order
+            "shard_windows": self._store.manifest.shard_windows,  # not part of the id, but determines the order
             "split": self._split,
             "layers": list(self._needs.inputs),
             "batch_tokens": plan.batch_tokens,
@@ -134,7 +138,7 @@ class Batches(IterableDataset[Tensor]):
         }
 
     def _open_feed(self) -> Feed:
-        """Closed at the latest when this goes, or before the interpreter takes its modules apart."""
+        """Open a feed; it is closed at the latest when this object is deleted, or before the interpreter shuts down."""
         parts = (self._store, self._plan, [self._needs], self._stats, self._device)
         feed = Feed(*parts, self._rank, self._size, self._end, self._split)
         self._close_feed = weakref.finalize(self, feed.close)

@@ -1,7 +1,7 @@
 """A block: some windows of a split, in memory, ready to be drawn from.
 
-All of it lies on the device as it is stored (bfloat16 stays bfloat16 until a batch is drawn, int8 int8), and batches
-are put together there. Tokens and documents are on the host too: its messages and measurements ask for them.
+It is on the device in its stored form (bfloat16 stays bfloat16 until a batch is drawn, int8 int8), and batches are
+assembled there. Tokens and documents are also on the host, for messages and measurements.
 W windows, T context, H heads, D residual width, N trainable tokens, E entries of attention.
 """
 
@@ -26,13 +26,13 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
     "int8": torch.int8,
-    "fp8": torch.uint8,  # its bits: torch has few operations for itself
+    "fp8": torch.uint8,  # as bits: torch has few operations on fp8
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The arrays of some windows, one after the other."""
+    """The arrays of some windows, concatenated."""
 
     pieces: tuple[Span, ...]
     tokens: np.ndarray  # uint32 [W, T]
@@ -52,7 +52,7 @@ class Block:
 
     @cached_property
     def windows(self) -> np.ndarray:
-        """int64 [W], the windows' numbers in the store."""
+        """int64 [W], the windows' indices in the store."""
         return np.concatenate([np.arange(piece.start, piece.stop) for piece in self.pieces])
 
     @cached_property
@@ -61,7 +61,7 @@ class Block:
         return np.flatnonzero(self.trains)
 
     def counts(self, layers: Sequence[Place]) -> np.ndarray:
-        """bool [W, T]: which tokens train an SAE that reads these layers: neither special nor massive in any."""
+        """bool [W, T]: the tokens that train an SAE on these layers: neither special nor massive in any of them."""
         counts = self.trains
         for layer in layers:
             counts = counts & ~self.massive[layer]
@@ -70,7 +70,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Activations as they are stored: numbers, or codes with a scale for each token."""
+    """Activations in stored form: numbers, or codes with a scale for each token."""
 
     stored: Tensor  # [..., D]
     scales: Tensor | None = None  # float32 [...]
@@ -80,12 +80,12 @@ class StoredRows:
         return StoredRows(self.stored[rows], None if self.scales is None else self.scales[rows])
 
     def by_path(self, place: Place) -> dict[str, Tensor]:
-        """The same by the paths of the store's arrays."""
+        """The tensors by the paths of the store's arrays."""
         site = site_of(place)
         return {site.path: self.stored} | ({} if self.scales is None else {scales_path(site): self.scales})
 
     def norms(self) -> Tensor:
-        """float32 [W, T], a few windows at a time: only then are codes of a whole piece never there as float32."""
+        """float32 [W, T], a few windows at a time, so that codes of a whole piece are never held as float32."""
         if self.scales is None:
             return torch.linalg.vector_norm(self.stored, dim=-1, dtype=torch.float32)
         parts = (self.windows(slice(at, at + 16)).values() for at in range(0, len(self.stored), 16))
@@ -106,7 +106,7 @@ class StoredRows:
             return self.stored.to(torch.float32)
         if self.stored.dtype == torch.int8:
             return self.stored.to(torch.float32).mul_(self.scales[..., None])
-        # Moved into the bits of float16, whose exponent is biased by 8 more: torch's own conversion is slow on a CPU.
+        # Shifted into the bits of float16, whose exponent bias is larger by 8: torch's conversion is slow on a CPU.
         halves = self.stored.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
         return halves.view(torch.float16).to(torch.float32).mul_((self.scales * 256)[..., None])
 
@@ -119,7 +119,7 @@ class Attention:
     indices: Tensor  # uint8 or int16 [E]
     data: Tensor  # float16 [E]
     kept_mass: Tensor  # float16 [W, H, T]
-    begins: np.ndarray  # int64 [W + 1], where each window's entries begin, for the host
+    begins: np.ndarray  # int64 [W + 1], where each window's entries start, on the host
 
     def take(self, windows: np.ndarray, windows_there: Tensor) -> AttentionRows:
         """The rows of some windows, in the order given."""
@@ -127,7 +127,7 @@ class Attention:
         rows, count = heads * context, int((self.begins[windows + 1] - self.begins[windows]).sum())
         lengths = self.indptr.diff().view(-1, rows)[windows_there]
         indptr = torch.cat([lengths.new_zeros(1), lengths.view(-1).cumsum(0)])
-        # The entries of a window lie together, so each stands one shift away from where it will be.
+        # The entries of a window are contiguous, so all of them move by the same shift.
         shift = self.indptr[windows_there * rows] - indptr[:-1:rows]
         entry = torch.arange(count, device=shift.device)
         entry += shift.repeat_interleave(lengths.sum(1), output_size=count)
@@ -137,7 +137,7 @@ class Attention:
 
 
 def send_attention(csr: AttentionCsr, device: torch.device) -> Attention:
-    """A block's attention of a layer on the device."""
+    """Send a layer's attention of a block to the device."""
     indptr = csr.indptr.astype(np.int64)
     arrays = (indptr, as_signed(csr.indices), csr.data, csr.kept_mass)
     there = (send(torch.from_numpy(array), device) for array in arrays)
@@ -145,12 +145,12 @@ def send_attention(csr: AttentionCsr, device: torch.device) -> Attention:
 
 
 def as_signed(array: np.ndarray) -> np.ndarray:
-    """The same bits: torch has few operations for whole numbers without a sign but uint8."""
+    """The same bits as signed integers: torch has few operations on unsigned ones except uint8."""
     return array if array.dtype == np.uint8 else array.view(f"<i{array.dtype.itemsize}")
 
 
 def as_whole(stored: Tensor) -> Tensor:
-    """int64: the numbers behind the bits that `as_signed` gave."""
+    """int64: the numbers whose bits `as_signed` returned."""
     return stored.long() if stored.dtype == torch.uint8 else stored.long().bitwise_and_(256**stored.itemsize - 1)
 
 
@@ -161,12 +161,12 @@ def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 def as_stored(tensor: Tensor) -> np.ndarray:
-    """The numpy array over a host tensor's memory, in the type that the store reads into."""
+    """A numpy array over a host tensor's memory, in the type that the store reads into."""
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def owned(csr: AttentionCsr) -> AttentionCsr:
-    """A copy that stays valid when the memory it was read into is used again."""
+    """A copy that stays valid when the memory it was read into is reused."""
     return AttentionCsr(csr.indptr.copy(), csr.indices.copy(), csr.data.copy(), csr.kept_mass.copy())
 
 

@@ -1,4 +1,4 @@
-"""The way to a device, on which nothing waits: a GPU takes without a wait only what lies in page-locked memory."""
+"""Copies to and from a device without waiting, which on a GPU requires page-locked memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 def take_device(device: torch.device) -> None:
-    """Make a GPU the one that this thread works on: streams, events and page-locked memory belong to one.
+    """Make a GPU the current device of this thread: streams, events and page-locked memory belong to one.
 
-    Without a number it means the one that is this thread's already, and torch refuses to take it.
+    A device without a number means the thread's current one, and torch refuses to set it.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 class NotRecordable(Exception):
-    """A step does on the host what a replay of its launches would not do again."""
+    """A step does something on the host that a replay of its launches would not repeat."""
 
 
 def is_recording() -> bool:
-    """Whether this thread's launches are being recorded, and not done."""
+    """Whether this thread's launches are being recorded instead of executed."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -32,19 +32,19 @@ def refuse_recording(why: str) -> None:
 
 
 def page_locked(host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor from which this device takes without a wait."""
+    """A host tensor from which this device can copy without waiting."""
     return host.pin_memory() if device.type == "cuda" and host.device.type == "cpu" else host
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device."""
+    """Copy a host tensor to the device."""
     if host.device != device:
-        refuse_recording("it sends numbers of its host")
+        refuse_recording("it sends numbers from the host")
     return page_locked(host, device).to(device, non_blocking=device.type == "cuda")
 
 
 def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of a GPU's tensors in page-locked memory, with one wait for all; those of the host as they are."""
+    """Copies of a GPU's tensors in page-locked memory, with a single wait; host tensors are returned as they are."""
     fetched = {}
     for name, tensor in tensors.items():
         if tensor.device.type == "cuda":

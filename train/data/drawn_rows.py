@@ -1,8 +1,8 @@
-"""What one step draws from its block: rows of activations in the form each SAE wants them.
+"""What one step draws from its block: rows of activations in the form that each SAE needs.
 
 A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that
-want the same kind of rows: tokens or whole windows. So is whatever else is made for them. All of it is made on the
-device, from the block that lies there and from a part of the order that was sent with it: a step sends nothing.
+need the same kind of rows: tokens or whole windows. The same holds for everything else. All of it is made on the
+device, from the block there and a part of the order that was sent with it: a step sends nothing.
 B rows, W windows, T context, D residual width.
 """
 
@@ -46,22 +46,22 @@ class Draw:
         return Batch(self._activations(kind, needs.input_places), target, self._side(needs, kind))
 
     def ordinary(self, needs: Needs) -> Tensor:
-        """bool [B], which rows of `batch(needs)` are massive in no layer that is read."""
+        """bool [B], the rows of `batch(needs)` that are not massive in any layer read."""
         counts = self.block.counts([layer for layer in needs.layers if layer in self.block.massive])
         places = self.rows[needs.kind(self._bounded)].places
         return torch.from_numpy(counts.ravel()[places]).to(self.device)
 
     def store_windows(self, kind: Kind) -> np.ndarray:
-        """int64 [B], the store's number of the window that each row comes from."""
+        """int64 [B], the index in the store of each row's window."""
         return self.block.windows[self.rows[kind].places // self.block.context]
 
     def non_finite_rows(self, kind: Kind) -> np.ndarray:
-        """bool [B], rows with a value that is not a finite number in some layer that was drawn."""
+        """bool [B], rows with a value that is not a finite number in any drawn layer."""
         tables = [x for (drawn, _), x in self._scaled.items() if drawn == kind]
         return torch.stack([~x.isfinite().all(dim=1) for x in tables]).any(dim=0).cpu().numpy()
 
     def labels(self, windows: bool) -> np.ndarray:
-        """Document of each drawn token, or of the beginning of each drawn window."""
+        """Document of each drawn token, or at the start of each drawn window."""
         rows = next(rows for kind, rows in self.rows.items() if kind.windows == windows)
         if rows.windows is not None:
             return self.block.documents[rows.windows, 0]
@@ -79,7 +79,7 @@ class Draw:
         return self._scaled[kind, layers]
 
     def _side(self, needs: Needs, kind: Kind) -> dict[str, Any]:
-        """Named side inputs, those that were asked for."""
+        """The requested side inputs, by name."""
         rows, block = self.rows[kind], self.block
         side: dict[str, Any] = {}
         if needs.tokens:
@@ -101,14 +101,14 @@ class Draw:
         return side
 
     def _once(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes, made for the first SAE that wants it."""
+        """The result of `make`, computed for the first SAE that needs it."""
         if (name, of) not in self._made:
             self._made[name, of] = make()
         return self._made[name, of]
 
     def _window_side(self, rows: Rows, read: Tensor | None) -> dict[str, Tensor]:
-        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row of a place, or -1. What reads other
-        rows of its window finds those that are `read` [B]: no massive ones, which it has not met in training."""
+        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row at a position, or -1. Of other rows in
+        a window, readers find only those in `read` [B]: no massive ones, which do not occur in training."""
         assert rows.sizes_there is not None
         context, count, sizes = self.block.context, len(rows.places), rows.sizes_there
         window = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=count)
@@ -120,14 +120,14 @@ class Draw:
     def _attention(self, layer: int, rows: Rows) -> AttentionRows:
         assert rows.windows is not None and rows.windows_there is not None
         windows, there = rows.windows, rows.windows_there
-        # The same windows whichever rows of them are left out.
+        # The windows are the same whichever of their rows are left out.
         return self._once("attention", layer, lambda: self.block.attention[layer].take(windows, there))
 
 
 class TokenOrder:
-    """The order in which a block's tokens are drawn, as ranks among those that train; sent once.
+    """The order in which a block's tokens are drawn, as indices of trainable tokens; sent once.
 
-    Massive rows are dropped from it, and what is left is spread evenly over the same steps.
+    Massive rows are dropped from it, and the rest is spread evenly over the same steps.
     """
 
     def __init__(self, block: Block, chosen: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
@@ -137,13 +137,13 @@ class TokenOrder:
         self._there = send(torch.from_numpy(self._places), device)
 
     def rows(self, part: slice) -> Rows:
-        """The rows of a part of it."""
+        """The rows of a part of the order."""
         start, stop = (edge * len(self._places) // self._length for edge in (part.start, part.stop))
         return Rows(self._places[start:stop], self._there[start:stop])
 
 
 class WindowOrder:
-    """The order in which a block's windows are drawn, by their number in the block; sent once."""
+    """The order in which a block's windows are drawn, by their index in the block; sent once."""
 
     def __init__(self, block: Block, windows: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
         window, position = np.nonzero(block.counts(layers)[windows])
@@ -154,7 +154,7 @@ class WindowOrder:
         self._there = tuple(send(torch.from_numpy(array), device) for array in arrays)
 
     def rows(self, part: slice) -> Rows:
-        """The rows of all trainable tokens of a part of it."""
+        """The rows of all trainable tokens in a part of the order."""
         places = slice(self._starts[part.start], self._starts[part.stop])
         places_there, windows_there, sizes_there = self._there
         return Rows(

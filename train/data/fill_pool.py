@@ -1,8 +1,8 @@
-"""The memory that a block lies in, filled from the store piece by piece, several pieces at a time.
+"""The memory of a block, filled from the store piece by piece, several pieces at a time.
 
-On the CPU a piece is read straight into its place. For a GPU it is read into page-locked memory and
-copied from there on a stream of its own, while the next piece is read. A block is filled anew when the GPU
-has done all that was asked of it while the block was drawn from; the reading threads wait for that, no step does.
+On the CPU a piece is read directly into its place. For a GPU it is read into page-locked memory and
+copied from there on a separate stream, while the next piece is read. A block is refilled once the GPU has finished
+all work that was launched while the block was drawn from; the reading threads wait for that, no step does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PIECES_IN_FLIGHT = 4
 
 
 class Pool:
-    """Room for one block."""
+    """Memory for one block."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Pool:
             self._stages.put(Stage(manifest, request, device))
         self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._drawn = torch.cuda.Event() if is_gpu else None
-        self.release()  # what had this memory before may still be read by what the GPU was asked for
+        self.release()  # earlier contents of this memory may still be read by work launched on the GPU
 
     def fill(self, pieces: Sequence[Span], readers: Executor) -> Block:
-        """Read a block; returns when all of it is in place."""
+        """Read a block; returns when it is complete."""
         take_device(self._device)
         if self._drawn is not None:
             self._drawn.synchronize()
@@ -83,12 +83,12 @@ class Pool:
         )
 
     def release(self) -> None:
-        """Say that nothing more will be drawn; copies to the GPU may still be under way."""
+        """Mark that nothing more will be drawn; work on the GPU may still be in progress."""
         if self._drawn is not None:
             self._drawn.record(torch.cuda.current_stream(self._device))
 
     def _send_attention(self, attention: dict[int, AttentionCsr]) -> dict[int, Attention]:
-        """On a stream of this pool's own, whose memory is used again only by its next fill."""
+        """Send attention on this pool's own stream, whose memory is reused only by its next fill."""
         with on_stream(self._stream):
             there = {layer: send_attention(csr, self._device) for layer, csr in attention.items()}
         if self._stream is not None:
@@ -114,7 +114,7 @@ class Pool:
 
 
 class Stage:
-    """Memory that a piece passes through: attention on its way, and residuals on their way to a GPU."""
+    """Temporary memory for a piece: for attention, and for residuals on their way to a GPU."""
 
     def __init__(self, manifest: Manifest, request: Request, device: torch.device) -> None:
         self._attention = shard_memory(manifest, Request(attention_layers=request.attention_layers))
@@ -123,12 +123,12 @@ class Stage:
         self._dtype = manifest.stored_dtype
 
     def targets(self, host: dict[str, np.ndarray], places: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Where the store shall read a piece to, by the path of each array."""
+        """The arrays into which the store reads a piece, by path."""
         targets = places if self._stream is None else self._pinned_like(places)
         return {**host, **{path: as_stored(target) for path, target in targets.items()}, **self._attention}
 
     def copy(self, places: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> None:
-        """Bring residuals, tokens and documents to the device, where reading has not put them already."""
+        """Copy residuals, tokens and documents to the device, unless they were read there directly."""
         if self._stream is None:
             return
         with on_stream(self._stream):
@@ -139,7 +139,7 @@ class Stage:
         self._stream.synchronize()
 
     def norms(self, resid: StoredRows) -> np.ndarray:
-        """float32 [W, T]: of residuals where they lie now."""
+        """float32 [W, T]: norms of residuals, computed where they are now."""
         if self._stream is None:
             scales = None if resid.scales is None else resid.scales.numpy()
             return row_norms(as_stored(resid.stored), self._dtype, scales)
@@ -147,7 +147,7 @@ class Stage:
             return resid.norms().cpu().numpy()
 
     def _pinned_like(self, places: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Page-locked memory of a piece's size; pieces are never larger than the first but where shards begin."""
+        """Page-locked memory of a piece's size; only at the start of a shard are pieces larger than the first."""
         for path, place in places.items():
             if path not in self._pinned or len(self._pinned[path]) < len(place):
                 self._pinned[path] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)
@@ -155,5 +155,5 @@ class Stage:
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """Work of a GPU goes to this stream inside."""
+    """A context in which a GPU's work goes to this stream."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)

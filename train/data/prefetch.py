@@ -1,7 +1,7 @@
-"""Blocks in the order of the plan, the next one read while the present one trains.
+"""Blocks in the order of the plan, with the next one read while the current one trains.
 
-Two pools of memory take turns; where the whole split fits into one, it is read once. The time that training had to
-wait is counted, the first block apart: nothing could have been read before it.
+Two pools of memory take turns; if the whole split fits into one, it is read once. The time that training waits is
+counted, separately for the first block, which cannot be read ahead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .shuffle_order import BlockPlan, Plan
 
 
 class Loader:
-    """Gives blocks, one after the other; `close` it in the end."""
+    """Provides blocks, one after the other; call `close` at the end."""
 
     def __init__(
         self,
@@ -42,20 +42,20 @@ class Loader:
         self.waited_seconds = 0.0
 
     def block(self, plan: BlockPlan) -> Block:
-        """The block of this plan. The one before must not be drawn from any more."""
+        """The block of this plan. The previous one must no longer be drawn from."""
         if self._present is None or self._present[0].pieces != plan.pieces:
             self._advance(plan)
         assert self._present is not None
         return self._present[1]
 
     def close(self) -> None:
-        """Stop reading, and give the memory back."""
+        """Stop reading and release the memory."""
         for executor in (self._filler, self._readers):
             executor.shutdown(wait=True, cancel_futures=True)
         self._pools, self._present, self._next = [], None, None
 
     def _advance(self, plan: BlockPlan) -> None:
-        """Make a block the present one, and begin to read the one after it."""
+        """Make a block the current one, and start to read the next."""
         started, is_first = time.perf_counter(), self._present is None
         if self._present is not None:
             self._pools[0].release()
@@ -71,14 +71,14 @@ class Loader:
         self._read_ahead(plan)
 
     def _read_ahead(self, plan: BlockPlan) -> None:
-        """Unless the run, whose length may be unknown, ends before."""
+        """Start to read the next block, unless the run, whose length may be unknown, ends before."""
         is_last = self._steps is not None and plan.first_step + plan.steps >= self._steps
         if len(self._pools) > 1 and not is_last:
             after = self._plan.after(plan)
             self._next = after, self._filler.submit(self._pools[1].fill, after.pieces, self._readers)
 
     def _abandon_next(self) -> None:
-        """A step out of order was asked for: what was read ahead is of no use."""
+        """Discard what was read ahead, after a step out of order was requested."""
         if self._next is not None:
             if not self._next[1].cancel():
                 wait([self._next[1]])

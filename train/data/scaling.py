@@ -1,6 +1,6 @@
 """The units in which SAEs train: activations scaled so that their mean norm is sqrt(D).
 
-The scale comes from the store's moments, or from those of its ordinary rows where massive ones are left out. It is
+The scale comes from the store's moments, or from those of its ordinary rows if massive ones are left out. It is
 the same for every SAE of a run, and is folded into the weights when an SAE is saved.
 """
 
@@ -19,12 +19,12 @@ from ...cache_schema.sites import Place
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """What training knows of the activations, in scaled units. D width."""
+    """What training knows about the activations, in scaled units. D width."""
 
     scale: Tensor  # [D], raw activation * scale = scaled activation; constant inside a layer
     mean: Tensor  # [D]
     variance: float  # E||x - mean||^2
-    massive: Massive | None = None  # the rows of a layer that these are not about; None where every row counts
+    massive: Massive | None = None  # the rows of a layer that are excluded; None if every row counts
 
     @property
     def width(self) -> int:
@@ -43,12 +43,12 @@ def stats_from_moments(moments: Moments) -> Stats:
 
 
 def bounds_of(stats: Mapping[Place, Stats]) -> dict[Place, float]:
-    """Beyond which norm a raw row is massive, for layers where not every row counts."""
+    """The norm above which a raw row is massive, for layers where not every row counts."""
     return {layer: one.massive.bound for layer, one in stats.items() if one.massive is not None}
 
 
 def unit_stats(width: int) -> Stats:
-    """Statistics of activations that are scaled already and have no mean."""
+    """Statistics of activations that are already scaled and have zero mean."""
     return Stats(torch.ones(width), torch.zeros(width), float(width))
 
 

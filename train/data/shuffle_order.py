@@ -1,11 +1,11 @@
 """The read order: which tokens make up step s, as a pure function of sizes, seed, epoch and step.
 
-A block is what lies in memory at a time: pieces from all over the split, dealt anew in each epoch. Its steps take its
+A block is what is in memory at a time: pieces from all over the split, reassigned in each epoch. Its steps take its
 shuffled tokens one batch after the other, or its shuffled windows spread over the same steps, so that both kinds of
-variants read the same blocks at the same steps. A step is found again by arithmetic on counts; nothing before its
-block is ever read. What is left of a block after its last whole batch is left out for this epoch, another part in each.
+variants read the same blocks at the same steps. Any step is located by arithmetic on counts; nothing before its block
+is ever read. The rest of a block after its last whole batch is left out for this epoch, a different part each time.
 
-`SplitSizes` says what a split holds before anything trains: counts of trainable tokens fix the order, shares say how
+`SplitSizes` describes a split before anything trains: counts of trainable tokens fix the order, shares say how
 often two tokens or windows of an ideal batch would share a document (`ShuffleQuality`). Special tokens are in
 neither.
 """
@@ -26,15 +26,15 @@ from ..errors import ConfigInvalid
 
 @dataclass(frozen=True, eq=False)
 class SplitSizes:
-    """All that decides the read order of a split."""
+    """Everything that determines the read order of a split."""
 
     first_window: int
     context: int
     shard_windows: int
-    chunk_windows: int  # windows that lie in one chunk of residuals: no read is smaller
+    chunk_windows: int  # windows in one chunk of residuals: no read is smaller
     trainable: np.ndarray  # int64 [windows of the split], tokens that are not special
-    same_document: float  # the chance that two of these tokens share a document
-    same_first_document: float  # the chance that two windows begin in one document
+    same_document: float  # probability that two of these tokens share a document
+    same_first_document: float  # probability that two windows start in the same document
 
     @property
     def windows(self) -> int:
@@ -46,7 +46,7 @@ class SplitSizes:
 
 
 def measure_split(store: Store, split: str) -> SplitSizes:
-    """As the store has counted, or by a pass over its tokens where it is older than its counts."""
+    """Read the store's counts, or count its tokens if the store is older than these counts."""
     manifest = store.manifest
     trainable, numbers = store.counts(split)
     return SplitSizes(
@@ -65,8 +65,8 @@ def chunk_windows(manifest: Manifest) -> int:
     return arrays_of(manifest)[manifest.sites[0].path].chunks[0] if manifest.sites else manifest.shard_windows
 
 
-PIECES_PER_BLOCK = 32  # at least so many where chunks allow it: a block should see many places of the store
-_PIECES, _TOKENS, _WINDOWS = range(3)  # what a random stream is for
+PIECES_PER_BLOCK = 32  # at least, if chunks allow it: a block should cover many places of the store
+_PIECES, _TOKENS, _WINDOWS = range(3)  # purposes of random streams
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Plan:
     def __init__(self, sizes: SplitSizes, *, batch_tokens: int, pool_tokens: int, seed: int | None) -> None:
         if pool_tokens < batch_tokens:
             raise ConfigInvalid(
-                f"expected a pool of a batch or more, found pool_tokens {pool_tokens} for batch_tokens {batch_tokens}"
+                f"expected a pool of at least a batch, found pool_tokens {pool_tokens} for batch_tokens {batch_tokens}"
             )
         self.sizes = sizes
         self.batch_tokens = batch_tokens
@@ -100,11 +100,11 @@ class Plan:
         self.pieces = cut_pieces(sizes, pool_tokens)
         self.num_blocks = max(1, min(len(self.pieces), -(-sizes.windows * sizes.context // pool_tokens)))
         self._piece_tokens = _tokens_of(sizes, self.pieces)
-        self._starts = [0]  # first step of each epoch, as far as anyone has asked
+        self._starts = [0]  # first step of each epoch, as far as computed
         self.blocks = lru_cache(maxsize=4)(self._make_blocks)
 
     def steps_in(self, epochs: int, enough: float = math.inf) -> int:
-        """Steps in the first `epochs` epochs, or in so many of them that there are enough."""
+        """Steps in the first `epochs` epochs, or in as many of them as give enough steps."""
         while len(self._starts) <= epochs and self._starts[-1] < enough:
             dealt = deal(len(self.pieces), self.num_blocks, self.seed, len(self._starts) - 1)
             steps = sum(int(self._piece_tokens[members].sum()) // self.batch_tokens for members in dealt)
@@ -114,7 +114,7 @@ class Plan:
     def locate(self, step: int) -> tuple[BlockPlan, int]:
         """The block that holds a step, and the step's place in it."""
         while self._starts[-1] <= step:
-            if self.steps_in(len(self._starts)) == 0:  # later epochs, each dealt anew, may be without a batch
+            if self.steps_in(len(self._starts)) == 0:  # later epochs, each assigned differently, may have no batch
                 raise ConfigInvalid(
                     f"expected at least one whole batch of {self.batch_tokens} tokens in the first epoch, "
                     f"found {self.sizes.tokens} trainable tokens in {self.num_blocks} blocks: "
@@ -136,14 +136,14 @@ class Plan:
         return sum(largest[: -(-len(self.pieces) // self.num_blocks)])
 
     def least_windows(self, steps: int) -> int:
-        """How many whole windows the smallest batch of the first `steps` steps has."""
+        """The number of whole windows in the smallest batch of the first `steps` steps."""
         last = self.locate(steps - 1)[0].epoch
         blocks = (block for epoch in range(last + 1) for block in self.blocks(epoch) if block.first_step < steps)
         return min(block.windows // block.steps for block in blocks)
 
     def windows_taken(self) -> float:
-        """Share of the first epoch's windows that come up where whole ones are drawn: each batch of a block has as
-        many as the others."""
+        """Share of the first epoch's windows that are used when whole windows are drawn, as all batches of a block have
+        the same number."""
         blocks = self.blocks(0)
         taken = sum(block.windows // block.steps * block.steps for block in blocks)
         return taken / max(1, sum(block.windows for block in blocks))
@@ -154,7 +154,7 @@ class Plan:
         return self.num_blocks == 1
 
     def _make_blocks(self, epoch: int) -> tuple[BlockPlan, ...]:
-        """The blocks of an epoch; those without a whole batch are left out."""
+        """The blocks of an epoch, without those that have no whole batch."""
         first_step = self.steps_in(epoch)
         blocks = []
         for index, members in enumerate(deal(len(self.pieces), self.num_blocks, self.seed, epoch)):
@@ -168,7 +168,7 @@ class Plan:
 
 
 def cut_pieces(sizes: SplitSizes, pool_tokens: int) -> list[Span]:
-    """The split as runs of whole chunks inside shards, small enough that a block is made of many."""
+    """Cut the split into runs of whole chunks inside shards, small enough that a block consists of many."""
     wanted = pool_tokens // sizes.context // PIECES_PER_BLOCK
     length = min(max(wanted // sizes.chunk_windows, 1) * sizes.chunk_windows, sizes.shard_windows)
     first, last = sizes.first_window, sizes.first_window + sizes.windows
@@ -183,7 +183,7 @@ def cut_pieces(sizes: SplitSizes, pool_tokens: int) -> list[Span]:
 
 
 def deal(num_pieces: int, num_blocks: int, seed: int | None, epoch: int) -> list[np.ndarray]:
-    """Shuffle the pieces and deal them out evenly; inside a block they are in the order of the store."""
+    """Shuffle the pieces and assign them evenly to blocks; inside a block they are in the order of the store."""
     order = permutation(num_pieces, seed, epoch, 0, _PIECES)
     return [np.sort(part) for part in np.array_split(order, num_blocks) if len(part)]
 
@@ -199,18 +199,18 @@ def window_order(block: BlockPlan, seed: int | None) -> np.ndarray:
 
 
 def token_slice(block: BlockPlan, at: int, batch_tokens: int) -> slice:
-    """Where the `at`-th batch of a block stands in its token order."""
+    """Where the `at`-th batch of a block is in its token order."""
     assert 0 <= at < block.steps
     return slice(at * batch_tokens, (at + 1) * batch_tokens)
 
 
 def window_slice(block: BlockPlan, at: int) -> slice:
-    """Where the `at`-th batch of a block stands in its window order; every batch has the same number."""
+    """Where the `at`-th batch of a block is in its window order; all batches have the same number of windows."""
     per_step = block.windows // block.steps
     if per_step == 0:
         raise ConfigInvalid(
-            f"whole windows were asked for, but a batch is smaller than one window "
-            f"({block.windows} windows for {block.steps} steps): set batch_tokens to a window's tokens or more"
+            f"expected at least one whole window in each batch, found "
+            f"{block.windows} windows for {block.steps} steps: set batch_tokens to at least a window's tokens"
         )
     return slice(at * per_step, (at + 1) * per_step)
 
@@ -222,7 +222,7 @@ def share(rows: slice, rank: int, size: int) -> slice:
 
 
 def permutation(count: int, seed: int | None, epoch: int, block: int, purpose: int) -> np.ndarray:
-    """Independent random numbers for each place in the order; without a seed it is that of the store."""
+    """A permutation, independent for each part of the order; without a seed, the order of the store."""
     if seed is None:
         return np.arange(count)
     return np.random.default_rng([seed, epoch, block, purpose]).permutation(count)
@@ -236,7 +236,7 @@ def _tokens_of(sizes: SplitSizes, pieces: list[Span]) -> np.ndarray:
 
 
 def count_pairs(labels: np.ndarray) -> tuple[int, int]:
-    """Pairs with equal labels, and all pairs."""
+    """The number of pairs with equal labels, and of all pairs."""
     counts = np.unique(labels, return_counts=True)[1].astype(np.int64)
     return int((counts * (counts - 1)).sum()) // 2, len(labels) * (len(labels) - 1) // 2
 
@@ -246,7 +246,7 @@ class ShuffleQuality:
     """How well batches are shuffled: pairs from one document counted so far, and their ideal share.
 
     The ideal is a batch drawn at random from the whole split. A ratio near 1 means that the pool is as good as
-    shuffling everything; at 5, two tokens of a batch share a document five times as often as they should.
+    shuffling everything; at 5, two tokens of a batch share a document five times as often as ideal.
     """
 
     ideal: float
@@ -264,7 +264,7 @@ class ShuffleQuality:
 
     @property
     def ratio(self) -> float:
-        """Measured over ideal: 1 is perfect. 1 as well where no pair could share a document and none does."""
+        """Measured over ideal: 1 is perfect. Also 1 if no pair could share a document and none does."""
         if self.ideal == 0.0:
             return 1.0 if self.same == 0 else float("inf")
         return self.share / self.ideal

@@ -1,1 +1,1 @@
-"""Everything that is saved: SAEs, checkpoints, and other libraries' folders."""
+"""Everything that is saved: SAEs, checkpoints, and folders of other libraries."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON in them."""
+"""Files that are written completely or not at all, and JSON in them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_written(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written beside its place, flush it, and move it there."""
+    """Have a file written next to its destination, flush it, and move it there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:  # of a full disk, which needs the room
+    except BaseException:  # a full disk needs the space
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """All or nothing."""
+    """Write a JSON file completely or not at all."""
     replace_file(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
 
 
@@ -39,9 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigInvalid(f"expected {path.name} in {path.parent}, found none: copy the folder anew") from None
+        raise ConfigInvalid(f"expected {path.name} in {path.parent}, found none: copy the folder again") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigInvalid(f"{path} is not JSON ({error}): copy it anew") from None
+        raise ConfigInvalid(f"{path} is not JSON ({error}): copy it again") from None
     if not isinstance(value, dict):
         raise ConfigInvalid(f"{path}: expected an object, found {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""Where an SAE on disk reads and writes, as far as its metadata say."""
+"""Where an SAE on disk reads and writes, as far as its metadata says."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..errors import SaeInvalid
 Places = tuple[Place, ...]
 
 HOW_TO_TELL = (
-    'write into the metadata of its cfg.json where it reads and writes, as {"layers": [5], "hook": "mlp_in", '
-    f'"target_layers": [5], "target_hook": "mlp_out"}}, with hooks of {", ".join(HOOKS)}'
+    'add where it reads and writes to the metadata of its cfg.json, such as {"layers": [5], "hook": "mlp_in", '
+    f'"target_layers": [5], "target_hook": "mlp_out"}}, with hooks from {", ".join(HOOKS)}'
 )
 UNTOLD = f"it is a transcoder that does not say where it reads and writes: {HOW_TO_TELL}"
 
 
 class Told(NamedTuple):
-    """Layers and what of them an SAE reads, and those that it rebuilds."""
+    """The layers and hook that an SAE reads, and those that it reconstructs."""
 
     layers: tuple[int, ...]
     hook: str
@@ -34,7 +34,7 @@ class Told(NamedTuple):
 
 
 def told_of(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
-    """Metadata of an SAE of one layer, under the names that this package's own have."""
+    """Metadata of an SAE of one layer, under this package's own names."""
     names = {"hook_name": f"blocks.{layer}.{SAE_LENS_NAMES[hook]}"}
     if to_hook != hook:
         names["hook_name_out"] = f"blocks.{layer}.{SAE_LENS_NAMES[to_hook]}"
@@ -42,7 +42,7 @@ def told_of(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
 
 
 def require_places(metadata: Mapping[str, Any]) -> None:
-    """What says where an SAE reads and writes is lists of layers and known hooks, where it is there at all."""
+    """Require that metadata on where an SAE reads and writes, if present, is lists of layers and known hooks."""
     for name in ("layers", "target_layers"):
         _layers(metadata, name)
     for name in ("hook", "target_hook"):
@@ -50,7 +50,7 @@ def require_places(metadata: Mapping[str, Any]) -> None:
 
 
 def places_told(metadata: Mapping[str, Any]) -> Told | None:
-    """What it reads and what it rebuilds; None where it does not say."""
+    """What an SAE reads and reconstructs; None if the metadata does not say."""
     layers, targets = (_layers(metadata, name) for name in ("layers", "target_layers"))
     hook = _hook(metadata, "hook", RESID)
     name, transcodes = str(metadata.get("hook_name") or ""), bool(metadata.get("transcodes"))
@@ -64,21 +64,21 @@ def places_told(metadata: Mapping[str, Any]) -> Told | None:
     if site is not None:
         return Told((site.layer,), site.hook, (site.layer,), site.hook)
     if name.endswith("blocks.0.hook_resid_pre"):
-        raise SaeInvalid(f"it reads what comes before the first layer ({name!r}), which no store holds")
+        raise SaeInvalid(f"it reads the input of the first layer ({name!r}), which no store holds")
     if IN_A_LAYER.search(name) or re.search(r"\bhook_", name):
-        raise SaeInvalid(f"it reads {name!r}, which is no place that is known here by that name: {HOW_TO_TELL}")
+        raise SaeInvalid(f"it reads {name!r}, which is not a known place: {HOW_TO_TELL}")
     return None
 
 
 def _layers(metadata: Mapping[str, Any], name: str) -> tuple[int, ...]:
     found = metadata.get(name) or []
     if not isinstance(found, list | tuple) or not all(type(one) is int and one >= 0 for one in found):
-        raise SaeInvalid(f"expected {name} as a list of layers, as [5], found {found!r:.60}")
+        raise SaeInvalid(f"expected {name} as a list of layers, such as [5], found {found!r:.60}")
     return tuple(found)
 
 
 def _hook(metadata: Mapping[str, Any], name: str, instead: str) -> str:
     found = metadata.get(name, instead)
     if found not in [*HOOKS]:
-        raise SaeInvalid(f"expected {name} of {', '.join(HOOKS)}, found {found!r:.60}")
+        raise SaeInvalid(f"expected {name} among {', '.join(HOOKS)}, found {found!r:.60}")
     return found

@@ -1,8 +1,8 @@
-"""SAEs on disk whose inference takes more than the plain weights: masks, gates, encoders of their own.
+"""SAEs on disk whose inference needs more than the plain weights: masks, gates, separate encoders.
 
-The folder looks like any other; sae_weights.safetensors holds the module's whole state in the units it
-was trained in, and the scales. cfg.json has an architecture of our own name, the knobs' last values
-and the side inputs that `encode` reads. Reading it back takes the variant that built the module.
+The folder has the usual files; sae_weights.safetensors holds the module's whole state in the units it
+was trained in, and the scales. cfg.json has an architecture under our own name, the knobs' final values
+and the side inputs that `encode` reads. Reading it back requires the variant that built the module.
 D width, F latents.
 """
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 
 Rebuild = Callable[[str, Mapping[str, Any], int, int], SparseAutoencoder]
-"""(variant, its config in JSON, width of the input, of the target) -> the module as it was before training."""
+"""(variant, its config in JSON, width of the input, of the target) -> the untrained module."""
 
 
 class RawUnits(SparseAutoencoder):
-    """A trained module on activations as the model has them, with decoder rows of length one."""
+    """A trained module for the model's raw activations, with decoder rows of length one."""
 
     is_plain = False
 
@@ -61,7 +61,7 @@ class RawUnits(SparseAutoencoder):
 
 @torch.no_grad()
 def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> dict[str, Tensor]:
-    """The tensors of a trained module on disk."""
+    """The tensors to save for a trained module."""
     state = {name: tensor for name, tensor in sae.state_dict().items() if not name.startswith("extras.")}
     tensors = {f"{MODULE}{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
     return tensors | {SCALE: stats.scale.cpu().clone(), TARGET_SCALE: target_stats.scale.cpu().clone()}
@@ -71,7 +71,7 @@ def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> di
 def sae_from_wrapped(
     tensors: Mapping[str, Tensor], knobs: Mapping[str, float], inner: SparseAutoencoder, where: str
 ) -> RawUnits:
-    """The module that computes a saved form; `inner` is as it was before training."""
+    """The module that computes a saved form; `inner` is the untrained module."""
     require_tensors(tensors, inner, where)
     inner.load_state_dict(_state_of(tensors), strict=False)
     inner.require_sound(where)
@@ -79,33 +79,33 @@ def sae_from_wrapped(
 
 
 def built_of_shapes(build: Callable[[], T]) -> T | None:
-    """What it builds, with shapes and no values, which takes no memory; None of a variant of one's own that needs
-    values to be built."""
+    """Build with shapes but no values, which takes no memory; None for a user's variant that needs values to be
+    built."""
     try:
         with torch.device("meta"):
             return build()
-    except (RuntimeError, TypeError) as error:  # of numpy it is the latter
+    except (RuntimeError, TypeError) as error:  # NumPy raises the latter
         if "meta" not in str(error).lower():
             raise
         return None
 
 
 def require_tensors(tensors: Mapping[str, Tensor], inner: SparseAutoencoder, where: str) -> None:
-    """The tensors are those of the module, by name and shape; `inner` may be on the meta device, where it takes no
-    memory."""
+    """Require that names and shapes of the tensors are the module's; `inner` may be on the meta device, where it takes
+    no memory."""
     state = _state_of(tensors)
     expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
     different = sorted(expected ^ state.keys())
     if different or not {SCALE, TARGET_SCALE} <= tensors.keys():
         raise SaeInvalid(
             f"{where}: the tensors are not those of the variant ({', '.join(different) or 'no scale'}): copy "
-            "the folder anew"
+            "the folder again"
         )
     scales = {SCALE: (inner.d_in,), TARGET_SCALE: (inner.d_out,)}
     expected_shapes = scales | {f"{MODULE}{name}": tuple(t.shape) for name, t in inner.state_dict().items()}
     wrong = sorted(name for name, t in tensors.items() if tuple(t.shape) != expected_shapes.get(name))
     if wrong:
-        raise SaeInvalid(f"{where}: the tensors {', '.join(wrong)} have other shapes than the variant's: copy it anew")
+        raise SaeInvalid(f"{where}: the tensors {', '.join(wrong)} do not have the variant's shapes: copy it again")
 
 
 def _state_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

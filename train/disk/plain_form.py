@@ -1,11 +1,11 @@
-"""An SAE as others read it: raw units, decoder rows of length one, one of five plain architectures.
+"""SAEs as other tools read them: raw units, decoder rows of length one, one of five plain architectures.
 
 D width, F latents, s the activation scale, n the lengths of decoder rows. Trained on s x:
 1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x. A skip *= s and /= the target's.
-2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n. Of a top-k SAE n is one number,
-   the mean: the k largest of a row must stay the k largest. Rows of ours have one length; sparsify's have several.
-A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way. At the end stands what
-the formats of others share.
+2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n. For a top-k SAE n is one number,
+   the mean: the k largest of a row must stay the k largest. Our rows have one length; sparsify's have several.
+A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way. The last functions are
+shared by the formats of other tools.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 
 Metadata = dict[str, Any]
-NAMED_OTHERWISE = {"relu": "standard", "annealedrelu": "p_anneal"}  # variants than their gates
+NAMED_OTHERWISE = {"relu": "standard", "annealedrelu": "p_anneal"}  # variants that are not named after their gates
 FAR = 4.0  # times the mean length
-ALMOST_ONE = 1e-5  # what a length may differ by from one, as in SAEBench
+ALMOST_ONE = 1e-5  # tolerance for a length of one, as in SAEBench
 
 
 @dataclass(frozen=True, eq=False)
 class PlainSae:
-    """Weights in the layout of the SAELens format: W_enc [D_in, F], W_skip [D_out, D_in] where there is one, everything
+    """Weights in the layout of the SAELens format: W_enc [D_in, F], W_skip [D_out, D_in] if there is one, everything
     else as named."""
 
     architecture: str  # standard, topk, abstopk, jumprelu or gated
@@ -75,7 +75,7 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
             gate = AbsTopK(plain.k)
         case "jumprelu":
             gate = JumpRelu(tensors["threshold"].numel(), 0.0, 1.0)
-            # What is rectified after the jump has no threshold below zero; in training nothing rectifies it.
+            # The output is rectified after the jump, so its threshold is not below zero; training does not rectify it.
             gate.raw_threshold.data.copy_(tensors["threshold"].clamp_min(0.0))
         case "gated":
             gate = Gated(tensors["r_mag"].numel())
@@ -96,7 +96,7 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
 
 
 def require_shapes(plain: PlainSae) -> None:
-    """Weights of a stranger's file fit together, and k to them."""
+    """Require that the weights of a foreign file fit together, and k fits them."""
     W_enc, W_dec = plain.tensors["W_enc"], plain.tensors["W_dec"]
     shapes = {name: tuple(tensor.shape) for name, tensor in plain.tensors.items()}
     if W_enc.ndim != 2 or W_dec.ndim != 2 or W_enc.shape[1] != W_dec.shape[0] or 0 in (*W_enc.shape, *W_dec.shape):
@@ -107,7 +107,7 @@ def require_shapes(plain: PlainSae) -> None:
     if wrong:
         raise SaeInvalid(f"expected one value per latent or output in {', '.join(wrong)}, found {shapes}")
     if plain.centres_input and W_enc.shape[0] != outputs:
-        raise SaeInvalid(f"expected as many outputs as inputs where b_dec is taken off the input, found {shapes}")
+        raise SaeInvalid(f"expected as many outputs as inputs where b_dec is subtracted from the input, found {shapes}")
     if "W_skip" in shapes and shapes["W_skip"] != (outputs, W_enc.shape[0]):
         raise SaeInvalid(f"expected W_skip [outputs, inputs], found {shapes}")
     if plain.architecture in ("topk", "abstopk") and (type(plain.k) is not int or not 1 <= plain.k <= latents):
@@ -115,9 +115,9 @@ def require_shapes(plain: PlainSae) -> None:
 
 
 def unsigned(plain: PlainSae) -> PlainSae:
-    """The same with no negative codes: of a signed SAE, a top-k one that has each latent again with the other sign.
+    """The same without negative codes: a signed SAE becomes a top-k one with each latent repeated with opposite sign.
 
-    Of a latent and its opposite one is positive at most, so the k largest of them all are the k furthest from zero.
+    Of a latent and its opposite at most one is positive, so the k largest of all are the k furthest from zero.
     """
     if plain.architecture != "abstopk":
         return plain
@@ -128,13 +128,13 @@ def unsigned(plain: PlainSae) -> PlainSae:
 
 
 def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same of an SAE in raw units. What trained along and says one thing of each latent says it of both; what else
-    did is of other latents than these, and stays behind."""
+    """The same for an SAE in raw units. Extras with one value per latent are repeated for both; others are dropped, as
+    they are for the original latents."""
     if not isinstance(sae.gate, AbsTopK):
         return sae
     if not sae.is_plain:
         raise SaeInvalid(
-            "expected a signed SAE that its weights and gate compute alone, found one behind masks, attention or the "
+            "expected a signed SAE that consists only of its weights and gate, found one with masks, attention or the "
             "like: evaluations read codes without signs, and such an SAE has no form without them"
         )
     found = _again(sae, unsigned(in_raw_units(sae)))
@@ -144,21 +144,21 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 
 def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same of an SAE in raw units, its codes in multiples of its decoder rows' lengths; what has them so, to
-    `ALMOST_ONE`, is left as it is, and so is a top-k SAE, whose choice hangs on them."""
+    """An SAE in raw units with codes in multiples of its decoder rows' lengths. Unchanged if rows have length one, to
+    `ALMOST_ONE`, or if it is a top-k SAE, whose choice depends on them."""
     if not sae.is_plain or isinstance(sae.gate, TopK | AbsTopK):
         return sae
     return _again(sae, in_raw_units(sae)) if bool((row_lengths(sae.W_dec.detach()) != 1).any()) else sae
 
 
 def row_lengths(W_dec: Tensor) -> Tensor:
-    """[F]: of decoder rows; exactly 1 where it is one to `ALMOST_ONE`, and for rows of zeros, which have no other."""
+    """[F]: lengths of decoder rows; exactly 1 if that holds to `ALMOST_ONE`, and for rows of zeros."""
     lengths = torch.linalg.vector_norm(W_dec, dim=1)
     return torch.where(((lengths - 1).abs() > ALMOST_ONE) & (lengths > 0), lengths, 1.0)
 
 
 def in_raw_units(sae: SparseAutoencoder) -> PlainSae:
-    """The plain form of an SAE that reads activations as they are."""
+    """The plain form of an SAE that reads raw activations."""
     return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
 
 
@@ -176,8 +176,8 @@ def begin_as(
     target_stats: Stats,
     latents: Latents = ALL_LATENTS,
 ) -> None:
-    """Give an SAE that has not trained yet, or the part of it that is here, the weights of a whole one in raw units: it
-    then computes the same."""
+    """Give an untrained SAE, or this process's part of it, the weights of a complete SAE in raw units: it then computes
+    the same."""
     _require_alike(sae, source, sae.num_latents if latents.is_whole else latents.total)
     scale, target_scale = (part.scale.to(source.W_dec) for part in (stats, target_stats))
     W_dec = source.W_dec * target_scale
@@ -185,7 +185,7 @@ def begin_as(
     if isinstance(source.gate, TopK | AbsTopK):
         _require_near_one(torch.linalg.vector_norm(W_dec, dim=1) / lengths)
     own_lengths, bias = latents.own(lengths), source.b_enc
-    if source.centres_input != sae.centres_input:  # what the one takes from its input the other has in its bias
+    if source.centres_input != sae.centres_input:  # one subtracts from its input what the other has in its bias
         shift = source.W_enc @ source.b_dec
         bias = bias - shift if source.centres_input else bias + shift
     values = {
@@ -205,29 +205,29 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder, num_latent
     found, wanted = (source.num_latents, source.d_in, source.d_out), (num_latents, sae.d_in, sae.d_out)
     if found != wanted:
         raise SaeInvalid(
-            f"expected an SAE of {wanted[0]} latents from width {wanted[1]} to {wanted[2]}, found {found[0]} from "
+            f"expected an SAE with {wanted[0]} latents from width {wanted[1]} to {wanted[2]}, found {found[0]} from "
             f"{found[1]} to {found[2]}" + (f": set --width {found[0]}" if found[1:] == wanted[1:] else "")
         )
     if (sae.W_skip is None) != (source.W_skip is None):
         wanted, has = ("with", "without") if source.W_skip is None else ("without", "with")
         raise SaeInvalid(f"expected an SAE {wanted} a skip, found one {has}: only the variant skip_transcoder has one")
     if not (sae.is_plain and source.is_plain):
-        raise SaeInvalid("expected two SAEs whose weights and gate are all there is to them")
+        raise SaeInvalid("expected two SAEs that consist only of their weights and gates")
 
 
 def _require_near_one(lengths_F: Tensor) -> None:
-    """Training keeps decoder rows at length one from its first step on. Means of unit rows, as sparsify saves, rebuild
-    more after it than before; rows of any length, as its transcoders have, would rebuild something else."""
+    """Training sets decoder rows to length one in its first step. Means of unit rows, as sparsify saves, reconstruct
+    more after that than before; rows of any length, as in its transcoders, would reconstruct something else."""
     least, most = (float(part) for part in torch.aminmax(lengths_F))
     if not (least >= 1 / FAR and most <= FAR):
         raise SaeInvalid(
-            f"expected a top-k SAE whose decoder rows are about as long as each other, found {least:.2g} to {most:.2g} "
-            "times their mean: training keeps rows at one length, and the first step would change what they rebuild"
+            f"expected a top-k SAE whose decoder rows have about the same length, found {least:.2g} to {most:.2g} "
+            "times their mean: training keeps rows at one length, and its first step would change the reconstruction"
         )
 
 
 def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, latents: Latents) -> None:
-    """Thresholds and magnitudes; a jump threshold that is one for all latents begins a batch top-k."""
+    """Copy thresholds and magnitudes; a jump threshold that is the same for all latents can start a batch top-k."""
     match gate, source:
         case (TopK(), TopK()) | (AbsTopK(), AbsTopK()):
             if gate.k != source.k:
@@ -250,12 +250,12 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, late
             wanted, found = (NAMED_OTHERWISE.get(kind, kind) for kind in kinds)
             raise SaeInvalid(
                 f"expected an SAE with the gate of {wanted}, found one with that of {found}: choose a variant with "
-                f"that, such as --variant {found}"
+                f"that gate, such as --variant {found}"
             )
 
 
 def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:
-    """What codes are multiplied with so that decoder rows get length one, a top-k's in the mean: [F]."""
+    """[F]: the factors of the codes that give decoder rows length one, for a top-k only on average."""
     lengths = torch.linalg.vector_norm(W_dec, dim=1)
     return lengths.mean().expand_as(lengths) if isinstance(gate, TopK | AbsTopK) else lengths.clamp_min(1e-30)
 
@@ -278,7 +278,7 @@ def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, 
 
 
 def centred(plain: PlainSae, wanted: bool) -> PlainSae:
-    """The same SAE with, or without, the decoder bias taken off its input: the encoder's biases make up for it."""
+    """The same SAE with or without the decoder bias subtracted from its input; the encoder's biases compensate."""
     if plain.centres_input == wanted:
         return plain
     tensors = dict(plain.tensors)

@@ -1,10 +1,10 @@
 """SAEs on disk: a folder with cfg.json and sae_weights.safetensors.
 
-`save_sae` writes the layout that SAELens opens as it stands (6.54), for every SAE that its
-architectures can express; one with several input layers, with another target that they have no form for, or with an
-inference of its own has the same files with an architecture of our own name. `read_sae` reads all of them, and
-SAELens folders from elsewhere. What trained along (`extras`) lies beside, in extras.safetensors.
-Files are written beside their place and renamed; cfg.json comes last, so a folder that has one is whole.
+`save_sae` writes the layout that SAELens opens directly (6.54), for every SAE that its architectures can
+express. Others, with several input layers, an unsupported target or inference of their own, have the same files with
+an architecture under our own name. `read_sae` reads all of them, and SAELens folders from elsewhere. Modules that
+trained along (`extras`) are in extras.safetensors.
+Files are written under a temporary name and renamed; cfg.json comes last, so a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")  # of this package and of other tools
-NORM_BOUNDS = "norm_bounds"  # in the metadata: beyond which norm a row of each place did not train
+NORM_BOUNDS = "norm_bounds"  # in the metadata: the norm above which rows of each place were not trained on
 SAELENS_VERSION = "6.54.12"
-TRANSCODERS = {  # by the gate they have there; none takes the decoder's bias off its input
+TRANSCODERS = {  # with the gate they have there; none subtracts the decoder's bias from its input
     "transcoder": "standard",
     "skip_transcoder": "standard",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
 _AFFINE = ("W_enc", "b_enc", "W_dec", "b_dec")
-TENSORS = {  # of each plain architecture
+TENSORS = {  # tensors of each plain architecture
     "standard": _AFFINE,
     "topk": _AFFINE,
     "abstopk": _AFFINE,
@@ -61,7 +61,7 @@ def save_sae(
     target_stats: Stats | None = None,
     knobs: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a trained SAE, its scale folded in and its decoder rows of length one."""
+    """Write a trained SAE, with its scale folded in and decoder rows of length one."""
     target_stats = target_stats or stats
     if sae.is_plain:
         plain = plain_sae(sae, stats, target_stats)
@@ -69,7 +69,7 @@ def save_sae(
     else:
         tensors, form = module_form(sae, stats, target_stats), _wrapped_form(sae, variant, knobs or {})
     make_folder(folder)
-    for left in folder.glob(".*.tmp"):  # by a process that was killed: one at a time writes an SAE
+    for left in folder.glob(".*.tmp"):  # left by a killed process: only one process at a time writes an SAE
         left.unlink(missing_ok=True)
     written = _config_of(form, variant, metadata, config)
     replace_written(folder / WEIGHTS, lambda path: save_file(tensors, path))
@@ -82,7 +82,7 @@ def save_sae(
 
 
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
-    """The SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
+    """Read the SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
     config = read_config(folder)
     sae = _wrapped(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
     sae.extras_tensors = read_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
@@ -90,17 +90,17 @@ def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
 
 
 def load_plain_sae(folder: Path) -> SparseAutoencoder:
-    """The same for a folder whose weights are all there is to it."""
+    """The same for an SAE that is fully described by its weights."""
     config = as_said_since_6(read_config(folder), folder)
     named = config.get("architecture")
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in TENSORS:
-        raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(TENSORS)}, found {architecture!r}")
+        raise SaeInvalid(f"{folder}: expected an architecture among {', '.join(TENSORS)}, found {architecture!r}")
     if config["normalize_activations"] != "none":
         raise SaeInvalid(
-            f"{folder}: expected weights for activations as the model has them, found normalize_activations "
-            f"{config['normalize_activations']!r}. If that is expected_average_only_in, fold the factor into them with "
-            "SAELens (fold_activation_norm_scaling_factor) and save the SAE anew; another kind cannot be folded"
+            f"{folder}: expected weights for the model's raw activations, found normalize_activations "
+            f"{config['normalize_activations']!r}. If that is expected_average_only_in, fold the factor into them "
+            "with SAELens (fold_activation_norm_scaling_factor) and save the SAE again; other kinds cannot be folded"
         )
     names = TENSORS[architecture]
     found = read_tensors(folder / WEIGHTS, names)
@@ -116,8 +116,8 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     kwargs = sae.metadata.get("model_from_pretrained_kwargs")
     if isinstance(kwargs, dict) and kwargs.get("center_writing_weights"):
         warnings.warn(
-            f"{folder}: it was trained where each residual's mean was taken off (center_writing_weights), and here "
-            "residuals are the model's own: its numbers are of other activations than it knows",
+            f"{folder}: it was trained on residuals with their mean subtracted (center_writing_weights), but here "
+            "residuals are the model's own: its numbers are for activations other than it was trained on",
             stacklevel=2,
         )
     if str(named) in TRANSCODERS and not (sae.metadata.get("layers") and sae.metadata.get("target_layers")):
@@ -126,13 +126,13 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
 
 
 def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A configuration in SAELens' words of 6.0, which earlier versions had others for, or another place."""
+    """A configuration under SAELens 6.0's names; earlier versions had other names or another place for some."""
     activation = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
     factor = config.get("finetuning_scaling_factor") or 1
     if activation not in ("relu", "topk") or factor is True or factor != 1:
         raise SaeInvalid(
             f"{folder}: expected relu or topk as activation and no finetuning_scaling_factor, found {activation!r} and "
-            f"{factor!r}: no plain form computes that"
+            f"{factor!r}, which no plain form computes"
         )
     told: dict[str, Any] = {"architecture": config.get("architecture") or "standard"}
     if activation == "topk":
@@ -146,7 +146,7 @@ def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
-    """Whether the SAE reads one layer and rebuilds what it reads, the only kind that other tools have a form for."""
+    """Whether the SAE reads one layer and reconstructs its input, the only kind that other tools support."""
     layers = metadata.get("layers") or [None]
     targets = metadata.get("target_layers") or layers
     hook = metadata.get("hook", RESID)
@@ -155,7 +155,7 @@ def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
 
 
 def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
-    """What SAELens calls it; None where it has no form for it."""
+    """SAELens' name for the architecture; None if it has none."""
     if is_of_one_place(metadata):
         return plain.architecture if "W_skip" not in plain.tensors else None
     is_from_one_to_one = [len(metadata.get(name) or ()) for name in ("layers", "target_layers")] == [1, 1]
@@ -166,7 +166,7 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """cfg.json of an SAE's folder."""
+    """Read cfg.json of an SAE's folder."""
     path = folder / CONFIG
     if not path.is_file():
         raise SaeInvalid(f"{folder}: expected an SAE's folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
@@ -188,26 +188,26 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
                 f"{folder / CONFIG}: expected metadata.{name} as a {kind.__name__}, found {metadata.get(name)!r:.60}"
             )
     d_in = tensors[SCALE].numel() if SCALE in tensors else 0
-    if config.get("d_in") != d_in:  # before memory is taken for it
+    if config.get("d_in") != d_in:  # before memory is allocated for it
         raise SaeInvalid(f"{folder / CONFIG}: expected d_in {d_in} by its weights, found {config.get('d_in')!r}")
     d_out = tensors[TARGET_SCALE].numel() if TARGET_SCALE in tensors else d_in
     built = metadata["training_architecture"], metadata["training_architecture_details"], d_in, d_out
     try:
         inner = built_of_shapes(lambda: rebuild(*built))
-        if inner is not None:  # nothing takes memory that the tensors do not fit
+        if inner is not None:  # allocate nothing that the tensors do not fit
             require_tensors(tensors, inner, str(folder))
         sae = sae_from_wrapped(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise
         said = first_line(error)
-        raise SaeInvalid(f"{folder}: no {built[0]} can be built of its settings ({said}): copy it anew") from None
+        raise SaeInvalid(f"{folder}: no {built[0]} can be built from its settings ({said}): copy it again") from None
     sae.metadata = dict(metadata)
     return sae
 
 
 def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What of cfg.json says how the tensors are computed with."""
+    """The part of cfg.json that says how to compute with the tensors."""
     d_in, width = plain.tensors["W_enc"].shape
     architecture = architecture_of(plain, metadata)
     form: dict[str, Any] = {
@@ -246,7 +246,7 @@ def _config_of(
         "dtype": "float32",
         "device": "cpu",
         "normalize_activations": "none",
-        # In a model SAELens reads `z` head by head.
+        # In the model SAELens reads `z` head by head.
         "reshape_activations": "hook_z" if str(metadata.get("hook_name")).endswith("_z") else "none",
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
@@ -259,7 +259,7 @@ def _config_of(
 
 
 def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """All tensors of a file of an SAE's folder, those of these names among them."""
+    """Read all tensors of a file in an SAE's folder, which must include these names."""
     if not path.is_file():
         raise SaeInvalid(f"{path.parent}: expected {path.name}, found none: copy or export the SAE again")
     try:
@@ -268,12 +268,12 @@ def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
         raise SaeInvalid(f"{path}: damaged ({error}); copy, download or export the SAE again") from None
     missing = [name for name in names if name not in found]
     if missing:
-        raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, lacks {', '.join(missing)}")
+        raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, found none of {', '.join(missing)}")
     return found
 
 
 def _fold_norms(plain: PlainSae) -> PlainSae:
-    """The same SAE with codes in multiples of its decoder rows' lengths; those of rows of zeros are next to nothing."""
+    """The same SAE with codes in multiples of its decoder rows' lengths; almost zero for rows of zeros."""
     tensors = dict(plain.tensors)
     lengths = torch.linalg.vector_norm(tensors["W_dec"], dim=1).clamp_min(1e-30)
     tensors["W_enc"] = tensors["W_enc"] * lengths

@@ -1,12 +1,12 @@
-"""Checkpoints: complete or absent, checked when they are read; the last two are kept, of a finished run the last.
+"""Checkpoints: complete or absent, verified when read; the last two are kept, or the last one of a finished run.
 
-1. All tensors of each SAE go into one safetensors file, in a folder whose name no reader looks at.
-2. state.json says where the run stands, and the digest of every file and of itself.
-3. Everything is flushed; the folder gets its name; older ones go.
+1. All tensors of each SAE go into one safetensors file, in a folder with a temporary name that readers ignore.
+2. state.json records how far the run is, and the digest of every file and of itself.
+3. Everything is flushed; the folder gets its final name; older ones are deleted.
 A reader takes the newest complete one, and says why it skipped newer ones. Where processes have SAEs of their own,
-each does 1 for its own in the same folder, and the first does the rest for all.
+each does step 1 for its own in the same folder, and the first does the rest for all.
 
-A GPU's run goes on while its checkpoint is written (`Writer`).
+A run on a GPU continues while its checkpoint is written (`Writer`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _State:
     standing: Standing
     files: dict[str, str]  # name -> digest
     format: int = FORMAT
-    digest: str = ""  # of all the rest
+    digest: str = ""  # of everything else
 
     def own_digest(self) -> str:
         rest = json.dumps(to_json(replace(self, digest="")), sort_keys=True)
@@ -65,7 +65,7 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What was saved, and why newer checkpoints were skipped."""
+    """A checkpoint that was read, and why newer ones were skipped."""
 
     standing: Standing
     tensors: dict[str, dict[str, Tensor]]  # by label
@@ -75,12 +75,12 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]], group: Group = SOLO
 ) -> None:
-    """Write a checkpoint into `folder` and drop those before the last two; a collective call of a group."""
+    """Write a checkpoint into `folder` and delete those before the last two; a collective call of a group."""
     final = folder / f"step_{standing.step:09d}"
     temporary = folder / f".{final.name}.tmp"
     with all_or_none(group, FILE_ERRORS, NOT_WRITTEN_ELSEWHERE):
         if group.rank == 0:
-            for leftover in (*folder.glob(".step_*.tmp"), final):  # of a kill or a full disk, whatever their steps
+            for leftover in (*folder.glob(".step_*.tmp"), final):  # left by a kill or a full disk, whatever their steps
                 shutil.rmtree(leftover, ignore_errors=True)
             make_folder(temporary)
     digests = {}
@@ -101,16 +101,16 @@ def save_checkpoint(
 
 
 def keep_newest(folder: Path, count: int, last: Path | None = None) -> None:
-    """Drop the checkpoints before the last `count`. Those behind `last`, which a run could not read and went back from,
-    do not count; they stay until it comes there again."""
+    """Delete the checkpoints before the last `count`. Those after `last`, which the run could not read when it resumed,
+    do not count; they stay until the run reaches them again."""
     for old in [path for path in list_checkpoints(folder) if last is None or path <= last][count:]:
-        shutil.rmtree(old, ignore_errors=True)  # whoever saves next tries again
+        shutil.rmtree(old, ignore_errors=True)  # the next save tries again
 
 
 class Writer:
-    """Writes checkpoints beside training, one at a time. What went wrong is raised by the next call.
+    """Writes checkpoints during training, one at a time. An error is raised by the next call.
 
-    A group writes one together: messages of this writer's thread alone may go through it.
+    A group writes one together: only messages of this writer's thread may go through it.
     """
 
     def __init__(self, folder: Path, group: Group = SOLO) -> None:
@@ -119,18 +119,18 @@ class Writer:
         self._writing: tuple[int, Future[None]] | None = None
 
     def begin(self, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write this one as soon as the one before is written; nobody may change the tensors until then."""
+        """Write a checkpoint as soon as the previous one is written; the tensors must not change until it is done."""
         self.finish()
         submitted = self._thread.submit(save_checkpoint, self._folder, standing, tensors, self._group)
         self._writing = standing.step, submitted
 
     def check(self) -> None:
-        """Raise what went wrong so far; waits for nothing."""
+        """Raise an error that has occurred so far, without waiting."""
         if self._writing is not None and self._writing[1].done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the one that is being written."""
+        """Wait for the checkpoint that is being written."""
         if self._writing is None:
             return
         step, written = self._writing
@@ -139,22 +139,22 @@ class Writer:
         except FILE_ERRORS as error:
             command = resume_command(self._folder.parent)
             raise RunNotWritten(
-                f"the checkpoint of step {step} could not be written to {self._folder} ({error}). The one before is "
-                f"whole: make room there, or mend what the disk says, then go on with: {command}"
+                f"the checkpoint of step {step} could not be written to {self._folder} ({error}). The previous one "
+                f"is intact: make room there, or fix the problem, then resume with: {command}"
             ) from error
         finally:
             if written.done():
                 self._writing = None
 
     def close(self) -> None:
-        """Wait, but raise nothing: an error may be on its way already."""
+        """Wait, but raise nothing: another error may already be propagating."""
         self._thread.shutdown(wait=True)
 
 
 def load_checkpoint(folder: Path, labels: Collection[str] | None = None) -> Checkpoint | None:
-    """The newest complete checkpoint, with the tensors of these SAEs; None if none was ever written.
+    """Load the newest complete checkpoint, with the tensors of these SAEs; None if none was ever written.
 
-    All of it is checked, whichever SAEs are asked for: processes that each load their own take the same one.
+    All of it is verified, whichever SAEs are requested, so that processes that each load their own use the same one.
     """
     complaints: list[str] = []
     for path in list_checkpoints(folder):
@@ -183,14 +183,14 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
         raise CheckpointDamaged(f"{path}: {error}") from None
     if state.format != FORMAT:
         is_later = state.format > FORMAT
-        why = "update saemill" if is_later else "of an earlier checkout, whose checkpoints are no longer read"
+        why = "update saemill" if is_later else "it is from an earlier version, whose checkpoints are no longer read"
         raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}: {why}")
     if state.digest != state.own_digest():
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
     tensors = {}
     for name, digest in state.files.items():
         if not FILE_NAME.fullmatch(name):
-            raise CheckpointDamaged(f"{path / 'state.json'}: expected names of files beside it, found {name!r:.80}")
+            raise CheckpointDamaged(f"{path / 'state.json'}: expected names of files in its folder, found {name!r:.80}")
         try:
             if not (path / name).is_file() or _digest(path / name) != digest:
                 raise CheckpointDamaged(f"{path / name} differs from the file that was written")
@@ -203,6 +203,6 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
 
 
 def _digest(path: Path) -> str:
-    """Of a file's bytes, read back."""
+    """Digest of a file's bytes, read back."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

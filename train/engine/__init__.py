@@ -1,1 +1,1 @@
-"""What trains: assemblies, schedules, the optimiser, one step, and SAEs side by side."""
+"""Training: assemblies, schedules, the optimiser, one step, and SAEs side by side."""

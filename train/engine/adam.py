@@ -1,8 +1,8 @@
 """Adam with its settings, its state as plain named tensors.
 
-One fused call updates all parameters, except tables that a GPU's kernel updates one row at a time, which keeps rows of
-length one as well; elsewhere `UnitDecoder` (`terms/constraints.py`) does that. The step count, the two moments and
-nothing else is state, so a checkpoint is a flat dictionary of tensors and a resumed run goes on to the same bits.
+One fused call updates all parameters, except tables that a GPU kernel updates one row at a time, which also keeps rows
+at length one; elsewhere `UnitDecoder` (`terms/constraints.py`) does that. The step count and the two moments are the
+only state, so a checkpoint is a flat dictionary of tensors and a resumed run continues to the same bits.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from ..sae.kernels.row_gradients import RowGradient, RowUpdates, take_rows
 from .schedules import Decay, Product, Schedule, WarmUp
 
 Start = Literal["fitted", "drawn"]
-BETA1, EPSILON = 0.9, 1e-8  # Adam's own, where neither the user nor the variant says otherwise
+BETA1, EPSILON = 0.9, 1e-8  # Adam's own defaults, unless the user or the variant sets others
 
 
 @dataclass(frozen=True)
 class Optim:
-    """Settings of the optimiser and of its learning rate."""
+    """Settings of the optimiser and its learning rate."""
 
     lr: float | None = None
-    """Peak learning rate; None: the variant's own default, scaled by width where its paper does."""
+    """Peak learning rate; None: the variant's default, scaled by width if its paper does so."""
     warmup_steps: int = 1000
     """Steps over which the learning rate rises, at most warmup_max_fraction of the run."""
     warmup_max_fraction: float = 0.1
-    """1: as many steps as were asked for, however short the run."""
+    """1: always warmup_steps, however short the run."""
     warmup_power: float = 1.0
-    """1: in a line; 3: along a cube, slowly at first."""
+    """1: linear; 3: cubic, slow at first."""
     decay_fraction: float = 0.2
-    """Share of the run, at its end, over which the learning rate falls linearly to zero."""
+    """Share of the run, at the end, over which the learning rate falls linearly to zero."""
     beta1: float | None = None
-    """None: the variant's own, 0.9 for most."""
+    """None: the variant's default, 0.9 for most."""
     beta2: float = 0.999
     epsilon: float | None = None
-    """None: the variant's own, 1e-8 for most."""
+    """None: the variant's default, 1e-8 for most."""
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    """Largest norm of all gradients together; None leaves them as they are."""
+    """Largest norm of all gradients together; None: no clipping."""
     start: Start = "fitted"
-    """fitted: where the first batch is rebuilt best; drawn: the first weights as they are."""
+    """fitted: adjust the initial weights to reconstruct the first batch; drawn: leave them as drawn."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "epsilon", "clip_norm", "warmup_power"):
@@ -79,11 +79,11 @@ class Optim:
 class Adam:
     """Adam over named parameters; a step is `begin` and `step`.
 
-    `by_row` names tables that are updated row by row, and whether their rows are kept at length one; `split` those
-    of which this process holds only the rows of its latents.
+    `by_row` names tables that are updated row by row, and whether their rows are kept at length one; `split` names
+    those of which this process holds only the rows of its latents.
 
-    On a GPU `step` does what is the device's alone, and can be recorded: the rate lies there, where `begin` writes it,
-    and steps are counted there, each table's own.
+    On a GPU `step` involves only the device and can be recorded: the learning rate is in device memory, where `begin`
+    writes it, and so is the step count of each table.
     """
 
     def __init__(
@@ -105,19 +105,19 @@ class Adam:
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
-        self._lr: dict[float, float | Tensor] = {}  # of the step that was begun, by its multiple
+        self._lr: dict[float, float | Tensor] = {}  # of the current step, by its multiple
         scales = dict.fromkeys(self._lr_scales.get(name, 1.0) for name in self.parameters)
         self._rates: Tensor | None = None
         first = next(iter(self.parameters.values()), None)
         if first is not None and not reads_at_once(first):
-            # Four to a row: what a kernel is given begins at a multiple of 16 bytes.
+            # Four per row: a kernel's arguments must start at a multiple of 16 bytes.
             self._rates = torch.zeros(len(scales), 4, device=first.device)
             self._lr = dict(zip(scales, self._rates[:, 0], strict=True))
             self._betas = torch.tensor([self._beta1, settings.beta2], dtype=torch.float64).to(first.device)
         self._scales = list(scales)
 
     def begin(self, lr: float) -> None:
-        """Say the learning rate of the next step."""
+        """Set the learning rate of the next step."""
         if self._rates is None:
             self._lr = {scale: lr * scale for scale in self._scales}
         else:
@@ -125,9 +125,9 @@ class Adam:
 
     @torch.no_grad()
     def step(self, frozen: Tensor | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; the norm of all gradients if it is clipped.
+        """Update every parameter that has a gradient; return the norm of all gradients if it is clipped.
 
-        Where `frozen` is not zero, nothing moves: on a GPU a loss that is not finite sets
+        Where `frozen` is not zero, nothing changes: on a GPU a loss that is not finite sets
         it, before the host has seen the loss.
         """
         for name, (updates, is_unit) in self._by_row.items():
@@ -145,7 +145,7 @@ class Adam:
         return norm
 
     def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, frozen: Tensor | None) -> None:
-        """One table by the kernel that adds, moves and writes a row at a time."""
+        """Update one table with the kernel that sums gradients, applies Adam and writes one row at a time."""
         from ..sae.kernels.triton.row_update import AdamStep, update_rows
 
         table, settings = self.parameters[name], self.settings
@@ -196,12 +196,12 @@ class Adam:
         )
 
     def places(self) -> tuple[int, ...]:
-        """Where the parameters lie, and whether somebody else has written to those of which copies are kept."""
+        """Addresses of the parameters, and versions of those of which copies are kept."""
         own = (parameter.data_ptr() for parameter in self.parameters.values())
         return *own, *(self.parameters[name]._version for name in self._by_row)
 
     def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """The two moments of one of the parameters, as they are."""
+        """The two moments of a parameter, not copies."""
         (name,) = (name for name, own in self.parameters.items() if own is parameter)
         return self._first[name], self._second[name]
 
@@ -221,7 +221,7 @@ class Adam:
         return state
 
     def _clip(self, moving: list[str], gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients' norm, and what the fused update is to divide them by."""
+        """The norm of the gradients, and the divisor for the fused update."""
         if self.settings.clip_norm is None:
             return None, None
         norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
@@ -235,9 +235,9 @@ class Adam:
 
 
 def _dense_part(gradient: Tensor | None, further: list[RowGradient]) -> Tensor | None:
-    """What a table's gradient holds beside the entries of one support."""
+    """The part of a table's gradient beyond the entries of one support."""
     total = gradient
-    for part in further:  # one table after the other: of a wide dictionary several at once are too many
+    for part in further:  # one table after the other: for a wide dictionary several at once would be too large
         total = part.table() if total is None else total.add_(part.table())
     return total
 

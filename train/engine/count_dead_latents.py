@@ -1,7 +1,7 @@
 """How long ago each latent fired.
 
 F latents. The counters are state of the trainer, not of the SAE: they decide which latents count
-as dead. Counting is the device's own; a list of the dead has a length, for which the host must wait.
+as dead. Counting happens on the device; a list of the dead has a length, for which the host must wait.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ class LatentCounters:
         return self.tokens_since_fired >= after_tokens
 
     def list_dead(self, after_tokens: int, retired: Tensor | None) -> None:
-        """Note which latents are dead now, for `listed`, without those that are retired."""
+        """Store which latents are dead now, for `listed`, except retired ones."""
         dead = self.dead(after_tokens)
         self._listed.copy_(dead if retired is None else dead & ~retired)
         self._is_old = True
 
     @property
     def listed(self) -> Tensor:
-        """int64, the latents that were dead when last noted, in rising order."""
+        """int64, the latents that were dead at the last `list_dead`, in ascending order."""
         if self._is_old:
             found = self._listed.nonzero().view(-1)
-            # In its old place where it fits: a step that was recorded reads it there.
+            # At its old address if it fits, where a recorded step reads it.
             self._numbers = self._numbers.copy_(found) if self._numbers.shape == found.shape else found
             self._is_old = False
         return self._numbers
 
     @torch.no_grad()
     def update(self, fired_F: Tensor, tokens: int) -> None:
-        """Take in one global batch in which latent f fired fired_F[f] times."""
+        """Count one global batch, in which latent f fired fired_F[f] times."""
         self.tokens_since_fired += tokens
         self.tokens_since_fired.masked_fill_(fired_F > 0, 0)
 
@@ -49,5 +49,5 @@ class LatentCounters:
         return {"tokens_since_fired": self.tokens_since_fired, "listed": self._listed}
 
     def after_load(self) -> None:
-        """The state was overwritten by a checkpoint's: drop what was derived from it."""
+        """After a checkpoint has overwritten the state: drop what was derived from it."""
         self._is_old = True

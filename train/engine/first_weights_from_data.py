@@ -1,18 +1,18 @@
-"""Where an SAE begins: at what rebuilds its first batch, so that no step goes into undoing the start.
+"""Initial weights fitted to the first batch, so that no training step is spent on undoing the start.
 
-Random decoder rows with an encoder equal to them rebuild each row many times over where many latents read it: 55
-times its variance with 16 latents for each dimension and a ReLU. Before the first step, without random numbers:
-0. Of what maps one place to another, each decoder row points to where the target is when its latent fires: a row as
-   drawn says nothing of the target, and what is written at random keeps the encoder from learning what to read.
-1. Thresholds, where a gate has them, come to where as many latents fire as were asked for.
-2. All pre-activations are lowered by one amount, so that fewer latents fire and each says less, until the least
-   squares scale of the reconstruction is 1. A gate that chooses a number of latents keeps it: where few rows have most
-   of the squares, what rebuilds those best would leave all others without an active latent.
-3. What lowering alone would lose (the asked number of active latents, the sense of signed ones) is left to the scale
-   of the encoder.
-Where what it rebuilds has next to nothing of the target at any scale, it stays as drawn.
+Random decoder rows with an encoder equal to them overshoot where many latents read each row: the reconstruction has 55
+times the variance with 16 latents for each dimension and a ReLU. Before the first step, without random numbers:
+0. For SAEs that map one place to another, each decoder row is pointed to where the target is when its latent fires: a
+   row as drawn says nothing about the target, and random output keeps the encoder from learning what to read.
+1. Thresholds, if the gate has them, are set so that the requested number of latents fire.
+2. All pre-activations are lowered by one amount, so that fewer latents fire and more weakly, until the least squares
+   scale of the reconstruction is 1. A gate that chooses a number of latents keeps that number: if few rows have most
+   of the squares, the best amount for those would leave all others without an active latent.
+3. What lowering would destroy (the requested number of active latents, the meaning of signed codes) is left to the
+   scale of the encoder.
+If the reconstruction explains almost nothing of the target at any scale, the SAE stays as drawn.
 Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder
-rebuilds its first batch better still, and ends worse at equal sparsity with more dead latents (`docs/quality.md`).
+reconstructs its first batch better still, but ends worse at equal sparsity, with more dead latents (`docs/quality.md`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from .terms_and_constraints import Assembly
 
-LEAST_SHARE = 0.01  # of the target's squares that the best scale must explain
-CLOSE = 0.01  # how near a search comes to its goal, as a share of it
+LEAST_SHARE = 0.01  # share of the target's squares that the best scale must explain
+CLOSE = 0.01  # tolerance of a search, as a share of its goal
 MOST_TRIES = 40
 
 
@@ -40,9 +40,9 @@ MOST_TRIES = 40
 def fit_start(
     assembly: Assembly, batch: Batch, total_steps: int, ranks: BatchRanks, latents: Latents = ALL_LATENTS
 ) -> None:
-    """Change the SAE's biases, thresholds and scale; a collective call, and the same on every rank.
+    """Fit the SAE's biases, thresholds and scale; a collective call, with the same result on every rank.
 
-    What knobs switch on during the run counts as it is in the first step and in the last, whichever is more.
+    Parts that knobs switch on during the run count as in the first or the last step, whichever is more.
     """
     sae, target = assembly.sae, batch.x if batch.target is None else batch.target
     sides = [assembly.side(batch.side, step, total_steps, ranks, latents) for step in (0, total_steps)]
@@ -71,7 +71,7 @@ def fit_start(
 
 
 def _point_rows(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> None:
-    """Decoder rows of length one along the sum of what is to be rebuilt, weighted by the latent's activations."""
+    """Set decoder rows, of length one, along the sum of the targets weighted by the latent's activations."""
     codes = sae.codes(x, side)
     with torch.enable_grad():
         W_dec = sae.W_dec.detach().requires_grad_()
@@ -83,7 +83,7 @@ def _point_rows(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -
 
 
 def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Side, asked_l0: float) -> float:
-    """Give all latents the threshold above which `asked_l0` of them fire in a row; the threshold."""
+    """Set the threshold of all latents so that `asked_l0` of them fire per row; return it."""
 
     def l0(threshold: float) -> float:
         gate.place(threshold)
@@ -95,7 +95,7 @@ def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Si
 
 
 def _most_with_number(sae: SparseAutoencoder, x: Tensor, side: Side) -> float:
-    """How far pre-activations may be lowered before rows have fewer active latents than the gate chooses."""
+    """How far pre-activations can be lowered before rows have fewer active latents than the gate chooses."""
 
     def l0(amount: float) -> float:
         sae.lower(amount)
@@ -119,7 +119,7 @@ def _explained(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) ->
 
 
 def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> list[float]:
-    """|y|^2, <target, y> and |target|^2 of all ranks."""
+    """|y|^2, <target, y> and |target|^2 over all ranks."""
     y, wanted = sae.skip(x, sae.reconstruct(sae.codes(x, side), side)) - sae.b_dec, target - sae.b_dec
     pairs = ((y, y), (wanted, y), (wanted, wanted))
     own = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
@@ -127,7 +127,7 @@ def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> 
 
 
 def _search(falling: Callable[[float], float], goal: float, most: float) -> float:
-    """From 0 to `most`, the amount at which a falling function comes to its goal; 0 where it is there already."""
+    """The amount from 0 to `most` at which a falling function reaches its goal; 0 if it is not above it at 0."""
     low, high = 0.0, min(1.0, most)
     if not falling(low) > goal:
         return low

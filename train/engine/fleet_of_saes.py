@@ -1,8 +1,8 @@
 """The SAEs of a run, trained side by side on the same draws.
 
 Each has its own weights, optimiser, schedules, counters and random numbers, and sees the same rows as
-alone: it trains to the same bits in a fleet of any size. One whose loss is no longer finite trains no more and keeps
-the weights of the step before; the others go on. A checkpoint says so of it by the smaller number of its steps.
+alone: it trains to the same bits in a fleet of any size. An SAE whose loss is no longer finite stops training and keeps
+the weights of the previous step; the others continue. In a checkpoint it has a smaller number of steps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ..parallel.sums_over_processes import Ranks
 from .step import LOOK_EVERY, Report, Trainee
 from .terms_and_constraints import Assembly, Buildable
 
-SHOWN = 8  # windows that a message lists
+SHOWN = 8  # most windows that a message lists
 DIVERGED = "their activations are finite: training diverged"
 NOT_FINITE = "the store holds activations that are not finite numbers"
-REMEDY = "Harvest again in a dtype that can hold them, or leave these windows out"
-ELSEWHERE = "another process's rows hold activations that are not finite numbers; its own message names them"
+REMEDY = "Harvest again in a dtype that can hold them, or leave out these windows"
+ELSEWHERE = "another process's rows hold activations that are not finite numbers; its message names them"
 
 
 class Past:
@@ -66,10 +66,10 @@ class Fleet:
         split: Ranks | None = None,
         may_empty: bool = False,
     ) -> None:
-        """`may_empty`: other processes train SAEs of the run too, so that it goes on where each of these diverged."""
+        """`may_empty`: other processes train SAEs of the run too, so it continues even if all of these diverge."""
         self.ranks = ranks
         self.steps_taken = 0
-        self.diverged: dict[str, int] = {}  # by label: steps after which an SAE's weights are as they were left
+        self.diverged: dict[str, int] = {}  # by label: the steps that an SAE took before it diverged
         self._may_empty = may_empty
         self._news: list[str] = []
         self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # steps whose losses the host has not read yet
@@ -82,17 +82,17 @@ class Fleet:
         self._spent: dict[str, tuple[float, float]] = dict.fromkeys(configs, (0.0, 0.0))  # seconds and steps
 
     def step_seconds(self, label: str) -> float | None:
-        """Mean of this process's steps of one SAE; None on a GPU, where the host does not wait for their end."""
+        """Mean time of one SAE's steps in this process; None on a GPU, where the host does not wait for them."""
         seconds, steps = self._spent[label]
         return seconds / steps if steps and self.trainees[label].device.type == "cpu" else None
 
     @property
     def training(self) -> dict[str, Trainee]:
-        """Those that have not diverged."""
+        """The SAEs that have not diverged."""
         return {label: trainee for label, trainee in self.trainees.items() if label not in self.diverged}
 
     def take_news(self) -> list[str]:
-        """What is to be told of SAEs that have diverged since this was last asked."""
+        """Messages about SAEs that have diverged since the last call."""
         news, self._news = self._news, []
         return news
 
@@ -124,7 +124,7 @@ class Fleet:
         return {label: trainee.state() for label, trainee in self.trainees.items()}
 
     def look(self) -> None:
-        """Leave out whose loss was not finite in a step since the last look; raise if nobody is left."""
+        """Leave out SAEs whose loss was not finite in a step since the last look; raise if none is left."""
         for label, trainee in self.training.items():
             try:
                 trainee.look()
@@ -132,21 +132,21 @@ class Fleet:
                 self._leave_out(label, self._add_place(label, error, None))
 
     def _leave_out(self, label: str, error: TrainError) -> None:
-        """Go on without an SAE that diverged. The last one's divergence, and what else went wrong, ends the run."""
+        """Continue without an SAE that diverged. The last one's divergence, or any other error, ends the run."""
         if not isinstance(error, NonFiniteLoss) or not (self._may_empty or self.training.keys() - {label}):
             raise error from None
         self.diverged[label] = self.trainees[label].step_index = error.step
-        self._news.append(f"{error}. The others go on without it")
+        self._news.append(f"{error}. The others continue without it")
 
     def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
-        """The same error with the part of the store that the step was trained on; a collective call."""
+        """The error with the part of the store that the step was trained on; a collective call."""
         kind = self.needs[label].kind(bounds_of(self.stats))
         if draw is not None and error.is_input_finite is None:
             broken, windows, device = draw.non_finite_rows(kind), draw.store_windows(kind), draw.device
             is_broken = bool(broken.any())
             place = _place(draw.block.pieces, windows[broken] if is_broken else windows)
             found = f"{NOT_FINITE}: {place}"
-        else:  # the loss was read late and the step's draw is gone: only its windows are still known
+        else:  # the loss was read later, when the step's draw is gone: only its windows are known
             is_broken, device = not error.is_input_finite, torch.device("cpu")
             place = next((past.place(kind) for past in self._past if past.step == error.step), "")
             found = f"{NOT_FINITE} among {place}"
@@ -159,19 +159,19 @@ class Fleet:
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
-        """Inside, sharded weights are whole; a collective call."""
+        """A context in which sharded weights are whole; a collective call."""
         with ExitStack() as stack:
             for trainee in self.trainees.values():
                 stack.enter_context(trainee.gather_weights())
             yield
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Go on after so many steps."""
+        """Continue after this many steps."""
         missing = [label for label in self.trainees if label not in state]
         if missing:
             raise StateInvalid(
-                f"expected a checkpoint with {', '.join(missing)}, found none of that name: an SAE goes on under the "
-                "label that config.json gave it when the run began"
+                f"expected a checkpoint with {', '.join(missing)}, found none of that name: an SAE must keep the "
+                "label that it had in config.json when the run began"
             )
         for label, trainee in self.trainees.items():
             trainee.load_state(state[label])
@@ -187,7 +187,7 @@ def say_diverged(step: int) -> str:
 
 def say_all_diverged(diverged: Mapping[str, str]) -> str:
     said = "; ".join(f"{label}: {what}" for label, what in diverged.items())
-    return f"{said}. Start the run anew with a lower learning rate"
+    return f"{said}. Start the run again with a lower learning rate"
 
 
 def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
@@ -198,10 +198,10 @@ def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError) -> MemoryTooSmall:
-    """What was asked for and what was free, in the allocator's first sentences, and what to change."""
+    """The error with the allocator's first sentences on what was requested and free, and what to change."""
     said = ". ".join(str(error).split(". ")[:3])
     return MemoryTooSmall(
-        f"{what} ({said}). Choose fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, "
+        f"{what} ({said}). Use fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, "
         "or another --device"
     )
 

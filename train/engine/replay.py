@@ -1,11 +1,11 @@
 """A step's launches, recorded once on a GPU and replayed as one.
 
-At 16,384 latents the host takes as long to launch a step's kernels, some two hundred, as a GPU takes for them; a CUDA
-graph is one launch. It does again exactly what was recorded, on the same memory, so a step is recorded only where the
-host decides nothing but what its key holds: shapes, weights of terms, knobs, where weights and dead latents are
-listed. A term is a function of its view, so what else could differ is what the host draws or counts, and that is
-refused: such steps are launched one by one, and so are all of an SAE that has extras or reads side inputs, or that
-shares its rows or latents with other processes.
+At 16,384 latents the host takes as long to launch a step's kernels, some two hundred, as a GPU takes to run them; a
+CUDA graph is one launch. It repeats exactly what was recorded, on the same memory, so a step is recorded only if the
+host decides nothing beyond its key: shapes, weights of terms, knobs, and the addresses of weights and of the list of
+dead latents. A term is a function of its view, so only what the host draws or counts could differ, and that is
+refused. Such steps are launched kernel by kernel, and so are all steps of an SAE that has extras or reads side inputs,
+or that shares its rows or latents with other processes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ...cache_schema.numbers_in_words import first_line
 from ..data.batch import Batch
 from ..data.device_copies import NotRecordable
 
-Measured = dict[str, Tensor]  # what a step tells: scalars by name
+Measured = dict[str, Tensor]  # what a step reports: scalars by name
 Work = Callable[[Batch], Measured]
 
-SETTLED = 2  # steps with one key before it is recorded, twice as many after each recording that hardly served
-SERVED_WELL = 8  # steps
-KEPT = 4  # keys: where massive rows are left out, batches have one row more or less
+SETTLED = 2  # steps with one key before it is recorded; doubled after each recording that was hardly used
+SERVED_WELL = 8  # replays that make a recording worthwhile
+KEPT = 4  # keys: with massive rows left out, sizes of batches differ by a row
 
 
 @dataclass(eq=False)
 class Kind:
-    """Steps with one key."""
+    """The steps with one key."""
 
     seen: int = 0
     served: int = 0
@@ -42,18 +42,18 @@ class Kind:
 
 
 class Replays:
-    """The recordings of one SAE's step, for as long as they hold."""
+    """The recordings of one SAE's step, while they are valid."""
 
     def __init__(self, name: str, is_possible: bool, undo: Callable[[], None]) -> None:
-        """`undo` takes back what a step that could not be recorded has left on the host."""
+        """`undo` reverts on the host a step that could not be recorded."""
         self._name, self._undo = name, undo
         self.is_possible = is_possible
-        self._kinds: dict[Hashable, Kind] = {}  # the one that was used last stands last
+        self._kinds: dict[Hashable, Kind] = {}  # ordered by last use
         self._patience = SETTLED
         self._memory: Memory | None = None
 
     def take(self, batch: Batch, key: Hashable, work: Work) -> Measured:
-        """The work of a step, launched or replayed; `key` is all that its host decides."""
+        """Do the work of a step, launched or replayed; `key` is everything that the host decides."""
         if not self.is_possible or batch.side:
             return work(batch)
         kind = self._kind((key, *(None if x is None else (x.shape, x.dtype, x.stride()) for x in _given(batch))))
@@ -67,15 +67,15 @@ class Replays:
 
     @property
     def served(self) -> int:
-        """How many steps those recordings have replayed that are kept."""
+        """How many steps the current recordings have replayed."""
         return sum(kind.served for kind in self._kinds.values())
 
     def forget(self) -> None:
-        """What recordings were made of has been replaced."""
+        """Drop all recordings, since the tensors that they use have been replaced."""
         self._kinds.clear()
 
     def end(self) -> None:
-        """No more are made, and what they took of the device, as much as a step, is given back."""
+        """Stop recording, and release the device memory used, as much as a step's."""
         self.is_possible, self._memory = False, None
         self.forget()
 
@@ -94,21 +94,21 @@ class Replays:
             self._memory = memory_of(batch.x.device)
             self._memory.require_room()
             return record(batch, work, self._memory)
-        except NotRecordable:  # as it should be: what it draws or counts must be drawn and counted in each step
+        except NotRecordable:  # expected: what the host draws or counts must be redone in each step
             kind.is_recordable = False
             self._patience *= 2
-        except RuntimeError as error:  # CUDA refuses by one, and so does a full device
+        except RuntimeError as error:  # CUDA refuses with one, and so does a full device
             failed = first_line(error)
         self._undo()
-        if failed is not None:  # outside: the error holds what was recorded so far
+        if failed is not None:  # outside the handler: the error holds what was recorded so far
             self.end()
-            warnings.warn(f"{self._name}: its steps are launched one by one, which is slower: {failed}", stacklevel=2)
+            warnings.warn(f"{self._name}: its steps are not recorded, which is slower: {failed}", stacklevel=2)
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What a replay reads, and where it leaves what it tells."""
+    """What a replay reads, and where it leaves its measurements."""
 
     launch: Callable[[], None]
     inputs: tuple[Tensor, ...]
@@ -123,7 +123,7 @@ class Recording:
 
 
 def record(batch: Batch, work: Work, memory: Memory) -> Recording:
-    """Nothing is done yet: launches are only noted."""
+    """Record a step. Nothing is executed yet."""
     inputs = tuple(value.clone() for value in _tensors(batch))
     own = Batch(inputs[0], None if batch.target is None else inputs[1])
     names: list[str] = []
@@ -138,33 +138,33 @@ def record(batch: Batch, work: Work, memory: Memory) -> Recording:
 
 
 class Memory:
-    """What all recordings on a device use, and their stream: they are made and replayed one after the other."""
+    """Memory and stream shared by all recordings on a device: they are made and replayed one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Of the streams that torch deals out, none else here asks for one of these.
+        # A priority that nothing else here uses, so that torch gives the stream to no one else.
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=-1)
-        # The pool is given up with the last recording in it, and takes none after that: this one stays.
+        # A pool is released with its last recording and takes none afterwards, so this recording stays.
         self._first, _ = self.record(lambda: torch.zeros(1, device=device))
 
     def require_room(self) -> None:
-        """A recording has room of its own, beside that of steps that are launched before it and between."""
+        """Require room for a recording, in addition to that of launched steps."""
         largest = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         if torch.cuda.mem_get_info(self._device)[0] < 2 * largest:
-            torch.cuda.empty_cache()  # a recording takes nothing of what launched steps have left
+            torch.cuda.empty_cache()  # a recording cannot reuse memory cached by launched steps
         free = torch.cuda.mem_get_info(self._device)[0]
         if free < 2 * largest:
             raise RuntimeError(
-                f"a step takes up to {largest / 2**30:.1f} GiB, and of {free / 2**30:.1f} GiB that are free a "
-                "recording would leave too little"
+                f"a step takes up to {largest / 2**30:.1f} GiB, and a recording would leave too little of the "
+                f"{free / 2**30:.1f} GiB that are free"
             )
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What does the work again, and where its result will lie."""
+        """A function that repeats the work, and the tensor for its result."""
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            # Other threads copy and allocate meanwhile, as a feed does; only what this one does is recorded.
+            # Other threads, such as the feed's, copy and allocate meanwhile; only this one is recorded.
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 told = work()
@@ -176,16 +176,16 @@ class Memory:
         return graph.replay, told
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Of what cannot be recorded: neither the allocator nor the random numbers may go on as if it were."""
+        """End a failed recording, so that neither allocator nor random numbers behave as if it were running."""
         try:
             graph.capture_end()
-        except RuntimeError:  # CUDA has broken it off, and torch leaves both as they were in the middle of it
-            if _memories.get(self._device) is self:  # whose page-locked part torch before 2.12 does not even let go of
+        except RuntimeError:  # CUDA has aborted it, and torch leaves both as they were during it
+            if _memories.get(self._device) is self:  # torch before 2.12 does not even release its page-locked part
                 del _memories[self._device]
             here = self._stream.device_index
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(here, self._pool)
-            # Whoever draws from the device's own generator, a notebook say: a copy of its state is in no recording.
+            # For anyone who uses the device's own generator, say a notebook: a copy of its state is in no recording.
             generator = torch.cuda.default_generators[here]
             generator.graphsafe_set_state(generator.clone_state())
 
@@ -194,7 +194,7 @@ _memories: WeakValueDictionary[torch.device, Memory] = WeakValueDictionary()
 
 
 def memory_of(device: torch.device) -> Memory:
-    """Shared by all SAEs that have recordings, and given back with the last of them."""
+    """Shared by all SAEs that have recordings, and released with the last of them."""
     memory = _memories.get(device)
     if memory is None:
         memory = _memories[device] = Memory(device)

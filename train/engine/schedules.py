@@ -1,7 +1,7 @@
 """Schedules: pure functions (step, total_steps) -> float, written as frozen records.
 
-A schedule keeps no state, so there is none to save: step s of a resumed run sees what step s of an
-uninterrupted run sees. `step` counts from 0.
+A schedule has no state, so there is none to save: step s of a resumed run gets the same value as step s
+of an uninterrupted run. `step` counts from 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Every:
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `start` to `end` between two fractions of the run, flat before and after; at once where they are one."""
+    """From `start` to `end` between two fractions of the run, constant before and after; a jump if they are equal."""
 
     start: float
     end: float
@@ -69,7 +69,7 @@ class SigmoidRamp:
 
 @dataclass(frozen=True)
 class Doubling:
-    """From `start`, twice as much after each of equally long parts of the run, `end` in the last."""
+    """From `start`, doubling after each of several equal parts of the run, up to `end` in the last."""
 
     start: int
     end: int
@@ -105,7 +105,7 @@ class Onset:
 
 @dataclass(frozen=True)
 class Complement:
-    """1 + gain (1 - another schedule): `1 + gain` while that is 0, and 1 once it is 1."""
+    """1 + gain (1 - another schedule): `1 + gain` while the other is 0, and 1 once it is 1."""
 
     schedule: Schedule
     gain: float
@@ -116,7 +116,7 @@ class Complement:
 
 @dataclass(frozen=True)
 class HalfLife:
-    """1 until the end of an onset, then half as much after every further `fraction` of the run."""
+    """1 until the end of an onset, then halved over every further `fraction` of the run."""
 
     after: Onset
     fraction: float
@@ -177,7 +177,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What another schedule says some steps later."""
+    """The value of another schedule some steps later."""
 
     schedule: Schedule
     steps: int
@@ -187,7 +187,7 @@ class Ahead:
 
 
 def cut_short(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
-    """Stretches of steps that the run is too short for: how many were asked for, and how many there are."""
+    """Phases that the run is too short for: the steps requested, and the steps given."""
     match schedule:
         case WarmUp(steps=asked, max_fraction=part):
             stretches = [(asked, min(asked, int(part * total_steps)))]

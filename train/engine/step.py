@@ -1,11 +1,11 @@
 """One training step of one SAE, and all the state that it leaves behind.
 
-From the view of the batch on, a step is in `_work`, which a GPU may have recorded and then replays (`replay.py`).
+Everything after the view of the batch is in `_work`, which a GPU may have recorded and then replays (`replay.py`).
 
-On a GPU the host looks every LOOK_EVERY steps only, and no other step waits for the device. Until a look a loss that
-is not finite freezes the weights on the device, and the list of dead latents is that of the last look. What waits all
-the same: the selection of a dictionary that is split by latents; the batch's largest where processes share its rows;
-a step in which latents of treesae change parents; one in which those of `tiered` move, and the next; a refit of pca.
+On a GPU the host looks only every LOOK_EVERY steps, and no other step waits for the device. Between looks a loss that
+is not finite freezes the weights on the device, and the list of dead latents is that of the last look. These still
+wait: the selection of a dictionary split by latents; a batch top-k where processes share the rows; a step in which
+latents of treesae change parents; one in which those of `tiered` move, and the next; a refit of pca.
 
 Nothing here names a variant, and no step reads global random state: an SAE in a fleet trains to the same
 bits as alone.
@@ -38,22 +38,22 @@ from .first_weights_from_data import fit_start
 from .replay import Measured, Replays
 from .terms_and_constraints import Assembly, cut, require_splittable, split_parameters, split_state
 
-LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs a wait, and the list of the dead another
-RECORDS = {"cuda"}  # kinds of devices whose launches can be recorded
-WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
-LOOKED_AT = "looked at: "  # before the names of what the host reads later, where it does not wait for the device
+LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait, and listing the dead latents another
+RECORDS = {"cuda"}  # device types whose launches can be recorded
+WIDEST_ROW = 16384  # the widest table row updated row by row: a row is held in the registers of one program
+LOOKED_AT = "looked at: "  # prefix of values that the host reads later instead of waiting for the device
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What one step reports, by the names of a log."""
+    """What one step reports, under the names of the log."""
 
-    weight: float  # of this rank in a mean over ranks
+    weight: float  # weight of this rank in a mean over ranks
     measured: Measured
-    known: dict[str, float]  # what the host decided
+    known: dict[str, float]  # values decided by the host
 
     def scalars(self) -> dict[str, float]:
-        """All of it, brought to the host in one transfer."""
+        """All values, brought to the host in one transfer."""
         numbers = torch.stack([value.double() for value in self.measured.values()]).tolist()
         return dict(zip(self.measured, numbers, strict=True)) | self.known
 
@@ -70,7 +70,7 @@ class Trainee:
         ranks: Ranks = ONE_PROCESS,
         split: Ranks | None = None,
     ) -> None:
-        """`ranks` share out the rows of a batch; the processes of `split` see all rows and hold some latents each."""
+        """`ranks` divide the rows of a batch; the processes of `split` see all rows and hold some latents each."""
         self.name = name
         self.assembly = assembly
         self.total_steps = total_steps
@@ -86,7 +86,7 @@ class Trainee:
             cut(self.sae, self._split, self.latents)
         self.sae.to(self.device)
         by_row = self._tables_by_row()
-        # The kernel that updates decoder rows keeps them at length one by itself.
+        # The kernel that updates decoder rows keeps them at length one itself.
         self._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
         self.optimiser = Adam(
             dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row, self.latents, self._split
@@ -96,10 +96,10 @@ class Trainee:
         self.step_index = 0
         self._lr = assembly.rate
         self._looks_late = not reads_at_once(self.sae.b_enc)
-        self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps that nobody has looked at yet
+        self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps not looked at yet
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
-        self._random_state = assembly.generator.get_state()  # as this step began
-        # Without kernels of our own the host reads what was selected.
+        self._random_state = assembly.generator.get_state()  # at the start of this step
+        # Without our own kernels the host reads what was selected.
         is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
         is_alone = self.ranks.size == 1 and self.latents.is_whole
         self.replays = Replays(name, is_recordable and is_alone and not extras_of(self.sae), self._undo)
@@ -125,10 +125,12 @@ class Trainee:
     def _measured(
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
     ) -> Measured:
-        """What the device does in this step, and what it tells of it."""
+        """Run the device's part of this step, recorded or not, and return its measurements."""
         self._random_state = self.assembly.generator.get_state()
         key: tuple[Hashable, ...] = ()
-        if self.replays.is_possible:  # all that the host decides in `_work`, and the tensors that it reads and moves
+        if (
+            self.replays.is_possible
+        ):  # everything that the host decides in `_work`, and the tensors that it reads and changes
             listed = self.counters.listed
             places = listed.data_ptr(), listed.numel(), *self.optimiser.places()
             key = *weights.items(), *knobs.items(), *places
@@ -141,9 +143,9 @@ class Trainee:
     def _work(
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
     ) -> Measured:
-        """The step from its view on. Where it is recorded, nothing in it is of the host's but what its key holds."""
+        """The step from the view on. If it is recorded, the host may decide nothing in it except what the key holds."""
         view = self._view(batch, Side(batch.side, knobs, ranks, self.latents))
-        # What is reported is measured here, before the weights move.
+        # Reported values are measured here, before the weights change.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
         own_loss = loss = _weighted_sum(losses, weights)
@@ -158,7 +160,7 @@ class Trainee:
             measured["explained_variance"] = 1.0 - unexplained
             measured["dead_share"] = self.latents.sum(view.dead.double().sum()) / self.latents.total
         measured |= {f"loss/{name}": value.detach() for name, value in losses.items()}
-        # A rank with more rows counts more; alone the weight is 1 and changes no bit.
+        # A rank with more rows counts more; in a single process the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
         own_loss.backward(torch.full_like(own_loss, ranks.weight))
@@ -173,15 +175,15 @@ class Trainee:
         return measured | view.notes | ({} if grad_norm is None else {"grad_norm": grad_norm})
 
     def _undo(self) -> None:
-        """What a step has left on the host of which nothing was done on the device."""
+        """Undo on the host a step that was not carried out on the device."""
         self.optimiser.zero_grad()
         self.assembly.generator.set_state(self._random_state)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a bit-exact resume needs, as flat named tensors.
+        """Everything that a bit-exact resume needs, as flat named tensors in host memory.
 
-        In host memory. On a CPU they are the SAE's own, which the next step changes. If it is split by latents this is
-        a collective call, and what each process has its part of goes to the first one, which writes it, alone.
+        On a CPU they are the SAE's own, which the next step changes. If the SAE is split by latents this is a
+        collective call, and only the first process, which writes, gets the joined tensors.
         """
         self.look()
         whole = {
@@ -192,13 +194,13 @@ class Trainee:
 
     @property
     def state_bytes(self) -> int:
-        """Of all that `state` gives: of the latents that are here, as many times as there are others."""
+        """Size of everything in `state`, with the latents of all processes."""
         state = self._own_state()
         return sum(math.prod(self._whole_shape(name, own)) * own.element_size() for name, own in state.items())
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
-        """The first process has all latents inside, where all enter together; to measure and to save, not to train."""
+        """A context in which the first process has all latents, to measure and save but not to train; all enter it."""
         parts = {**dict(self.sae.named_parameters()), "counters": self.counters.tokens_since_fired}
         parts = {name: parts[name] for name in (*self._split, "counters")} if self._split else {}
         own = {name: tensor.data for name, tensor in parts.items()}
@@ -233,7 +235,7 @@ class Trainee:
             if shapes[name] != tuple(state[name].shape)
         ]
         if problems:
-            raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
+            raise StateInvalid(f"{self.name}: the saved state does not match: {'; '.join(sorted(problems))}")
         for name, tensor in own.items():
             tensor.copy_(self.latents.own(state[name]) if self._is_part(name) else state[name])
         self.counters.after_load()
@@ -242,7 +244,7 @@ class Trainee:
         self.step_index = int(state["step"])
 
     def _is_part(self, name: str) -> bool:
-        """Whether a tensor of the state is of the latents that are here."""
+        """Whether a tensor of the state covers only the latents of this process."""
         return bool(self._split) and name in split_state(self._split)
 
     def _whole_shape(self, name: str, own: Tensor) -> tuple[int, ...]:
@@ -250,7 +252,7 @@ class Trainee:
         return (self.latents.total, *own.shape[1:]) if self._is_part(name) else tuple(own.shape)
 
     def _add_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of all latents, to be told: of some each process has a part."""
+        """The losses over all latents, for the log: of some, each process has a part."""
         parts = [term.name for term in self.assembly.terms if term.name in losses and term.split == "parts"]
         values = {name: loss.detach() for name, loss in losses.items()}
         if parts:
@@ -286,7 +288,7 @@ class Trainee:
                 raise NonFiniteLoss(step, losses, is_input_finite=bool(is_input_finite))
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
-        """Decided on the whole batch, so that all ranks stop or none; what is looked at later, if it is."""
+        """Check the loss of the whole batch, so that all ranks stop or none; or return values for a later look."""
         mean = view.side.ranks.mean
         if self._frozen is not None:
             is_finite = mean(loss.detach()).isfinite()
@@ -295,7 +297,7 @@ class Trainee:
             looked |= {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
             return {LOOKED_AT + name: value for name, value in looked.items()}
         if not math.isfinite(float(mean(loss.detach()))):
-            self.assembly.generator.set_state(self._random_state)  # as if the step had not been tried
+            self.assembly.generator.set_state(self._random_state)  # as if the step had not been attempted
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
         return {}
 
@@ -313,8 +315,7 @@ class Trainee:
     def _tables_by_row(self) -> dict[str, bool]:
         """The weight tables that a kernel can update row by row, and whether it keeps their rows at length one.
 
-        Not where anything but the kernel has to see their gradients: other ranks, a clip of all gradients
-        together, a constraint.
+        None if anything else needs their gradients: other ranks, a joint clip of all gradients, a constraint.
         """
         sees_all = self.ranks.size > 1 or self.assembly.optim.clip_norm is not None
         if sees_all or any(constraint.table_use == "gradients" for constraint in self.assembly.constraints):
@@ -331,7 +332,7 @@ def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 
 
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
-    """Multiples of the learning rate, for the parameters of modules that ask for one."""
+    """Multiples of the learning rate, for the parameters of modules that set one."""
     return {
         f"{path}.{name}": 1.0 if name in module.unscaled else module.lr_scale
         for path, module in sae.named_modules()

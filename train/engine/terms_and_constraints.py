@@ -1,11 +1,11 @@
-"""What a variant is made of, and how its parts see a batch.
+"""The parts of a variant, and how they see a batch.
 
 An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
 and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
 the module before and after the optimiser. New behaviour comes from combining these parts:
 `with_terms`, `replacing`, `with_constraints`, `with_knobs`, `with_extra`, `wrap`.
 
-At the end: what of an SAE and its training is cut where a dictionary is split by latents, and which SAEs can be.
+The last functions say which SAEs can be split by latents, and which of their tensors are.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class Term:
     fn: Callable[[View], Tensor]
     weight: Schedule
     residual: Callable[[View], Tensor] | None = None
-    """Of a term that reconstructs its own way: target - x_hat, which it has already."""
+    """For a term with its own reconstruction: target - x_hat, which it has already computed."""
 
     @property
     def split(self) -> Split | None:
-        """What a process finds of it that holds some of the latents; None: it needs all of them."""
+        """What a process that holds some of the latents computes of it; None: it needs all of them."""
         return getattr(self.fn, "split", None)
 
 
-TableUse = Literal["none", "gradients", "unit decoder"]  # the last: only that decoder rows keep length one
+TableUse = Literal["none", "gradients", "unit decoder"]  # the last: only keeps decoder rows at length one
 
 
 class Constraint:
-    """Keeps the weights where they belong."""
+    """Restricts weights or their gradients."""
 
     table_use: ClassVar[TableUse]
-    """What it needs of the weight tables' gradients. If nothing reads them, a step need not form them."""
+    """How it uses the gradients of the weight tables. If nothing reads them, a step need not form them."""
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         """Called when gradients are complete, before the optimiser."""
@@ -73,7 +73,7 @@ class Buildable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """An SAE with all that training it takes; independent of data and files."""
+    """An SAE with everything needed to train it; independent of data and files."""
 
     sae: SparseAutoencoder
     terms: tuple[Term, ...]
@@ -81,12 +81,12 @@ class Assembly:
     knobs: Mapping[str, Schedule]
     optim: Optim
     dead_after_tokens: int
-    generator: torch.Generator  # of everything random in training
+    generator: torch.Generator  # for everything random in training
     input_stats: Stats
     target_stats: Stats
     extras: Mapping[str, Extra] = field(default_factory=dict)
     phases: Schedule = field(default=Constant(1.0))
-    """What the learning rate is multiplied by, for variants that train in phases."""
+    """A factor of the learning rate, for variants that train in phases."""
 
     def __post_init__(self) -> None:
         if self.dead_after_tokens < 1:
@@ -99,18 +99,18 @@ class Assembly:
 
     @property
     def residual_by(self) -> Callable[[View], Tensor]:
-        """What computes the residual of a step."""
+        """The function that computes the residual of a step."""
         return next((term.residual for term in self.terms if term.residual is not None), residual_of)
 
     def with_terms(self, *terms: Term) -> Assembly:
-        """The same with more terms; names must be new."""
+        """A copy with more terms; names must be new."""
         names = [term.name for term in (*self.terms, *terms)]
         if len(set(names)) < len(names):
-            raise ValueError(f"expected distinct names of terms, found {names}")
+            raise ValueError(f"expected terms with distinct names, found {names}")
         return replace(self, terms=(*self.terms, *terms))
 
     def replacing(self, term: Term) -> Assembly:
-        """The same with another term in the place of the one of its name, which must exist."""
+        """A copy in which this term replaces the one with its name, which must exist."""
         if term.name not in (names := [old.name for old in self.terms]):
             raise ValueError(f"expected a term named {term.name!r}, found {names}")
         return replace(self, terms=tuple(term if old.name == term.name else old for old in self.terms))
@@ -122,17 +122,17 @@ class Assembly:
         return replace(self, knobs={**self.knobs, **knobs})
 
     def with_extra(self, name: str, extra: Extra) -> Assembly:
-        """The same with a module that trains along, under a new name; terms find it as `view.sae.extras[name]`."""
+        """A copy with a module that trains along, under a new name; terms find it as `view.sae.extras[name]`."""
         if name in self.extras:
-            raise ValueError(f"expected a new name of an extra, found {name!r} again")
+            raise ValueError(f"expected a new name for an extra, found {name!r} again")
         return replace(self, extras={**self.extras, name: extra})
 
     def wrap(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
-        """The same around another module made from this one's."""
+        """A copy with another module, made from this one's."""
         return replace(self, sae=wrap(self.sae))
 
     def cut_short(self, total_steps: int) -> list[tuple[int, int]]:
-        """What its schedules ask for that a run of this length is too short for, each once, and what it gets."""
+        """Steps that schedules ask for and a run of this length is too short for, each with the steps it gets."""
         schedules = [self.rate, *(term.weight for term in self.terms), *self.knobs.values()]
         return sorted({found for schedule in schedules for found in cut_short(schedule, total_steps)})
 
@@ -148,30 +148,30 @@ class Assembly:
         return Side(batch_side, self.knobs_at(step, total_steps), ranks, latents)
 
     def knobs_at(self, step: int, total_steps: int | None = None) -> dict[str, float]:
-        """Every knob's value at a step; without a length, as at the end of the run."""
+        """Every knob's value at a step; without a length, its value at the end of the run."""
         length = step if total_steps is None else total_steps
         return {name: schedule(step, length) for name, schedule in self.knobs.items()}
 
 
 def require_splittable(name: str, assembly: Assembly) -> None:
-    """Refuse an SAE of which some part needs all latents in one process."""
+    """Refuse an SAE if any of its parts needs all latents in one process."""
     sae, needy = assembly.sae, [term.name for term in assembly.terms if term.split is None]
     if type(sae) is not SparseAutoencoder or len(sae.extras) > 0 or not sae.gate.may_split or needy:
         why = f" (its loss {needy[0]} does)" if needy else ""
         raise ConfigInvalid(
-            f"{name}: course.shard_width is for SAEs of which no part needs all latents in one process{why}: "
-            "leave it out, or train its base alone where it has one"
+            f"{name}: course.shard_width is for SAEs without parts that need all latents in one process{why}: "
+            "leave it out, or train only its base if it has one"
         )
 
 
 def split_parameters(sae: SparseAutoencoder) -> tuple[str, ...]:
-    """The parameters with a row, or a number, for each latent."""
+    """The parameters with a row or a number for each latent."""
     of_gate = (f"gate.{name}" for name, own in sae.gate.named_parameters() if own.shape == (sae.num_latents,))
     return ("W_enc", "b_enc", "W_dec", *of_gate)
 
 
 def split_state(parameters: Iterable[str]) -> set[str]:
-    """The same of a trainee's state."""
+    """The same for the names in a trainee's state."""
     found = {"latents.tokens_since_fired", "latents.listed"}
     for name in parameters:
         found |= {f"sae.{name}", f"adam.{name}.first_moment", f"adam.{name}.second_moment"}
@@ -179,7 +179,7 @@ def split_state(parameters: Iterable[str]) -> set[str]:
 
 
 def cut(sae: SparseAutoencoder, parameters: Iterable[str], latents: Latents) -> None:
-    """Leave the latents of this process."""
+    """Keep only the latents of this process."""
     for name in parameters:
         module, _, own = name.rpartition(".")
         setattr(sae.get_submodule(module), own, nn.Parameter(latents.own(sae.get_parameter(name).detach()).clone()))

@@ -1,1 +1,1 @@
-"""What a variant's file leans on: building, wrapping a base, guidance by attention."""
+"""What a variant's file builds on: construction, wrapping a base, guidance by attention."""

@@ -1,4 +1,4 @@
-"""What the attention-guided variants share: their settings, and how a base becomes a guided one.
+"""What the attention-guided variants share: their settings, and how a base becomes a guided SAE.
 
 Total loss = the base's + alpha (guidance + beta consistency). With alpha = 0 training is the base's to
 the bit. `guidance = "encode"` lets the encoder read attention too, and so does the saved SAE.
@@ -29,7 +29,7 @@ ENCODER_SEEDS = 2**40  # far from those of the bases
 
 @dataclass(frozen=True)
 class Guided(Wrapping):
-    """Settings of a guided SAE. Those of its base that are None are the base's own defaults."""
+    """Settings of a guided SAE. None means the default of its base."""
 
     guidance: Literal["loss", "encode"] = "loss"
     alpha: float = 0.1
@@ -37,19 +37,19 @@ class Guided(Wrapping):
     alpha_warmup_fraction: float = 0.1
     """Share of the run over which alpha rises from zero."""
     temperature: float = 0.2
-    """Of the softmax over cosines."""
+    """Temperature of the softmax over cosines."""
     negatives: int = 64
     """Random tokens of other windows among the candidates of every token."""
     min_mass: float = 0.05
-    """Rows of attention that keep less without the sink and the token itself are left out."""
+    """Rows of attention with less mass than this, apart from the sink and the token itself, are left out."""
     head: int | None = None
-    """One head of a store that has them apart; None: their mean."""
+    """One head of a store that keeps heads separate; None: their mean."""
     rank: int = 64
-    """Of what the encoder reads by each layer's attention (guidance = "encode")."""
+    """Rank of what the encoder reads through each layer's attention (guidance = "encode")."""
     shuffle_attention: bool = False
     """The control: each token gets the attention of a token at its position in another window."""
     links: LinkKind = "attention"
-    """Further controls: as many links to the tokens just before, or links to the same token earlier in the window."""
+    """Further controls: as many links to the preceding tokens, or links to the same token earlier in the window."""
 
     def unread(self) -> Mapping[str, str]:
         return read_with("guidance=encode", self.guidance == "encode", "rank")
@@ -64,7 +64,7 @@ class Guided(Wrapping):
         return Attention(layers, self.head, self.min_mass, self.shuffle_attention, self.links)
 
     def weight(self, factor: float = 1.0) -> Schedule:
-        """alpha times a factor, warmed up."""
+        """alpha times a factor, with warm-up."""
         return Ramp(0.0, self.alpha * factor, end_fraction=self.alpha_warmup_fraction)
 
 
@@ -87,8 +87,8 @@ def build_guided(
     beta: float = 0.0,
     objective: Objective = "divergence",
 ) -> Assembly:
-    """The base with the guidance's terms, on an encoder that reads attention if it should; `mixing` with the schedule
-    of its temperature."""
+    """The base with the terms of the guidance, and with an encoder that reads attention if `guidance` says so; `mixing`
+    comes with the schedule of its temperature."""
     assembly = build_base(config, d_model, stats)
     attention = config.attention(layers)
     if config.guidance == "encode":
@@ -105,7 +105,7 @@ def build_guided(
 
 
 def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, temperature: Schedule) -> Assembly:
-    """Learned, logged and tempered; an encoder that reads attention has it inside already."""
+    """Add the mixing: learned, logged, with its temperature. An encoder that reads attention already contains it."""
     if not isinstance(assembly.sae, AttendedSae):
         assembly = assembly.with_extra(MIXING, mixing)
     first, *others = assembly.terms

@@ -1,4 +1,4 @@
-"""Small pieces that the variants' `build` functions share."""
+"""Checks and defaults that the variants share."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ..engine.adam import Optim
 from ..errors import ConfigInvalid
 
 EARLY_DEAD_PART = 30
-"""`dead_part` of variants that bring dead latents back: fewer of them in the end than at a tenth; in the top-k family
-no worse reconstruction either, and a hundredth made half of a matryoshka dictionary die (`bench/quality.py`)."""
+"""`dead_part` of variants that revive dead latents: fewer are dead in the end than with a tenth. In the top-k family
+reconstruction is no worse; with a hundredth, half of a matryoshka dictionary died (`bench/quality.py`)."""
 
 MOST_SEED = 2**40
-"""Generators take 2**64, and some seeds lie above those of weights (`ENCODER_SEEDS`, `SCATTER_SEEDS`)."""
+"""Generators take up to 2**64; some seeds are offset above those of weights (`ENCODER_SEEDS`, `SCATTER_SEEDS`)."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuse a setting that cannot be satisfied."""
+    """Raise ConfigInvalid with this message unless the condition holds."""
     if not condition:
         raise ConfigInvalid(message)
 
 
 def require_least(config: Any, **least: float) -> None:
-    """Refuse settings below what is given here; those that are None are open."""
+    """Refuse settings below the given bounds; None is allowed."""
     for name, bound in least.items():
-        value = getattr(config, name)  # compared so that NaN is refused too
+        value = getattr(config, name)  # `>=`, so that NaN is refused too
         require(value is None or value >= bound, f"{name}: expected {bound} or more, found {value}")
 
 
 def require_positive(config: Any, *names: str, most: float = math.inf) -> None:
-    """Refuse settings that are not above 0, or are above `most`; those that are None are open."""
+    """Refuse settings that are not above 0, or are above `most`; None is allowed."""
     bound = "" if most == math.inf else f" and at most {most:g}"
     for name in names:
         value = getattr(config, name)
@@ -43,10 +43,10 @@ def require_positive(config: Any, *names: str, most: float = math.inf) -> None:
 
 
 def require_bounds(config: Any) -> None:
-    """Refuse what no share of the run, weight or decay can be, by the ends of their names.
+    """Refuse impossible shares of the run, weights and decays, recognised by the ends of their names.
 
-    Nothing would fail by itself: a penalty that rises over 2000 runs is not there all along. Only what is asked for
-    anew is checked, so that runs and SAEs of before go on.
+    They would not fail by themselves: a penalty that rises over 2000 runs just never comes in. Only new requests are
+    checked, so that older runs and SAEs still work.
     """
     for name in (field.name for field in fields(config)):
         given = getattr(config, name)
@@ -64,12 +64,12 @@ def require_bounds(config: Any) -> None:
 
 
 def read_with(switch: str, is_on: bool, *names: str) -> dict[str, str]:
-    """For `unread`: settings that say nothing unless the switch is on, each with what to do."""
-    return {} if is_on else dict.fromkeys(names, f"{switch} alone reads it; set that too, or leave it out")
+    """For `unread`: settings that have no effect unless the switch is on, each with what to do."""
+    return {} if is_on else dict.fromkeys(names, f"only {switch} reads it; set that too, or leave it out")
 
 
 def require_hook(hook: str | None, setting: str = "hook") -> None:
-    require(hook is None or hook in HOOKS, f"{setting}: there is no hook {hook!r}{nearest(str(hook), HOOKS)}")
+    require(hook is None or hook in HOOKS, f"{setting}: unknown hook {hook!r}{nearest(str(hook), HOOKS)}")
 
 
 def require_layers(layers: tuple[int, ...], rising: bool = False) -> None:
@@ -88,62 +88,62 @@ def require_sparsity(k: float, width: int, setting: str = "k") -> None:
 
 
 def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, ...]:
-    """Where each part of a dictionary ends, by the setting of this name that gives the ends as shares of it."""
-    ends = tuple(round(max(0.0, min(fraction, 2.0)) * width) for fraction in fractions)  # of 1e308 there is no end
+    """Where each part of a dictionary ends, from shares of the width; `name` is their setting, for messages."""
+    ends = tuple(round(max(0.0, min(fraction, 2.0)) * width) for fraction in fractions)  # 1e308 * width would overflow
     require(
         is_rising(fractions) and ends[-1:] == (width,),
-        f"{name}: expected shares of the dictionary that rise, the last 1, found {fractions}",
+        f"{name}: expected rising shares of the dictionary, the last 1, found {fractions}",
     )
     require(
         is_rising(ends),
-        f"{name}: --width {width} is too small for the shares {fractions}: a larger one, or fewer shares",
+        f"{name}: --width {width} is too small for the shares {fractions}: use a larger one, or fewer shares",
     )
     return ends
 
 
 def is_rising(numbers: tuple[float, ...]) -> bool:
-    """Above 0, and each above the one before."""
+    """Whether the first is above 0, and each is above the one before."""
     return all(low < high for low, high in pairwise((0, *numbers)))
 
 
 def write_hook(hook: str, to_hook: str | None) -> str:
-    """What of its target a transcoder writes: as it says, else what the MLP writes where it reads what that reads."""
+    """The hook that a transcoder writes to: as given; otherwise mlp_out for mlp_in, or the same hook."""
     require_hook(hook)
     require_hook(to_hook, "to_hook")
     return to_hook or ("mlp_out" if hook == "mlp_in" else hook)
 
 
 def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:
-    """lr / sqrt(F / 2^14), the scaling that top-k SAEs are published with, at a residual as wide as Gemma-2-2B's.
+    """lr / sqrt(F / 2^14), the published scaling of top-k SAEs, for a residual as wide as Gemma-2-2B's.
 
-    Adam turns a unit decoder row of D entries by about lr * sqrt(D) a step, so that the narrower
-    residual takes the larger rate for the same turn.
+    Adam turns a unit decoder row of D entries by about lr * sqrt(D) per step, so a narrower residual
+    needs a larger rate for the same turn.
     """
     require_width(width)
     return lr_at_16k / (width / 2**14) ** 0.5 * (2304 / d_model) ** 0.5
 
 
 def fill_optim(optim: Optim, **own: float) -> Optim:
-    """The settings, with the variant's own where none was given."""
+    """The settings, with the variant's own values where none was given."""
     return replace(optim, **{name: value for name, value in own.items() if getattr(optim, name) is None})
 
 
 def topk_optim(optim: Optim, width: int, d_model: int) -> Optim:
-    """The settings, with those of the top-k family where none was given.
+    """The settings, with the values of the top-k family where none was given.
 
-    The rate at 2^14 latents is twice what such SAEs are published with: better at every k and width tried
-    (`bench/quality.py`), at the price of a few dead latents where the dictionary is wide and k small.
+    The rate at 2^14 latents is twice the published one: better at every k and width tried (`bench/quality.py`),
+    at the price of a few dead latents where the dictionary is wide and k small.
     """
     return fill_optim(optim, lr=scaled_lr(4e-4, width, d_model), epsilon=6.25e-10)
 
 
 def relu_optim(optim: Optim, width: int, d_model: int, **own: float) -> Optim:
-    """The settings, with those of variants with dense activations where none was given."""
+    """The settings, with the values of variants with dense activations where none was given."""
     return fill_optim(optim, lr=scaled_lr(5e-4, width, d_model), **own)
 
 
 def stats_or_unit(stats: Stats | None, width: int) -> Stats:
-    """The given statistics, or those of activations that are scaled and centred already."""
+    """The given statistics, or those of activations that are already scaled and centred."""
     if stats is None:
         return unit_stats(width)
     require(stats.width == width, f"statistics: expected width {width}, found {stats.width}")

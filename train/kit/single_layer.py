@@ -37,15 +37,15 @@ RECONSTRUCTION = Term("reconstruction", reconstruction, Constant(1.0))
 
 @dataclass(frozen=True)
 class Dictionary(Variant):
-    """Settings of every variant whose encoder starts as its decoder."""
+    """Settings of every variant whose encoder starts equal to its decoder."""
 
     width: int = 16384
     seed: int = 0
     dead_after_tokens: int = 10_000_000
     decoder_bias: DecoderBias = "mean"
-    """Where the decoder's bias starts: at the mean of the activations, or at zero."""
+    """Initial decoder bias: the mean of the activations, or zero."""
     encoder_product: Product = "float32"
-    """The precision in which latents are chosen; their values are then computed in float32. Where a gate is dense, and
+    """The precision in which latents are chosen; their values are then computed in float32. With a dense gate, which
     chooses none, it is the precision of every dense product of the step."""
     optim: Optim = field(default_factory=Optim)
 
@@ -56,7 +56,7 @@ class SingleLayer(Dictionary):
 
     layer: int = 19
     hook: str = RESID
-    """What of the layer: the residual stream after it, or another hook that the store holds."""
+    """What to read of the layer: the residual stream after it, or another hook that the store holds."""
 
     def needs(self) -> Needs:
         require_hook(self.hook)
@@ -100,7 +100,7 @@ def build_plain(
     constraints: Sequence[Constraint] = (UnitDecoder(),),
     knobs: Mapping[str, Schedule] | None = None,
 ) -> Assembly:
-    """An SAE with unit decoder rows and an encoder equal to them, around a gate; it reconstructs its input."""
+    """An SAE around a gate that reconstructs its input, with unit decoder rows and an encoder equal to them."""
     stats = stats_or_unit(stats, d_in)
     generator = torch.Generator().manual_seed(config.seed)
     W_enc, W_dec = tied_weights(config.width, d_in, generator)
@@ -127,7 +127,7 @@ def assemble_mapping(
     target_stats: Stats,
     *constraints: Constraint,
 ) -> Assembly:
-    """What maps one place to another, trained as the top-k family is; `config` is `WithAux` and has a width."""
+    """An SAE that maps one place to another, trained like the top-k family; `config` is `WithAux` and has a width."""
     return Assembly(
         sae=sae,
         terms=(RECONSTRUCTION, config.aux(d_model)),

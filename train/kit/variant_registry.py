@@ -28,7 +28,7 @@ def module(name: str) -> ModuleType:
 
 def config_type(name: str) -> type[Variant]:
     """The frozen `Config` of a variant."""
-    from .variant_contract import Variant  # late: names alone must not wait for torch
+    from .variant_contract import Variant  # imported late: names alone must not wait for torch
 
     config = getattr(module(name), "Config", None)
     if not (isinstance(config, type) and issubclass(config, Variant)):

@@ -1,7 +1,7 @@
 """A base inside another variant: `attention(base=topk, k=32)` is a config, not a class.
 
-The config of a variant that wraps a base is flat. What it shares by name with the base's own config is
-handed on; an optional setting (None by default) that was given must be one the base has.
+The config of a variant that wraps a base is flat. Settings that the base's config also has are passed on;
+an optional setting (None by default) may be given only if the base has it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional
 
 @dataclass(frozen=True)
 class Wrapping(Variant):
-    """What the config of every variant on a base has; those that are None are the base's own defaults."""
+    """Settings of every variant on a base; None means the base's own default."""
 
     own_tables: ClassVar[float] = 1.0
-    """[B, F] in float32 that a step holds at its peak, over and above the base's."""
+    """Tables [B, F] in float32 that a step holds at its peak, on top of the base's."""
 
     base: str = "standard"
     layer: int = 19
@@ -54,7 +54,7 @@ class Wrapping(Variant):
 
 @dataclass(frozen=True)
 class Windowed(Wrapping):
-    """What a variant has besides whose SAE depends on positions in the window."""
+    """Settings of variants whose SAE depends on positions in the window."""
 
     context: int | None = None
     """Length of the store's windows; None: read from the store."""
@@ -71,7 +71,7 @@ class Windowed(Wrapping):
     def check(self, manifest: Manifest) -> None:
         require(
             self.context in (None, manifest.context),
-            f"context: the store's windows have {manifest.context} tokens, found {self.context}; leave it out",
+            f"context: expected {manifest.context}, the store's window length, found {self.context}; leave it out",
         )
 
 
@@ -82,10 +82,12 @@ def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> As
 
 
 def base_needs(config: Wrapping) -> Needs:
-    """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
+    """What the base reads. A base that reads several layers, another target or windows cannot be wrapped."""
     needs = _base_config(config, None).needs()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
-    require(plain, f"base: expected a variant that reads tokens of one layer and rebuilds them, found {config.base!r}")
+    require(
+        plain, f"base: expected a variant that reads tokens of one layer and reconstructs them, found {config.base!r}"
+    )
     return needs
 
 
@@ -103,7 +105,7 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
 
 
 def _make_whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """A whole number where the base has one: `k` of a batch may be 32.5, that of a token may not."""
+    """Convert to whole numbers where the base has them: a mean `k` per token may be 32.5, a fixed one may not."""
     whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
     broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
     require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
@@ -113,7 +115,7 @@ def _make_whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bound_sparsity(cls: Any, d_model: int | None) -> dict[str, Any]:
-    """The base's own defaults of sparsity, where they are too many for the residual's width."""
+    """Limits for the base's default sparsity, where it is too large for the residual's width."""
     if d_model is None:
         return {}
     limit = most_active(d_model)

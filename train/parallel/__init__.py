@@ -1,1 +1,1 @@
-"""Several processes that train one run: ranks that share rows, and processes that hold some latents each."""
+"""Several processes that train one run: ranks that share rows, or processes that each hold some latents."""

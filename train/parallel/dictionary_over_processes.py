@@ -1,8 +1,8 @@
-"""A dictionary that is split by latents: each process holds some of them, and sees every row of a batch.
+"""A dictionary split by latents: each process holds some of them, and sees every row of a batch.
 
-No table is ever gathered in a step. What goes between the processes:
-1. the candidates of the selection (`sae/top_k_over_processes.py`), k of each row and process;
-2. the reconstruction [B, D], as the sum of what each process's latents rebuild (`join`);
+No table is ever gathered in a step. The processes exchange:
+1. the candidates of the selection (`sae/top_k_over_processes.py`), k per row and process;
+2. the reconstruction [B, D], as the sum of what each process's latents reconstruct (`join`);
 3. one gradient of the width of a residual (`share`), and numbers.
 """
 
@@ -22,7 +22,7 @@ from .sums_over_processes import Ranks
 
 
 class Latents:
-    """The latents of this process, of `total` in all, from number `first` on: here all of them are."""
+    """The latents of this process, from number `first` on, out of `total`; in this base class, all of them."""
 
     first = 0
     is_whole = True
@@ -31,19 +31,19 @@ class Latents:
         self.total = total
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes, without gradient."""
+        """The sum over all processes, without gradient."""
         return tensor
 
     def count(self, own: int) -> int:
-        """The same of a number on the host."""
+        """The same for a number on the host."""
         return own
 
     def agree(self, tensor: Tensor) -> Tensor:
-        """The first process's numbers, where all are to decide by the same: unlike GPUs round unlike."""
+        """The first process's numbers, for decisions that all must share: different GPUs round differently."""
         return tensor
 
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
-        """The tensor of each process, in the order of their latents, and which is this one's; lengths may differ."""
+        """The tensor of each process, in order of latents, and the index of this one's; lengths may differ."""
         return [tensor], 0
 
     def own(self, table: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class Latents:
         return table
 
     def whole(self, table: Tensor) -> Tensor | None:
-        """All rows of a table of which each process has some, on the first one's host alone; a collective call."""
+        """All rows of a split table, only on the first process's host; a collective call."""
         return table
 
     def join(self, part: Tensor) -> Tensor:
-        """The sum over processes of what all of them go on with alike: the gradient of each part is the sum's."""
+        """The sum over processes, which all of them then use alike: the gradient of each part is that of the sum."""
         return part
 
     def share(self, tensor: Tensor) -> Tensor:
-        """What all hold alike, for this process's latents to read: its gradient is the sum over processes."""
+        """A tensor that all processes hold, for this one's latents to read: its gradient is the sum over processes."""
         return tensor
 
 
@@ -67,7 +67,7 @@ ALL_LATENTS = Latents()
 
 
 class SomeLatents(Latents):
-    """Some latents are here, the others in other processes."""
+    """Some of the latents are in this process, the rest in others."""
 
     is_whole = False
 

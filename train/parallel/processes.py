@@ -1,8 +1,8 @@
 """The processes of a run: one alone, or several that `accelerate launch` or `torchrun` started.
 
 Each process draws the same batches and works on its share of the rows; what depends on the whole batch
-goes through the calls of `sums_over_processes.py`. Where SAEs are spread, each trains its own as if it were alone, and
-the processes only tell each other how it goes. Words and flags go through gloo from host to host: no GPU is waited for.
+goes through the calls of `sums_over_processes.py`. Where SAEs are spread, each process trains its own as if it were
+alone, and they exchange only reports. Texts and flags go through gloo from host to host, without waiting for a GPU.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .sums_over_processes import Ranks
 
 _REST_SECONDS = 0.2
-PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
-MEETING = timedelta(hours=1)  # until all have begun; and of a sum on GPUs, where one may still be writing a checkpoint
-SILENCE = timedelta(minutes=10)  # of a host that has lost its network or its power, which closes no connection
+PATIENCE = timedelta(days=1)  # while one process measures or saves alone; a process that is gone is noticed at once
+MEETING = timedelta(hours=1)  # until all have started; also of a sum on GPUs, as one may still write a checkpoint
+SILENCE = timedelta(minutes=10)  # of a host that has lost network or power, which closes no connection
 BEAT_SECONDS, GRACE_SECONDS, LEAVING_SECONDS = 1.0, 20.0, 1800.0
-GONE = "another process of the run is gone, or cannot be reached: its own message says why, if it had time to leave one"
+GONE = "another process of the run is gone, or cannot be reached: its own message says why, if it could print one"
 
 
 class Group(Ranks):
-    """The processes, and what a loop needs of them beyond a step's sums; one, where a subclass does not make them
-    several."""
+    """The processes, with what a training loop needs beyond a step's sums; in this base class, a single process."""
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process; a collective call."""
+        """Whether the flag is true in any process; a collective call."""
         return flag
 
     def texts(self, value: str) -> list[str]:
@@ -48,25 +47,25 @@ class Group(Ranks):
         return [value]
 
     def beside(self) -> Group:
-        """The same processes, for messages of a thread beside this one's; a collective call."""
+        """The same processes, for messages from another thread; a collective call."""
         return self
 
     def close(self) -> None:
-        """The way out when all has ended."""
+        """Leave after everything has ended."""
 
     def leave(self, code: int) -> None:
-        """The way out of a process that failed, whatever the others do."""
+        """Leave after a failure, whatever the others do."""
 
 
 SOLO = Group()
 
 
 class Pulse:
-    """A thread that sees when a process is gone though this one waits for it on its GPU: a sum there that cannot end
-    raises nothing, and the host stands still at the next number that it reads."""
+    """A thread that notices when a process is gone while this one waits for it on its GPU: a sum there that cannot end
+    raises nothing, and the host blocks at the next number that it reads."""
 
     is_told = False
-    """Whether this process has found out by itself, and is on its way out."""
+    """Whether this process has noticed by itself, and is already ending."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=SILENCE)
@@ -83,16 +82,16 @@ class Pulse:
                     return
                 time.sleep(BEAT_SECONDS)
         except RuntimeError:
-            time.sleep(GRACE_SECONDS)  # whoever is not held up says it with the command that goes on
+            time.sleep(GRACE_SECONDS)  # a process that is not blocked reports it with the command to resume
             if Pulse.is_told:
-                time.sleep(LEAVING_SECONDS)  # a checkpoint that is being written is written to its end
+                time.sleep(LEAVING_SECONDS)  # let a checkpoint be written to its end
             else:
-                said = f"error: {GONE}. Checkpoints that there are are whole: sae-train --resume goes on from the last"
+                said = f"error: {GONE}. Existing checkpoints are intact: sae-train --resume continues from the last"
                 print(said, file=sys.stderr, flush=True)
             os._exit(1)
 
     def end(self) -> None:
-        """When all have come to their end: none of them is missed from here on."""
+        """Call when all have finished: from here on none of them is missed."""
         self._is_ending = True
         self._thread.join()
 
@@ -112,7 +111,7 @@ class Processes(Group):
         self._pulse = Pulse()
 
     def _group_of(self, tensor: Tensor) -> Any:
-        """The group that a tensor goes through: that of the hosts, or of the GPUs."""
+        """The group for a tensor: that of the hosts, or of the GPUs."""
         return None if tensor.is_cuda else self._host
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ class Processes(Group):
         return wait
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Shorter tensors are padded while they are sent."""
+        """Shorter tensors are padded for the transfer."""
         length = torch.tensor([len(tensor)])
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         with _all_there():
@@ -147,7 +146,7 @@ class Processes(Group):
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
     def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """Each part to its place, one after the other: nobody but the first has more than its own."""
+        """Copy each part to its place, one after the other: only the first process holds more than its own."""
         if self.rank > 0:
             with _all_there():
                 if len(part):
@@ -170,16 +169,16 @@ class Processes(Group):
         return [bytes(part.tolist()).decode() for part in self.gather(data)]
 
     def beside(self) -> Group:
-        """One for all runs of a launch: a group holds a connection to each process until the end."""
+        """One group for all runs of a launch: a group holds a connection to each process until the end."""
         self._beside = self._beside or Processes()
         return self._beside
 
     def close(self) -> None:
-        """Let gloo's worker threads come to rest first, and leave.
+        """Wait for gloo's worker threads to become idle, then leave.
 
-        A worker drops the tensors of a finished collective after its caller has gone on, and needs the
-        interpreter for it. Before Python 3.14 a thread that asks for one that is shutting down is ended in the
-        middle of C++, which aborts the process: a finished run exited with -6, one time in five.
+        A worker frees the tensors of a finished collective after its caller has continued, and needs the
+        interpreter for that. Before Python 3.14 a thread that asks for an interpreter during shutdown is ended
+        inside C++, which aborts the process: a finished run exited with -6, one time in five.
         """
         if self._pulse is not None:
             self._pulse.end()
@@ -187,10 +186,10 @@ class Processes(Group):
         dist.destroy_process_group()
 
     def leave(self, code: int) -> None:
-        """End at the interpreter's exit, when why has been told, and take no leave of the others.
+        """End at the interpreter's exit, after the reason has been printed, without shutting down with the others.
 
-        NCCL's end waits for all processes of a machine, who wait for this one in gloo, whose connections close after
-        it. What the system closes of a process that is gone they see at once.
+        NCCL's shutdown waits for all processes of a machine, which wait for this one in gloo, whose connections close
+        only afterwards. If the process just ends, the system closes them, and the others notice at once.
         """
 
         Pulse.is_told = True
@@ -199,7 +198,7 @@ class Processes(Group):
             try:
                 sys.stdout.flush()
                 sys.stderr.flush()
-            finally:  # though nobody reads
+            finally:  # even if nobody reads the output
                 os._exit(code)
 
         atexit.register(end)
@@ -207,7 +206,7 @@ class Processes(Group):
 
 @contextmanager
 def _all_there() -> Iterator[None]:
-    """What a collective says when a process has gone, in words."""
+    """Turn the error of a collective whose process is gone into a message."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -223,7 +222,7 @@ def all_or_none(
     kinds: tuple[type[Exception], ...] = (TrainError, StoreError),
     elsewhere: str = "another process of the run stopped with an error; its own message says what and why",
 ) -> Iterator[None]:
-    """If one process raises inside, all do: none waits for one that has gone. No collective calls inside."""
+    """If one process raises inside, all do, so that none waits for one that is gone. No collective calls inside."""
     failure: Exception | None = None
     try:
         yield
@@ -231,22 +230,22 @@ def all_or_none(
         failure = error
     try:
         is_lost = group.any(failure is not None)
-    except StoppedElsewhere as gone:  # who was told first may have left already, and says no more than that
+    except StoppedElsewhere as gone:  # the process that failed may have left already; this says only that it is gone
         raise failure or gone from None
     if is_lost:
         raise failure or StoppedElsewhere(elsewhere)
 
 
 def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
-    """This process's group and device; `auto` takes an accelerator where there is one. `has_sums`: whether processes
-    will add up what lies on their GPUs, which is tried here, before any work and before memory is counted."""
+    """This process's group and device; `auto` takes an accelerator if there is one. `has_sums`: whether processes will
+    sum tensors on their GPUs, which is tried here, before any work and before memory is counted."""
     launched = count_processes()
     if launched == 1:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1" and not is_launched():
             warnings.warn(
-                f"srun started {tasks} processes, and each trains by itself all that it is told: for one run of all of "
-                "them let srun start torchrun, one a node (docs/cluster.md)",
+                f"srun started {tasks} processes, and each trains everything by itself: for one run across all of "
+                "them let srun start torchrun, one per node (docs/cluster.md)",
                 stacklevel=2,
             )
         return SOLO, choose_device(device)
@@ -255,18 +254,18 @@ def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
     chosen = choose_device(device)
     if ":" in device:
         raise ConfigInvalid(
-            f"device {device} was asked for by each of {launched} processes, and each takes one of its "
-            f"own: say --device {chosen.type}, and choose cards by CUDA_VISIBLE_DEVICES"
+            f"expected a device without a number for {launched} processes, as each takes its own, found "
+            f"{device}: use --device {chosen.type}, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     with joining():
-        if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
+        if chosen.type == "cuda":  # accelerate would set up nothing for messages between hosts
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
         state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
         place, group = torch.device(state.device or "cpu"), Processes()
     try:
         require_one_kind(group.texts(place.type))
         require_own_devices(group.texts(_name(place)))
-        if place.type == "cuda":  # of all of them, and each its own
+        if place.type == "cuda":  # on all of them, each with its own GPU
             with joining():
                 group.begin_pulse()
                 if has_sums:
@@ -279,11 +278,11 @@ def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
 
 
 def require_one_kind(kinds: list[str]) -> None:
-    """Refuse processes of which some compute on a GPU and some do not: their sums would never meet."""
+    """Refuse a mix of processes with and without a GPU: their sums would never meet."""
     if len(set(kinds)) > 1:
         on_cpu = ", ".join(str(rank) for rank, kind in enumerate(kinds) if kind == "cpu")
         raise ConfigInvalid(
-            f"expected a GPU for each of {len(kinds)} processes, found none for {on_cpu}: look at CUDA_VISIBLE_DEVICES "
+            f"expected a GPU for each of {len(kinds)} processes, found none for {on_cpu}: check CUDA_VISIBLE_DEVICES "
             "and the driver there, or start all with --device cpu"
         )
 
@@ -295,23 +294,23 @@ def require_own_devices(names: list[str]) -> None:
         sharing = ", ".join(str(rank) for rank, name in enumerate(names) if name == twice[0])
         raise ConfigInvalid(
             f"expected a GPU for each of {len(names)} processes, found processes {sharing} on one ({twice[0]}): "
-            "start no more processes on a machine than it has GPUs, or with --device cpu"
+            "start at most one process per GPU of a machine, or use --device cpu"
         )
 
 
 def _name(device: torch.device) -> str:
-    """Of a GPU, by which two processes know that it is the same; empty for a processor."""
+    """Name that identifies a GPU across processes; empty for a CPU."""
     if device.type != "cuda":
         return ""
     return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).uuid}"
 
 
 COMPUTED_ON = ("cpu", "cuda")
-"""Kinds of devices: activations are read into the memory of one, which no other kind here shares with NumPy."""
+"""Supported device types: activations are read into memory that NumPy shares."""
 
 
 def choose_device(name: str) -> torch.device:
-    """With its number, if it is a GPU: a thread that reads for it has to make it its own."""
+    """The device, with its number if it is a GPU: a thread that reads for it must set it as its own."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
@@ -321,7 +320,7 @@ def choose_device(name: str) -> torch.device:
     found = torch.get_device_module(device.type).device_count()
     if (device.index or 0) >= found:
         raise ConfigInvalid(
-            f"device {name} was asked for, but torch {torch.__version__} finds {found or 'no'} "
-            f"{device.type.upper()} device{'s' * (found > 1)} here: choose another --device, or auto"
+            f"expected device {name}, found {found or 'no'} {device.type.upper()} device{'s' * (found > 1)} "
+            f"with torch {torch.__version__}: choose another --device, or auto"
         )
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

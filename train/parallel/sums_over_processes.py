@@ -4,10 +4,10 @@ Each rank has its own rows of one global batch, and numbers of rows may differ. 
 whole batch (gradients, the batch top-k, firing counts, normalisers) goes through these calls, so one
 process and many compute the same step.
 
-`Reduction` adds up the gradients of one step over ranks while the step's backward goes on. A table is added up by
-itself, where it lies, as soon as its gradient is there: the decoder's is on its way while the encoder's is computed.
-What is small goes together in one buffer. All ranks begin in one order, whatever order their gradients come in, so
-they never wait for different ones; and sums of the same buffers give the same bits each time.
+`Reduction` sums the gradients of one step over ranks during the step's backward pass. A table is summed by itself, in
+place, as soon as its gradient is complete: the decoder's is sent while the encoder's is computed. Small parameters
+share a buffer. All ranks send in the same order, whatever order their gradients arrive in, so they never wait for
+different ones; and sums of the same buffers give the same bits each time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 
 class Ranks:
-    """The processes of a run: one, where a subclass does not make them several. Every process makes the same calls in
-    the same order; arguments are left unchanged."""
+    """The processes of a run; in this base class, a single one. Every process makes the same calls in the same order;
+    arguments are left unchanged."""
 
     rank = 0
     size = 1
@@ -30,7 +30,7 @@ class Ranks:
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to sum into the tensor itself; calling what this returns waits for the end."""
+        """Start to sum into the tensor itself; call the returned function to wait for the end."""
         return lambda: None
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -38,7 +38,7 @@ class Ranks:
         return [tensor]
 
     def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """The parts of all ranks one after the other, as long as these, to the first rank; to others nothing."""
+        """On the first rank, the concatenated parts of all ranks, of these lengths; None on the others."""
         return part
 
 
@@ -46,16 +46,16 @@ ONE_PROCESS = Ranks()
 
 
 class BatchRanks:
-    """The processes during one step, weighted by how many rows each has; of what they share, what a step calls."""
+    """The processes during one step, weighted by their numbers of rows, with the collective calls that a step uses."""
 
     weight = 1.0
-    """This rank's rows over the mean of all ranks' rows."""
+    """This rank's number of rows over the mean of all ranks'."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.rank, self.size, self.sum, self.gather = ranks.rank, ranks.size, ranks.sum, ranks.gather
 
     def rows(self, own: int) -> int:
-        """Rows of the global batch, of which `own` are this rank's."""
+        """Number of rows of the global batch, of which `own` are this rank's."""
         return own
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class BatchRanks:
         return tensor
 
     def share(self, count: Tensor) -> Tensor:
-        """The divisor of this rank's sum: the weighted mean over ranks of the quotients is total / count."""
+        """The divisor for this rank's sum, so that the weighted mean over ranks of the quotients is total / count."""
         return count.clamp_min(1)
 
 
@@ -71,12 +71,12 @@ ALONE = BatchRanks(ONE_PROCESS)
 
 
 class Shares(BatchRanks):
-    """Several processes, and how the rows of one batch are shared out among them."""
+    """Several processes, and how the rows of one batch are divided among them."""
 
     def __init__(self, ranks: Ranks, own: int) -> None:
         super().__init__(ranks)
         self._own = own
-        self._rows = int(self.sum(torch.tensor([own])))  # from host to host: no device is waited for
+        self._rows = int(self.sum(torch.tensor([own])))  # from host to host, without waiting for a device
         self.weight = own * self.size / self._rows
 
     def rows(self, own: int) -> int:
@@ -99,7 +99,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class Reduction:
-    """Stands at the parameters from its making on; `finish` after each backward."""
+    """Hooks into the parameters when it is made; call `begin` before and `finish` after each backward pass."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
         self._ranks = ranks
@@ -110,13 +110,13 @@ class Reduction:
         self.begin()
 
     def begin(self) -> None:
-        """Before a backward."""
+        """Call before a backward pass."""
         self._missing = [len(bucket) for bucket in self._buckets]
         self._begun = 0
         self._flying: list[tuple[list[nn.Parameter], Tensor, Callable[[], None]]] = []
 
     def finish(self) -> None:
-        """After it: every gradient is the mean over ranks."""
+        """Call after it: every gradient becomes the mean over ranks."""
         self._send(all_of_them=True)
         for moving, flat, wait in self._flying:
             wait()
@@ -132,7 +132,7 @@ class Reduction:
         self._send(all_of_them=False)
 
     def _send(self, all_of_them: bool) -> None:
-        """Begin with every bucket that is complete and whose turn it is; in the end without what has no gradient."""
+        """Start every complete bucket whose turn it is; at the end all, without parameters that have no gradient."""
         while self._begun < len(self._buckets) and (all_of_them or not self._missing[self._begun]):
             moving = [p for p in self._buckets[self._begun] if p.grad is not None]
             self._begun += 1
@@ -142,7 +142,7 @@ class Reduction:
 
 
 def _deal(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Tables one by one, the last first, as their gradients come; then the small ones, which come from everywhere."""
+    """Large tables one by one, last first, as their gradients arrive; then small ones, whose order is arbitrary."""
     large = [p for p in reversed(parameters) if p.numel() * p.element_size() >= BUCKET_BYTES]
     found, size = [[p] for p in large], BUCKET_BYTES
     for parameter in parameters:
@@ -158,7 +158,7 @@ def _deal(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _flat(moving: list[nn.Parameter]) -> Tensor:
-    """Their gradients, one after the other; of a single one the gradient itself."""
+    """Their gradients, concatenated; for a single parameter the gradient itself."""
     gradients: list[Tensor] = []
     for parameter in moving:
         assert parameter.grad is not None

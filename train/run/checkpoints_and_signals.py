@@ -31,11 +31,11 @@ class Caught:
 
 @contextmanager
 def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
-    """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once. They reach the main thread, and
-    no other may catch them; what is ignored, as Ctrl-C is by what a shell runs in the background, stays so.
+    """On Ctrl-C or SIGTERM, finish the step first; the same signal again stops at once. Signals reach the main thread,
+    and only it may catch them; ignored signals, such as Ctrl-C in a shell's background jobs, stay ignored.
 
-    Of a launch a second SIGTERM changes nothing: a cluster may send one to every process and the launcher another,
-    and the launcher ends by SIGKILL what does not end.
+    In a launch a second SIGTERM changes nothing: a cluster may send one to every process and the launcher another,
+    and the launcher sends SIGKILL to processes that do not end.
     """
     caught = Caught()
 
@@ -57,7 +57,7 @@ def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
 
 
 class Saver:
-    """Saves checkpoints of a run: rank 0 does, and where SAEs are spread each process writes its own into the same."""
+    """Saves checkpoints of a run. Rank 0 writes them; where SAEs are spread, each process adds its own."""
 
     def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process) -> None:
         self._writer = Writer(folder, process.group.beside() if process.is_spread else SOLO)
@@ -66,7 +66,7 @@ class Saver:
         self._saved_at = time.perf_counter()
 
     def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:
-        """Called after each step: save when it is time; save and stop when a signal came."""
+        """Called after each step: save if it is time; save and stop if a signal has come."""
         self._writer.check()
         stop = self._group.any(caught.signal != 0)
         if stop or steps == total_steps or self._is_due(steps):
@@ -74,18 +74,18 @@ class Saver:
         if stop or steps == total_steps:
             self._writer.finish()
         if stop and steps < total_steps:
-            self._group.any(False)  # whoever leaves first has the launcher end the others, and one may still write
+            self._group.any(False)  # the first to leave makes the launcher end the others, and one may still be writing
             raise RunInterrupted(
                 caught.signal or signal.SIGTERM,
-                f"stopped after step {steps} of {total_steps}; go on with: {resume_command(self._folder.parent)}",
+                f"stopped after step {steps} of {total_steps}; resume with: {resume_command(self._folder.parent)}",
             )
 
     def save(self, steps: int) -> None:
-        """Save while the next steps run, unless they would change what is being written."""
-        self._writer.finish()  # before the state takes as much memory again
+        """Save in the background while the next steps run, unless they would change what is being written."""
+        self._writer.finish()  # before the new state takes the same memory again
         writes = self._team.rank == 0
-        state = self._fleet.state() if writes or self._course.shard_width else {}  # a collective call of the latter
-        if not writes:  # the same weights as the first has: a copy of them in host memory would be for nothing
+        state = self._fleet.state() if writes or self._course.shard_width else {}  # a collective call with shard_width
+        if not writes:  # the first process has the same weights: another copy in host memory would be wasted
             self._fleet.look()
         else:
             if self._watch.log is not None:
@@ -96,7 +96,7 @@ class Saver:
         self._saved_at = time.perf_counter()
 
     def close(self) -> None:
-        """What is being written is written to its end."""
+        """Finish what is being written."""
         self._writer.close()
 
     def _is_due(self, steps: int) -> bool:

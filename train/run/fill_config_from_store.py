@@ -1,6 +1,6 @@
-"""Fill every blank of a question from what the store holds, the number of steps too.
+"""Fill every blank of a request from the store, including the number of steps.
 
-What comes out decides the run, and is config.json.
+The result determines the run, and is its config.json.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from ..kit.variant_contract import Variant
 from .init_from_trained_sae import Source, source_of, without_start
 from .run_folder import RunFolder, provenance
 
-DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
+DEFAULT_TOKENS = 8_000_000  # without --epochs, a smaller store is read several times
 MOST_EPOCHS = 16
 MOST_ASKED = 100_000  # epochs whose steps are counted one by one
 FORMAT = 1  # of config.json
-POOL_BYTES = 2 * 2**30  # of residuals of two bytes, for each layer and in each of two pools
+POOL_BYTES = 2 * 2**30  # of two-byte residuals, per layer and for each of two pools
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A run without blanks: its configuration, the order in which it reads the store, its length."""
+    """A fully specified run: its configuration, the order in which it reads the store, its length."""
 
     config: RunConfig
     plan: Plan
     total_steps: int
     remark: str = ""
-    """How the length came about."""
+    """How the length was chosen."""
     recipe: Recipe | None = None
     init: Source | None = None
-    """The trained SAE that all begin as."""
+    """The trained SAE that all start from."""
 
     def describe(self, store: Store, hardware: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         return {
             "format": FORMAT,
             "recipe": self.recipe and f"{self.recipe.study}/{self.recipe.name}",
@@ -64,7 +64,7 @@ class Settled:
 
 
 def settle(ask: Ask, store: Store) -> Settled:
-    """A new run."""
+    """Settle a new run."""
     manifest = store.manifest
     data = with_pool(ask.stream(DataConfig(massive_norms=default_multiple(manifest))), manifest)
     plan = make_plan(data, store)
@@ -80,16 +80,14 @@ def settle(ask: Ask, store: Store) -> Settled:
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
         for key in (key for words in (ask.settings, *ask.grid) for key in words if key.endswith("optim.start")):
-            raise ConfigInvalid(
-                f"{key}: SAEs that begin as --init have no start of their own: leave out one of the two"
-            )
+            raise ConfigInvalid(f"{key}: SAEs that start from --init take no other start: leave out one of the two")
         members = tuple(map(without_start, members))
     config = RunConfig(data, replace(ask.length(), tokens=tokens), members)
     return Settled(config, plan, steps, remark, ask.recipe, init)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:
-    """A run that was started before, from its config.json."""
+    """Settle a run that was started before, from its config.json."""
     raw, where = folder.read_config(), str(folder.path / "config.json")
     if (found := raw.get("format", FORMAT)) != FORMAT:
         raise ConfigInvalid(f"{where} has format {found!r}; this saemill reads format {FORMAT}. Update saemill")
@@ -106,7 +104,7 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
     if begun_with not in (None, found):
         raise ConfigInvalid(
             f"{where}: expected a store with {begun_with} windows in a shard, found {found} in {store.url}: the same "
-            f"text would be read in another order. Harvest it with --shard-windows {begun_with}, or begin a new run"
+            f"text would be read in a different order. Harvest it with --shard-windows {begun_with}, or start a new run"
         )
     return Settled(config, make_plan(config.data, store), steps, init=init)
 
@@ -118,14 +116,14 @@ def make_plan(data: DataConfig, store: Store) -> Plan:
 
 
 def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
-    """The size of the pool spelled out. It depends on the store alone: a fleet draws what each SAE would draw alone."""
+    """Fill in the size of the pool. It depends only on the store: a fleet draws what each SAE would draw alone."""
     if data.pool_tokens is not None:
         return data
     return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
 
 
 def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, str]:
-    """Steps from tokens, epochs or neither, and how they came about; an error where the store cannot give them."""
+    """Steps from tokens, epochs or neither, and a remark on how; an error if the store has too little text."""
     available = plan.steps_in(1)
     _require_steps(available, plan, where)
     if course.tokens is None:
@@ -146,7 +144,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     if course.tokens > plan.sizes.tokens * epochs:
         needed = -(-course.tokens // (available * plan.batch_tokens))
         raise ConfigInvalid(
-            f"a budget of {course.tokens:,} tokens, but the train split of {where} has {plan.sizes.tokens:,} "
+            f"a budget of {course.tokens:,} tokens, but the train split of {where} has only {plan.sizes.tokens:,} "
             f"in an epoch{f', {plan.sizes.tokens * epochs:,} in {epochs}' if epochs > 1 else ''}: "
             f"give --epochs {needed} to read it again, or fewer --tokens"
         )
@@ -162,13 +160,13 @@ def _require_steps(available: int, plan: Plan, where: str) -> None:
     sizes = plan.sizes
     if sizes.windows == 0 or sizes.tokens == 0:
         raise NothingToTrain(
-            f"the train split of {where} has {sizes.windows:,} windows with {sizes.tokens:,} tokens that may train: "
-            "nothing to train. Harvest more text, or look at its splits with `sae-store info`"
+            f"the train split of {where} has {sizes.windows:,} windows with {sizes.tokens:,} tokens to train on: "
+            "nothing to train. Harvest more text, or inspect its splits with `sae-store info`"
         )
     if available == 0:
         found, instead = "less than one batch", ""
         if sizes.tokens >= plan.batch_tokens:
-            found, instead = "cut into pools of which none fills a batch", ", or a larger data.pool_tokens"
+            found, instead = "cut into pools that each hold less than a batch", ", or a larger data.pool_tokens"
         raise NothingToTrain(
             f"the train split of {where} has {sizes.tokens:,} tokens, {found} of {plan.batch_tokens:,}: nothing to "
             f"train. Set a smaller data.batch_tokens{instead}"

@@ -21,11 +21,11 @@ from ..sae.model import SparseAutoencoder
 from .run_folder import is_run, places_of, run_names
 
 ANSWER_SECONDS = 5.0
-SHOWN = 20  # names of a repository's SAEs: Gemma Scope's have hundreds
+SHOWN = 20  # names of a repository's SAEs: Gemma Scope has hundreds
 
 
 def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> SparseAutoencoder:
-    """An SAE in raw units, ready to encode activations as the model has them.
+    """Load an SAE in raw units, ready to encode activations as the model computes them.
 
     `name` is a run or `run/sae` under `runs`, a folder (of this package, SAELens, sparsify or
     dictionary_learning, Gemma Scope), or a repository `owner/name` or `owner/name/folder` on the Hub.
@@ -34,7 +34,7 @@ def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
 
 
 def read_folder(folder: Path) -> SparseAutoencoder:
-    """The SAE of this folder, which every refusal names."""
+    """Load the SAE in this folder; every error names the folder."""
     try:
         if kind_of(folder) == "sae_lens":
             return read_sae(folder, rebuild)
@@ -47,7 +47,7 @@ def read_folder(folder: Path) -> SparseAutoencoder:
 
 
 def rebuild(variant: str, settings: Mapping[str, Any], d_in: int, d_out: int) -> SparseAutoencoder:
-    """The module that a variant builds, as it is before training."""
+    """The untrained module that a variant builds."""
     try:
         config = from_json(variant_registry.config_type(variant), dict(settings), variant)
     except StrictError as error:
@@ -65,23 +65,23 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
     text = os.fspath(name)
     if text.startswith((".", "/", "~")):
         raise RunMissing(f"no SAE {text!r}: no such folder")
-    looked = f"no SAE {text!r}: no such folder, and the runs in {runs} are {', '.join(run_names(runs)) or 'none'}"
+    looked = f"no SAE {text!r}: no such folder; runs in {runs}: {', '.join(run_names(runs)) or 'none'}"
     if is_of_hub(name, runs):
         return _only_sae(_download(text, looked))
     run = Path(runs, text.partition("/")[0])
     if run.is_dir():
         raise RunMissing(f"{looked}. {run} holds {', '.join(map(str, list_saes(run))) or 'no SAE'}")
-    raise RunMissing(f"{looked}. Of the Hugging Face Hub, expected owner/name")
+    raise RunMissing(f"{looked}. For an SAE on the Hugging Face Hub, give owner/name")
 
 
 def find_saes(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> list[Path]:
-    """The folders of all SAEs of a run, or of the one that is named."""
+    """The folders of all SAEs of a run, or of the one named."""
     found = next((list_saes(path) for path in places_of(name, runs) if path.is_dir() and list_saes(path)), [])
     return found or [find_sae(name, runs)]
 
 
 def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
-    """Whether a name is for the Hub to know: it has the form, and neither such a folder nor such a run is here."""
+    """Whether a name refers to the Hub: it has that form, and there is no such folder or run here."""
     text = os.fspath(name).rstrip("/")
     has_form = text.count("/") > 0 and not text.startswith((".", "/", "~"))
     owner = text.partition("/")[0]
@@ -90,17 +90,17 @@ def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> boo
 
 
 def list_saes(folder: Path) -> list[Path]:
-    """The SAEs of a run, or the folder itself where it is one."""
+    """The SAEs of a run, or the folder itself if it is an SAE."""
     if any((folder / name).is_file() for name in FILES):
         return [folder]
-    names = (WEIGHTS,) if is_run(folder) else FILES  # what was exported into a run's folder is none of its SAEs
+    names = (WEIGHTS,) if is_run(folder) else FILES  # an export inside a run's folder is not one of its SAEs
     return sorted({path.parent for name in names for path in folder.glob(f"*/{name}")})
 
 
 def no_sae(folder: Path) -> RunMissing:
     if not is_run(folder):
-        return RunMissing(f"{folder} holds no SAE that is known here: give the folder in which the SAE's files lie")
-    return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by {resume_command(folder)}")
+        return RunMissing(f"{folder} holds no SAE in a known format: give the folder that contains the SAE's files")
+    return RunMissing(f"{folder} holds no trained SAE yet: resume its run with: {resume_command(folder)}")
 
 
 def _only_sae(folder: Path) -> Path:
@@ -113,8 +113,8 @@ def _only_sae(folder: Path) -> Path:
 
 
 def _download(name: str, looked: str) -> Path:
-    """The one SAE that a repository of the Hub, or a folder of it, has by the names of its files: no other file is
-    fetched. Where the Hub cannot be asked, what it gave before."""
+    """Download the only SAE of a Hub repository, or of a folder in it, and no other file. If the Hub cannot be reached,
+    use the local cache."""
     from huggingface_hub import snapshot_download
 
     owner, repository, *folder = name.rstrip("/").split("/")
@@ -127,12 +127,12 @@ def _download(name: str, looked: str) -> Path:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except Exception as error:
         reason = obstacle or first_line(error)
-        raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from error
+        raise RunMissing(f"{looked}. Asked the Hugging Face Hub for {repository}: {reason}") from error
     return Path(root, inside)
 
 
 def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
-    """The folder of an SAE that is named, or else the only one in it."""
+    """The SAE folder that is named, or the only one below it."""
     homes = {_folder_of(file) for file in files if file.rpartition("/")[2] in FILES}
     below = f"{inside}/" if inside else ""
     found = [inside] if inside in homes else sorted(one for one in homes if one.startswith(below))
@@ -140,25 +140,25 @@ def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
         return found[0]
     asked = f"{repository}/{inside}" if inside else repository
     if not found:
-        raise RunMissing(f"{asked} of the Hugging Face Hub holds no SAE: expected one of {', '.join(FILES)} in it")
+        raise RunMissing(f"{asked} on the Hugging Face Hub holds no SAE: expected one of {', '.join(FILES)} in it")
     names = [f"{repository}/{one}" for one in found]
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     raise RunMissing(f"{asked} holds {len(names)} SAEs: choose one of {', '.join(names[:SHOWN])}{more}")
 
 
 def _folder_of(file: str) -> str:
-    """In its repository; empty at the top."""
+    """A file's folder in its repository; empty at the top."""
     return file.rpartition("/")[0]
 
 
 def _is_of(folder: str, file: str) -> bool:
-    """Whether a file of a repository is one of the SAE in this folder."""
+    """Whether a file of a repository belongs to the SAE in this folder."""
     name = file.rpartition("/")[2]
     return _folder_of(file) == folder and (name.endswith(".json") or name in (*FILES, EXTRAS))
 
 
 def _files_of(repository: str) -> tuple[list[str], str | None]:
-    """The names of a repository's files, or why the Hub does not give them."""
+    """The names of a repository's files, or why the Hub does not list them."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -170,13 +170,13 @@ def _files_of(repository: str) -> tuple[list[str], str | None]:
 
 
 def ask_hub(ask: Callable[[], Any]) -> Any:
-    """What the Hub answers, or the error it ends in. A name lookup without a network can hang: this one does not."""
+    """The Hub's answer, or the error. A name lookup without a network can hang, so this gives up after some seconds."""
     answers: list[Any] = []
 
     def call() -> None:
         try:
             answers.append(ask())
-        except Exception as error:  # noqa: BLE001  whatever stands in the way is the answer
+        except Exception as error:  # noqa: BLE001  any failure is the answer
             answers.append(error)
 
     thread = Thread(target=call, daemon=True)

@@ -1,4 +1,4 @@
-"""Whether a run fits, before it starts: what it needs, in bytes, against what is free."""
+"""Check before a run starts that it fits: the bytes it needs against those that are free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..engine.terms_and_constraints import Assembly
 from ..errors import MemoryTooSmall, name_sae
 from ..terms.auxk import AuxK
 
-Widths = Callable[[str], int]  # of a hook's activations: those of keys are narrower than the residual, and z's wider
+Widths = Callable[[str], int]  # width of a hook's activations: keys are narrower than the residual, z is wider
 COPIES = 4  # weights, gradients, two moments, all in float32
 ENCODE_TABLES = 3.0  # [B, F] in float32 that a saved SAE's `encode` holds at its peak (batchtopk, the most of all)
 _GIB = 2**30
@@ -32,11 +32,11 @@ def require_room(
     held_out_rows: int = 0,
     team: int = 1,
 ) -> None:
-    """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part.
+    """Refuse a run that cannot fit: say what it needs, what is free, and how to reduce the largest part.
 
-    `rows` of a process in a step, `held_out_rows` in a batch of the measurement at the end. By then the pool and the
-    gradients are gone, and of the `team` that trains the same SAEs one process measures: those that share its memory
-    have so much more for it.
+    `rows` is per process and step, `held_out_rows` per batch of the final measurement. By then the pool and the
+    gradients are gone, and only one process of the `team` that trains the same SAEs measures, so it has the memory
+    of all processes on its host.
     """
     members = tuple(members)
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
@@ -59,43 +59,43 @@ def require_room(
         _, remedy = max(zip(asked.values(), remedies, strict=False), key=lambda pair: pair[0])
         raise MemoryTooSmall(
             f"expected {needed / _GIB:.1f} GiB of memory on {device} ({said}), "
-            f"found {free / _GIB:.1f} GiB free. Choose {remedy}"
+            f"found {free / _GIB:.1f} GiB free. Use {remedy}"
         )
     if device.type == "cuda":
         _require_host_room(members, widths, parts, team)
 
 
 def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, team: int) -> None:
-    """Of a team the first process alone brings a checkpoint to its host; where latents are split each brings its own,
-    and the first puts them together. Before, each makes the whole of an SAE and keeps its part."""
+    """Only the first process of a team copies a checkpoint to its host; where latents are split, each process copies
+    its own and the first joins them. At the start each process makes a whole SAE and keeps its part."""
     host = torch.device("cpu")
     own = sum(checkpoint_bytes(member, widths, parts) for member in members)
     weights = [weight_bytes(member, widths) // COPIES for member in members]
     each, first = (own, sum(weights) * (COPIES - 1)) if parts > 1 else (0, own)
     of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights) if parts > 1 else 0
-    what = "through which checkpoints leave a GPU (page-locked, where each table takes a power of two)"
+    what = "for copying checkpoints from a GPU (page-locked, where each table takes a power of two)"
     if to_begin > of_checkpoints:
-        what = "in which each process makes a whole SAE before it keeps its part"
+        what = "for each process to make a whole SAE before it keeps its part"
     needed, free = max(of_checkpoints, to_begin), free_bytes(host)
     if needed > free:
         raise MemoryTooSmall(
-            f"expected {needed / _GIB:.1f} GiB of host memory, {what}, found {free / _GIB:.1f} GiB free. Choose a "
+            f"expected {needed / _GIB:.1f} GiB of host memory, {what}, found {free / _GIB:.1f} GiB free. Use a "
             "smaller --width, or fewer SAEs at once"
         )
 
 
 def checkpoint_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
-    """Page-locked memory that an SAE's weights and moments take on their way from a GPU to a file, and keep."""
+    """Page-locked memory that an SAE's weights and moments take on their way from a GPU to a file; it is kept."""
     return (COPIES - 1) * sum(1 << (4 * numbers - 1).bit_length() for numbers in _matrices(member, widths, parts))
 
 
 def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
-    """Weights and optimiser state of an SAE, or of the latents of a process that holds a part of them."""
+    """Weights and optimiser state of an SAE, or of the part of its latents that one process holds."""
     return COPIES * 4 * sum(_matrices(member, widths, parts))
 
 
 def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
-    """Numbers in each: encoder, decoder, and those beside them, encoders of ranges and what tiers are composed of."""
+    """Size of each matrix: encoder, decoder, and any others, such as encoders of ranges and compositions of tiers."""
     _, outputs = _widths(member, widths)
     inputs = member.config.layers_read() * widths(member.config.needs().hook)
     latents, assembly = -(-member.config.width // parts), _built(member, widths)
@@ -110,13 +110,13 @@ def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
 
 
 def _built(member: Member, widths: Widths) -> Assembly | None:
-    with name_sae(member.label):  # nothing is built before: what its config refuses, it refuses here
+    with name_sae(member.label):  # built here for the first time: this is where its config may refuse
         return built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
 
 
 def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
-    """As many tables [B, F] as the variant says it holds at once, a handful of the residual's width, and the rows of
-    dead latents that the auxiliary loss copies: at worst of all latents, what they write and what they read."""
+    """The tables [B, F] that the variant holds at once, a few of the residual's width, and the rows of dead latents
+    that the auxiliary loss copies: at worst the encoder and decoder rows of all latents."""
     inputs, outputs = _widths(member, widths)
     latents = -(-member.config.width // parts)
     copied = latents * (inputs + outputs) if _has_aux(member, widths) else 0
@@ -130,21 +130,21 @@ def _has_aux(member: Member, widths: Widths) -> bool:
 
 
 def end_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
-    """What the first process takes to measure and save: dense codes of a whole batch, and the weights of a split
-    dictionary once more, put together."""
+    """What the first process needs to measure and save: dense codes of a whole batch, and a joined copy of the weights
+    of a split dictionary."""
     weights = 0 if parts == 1 else weight_bytes(member, widths) // COPIES
     return weights + int(4 * ENCODE_TABLES * batch_tokens * member.config.width)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take; those that were launched together on a host share it."""
+    """Memory that this process may still take; processes launched together on a host share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_free_on_host(), _free_in_group()) // _sharing(device)
 
 
 def _sharing(device: torch.device) -> int:
-    """How many processes of a launch take of one memory."""
+    """How many processes of a launch share one memory."""
     return 1 if device.type == "cuda" else count_processes("LOCAL_WORLD_SIZE")
 
 
@@ -163,13 +163,13 @@ def _free_on_host() -> int:
 
 
 def _free_in_group() -> int:
-    """What the narrowest limit of a container or of a cluster's job leaves; without one, no limit. A job's limit lies
-    in a group of its own, some folders below the root."""
+    """What the tightest limit of a container or a cluster job leaves; a huge number if there is none. A job's limit is
+    in its own group, some folders below the root."""
     return min((_left_in(folder) for folder in _own_groups()), default=2**62)
 
 
 def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
-    """Folders of this process's memory groups, each with those above it; of both versions of groups."""
+    """Folders of this process's memory cgroups, each with its parents, for cgroup versions 1 and 2."""
     try:
         lines = [line.split(":", 2) for line in os.fsdecode(proc.read_bytes()).splitlines()]
     except OSError:
@@ -184,7 +184,7 @@ def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
 
 
 def _left_in(group: Path) -> int:
-    """Cached pages are given back when needed."""
+    """Cached pages count as free: they are given back when needed."""
     for limit_name, used_name in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),

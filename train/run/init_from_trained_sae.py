@@ -1,7 +1,7 @@
-"""`--init`: SAEs that begin as one that was trained before, here or elsewhere.
+"""`--init`: SAEs that start from one that was trained before, here or elsewhere.
 
-Its scale is undone and that of the store redone, so that the first step rebuilds what the source rebuilds. Where it
-lay and its digest are kept with the run: until the first checkpoint a resumed run begins as it again.
+Its scale is undone and the store's applied, so that the first step reconstructs what the source reconstructs. Its
+folder and digest are kept with the run: until the first checkpoint, a resumed run starts from it again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..kit.check_variant_settings import require
 from .find_and_load_sae import read_folder
 
 SETTINGS = ("cfg.json", "config.json")
-COMMIT = re.compile("[0-9a-f]{40}")  # the revision of a model of the Hub, whose name says which one it is
+COMMIT = re.compile("[0-9a-f]{40}")  # the revision of a model on the Hub, whose name identifies it
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Source:
 
     folder: str
     sha256: str
-    """Of its weights and settings."""
+    """Digest of its weights and settings."""
 
 
 def source_of(folder: Path) -> Source:
@@ -45,25 +45,25 @@ def source_of(folder: Path) -> Source:
 
 
 def without_start(member: Member) -> Member:
-    """The same with no start of its own: the source's weights are not to be fitted."""
+    """The same member with start "drawn": the source's weights must not be fitted to the data first."""
     config: Any = member.config
     require(
         not config.is_baseline,
-        f"{member.label}: a baseline begins at random: leave out --init, or the baseline (--with-baselines or "
+        f"{member.label}: a baseline starts at random: leave out --init, or the baseline (--with-baselines or "
         f"--variant {member.variant})",
     )
     return replace(member, config=replace(config, optim=replace(config.optim, start="drawn")))
 
 
 def require_unchanged(source: Source) -> None:
-    """Refuse to begin again from another SAE than the run was begun from."""
+    """Refuse to start again from an SAE that differs from the run's original source."""
     folder = Path(source.folder)
     if not folder.is_dir() or _digest(folder) != source.sha256:
-        raise ConfigInvalid(f"--init {folder}: it is gone, or not what the run was begun from; start the run anew")
+        raise ConfigInvalid(f"--init {folder}: it is missing, or has changed since the run began; start a new run")
 
 
 def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
-    """Every SAE of the fleet, before its first step."""
+    """Start every SAE of the fleet from the source, before its first step."""
     folder = Path(source.folder)
     sae = read_folder(folder)
     require_model(folder, sae.metadata.get("model_name"), manifest.model)
@@ -76,29 +76,29 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
 
 
 def require_model(folder: Path, told: str | None, model: ModelSpec) -> None:
-    """The source's own, as far as names say it: one without an owner is another tool's, and that of a model from a
-    file or folder here may be any."""
+    """Require the source's model, as far as names can tell: a name without an owner is another tool's, and a model from
+    a local file or folder may have any name."""
     if told is None or told.split("/")[-1] == model.id.split("/")[-1]:
         return
-    said = f"--init {folder}: it was trained on {told}, and the store holds activations of {model.id}"
+    said = f"--init {folder}: it was trained on {told}, but the store holds activations of {model.id}"
     if "/" in told and COMMIT.fullmatch(model.revision or ""):
         raise ConfigInvalid(said)
-    warnings.warn(f"{said}: whether that is the same model their names do not tell", stacklevel=2)
+    warnings.warn(f"{said}: the names do not show whether that is the same model", stacklevel=2)
 
 
 def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:
-    """What the source reads and rebuilds, where it says so, is what is read and rebuilt here."""
+    """Require that the source, if it names its places, reads and reconstructs those that are trained here."""
     whole, wanted = places_told(metadata), (needs.input_places, needs.target_places)
     told = whole and whole.places
     if told is None and metadata.get("transcodes") and needs.targets is None:
-        raise SaeInvalid("it is a transcoder, and an SAE that rebuilds what it reads is to begin as it")
+        raise SaeInvalid("it is a transcoder, but the SAE to train reconstructs its own input")
     if told is not None and told != wanted:
         found, asked = (" to ".join(", ".join(map(say_place, side)) for side in sides) for sides in (told, wanted))
-        raise SaeInvalid(f"it goes from {found}, and here from {asked}: choose the --layer and hook that it has")
+        raise SaeInvalid(f"expected an SAE from {asked}, found one from {found}: choose its --layer and hook")
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Those that an SAE is: its weights and its settings, under the names that tools give them."""
+    """The files of an SAE: its weights and settings, under the names that tools give them."""
     return sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES or path.name in SETTINGS)
 
 
@@ -109,7 +109,7 @@ def _digest(folder: Path) -> str:
 
 @cache
 def _digest_of(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    """Of files as they are: the same are read once."""
+    """Digest of the files' contents; unchanged files are read once."""
     found = hashlib.sha256()
     for path, *_ in files:
         found.update(path.name.encode())

@@ -39,7 +39,7 @@ class Watch:
         self._every, self._total = every_steps, total_steps
         self.quality = ShuffleQuality(feed.ideal_share)
         self.last: dict[str, dict[str, float]] = {}
-        self._before = (0.0, 0.0)  # seconds, seconds waited: in processes before this one
+        self._before = (0.0, 0.0)  # seconds, seconds waited: before this process resumed the run
         self._tokens = 0.0
         self._started = time.perf_counter()
         self._ended: float | None = None
@@ -54,11 +54,11 @@ class Watch:
         self._started = time.perf_counter()
 
     def end(self) -> None:
-        """Stop it: what is measured and saved after the last step is no training."""
+        """Stop the clock: measuring and saving after the last step is not training."""
         self._ended = time.perf_counter()
 
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report], diverged: Mapping[str, int]) -> None:
-        """Called after each step, with the SAEs that take none any more."""
+        """Called after each step; `diverged` are SAEs that no longer train, with the step."""
         self._tokens += self._feed.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
@@ -69,7 +69,7 @@ class Watch:
 
     @property
     def seconds(self) -> float:
-        """Spent training; the wait for the very first block is not part of it."""
+        """Time spent training, without the wait for the very first block."""
         return self._before[0] + self._seconds_here
 
     @property
@@ -78,12 +78,12 @@ class Watch:
 
     @property
     def waiting_share(self) -> float:
-        """Share of the time in which training waited for data."""
+        """Share of the time that training waited for data."""
         return self.waited_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this process's part of the run, for each SAE."""
+        """Tokens per second of this process, for each SAE."""
         return self._tokens / self._seconds_here if self._seconds_here > 0 else 0.0
 
     @property

@@ -1,7 +1,7 @@
-"""The model card of SAEs on the Hub: what they are, what they were trained on, how well they do, how to load them.
+"""The model card of SAEs on the Hub: what they are, what they were trained on, how good they are, how to load them.
 
-Names in it come from models, corpora and folders that anybody may have named: none of them is in the header, and in the
-text nothing of them is Markdown.
+Names in it come from models, corpora and folders that anybody may have named: none of them appears in the header, and
+in the text they are escaped, so none acts as Markdown.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .init_from_trained_sae import source_of
 
 LIBRARY, TAGS = "saemill", ("sparse-autoencoder", "saemill")
 LONGEST = 200  # characters of a name
-FORMAT = 1  # of results, which do not say it until there is another
+FORMAT = 1  # of results; they will state it once there is another
 
 
 @dataclass(frozen=True)
 class Described:
-    """One SAE, with all that is on disk about it."""
+    """One SAE, with everything on disk about it."""
 
     place: str
-    """Its folder in the repository; empty where it is the repository's only one."""
+    """Its folder in the repository; empty if it is the only one."""
     config: Mapping[str, Any]
     result: Mapping[str, Any]
-    """Of its run; empty where it has none."""
+    """Its entry in the run's result.json; empty if there is none."""
     core: Mapping[str, Any]
 
     @property
@@ -41,7 +41,7 @@ class Described:
 
 
 def describe(folder: Path, place: str) -> Described:
-    """What cfg.json, the run's result.json and its core evaluation say of an SAE."""
+    """What cfg.json, the run's result.json and its core evaluation say about an SAE."""
     result, core = folder.parent / "result.json", f"evals/core/{folder.name}_eval_results.json"
     saes = _object(read_json(result), "saes") if result.is_file() else {}
     found = (read_json(home / core) for home in (folder.parent, folder) if (home / core).is_file())
@@ -50,13 +50,13 @@ def describe(folder: Path, place: str) -> Described:
 
 
 def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
-    """Whether a result is of these very weights, and not of a format to come."""
+    """Whether a result is for exactly these weights, and not in a later format."""
     ours = _object(core, "saemill")
     return ours.get("format", FORMAT) == FORMAT and ours.get("sha256") == source_of(folder).sha256
 
 
 def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
-    """README.md of a repository, which holds the pictures."""
+    """README.md of a repository; `pictures` are paths in it."""
     shown = [line for path in pictures for line in ("", f"![{Path(path).stem.replace('_', ' ')}]({path})")]
     return "\n".join([*_header(licence), f"# {repository}", "", *_body(repository, saes), *shown, ""])
 
@@ -72,7 +72,7 @@ def _header(licence: str | None) -> Iterator[str]:
 
 def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     count = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
-    is_ours = all("cache_id" in sae.metadata for sae in saes)  # other tools know no store
+    is_ours = all("cache_id" in sae.metadata for sae in saes)  # other tools have no store
     yield f"{count} of a language model's activations{', trained with saemill' * is_ours}."
     for sae in saes:
         yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
@@ -85,7 +85,7 @@ def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
 
 
 def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
-    """What it is, and what it was trained on."""
+    """What the SAE is, and what it was trained on."""
     config, metadata = sae.config, sae.metadata
     layers, rebuilt = metadata.get("layers"), metadata.get("target_layers")
     details = _object(metadata, "training_architecture_details")
@@ -112,7 +112,7 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
 
 
 def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
-    """Held-out numbers of the run, and of the core evaluation with its intervals."""
+    """Held-out numbers of the run, and those of the core evaluation with intervals."""
     for name, value, edges in (*_of_training(sae), *_of_core(sae)):
         if _is_number(value):
             yield name, _number(value), " to ".join(map(_number, edges)) if _is_interval(edges) else ""
@@ -120,7 +120,7 @@ def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
 
 def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     result = sae.result or sae.metadata
-    if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, of what is not known
+    if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, on unknown data
         return
     massive = result.get("validation_massive")
     where = "validation split"
@@ -158,7 +158,7 @@ def _of_split(sae: Described) -> str:
 
 
 def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
-    """In this package, and in SAELens for those that its architectures express."""
+    """How to load them in this package, and in SAELens where it has the architecture."""
     yield from ("```python", "from saemill.train import load_sae", "")
     for sae in saes:
         address = f"{repository}/{sae.place}" if sae.place else repository
@@ -185,7 +185,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def plain(value: Any) -> str:
-    """Text on one line that means itself in Markdown, whatever is in it."""
+    """Any text as one line of Markdown that shows it literally."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     cut = words if len(words) <= LONGEST else words[:LONGEST] + "…"
     return html.escape(re.sub(r"([!-%'-+.:;=?@\[-`{-~])", r"\\\1", cut), quote=False)

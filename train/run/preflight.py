@@ -1,4 +1,4 @@
-"""Everything about a settled run that can be refused before its first step, and before anything is written."""
+"""Checks of a settled run, made before its first step and before anything is written."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .fill_config_from_store import Settled
 from .fits_in_memory import require_room
 from .progress import require_trackers
 
-ALIKE = 1e-12  # share of the mean square that rounding leaves of the variance of rows that are all the same
-LEAST_HELD_OUT = 2  # tokens: one has no variance of which a part could be explained
+ALIKE = 1e-12  # share of the mean square that rounding leaves as the variance of identical rows
+LEAST_HELD_OUT = 2  # tokens: one alone has no variance to explain
 
 
 def check(
     settled: Settled, store: Store, members: Sequence[Member], processes: int, parts: int, device: torch.device
 ) -> dict[Place, Stats]:
-    """Refuse what cannot run; the statistics of each layer that is read, which are finite.
+    """Refuse a run that cannot work; return the (finite) statistics of each layer that is read.
 
-    `members`: those of this process, whose rows are shared out over `processes`, or whose latents lie in `parts`.
+    `members` are those of this process; their rows are divided among `processes`, or their latents into `parts`.
     """
     config, manifest = settled.config, store.manifest
     require_trackers(config.course.trackers)
@@ -61,11 +61,11 @@ def _require_unlike(store: Store, request: Request) -> None:
 
 
 def _require_held_out(settled: Settled, store: Store) -> None:
-    """A run ends with numbers on text it has not seen: that must be there before the first step."""
+    """A run ends with numbers on text it has not seen: that text must exist before the first step."""
     first, last = store.manifest.splits["validation"]
     if first == last:
         raise NothingToTrain(
-            f"the validation split of {store.url} is empty: a run ends with a measurement on it. "
+            f"the validation split of {store.url} is empty, but a run ends with a measurement on it. "
             "Harvest or import more text, so that the split has windows, or import it with --validation above 0"
         )
     request = joint_request(settled.config.requests().values(), "validation")
@@ -73,7 +73,7 @@ def _require_held_out(settled: Settled, store: Store) -> None:
 
 
 def _require_batches(settled: Settled, processes: int) -> None:
-    """Each process has rows in every step, and as many whole windows as the SAEs need where they read windows."""
+    """Require that each process gets rows in every step, and as many whole windows as its SAEs need."""
     tokens = settled.plan.batch_tokens
     if tokens < processes:
         raise ConfigInvalid(f"data.batch_tokens: expected at least one per process ({processes}), found {tokens}")
@@ -84,7 +84,7 @@ def _require_batches(settled: Settled, processes: int) -> None:
     found = settled.plan.least_windows(settled.total_steps) // processes
     if found < least:
         raise ConfigInvalid(
-            f"{label}: expected {least} whole windows or more in each batch of a process, found {found} "
+            f"{label}: expected at least {least} whole windows per process in each batch, found {found} "
             f"with data.batch_tokens={tokens}: set a larger one"
         )
 
@@ -97,7 +97,7 @@ def _require_memory(
     element = STORED_AS[manifest.stored_dtype].itemsize
     window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
     if request.attention_layers:
-        entry = 2 + index_dtype(manifest.context).itemsize  # a weight, and the place of a key
+        entry = 2 + index_dtype(manifest.context).itemsize  # a weight, and the position of a key
         row = min(manifest.attention.topk, manifest.context) * entry + 8 + 2  # where it ends, and its mass
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
@@ -109,19 +109,19 @@ def _require_memory(
 
 
 def held_out_rows(config: RunConfig, manifest: Manifest, is_split: bool) -> int:
-    """Of a batch of the measurement at the end, by which time a dictionary that was split lies in one process."""
+    """Rows in a batch of the final measurement, when a dictionary that was split is in one process."""
     batch = config.data.batch_tokens
     return min(batch, manifest.context) if is_split else batch
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:
-    """Of the validation split, on which the run is measured."""
+    """Windows of the validation split on which the run is measured."""
     first, last = store.manifest.splits["validation"]
     return min(max(1, settled.config.course.validation_tokens // store.manifest.context), last - first)
 
 
 def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[Place, float]) -> None:
-    """Enough rows of the first held-out windows count for every SAE: they are neither special nor massive."""
+    """Require enough rows in the first held-out windows that are neither special nor massive, for every SAE."""
     windows = _held_out_windows(settled, store)
     kinds = {needs.kind(bounds).layers: label for label, needs in settled.config.requests().items()}
     for layers, label in kinds.items():
@@ -134,14 +134,14 @@ def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[P
                 others += f", or massive: their norm is beyond {multiple:g} times the median of {places}"
                 remedy += ", or set data.massive_norms=inf to train and measure on all rows"
             raise NothingToTrain(
-                f"{label}: expected {LEAST_HELD_OUT} tokens or more to measure a run on, found {found} in the first "
+                f"{label}: expected at least {LEAST_HELD_OUT} tokens to measure a run on, found {found} in the first "
                 f"{windows} windows of the validation split of {store.url}. The others are {others}. {remedy}"
             )
 
 
 def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stats:
-    """A layer's statistics, of its ordinary rows where massive ones are left out; activations that are not finite end
-    here, with their shard."""
+    """A layer's statistics, over its ordinary rows if massive ones are left out. Activations that are not finite are an
+    error that names their shard."""
     site = site_of(layer)
     moments = store.moments(site.layer, site.hook)
     if moments.mean_norm == 0:

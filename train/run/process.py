@@ -1,4 +1,4 @@
-"""Where a run computes: its processes, this one's device, and how they tell each other of their SAEs."""
+"""Where a run computes: its processes, this one's device, and how they share what they know about their SAEs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..parallel.processes import Group
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """This one of the processes of a launch: what it computes on, and where it prints."""
+    """One of the processes of a launch, this one: what it computes on, and where it prints."""
 
     group: Group
     """All processes of the launch."""
     team: Group
-    """Those of them that train the same SAEs as this one: all, or this one alone where SAEs are spread."""
+    """Those that train the same SAEs as this one: all, or only this one where SAEs are spread."""
     device: torch.device
     console: Console
     is_watched: bool = False
-    """Whether others look on while runs train, which pages of them need."""
+    """Whether to call onlookers while runs train, as a page about a run needs."""
 
     @property
     def is_spread(self) -> bool:
@@ -32,8 +32,8 @@ class Process:
         return self.team is not self.group
 
     def collect(self, own: Mapping[str, Any], labels: Iterable[str]) -> dict[str, Any]:
-        """What each process has of its SAEs, as JSON, in the order of the labels; a collective call. Of an SAE that
-        several train it is what the first says."""
+        """What every process reports about its SAEs, as JSON, in the order of the labels; a collective call. If several
+        processes train an SAE, the first one's report counts."""
         found: dict[str, Any] = {}
         for text in reversed(self.group.texts(json.dumps(own))):
             found |= json.loads(text)
@@ -41,7 +41,7 @@ class Process:
 
     @property
     def hardware(self) -> dict[str, Any]:
-        """What a run is computed on here."""
+        """The hardware that a run uses here."""
         return describe_hardware(self.device) | {"processes": self.group.size}
 
     @property
@@ -51,7 +51,7 @@ class Process:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """For records of where numbers come from."""
+    """A record of the device, to keep with numbers measured on it."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type

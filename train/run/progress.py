@@ -1,6 +1,6 @@
-"""How training goes, told while it goes: a line per SAE on a terminal, elsewhere a plain line from time to time.
+"""Progress of training: a live line per SAE on a terminal, elsewhere a plain line from time to time.
 
-Further logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless asked for.
+Further logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDE = 110  # columns
 
 
 class Progress:
-    """Shows how training goes."""
+    """Shows the progress of training."""
 
     def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int) -> None:
         self._console, self._total = console, total_steps
@@ -38,11 +38,11 @@ class Progress:
             self._bars.start()
 
     def is_due(self) -> bool:
-        """Whether it is time to ask for numbers again, which are waited for."""
+        """Whether it is time to fetch numbers again, which makes the GPU wait."""
         return time.perf_counter() - self._asked > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
 
     def show(self, steps: int, scalars: Mapping[str, Mapping[str, float]], tokens_per_second: float) -> None:
-        """The state after so many steps."""
+        """Show the state after this many steps."""
         self._asked = time.perf_counter()
         if self._bars is not None and self._tasks is not None:
             for label, values in scalars.items():
@@ -67,7 +67,7 @@ def summary(values: Mapping[str, float], tokens_per_second: float) -> str:
 
 
 def _make_bars(console: Console) -> RichProgress:
-    """A narrow terminal has room for the numbers alone."""
+    """A narrow terminal has room only for the numbers."""
     bar = [BarColumn(bar_width=20)] if console.width >= WIDE else []
     return RichProgress(
         TextColumn("{task.description}"),
@@ -81,7 +81,7 @@ def _make_bars(console: Console) -> RichProgress:
 
 
 class Trackers:
-    """The trackers of a run; with no names it does nothing."""
+    """The trackers of a run; does nothing if there are none."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
         self._trackers = [_open_tracker(name, folder) for name in names]
@@ -99,7 +99,7 @@ class Trackers:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse what is unknown or not installed."""
+    """Refuse trackers that are unknown or not installed."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -120,6 +120,6 @@ def _open_tracker(name: str, folder: Path) -> Any:
     try:
         tracker = kind(folder.name, **place)
         tracker.start()
-    except Exception as error:  # of another package, which raises what it likes
+    except Exception as error:  # another package may raise anything
         raise TrackerMissing(f"the tracker {name} could not be started: {first_line(error)}") from error
     return tracker

@@ -1,6 +1,6 @@
-"""SAEs to the Hugging Face Hub: the folders as they were saved, with a card, in one commit.
+"""Push SAEs to the Hugging Face Hub: the folders as they were saved, with a card, in one commit.
 
-Whatever the Hub would refuse is asked before anything of it changes: the token, who may write, what is there already.
+Whatever the Hub might refuse is checked before anything changes: the token, write access, existing content.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .run_folder import is_run, places_of, run_names
 
 CARD = "README.md"
 PLOTS = "plots/"
-LONGEST = 300  # characters of what the Hub says
-GIVEN = {".gitattributes"}  # what the Hub puts into a new repository
+LONGEST = 300  # characters of the Hub's message
+GIVEN = {".gitattributes"}  # files that the Hub puts into a new repository
 
 
 def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool, licence: str | None) -> str:
-    """Upload an SAE, or all of a run; the address of the commit."""
+    """Upload an SAE, or all SAEs of a run; return the URL of the commit."""
     _require_names(repository, licence)
     folders = _local_saes(name, runs)
     places = {"" if len(folders) == 1 else folder.name: folder for folder in folders}
@@ -53,43 +53,45 @@ def _require_names(repository: str, licence: str | None) -> None:
 
 
 def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
-    """SAEs that lie here, in the form that both this package and SAELens read."""
+    """Local SAEs, in the format that both this package and SAELens read."""
     home = next((path for path in places_of(name, runs) if path.is_dir()), None)
     if home is None:
-        raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
+        raise RunMissing(f"no SAE {name!r} here to push; runs in {runs}: {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
     if home not in folders and is_run(home) and not (home / "result.json").is_file():
-        raise RunMissing(f"{home} is not finished, and more SAEs may come: first {resume_command(home)}")
+        raise RunMissing(f"{home} is not finished, and more SAEs may follow. Resume it first: {resume_command(home)}")
     if not folders:
         raise no_sae(home)
     for folder in folders:
         if kind_of(folder) != "sae_lens":
             command = f"sae-export {shlex.quote(str(folder))} --to sae_lens --out FOLDER"
-            raise SaeInvalid(f"{folder} is of {kind_of(folder)}: convert it first, {command}")
+            raise SaeInvalid(f"{folder} is in the format of {kind_of(folder)}. Convert it first: {command}")
     return [folder.resolve() for folder in folders]
 
 
 def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Plots of a run, which are of all its SAEs, by their place in the repository."""
+    """Plots of a run by their path in the repository; only if all its SAEs are pushed, since the plots show all."""
     run = folders[0].parent
-    if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # an SAE may lie beside anything
+    if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # any folder may have an SAE in it
         return {}
     found = sorted((run / "plots").glob("*.png"))
     return {f"{PLOTS}{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
 def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
-    """The commit to go on from where the repository exists; whatever stands in the way ends here, before uploading."""
+    """The commit to build on if the repository exists. Any obstacle is raised here, before uploading."""
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise NotPushed("HF_HUB_OFFLINE is set: nothing can be pushed")
     try:
         has_token = get_token() is not None
-    except Exception as error:  # noqa: BLE001  of an exchange of tokens, which raises what it likes
+    except Exception as error:  # noqa: BLE001  the exchange of tokens may raise anything
         raise _refusal(repository, error) from None
     if not has_token:
-        raise NotPushed("no token for the Hugging Face Hub: hf auth login, or HF_TOKEN, with a token that may write")
+        raise NotPushed(
+            "no token for the Hugging Face Hub: run hf auth login or set HF_TOKEN, with a token that may write"
+        )
     api = HfApi()
     answer = ask_hub(api.whoami)
     if isinstance(answer, Exception):
@@ -101,23 +103,23 @@ def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> 
             return None
         raise _refusal(repository, found)
     if private and not found.private:
-        raise NotPushed(f"{repository} exists and is public: choose another name, or leave --private out")
+        raise NotPushed(f"{repository} exists and is public: choose another name, or leave out --private")
     _require_same(repository, found.siblings or [], files)
     return found.sha
 
 
 def _require_permission(owner: str, answer: Mapping[str, Any]) -> None:
-    """As far as the Hub tells it beforehand: fine-grained tokens say it when they are used."""
+    """Check write access as far as the Hub can tell beforehand: fine-grained tokens fail only when used."""
     user = str(answer.get("name", ""))
     if ((answer.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise NotPushed(f"the token of {user} may only read: make one that may write, then hf auth login")
+        raise NotPushed(f"the token of {user} may only read: create one that may write, then run hf auth login")
     owners = {user.lower(), *(str(one.get("name", "")).lower() for one in answer.get("orgs") or ())}
     if owner.lower() not in owners:
         raise NotPushed(f"{user} may not write to {owner}: expected one of {', '.join(sorted(owners))}")
 
 
 def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, Path]) -> None:
-    """A repository is empty, or it holds these weights and its card is made anew."""
+    """Require that a repository is empty, or holds these same weights; its card is then rewritten."""
     there = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
     weights = [place for place in files if place.endswith(".safetensors")]
     other = [place for place in weights if place not in there or not _is_same(files[place], there[place])]
@@ -130,7 +132,7 @@ def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, 
 
 
 def _is_same(path: Path, sibling: Any) -> bool:
-    """By the digest that the Hub keeps: of the file where it lies apart, else of git's blob."""
+    """Compare by the digest that the Hub keeps: of the file if it is in LFS, otherwise of git's blob."""
     if sibling.lfs is not None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sibling.lfs.sha256
@@ -152,7 +154,7 @@ def _commit(repository: str, files: Mapping[str, Path], card: str, private: bool
             api.create_repo(repository, private=private or None, exist_ok=True)
         what = "SAE" if sum(place.endswith(WEIGHTS) for place in files) == 1 else "SAEs"
         done = api.create_commit(repository, additions, commit_message=f"{what} and card", parent_commit=parent)
-    except Exception as error:  # noqa: BLE001  the transport of large files is a library of its own
+    except Exception as error:  # noqa: BLE001  large files are sent by a separate library
         raise _refusal(repository, error) from None
     return done.commit_url
 
@@ -162,14 +164,16 @@ def _status(error: Exception) -> int | None:
 
 
 def _refusal(repository: str, error: Exception) -> NotPushed:
-    """In one line, with nothing of the repository changed but that it may exist now."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # "Error while uploading", no more
+    """A one-line error. The repository is unchanged, except that it may now exist."""
+    if isinstance(error, RuntimeError) and isinstance(
+        error.__cause__, Exception
+    ):  # itself only "Error while uploading"
         error = error.__cause__
     reason = {
-        401: "the token is not valid: hf auth login",
-        403: "the token may not write there: give it the right, or choose another owner",
-        409: "it changed meanwhile: run this once more",
-        412: "it changed meanwhile: run this once more",
+        401: "the token is not valid: run hf auth login",
+        403: "the token may not write there: give it write access, or choose another owner",
+        409: "it changed in the meantime: run this again",
+        412: "it changed in the meantime: run this again",
     }.get(_status(error) or 0)
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:LONGEST] or type(error).__name__
     return NotPushed(f"nothing was pushed to {repository}: {reason or said}")

@@ -34,25 +34,25 @@ class SaeOutcome:
     width: int
     l0: float
     explained_variance: float | None
-    """None where held-out rows are all alike: there is no variance to explain."""
+    """None if held-out rows are all alike: there is no variance to explain."""
     dead_latents: int
     dead_share: float
     loss: float | None
-    """Of the last step; None where a run was resumed after it."""
+    """Of the last step; None if the run was resumed after it."""
     validation_tokens: int
-    """Behind `l0` and `explained_variance`: massive rows are not among them."""
+    """Tokens behind `l0` and `explained_variance`, without massive rows."""
     validation_massive: int = 0
     explained_variance_with_massive: float | None = None
-    """Where there are massive rows: the same with them."""
+    """The same with massive rows, if there are any."""
     l0_with_massive: float | None = None
     step_seconds: float | None = None
-    """Mean of the steps of the last process, beside the other SAEs of the run; None on a GPU."""
+    """Mean time of a step since the run was last resumed, alongside its other SAEs; None on a GPU."""
     state_bytes: int | None = None
-    """Of weights, optimiser and all else that a checkpoint holds."""
+    """Size of weights, optimiser state and everything else in a checkpoint."""
     cut_short: tuple[tuple[int, int], ...] = ()
-    """Warm-ups and the like that the run was too short for: steps asked for, and steps there were."""
+    """Warm-ups and onsets that the run was too short for: steps requested and steps taken."""
     encoder_product: str | None = None
-    """How the encoder multiplied: what was asked for, where the hardware has it."""
+    """Precision of the encoder's products: as requested, if the hardware has it."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Outcome:
     same_document_ratio: float
     saes: dict[str, SaeOutcome]
     massive: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What was left out of each layer; empty where every row counts."""
+    """What was left out of each layer; empty if every row counts."""
     diverged: dict[str, str] = field(default_factory=dict)
-    """SAEs of the run that have no folder and no numbers, and why."""
+    """SAEs of the run without a folder and numbers, and why."""
 
     def say_held_out(self) -> str:
-        """What L0 and explained variance were measured on; SAEs that leave out other rows have each their own."""
+        """What L0 and explained variance were measured on: a range if SAEs leave out different rows."""
         kinds = {(sae.validation_tokens, sae.validation_massive) for sae in self.saes.values()}
         few, massive = min(kinds)
         more = f" to {max(kinds)[0]:,}" if len(kinds) > 1 else ""
@@ -84,15 +84,15 @@ class Outcome:
         return f"the store's validation split, {few:,}{more} tokens of it{left_out}"
 
     def say_diverged(self) -> str:
-        """Empty where none has."""
+        """Which SAEs diverged; empty if none has."""
         said = "; ".join(f"{label}: {what}" for label, what in self.diverged.items())
-        return said and f"{said}. The other SAEs of {self.run} are whole: train it again with a lower learning rate"
+        return said and f"{said}. The other SAEs of {self.run} are complete: try again with a lower learning rate"
 
 
 def conclude(run: Run) -> Outcome | None:
-    """Validate, save and write, on rank 0."""
+    """Validate, save and write the results, on rank 0."""
     own: dict[str, Any] = {}
-    run.feed.close()  # what it holds is as large as what held-out text takes
+    run.feed.close()  # it holds as much memory as held-out text needs
     for trainee in run.fleet.trainees.values():
         trainee.replays.end()
     with run.fleet.gather_weights(), all_or_none(run.process.group):
@@ -101,7 +101,7 @@ def conclude(run: Run) -> Outcome | None:
     found = run.process.collect(own, run.labels)
     with all_or_none(run.process.group):
         diverged = {label: raw for label, raw in found.items() if isinstance(raw, str)}
-        if len(diverged) == len(found):  # said by every process: none of them has anything to go on with
+        if len(diverged) == len(found):  # raised in every process: none has anything left to do
             raise TrainingDiverged(say_all_diverged(diverged))
         if not run.process.is_first:
             return None
@@ -113,7 +113,7 @@ def conclude(run: Run) -> Outcome | None:
 
 
 def _measure_and_save(run: Run) -> dict[str, Any]:
-    """The SAEs of this process, as JSON; of one that diverged in its last steps, that it did."""
+    """The SAEs of this process, as JSON; for one that diverged in its last steps, a text that says so."""
     course = run.config.course
     rows = held_out_rows(run.config, run.store.manifest, course.shard_width and run.process.team.size > 1)
     needs, stats = run.fleet.needs.values(), run.fleet.stats
@@ -203,7 +203,7 @@ def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
 
 
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
-    """What the SAE was trained on, under the names that other tools look for."""
+    """What the SAE was trained on, under the names that other tools expect."""
     manifest, needs = run.store.manifest, member.config.needs()
     taken = run.feed.plan.windows_taken() if needs.windows else 1.0
     return {
@@ -231,7 +231,7 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
 
 
 def _hooks_of(needs: Needs) -> dict[str, str]:
-    """Where the SAE reads, and where it writes if that is elsewhere in the block."""
+    """Where the SAE reads, and where it writes if that is elsewhere."""
     to_hook = needs.to_hook or needs.hook
     found = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
     if needs.targets is not None:

@@ -1,9 +1,9 @@
-"""The folder of a run, and everything that knows its layout.
+"""The folder of a run, and all code that knows its layout.
 
-runs/run_4/config.json          what was asked for, and where it ran and was gone on with: cache id, versions, device
+runs/run_4/config.json          the configuration, and where the run began and was resumed: cache id, versions, device
 runs/run_4/metrics.jsonl        one line per logged step and SAE
 runs/run_4/checkpoints/step_*/  the last two; the last alone if the run finished
-runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (there when training is done)
+runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (once training is done)
 runs/run_4/result.json          the results (only if the run finished)
 """
 
@@ -34,9 +34,9 @@ from ..disk.atomic_files import encode_line, read_json, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_command
 
 RUNS = "runs"
-"""Where runs are kept if nothing is said."""
+"""Where runs are kept by default."""
 LEFT_SECONDS = 60.0
-LONGEST_NAME = 255  # bytes that a file system takes for one
+LONGEST_NAME = 255  # bytes that a file system allows in a name
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
 
@@ -48,7 +48,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: str | os.PathLike[str], name: str | None, like: str | None = None) -> RunFolder:
-        """A new folder of this name; without one the first that is free of `like`, like_2, like_3, ... or else run_1,
+        """A new folder with this name. Without a name, the first free one of `like`, like_2, like_3, ... or of run_1,
         run_2, ..."""
         root = Path(root)
         with _name_refusal(root):
@@ -61,12 +61,12 @@ class RunFolder:
             with _name_refusal(root):
                 (root / name).mkdir()
         except FileExistsError:
-            cls.require_free(root, name)  # by now another may have it
+            cls.require_free(root, name)  # another run may have just taken it
         return cls(root / name)
 
     @classmethod
     def require_free(cls, root: str | os.PathLike[str], name: str) -> None:
-        """Refuse a name that is none, or another's."""
+        """Refuse a name that is invalid or taken."""
         if name in ("", ".", "..") or "/" in name or len(os.fsencode(name)) > LONGEST_NAME:
             raise ConfigInvalid(
                 f"--name: expected the name of a folder in {root}, of at most {LONGEST_NAME} bytes and without a /, "
@@ -78,18 +78,18 @@ class RunFolder:
         if taken.is_finished:
             remedy = f", or evaluate it: {shlex.join(['sae-eval', str(taken.path)])}"
         elif is_run(taken.path):
-            remedy = f", or go on with it: {resume_command(taken.path)}"
-        raise RunTaken(f"{Path(root, name)} exists already: choose another --name{remedy}")
+            remedy = f", or resume it: {resume_command(taken.path)}"
+        raise RunTaken(f"{Path(root, name)} already exists: choose another --name{remedy}")
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
-        """A run by its name under `root`, or by its path."""
+        """Open a run by its name under `root`, or by its path."""
         for path in places_of(name, root):
             if is_run(path):
                 return cls(path)
         known = ", ".join(run_names(root))
         held = f"which has {known}: give one of these" if known else "which has no runs: train one without --resume"
-        raise RunMissing(f"no run {name!r} in {root}, {held}, or say by --out where the run is kept")
+        raise RunMissing(f"no run {name!r} in {root}, {held}, or set --out to the folder where the run is kept")
 
     @property
     def name(self) -> str:
@@ -105,7 +105,7 @@ class RunFolder:
 
     @property
     def has_steps(self) -> bool:
-        """Whether any is on record: the first is."""
+        """Whether any step is logged: the first one always is."""
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ class RunFolder:
         return read_json(self.path / "config.json")
 
     def keep_resumption(self, here: Mapping[str, Any]) -> list[str]:
-        """Where the run goes on, in config.json after where it was begun; what is other there, in words."""
+        """Add where the run resumes to config.json, after where it began; return what has changed, in words."""
         config = self.read_config()
         before = [config.get("provenance") or {}, *config.get("resumed", [])]
         self.write_config(config | {"resumed": [*before[1:], dict(here)]})
@@ -133,12 +133,12 @@ class RunFolder:
 
 
 def _was_left_empty(path: Path) -> bool:
-    """As a disk leaves it that was full before the first file; not as another start makes it in this moment."""
+    """Whether a full disk left the folder empty; not whether another start is making it at this moment."""
     return path.is_dir() and not any(path.iterdir()) and time.time() - path.stat().st_mtime > LEFT_SECONDS
 
 
 class MetricsLog:
-    """metrics.jsonl: appended to while training, cut back to the checkpoint on resume. One process trains a run."""
+    """metrics.jsonl: appended to while training, cut back to the checkpoint on resume. Only one launch trains a run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -148,7 +148,7 @@ class MetricsLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
         except BlockingIOError:
             self._file.close()
-            raise RunTaken(f"another process is training {path.parent}: let it end, or stop it, first") from None
+            raise RunTaken(f"another process is training {path.parent}: wait for it to finish, or stop it") from None
         except OSError:
             pass  # a file system without locks
 
@@ -162,7 +162,7 @@ class MetricsLog:
         return self._file.tell()
 
     def sync(self) -> None:
-        """Flush to the disk, with the file's name: a checkpoint counts on the lines before it."""
+        """Flush the file and its directory entry to disk: a checkpoint relies on the lines before it."""
         with self._name_failure():
             os.fsync(self._file.fileno())
             sync(self._path.parent)
@@ -170,7 +170,7 @@ class MetricsLog:
     def cut(self, size: int) -> None:
         """Drop what was written after a checkpoint: those steps are taken again.
 
-        Of a log that is shorter, lost or copied in part, whole lines stay; it is not filled up with zeros.
+        If the log is shorter because it was lost or partly copied, keep its whole lines instead of padding with zeros.
         """
         if size > self._file.seek(0, os.SEEK_END):
             size = self._path.read_bytes().rfind(b"\n") + 1
@@ -187,31 +187,31 @@ class MetricsLog:
 
 @contextmanager
 def name_failure(folder: Path, what: str) -> Iterator[None]:
-    """A disk that takes no file ends a run in one line."""
+    """Report a failed write in one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise RunNotWritten(
-            f"{what} could not be written to {folder} ({error}). Make room there, or mend what the disk says. What was "
-            f"saved before is whole: where there is a checkpoint, go on with: {resume_command(folder)}"
+            f"{what} could not be written to {folder} ({error}). Make room there, or fix the problem. Everything saved "
+            f"before is intact: if there is a checkpoint, resume with: {resume_command(folder)}"
         ) from error
 
 
 def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where a name may lie: first under the folder of runs, then as a path of its own."""
+    """Where to look for a name: first under the folder of runs, then as a path of its own."""
     return Path(root) / name, Path(name)
 
 
 def own_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a run by which every command finds it: they look under `runs` first, where another may have its
+    """A path by which every command finds the run: commands look under `runs` first, where another run may have its
     name."""
     path = Path(path)
     return path.absolute() if len(path.parts) < 2 or Path(RUNS, path).exists() else path
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun there, by its config.json: folders of models and of other tools have one too. One that
-    cannot be read counts, so that whoever reads it next says what is wrong with it."""
+    """Whether a run was started there, by the content of its config.json: models and other tools have such a file too.
+    An unreadable one counts, so that whoever reads it next reports what is wrong."""
     file = folder / "config.json"
     try:
         return os.path.isfile(file) and {"cache", "saes"} <= read_json(file).keys()
@@ -220,12 +220,12 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(root: str | os.PathLike[str]) -> list[str]:
-    """Runs under a folder."""
+    """Names of the runs under a folder."""
     return sorted(path.parent.name for path in Path(root).glob("*/config.json") if is_run(path.parent))
 
 
 def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a run comes from: never part of an identity."""
+    """Where a run comes from; never part of its identity."""
     own = digest_of_own()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -239,40 +239,40 @@ def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_than(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What is not as it was where a run was begun, or last gone on with, in words."""
+    """What has changed since a run began, or was last resumed, in words."""
     old, new = flatten(before), flatten(here)
-    old = {key: value for key, value in new.items() if key.startswith("hardware.")} | old  # earlier runs do not say it
+    old = {
+        key: value for key, value in new.items() if key.startswith("hardware.")
+    } | old  # not recorded by earlier runs
     keys = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
     keys = [key for key in keys if key not in ("date", "command")]
     return [f"{key.rpartition('.')[2]} {new.get(key)} (before: {old.get(key)})" for key in keys]
 
 
 def _typed_command() -> str | None:
-    """The command of ours that was typed, which may have called others; None where it was none of ours."""
+    """The saemill command that was typed, which may have called others; None if it was another program."""
     name = Path(sys.argv[0]).name
     return without_password(shlex.join([name, *sys.argv[1:]])) if name.startswith("sae-") else None
 
 
 def without_password(text: str) -> str:
-    """Addresses may hold one: https://name:password@host. Folders of runs are handed round."""
+    """Remove passwords from URLs (https://name:password@host): folders of runs are shared."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 @contextmanager
 def _name_refusal(root: str | os.PathLike[str]) -> Iterator[None]:
-    """That a name is taken is not the disk's refusal."""
+    """Report that the disk refuses a folder, but let FileExistsError pass if only the name is taken."""
     try:
         yield
     except OSError as error:
         if isinstance(error, FileExistsError) and Path(root).is_dir():
             raise
-        raise ConfigInvalid(
-            f"runs cannot be kept in {os.fspath(root)} ({error.strerror}): choose another --out"
-        ) from None
+        raise ConfigInvalid(f"cannot keep runs in {os.fspath(root)} ({error.strerror}): choose another --out") from None
 
 
 def _make_first(root: Path, names: Iterator[str]) -> Path:
-    """The first that is free. mkdir decides: two runs that start at once get two names."""
+    """The first folder that is free. mkdir decides: two runs that start at once get different names."""
     while True:
         path = root / next(names)
         try:
@@ -291,8 +291,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(file: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the repository that a file of the code belongs to; none of one that only lies in it, as
-    an installed package does in a project's .venv."""
+    """Commit and dirty flag of the repository that tracks a source file; None for a file that is merely inside one,
+    such as a package installed in a project's .venv."""
     commands = (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"], ["status", "--porcelain"])
     try:
         _, commit, changes = (
@@ -305,11 +305,11 @@ def _git_state(file: Path) -> dict[str, Any] | None:
 
 
 def cache_of(folder: RunFolder) -> tuple[str, str]:
-    """Address and cache id of the store that a run trains on."""
+    """URL and cache id of the store that a run trains on."""
     cache = folder.read_config().get("cache")
     if not isinstance(cache, dict) or not all(isinstance(cache.get(key), str) for key in ("url", "cache_id")):
         raise ConfigInvalid(
             f"expected {folder.path / 'config.json'} to name the run's store, found no url and cache_id: copy the "
-            "folder anew"
+            "folder again"
         )
     return cache["url"], cache["cache_id"]

@@ -1,11 +1,11 @@
-"""Wire a settled run: check it, make its SAEs and its folder, and put together all that takes part.
+"""Set up a settled run: check it, make its SAEs and its folder, and connect all its parts.
 
 Nothing is written before all checks have passed.
 
-With `--spread` processes have SAEs of their own. Every process reads the store for itself, the layers of its SAEs
-alone. All read the same pieces in the same order at about the same time, so the disk is asked once and the page cache
-serves the others; what is done twice is decoding, on each process's own cores. One reader for all would have to copy
-each block from process to process, would hold all layers, and its end would be everybody's.
+With `--spread` processes have SAEs of their own. Every process reads the store itself, but only the layers of its
+SAEs. All read the same pieces in the same order at about the same time, so the disk is read once and the page cache
+serves the others; only decoding is repeated, on each process's own cores. A single reader would have to copy each
+block between processes and hold all layers, and if it failed, so would all processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .run_folder import MetricsLog, RunFolder, provenance
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run at work, everything that takes part in it: one stream, one fleet, one folder."""
+    """A run in progress with all its parts: one stream, one fleet, one folder."""
 
     folder: RunFolder
     config: RunConfig
@@ -76,13 +76,13 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
             yield run
     except MemoryTooSmall:
         if process.is_first and not folder.has_steps:
-            shutil.rmtree(folder.path)  # nothing to look at, or to go on from
+            shutil.rmtree(folder.path)  # nothing to look at or to resume
         raise
 
 
 @contextmanager
 def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Run]:
-    """A run from its last whole checkpoint."""
+    """A run from its last complete checkpoint."""
     if folder.is_finished:
         command = shlex.join(["sae-eval", str(folder.path)])
         raise NothingToTrain(f"{folder.path} is finished: nothing to resume. Evaluate it with: {command}")
@@ -97,13 +97,13 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
     with tell_memory(process), _open(settled, store, process, folder, fleet, standing) as run:
         with all_or_none(process.group):
             if process.is_first and (others := folder.keep_resumption(provenance(process.hardware))):
-                process.console.print(f"other than before: {', '.join(others)}", style="yellow", markup=False)
+                process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
         yield run
 
 
 @contextmanager
 def tell_memory(process: Process) -> Iterator[None]:
-    """What a device has no room for, in words, wherever it was asked for it."""
+    """Turn any out-of-memory error of the device into a message."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -111,14 +111,14 @@ def tell_memory(process: Process) -> Iterator[None]:
 
 
 def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
-    """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
+    """The SAEs as they are before the first step; invalid configs are refused here."""
     take_device(process.device)
     keep_large_blocks()
-    gc.collect()  # what an earlier run of this process has left, which a check of free memory would count
+    gc.collect()  # leftovers of an earlier run in this process, which would count against free memory
     if process.device.type == "cuda":
         torch.cuda.empty_cache()
         empty_host_cache()
-        # By the largest amount since then, a recording of steps tells what they need.
+        # The peak since this point tells a recording of steps how much they need.
         torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1
     rows, split = (SOLO, process.team) if is_split else (process.team, None)
@@ -130,28 +130,28 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
 
 
 def empty_host_cache() -> None:
-    """Give back page-locked memory, as checkpoints take it. torch before 2.12 has no public name for it."""
+    """Give back page-locked memory, which checkpoints use. torch before 2.12 has no public name for this."""
     empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
     if empty is not None:
         empty()
 
 
 def begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
-    """Before the first step, where the SAEs are to begin as one that was trained before."""
+    """Before the first step: start the SAEs from a trained one, if requested."""
     if settled.init is not None:
         with all_or_none(process.group):
             begin_fleet_as(settled.init, fleet, store.manifest)
 
 
 def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Standing | None:
-    """Bring the fleet to where the last whole checkpoint left it."""
+    """Restore the fleet from the last complete checkpoint."""
     with all_or_none(process.group):
         found = load_checkpoint(folder.checkpoints, fleet.trainees)
     steps = process.group.texts("none" if found is None else str(found.standing.step))
     if len(set(steps)) > 1:
         raise CheckpointDamaged(
             f"{folder.checkpoints}: expected the same checkpoint in every process, found those after steps "
-            f"{', '.join(dict.fromkeys(steps))}: a host does not see the folder as it is yet; run the same again"
+            f"{', '.join(dict.fromkeys(steps))}: some host does not see the current folder yet; run this again"
         )
     say = process.console.print if process.is_first else (lambda *_, **__: None)
     if found is None:
@@ -169,7 +169,7 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Stand
 def _open(
     settled: Settled, store: Store, process: Process, folder: RunFolder, fleet: Fleet, standing: Standing | None
 ) -> Iterator[Run]:
-    """Put the parts together, as the checkpoint left them if there is one; close them at the end."""
+    """Connect the parts, restored from the checkpoint if there is one; close them at the end."""
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
     with ExitStack() as open_things:
         needs = fleet.needs.values()
@@ -195,8 +195,8 @@ def _open_outlets(
     done: int,
     standing: Standing | None,
 ) -> tuple[MetricsLog | None, Trackers, Progress | None]:
-    """What a run writes to and shows: only rank 0 does either. The log comes first, and is cut back to the checkpoint:
-    nothing else may begin for a run that another process trains."""
+    """What a run writes to and shows, on rank 0 only. The log comes first, and is cut back to the checkpoint: if
+    another process is training the run, nothing else may start."""
     if not process.is_first:
         return None, Trackers((), folder.path, {}), None
     log = MetricsLog(folder.metrics)
@@ -211,24 +211,26 @@ def _open_outlets(
 
 
 def members_of(config: RunConfig, d_model: int, process: Process) -> tuple[Member, ...]:
-    """The SAEs that this process trains: all, or where they are spread its part of them."""
+    """The SAEs that this process trains: all, or its share if they are spread."""
     if not process.is_spread:
         return config.members
     if config.course.shard_width:
-        raise ConfigInvalid("course.shard_width gives each process parts of all SAEs, --spread some whole: choose one")
+        raise ConfigInvalid(
+            "course.shard_width gives each process a part of every SAE, --spread whole SAEs: choose one"
+        )
     processes, found = process.group.size, len(config.members)
     if found < processes:
         raise ConfigInvalid(
-            f"--spread: expected an SAE or more for each of {processes} processes, found {found}: "
-            "start fewer processes, or leave out --spread, and all of them work on every SAE"
+            f"--spread: expected at least one SAE for each of {processes} processes, found {found}: "
+            "start fewer processes, or leave out --spread so that all of them work on every SAE"
         )
     return deal_members(config.members, processes, d_model)[process.group.rank]
 
 
 def deal_members(members: Sequence[Member], processes: int, d_model: int) -> list[tuple[Member, ...]]:
-    """The largest first, each to the process that has least so far, of several to one that reads its layers already.
+    """The largest first, each to the process with the least so far; among equals, to one that already reads its layers.
 
-    The first process has SAEs of single tokens if any has: it measures the shuffling, which is measured on those.
+    The first process gets SAEs of single tokens if there are any: it measures shuffling, which is measured on those.
     """
     parts: list[list[Member]] = [[] for _ in range(processes)]
     sizes = {member.label: weight_bytes(member, lambda _: d_model) for member in members}

@@ -1,4 +1,4 @@
-"""How good SAEs are on text they were not trained on: one pass over held-out windows for a whole fleet.
+"""Measure SAEs on text they were not trained on: one pass over held-out windows for a whole fleet.
 
 B rows, D residual width, F latents.
 """
@@ -19,12 +19,12 @@ from ..engine.step import Trainee
 from ..parallel.sums_over_processes import ALONE
 
 DIVERGED = "what it rebuilds of held-out text is not finite: training diverged in the last steps"
-ROUNDING = 1e-12  # share of the squares that a difference of sums in float64 may be wrong by
+ROUNDING = 1e-12  # error of a difference of float64 sums, as a share of the squares
 
 
 @dataclass
 class Tally:
-    """Sums over tokens, in float64, from which the numbers follow. `total` is the sum of all targets [D]."""
+    """Sums over tokens, in float64, from which the results are computed. `total` is the sum of all targets [D]."""
 
     tokens: int = 0
     active: float = 0.0
@@ -33,7 +33,7 @@ class Tally:
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, target: Tensor, x_hat: Tensor, active: Tensor) -> None:
-        """`active` [B]: how many latents are, of each row."""
+        """`active` [B]: the number of active latents of each row."""
         exact = target.double()
         self.tokens += len(target)
         self.active += float(active.sum())
@@ -48,14 +48,14 @@ class Tally:
 
     @property
     def explained_variance(self) -> float | None:
-        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens together; None where they are all alike, or none."""
+        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens; None if they are all alike, or there are none."""
         variance = self.squares - float(self.total.square().sum()) / max(self.tokens, 1)
         return 1.0 - self.squared_error / variance if variance > ROUNDING * self.squares else None
 
 
 @dataclass
 class HeldOut:
-    """What was measured of one SAE: on the rows that count, and on all with the massive ones among them."""
+    """Measurements of one SAE: on ordinary rows, and on all rows including massive ones."""
 
     ordinary: Tally = field(default_factory=Tally)
     every: Tally = field(default_factory=Tally)
@@ -71,7 +71,7 @@ class HeldOut:
 
 @torch.no_grad()
 def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
-    """The numbers of every SAE that has not diverged, as the saved SAE computes them."""
+    """Measure every SAE that has not diverged, using the codes that the saved SAE computes."""
     found = {label: HeldOut() for label in fleet.training}
     for draw in draws:
         for label, trainee in fleet.training.items():

@@ -1,1 +1,1 @@
-"""The autoencoder: weights, gates, codes, and what the terms of a step see of a batch."""
+"""The autoencoder: weights, gates, codes, and the view of a batch that the terms of a step get."""

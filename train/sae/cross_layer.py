@@ -1,11 +1,11 @@
 """An SAE over several layers: each latent reads one layer, and writes to it and to all later ones.
 
 B rows, L layers side by side, each D_in wide where it is read and D_out where it is written, F latents. Latents are
-dealt out to the layers in order, as evenly as may be. W_enc is [F, D_in], what a latent reads of its layer; W_dec is
+assigned to the layers in order, as evenly as possible. W_enc is [F, D_in], what a latent reads of its layer; W_dec is
 [F, L D_out], zero where a layer is earlier than the latent's.
 
-A row is L rows to the encoder, one a layer. What the gate chose of [B, F] is the same pairs in the same order in both
-views, so that one sparse product reads and one writes, as in an SAE of one layer.
+To the encoder a row is L rows, one per layer. The pairs that the gate chose from [B, F] are the same in both views, in
+the same order, so that one sparse product reads and one writes, as in an SAE of one layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .model import SparseAutoencoder
 
 
 def deal(width: int, layers: int) -> list[int]:
-    """How many of the latents are each layer's."""
+    """The number of latents of each layer."""
     return [width * (layer + 1) // layers - width * layer // layers for layer in range(layers)]
 
 
@@ -40,7 +40,7 @@ class CrossLayerSae(SparseAutoencoder):
         b_dec: Tensor,
         encoder_product: Product,
     ) -> None:
-        """`rows` [F, D_in] are both what each latent reads and, where it can be, what it writes to its own layer."""
+        """`rows` [F, D_in] are what each latent reads and, if widths allow, what it writes to its own layer."""
         self.num_layers, self.sizes = layers, deal(len(rows), layers)
         layer_of = torch.arange(layers).repeat_interleave(torch.tensor(self.sizes), output_size=len(rows))
         d_out = len(b_dec) // layers

@@ -22,14 +22,14 @@ DENSE_SHARE = 0.06  # above this share of active entries the dense products are 
 
 
 class Gate(nn.Module):
-    """What every gate offers."""
+    """Base class of gates."""
 
     can_lower = True
-    """Whether lower pre-activations mean smaller activations; not where they have signs."""
+    """Whether lower pre-activations mean smaller activations; not if they have signs."""
     may_split = False
-    """Whether its latents may lie in several processes; its parameters are then one number for each latent."""
+    """Whether its latents may be split over processes; its parameters then have one number for each latent."""
     keeps_number = False
-    """Whether it opens a number of latents that was asked for, however large pre-activations are."""
+    """Whether it opens a fixed number of latents, however large pre-activations are."""
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         raise NotImplementedError
@@ -44,10 +44,10 @@ class Gate(nn.Module):
         """Update running statistics after a step; most gates have none."""
 
     def lower(self, amount: float) -> None:
-        """Pre-activations have been lowered by this much: the gate's own offsets follow."""
+        """Adapt the gate's own offsets after pre-activations were lowered by this much."""
 
     def rescale(self, factor: float) -> None:
-        """The same of a factor."""
+        """The same for a factor."""
 
 
 class Relu(Gate):
@@ -65,7 +65,7 @@ class Relu(Gate):
 class AnnealedRelu(Relu):
     """max(pre, 0), with the running coefficient of a penalty whose exponent p changes.
 
-    When p changes after a step, the coefficient becomes what gives the same penalty on that batch.
+    When p changes after a step, the coefficient is set to give the same penalty on that batch.
     """
 
     penalty_scale: Tensor
@@ -78,7 +78,7 @@ class AnnealedRelu(Relu):
     def powers(self, codes: Codes, p: float) -> Tensor:
         """Mean over rows of the sum of (activation / unit)^p over active latents."""
         active = torch.where(codes.values > 0, codes.values / self.unit, 1.0)
-        # The derivative of x^p has no bound at zero; activations below FLOOR count linearly there.
+        # The derivative of x^p is unbounded at zero; activations below FLOOR count linearly.
         powers = torch.where(active > FLOOR, active.clamp_min(FLOOR) ** p, active * FLOOR ** (p - 1.0))
         return torch.where(codes.values > 0, powers, 0.0).sum() / codes.num_rows
 
@@ -130,7 +130,7 @@ class AbsTopK(Gate):
 
 
 class BatchTopK(Gate):
-    """The k B largest of a batch of B rows; at inference all above a threshold learned on the way.
+    """The k B largest of a batch of B rows; at inference all above a threshold learned during training.
 
     The threshold is the running mean of the smallest activation that the batch kept.
     """
@@ -148,7 +148,7 @@ class BatchTopK(Gate):
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        # One rank may hold most of the largest of all ranks' rows, so each offers that many.
+        # One rank may hold most of the largest entries of all ranks, so each offers that many.
         count = round(self.k * side.ranks.rows(pre.shape[0]))
         if not side.latents.is_whole:
             return split_batch(pre, count, side.latents)
@@ -166,7 +166,7 @@ class BatchTopK(Gate):
         smallest = torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
         smallest = torch.cat(side.latents.gather(smallest.reshape(1))[0]).amin()
         smallest = torch.cat(side.ranks.gather(smallest.reshape(1))).amin()
-        is_any = torch.isfinite(smallest)  # whether the batch kept an entry; never asked on the host
+        is_any = torch.isfinite(smallest)  # whether the batch kept an entry; never read on the host
         self.threshold_steps += is_any
         weight = self.threshold_steps.double().clamp_min(1).reciprocal().clamp_min(1.0 - self.threshold_decay).float()
         moved = self.threshold + weight * (smallest - self.threshold)
@@ -174,10 +174,10 @@ class BatchTopK(Gate):
 
 
 class JumpRelu(Gate):
-    """pre where pre > threshold, else 0; the threshold learns through straight-through windows.
+    """pre where pre > threshold, else 0; the threshold is trained through straight-through windows.
 
-    Threshold and bandwidth are given, and learned, in multiples of `unit`. `asked_l0` is how many active latents of
-    a row a fitted start begins with.
+    Threshold and bandwidth are given, and learned, in multiples of `unit`. `asked_l0` is the number of active latents
+    per row with which a fitted start begins.
     """
 
     may_split = True
@@ -205,7 +205,7 @@ class JumpRelu(Gate):
         return pre.with_values(jump_ste(pre.values, theta, self._window))
 
     def place(self, threshold: float) -> None:
-        """One threshold for all latents."""
+        """Set one threshold for all latents."""
         self.raw_threshold.fill_(threshold / self.unit)
 
     def lower(self, amount: float) -> None:
@@ -228,9 +228,9 @@ class JumpRelu(Gate):
 
 
 class Gated(Gate):
-    """A gate pre > 0 decides whether, a rescaled magnitude decides how much.
+    """A gate pre > 0 decides whether a latent fires, a rescaled magnitude how strongly.
 
-    The encoder bias is the gate's; the magnitude shares the encoder's directions.
+    The encoder bias belongs to the gate; the magnitude shares the encoder's directions.
     """
 
     may_split = True
@@ -260,21 +260,21 @@ class Gated(Gate):
 
 
 def _above(pre: Tensor, threshold: Tensor) -> Tensor:
-    """What fires above a threshold of all latents, or of each."""
+    """Activations above a threshold, one for all latents or one for each."""
     return torch.where(pre > threshold, pre, 0.0).relu()
 
 
 def _largest_of_rows(score: Tensor, k: int, side: Side) -> Support:
-    """The k largest of each row; where latents are split, those of them that are here."""
+    """The k largest of each row; if latents are split, those of them in this process."""
     if side.latents.is_whole:
         return support_topk(score, min(score.shape[1], k))
     return split_topk(score, min(side.latents.total, k), side.latents)
 
 
 def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
-    """Of this rank's candidates, those among the `count` largest of all ranks.
+    """This rank's candidates that are among the `count` largest of all ranks.
 
-    Of equal ones, as a product in bfloat16 has many, those of earlier ranks come first, then earlier places.
+    Among equal ones, of which a product in bfloat16 has many, earlier ranks come first, then earlier places.
     """
     parts = side.ranks.gather(pre.view(-1)[flat])
     everyone, own = torch.cat(parts), parts[side.ranks.rank]
@@ -287,4 +287,4 @@ def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
 
 
 PLAIN_GATES = frozenset({Relu, AnnealedRelu, TopK, AbsTopK, BatchTopK, JumpRelu, Gated})
-"""Those that the plain forms of saved SAEs know; another, and a subclass of one of them, is saved with its variant."""
+"""Gates that the plain forms of saved SAEs support; others, including subclasses, are saved with their variant."""

@@ -3,10 +3,10 @@
 B rows, D_in and D_out widths (equal unless a transcoder), F latents. Both weight tables are [F, D],
 row-major: the sparse products read and write whole latent rows.
 
-In training (`codes`) one dense product without gradient, in bfloat16 or TF32 where that is asked for and the hardware
-has it, says where the gate may open. Pre-activations there are computed anew in float32 when the product was in
-bfloat16, with gradient; of a gate with dense codes they are that product's, and all dense products of the step,
-backward too, are of its kind. Inference (`encode`) is dense and float32 throughout.
+In training (`codes`) one dense product without gradient, in bfloat16 or TF32 if requested and supported by the
+hardware, decides where the gate may open. If it was in bfloat16, pre-activations there are recomputed in float32, with
+gradient. With a gate that has dense codes they are taken from that product, and all dense products of the step, also in
+the backward pass, have its precision. Inference (`encode`) is dense and float32 throughout.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Choose = Callable[[Tensor, Side], Support | None]
 
 
 class SparseAutoencoder(nn.Module):
-    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec, and + x W_skip^T where there is a skip.
+    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec, plus x W_skip^T if there is a skip.
 
-    A subclass whose inference takes more than these weights says so by `is_plain` and `needs_side`.
+    A subclass whose inference needs more than these weights says so with `is_plain` and `needs_side`.
     """
 
     is_plain = True
@@ -61,17 +61,17 @@ class SparseAutoencoder(nn.Module):
         self.is_plain = type(self).is_plain and type(gate) in PLAIN_GATES
         self.centres_input = centres_input
         self.encoder_product: Product = encoder_product
-        self.extras = nn.ModuleDict()  # what trains along but no activation needs; the trainer puts it here
-        self.extras_tensors: dict[str, Tensor] = {}  # the same of a loaded SAE, by name
-        self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
+        self.extras = nn.ModuleDict()  # modules that train along but no activation needs; set by the trainer
+        self.extras_tensors: dict[str, Tensor] = {}  # the tensors of such modules in a loaded SAE, by name
+        self.metadata: dict[str, Any] = {}  # metadata of a loaded SAE
 
     def parts(self) -> dict[str, Any]:
-        """What a module around this one starts from: the same weights and gate, which are all of a plain SAE."""
+        """The arguments for a module that wraps this one: its weights and gate, which are all of a plain SAE."""
         if type(self) is not SparseAutoencoder:
             kind = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
             raise ConfigInvalid(
                 f"expected a plain SparseAutoencoder to wrap, found {kind}: only its weights and gate would be kept, "
-                "and a plain SAE trained in its place. Choose another base, or settings that leave its encoder alone"
+                "and a plain SAE trained instead. Choose another base, or settings that do not change its encoder"
             )
         return {
             "W_enc": self.W_enc.detach(),
@@ -90,12 +90,12 @@ class SparseAutoencoder(nn.Module):
         return f"{self._place()}: {widths}" + ("" if k is None else f", k {k}")
 
     def _place(self) -> str:
-        """What it reads, as far as it says."""
+        """What it reads, as far as its metadata says."""
         told = (self.metadata.get(name) for name in ("model_name", "hook_name"))
-        return ", ".join(str(one) for one in told if one) or "a place that it does not name"
+        return ", ".join(str(one) for one in told if one) or "an unnamed place"
 
     def require_sound(self, where: str) -> None:
-        """Refuse what was loaded from there where it points to what is not; weights may be any numbers."""
+        """Refuse loaded tensors that refer to something invalid; weights may be any numbers."""
 
     @property
     def num_latents(self) -> int:
@@ -111,14 +111,14 @@ class SparseAutoencoder(nn.Module):
 
     def centred(self, x: Tensor) -> Tensor:
         """The encoder's input."""
-        return x - self.b_dec if self.centres_input else x.to(self.W_enc.dtype)  # the difference has it by itself
+        return x - self.b_dec if self.centres_input else x.to(self.W_enc.dtype)  # the difference already has this dtype
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
-        """Activations of a training batch [B, D_in], sparse where that pays."""
+        """Activations of a training batch [B, D_in], sparse where that is faster."""
         return self.open(self.pre_codes(x, side), side)
 
     def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
-        """Pre-activations where the gate may open, or where `choose` says."""
+        """Pre-activations where the gate may open, or where `choose` decides."""
         center = side.latents.share(self.b_dec) if self.centres_input else None
         with torch.no_grad():
             x_centred = self.centred(x)
@@ -136,51 +136,51 @@ class SparseAutoencoder(nn.Module):
         return self.gate.choose(pre_all, side)
 
     def open(self, pre: Codes, side: Side) -> Codes:
-        """Activations of the pre-activations at their support."""
+        """Activations from the pre-activations at their support."""
         return self.gate.open(pre, self.b_enc, side)
 
     def encoder_input(self, x: Tensor, side: Side) -> Tensor:
-        """What `encoder_rows` are multiplied with: [B, D_in]."""
+        """The input that `encoder_rows` are multiplied with: [B, D_in]."""
         return self.centred(x)
 
     def encoder_rows(self, latents: Tensor) -> Tensor:
-        """What these latents read of a whole row: [M, D_in]."""
+        """The encoder rows of these latents, for a whole input row: [M, D_in]."""
         return self.W_enc[latents]
 
     def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
-        """Pre-activations of these latents [B, M], for a constant x, where `encoder_rows` do not make them.
+        """Pre-activations of these latents [B, M], for a constant x, if `encoder_rows` do not determine them.
 
-        Their gradient reaches what is theirs alone and what changes all of them, no other latent's encoder.
+        Their gradient reaches parameters of these latents and parameters shared by all, but no other latent's encoder.
         """
         return None
 
     def encoder_times(self, factor_D: Tensor) -> Tensor:
-        """The encoder's table for an input divided by `factor_D`."""
+        """The encoder's table for an input that is divided by `factor_D`."""
         return self.W_enc * factor_D
 
     def clear_unwritten(self, table_FD: Tensor) -> Tensor:
-        """A table like the decoder's, zero where no latent may write; in place."""
+        """Zero the entries of a decoder-shaped table that latents may not write; in place."""
         return table_FD
 
     def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
-        """What a wrapper does to codes of some latents only, one column for each of `latents`."""
+        """Apply a wrapper's changes to codes of only some latents, with one column for each of `latents`."""
         return codes
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:
-        """x_hat of codes, without what goes past them: [B, D_out]."""
+        """x_hat of codes, without the skip: [B, D_out]."""
         return rebuild(codes, self.W_dec, self.b_dec, side)
 
     def skip(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """x_hat with what goes past the codes of x."""
+        """x_hat plus the skip, which bypasses the codes."""
         return x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip.t()
 
     def lower(self, amount: float) -> None:
-        """Take this much from every pre-activation; without gradient, as `rescale`."""
+        """Subtract this much from every pre-activation; without gradient, like `rescale`."""
         self.b_enc.sub_(amount)
         self.gate.lower(amount)
 
     def rescale(self, factor: float) -> None:
-        """Make every activation this many times as large, by the encoder."""
+        """Multiply every activation by this factor, through the encoder."""
         self.W_enc.mul_(factor)
         self.b_enc.mul_(factor)
         self.gate.rescale(factor)
@@ -188,11 +188,11 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""
         if x.shape[-1] != self.d_in:
-            raise ValueError(f"expected activations [..., {self.d_in}] of {self._place()}, found {list(x.shape)}")
+            raise ValueError(f"expected activations [..., {self.d_in}] from {self._place()}, found {list(x.shape)}")
         return self.gate.infer(self._linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 
     def decode(self, acts: Tensor) -> Tensor:
-        """x_hat of dense activations [..., F], without what goes past them."""
+        """x_hat of dense activations [..., F], without the skip."""
         return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def rebuild(codes: Codes, W_dec: Tensor, b_dec: Tensor, side: Side) -> Tensor:
-    """codes W_dec + b_dec, of all latents, wherever they are."""
+    """codes W_dec + b_dec over all latents, whichever process holds them."""
     if side.latents.is_whole:
         return codes.decode(W_dec, b_dec)
     return side.latents.join(codes.decode(W_dec)) + b_dec

@@ -1,8 +1,8 @@
 """Side inputs: what an SAE may read besides the activations, by name.
 
 Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are not loss
-weights (p, temperature). Reading what was not requested is an error, so that a
-variant cannot lean on an input that it would lack at inference.
+weights (p, temperature). Reading an input that was not requested is an error, so that a
+variant cannot depend on an input that it would lack at inference.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Side:
         return Side(self._inputs, knobs, self.ranks, self.latents)
 
     def knob(self, name: str, default: float) -> float:
-        """The knob's value at this step; `default` where no schedule moves it."""
+        """The knob's value at this step; `default` if it has no schedule."""
         return self.knobs.get(name, default)
 
 

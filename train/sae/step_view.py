@@ -1,4 +1,4 @@
-"""What the terms of a step see: a batch of rows, and everything that is computed from it once.
+"""What the terms of a step see: a batch of rows, and everything computed from it, each once.
 
 B rows, D width, F latents.
 """
@@ -25,18 +25,18 @@ Split = Literal["alike", "parts"]
 
 
 def split(kind: Split) -> Callable[[F], F]:
-    """Marks a term that a dictionary split by latents may have: all processes find its value alike, or each a part
-    of a sum. A term that is not marked needs all latents in one process."""
+    """Mark a term as usable with a dictionary split by latents: all processes compute the same value ("alike"), or each
+    a part of a sum ("parts"). A term that is not marked needs all latents in one process."""
 
     def mark(fn: F) -> F:
-        setattr(fn, "split", kind)  # noqa: B010 (of any function or class)
+        setattr(fn, "split", kind)  # noqa: B010 (any function or class)
         return fn
 
     return mark
 
 
 def once(compute: Callable[P, T]) -> Callable[P, T]:
-    """A function of a view, or a method of a frozen record: computed once in a step, for all who call it."""
+    """Compute a function of a view, or a method of a frozen record, once per step for all callers."""
 
     @wraps(compute)
     def kept(*args: P.args, **none: P.kwargs) -> T:
@@ -63,14 +63,14 @@ class View:
     target: Tensor
     side: Side
     sae: SparseAutoencoder
-    dead: Tensor  # bool [F], latents that have not fired for long
+    dead: Tensor  # bool [F], latents that have not fired for a long time
     stats: Stats  # of the target
     generator: torch.Generator
-    retired: Tensor | None = None  # bool [F], latents that auxiliary losses leave alone
-    listed_dead: Tensor | None = None  # the dead latents that the step has listed; listing them waits for a GPU
-    residual_by: Callable[[View], Tensor] = residual_of  # a term that reconstructs its own way has it at no cost
-    moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for whoever moves entries
-    kept: dict[Any, Any] = field(default_factory=dict)  # what was computed `once`, by what computed it
+    retired: Tensor | None = None  # bool [F], latents that auxiliary losses ignore
+    listed_dead: Tensor | None = None  # the dead latents, if the step has listed them; listing waits for the GPU
+    residual_by: Callable[[View], Tensor] = residual_of  # a term with its own reconstruction has it at no cost
+    moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for code that moves entries
+    kept: dict[Any, Any] = field(default_factory=dict)  # results of `once`, by their function
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -91,26 +91,26 @@ class View:
     @property
     @once
     def dead_latents(self) -> Tensor:
-        """int64, those that are dead and wanted, in rising order."""
+        """int64, the dead latents that auxiliary losses may use, in ascending order."""
         return self.dead_and_wanted.nonzero().view(-1) if self.listed_dead is None else self.listed_dead
 
     @property
     def dead_and_wanted(self) -> Tensor:
-        """bool [F], the dead latents but for those that auxiliary losses leave alone."""
+        """bool [F], the dead latents, except those that auxiliary losses ignore."""
         return self.dead if self.retired is None else self.dead & ~self.retired
 
     @property
     @once
     def fired(self) -> Tensor:
-        """int64 [F], in how many rows of the global batch each latent fires; a collective call, the first time."""
+        """int64 [F], the rows of the global batch in which each latent fires; a collective call the first time."""
         return self.side.ranks.sum(self.codes.fired)
 
     @property
     def still_dead(self) -> Tensor:
-        """bool [F], the dead latents that do not fire in this batch either."""
+        """bool [F], the dead latents that also do not fire in this batch."""
         return self.dead & (self.fired == 0)
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """A number [] for the log, besides the losses; it stays on the device of the batch until somebody reads it."""
-        is_tensor = isinstance(value, Tensor)  # of a parameter, which moves after the note
+        """Add a scalar to the log, besides the losses; it stays on the batch's device until it is read."""
+        is_tensor = isinstance(value, Tensor)  # cloned, as a parameter changes after this
         self.notes[name] = value.detach().clone() if is_tensor else self.x.new_full((), value)

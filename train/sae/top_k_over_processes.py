@@ -1,9 +1,9 @@
-"""The selection of a dictionary that is split by latents: each process offers its own, all choose alike.
+"""The selection for a dictionary split by latents: each process offers candidates, all choose alike.
 
-B rows, F latents of this process. What is chosen is what one process would choose that had all of them and, of
-equal entries, took those of the lowest latent (of a whole batch: of the first row, then of the lowest latent).
-What a process offers lies in rising order of its latents, and processes hold rising runs of them: the place of an
-offer says which it is, and values are all that is sent.
+B rows, F latents of this process. The choice is the one that a single process with all latents would make if, among
+equal entries, it took the lowest latent (in a whole batch: the first row, then the lowest latent). Candidates are in
+ascending order of latents, and processes hold ascending ranges of them, so the place of a candidate identifies it, and
+only values are sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .kernels.sparse_support import Support, support_from_flat
 
 
 def split_topk(pre: Tensor, k: int, latents: Latents) -> Support:
-    """Of the k largest of each row, those that are here."""
+    """This process's part of the k largest of each row."""
     rows, width = pre.shape
     places = first_of_equals(pre, min(k, width))
     parts, at = latents.gather(pre.gather(1, places).t().float().contiguous())
@@ -31,7 +31,7 @@ def split_topk(pre: Tensor, k: int, latents: Latents) -> Support:
 
 
 def split_batch(pre: Tensor, count: int, latents: Latents) -> Support:
-    """Of the `count` largest positive entries of the batch, those that are here."""
+    """This process's part of the `count` largest positive entries of the batch."""
     rows, width = pre.shape
     flat = _first_of_batch(pre, count)
     own = pre.view(-1)[flat].float()
@@ -56,15 +56,15 @@ def lowest_of_topk(pre: Tensor, k: int, latents: Latents) -> Tensor:
 
 
 def first_of_equals(pre: Tensor, k: int) -> Tensor:
-    """int64 [B, k], latents of the k largest of each row in rising order; of equal entries the lowest latents."""
-    if k == 0:  # a process that holds none of those to choose from
+    """int64 [B, k], latents of the k largest of each row in ascending order; among equal entries the lowest ones."""
+    if k == 0:  # a process that holds no candidates
         return torch.zeros(len(pre), 0, dtype=torch.int64, device=pre.device)
     if runs_triton(pre):
         from .kernels.triton import exact_top_k
 
         return exact_top_k.top_latents(pre, k).long()
     values, latents = topk_rows(pre, k)
-    if k < pre.shape[1]:  # which of equal ones a row took is not said: rows where that matters choose anew
+    if k < pre.shape[1]:  # which of equal entries were taken is undefined: redo rows where that matters
         undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k
         if bool(undecided.any()):
             latents[undecided] = pre[undecided].sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -72,7 +72,7 @@ def first_of_equals(pre: Tensor, k: int) -> Tensor:
 
 
 def _first_of_batch(pre: Tensor, count: int) -> Tensor:
-    """Rising flat places of the `count` largest positive entries; of equal ones the first."""
+    """Ascending flat places of the `count` largest positive entries; among equal ones the first."""
     flat = topk_batch(pre, min(count, pre.numel()))
     if flat.numel() < count or flat.numel() == pre.numel():
         return flat

@@ -1,6 +1,6 @@
-"""Hierarchical attention guidance: which layers' attention helps, and how they are best mixed.
+"""Hierarchical attention guidance: which layers' attention helps, and how best to mix them.
 
-Every run has its controls beside it, on the same windows, seed and budget: `base` is the same SAE
+Every run includes its controls, on the same windows, seed and budget: `base` is the same SAE
 without guidance, `shuffled` is guided by the attention of other windows.
 """
 
@@ -13,7 +13,7 @@ from ..config.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 
 def _with_controls(variant: str, settings: Mapping[str, Any]) -> tuple[Sae, ...]:
-    """A guided SAE, the same without guidance, and the same by other windows' attention."""
+    """A guided SAE, the same without guidance, and the same guided by other windows' attention."""
     return (
         Sae("base", variant, {**settings, "alpha": 0.0}),
         Sae("guided", variant, settings),

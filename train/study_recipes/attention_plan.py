@@ -1,7 +1,7 @@
-"""Attention guidance as it was planned before the ablations: everything at once, then less of it.
+"""Attention guidance as planned before the ablations: everything at once, then less of it.
 
-The controls are those of the study `attention`: `base` without guidance, `shuffled` by the attention of
-other windows, on the same windows, seed and budget.
+The controls are those of the study `attention`: `base` without guidance, `shuffled` guided by the attention
+of other windows, on the same windows, seed and budget.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ENCODERS = (
     Sae("encoder_alone", "hierarchical", _READS),
     Sae("encoder_shuffled", "hierarchical", {**_READS, "shuffle_attention": True}),
 )
-"""The encoder reads attention and no loss asks it to agree with it; and the same by other windows' attention."""
+"""The encoder reads attention, with no loss that asks codes to agree with it; and the same with other windows'."""
 
 _RUNS = (
     Recipe(
@@ -83,7 +83,7 @@ RUNS = (
     *as_recorded(_RUNS),
     Recipe(
         "headline",
-        "the encoder that reads attention, beside guidance by the loss and neither, at this package's defaults",
+        "the encoder that reads attention, guidance by the loss, and neither, at this package's defaults",
         (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"}), _SHUFFLED),
         {"alpha": 0.1},
         seeds=3,

@@ -1,7 +1,7 @@
-"""Positional SAEs: latents that belong to a part of the window, by masks, encoders or adapters.
+"""Positional SAEs: latents that belong to a part of the window, through masks, encoders or adapters.
 
-A part of the dictionary for each range with an encoder of its own and one decoder, as the study words run_7, is the
-hard mask in other words: it is there as `sub_dictionaries`, beside encoders that share their latents.
+The study describes run_7 as a part of the dictionary for each range, with its own encoder and one decoder. That is the
+same as the hard mask: it appears as `sub_dictionaries`, along with encoders that share their latents.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _RUNS = (
     Recipe("run_9", "Gated adapters for each range, on top of a base.", (Sae("adapters", "positional", ADAPTED),)),
     Recipe(
         "run_10",
-        "The base first, under half the penalty; then the adapters, at lower rates; beside those of run_9.",
+        "The base first, under half the penalty; then the adapters, at lower rates; compared with those of run_9.",
         (Sae("curriculum", "positional", CURRICULUM), Sae("adapters", "positional", ADAPTED)),
     ),
 )

@@ -1,7 +1,7 @@
 """Temporal SAEs: latents that stay the same over short, medium and long spans.
 
-Windows that grow (run_1) bound what is compared with what. The activations have their whole context: they were
-harvested once, and a shorter context would be other activations, from a store of its own for every length.
+Growing windows (run_1) limit which tokens are compared. The activations always have their whole context: they were
+harvested once, and a shorter context would need different activations, from a separate store for every length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tiered SAEs: three nested tiers, what they count, and what higher ones are made of.
+"""Tiered SAEs: three nested tiers, how much each counts, and what higher tiers are composed of.
 
-Gradients are scaled by a tier's loss where that is over 1, as the study's run_4 wanted against explosions, and not
-below: dividing by small losses too would be what learned importance does in the same run.
+Gradients are divided by a tier's loss only where that is over 1, which the study's run_4 wanted against explosions:
+dividing by small losses too would duplicate the learned importance in the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _RUNS = (
     Recipe("run_0", "The baseline: one flat dictionary.", (Sae("standard", "standard"),)),
     Recipe(
         "run_1",
-        "Three fixed tiers that count alike; dead latents begin anew in place of the auxiliary loss.",
+        "Three fixed tiers of equal weight; dead latents restart instead of the auxiliary loss.",
         (Sae("tiered", "tiered", FIRST | RESAMPLED),),
     ),
     Recipe("run_2", "Learned importance of the tiers, clipped gradients.", (Sae("tiered", "tiered", LEARNED),)),

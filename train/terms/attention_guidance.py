@@ -24,19 +24,19 @@ from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
 TINY = 1e-12
-FAR_BELOW = -1e9  # a logit that no softmax sees, and that is not infinity times zero
+FAR_BELOW = -1e9  # a logit that vanishes in a softmax, without infinity times zero
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Contrastive: each token should find, by its codes, the tokens it attends to.
+    """Contrastive: the codes of each token should identify the tokens it attends to.
 
     1. s_ij = cos(f_i, f_j) for the earlier tokens j of the window, and for n tokens of other windows.
     2. p_i = softmax over all of them of s_ij / temperature.
     3. Mean over tokens of the divergence of p_i from A_i, an InfoNCE whose soft positives are what the
-       model attended to. Its gradient for the codes is that of the plain cross entropy; for the mixture
-       it is not: the cross entropy is linear in the layers' weights, so it can only be least where one
-       layer, the easiest, has them all.
+       model attended to. Its gradient for the codes is that of the plain cross entropy. For the mixture it
+       is not: the cross entropy is linear in the layers' weights, so its minimum gives all weight to one
+       layer, the easiest.
     """
 
     attention: Attention
@@ -59,7 +59,7 @@ class Guidance:
         return _mean_where(view, losses, has_links(by_row))
 
     def _negatives(self, view: View) -> Tensor:
-        """[B, n]: cosines with random tokens of the batch, out of sight where the window is the same."""
+        """[B, n]: cosines with random tokens of the batch, masked where the window is the same."""
         rows = view.x.shape[0]
         picked = torch.randperm(rows, generator=_dice(view))[: self.negatives]
         picked = send(picked, view.x.device)
@@ -71,12 +71,12 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Consistency:
-    """What the layers bring together should agree.
+    """What the layers contribute to a token should agree.
 
-    c^l = A^l f is what layer l brings to each token, c = sum_l w_l c^l; the loss is the mean over tokens
+    c^l = A^l f is what layer l contributes to each token, c = sum_l w_l c^l; the loss is the mean over tokens
     of sum_l w_l ||c^l - c||^2 / (||c||^2 + eps). With the products K = f f^T of a window and
-    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + eps), so no c is made.
-    The weights have no gradient here: the loss is zero wherever one layer has all the weight.
+    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + eps), so c is never computed.
+    The weights get no gradient here: the loss is zero wherever one layer has all the weight.
     """
 
     attention: Attention
@@ -94,20 +94,20 @@ class Consistency:
 
 @once
 def window_products(view: View) -> Tensor:
-    """[B, T]: <f_i, f_j> with every token of i's window."""
+    """[B, T]: <f_i, f_j> for every token j of i's window."""
     return window_gram(view.codes, places_of(view))
 
 
 @once
 def inverse_norms(view: View) -> Tensor:
-    """[B]: 1 / ||f_i||, 0 of a silent row, which so passes no gradient on."""
+    """[B]: 1 / ||f_i||, or 0 for a silent row, which thus passes on no gradient."""
     products = window_products(view)
     squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
     return torch.where(squares > TINY, squares.clamp_min(TINY).rsqrt(), 0.0)
 
 
 def window_cosines(view: View) -> Tensor:
-    """[B, T]: cos(f_i, f_j) with every token of i's window, zero where no token is."""
+    """[B, T]: cos(f_i, f_j) for every token j of i's window, zero where there is no token."""
     places, norms = places_of(view), inverse_norms(view)
     return window_products(view) * norms[:, None] * rows_of(places.spread(norms), places.window)
 
@@ -120,7 +120,7 @@ def columns_of(codes: Codes, rows: Tensor) -> Tensor:
     column = torch.full((codes.num_rows,), -1, device=rows.device)
     column[rows] = torch.arange(len(rows), device=rows.device)
     columns = column[support.rows]
-    if not reads_at_once(columns):  # all entries stay; those of other rows are zeros of one more column
+    if not reads_at_once(columns):  # keep all entries; those of other rows become zeros in an extra column
         wide, is_chosen = len(rows) + 1, columns >= 0
         flat = codes.values.new_zeros(codes.num_latents * wide)
         places = support.latents.long() * wide + torch.where(is_chosen, columns, len(rows))
@@ -133,7 +133,7 @@ def columns_of(codes: Codes, rows: Tensor) -> Tensor:
 
 
 def _earlier(view: View, cosines: Tensor) -> Tensor:
-    """Only tokens before i, without the place of the attention sink, are candidates."""
+    """Only tokens before i, except the attention sink's position, are candidates."""
     places = places_of(view)
     position = torch.arange(cosines.shape[1], device=cosines.device)
     seen = (position < places.position[:, None]) & (position > 0) & (places.row_of >= 0)[places.window]
@@ -167,8 +167,8 @@ def _mean_where(view: View, losses: Tensor, counts: Tensor) -> Tensor:
 
 
 def _dice(view: View) -> torch.Generator:
-    """The SAE's own; where ranks share a batch one of this step, as each draws by its number of rows and the SAE's
-    own, of which a checkpoint keeps the first rank's, must go on alike in all of them."""
+    """The SAE's own generator. Where ranks share a batch, one for this step: each rank draws according to its number of
+    rows, while the SAE's generator, saved from the first rank, must advance equally in all."""
     if view.side.ranks.size == 1:
         return view.generator
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
@@ -176,7 +176,7 @@ def _dice(view: View) -> torch.Generator:
 
 @torch.no_grad()
 def _note_contributions(view: View, attention: Attention, links: Links, weights: Tensor, cosines: Tensor) -> None:
-    """How much of the similarity along the mixture's links comes by each layer's."""
+    """Log each layer's share of the similarity along the mixture's links."""
     if len(attention.layers) == 1:
         return
     along = weights * cosines[links.row, links.key]

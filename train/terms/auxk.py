@@ -1,12 +1,12 @@
-"""AuxK: dead latents learn to reconstruct what the living ones left over.
+"""AuxK: dead latents learn to reconstruct what the live ones left over.
 
 B rows, D width, M dead latents.
 1. Pre-activations of the dead latents only, [B, M].
 2. The k_aux largest of each row; sparse where k_aux is a small part of M.
-3. e_hat = their activations times their decoder rows, without the bias: the residual e lacks it already.
-4. Loss = ||e - e_hat||^2 / ||e - mean(e)||^2, with e a constant.
-Encoder and decoder rows of dead latents get its gradient, and what changes pre-activations (a norm, adapters on
-features); nothing else does.
+3. e_hat = their activations times their decoder rows, without the bias, which the residual e already lacks.
+4. Loss = ||e - e_hat||^2 / ||e - mean(e)||^2, with e constant.
+Only encoder and decoder rows of dead latents get its gradient, and modules that change pre-activations (a norm,
+adapters on features).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..sae.kernels.sparse_products_with_gradients import affine, squared_error
 from ..sae.step_view import View, split
 from ..sae.top_k_over_processes import lowest_of_topk, split_topk
 
-LEAST_SPREAD = 1e-3  # of the squared error: one vector in all rows has no spread to divide by
+LEAST_SPREAD = 1e-3  # share of the squared error: identical rows have no spread to divide by
 
 
 @split("alike")
@@ -37,7 +37,7 @@ class AuxK:
     k: int
     rectified: bool = True
     signed: bool = False
-    """Chosen by their distance from zero; for codes that are not rectified."""
+    """Choose latents by distance from zero; for codes that are not rectified."""
 
     def __call__(self, view: View) -> Tensor:
         error, latents = view.residual, view.side.latents
@@ -50,7 +50,7 @@ class AuxK:
         return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
     def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
-        """Those of the dead latents that are here, of `count` in all."""
+        """Codes of the dead latents in this process, of `count` in total."""
         sae = view.sae
         pre = sae.made_pre(view.x, view.side, dead)
         if pre is not None:
@@ -76,7 +76,7 @@ class AuxK:
         return replace(codes_from_dense(kept, None), product=_product(view))
 
     def _keep_topk(self, pre: Tensor, count: int, latents: Latents) -> Tensor:
-        """All but the k largest of each row set to zero, of `count` latents in all."""
+        """Set all but the k largest of each row to zero, of `count` latents in total."""
         if self.k >= count:
             return pre
         score = pre.detach().abs() if self.signed else pre.detach()
@@ -89,12 +89,12 @@ def _affine(x: Tensor, W: Tensor, b: Tensor, view: View) -> Tensor:
 
 
 def _product(view: View) -> Product:
-    """On a GPU that of the encoder: in float32 the dense products here would be half of a step."""
+    """On a GPU the encoder's precision: in float32 the dense products here would take half of a step."""
     return "float32" if reads_at_once(view.x) else product_on(view.x.device, view.sae.encoder_product)
 
 
 def _spread(error: Tensor, view: View) -> Tensor:
-    """E||e - mean(e)||^2 over the global batch; of equal rows, or a single one, a small share of E||e||^2."""
+    """E||e - mean(e)||^2 over the global batch; for equal rows, or a single one, a small share of E||e||^2."""
     ranks = view.side.ranks
     mean = ranks.mean(error.mean(0))
     total = ranks.mean(error.square().sum() / error.shape[0])

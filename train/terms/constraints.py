@@ -1,7 +1,7 @@
 """Constraints on weights and on their gradients, one frozen record each.
 
-Those on gradients are a norm for each group of latents, and noise; both act on rows of the tables that have one for
-each latent (encoder, decoder, encoder bias).
+Those on gradients are a norm for each group of latents, and noise; the former acts on the tables with a row for each
+latent (encoder, decoder, encoder bias).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BLOCK_ROWS = 256
 
 @dataclass(frozen=True)
 class UnitDecoder(Constraint):
-    """Decoder rows of length one.
+    """Keep decoder rows at length one.
 
-    Before the step the part of each row's gradient that points along the row is removed, so that
-    Adam's moments do not gather what the normalisation would undo. An optimiser that works row by row does
-    both by itself, and then leaves this constraint out.
+    Before the step the component of each row's gradient along the row is removed, so that Adam's moments
+    do not accumulate what the normalisation would undo. An optimiser that works row by row does both itself,
+    and leaves this constraint out.
     """
 
     table_use = "unit decoder"
@@ -47,7 +47,7 @@ class UnitDecoder(Constraint):
 
 @dataclass(frozen=True)
 class NonNegativeThreshold(Constraint):
-    """A jump threshold never falls below zero."""
+    """Keep jump thresholds from falling below zero."""
 
     table_use = "none"
 
@@ -59,19 +59,19 @@ class NonNegativeThreshold(Constraint):
 
 @dataclass(frozen=True)
 class Still(Constraint):
-    """Parameters that keep their first values."""
+    """Keep parameters at their initial values."""
 
     names: tuple[str, ...]
     table_use = "gradients"
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         for name in self.names:
-            sae.get_parameter(name).grad = None  # what has none is not moved, nor decayed
+            sae.get_parameter(name).grad = None  # without a gradient it is neither moved nor decayed
 
 
 @dataclass(frozen=True)
 class WritesOnward(Constraint):
-    """No latent writes to a layer before its own, where it begins at zero."""
+    """Keep latents from writing to layers before their own, where their rows start at zero."""
 
     table_use = "gradients"
 
@@ -81,13 +81,13 @@ class WritesOnward(Constraint):
 
 
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:
-    """The table in runs of rows that stay in cache between two passes."""
+    """The table in blocks of rows that stay in cache between two passes."""
     return table.split(BLOCK_ROWS if table.device.type == "cpu" else table.shape[0])
 
 
 @dataclass(frozen=True)
 class TierGradients(Constraint):
-    """Notes the norm of each tier's gradient, and scales it down to `clip_norm` where it is larger."""
+    """Log the norm of each tier's gradient, and scale it down to `clip_norm` if it is larger."""
 
     table_use = "gradients"
 
@@ -111,7 +111,7 @@ class TierGradients(Constraint):
 
 @dataclass(frozen=True, eq=False)
 class GradientNoise(Constraint):
-    """Normal noise of `scale` times the root mean square of each gradient, so that it ends where learning ends."""
+    """Add normal noise of `scale` times the root mean square of each gradient, so that it fades as learning does."""
 
     table_use = "gradients"
 
@@ -128,7 +128,7 @@ class GradientNoise(Constraint):
             parameter.grad.add_(noise * size, alpha=self.scale)
 
     def _noise(self, parameter: Tensor) -> Tensor:
-        """A GPU draws its own, from a seed that the SAE's generator gives: a table on its way there is waited for."""
+        """A GPU draws its own from a seed of the SAE's generator: copying a table there would make the host wait."""
         if reads_at_once(parameter):
             return torch.randn(parameter.shape, generator=self.generator).to(parameter)
         seed = int(torch.randint(2**62, (), generator=self.generator))

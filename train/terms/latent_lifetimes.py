@@ -1,7 +1,7 @@
-"""What latents do over time: running variances, lifetimes, and latents that are retired.
+"""Latents over time: running variances, lifetimes, and retired latents.
 
-B rows, F latents. From a part of the run on, every N steps the latents whose running variance is under a
-share of the mean variance are retired: they never fire again, and the auxiliary loss leaves them alone.
+B rows, F latents. After a given share of the run, every N steps, latents whose running variance is below a
+share of the mean variance are retired: they never fire again, and the auxiliary loss ignores them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EPSILON = 1e-6
 
 
 class Dynamics(StepCounter):
-    """Running moments of activations, the groups of latents, and who is retired."""
+    """Running moments of activations, the groups of latents, and which are retired."""
 
     group: Tensor
     retired: Tensor
@@ -35,8 +35,8 @@ class Dynamics(StepCounter):
     def __init__(
         self, group_sizes: Sequence[int], prune_every_steps: int = 1, prune_share: float = 0.0, floor: float = 0.0
     ) -> None:
-        """Shares are of the mean variance: latents under `prune_share` are retired, those under `floor` left out of
-        the temporal losses."""
+        """Shares of the mean variance: latents below `prune_share` are retired, those below `floor` left out of the
+        temporal losses."""
         super().__init__()
         groups = torch.arange(len(group_sizes)).repeat_interleave(
             torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
@@ -49,11 +49,11 @@ class Dynamics(StepCounter):
 
     @property
     def variance(self) -> Tensor:
-        """[F], of each latent's activation over tokens."""
+        """[F], variance of each latent's activation over tokens."""
         return (self.square - self.mean.square()).clamp_min(0.0)
 
     def weights(self, by_variance: bool) -> Tensor:
-        """[F], what each latent counts in a cosine: 1, or 1 / variance; 0 under the floor."""
+        """[F], the weight of each latent in a cosine: 1, or 1 / variance; 0 below the floor."""
         if self.steps_seen == 0:
             return torch.ones_like(self.mean)
         relative = self.variance / self.variance.mean().clamp_min(EPSILON)
@@ -78,13 +78,13 @@ class Dynamics(StepCounter):
         view.note("temporal/lifetime", mean_lifetime(view))
         view.note("temporal/pruned", self.retired.sum())
         for scale in SCALES:
-            if not view.side.knob(f"temporal_{scale}", 0.0):  # else its term has noted what it counts
+            if not view.side.knob(f"temporal_{scale}", 0.0):  # otherwise its term has logged its weight
                 view.note(f"temporal/weight_{scale}", view.x.new_zeros(()))
 
 
 @dataclass(frozen=True)
 class Retire(Constraint):
-    """Latents that were retired here read nothing and stay below zero; what other extras retire is theirs."""
+    """Keep latents that `dynamics` has retired silent; latents retired by other extras are not affected."""
 
     dynamics: Dynamics
     table_use = "gradients"
@@ -101,13 +101,13 @@ class Retire(Constraint):
 
 @torch.no_grad()
 def silence(sae: SparseAutoencoder, retired_F: Tensor) -> None:
-    """Retired latents read nothing; a bias below zero keeps them closed."""
+    """Zero the encoder rows of retired latents; a negative bias keeps them closed."""
     sae.W_enc.masked_fill_(_along(sae.W_enc, retired_F), 0.0)
     sae.b_enc.masked_fill_(retired_F, SILENT)
 
 
 def _along(table: Tensor, retired_F: Tensor) -> Tensor:
-    """The retired latents in the shape of a table's rows."""
+    """The retired latents, in a shape that broadcasts over a table's rows."""
     return retired_F if table.ndim == 1 else retired_F[:, None]
 
 
@@ -119,7 +119,7 @@ def rows_before(side: Side, lag: int) -> Tensor:
 
 
 def mean_lifetime(view: View) -> Tensor:
-    """Mean length in tokens of the stretches over which a latent stays active, within the batch's documents."""
+    """Mean number of consecutive tokens for which a latent stays active, within the batch's documents."""
     codes = view.codes
     before = rows_before(view.side, 1)
     active = codes.values.detach() != 0

@@ -1,19 +1,19 @@
-"""Structure optimisation: latents that do nothing go where most is left to do, and boundaries follow.
+"""Structure optimisation: idle latents move to where most is left to explain, and tier boundaries follow.
 
 Every N steps:
 1. The relative residual of tier t is L_t / L_(t-1), L_(-1) = 1: the share that the tier leaves of what
    reached it. (L_t itself is always largest for the lowest tier, whose set is the smallest.)
-2. The tier with the largest one receives latents that are dead or idle, the least active first.
-3. No tier grows or shrinks by more than a given share of its first size.
-4. Where asked for, latents that are alive follow, alone or in exchange, if the weighted loss of the tiers falls by it.
-A dead latent that has moved learns anew by the auxiliary loss of its base, as any dead latent does.
+2. The tier with the largest relative residual receives latents that are dead or idle, the least active first.
+3. No tier grows or shrinks by more than a given share of its initial size.
+4. If requested, live latents move too, alone or by swapping two, if that lowers the weighted loss of the tiers.
+A dead latent that has moved is trained again by the auxiliary loss of its base, like any dead latent.
 
-How living latents are moved (B rows, F latents, T tiers; e_u is what the set of tiers 0 to u leaves of the target, w_u
-what its loss counts, a and d a latent's activation and decoder row):
+How live latents are moved (B rows, F latents, T tiers; e_u is what the set of tiers 0 to u leaves of the target, w_u
+the weight of its loss, a and d a latent's activation and decoder row):
 1. A latent that joins a set changes its loss by E[a^2] - 2 E[a <e_u, d>], one that leaves it by
-   E[a^2] + 2 E[a <e_u, d>]: from these follows what each latent's move to each tier changes, on the batch at hand.
-2. Single moves that lower the loss, as far as the sizes of tiers may drift; then exchanges of two latents that do.
-3. Moves change each other: the loss with all of them is computed, and half are dropped until it is lower than before.
+   E[a^2] + 2 E[a <e_u, d>]: this gives the change from moving each latent to each tier, on the current batch.
+2. Take single moves that lower the loss, within the allowed drift of tier sizes; then swaps of two latents that do.
+3. Moves affect each other: compute the loss with all of them, and drop half until it is lower than before.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from ..sae.kernels.sparse_products_with_gradients import affine
 from ..sae.step_view import View
 from .tiers import shares_on, switched_on, tier_losses, tiers_of
 
-Follower = Callable[[View, Tensor, Tensor], None]  # told of the membership before and after
+Follower = Callable[[View, Tensor, Tensor], None]  # called with the membership before and after
 Group = list[tuple[int, int]]  # latents that move together, each with its new tier
 
 
 @dataclass(frozen=True)
 class Moves:
-    """When latents move, which, and how far sizes may drift."""
+    """When latents move, which ones, and how far tier sizes may drift."""
 
     every_steps: int
     idle_frequency: float
-    """Latents that fire on a smaller share of tokens are free to go."""
+    """Latents that fire on a smaller share of tokens than this may move."""
     most_at_once: float
     """Share of all latents."""
     drift: float
-    """Share of a tier's first size."""
+    """Share of a tier's initial size."""
     live: bool = False
-    """Latents that are alive move too."""
+    """Whether live latents move too."""
 
     def room(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """How many latents each tier may come to have."""
+        """The most latents that each tier may have."""
         return tuple(size + int(self.drift * size) for size in sizes)
 
     def floor(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """How many latents each tier keeps."""
+        """The fewest latents that each tier may have."""
         return tuple(size - int(self.drift * size) for size in sizes)
 
 
 class Structure(StepCounter):
-    """Running means of frequencies and losses, and the moves that follow from them."""
+    """Running means of frequencies and losses, and the moves based on them."""
 
     frequency: Tensor
     losses: Tensor
@@ -75,7 +75,7 @@ class Structure(StepCounter):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         self._measure(view)
-        is_open = min(shares_on(view.side.knobs, len(self._sizes))) == 1  # one still off would take all latents
+        is_open = min(shares_on(view.side.knobs, len(self._sizes))) == 1  # a tier still off would attract all latents
         if is_open and self.steps_seen % self.moves.every_steps == 0:  # these steps wait for a GPU
             tiers = tiers_of(view)
             before = tiers.membership.clone()
@@ -117,7 +117,7 @@ class Structure(StepCounter):
 
 
 def _first_of_each_tier(idle: Tensor, frequency: Tensor, membership: Tensor, spare: Sequence[int]) -> Tensor:
-    """Idle latents, the least active first, no more of a tier than it can spare."""
+    """Idle latents, the least active first, no more from each tier than it can spare."""
     order = frequency.argsort(stable=True)
     order = order[idle[order]]
     chosen = [order[membership[order] == tier][:count] for tier, count in enumerate(spare)]
@@ -142,7 +142,7 @@ def reallocated(view: View, membership: Tensor, room: Sequence[int], floor: Sequ
 
 @torch.no_grad()
 def changes(view: View, membership: Tensor, tiers: int) -> Tensor:
-    """[F, T], what the weighted loss changes by where one latent goes to a tier and all others stay."""
+    """[F, T], the change of the weighted loss if one latent moves to a tier and all others stay."""
     codes, W, weights = view.codes.map(torch.detach), view.sae.W_dec, _weights(view, tiers)
     tier_N, zero = codes.per_latent(membership), view.sae.b_enc.new_zeros(len(membership))
     square = codes.map(torch.square).latent_totals() / codes.num_rows * W.square().sum(1)
@@ -165,7 +165,7 @@ def changes(view: View, membership: Tensor, tiers: int) -> Tensor:
 
 
 def choose(change_FT: Tensor, membership: Tensor, room: Sequence[int], floor: Sequence[int], most: int) -> list[Group]:
-    """Moves and exchanges that lower the loss, the best first."""
+    """Moves and swaps that lower the loss, the best first."""
     tiers, sizes = len(room), torch.bincount(membership, minlength=len(room)).tolist()
     groups: list[tuple[float, Group]] = []
     taken: set[int] = set()
@@ -185,7 +185,7 @@ def choose(change_FT: Tensor, membership: Tensor, room: Sequence[int], floor: Se
 def _exchanges(
     change_FT: Tensor, membership: Tensor, one: int, other: int, taken: set[int], most: int
 ) -> list[tuple[float, Group]]:
-    """Pairs of latents of two tiers that are better off in each other's."""
+    """Pairs of latents from two tiers whose swap lowers the loss."""
     firsts, seconds = (
         [(float(change_FT[f, to]), f) for f in (membership == own).nonzero().view(-1).tolist() if f not in taken]
         for own, to in ((one, other), (other, one))
@@ -201,7 +201,7 @@ def _exchanges(
 
 @torch.no_grad()
 def weighted_loss(view: View, membership: Tensor, tiers: int) -> Tensor:
-    """What the tiers' reconstruction would come to with another membership, on the weights as they are now."""
+    """The tiers' reconstruction loss with another membership, at the current weights."""
     codes, sae = view.codes.map(torch.detach), view.sae
     errors, _ = tier_errors(codes, sae.W_dec, sae.b_dec, view.target, Tiering(membership, tiers))
     return view.side.ranks.mean((errors * _weights(view, tiers)).sum()) / view.stats.variance

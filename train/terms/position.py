@@ -1,7 +1,7 @@
-"""Latents and positions: the L1 before the mask, and the record of where each latent belongs.
+"""Latents and positions: the L1 before the mask, and the record of the range of each latent.
 
-B rows, F latents, R ranges. The record lies beside the saved SAE; for static slicing it is the whole
-difference: a standard SAE whose latents are assigned to the range that holds most of their activation.
+B rows, F latents, R ranges. The record is saved with the SAE. For static slicing it is the only
+difference: a standard SAE whose latents are assigned to the range with most of their activation.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ DECAY = 0.99  # of the running mass
 
 
 def l1_before_mask(view: View) -> Tensor:
-    """Sum of a row's activations as they would be without the mask, over sqrt(D)."""
+    """Sum of a row's activations without the mask, over sqrt(D)."""
     assert isinstance(view.sae, ShapedAutoencoder)
     codes = view.sae.unmasked(view.x, view.side)
     return codes.mean_over_rows() / view.stats.width**0.5
 
 
 class MaskRecord(Extra):
-    """The range of each latent; measured where no mask says it."""
+    """The range of each latent; measured where no mask defines it."""
 
     range: Tensor
     num_ranges: Tensor
@@ -61,7 +61,7 @@ class MaskRecord(Extra):
 
 
 class SoftMaskRecord(MaskRecord):
-    """The same with the centres, from which the ranges follow."""
+    """The same, plus the centres of the masks, which determine the ranges."""
 
     centre: Tensor
     sigma: Tensor
@@ -85,7 +85,7 @@ class SoftMaskRecord(MaskRecord):
 
 
 def record_of(mask: Mask | None, width: int, context: int, ranges: int) -> MaskRecord:
-    """The record that goes with a mask, or with none."""
+    """The record for a mask, or for none."""
     if isinstance(mask, SoftMask):
         return SoftMaskRecord(mask, context, ranges)
     if isinstance(mask, HardMask):
@@ -94,7 +94,7 @@ def record_of(mask: Mask | None, width: int, context: int, ranges: int) -> MaskR
 
 
 def mass_by_range(view: View, context: int, ranges: int) -> Tensor:
-    """[R, F], how far each latent is from zero in each range of positions, summed over rows."""
+    """[R, F], each latent's absolute activation in each range of positions, summed over rows."""
     codes = view.codes
     here = range_of(view.side["position"], context, ranges)
     values = codes.values.detach().abs()
@@ -105,7 +105,7 @@ def mass_by_range(view: View, context: int, ranges: int) -> Tensor:
 
 
 def retention(mass_RF: Tensor, range_F: Tensor) -> Tensor:
-    """Share of the activation of latents with a range that lies inside it; 1 where none has one."""
+    """Mean share of activation inside the range, over latents that have a range; 1 if none has."""
     total_F = mass_RF.sum(0)
     bound = (range_F != FREE) & (total_F > 0)
     inside_F = mass_RF.gather(0, range_F.clamp_min(0)[None])[0]

@@ -1,4 +1,4 @@
-"""How far the reconstruction is from its target; of nested prefixes of one dictionary too, each on its own.
+"""Reconstruction losses, also for nested prefixes of one dictionary that each reconstruct on their own.
 
 B rows, D width, F latents, M prefixes. Codes are split by prefix, so one pass over the active
 latents yields all M reconstructions.
@@ -26,7 +26,7 @@ def reconstruction(view: View) -> Tensor:
 
 @split("alike")
 def reconstruction_by_gate(view: View) -> Tensor:
-    """The same through a gated SAE's gate path and a frozen decoder: trains the gate alone."""
+    """The same through a gated SAE's gate path and a frozen decoder: trains only the gate."""
     sae = view.sae
     x_hat = rebuild(gate_path(view), sae.W_dec.detach(), sae.b_dec.detach(), view.side)
     return squared_error(x_hat, view.target - x_hat.detach()) / view.stats.variance
@@ -35,7 +35,7 @@ def reconstruction_by_gate(view: View) -> Tensor:
 @split("alike")
 @dataclass(frozen=True)
 class NestedReconstruction:
-    """Weighted sum over prefixes of the share of variance left unexplained; each weight counts once."""
+    """Weighted sum over prefixes of the share of variance left unexplained; weights are not normalised."""
 
     widths: tuple[int, ...]
     weights: tuple[float, ...]
@@ -50,6 +50,6 @@ class NestedReconstruction:
 
     @once
     def _parts(self, view: View) -> tuple[Tensor, Tensor]:
-        """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents; the residual of all."""
+        """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents; and the residual of all latents."""
         sae = view.sae
         return nested_errors(view.codes, sae.W_dec, sae.b_dec, view.target, self.widths, view.side.latents)

@@ -1,9 +1,9 @@
-"""Resampling (Bricken et al. 2023): dead latents begin anew where the living rebuild least.
+"""Resampling (Bricken et al. 2023): dead latents restart where live ones reconstruct worst.
 
-B rows, F latents. Every N steps, until a part of the run is over, each dead latent takes a row of the batch, drawn with
-a chance in proportion to the square of its loss: its decoder row becomes what was left of that row, at length one,
-its encoder a fifth of a living latent's length along it, its bias a fifth of a living one's.
-Adam's moments are left: those of a latent that has long been silent have faded by themselves.
+B rows, F latents. Every N steps, up to a given share of the run, each dead latent takes a row of the batch, drawn with
+probability proportional to the square of its loss. Its decoder row becomes the residual of that row at length one, its
+encoder row the same direction at a fifth of the mean live length, its bias a fifth of the mean live bias.
+Adam's moments are kept: those of a long-silent latent have already faded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..data.device_copies import send
 from ..sae.extra_modules import StepCounter
 from ..sae.step_view import View
 
-RESAMPLING = "resampling"  # the extra, and the knob that says whether it is over: 1 from there on
+RESAMPLING = "resampling"  # name of the extra, and of the knob that is 1 once resampling is over
 SHARE = 0.2
-FINEST = 2.0**40  # parts of the largest chance: a million rows of it are within 63 bits
+FINEST = 2.0**40  # the largest chance as an integer: a million of them fit into 63 bits
 SMALLEST = 1e-300
 
 
@@ -44,10 +44,10 @@ class Resampling(StepCounter):
 
 
 def resample(view: View, dead_F: Tensor) -> None:
-    """New weights for some latents; the host draws, so that nothing is waited for."""
+    """Give some latents new weights; the host draws the random numbers, so that it does not wait for the GPU."""
     sae = view.sae
     fresh = normalize(view.residual[drawn_rows(view, len(dead_F))], dim=1)
-    # All ranks take the rows of the first: tables must stay the same everywhere.
+    # All ranks use the rows of the first: tables must stay the same everywhere.
     fresh = view.side.ranks.sum(fresh if view.side.ranks.rank == 0 else torch.zeros_like(fresh))
     living = ~dead_F
     count = living.sum().clamp_min(1)
@@ -59,10 +59,10 @@ def resample(view: View, dead_F: Tensor) -> None:
 
 
 def drawn_rows(view: View, count: int) -> Tensor:
-    """int64 [count], rows of the batch, each drawn with a chance in proportion to its squared loss."""
+    """int64 [count], rows of the batch, each drawn with probability proportional to its squared loss."""
     chances = view.residual.square().sum(1).square().double()
-    # Summed as whole numbers: a GPU adds the floats of a vector in an order that changes from run to run, and so may
-    # the row at the end of a sum, which a run that was resumed must draw again.
+    # Summed as integers: a GPU adds floats in an order that changes from run to run, which could change the drawn row,
+    # and a resumed run must draw the same one.
     ends = (chances / chances.max().clamp_min(SMALLEST) * FINEST).long().cumsum(0)
     dice = send(torch.rand(count, generator=view.generator), ends.device)
     return torch.searchsorted(ends, (dice.double() * ends[-1]).long(), right=True).clamp_max(len(ends) - 1)

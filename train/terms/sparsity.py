@@ -1,4 +1,4 @@
-"""What activity costs. D width of the target; activations grow with sqrt(D), so penalties divide by it."""
+"""Penalties on activity. D width of the target; activations grow with sqrt(D), so penalties divide by it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def l1(view: View) -> Tensor:
 
 @split("parts")
 def gate_l1(view: View) -> Tensor:
-    """The same of what the gate path lets through."""
+    """The same for the codes of the gate path."""
     return gate_path(view).mean_over_rows() / view.stats.width**0.5
 
 
@@ -44,10 +44,9 @@ def lp(view: View) -> Tensor:
 @split("alike")
 @dataclass(frozen=True)
 class TargetL0:
-    """(L0 / target - 1)^2, straight through to the thresholds of a jump gate.
+    """(L0 / target - 1)^2, with straight-through gradients to the thresholds of a jump gate.
 
-    The count reads pre-activations: read off the gated activations, the window below the threshold
-    would never be seen.
+    The count is taken from pre-activations: gated activations would hide the window below the threshold.
     """
 
     target: float
@@ -56,7 +55,7 @@ class TargetL0:
         gate = view.sae.gate
         assert isinstance(gate, JumpRelu)
         count = gate.marks(view.codes).sum() / view.codes.num_rows
-        # The square is of the global batch's count, the gradient of this rank's.
+        # The square uses the global batch's count, the gradient only this rank's.
         others = view.side.ranks.mean(view.side.latents.sum(count.detach())) - count.detach()
         return ((count + others) / self.target - 1.0).square()
 
@@ -79,8 +78,8 @@ class TanhL0:
 class Frequency:
     """Sum over latents of p^2 / (common target), where p is the share of rows in which a latent fires.
 
-    A latent that fires in the share `common` of all rows costs as much as its part of the target. Straight through to
-    the thresholds of a jump gate.
+    A latent that fires in the share `common` of all rows costs as much as its part of the target. Gradients are
+    straight-through to the thresholds of a jump gate.
     """
 
     target: float
@@ -100,8 +99,8 @@ class Frequency:
 def dead_thresholds(view: View) -> Tensor:
     """Sum of the thresholds of the dead latents of a jump gate.
 
-    As published the encoder is moved too: all dead latents along one direction, the mean of x. At three times our
-    rate and a weight that wakes them, that took explained variance from 0.81 to 0.6 (docs/quality.md).
+    The published form moves the encoder too: all dead latents along one direction, the mean of x. At three times our
+    rate and a weight that revives them, that lowered explained variance from 0.81 to 0.6 (docs/quality.md).
     """
     assert isinstance(view.sae.gate, JumpRelu)
     return (view.sae.gate.threshold * view.dead_and_wanted).sum()

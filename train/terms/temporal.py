@@ -1,11 +1,11 @@
-"""Temporal consistency: what a group of latents says changes slowly over the window.
+"""Temporal consistency: the codes of a group of latents should change slowly over the window.
 
 B rows, F_g latents of a group, j = i - lag the row that is compared with row i.
-L = mean over pairs of 1 - cos(f_i, h_j), over pairs in which either has an active latent; a silent one has
+L = mean of 1 - cos(f_i, h_j) over pairs in which either row has an active latent; a silent row has
 cosine 0. h is the past, read without gradient: f itself, or with mixing m < 1 the running mean
-h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which starts empty in each document, or at random
-numbers, drawn anew in each step, that count (1 - m)^n after n tokens.
-Each scale draws its lag anew in each step. Pairs stay within one document, and within pieces of the window
+h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which in each document starts empty, or at random
+numbers, redrawn in each step, that have weight (1 - m)^n after n tokens.
+Each scale draws a new lag in each step. Pairs stay within one document, and within pieces of the window
 whose length may grow over the run.
 """
 
@@ -49,7 +49,7 @@ class Consistency:
     apart: bool = False
     """The control: the past is that of another window."""
     start_std: float = 0.0
-    """Of the random numbers that a mixed past starts at; 0: it starts empty."""
+    """Standard deviation of the random numbers at which a mixed past starts; 0: it starts empty."""
 
     def __call__(self, view: View) -> Tensor:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
@@ -67,14 +67,14 @@ class Consistency:
         return send(self.start_std * drawn, view.x.device).to(view.x.dtype)
 
     def _weights(self, view: View) -> Tensor:
-        """[F_g], what each latent counts in the cosine."""
+        """[F_g], the weight of each latent in the cosine."""
         return cast(Dynamics, view.sae.extras[TEMPORAL]).weights(self.adaptive == "variance")[self.start : self.stop]
 
 
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
-    """The codes of the latents `start` to `stop` alone.
+    """The codes of only the latents `start` to `stop`.
 
-    On a GPU all entries stay, the others as zeros of one more latent: the host would wait for a list of them.
+    On a GPU all entries stay, the others as zeros of an extra latent, since selecting them would make the host wait.
     """
     if codes.support is None:
         return Codes(codes.values[:, start:stop], None, codes.num_rows, stop - start)
@@ -111,7 +111,7 @@ def inconsistency(
     norms = part.sum_over_latents(weight * values.square())
     dots = part.sum_over_latents(weight * values * read_rows(then_BF, part, past))
     either = held & ((norms.detach() > TINY) | (norms_then**2 > TINY))
-    # A silent row passes no gradient on: divided by next to nothing it would drown all others'.
+    # A silent row passes on no gradient: divided by almost zero it would drown out all others.
     cosine = torch.where(norms > TINY, dots, 0.0) / (norms.clamp_min(TINY).sqrt() * norms_then)
     return torch.where(either, 1.0 - cosine, 0.0).sum() / view.side.ranks.share(either.sum())
 
@@ -138,7 +138,7 @@ def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:
 
 
 def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | None = None) -> Tensor:
-    """[B, F_g], the running mean of the document's past up to and with each row, from where it starts."""
+    """[B, F_g], the running mean of the document's past up to and including each row."""
     if mixing == 1.0:
         return acts_BF
     places = Places(side["window"], side["position"], side["row_of"])
@@ -156,14 +156,14 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | Non
 
 
 def _in_one_document(side: Side) -> Tensor:
-    """bool [W, T, T], the pairs of places whose rows belong to one document; a place without a row is in none."""
+    """bool [W, T, T], the pairs of positions whose rows belong to one document; positions without a row are in none."""
     document = torch.full_like(side["row_of"], -1)
     document[side["window"], side["position"]] = side["document"]
     return (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
 
 
 def gradient_ratio(view: View, loss: Tensor) -> Tensor:
-    """Norm of reconstruction's gradient over that of the loss, both on the codes that are not zero; no gradient."""
+    """Norm of reconstruction's gradient over that of the loss, both for non-zero codes; has no gradient itself."""
     (own,) = torch.autograd.grad(loss, view.codes.values, retain_graph=True)
     ratio = (_reconstruction_square(view) / _global_square(view, own).clamp_min(TINY)).sqrt()
     return ratio.clamp_max(MAX_RATIO)
@@ -180,7 +180,7 @@ def _reconstruction_square(view: View) -> Tensor:
 
 
 def _global_square(view: View, gradient: Tensor) -> Tensor:
-    """Squared norm, over all ranks, of a gradient of the codes; a rank's own lacks the rank's weight."""
+    """Squared norm, over all ranks, of a gradient for the codes; each rank's part is multiplied by its weight."""
     ranks = view.side.ranks
     shared = torch.where(view.codes.values != 0, ranks.weight / ranks.size * gradient, 0.0)
     return ranks.sum(shared.square().sum())

@@ -1,6 +1,6 @@
-"""Composition: decoder rows of a tier as sums, with weights from zero up, of rows of the tier below.
+"""Composition: decoder rows of a tier as sums of rows of the tier below, with non-negative weights.
 
-F_t latents in tier t. For each tier but the first, E_t = mean over its latents of
+F_t latents in tier t. For each tier except the first, E_t = mean over its latents of
 ||row - C^t rows below||^2, with C^t [F_t, F_(t-1)] >= 0. Rows have length one, so 1 - E_t is the mean
 R^2 of the composition. Its gradient reaches C and both tiers' rows; the L1 norm of C keeps the parts few.
 """
@@ -25,13 +25,13 @@ NEGLIGIBLE = 1e-3
 
 
 class Composition(Extra):
-    """C2, C3, ...: what each tier's latents are made of; tiers count from 1 here.
+    """C2, C3, ...: the composition of each tier's latents; tiers are counted from 1 here.
 
-    Where latents may change tiers, the matrices have room for as many as a tier may get; row i is the i-th
-    latent of the tier in rising order, and what lies beyond the tier's size is zero.
+    Where latents may change tiers, the matrices have room for the largest size of a tier; row i is the i-th
+    latent of the tier in ascending order, and rows beyond the tier's size are zero.
     """
 
-    lr_scale = 10.0  # C has a way of order 1 to go, in steps of the learning rate
+    lr_scale = 10.0  # C must move by order 1, in steps of the learning rate
 
     def __init__(self, room: Sequence[int]) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class Composition(Extra):
 
     @torch.no_grad()
     def follow(self, view: View, before: Tensor, after: Tensor) -> None:
-        """Latents went from membership `before` to `after`: those that stayed keep their entries, with the optimiser's
-        moments of them, others begin at 0."""
+        """Adapt to a change of membership: latents that stayed keep their entries and the optimiser's moments of these,
+        others start at 0."""
         for tier in range(1, int(after.max()) + 1):
             table = self._table(tier)
             (old_rows, new_rows), (old_columns, new_columns) = (_stayed(before, after, t) for t in (tier, tier - 1))
@@ -56,7 +56,7 @@ class Composition(Extra):
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
-        """Write down how well and how sparsely each tier is composed."""
+        """Log how well and how sparsely each tier is composed."""
         tiers = tiers_of(view)
         errors = composition_errors(view)
         for tier in range(1, tiers.num_tiers):
@@ -69,7 +69,7 @@ class Composition(Extra):
 
 
 class NonNegative(Constraint):
-    """C never falls below zero."""
+    """Keep C from falling below zero."""
 
     table_use = "none"
 
@@ -93,7 +93,7 @@ def composition_errors(view: View) -> Tensor:
 
 
 def composition_loss(view: View) -> Tensor:
-    """Mean over tiers."""
+    """Mean of the composition errors over tiers."""
     return composition_errors(view).mean()
 
 
@@ -105,7 +105,7 @@ def composition_l1(view: View) -> Tensor:
 
 
 def _stayed(before: Tensor, after: Tensor, tier: int) -> tuple[Tensor, Tensor]:
-    """Old and new place in the tier of each latent that was in it and still is."""
+    """Old and new index in the tier of each latent that stayed in it."""
     was, now = before == tier, after == tier
     stayed = was & now
     return (was.cumsum(0) - 1)[stayed], (now.cumsum(0) - 1)[stayed]

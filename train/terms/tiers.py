@@ -1,13 +1,13 @@
-"""Tiers: nested sets of latents that each reconstruct on their own, and what each of them counts.
+"""Tiers: nested sets of latents that each reconstruct on their own, and the weight of each.
 
 B rows, F latents, T tiers; set t holds the latents of tiers 0 to t, L_t is the share of variance that
 it leaves unexplained.
 - `fixed`: sum of w_t L_t with given weights that sum to 1.
 - `uncertainty`: sum of exp(-s_t) L_t, each s_t learned by exp(-s_t) L_t + s_t, so exp(-s_t) tends to
   1 / L_t. A plain learned softmax would put everything on the tier that is easiest to satisfy.
-- `learned`: the same s_t, from 0, the weights w_t exp(-s_t) divided by their sum: what a tier counts is
+- `learned`: the same s_t, starting at 0, with weights w_t exp(-s_t) divided by their sum: a tier's weight is
   relative to what it leaves. Reconstruction then weighs as much as in the base, so that a penalty on
-  activity buys what it buys there, and low tiers, whose losses stay large, do not crowd out the whole.
+  activity has the same effect as there, and low tiers, whose losses stay large, do not dominate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIERS = "tiers"
 class Tiers(Extra):
     """Which tier each latent belongs to, and the importance of each tier."""
 
-    lr_scale = 30.0  # s_t has a way of order 1 to go, in steps of the learning rate
+    lr_scale = 30.0  # s_t must move by order 1, in steps of the learning rate
     membership: Tensor
     weight: Tensor
     grad_norm: Tensor
@@ -54,33 +54,33 @@ class Tiers(Extra):
 
     @property
     def tiering(self) -> Tiering:
-        """The latents of each tier, made anew where a latent may have moved."""
+        """The latents of each tier, recomputed when a latent may have moved."""
         version = self.membership._version
         if self._tiering is None or self._tiering[1].tier is not self.membership or self._tiering[0] != version:
             self._tiering = version, Tiering(self.membership, self.num_tiers)
         return self._tiering[1]
 
     def members(self, tier: int) -> Tensor:
-        """int64, the latents of a tier in rising order."""
+        """int64, the latents of a tier in ascending order."""
         return self.tiering.members[tier]
 
     def weights(self, on_T: Tensor) -> Tensor:
-        """What each tier's loss counts, [T], without gradient; tiers that are not on count nothing."""
+        """[T], the weight of each tier's loss, without gradient; 0 for tiers that are off."""
         if self.importance == "uncertainty":
             return torch.exp(-self.log_variance.detach()) * on_T
         learned = 1.0 if self.importance == "fixed" else torch.exp(-self.log_variance.detach())
         raw = self.weight * learned * on_T
-        return raw / raw.sum().clamp_min(1e-30)  # none may be on that has a weight
+        return raw / raw.sum().clamp_min(1e-30)  # possibly no tier with a weight is on
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
-        """Latents of a tier that the curriculum has not switched on. From then on they count as dead until they fire,
-        and the auxiliary loss wakes them: left alone while the tier rises, they find fewer of planted children."""
+        """Latents of tiers that the curriculum has not switched on. Once on, they count as dead until they fire, and
+        the auxiliary loss revives them: without it while a tier rises, they find fewer planted children."""
         is_off = [on == 0 for on in shares_on(knobs, self.num_tiers)]
         return numbers(is_off, self.membership).bool()[self.membership] if any(is_off) else None
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
-        """Write down activity, size and importance of each tier; tiers count from 1 in the log."""
+        """Log activity, size and importance of each tier; the log counts tiers from 1."""
         fired = view.fired / view.side.ranks.rows(view.x.shape[0])
         active = index_sum(fired.to(self.weight.dtype), self.membership, self.num_tiers)
         weights = self.weights(switched_on(view, self.num_tiers))
@@ -98,23 +98,23 @@ def tiers_of(view: View) -> Tiers:
 
 
 def switch_name(tier: int) -> str:
-    """The knob that says whether a tier takes part; tiers count from 1 in the log."""
+    """The knob for how far a tier takes part; names count tiers from 1."""
     return f"tier_{tier + 1}"
 
 
 def shares_on(knobs: Mapping[str, float], num_tiers: int) -> list[float]:
-    """How far each tier takes part, from 0 to 1; a tier that no schedule moves does."""
+    """How far each tier takes part, from 0 to 1; 1 for a tier without a schedule."""
     return [knobs.get(switch_name(tier), 1.0) for tier in range(num_tiers)]
 
 
 def switched_on(view: View, num_tiers: int) -> Tensor:
-    """[T], 1 for tiers that take part at this step."""
+    """[T], how far each tier takes part at this step."""
     return numbers(shares_on(view.side.knobs, num_tiers), view.x)
 
 
 @once
 def tier_losses(view: View) -> Tensor:
-    """[T], the share of variance that the tiers up to each leave unexplained."""
+    """[T], the share of variance that the tiers up to each one leave unexplained."""
     return _tier_errors(view)[0] / view.stats.variance
 
 
@@ -131,7 +131,7 @@ def _tier_errors(view: View) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TieredReconstruction:
-    """Weighted sum of the tiers' losses; `scaled` divides the gradient of each by its size where that is over 1."""
+    """Weighted sum of the tiers' losses; `scaled` divides the gradient of each loss by the loss if that is over 1."""
 
     scaled: bool = False
 
@@ -144,9 +144,9 @@ class TieredReconstruction:
 
 
 def importance_loss(view: View) -> Tensor:
-    """Sum of exp(-s_t) L_t + s_t with L_t constant, less the least it can be: 0 where s_t = log L_t.
+    """Sum of exp(-s_t) L_t + s_t with L_t constant, minus its minimum, so that it is 0 where s_t = log L_t.
 
-    It teaches s_t and nothing else.
+    It trains only s_t.
     """
     losses = view.side.ranks.mean(tier_losses(view).detach()).clamp_min(1e-12)
     s = tiers_of(view).log_variance

@@ -1,6 +1,6 @@
 """Guided by one layer's attention: tokens that attend to each other should share latents.
 
-A contrastive term beside the losses of any base (`base=topk`); see `terms/attention_guidance.py`.
+A contrastive term added to the losses of any base (`base=topk`); see `terms/attention_guidance.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..kit.attention_guided import Guided, build_guided, request_guided
 @dataclass(frozen=True)
 class Config(Guided):
     offset: int = 0
-    """Whose attention, counted from the SAE's layer: -1 is the layer before."""
+    """The layer whose attention guides, relative to the SAE's: -1 is the layer before."""
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

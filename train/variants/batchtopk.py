@@ -17,7 +17,7 @@ class Config(WithAux, SingleLayer):
     k: float = 64.0
     """Mean number of active latents per token."""
     threshold_decay: float = 0.99
-    """Of the running mean of the smallest kept activation."""
+    """Decay of the running mean of the smallest kept activation."""
     encoder_product: Product = "bfloat16"
 
     def dead_part(self) -> int:

@@ -1,8 +1,8 @@
 """Cross-layer transcoder (Ameisen et al. 2025): latents that read one layer and write to it and to all later ones.
 
-With `hook=mlp_in` they read what each layer's MLP reads, and together write what it and later MLPs write: a step that
-goes through several layers is one latent. `k` counts the active latents of all layers together, chosen from the whole
-batch. With the same hook on both sides it is the weakly causal crosscoder.
+With `hook=mlp_in` they read what each layer's MLP reads, and together write what it and later MLPs write: a
+computation that spans several layers is one latent. `k` counts the active latents of all layers together, chosen from
+the whole batch. With the same hook on both sides it is the weakly causal crosscoder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config(WithAux, Dictionary):
     encoder_product: Product = "bfloat16"
     hook: str = RESID
     to_hook: str | None = None
-    """None: mlp_out where the hook is mlp_in, else the same hook."""
+    """None: mlp_out if the hook is mlp_in, otherwise the same hook."""
 
     def needs(self) -> Needs:
         require_layers(self.layers, rising=True)
@@ -57,7 +57,7 @@ def build_cross_layer(
     stats: Stats | None,
     target_stats: Stats | None = None,
 ) -> Assembly:
-    """Latents that begin as those of an SAE of each layer, and learn what they write to later ones."""
+    """Latents that start as those of one SAE per layer, and learn what they write to later layers."""
     require(config.width >= layers, f"width: expected a latent for each of {layers} layers, found {config.width}")
     stats = stats_or_unit(stats, d_model * layers)
     target_stats = stats if target_stats is None else target_stats
@@ -65,6 +65,6 @@ def build_cross_layer(
     rows, _ = tied_weights(config.width, d_model, generator)
     b_dec = first_bias(config.decoder_bias, target_stats)
     sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
-    with torch.no_grad():  # of an input that is not centred
+    with torch.no_grad():  # the input is not centred
         sae.b_enc.sub_(sae.encoder_times(stats.mean.to(torch.float32)).sum(1))
     return assemble_mapping(config, sae, d_model, generator, stats, target_stats, WritesOnward())

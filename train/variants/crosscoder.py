@@ -3,7 +3,7 @@
 A row is the layers side by side, each scaled to the same mean norm; a latent has one activation and
 a decoder row per layer. `gate = "batchtopk"` keeps whole decoder rows at length one; `gate = "relu"`
 is the published form, an L1 penalty weighted by the sum of a latent's decoder norms over layers. With `causal` a latent
-reads one layer only, and writes to it and to all later ones.
+reads only one layer, and writes to it and to all later ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config(WithPenalty, WithAux, Dictionary):
     k: float = 64.0
     """Mean number of active latents per token (batchtopk)."""
     penalty: float = 0.04
-    """Of the L1 norm (relu)."""
+    """Weight of the L1 norm (relu)."""
     threshold_decay: float = 0.99
     encoder_product: Product = "bfloat16"
     causal: bool = False

@@ -1,8 +1,8 @@
-"""A sanity baseline: any base, with half of its dictionary left as chance drew it.
+"""A sanity baseline: any base, with half of its dictionary left at random.
 
-What an SAE shows that these show too is not a finding about what it learned. `part` says which half:
+A result that these baselines show too is not evidence of what an SAE learned. `part` says which half is random:
 - `decoder`: random directions; the encoder learns to use them;
-- `soft_decoder`: the decoder learns, and no row turns from its random start by more than `cosine` allows;
+- `soft_decoder`: the decoder learns, but no row turns from its random start by more than `cosine` allows;
 - `encoder`: random features; the decoder learns what they mean. The encoder's bias learns in all three.
 """
 
@@ -30,7 +30,7 @@ ANCHOR = "anchor"
 
 
 class Anchor(Extra):
-    """The decoder's first rows."""
+    """The initial decoder rows."""
 
     rows: Tensor
 
@@ -41,7 +41,7 @@ class Anchor(Extra):
 
 @dataclass(frozen=True)
 class Near(Constraint):
-    """Decoder rows of length one whose cosine with their start is never less than this."""
+    """Keeps decoder rows at length one, and their cosine with their start from falling below `cosine`."""
 
     cosine: float
     table_use = "gradients"
@@ -63,7 +63,7 @@ class Config(Wrapping):
     base: str = "topk"
     part: Part = "decoder"
     cosine: float = 0.8
-    """Of `soft_decoder`."""
+    """Smallest cosine of a decoder row with its start (part = "soft_decoder")."""
 
     def unread(self) -> Mapping[str, str]:
         return read_with("part=soft_decoder", self.part == "soft_decoder", "cosine")

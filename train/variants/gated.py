@@ -1,7 +1,7 @@
 """Gated (Rajamanoharan et al. 2024): one path decides which latents fire, another how strongly.
 
 The L1 penalty and a reconstruction through a frozen decoder train the gate path; the magnitude path
-sees the reconstruction alone, so it does not shrink.
+sees only the reconstruction, so it does not shrink.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Guided by the attention of several layers around the SAE's own, mixed by learned weights.
 
-1. A = sum_l w_l A^l with w = softmax(theta / tau); a layer that is ablated has weight zero.
+1. A = sum_l w_l A^l with w = softmax(theta / tau); an ablated layer has weight zero.
 2. The contrastive term of `attention`, with A.
-3. A consistency term: what the layers bring to a token should agree.
+3. A consistency term: what the layers contribute to a token should agree.
 Both terms are in `terms/attention_guidance.py`.
 """
 
@@ -24,18 +24,18 @@ from ..terms.attention_guidance import Objective
 @dataclass(frozen=True)
 class Config(Guided):
     offsets: tuple[int, ...] = (-2, -1, 0, 1)
-    """Whose attention, counted from the SAE's layer."""
+    """The layers whose attention guides, relative to the SAE's."""
     ablated: tuple[int, ...] = ()
-    """Those of the offsets that count for nothing."""
+    """Offsets whose layers get weight zero."""
     beta: float = 0.1
     """Weight of the consistency, relative to the guidance."""
     objective: Objective = "divergence"
-    """What the mixture is learned by; the cross entropy gives all weight to the layer easiest to satisfy."""
+    """The loss that trains the mixture; cross entropy gives all weight to the layer easiest to satisfy."""
     mixing_temperature: float = 1.0
-    """tau, towards which it falls where it starts elsewhere."""
+    """tau, or its final value if it starts elsewhere."""
     mixing_temperature_start: float | None = None
     mixing_temperature_steps: int = 1000
-    """Steps in which tau comes e times nearer to its last value."""
+    """Steps in which tau comes e times nearer to its final value."""
 
     def unread(self) -> Mapping[str, str]:
         falls = self.mixing_temperature_start is not None
@@ -61,7 +61,9 @@ class Config(Guided):
 
     def _require_settings(self) -> None:
         offsets, ablated = set(self.offsets), set(self.ablated)
-        require(len(offsets) == len(self.offsets) > 0, f"offsets: expected distinct ones, found {list(self.offsets)}")
+        require(
+            len(offsets) == len(self.offsets) > 0, f"offsets: expected distinct offsets, found {list(self.offsets)}"
+        )
         require(
             ablated < offsets, f"ablated: expected some of {list(self.offsets)}, not all, found {list(self.ablated)}"
         )

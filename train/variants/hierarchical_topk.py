@@ -1,7 +1,7 @@
 """HierarchicalTopK (Balagansky et al. 2025): one top-k dictionary that is good at every k up to a maximum.
 
 The largest 1, 2, 4, ... and all k activations of a token each reconstruct it on their own, in one pass over the
-active latents. A saved SAE is a top-k one; with fewer latents it is read by `sae.gate.k = 8`.
+active latents. The saved SAE is a top-k one; set `sae.gate.k = 8` to use it with fewer active latents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import topk
 
 @dataclass(frozen=True)
 class EachBudget:
-    """Mean over budgets of the share of variance that so many of the largest activations leave unexplained."""
+    """Mean over budgets of the share of variance that this many of the largest activations leave unexplained."""
 
     budgets: tuple[int, ...]
 
@@ -56,7 +56,8 @@ class Config(topk.Config):
         budgets = self.budgets or (*(budget for budget in powers if budget < self.k), self.k)
         rising = all(low < high for low, high in zip((0, *budgets), budgets, strict=False))
         require(
-            rising and budgets[-1] == self.k, f"budgets: expected numbers that rise to k = {self.k}, found {budgets}"
+            rising and budgets[-1] == self.k,
+            f"budgets: expected rising numbers that end at k = {self.k}, found {budgets}",
         )
         each = EachBudget(budgets)
         term = Term("reconstruction", each, Constant(1.0), each.residual)

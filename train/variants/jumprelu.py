@@ -1,7 +1,7 @@
-"""JumpReLU (Rajamanoharan et al. 2024): a learned threshold, trained straight through to a target L0.
+"""JumpReLU (Rajamanoharan et al. 2024): a learned threshold, trained with straight-through gradients to a target L0.
 
 Thresholds and bandwidth are in units of the mean norm of the activations, as published; Adam steps
-them in those units too, or they would hardly move from where they start. With `sparsity=tanh` (Conerly et al. 2025) the
+them in those units too, or they would hardly move from their start. With `sparsity=tanh` (Conerly et al. 2025) the
 penalty has gradients to all parameters and no target: how many latents fire follows from `penalty` / `target_l0`.
 """
 
@@ -34,18 +34,18 @@ class Config(WithPenalty, SingleLayer):
     penalty: float = 1.0
     penalty_warmup_fraction: float = 0.1
     initial_threshold: float = 0.001
-    """Of an SAE that begins as it was drawn; a fitted start places thresholds where `target_l0` latents fire."""
+    """Initial threshold with optim.start=drawn; a fitted start places thresholds where `target_l0` latents fire."""
     bandwidth: float = 0.001
     dead_penalty: float = 3e-3
-    """Weight of the sum of the dead latents' thresholds, which brings them down until such latents fire."""
+    """Weight of the sum of the dead latents' thresholds, which lowers them until these latents fire."""
     sparsity: Literal["target", "tanh"] = "target"
-    """What is penalised: the square of L0's distance from its target, or a smooth L0."""
+    """What is penalised: the squared distance of L0 from its target, or a smooth L0."""
     sharpness: float = 4.0
-    """Of the smooth one."""
+    """Sharpness of the smooth L0 (sparsity = "tanh")."""
     frequency_penalty: float = 0.0
-    """Weight of the square of how often each latent fires (Smith et al. 2025), beside the penalty on L0."""
+    """Weight of the squared firing frequency of each latent (Smith et al. 2025), added to the penalty on L0."""
     common_share: float = 0.1
-    """Of tokens: a latent that fires in so many costs its part of L0 once more."""
+    """Share of tokens at which a latent's frequency penalty equals its part of L0."""
 
     def unread(self) -> Mapping[str, str]:
         return {

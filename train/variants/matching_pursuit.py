@@ -1,7 +1,7 @@
 """Matching pursuit (Mallat and Zhang 1993; as an SAE, Costa et al. 2025): latents are chosen in rounds.
 
-B rows, F latents. In each of R rounds the k / R largest pre-activations of what the rounds before left over are
-taken, and what they write is subtracted, so that a latent which an earlier one has explained is not chosen again.
+B rows, F latents. Each of R rounds takes the k / R largest pre-activations of what earlier rounds left over, and
+subtracts what they write, so that a direction already explained by an earlier latent is not chosen again.
 k rounds of one latent are the published form; each round costs a dense product.
 """
 
@@ -27,7 +27,7 @@ from . import topk
 
 
 class Pursuit(SparseAutoencoder):
-    """An SAE whose encoder subtracts as it goes."""
+    """An SAE whose encoder subtracts each round's reconstruction before the next."""
 
     is_plain = False
     counts: tuple[int, ...]
@@ -60,7 +60,7 @@ class Pursuit(SparseAutoencoder):
 class Config(topk.Config):
     encoder_product: Product = "float32"
     rounds: int = 4
-    """How often what is left is read again; at most k."""
+    """Number of rounds; at most k."""
 
     def step_tables(self) -> float:
         return 2.5

@@ -1,7 +1,7 @@
-"""OrtSAE (Korznikov et al. 2025): BatchTopK whose latents are kept from leaning on each other.
+"""OrtSAE (Korznikov et al. 2025): BatchTopK with a penalty on decoder rows that point the same way.
 
-Penalised is the square of the cosine of each decoder row and the one nearest to it, of those in its chunk: the
-dictionary is dealt into chunks anew each time, so that the cost grows with its width and not with the width's square.
+The penalty is the squared cosine of each decoder row with the nearest row in its chunk. The dictionary is split into
+random chunks each time, so that the cost grows with its width and not with the square of the width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import batchtopk
 
 @dataclass(frozen=True)
 class Overlap:
-    """Mean over decoder rows of the squared cosine of the nearest in the row's chunk."""
+    """Mean over decoder rows of the squared cosine with the nearest row of the same chunk."""
 
     chunk: int
 
@@ -31,12 +31,12 @@ class Overlap:
         W_dec = view.sae.W_dec
         order = send(torch.randperm(len(W_dec), generator=view.generator), W_dec.device)
         parts = W_dec[order].tensor_split(-(-len(W_dec) // self.chunk))
-        overlaps = (_nearest_cosine(part).square().sum() for part in parts if len(part) > 1)  # a row alone has none
+        overlaps = (_nearest_cosine(part).square().sum() for part in parts if len(part) > 1)  # a lone row has none
         return sum(overlaps, W_dec.new_zeros(())) / len(W_dec)
 
 
 def _nearest_cosine(rows: Tensor) -> Tensor:
-    """Of rows of length one; only the two rows of each pair get its gradient."""
+    """Cosine of each row, of length one, with its nearest; only the two rows of a pair get its gradient."""
     with torch.no_grad():
         nearest = (rows @ rows.t()).fill_diagonal_(-torch.inf).argmax(1)
     return torch.linalg.vecdot(rows, rows_of(rows, nearest)).clamp_min(0.0)
@@ -46,9 +46,9 @@ def _nearest_cosine(rows: Tensor) -> Tensor:
 class Config(batchtopk.Config):
     overlap_weight: float = 0.25
     chunk: int = 8192
-    """Decoder rows that are compared with each other; the whole dictionary where it has no more."""
+    """Decoder rows that are compared with each other; the whole dictionary if it has no more."""
     every_steps: int = 5
-    """How often they are."""
+    """Steps between comparisons."""
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_least(self, overlap_weight=0, chunk=2, every_steps=1)

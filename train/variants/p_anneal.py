@@ -1,6 +1,6 @@
-"""P-anneal (Karvonen et al. 2024): a standard SAE whose L1 penalty becomes an Lp^p penalty, p falling.
+"""P-anneal (Karvonen et al. 2024): a standard SAE whose L1 penalty becomes an Lp^p penalty with falling p.
 
-Whenever p falls the coefficient changes so that the penalty of the batch at hand stays what it was;
+Whenever p falls, the coefficient changes so that the penalty of the current batch stays the same;
 the running coefficient is the gate's buffer `penalty_scale`.
 """
 
@@ -22,7 +22,7 @@ class Config(WithPenalty, WithAux, SingleLayer):
     p_start: float = 1.0
     p_end: float = 0.2
     anneal_begin_fraction: float = 0.15
-    """Share of the run during which p keeps its first value."""
+    """Share of the run during which p keeps its initial value."""
 
     def step_tables(self) -> float:
         return 11.0

@@ -1,8 +1,8 @@
 """A sanity baseline: the k largest principal components of each token, as an SAE.
 
-Each direction stands in the dictionary twice, with either sign, so that activations are never negative. The
-covariance is gathered from the training stream; its eigenvectors are taken when twice as many batches have been seen
-as the last time. Nothing is learned by gradient. D width.
+Each direction appears in the dictionary twice, once with each sign, so that activations are never negative. The
+covariance is gathered from the training stream; its eigenvectors are recomputed whenever the number of batches seen has
+doubled. Nothing is learned by gradient. D width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..terms.constraints import Still
 
 @dataclass(frozen=True)
 class Refit:
-    """1 after as many steps as a power of two, and after the last; else 0."""
+    """1 when the number of steps is a power of two, and after the last step; otherwise 0."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         seen = step + 1
@@ -52,7 +52,7 @@ class Covariance(Extra):
 
 
 def take_components(sae: SparseAutoencoder, covariance_DD: Tensor) -> None:
-    """Both tables become the components, the largest first, with either sign; further latents are silent."""
+    """Set encoder and decoder to the components, largest first, with both signs; further latents stay silent."""
     components_DD = torch.linalg.eigh(covariance_DD.double()).eigenvectors.flip(1).T
     signed = torch.stack([components_DD, -components_DD], dim=1).flatten(0, 1)[: sae.num_latents]
     sae.W_enc.zero_()[: len(signed)] = signed.to(sae.W_enc.dtype)
@@ -65,10 +65,10 @@ class Config(SingleLayer):
     is_baseline: ClassVar[bool] = True
 
     k: int = 64
-    """Of at most twice as many latents as the residual is wide."""
+    """Active components per token; there are at most twice as many latents as the residual is wide."""
 
     def unread(self) -> dict[str, str]:
-        names = (field.name for field in fields(Optim) if field.name != "start")  # the first step's loss shows that
+        names = (field.name for field in fields(Optim) if field.name != "start")  # that affects the first step's loss
         return {f"optim.{name}": "nothing is learned by gradient; leave it out" for name in names}
 
     def limits(self, manifest: Manifest, tokens: int) -> dict[str, float]:

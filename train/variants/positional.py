@@ -1,9 +1,9 @@
 """Positional: latents that belong to a range of positions in the window, on any base.
 
-Three ways, each alone or together: a mask over positions, encoders of their own for each range, and a gated
-adapter for each range, in front of the encoder or on top of the features. (A part of the dictionary for each
-range, with an encoder that no other range has, and one decoder is the hard mask.) With none of them, and
-static_slicing, it is its base to the bit. All but that need the position at inference, and the saved SAE says so.
+There are three ways, alone or combined: a mask over positions, a separate encoder for each range, and a gated
+adapter for each range, before the encoder or after the features. (A part of the dictionary for each range, with its
+own encoder and one shared decoder, is the same as the hard mask.) With none of them and static_slicing, it equals its
+base to the bit. All others need the position at inference, and the saved SAE says so.
 """
 
 from __future__ import annotations
@@ -48,42 +48,42 @@ class Config(Windowed):
 
     ranges: int = 4
     mask: MaskKind = "hard"
-    """static_slicing: no mask, latents are assigned to ranges by what they did in training."""
+    """static_slicing: no mask; latents are assigned to ranges by where they fired in training."""
     masked_share: float = 0.5
-    """Share of the dictionary that has a range; the others fire everywhere."""
+    """Share of the dictionary that has a range; the other latents fire everywhere."""
     sigma: float | None = None
-    """Of the soft mask, in tokens; None: an eighth of the window."""
+    """Width of the soft mask, in tokens; None: an eighth of the window."""
     mask_cutoff: float = 0.05
-    """Soft masks below this are 0."""
+    """Values of soft masks below this become 0."""
     progressive: tuple[float, float] | None = None
-    """Between which shares of the run the mask goes from absent to full; None: full from the start."""
+    """The shares of the run between which the mask goes from absent to full; None: full from the start."""
     learned_coefficient: bool = False
     """Let training move the progressive mask along its sigmoid."""
     scattered: bool = False
-    """The control: each range has as many positions as before, drawn at random over the window."""
+    """The control: each range has the same number of positions, drawn at random over the window."""
     l1_before_mask: bool = False
     pre_norm: bool = False
     """Layer norm of the pre-activations, before the mask."""
     norm_rectified: bool = False
-    """The norm stands behind a ReLU: of what fires, before the mask, and what it leaves below zero is silent."""
+    """Apply the norm after a ReLU, to what fires, before the mask; values that it makes negative are silent."""
     range_encoders: bool = False
     range_encoder_share: float = 0.5
-    """Share of the dictionary with an encoder for each range."""
+    """Share of the dictionary with a separate encoder for each range."""
     independent_encoders: bool = False
-    """Each range's encoder begins at rows of its own; else all begin as the SAE's, and part in training."""
+    """Each range's encoder starts from rows of its own; otherwise all start as the SAE's and diverge in training."""
     position_embeddings: bool = False
-    """Learned, one for each range, added to the range encoders' input."""
+    """Add a learned embedding of each range to the input of the range encoders."""
     init: Init = "tied"
     adapters: bool = False
     adapters_on: Literal["input", "features"] = "input"
     adapter_hidden: int = 64
     adapter_lr_scale: float = 1.0
     adapter_from: tuple[float, float] | None = None
-    """Between which shares of the run the adapters come in; None: they are there from the start."""
+    """The shares of the run between which the adapters come in; None: present from the start."""
     adapted_rate: float = 1.0
-    """What the learning rate comes to as they come in, as a share of what it is without them."""
+    """Learning rate once the adapters are in, as a share of the rate without them."""
     unadapted_penalty: float = 1.0
-    """Share of the penalty that counts before they come in; it rises to all of it with them."""
+    """Share of the penalty that counts before the adapters come in; it rises to the full penalty with them."""
 
     def unread(self) -> Mapping[str, str]:
         return {
@@ -98,7 +98,7 @@ class Config(Windowed):
         return replace(base_needs(self), positions=True)
 
     def step_tables(self) -> float:
-        """Adapters on features make tables of their own, on a GPU one for each range."""
+        """Adapters on features need further tables, on a GPU one for each range."""
         return super().step_tables() + (4.0 + self.ranges if self.adapters and self.adapters_on == "features" else 0.0)
 
     def check(self, manifest: Manifest) -> None:
@@ -123,7 +123,7 @@ class Config(Windowed):
         if shapes:
             assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
-        known = None if self.scattered else mask  # a scattered range is not a stretch of the window
+        known = None if self.scattered else mask  # a scattered range is not contiguous
         return assembly.with_extra("mask", record_of(known, self.width, self.length, self.ranges))
 
     def _mask(self, context: int) -> Mask | None:
@@ -153,7 +153,7 @@ class Config(Windowed):
         return shapes
 
     def _first_rows(self, sae: SparseAutoencoder, generator: torch.Generator) -> Tensor:
-        """[R, P, D], where the ranges' encoders begin; rows drawn for them are as long as the SAE's own."""
+        """[R, P, D], the initial encoders of the ranges; rows drawn for them are as long as the SAE's own."""
         own = sae.W_enc.detach()[: round(self.range_encoder_share * self.width)]
         if not self.independent_encoders:
             return own.expand(self.ranges, -1, -1)
@@ -199,26 +199,26 @@ class Config(Windowed):
         for name in ("progressive", "learned_coefficient", "l1_before_mask"):
             require(masks or not getattr(self, name), f"{name}: expected mask hard or soft, found {self.mask!r}")
         embeds = self.range_encoders or not self.position_embeddings
-        require(embeds, "position_embeddings are read by range_encoders: set range_encoders=true, or leave them out")
+        require(embeds, "position_embeddings need range_encoders: set range_encoders=true, or leave them out")
         draws = self.range_encoders or not self.independent_encoders
-        require(draws, "independent_encoders says how range_encoders begin: set range_encoders=true, or leave it out")
+        require(draws, "independent_encoders needs range_encoders: set range_encoders=true, or leave it out")
         require(
             self.pre_norm or not self.norm_rectified,
-            "norm_rectified says where pre_norm stands: set pre_norm=true, or leave it out",
+            "norm_rectified needs pre_norm: set pre_norm=true, or leave it out",
         )
         require(
             self.adapters or self.adapters_on == "input",
-            "adapters_on says where adapters stand: set adapters=true, or leave it out",
+            "adapters_on needs adapters: set adapters=true, or leave it out",
         )
         for name in ("adapted_rate", "unadapted_penalty"):
             phased = self.adapter_from is not None or getattr(self, name) == 1.0
-            require(phased, f"{name}: expected adapter_from, found adapters that are there from the start")
+            require(phased, f"{name}: expected adapter_from, found adapters that are present from the start")
         moves = self.progressive is not None or not self.learned_coefficient
-        require(moves, "learned_coefficient: expected a progressive mask to move, found one that is full throughout")
+        require(moves, "learned_coefficient: expected a progressive mask, found one that is full throughout")
         scatters = masks or self.range_encoders or self.adapters or not self.scattered
-        require(scatters, f"scattered: expected ranges to scatter, found mask {self.mask!r} alone")
+        require(scatters, f"scattered: expected ranges to scatter, found only mask {self.mask!r}")
         shaped = masks or self.range_encoders or self.adapters or self.mask == "static_slicing"
         require(
             shaped,
-            "mask=none does nothing by itself: set hard, soft or static_slicing, or range_encoders or adapters with it",
+            "mask=none does nothing by itself: set hard, soft or static_slicing, or add range_encoders or adapters",
         )

@@ -1,7 +1,7 @@
 """Temporal: latents that change slowly over the window, at three time scales, on any base.
 
-A quarter of the dictionary each is asked to stay the same over 1-4, 5-16 and 17-128 tokens; the last quarter
-is free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it is its
+A quarter of the dictionary each is encouraged to stay the same over 1-4, 5-16 and 17-128 tokens; the last quarter
+is free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it equals its
 base on whole windows, to the bit.
 """
 
@@ -29,39 +29,39 @@ class Config(Windowed):
     short_to: int = 4
     medium_to: int = 16
     long_to: int = 128
-    """The longest lag of each scale, in tokens; the shortest is one more than that of the scale before."""
+    """The longest lag of each scale, in tokens; the shortest is one more than the longest of the previous scale."""
     temporal_weights: tuple[float, float, float] = (0.1, 0.1, 0.1)
-    """Short, medium, long. Below 0.01 codes stay as they are; from 0.3 up reconstruction pays for it."""
+    """Short, medium, long. Below 0.01 codes hardly change; from 0.3 up reconstruction suffers."""
     group_shares: tuple[float, float, float] = (0.25, 0.25, 0.25)
-    """Of the dictionary, for each scale; the rest is free."""
+    """Share of the dictionary for each scale; the rest is free."""
     adaptive: Adaptive = "none"
     """gradient: weights are shares of reconstruction's gradient; variance: latents count alike in a cosine."""
     idle_steps: int = 0
     """Steps without temporal losses, at most idle_max_fraction of the run."""
     warmup_steps: int = 1000
-    """Steps over which they rise, at most as much."""
+    """Steps over which they rise, at most the same share of the run."""
     idle_max_fraction: float = 0.2
     half_life_fraction: float | None = None
-    """The share of the run over which the weights fall to a half, from the end of their warm-up on; None: they stay."""
+    """Share of the run over which the weights halve, from the end of their warm-up; None: they stay constant."""
     reconstruction_boost: float = 0.0
-    """How much more reconstruction counts while temporal losses are not there yet: 1 is twice as much."""
+    """How much more reconstruction counts before temporal losses come in: 1 is twice as much."""
     buffer_mixing: float = 1.0
-    """Share of the newest token in the past that codes are compared with; 1: the past token alone."""
+    """Share of the newest token in the past that codes are compared with; 1: only the past token."""
     buffer_std: float = 0.0
-    """Standard deviation of the random numbers that this past starts at in each document; 0: it starts empty."""
+    """Standard deviation of the random numbers from which this past starts in each document; 0: it starts empty."""
     other_windows: bool = False
     """The control: codes are compared with the past of another window, at the same positions."""
     progressive_window: int | None = None
-    """Pieces of the window within which tokens are compared: this long at first, doubling up to the window."""
+    """Compare tokens only within pieces of the window: of this length at first, doubling up to the whole window."""
     variance_floor: float = 0.0
     """Latents with less than this share of the mean variance are left out of temporal losses."""
     prune_share: float = 0.0
     """Latents with less than this share of the mean variance are retired; 0: none."""
     prune_from: float = 0.5
-    """Share of the run before which none is."""
+    """Share of the run before which none is retired."""
     prune_every_steps: int = 100
     gradient_noise: float = 0.0
-    """In multiples of each gradient's root mean square."""
+    """Noise added to gradients, in multiples of each gradient's root mean square."""
     position_gate: bool = False
     gate_rank: int = 8
 
@@ -85,7 +85,7 @@ class Config(Windowed):
         longest = max(self.short_to, self.medium_to, self.long_to)
         require(
             longest <= manifest.context,
-            f"long_to: expected lags that fit the store's windows of {manifest.context} tokens, found {longest}; "
+            f"long_to: expected lags that fit the store's windows of {manifest.context} tokens, found {longest}: "
             f"set long_to={manifest.context}, or harvest longer windows",
         )
 
@@ -94,7 +94,7 @@ class Config(Windowed):
         assembly = build_base(self, d_model, stats)
         require(
             self.prune_share == 0 or assembly.sae.gate.can_lower,
-            f"prune_share: expected a base whose latents a bias below zero keeps closed, found {self.base!r}",
+            f"prune_share: expected a base whose latents a negative bias keeps closed, found {self.base!r}",
         )
         assembly = self._with_gate(self._with_terms(assembly))
         if self.gradient_noise > 0:
@@ -107,7 +107,7 @@ class Config(Windowed):
         return assembly
 
     def _with_terms(self, assembly: Assembly) -> Assembly:
-        """A loss for each scale, under the schedule that all share."""
+        """A loss for each scale, under a shared schedule."""
         weights = {
             scale: Product((Constant(weight), self._schedule()))
             for scale, weight in zip(SCALES, self.temporal_weights, strict=True)
@@ -163,5 +163,5 @@ class Config(Windowed):
         require_positive(self, "buffer_mixing", most=1)
         require_positive(self, "half_life_fraction")
         mixes = self.buffer_mixing < 1 or self.buffer_std == 0
-        require(mixes, "buffer_std: expected a buffer_mixing under 1, found the past token alone")
+        require(mixes, "buffer_std: expected a buffer_mixing under 1, found only the past token")
         require_least(self, buffer_std=0)

@@ -1,10 +1,10 @@
 """Tiered: nested tiers of latents on any base; higher tiers are composed of lower ones.
 
-The base's reconstruction becomes the weighted sum of what tiers 1 to t reconstruct on their own (the
-last is the whole SAE), and decoder rows of a tier are drawn towards sums of rows of the tier below.
-Tiers, composition matrices and weights lie beside the SAE in extras.safetensors; the SAE itself is plain
-unless layer norm stands between the tiers. With tier weights (0, 0, 1), fixed, and no composition it is
-its base to the bit.
+The base's reconstruction loss becomes the weighted sum of those of tiers 1 to t on their own (the last is
+the whole SAE), and decoder rows of a tier are drawn towards sums of rows of the tier below.
+Tiers, composition matrices and weights are saved in extras.safetensors; the SAE itself is plain
+unless there is layer norm between the tiers. With fixed tier weights (0, 0, 1) and no composition it
+equals its base to the bit.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ class Config(Wrapping):
     tier_fractions: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     """Where each tier ends, as shares of the dictionary."""
     boundaries: tuple[int, ...] | None = None
-    """The same in latents, instead: 768, 1536, 2304."""
+    """The same in latents, used instead: 768, 1536, 2304."""
     importance: Importance = "learned"
-    """How tiers' reconstructions count: learned (sum to 1), uncertainty (exp(-s) alone), or fixed."""
+    """How tiers' reconstructions are weighted: learned (sum to 1), uncertainty (exp(-s) alone), or fixed."""
     tier_weights: tuple[float, ...] = (0.1, 0.3, 0.6)
-    """What the tiers count when they are fixed, and where learning begins."""
+    """Weights of the tiers: constant if fixed, otherwise where learning starts."""
     composition_weight: float = 0.01
     composition_l1: float = 2e-3
-    """Next to composition_weight it decides how few parts a latent has; far less, and any row is a sum of many."""
+    """Relative to composition_weight, it sets how few parts a latent has; far smaller, and any row is a sum of many."""
     composition_warmup_fraction: float = 0.1
     """Share of the run over which both rise from zero."""
     curriculum: tuple[float, ...] | None = None
-    """At which share of the run each tier's loss and latents begin to come in; the first at 0."""
+    """Share of the run at which each tier's loss and latents begin to come in; the first at 0."""
     curriculum_rise_fraction: float = 0.1
-    """Share of the run over which they do: a whole tier of untrained latents at once would be noise."""
+    """Share of the run over which they come in: a whole tier of untrained latents at once would be noise."""
     moves_every_steps: int = 0
-    """How often idle latents move to the tier with the largest relative residual; 0: never."""
+    """Steps between moves of idle latents to the tier with the largest relative residual; 0: never."""
     moves_live: bool = False
-    """Latents that are alive move then too, alone or two in exchange, where the weighted loss of the tiers falls."""
+    """Also move live latents, alone or by swapping two, if the weighted loss of the tiers falls."""
     idle_frequency: float = 1e-5
     moves_at_once: float = 0.01
-    """Share of all latents."""
+    """Largest share of all latents to move at once."""
     tier_drift: float = 0.25
-    """Share of its first size by which a tier may grow or shrink."""
+    """Share of its initial size by which a tier may grow or shrink."""
     resample_every_steps: int = 0
-    """How often dead latents begin anew at what is rebuilt worst, beside the base's auxiliary loss; 0: never."""
+    """Steps between restarts of dead latents at the worst reconstructions, besides the auxiliary loss; 0: never."""
     resample_until: float = 0.7
-    """Share of the run after which none does: what begins late does not come to anything."""
+    """Share of the run after which none restarts: late restarts achieve nothing."""
     tier_norm: bool = False
     """Layer norm of each tier's pre-activations."""
     init: Init = "tied"
@@ -71,7 +71,7 @@ class Config(Wrapping):
     tier_grad_norms: bool = False
     """Log the norm of each tier's gradient."""
     gradient_scaling: bool = False
-    """Divide the gradient of a tier's loss by the loss where that is over 1."""
+    """Divide the gradient of a tier's loss by the loss where the loss is over 1."""
 
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
@@ -81,9 +81,9 @@ class Config(Wrapping):
             **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
             **read_with("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
             **read_with("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
-            **read_with("importance, or an earlier of tier_weights,", self._is_nested, "gradient_scaling"),
+            **read_with("importance or an earlier entry of tier_weights", self._is_nested, "gradient_scaling"),
             **read_with(
-                "importance, an earlier of tier_weights, or composition_weight,",
+                "importance, an earlier entry of tier_weights or composition_weight",
                 self._is_nested or composes,
                 "tier_clip_norm",
                 "tier_grad_norms",
@@ -99,7 +99,7 @@ class Config(Wrapping):
         ends = self.boundaries or ends_of("tier_fractions", self.tier_fractions, self.width)
         require(
             is_rising(ends) and ends[-1] == self.width,
-            f"boundaries: expected numbers that rise, the last --width {self.width}, found {ends}",
+            f"boundaries: expected rising numbers, the last --width {self.width}, found {ends}",
         )
         return tuple(end - start for start, end in pairwise((0, *ends)))
 
@@ -122,7 +122,7 @@ class Config(Wrapping):
         return self.importance != "fixed" or any(self.tier_weights[:-1])
 
     def _with_nesting(self, assembly: Assembly) -> Assembly:
-        """Every tier reconstructs."""
+        """Make every tier reconstruct."""
         if self._is_nested:
             old = next((term for term in assembly.terms if term.fn is reconstruction), None)
             require(old is not None, f"base: expected one with a single reconstruction, found {self.base!r}")
@@ -136,7 +136,7 @@ class Config(Wrapping):
         return assembly
 
     def _with_composition(self, assembly: Assembly) -> Assembly:
-        """Higher tiers are sums of lower ones."""
+        """Make higher tiers sums of lower ones."""
         if self.composition_weight == 0 or len(self.sizes()) == 1:
             return assembly
         room = self._moves().room(self.sizes()) if self.moves_every_steps else self.sizes()
@@ -151,7 +151,7 @@ class Config(Wrapping):
         )
 
     def _with_structure(self, assembly: Assembly) -> Assembly:
-        """Idle latents move."""
+        """Let idle latents move."""
         if not self.moves_every_steps:
             return assembly
         sae = assembly.sae
@@ -161,7 +161,7 @@ class Config(Wrapping):
         return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:
-        """Layer norm between tiers, and the gates of the curriculum."""
+        """Add layer norm between tiers, and the gates of the curriculum."""
         membership = Tiers(self.sizes(), self.tier_weights, "fixed").membership
         shapes: dict[str, Shape] = {}
         if self.tier_norm:
@@ -183,7 +183,7 @@ class Config(Wrapping):
         learns = self.importance != "fixed"
         require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")
         begins = self.curriculum is None or weights[0] > 0 or not self._is_nested
-        require(begins, f"tier_weights: expected more than 0 where the curriculum begins, found {weights}")
+        require(begins, f"tier_weights: expected more than 0 for the tier that starts the curriculum, found {weights}")
         require_least(self, composition_weight=0, composition_l1=0, moves_every_steps=0, idle_frequency=0, tier_drift=0)
         require_least(self, resample_every_steps=0, resample_until=0)
         require_positive(self, "tier_clip_norm")
@@ -199,6 +199,6 @@ class Config(Wrapping):
         )
         require(
             rising,
-            f"curriculum: expected {count} shares of the run, the first 0, each over before the end, "
-            f"found {self.curriculum} that rise over {self.curriculum_rise_fraction}",
+            f"curriculum: expected {count} shares of the run, the first 0, each rise over before the end, "
+            f"found {self.curriculum} with rises of {self.curriculum_rise_fraction}",
         )

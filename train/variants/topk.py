@@ -1,4 +1,4 @@
-"""TopK (Gao et al. 2024): the k largest pre-activations of each token, AuxK for dead latents."""
+"""TopK (Gao et al. 2024): the k largest pre-activations of each token, with AuxK for dead latents."""
 
 from __future__ import annotations
 

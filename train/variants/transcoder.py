@@ -1,8 +1,8 @@
 """Transcoder (Dunefsky et al. 2024): from the activations of one place to those of another.
 
-The latents of a top-k SAE, or of a batch top-k one, read from `hook` of `layer`, written to `to_hook` of `to_layer`:
-with `hook=mlp_in` what a layer's MLP reads and what it writes. The input is not centred by the decoder's bias, which
-belongs to the other place; the encoder's bias starts so that it is.
+The latents of a top-k or batch top-k SAE read `hook` of `layer` and write to `to_hook` of `to_layer`: with
+`hook=mlp_in`, from a layer's MLP input to its output. The input is not centred by the decoder's bias, which belongs
+to the other place; instead the encoder's bias starts at the value that centres it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ RESID_TO_LAYER = 20
 @dataclass(frozen=True)
 class Config(WithAux, SingleLayer):
     to_layer: int | None = None
-    """None: `layer` itself where another hook of it is rebuilt, else 20."""
+    """None: `layer` itself if another hook of it is reconstructed, otherwise 20."""
     k: int = 64
     encoder_product: Product = "bfloat16"
     to_hook: str | None = None
-    """None: mlp_out where the hook is mlp_in, else the same hook."""
+    """None: mlp_out if the hook is mlp_in, otherwise the same hook."""
     gate: Literal["topk", "batchtopk"] = "topk"
-    """`batchtopk`: k is a mean, and the saved SAE has a jump threshold, which other tools have a form for."""
+    """`batchtopk`: k is a mean, and the saved SAE has a jump threshold, which other tools support."""
 
     def needs(self) -> Needs:
         to_hook = write_hook(self.hook, self.to_hook)
@@ -41,7 +41,7 @@ class Config(WithAux, SingleLayer):
         if to_layer is None:
             to_layer = RESID_TO_LAYER if to_hook == self.hook else self.layer
         is_elsewhere = (self.hook, self.layer) != (to_hook, to_layer)
-        require(is_elsewhere, f"to_layer: expected another layer than {self.layer}, found the same one")
+        require(is_elsewhere, f"to_layer: expected a layer other than {self.layer}, found the same one")
         return Needs(inputs=(self.layer,), targets=(to_layer,), hook=self.hook, to_hook=to_hook)
 
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
@@ -49,7 +49,7 @@ class Config(WithAux, SingleLayer):
         stats, target_stats = stats_or_unit(stats, d_model), target_stats or unit_stats(d_model)
         generator = torch.Generator().manual_seed(self.seed)
         W_enc, W_dec = tied_weights(self.width, d_model, generator)
-        if target_stats.width != d_model:  # all heads side by side need not be as wide as the residual stream
+        if target_stats.width != d_model:  # concatenated heads may be wider or narrower than the residual stream
             _, W_dec = tied_weights(self.width, target_stats.width, generator)
         sae = SparseAutoencoder(
             W_enc,

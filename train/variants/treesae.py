@@ -1,12 +1,13 @@
-"""Tree SAE (Cao et al. 2026): each latent has a parent, fires only where it fires, and adds to what it rebuilds.
+"""Tree SAE (Cao et al. 2026): each latent has a parent, fires only where it fires, and refines its reconstruction.
 
-B rows, F latents. The dictionary lies in layers, the first of them with no parent but the root, which always fires.
+B rows, F latents. The dictionary is split into layers. Latents of the first have only the root as parent, which always
+fires.
 1. Each layer keeps its own number of a row's largest pre-activations, among latents whose parent fires there.
-2. Each layer with those before it rebuilds the input on its own, as the prefixes of a matryoshka.
-3. Dead latents change parents: the loss of each step is shared out among the latents that fired in it, and every few
-   per cent of the run dead children of parents with more than their share of it move to those with fewer. Half-way
-   those that are still dead become children of the root, and then the tree stays.
-Published with an interval between moves that doubles, in place of a steady one, and in two or four layers.
+2. Each layer together with the earlier ones reconstructs the input on its own, like the prefixes of a matryoshka.
+3. Dead latents change parents: the loss of each step is divided among the latents that fired in it, and every few
+   per cent of the run, dead children of parents with more children than their share move to parents with fewer.
+   Half-way, those that are still dead become children of the root, and then the tree is fixed.
+The published form doubles the interval between moves instead of keeping it constant, and has two or four layers.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from ..sae.step_view import View
 from ..terms.reconstruction import NestedReconstruction
 from . import topk
 
-TREE = "tree"  # the extra, and the knob that says when latents change parents
+TREE = "tree"  # name of the extra, and of the knob for when latents change parents
 STAY, MOVE, TO_ROOT = 0.0, 1.0, 2.0
 
 
 class TreeSae(SparseAutoencoder):
-    """An SAE whose latents open one layer after the other."""
+    """An SAE whose latents fire layer by layer."""
 
     is_plain = False
     counts: tuple[int, ...]
@@ -50,7 +51,7 @@ class TreeSae(SparseAutoencoder):
     parent: Tensor  # int64 [F], F for the root
 
     def layers(self) -> Iterator[tuple[int, int, int]]:
-        """Begin and end of each layer, and how many it keeps."""
+        """Begin and end of each layer, and how many latents it keeps."""
         for (begin, end), count in zip(pairwise((0, *self.ends)), self.counts, strict=True):
             yield begin, end, count
 
@@ -64,7 +65,7 @@ class TreeSae(SparseAutoencoder):
         return support_from_topk(torch.cat(chosen, 1), self.num_latents)
 
     def open(self, pre: Codes, side: Side) -> Codes:
-        """Where a layer has too few latents with a parent that fires, its others were chosen and are zero."""
+        """If a layer has too few latents whose parent fires, others were chosen too; their values become zero."""
         assert pre.support is not None
         shape = pre.num_rows, sum(self.counts)
         latents, values = pre.support.latents.long().view(shape), pre.values.relu().view(shape)
@@ -86,7 +87,7 @@ class TreeSae(SparseAutoencoder):
             if len(wrong):
                 raise SaeInvalid(
                     f"{where}: expected parents of latents {begin} to {end - 1} before latent {begin}, or "
-                    f"{self.num_latents} for none, found {int(wrong[0])}: copy the folder anew"
+                    f"{self.num_latents} for none, found {int(wrong[0])}: copy the folder again"
                 )
 
     def _none_but_the_root(self, rows: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class TreeSae(SparseAutoencoder):
 
 
 class Tree(Extra):
-    """Counts what each latent had a part in, and gives dead latents other parents."""
+    """Sums the loss that each latent took part in, and gives dead latents other parents."""
 
     share: Tensor
 
@@ -108,7 +109,7 @@ class Tree(Extra):
         self.register_buffer("below", torch.arange(num_latents) >= first)
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor:
-        """The auxiliary loss is the first layer's: that of a child would not know where its parent fires."""
+        """The auxiliary loss covers only the first layer: for a child it would ignore where its parent fires."""
         return cast(Tensor, self.below)
 
     @torch.no_grad()
@@ -127,9 +128,9 @@ class Tree(Extra):
         self.share.zero_()
 
     def _move(self, sae: TreeSae, begin: int, end: int, dead: Tensor, view: View) -> None:
-        """Dead children of a layer, from parents that have more than their share to those that have fewer."""
+        """Move dead children of a layer from parents that have more than their share to parents that have fewer."""
         pool = torch.cat([self.share[:begin] * ~view.still_dead[:begin], self.share[-1:]])
-        own = sae.parent[begin:end].clamp_max(begin)  # the root behind the candidates
+        own = sae.parent[begin:end].clamp_max(begin)  # the root comes after the candidates
         spare = torch.bincount(own, minlength=begin + 1) - quotas(pool, end - begin)
         dead = dead[torch.randperm(len(dead), generator=view.generator).to(dead.device)]
         family, order = torch.sort(sae.parent[dead].clamp_max(begin), stable=True)
@@ -143,7 +144,7 @@ class Tree(Extra):
 
 
 def quotas(share_P: Tensor, count: int) -> Tensor:
-    """int64 [P], `count` children given out in proportion to the shares; none where all are nothing but the last."""
+    """int64 [P], `count` children distributed in proportion to the shares; evenly if all shares are zero."""
     if float(share_P.sum()) <= 0:
         share_P = torch.ones_like(share_P)
     exact = share_P.double() / share_P.double().sum() * count
@@ -154,7 +155,7 @@ def quotas(share_P: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Moving:
-    """When latents change parents: every so often until a part of the run, or its last step, then once to the root."""
+    """When latents change parents: at intervals until a share of the run or its last step, then once to the root."""
 
     every_fraction: float
     until_fraction: float
@@ -173,11 +174,11 @@ class Config(topk.Config):
     layer_fractions: tuple[float, ...] = (0.25, 1.0)
     """Where each layer of the tree ends, as shares of the dictionary."""
     k_shares: tuple[float, ...] = (0.8125, 0.1875)
-    """Of the k active latents of a token, those that each layer has."""
+    """Share of a token's k active latents for each layer."""
     move_every_fraction: float = 0.03
-    """Share of the run after which dead latents change parents, again and again."""
+    """Interval at which dead latents change parents, as a share of the run."""
     move_until_fraction: float = 0.5
-    """Share of the run after which those that are dead are the root's, and the tree stays."""
+    """Share of the run after which dead latents become children of the root, and the tree is fixed."""
 
     def step_tables(self) -> float:
         return 3.0
@@ -186,9 +187,9 @@ class Config(topk.Config):
         return ends_of("layer_fractions", self.layer_fractions, self.width)
 
     def counts(self) -> tuple[int, ...]:
-        """Active latents of each layer, k together."""
+        """Active latents of each layer, k in total."""
         shares, ends = self.k_shares, self.ends()
-        require(len(shares) == len(ends), f"k_shares: expected {len(ends)}, one a layer, found {shares}")
+        require(len(shares) == len(ends), f"k_shares: expected {len(ends)}, one per layer, found {shares}")
         require(abs(sum(shares) - 1.0) < 1e-6, f"k_shares: expected shares that sum to 1, found {shares}")
         bounds = [round(sum(shares[:layer]) * self.k) for layer in range(len(shares) + 1)]
         counts = tuple(high - low for low, high in pairwise(bounds))
@@ -196,8 +197,8 @@ class Config(topk.Config):
         fits = all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
         require(
             fits,
-            f"k_shares: expected 1 or more active latents in each layer and no more than its {sizes}, found {shares} "
-            f"of --k {self.k}, which are {counts}: choose other shares, or another --k or --width",
+            f"k_shares: expected 1 or more active latents in each layer and at most its size, {sizes}, found {shares} "
+            f"of --k {self.k}, which give {counts}: choose other shares, or another --k or --width",
         )
         return counts
 

@@ -1,8 +1,8 @@
-"""T-SAE (Bhalla et al. 2025): a matryoshka whose first part says the same of a token as of the one before it.
+"""T-SAE (Bhalla et al. 2025): a matryoshka whose first part has similar codes for neighbouring tokens.
 
-Neighbours should be told by their codes from all other pairs of the batch: the first part of the dictionary gathers
-what a stretch of text is about, and what changes from token to token is left to the rest. Other tokens of the same
-window are not negatives: the text there is often about the same.
+A contrastive loss distinguishes neighbours from all other pairs of the batch by their codes: the first part of the
+dictionary collects what a passage is about, and the rest is left with what changes from token to token. Other tokens
+of the same window are not negatives, since their topic is often the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ LEAST = -1e9  # the score of a pair that is not a candidate
 
 @dataclass(frozen=True)
 class Contrast:
-    """InfoNCE both ways between each row and the row before it, on the first latents; negatives are of this rank."""
+    """InfoNCE in both directions between each row and the row before it, on the first latents; negatives are local to
+    this rank."""
 
     stop: int
     temperature: float
@@ -50,7 +51,7 @@ class Config(matryoshka.Config):
     prefix_fractions: tuple[float, ...] = (0.2, 1.0)
     contrast_weight: float = 0.1
     temperature: float = 0.2
-    """Of the softmax over cosines."""
+    """Temperature of the softmax over cosines."""
 
     def step_tables(self) -> float:
         return super().step_tables() + 2.0

@@ -80,7 +80,7 @@ def test_the_control_gives_each_token_the_row_of_another_window(guidance, rng):
 
 def test_the_control_needs_two_windows(guidance, rng):
     windows = guidance.make_windows(rng, windows=1)
-    with pytest.raises(ConfigInvalid, match=r"two windows or more.*larger data.batch_tokens"):
+    with pytest.raises(ConfigInvalid, match=r"at least two windows.*larger data.batch_tokens"):
         links_of(windows.attention, (17,), windows.row_of, windows.rows, apart=True)
 
 

@@ -129,7 +129,7 @@ def test_a_state_goes_on_with_the_same_batches(open_batches, epochs, done):
 )
 def test_a_state_of_other_batches_is_refused(open_batches, change, said):
     state = open_batches().state_dict()
-    with pytest.raises(StateInvalid, match="these very batches") as refused:
+    with pytest.raises(StateInvalid, match="these same batches") as refused:
         open_batches(**change).load_state_dict(state)
     assert said in str(refused.value)
 

@@ -163,5 +163,5 @@ def test_a_split_without_a_whole_batch_is_refused():
 
 def test_windows_larger_than_a_batch_are_refused():
     plan = Plan(make_sizes(30), batch_tokens=2, pool_tokens=100, seed=0)
-    with pytest.raises(ConfigInvalid, match="smaller than one window"):
+    with pytest.raises(ConfigInvalid, match="at least one whole window"):
         window_slice(plan.blocks(0)[0], 0)

@@ -72,7 +72,7 @@ def test_a_transcoder_for_each_layer(tmp_path, variant):
 def test_a_cross_layer_transcoder(tmp_path):
     folder = trained(tmp_path / "run/clt", "clt", tuple(range(L)), width=L * F)
     result = CliRunner().invoke(main, [str(tmp_path / "run"), "--to", "circuit_tracer", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 0 and "read back, reconstructions differ by" in result.output
+    assert result.exit_code == 0 and "read back: reconstructions differ by" in result.output
     assert config_of(tmp_path / "out")["model_kind"] == "cross_layer_transcoder"
     for i in range(L):
         w = load_file(tmp_path / f"out/W_enc_{i}.safetensors")
@@ -114,15 +114,15 @@ def test_what_it_has_no_form_for_is_refused(tmp_path):
         assert result.exit_code == 1 and not (tmp_path / "o").exists()
         return " ".join(result.output.split())
 
-    assert "each layer from 0 on, found layers [1]" in said(trained(tmp_path / "a/1", "transcoder", (1,), width=F))
+    assert "each layer, starting at 0, found layers [1]" in said(trained(tmp_path / "a/1", "transcoder", (1,), width=F))
     assert "Train them with --set gate=batchtopk" in said(trained(tmp_path / "b/0", "transcoder", (0,), width=F))
     both = [trained(tmp_path / f"c/{i}", "skip_transcoder", (i,), width=F + i) for i in range(2)]
-    assert "as wide as each other" in said(*both)
+    assert "with the same hooks and width" in said(*both)
     uneven = trained(tmp_path / "d/clt", "clt", (0, 1), width=2 * F + 1)
-    assert "as many latents in every layer" in said(uneven)
+    assert "the same number of latents in every layer" in said(uneven)
     trained(tmp_path / "e/clt", "clt", (0, 1), width=2 * F)
     beside = trained(tmp_path / "e/transcoder", "transcoder", (2,), width=2 * F, gate="batchtopk")
-    assert "expected one clt by itself" in said(beside)
+    assert "expected a single clt" in said(beside)
     assert "or a clt of several layers" in said(trained(tmp_path / "f/clt", "clt", (0,), width=F))
     config = json.loads((uneven / "cfg.json").read_text())
     config["metadata"] |= {"hook": "resid", "target_hook": "resid"}

@@ -56,7 +56,7 @@ def test_there_and_back(architecture, kind, tmp_path):
     """Only sparsify refuses, and only what it does not know."""
     plain = make_plain(architecture)
     if kind == "sparsify" and architecture != "topk":
-        with pytest.raises(SaeInvalid, match="sparsify knows topk SAEs alone"):
+        with pytest.raises(SaeInvalid, match="sparsify supports only topk SAEs"):
             WRITERS[kind](tmp_path, plain, {})
         return
     WRITERS[kind](tmp_path, plain, {"layers": [3], "model_name": "m"})
@@ -75,7 +75,7 @@ def test_an_export_that_does_not_rebuild_the_same_is_refused_and_gone(tmp_path, 
     words = [str(tmp_path / "a"), "--to", "dictionary_learning", "--out", str(tmp_path / "b")]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1 and not (tmp_path / "b").exists()
-    assert len(result.output.splitlines()) == 1 and "expected what was written to rebuild" in result.output
+    assert len(result.output.splitlines()) == 1 and "expected the written SAE to reconstruct" in result.output
 
 
 def test_of_rows_whose_latents_are_near_a_tie_a_few_may_differ():
@@ -150,17 +150,17 @@ def test_rows_get_length_one_where_they_have_another(architecture):
 def test_a_signed_sae_behind_a_mask_has_no_form_without_signs():
     """It was measured without its mask."""
     masked = ShapedAutoencoder(sae_from_plain(make_plain("abstopk")), {"mask": HardMask(torch.arange(F) % 2, 8, 2)})
-    with pytest.raises(SaeInvalid, match="found one behind masks"):
+    with pytest.raises(SaeInvalid, match="found one with masks"):
         without_signs(masked)
 
 
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ({"layers": 5}, "expected layers as a list of layers, as [5], found 5"),
+        ({"layers": 5}, "expected layers as a list of layers, such as [5], found 5"),
         ({"layers": [5], "target_layers": "5"}, "expected target_layers as a list of layers"),
-        ({"layers": [5], "hook": "foo"}, "expected hook of resid"),
-        ({"target_hook": ["foo"]}, "expected target_hook of resid"),
+        ({"layers": [5], "hook": "foo"}, "expected hook among resid"),
+        ({"target_hook": ["foo"]}, "expected target_hook among resid"),
     ],
 )
 @pytest.mark.parametrize("kind", [*sorted(WRITERS), "circuit_tracer"])
@@ -274,7 +274,7 @@ def test_a_transcoder_of_sparsify_stays_one(tmp_path):
     export(tmp_path / "a", "sae_lens", tmp_path / "b")
     assert json.loads((tmp_path / "b/cfg.json").read_text())["architecture"] == "saemill_topk"
     for folder in ("a", "b"):
-        with pytest.raises(SaeInvalid, match="dictionary_learning has no form for it"):
+        with pytest.raises(SaeInvalid, match="dictionary_learning has no format for it"):
             export(tmp_path / folder, "dictionary_learning", tmp_path / "c")
 
 
@@ -305,7 +305,7 @@ def test_a_transcoder_of_a_model_with_a_norm_behind_its_mlp_is_none_of_sparsify_
     place = {"layers": [3], "target_layers": [3], "hook": "mlp_in", "target_hook": "mlp_out", "model_name": model}
     WRITERS["sae_lens"](tmp_path / "a", make_plain("topk", centres_input=False), place)
     if is_refused:
-        with pytest.raises(SaeInvalid, match=f"found one of {model}: its mlp_out is behind the norm"):
+        with pytest.raises(SaeInvalid, match=f"found one of {model}: its mlp_out is after a norm"):
             export(tmp_path / "a", "sparsify", tmp_path / "b")
         assert not (tmp_path / "b").exists()
     else:
@@ -354,7 +354,7 @@ def test_the_place_of_a_folder_of_sparsify_goes_on_to_sae_lens(tmp_path):
         (
             {"submodule_name": "resid_post_layer_4"},
             {},
-            "expected a submodule_name of resid_post_layer_3, mlp",
+            "expected a submodule_name among resid_post_layer_3, mlp",
         ),
         ({}, {"io": "in"}, "io 'in'"),
     ],
@@ -381,8 +381,8 @@ def test_a_place_of_dictionary_learning_that_no_store_has_is_no_residual(tmp_pat
         ({"hook_name": "layers.3.mlp", "transcodes": True}, r'"layers": \[5\], "hook": "mlp_in"'),
         ({"layers": [3], "hook": "mlp_out"}, ((Site("mlp_out", 3),), (Site("mlp_out", 3),))),
         ({"hook_name": "layer_3"}, ((3,), (3,))),
-        ({"hook_name": "blocks.0.hook_resid_pre"}, "before the first layer"),
-        ({"layers": [3], "hook": "mlp"}, "expected hook of resid, mlp_in"),
+        ({"hook_name": "blocks.0.hook_resid_pre"}, "the input of the first layer"),
+        ({"layers": [3], "hook": "mlp"}, "expected hook among resid, mlp_in"),
     ],
 )
 def test_places_are_read_from_metadata_as_far_as_they_say(metadata, places):
@@ -450,9 +450,9 @@ def test_gemma_scope_s_place_is_that_of_its_repository(tmp_path, home, model, na
     ("home", "said"),
     [
         ("layer_3/mine/width_16k/average_l0_71", r'cfg\.json .*: \{"metadata": \{"layers": \[20\], "hook": "re'),
-        ("gemma-scope-2b-pt-res/notes/layer_20/width_16k/average_l0_71", "expected it under the names of its repos"),
-        ("gemma-scope-2b-pt-res/old_layer_20/width_16k/average_l0_71", "expected it under the names of its repository"),
-        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "rebuilds the embedding"),
+        ("gemma-scope-2b-pt-res/notes/layer_20/width_16k/average_l0_71", "expected the folder names of its repos"),
+        ("gemma-scope-2b-pt-res/old_layer_20/width_16k/average_l0_71", "expected the folder names of its repository"),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "reconstructs the embedding"),
         ("gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_5", r'norm before its gain.*"layers": \[5\]'),
     ],
 )
@@ -472,7 +472,7 @@ def test_gemma_scope_s_place_may_be_written_beside_it(tmp_path):
     of_layers, of_hook = ({"layers": [5, 6]}, {"layers": "5"}), ({"hook": "ln2"}, {"hook": ["resid"]})
     for wrong in ({}, {"layers": [5]}, *(told | one for one in (*of_layers, *of_hook))):
         (folder / "cfg.json").write_text(json.dumps({"metadata": wrong}))
-        with pytest.raises(SaeInvalid, match=r"expected metadata with layers of one number"):
+        with pytest.raises(SaeInvalid, match=r"expected metadata with a single layer in layers"):
             read(folder)
 
 
@@ -485,7 +485,7 @@ def test_gemma_scope_with_a_factor_is_refused(tmp_path):
 
 def test_gemma_scope_that_is_no_archive_of_arrays_is_named(tmp_path):
     write_gemma_scope(tmp_path / "a", threshold=np.array([{}], object))
-    with pytest.raises(SaeInvalid, match=r"params\.npz is damaged, or no archive of plain arrays"):
+    with pytest.raises(SaeInvalid, match=r"params\.npz is damaged, or not an archive of plain arrays"):
         read(tmp_path / "a")
     (tmp_path / "b").mkdir()
     np.savez(tmp_path / "b/params.npz", W_enc=np.zeros((2, 2)))
@@ -562,10 +562,10 @@ def test_a_loaded_sae_says_what_it_reads_and_refuses_other_widths(tmp_path):
     sae = load_sae(tmp_path / "a")
     assert "  somebody/model, blocks.3.x: 6 -> 20 -> 6, k 3" in str(sae)
     with pytest.raises(
-        ValueError, match=r"expected activations \[\.\.\., 6\] of somebody/model, blocks\.3\.x, found \[2, 7\]"
+        ValueError, match=r"expected activations \[\.\.\., 6\] from somebody/model, blocks\.3\.x, found \[2, 7\]"
     ):
         sae.encode(torch.zeros(2, 7))
-    assert "  a place that it does not name: 6 -> 20 -> 6\n" in str(sae_from_plain(make_plain("standard")))
+    assert "  an unnamed place: 6 -> 20 -> 6\n" in str(sae_from_plain(make_plain("standard")))
 
 
 def test_an_sae_of_centred_residuals_is_told(tmp_path):
@@ -585,16 +585,16 @@ def test_finding_an_sae(tmp_path):
     with pytest.raises(RunMissing, match="holds 2 SAEs: choose one of"):
         load_sae("run_1", tmp_path)
     (tmp_path / "run_2").mkdir()
-    with pytest.raises(RunMissing, match="holds no SAE that is known here"):
+    with pytest.raises(RunMissing, match="holds no SAE in a known format"):
         load_sae("run_2", tmp_path)
     (tmp_path / "run_2/config.json").write_text('{"model_type": "llama"}')  # as a model's folder has
-    with pytest.raises(RunMissing, match="holds no SAE that is known here"):
+    with pytest.raises(RunMissing, match="holds no SAE in a known format"):
         load_sae("run_2", tmp_path)
     (tmp_path / "run_2/config.json").write_text('{"cache": {}, "saes": {}}')
-    with pytest.raises(RunMissing, match="holds no trained SAE yet: go on with its run by sae-train --resume"):
+    with pytest.raises(RunMissing, match="holds no trained SAE yet: resume its run with: sae-train --resume"):
         load_sae("run_2", tmp_path)
     for name in ("run_9", "run_9/"):
-        with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are run_2. .* expected owner/name"):
+        with pytest.raises(RunMissing, match=r"no such folder; runs in .*: run_2. .* give owner/name"):
             load_sae(name, tmp_path)
     for name in ("./nope", "../nope/topk", "/nope", "~/nope"):
         with pytest.raises(RunMissing, match="no such folder$"):
@@ -635,7 +635,7 @@ def test_a_download_that_ends_early_is_told_in_a_line(tmp_path, monkeypatch, los
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: there)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     said = str(lost).partition("\n")[0] or "OSError"
-    with pytest.raises(RunMissing, match=f"The Hugging Face Hub was asked for owner/name: {said}$"):
+    with pytest.raises(RunMissing, match=f"Asked the Hugging Face Hub for owner/name: {said}$"):
         load_sae("owner/name", tmp_path)
 
 
@@ -662,7 +662,7 @@ def test_without_the_hub_the_answer_comes_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     began = time.monotonic()
     try:
-        with pytest.raises(RunMissing, match=r"The Hugging Face Hub was asked for owner/name: no answer within 0.05 s"):
+        with pytest.raises(RunMissing, match=r"Asked the Hugging Face Hub for owner/name: no answer within 0.05 s"):
             load_sae("owner/name/folder", tmp_path)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(RunMissing, match="HF_HUB_OFFLINE is set"):

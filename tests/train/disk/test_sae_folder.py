@@ -168,11 +168,11 @@ def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(dead, tmp_path, 
     [
         (lambda folder: (folder / CONFIG).unlink(), "found no cfg.json"),
         (lambda folder: (folder / WEIGHTS).unlink(), "found none"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "is not JSON .* copy it anew"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "is not JSON .* copy it again"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "expected an object, found list"),
         (lambda folder: (folder / CONFIG).write_text('{"architecture": "temporal"}'), "found 'temporal'"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99), "damaged"),
-        (lambda folder: save_file({"W_enc": torch.zeros(1)}, folder / WEIGHTS), "lacks b_enc, W_dec, b_dec"),
+        (lambda folder: save_file({"W_enc": torch.zeros(1)}, folder / WEIGHTS), "found none of b_enc, W_dec, b_dec"),
     ],
 )
 def test_a_damaged_folder_is_named(damage, message, tmp_path, battery):
@@ -187,9 +187,9 @@ def test_a_damaged_folder_is_named(damage, message, tmp_path, battery):
     [
         ("clt", {"training_architecture": 3}, "expected metadata.training_architecture as a str, found 3"),
         ("clt", {"training_architecture_details": None}, "training_architecture_details as a dict, found None"),
-        ("clt", {"width": 10**18}, "no clt can be built of its settings"),
-        ("clt", {"width": 2 * 10**9}, "have other shapes than the variant's"),
-        ("clt", {"seed": 10**30}, "no clt can be built of its settings"),
+        ("clt", {"width": 10**18}, "no clt can be built from its settings"),
+        ("clt", {"width": 2 * 10**9}, "do not have the variant's shapes"),
+        ("clt", {"seed": 10**30}, "no clt can be built from its settings"),
         ("positional", {"scattered": True, "context": 10**12}, "the tensors are not those of the variant"),
         ("positional", {"adapters": True, "adapter_hidden": 10**9}, "the tensors are not those of the variant"),
     ],
@@ -328,7 +328,7 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
     weights = load_file(tmp_path / WEIGHTS)
     for name in ("target_scale", "module.W_dec", "module.factor"):
         save_file(weights | {name: torch.ones(1)}, tmp_path / WEIGHTS)
-        with pytest.raises(SaeInvalid, match=rf"the tensors {name} have other shapes than the variant's"):
+        with pytest.raises(SaeInvalid, match=rf"the tensors {name} do not have the variant's shapes"):
             read_sae(tmp_path, rebuilt)
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(SaeInvalid, match=r"are not those of the variant \(factor\)"):

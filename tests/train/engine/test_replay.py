@@ -175,7 +175,7 @@ def test_a_recording_that_could_not_begin_changes_nothing(taped, monkeypatch, er
 
     monkeypatch.setattr(replay, "memory_of", memory_of)
     ours, plain = make_pair("ortsae", k=4, every_steps=1)
-    with pytest.warns(UserWarning, match="ortsae: its steps are launched one by one, which is slower: no room"):
+    with pytest.warns(UserWarning, match="ortsae: its steps are not recorded, which is slower: no room"):
         assert train_alike(ours, plain, batches(6)) == 0
 
 
@@ -278,7 +278,7 @@ def test_a_step_that_a_gpu_cannot_record_leaves_it_whole():
     term = ours.assembly.terms[0]
     reads = replace(term, fn=lambda view: term.fn(view) * float(view.x.sum() > -torch.inf))
     ours.assembly = ours.assembly.replacing(reads)
-    with pytest.warns(UserWarning, match="launched one by one"):
+    with pytest.warns(UserWarning, match="steps are not recorded"):
         for batch in batches(5, "cuda"):
             ours.step(batch)
     torch.cuda.empty_cache()

@@ -34,11 +34,15 @@ def test_an_unknown_variant_names_its_neighbours():
     [
         ("topk", {"width": 16, "k": 17}, "k: expected more than 0 and at most width = 16, found 17"),
         ("batchtopk", {"width": 16, "k": 0.0}, "found 0.0"),
-        ("matryoshka", {"prefix_fractions": (0.5, 0.5, 1.0)}, r"that rise, the last 1, found \(0.5, 0.5, 1.0\)"),
-        ("matryoshka", {"prefix_fractions": (0.5,)}, r"that rise, the last 1, found \(0.5,\)"),
-        ("matryoshka", {"prefix_fractions": (1.0, 1e308)}, r"that rise, the last 1, found \(1.0, 1e\+308\)"),
+        (
+            "matryoshka",
+            {"prefix_fractions": (0.5, 0.5, 1.0)},
+            r"rising shares of the dictionary, the last 1, found \(0.5, 0.5, 1.0\)",
+        ),
+        ("matryoshka", {"prefix_fractions": (0.5,)}, r"the last 1, found \(0.5,\)"),
+        ("matryoshka", {"prefix_fractions": (1.0, 1e308)}, r"the last 1, found \(1.0, 1e\+308\)"),
         ("matryoshka", {"width": 16}, r"prefix_fractions: --width 16 is too small for the shares \(0.03125, "),
-        ("treesae", {"width": 16, "k": 2}, r"found \(0.8125, 0.1875\) of --k 2, which are \(2, 0\): choose other"),
+        ("treesae", {"width": 16, "k": 2}, r"found \(0.8125, 0.1875\) of --k 2, which give \(2, 0\): choose other"),
         ("positional", {"mask_cutoff": 1.0}, "mask_cutoff: expected 0 or more and less than 1, found 1.0"),
         ("matryoshka", {"width": 160, "k": 2.0, "prefix_weights": (1.0,)}, "prefix_weights: expected 5, found 1"),
         ("jumprelu", {"width": 16, "target_l0": 20.0}, "^target_l0: .* found 20.0"),
@@ -54,7 +58,7 @@ def test_settings_that_contradict_are_refused(variant, settings, message):
 
 
 def test_requests_that_contradict_are_refused():
-    with pytest.raises(ConfigInvalid, match="another layer"):
+    with pytest.raises(ConfigInvalid, match="a layer other than"):
         variant_registry.config_type("transcoder")(layer=3, to_layer=3).needs()
     with pytest.raises(ConfigInvalid, match="distinct"):
         variant_registry.config_type("crosscoder")(layers=(3, 3)).needs()

@@ -183,7 +183,7 @@ def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant
     (batch,) = battery.batches(config, 1, rows=32)
     told = run(lambda at: parts[at].step(batch).scalars())
     assert told[0] == told[1] == pytest.approx(whole.step(batch).scalars(), rel=1e-4, abs=1e-6)
-    with pytest.raises(SaeInvalid, match="an SAE of 66 latents .* found 67"):
+    with pytest.raises(SaeInvalid, match="an SAE with 66 latents .* found 67"):
         begin_as(parts[0].sae, plain, stats, stats, SomeLatents(ranks[0], 66))
 
 
@@ -208,7 +208,7 @@ def test_what_needs_all_latents_is_refused(battery, threads):
     """And docs/train.md tells them from the others."""
     ranks, _ = threads(2)
     for variant in set(names()) - {*SPLIT, "frozen"}:  # frozen: as its base
-        with pytest.raises(ConfigInvalid, match=r"no part needs all latents in one .* its base alone where it has one"):
+        with pytest.raises(ConfigInvalid, match=r"parts that need all latents in one .* only its base if it has one"):
             Trainee("one", battery.config_of(variant).build(battery.D), 10, split=ranks[0])
     page = (Path(__file__).parents[3] / "docs/train.md").read_text()
     assert f"`{' '.join(sorted(SPLIT))}` can be split" in page

@@ -38,7 +38,9 @@ def test_an_sae_gets_three_frozen_ones_at_its_own_settings_and_its_principal_com
 
 
 def test_more_components_than_there_can_be_are_left_out_and_it_is_said():
-    with pytest.warns(UserWarning, match="topk has no pca beside it: 257 components are wanted, and at most 256 can"):
+    with pytest.warns(
+        UserWarning, match="topk gets no pca baseline: it needs 257 components, and there are at most 256"
+    ):
         labels = [member.label for member in fleet("topk", words=["k=257"])]
     assert labels == ["topk", "topk_frozen_decoder", "topk_frozen_soft_decoder", "topk_frozen_encoder"]
     with tell_errors():  # as the command says it
@@ -69,11 +71,11 @@ def test_a_penalty_fixes_no_number_of_components():
 @pytest.mark.parametrize(
     ("variants", "words", "message"),
     [
-        (["transcoder"], [], "expected an SAE that rebuilds tokens of one layer, or whose base does, found transcoder"),
+        (["transcoder"], [], "an SAE that reconstructs tokens of one layer, or whose base does, found transcoder"),
         (
             ["tsae"],
             [],
-            "--with-baselines: expected an SAE that rebuilds tokens of one layer, .* found tsae",
+            "--with-baselines: expected an SAE that reconstructs tokens of one layer, .* found tsae",
         ),
         (["topk"], ["decoder_bias=zero"], "a frozen topk has no setting decoder_bias"),
     ],

@@ -50,12 +50,12 @@ def test_too_short_a_store_names_the_remedy():
 @pytest.mark.parametrize(
     "case, said",
     [
-        (plan(tokens=0), "0 tokens that may train"),
+        (plan(tokens=0), "0 tokens to train on"),
         (
             plan(batch=400, windows=30),
             "300 tokens, less than one batch of 400: nothing to train. Set a smaller data.batch",
         ),
-        (plan(batch=400), "1,000 tokens, cut into pools of which none fills a batch of 400: .*, or a larger data.pool"),
+        (plan(batch=400), "1,000 tokens, cut into pools that each hold less than a batch of 400: .*, or a larger data"),
     ],
 )
 def test_nothing_to_train(case, said):

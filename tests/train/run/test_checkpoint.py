@@ -123,7 +123,7 @@ def test_a_log_that_lost_its_end_keeps_whole_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format_", "advice"), [(99, "update saemill"), (1, r"earlier checkout.* no longer read\. Start the run again")]
+    ("format_", "advice"), [(99, "update saemill"), (1, r"earlier version.* no longer read\. Start the run again")]
 )
 def test_nothing_that_can_be_read_is_an_error(tmp_path, format_, advice):
     save_checkpoint(tmp_path, standing(10), state(10))

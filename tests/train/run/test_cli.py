@@ -36,7 +36,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train,
     monkeypatch.chdir(tmp_path)
     words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--width", 64, "--grid", "k=3,4"]
     said = sae_train(*words, "--dry-run").output
-    for fact in ("topk_k3", "width 64, k 4, ", "of 64 tokens", "by a few steps on cpu", big["path"]):
+    for fact in ("topk_k3", "width 64, k 4, ", "of 64 tokens", "from a few steps on cpu", big["path"]):
         assert fact in " ".join(said.split())
     (found,) = json.loads(sae_train(*words, "--dry-run", "--json").stdout)["runs"]
     assert list(tmp_path.iterdir()) == []
@@ -56,7 +56,7 @@ def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick,
     """config.json says what was asked for; other latents are chosen where it is not had."""
     monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda _: has_fast)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--width", 64, "--set", "encoder_product=bfloat16"]
-    said = "topk: encoder_product=bfloat16 is computed in float32: this machine has no fast bfloat16 products"
+    said = "topk: encoder_product=bfloat16 is computed in float32, as this machine has no fast bfloat16 products"
     assert (said in sae_train(*words).output) == (not has_fast)
     found = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["topk"]
     assert found["encoder_product"] == ("bfloat16" if has_fast else "float32")
@@ -67,9 +67,9 @@ def test_a_dry_run_refuses_what_a_run_refuses(big, sae_train, quick, tmp_path):
     assert "found 100" in sae_train(*TOPK, *words, "--k", 100, "--width", 64, code=1).stderr
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/notes").touch()
-    assert "exists already" in sae_train(*TOPK, *words, "--name", "mine", code=1).stderr
+    assert "already exists" in sae_train(*TOPK, *words, "--name", "mine", code=1).stderr
     shutil.rmtree(tmp_path / "runs")
-    assert "leave out it or --resume" in sae_train(*words, "--resume", "run_1", code=1).stderr
+    assert "leave out either it or --resume" in sae_train(*words, "--resume", "run_1", code=1).stderr
     assert "--tokens" in sae_train(*TOPK, *words, "--tokens", 10, code=1).stderr
     assert not (tmp_path / "runs").exists()
 
@@ -98,7 +98,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         "tokens/s",
         "L0",
         ", k 3, seed 0, lr 0.0",
-        "L0 and EV (explained variance) are of the store's validation split, ",
+        "L0 and EV (explained variance) are measured on the store's validation split, ",
         f" {outcome['saes']['topk']['validation_tokens']:,} tokens of it",
         "dead",
         "waiting for data",
@@ -146,7 +146,7 @@ def test_an_sae_that_is_no_better_than_the_mean_is_pointed_out():
     saes = {"poor": poor, "fair": replace(poor, explained_variance=0.5)}
     outcome = Outcome("runs/run_1", 1, 1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, saes)
     (line,) = warnings_of(outcome)
-    assert line.startswith("warning: poor: activations of the validation split are rebuilt no better than by their")
+    assert line.startswith("warning: poor: activations of the validation split are reconstructed no better than by")
     assert warnings_of(replace(outcome, saes={"fair": saes["fair"]})) == []
 
 
@@ -247,9 +247,9 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/mine").mkdir(parents=True)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
     (tmp_path / "runs/mine/notes.txt").write_text("of somebody")
-    assert "exists already: choose another --name\n" in sae_train(*words, code=1).output
+    assert "already exists: choose another --name\n" in sae_train(*words, code=1).output
     (tmp_path / "runs/mine/notes.txt").unlink()
-    assert "exists already" in sae_train(*words, code=1).output  # it may be another start's, of this moment
+    assert "already exists" in sae_train(*words, code=1).output  # it may be another start's, of this moment
     os.utime(tmp_path / "runs/mine", (0, 0))
     sae_train(*words)  # an empty folder is what a full disk leaves, and nothing could go on from it
     evaluate = f"choose another --name, or evaluate it: sae-eval {tmp_path}/runs/mine\n"
@@ -276,13 +276,13 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
         ([*TOPK, "--set", "k"], "expected a setting like"),
         ([*TOPK, "--set", "k=three"], "topk.k: expected a whole number, found 'three'"),
         ([*TOPK, "--k", "99", "--width", "32"], "topk: k: expected more than 0 and at most width = 32, found 99"),
-        ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is of SAEs that share data"),
+        ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is for SAEs that share data"),
         ([*TOPK, "--grid", "seed=0,1", "--grid", "seed=2,3"], "expected seed once in a grid"),
         ([*TOPK, "--grid", "lr=1e-3,1e-4", "--grid", "optim.lr=1,2"], "expected optim.lr once in a grid"),
-        ([*TOPK, "--grid", "layer=3,4"], "expected layer in --grid alone, found layer=3 by an option"),
+        ([*TOPK, "--grid", "layer=3,4"], "expected layer only in --grid, found layer=3 in an option"),
         (
             [*TOPK, "--grid", "lr=1,2", "--set", "optim.lr=3"],
-            "expected optim.lr in --grid alone, found optim.lr=3 by an option",
+            "expected optim.lr only in --grid, found optim.lr=3 in an option",
         ),
         ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
         ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
@@ -303,21 +303,21 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
         ([*TOPK, "--set", "dead_after_tokens=0"], "dead_after_tokens: expected 1 or more, found 0"),
         (
             [*CROSS, "--set", "layers=3,4", "--set", "crosscoder.gate=relu", "--set", "crosscoder.k=4"],
-            "k 4 would be ignored: gate=batchtopk alone reads it",
+            "k 4 would be ignored: only gate=batchtopk reads it",
         ),
         (
             [*CROSS, "--set", "layers=3,4", "--set", "crosscoder.penalty=1"],
-            "penalty 1 would be ignored: gate=relu alone reads it",
+            "penalty 1 would be ignored: only gate=relu reads it",
         ),
-        (["--variant", "tiered", "--set", "resample_until=0.5"], "resample_every_steps alone reads it; set that too"),
-        (["--variant", "jumprelu", "--set", "initial_threshold=0.1"], "optim.start=drawn alone reads it"),
+        (["--variant", "tiered", "--set", "resample_until=0.5"], "only resample_every_steps reads it; set that too"),
+        (["--variant", "jumprelu", "--set", "initial_threshold=0.1"], "only optim.start=drawn reads it"),
         ([*TOPK, "--set", "optim.clip_norm=0"], "optim.clip_norm: expected a positive number, found 0"),
         (["--variant", "tiered", "--set", "tier_clip_norm=-5"], "tier_clip_norm: expected more than 0, found -5"),
         (["--variant", "standard", "--width", "0"], "width: expected 1 or more, found 0"),
         (["--variant", "gated", "--set", "width=-4"], "width: expected 1 or more, found -4"),
         ([*TOPK, "--set", "data.pool_tokens=10"], "pool_tokens 10 for batch_tokens 64"),
         ([*TOPK, "--set", 'course.trackers=["nosuch"]', "--tokens", "640"], "expected trackers among"),
-        (["--resume", "nothing"], "which has no runs: train one without --resume, or say by --out where"),
+        (["--resume", "nothing"], "which has no runs: train one without --resume, or set --out to"),
     ],
 )
 def test_mistakes_are_named(big, sae_train, quick, tmp_path, words, said):
@@ -338,11 +338,11 @@ def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (TOPK, "holds layers 3, 4 and not the default: choose by --layer 3 or --layer 4\n"),
+        (TOPK, "holds layers 3, 4 and not the default: choose with --layer 3 or --layer 4\n"),
         ([*TOPK, "--set", "topk.layer=3"], None),
-        (["--variant", "transcoder"], "by --layer 3 or --layer 4, and by --set to_layer=3 or --set to_layer=4\n"),
-        (["--variant", "transcoder", "--layer", "3"], "choose by --set to_layer=3 or --set to_layer=4\n"),
-        (["--variant", "crosscoder"], "choose by --set layers=3,4\n"),
+        (["--variant", "transcoder"], "with --layer 3 or --layer 4, and with --set to_layer=3 or --set to_layer=4\n"),
+        (["--variant", "transcoder", "--layer", "3"], "choose with --set to_layer=3 or --set to_layer=4\n"),
+        (["--variant", "crosscoder"], "choose with --set layers=3,4\n"),
     ],
 )
 def test_where_the_store_holds_several_layers_the_choices_are_named(big, sae_train, quick, words, said):
@@ -370,7 +370,7 @@ def test_a_number_of_tokens_is_a_whole_one(sae_train, tokens):
 def test_what_may_be_a_list_is_no_number(sae_train, option, text):
     output = sae_train(*TOPK, option, text, code=2).output
     assert f"found '{text}'" in output
-    assert (f"a fleet is --grid {option[2:]}={text}" in output) == (option != "--tokens")
+    assert (f"for a fleet, give --grid {option[2:]}={text}" in output) == (option != "--tokens")
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("10,000", 10_000), ("1,000,000", 10**6), ("4.1m", 4_100_000)])
@@ -444,9 +444,11 @@ def test_a_later_step_without_memory_leaves_the_log_and_the_run_can_begin_again(
         patch.setattr(Trainee, "step", third)
         said = "".join(sae_train(*words, code=1).output.split())
     run = tmp_path / "runs/mine"
-    assert f"Nocheckpointhadbeenwritten:itslogisin{run};fromstep0again,withthesamesettings:sae-train--resume" in said
+    assert (
+        f"Nocheckpointhadbeenwritten:thelogisin{run}.Startagainfromstep0withthesamesettings:sae-train--resume" in said
+    )
     assert (run / "metrics.jsonl").stat().st_size > 0 and not (run / "checkpoints").exists()
-    assert f"go on with it: {resume_command(run)}\n" in sae_train(*words, code=1).output
+    assert f"resume it: {resume_command(run)}\n" in sae_train(*words, code=1).output
     assert "no checkpoint found: starting at step 0" in sae_train("--resume", "mine", "--device", "cpu").output
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 0 and steps == sorted({*steps}) and (run / "result.json").exists()
@@ -470,7 +472,7 @@ def test_a_run_whose_store_has_moved_asks_for_it(big, sae_train, quick, tmp_path
     (tmp_path / "runs/run_1/result.json").unlink()
     shutil.move(tmp_path / "store", tmp_path / "moved")
     said = sae_train("--resume", "run_1", "--device", "cpu", code=1).output
-    assert f"was begun on the store {tmp_path / 'store'}, which is not there: say with --cache where it lies" in said
+    assert f"was trained on the store {tmp_path / 'store'}, which is no longer there: give its location" in said
     sae_train("--resume", "run_1", "--device", "cpu", "--cache", tmp_path / "moved")
 
 

@@ -170,7 +170,7 @@ def test_a_process_lost_between_the_sums_of_a_step_ends_the_other(big, spawn, sa
     words += ["--set", "course.checkpoint_every_steps=5", "--set", f"course.shard_width={is_split}"]
     first, _ = launch(spawn, words, codes=(1, -9), code=LOST)
     assert "another process of the run is gone" in first and "Traceback" not in first
-    assert f"The last checkpoint is whole: go on with: sae-train --resume {tmp_path / 'runs/lost'}" in first
+    assert f"The last checkpoint is intact. Resume with: sae-train --resume {tmp_path / 'runs/lost'}" in first
     assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu").output
 
 
@@ -197,7 +197,7 @@ print("ended")
 def test_a_process_that_waits_on_its_gpu_for_one_that_is_lost_ends(spawn):
     """There a sum raises nothing: the run stood still until somebody looked."""
     first, _ = launch(spawn, ["lost"], codes=(1, -9), code=PULSE)
-    assert "error: another process of the run is gone" in first and "sae-train --resume goes on" in first
+    assert "error: another process of the run is gone" in first and "sae-train --resume continues" in first
     assert all(said.strip() == "ended" for said in launch(spawn, [], code=PULSE))
 
 
@@ -238,7 +238,7 @@ def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, qui
     assert "continuing after step 15" in first and others == ["", ""]
     same_bits(tmp_path / "runs/begun", tmp_path / "runs/one")
     for said in launch(spawn, [*words, "--spread", "--name", "four"], codes=(1, 1, 1, 1)):
-        assert "expected an SAE or more for each of 4 processes, found 3" in said
+        assert "expected at least one SAE for each of 4 processes, found 3" in said
     assert not (tmp_path / "runs/four").exists()
 
 
@@ -278,8 +278,8 @@ def test_what_one_process_is_refused_ends_both(big, spawn, sae_train, quick, rew
     (taken, unsplit, trained), told = (
         [line for line in said.splitlines() if line.startswith("error: ")] for said in (first, second)
     )
-    assert "exists already" in taken and "another process is training" in trained
-    assert "course.shard_width is for SAEs of which no part needs all latents" in unsplit
+    assert "already exists" in taken and "another process is training" in trained
+    assert "course.shard_width is for SAEs without parts that need all latents" in unsplit
     assert told[1] == unsplit and all("another process of the run" in told[place] for place in (0, 2))
     assert "Traceback" not in first + second
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mine", "begun"}

@@ -133,9 +133,9 @@ def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkey
     assert "most of it for topk" in refused([one], 512, 64, 10**6, 1) and "found 0.0 GiB free" in refused(
         [one], 512, 64, 10**6, 1
     )
-    assert "found 3.0 GiB free. Choose a smaller --width" in refused([one], 5120, 64, 10**6, 1, device=0)
-    assert "Choose a smaller --set data.batch_tokens" in refused([small], 64, 10**6, 10**6, 1)
-    assert "Choose a smaller --set data.pool_tokens" in refused([small], 64, 64, 10**9, 1)
+    assert "found 3.0 GiB free. Use a smaller --width" in refused([one], 5120, 64, 10**6, 1, device=0)
+    assert "Use a smaller --set data.batch_tokens" in refused([small], 64, 10**6, 10**6, 1)
+    assert "Use a smaller --set data.pool_tokens" in refused([small], 64, 64, 10**9, 1)
 
 
 def test_a_gpu_s_checkpoint_needs_host_memory_in_powers_of_two(monkeypatch):
@@ -158,7 +158,7 @@ def test_a_gpu_s_checkpoint_needs_host_memory_in_powers_of_two(monkeypatch):
     require(168, parts=4, team=4)  # a quarter each, and all of it once more
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     require(16 * 24, parts=16, team=16)
-    with pytest.raises(MemoryTooSmall, match=r"23\.8 GiB of host memory, in which each process makes a whole SAE"):
+    with pytest.raises(MemoryTooSmall, match=r"23\.8 GiB of host memory, for each process to make a whole SAE"):
         require(16 * 23, parts=16, team=16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(MemoryTooSmall, match=r"41\.9 GiB of host"):

@@ -42,9 +42,9 @@ def test_one_that_diverges_costs_the_others_nothing(big, sae_train, quick, same_
     common = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 1280]
     common += ["--set", "optim.warmup_steps=0", "--set", "course.checkpoint_every_steps=5"]
     said = sae_train(*common, "--grid", "lr=1e-3,1e30", code=1).output
-    assert "their activations are finite: training diverged" in said and "The others go on without it" in said
+    assert "their activations are finite: training diverged" in said and "The others continue without it" in said
     error = "topk_lr1e+30: its loss was not finite in step 1: training diverged"
-    assert f"error: {error}. The other SAEs of run_1 are whole" in said.splitlines()[-1]
+    assert f"error: {error}. The other SAEs of run_1 are complete" in said.splitlines()[-1]
     run, resumed = tmp_path / "runs/run_1", tmp_path / "runs/resumed"
     shutil.copytree(run, resumed)
     sae_train(*common, "--lr", 1e-3, "--name", "alone")
@@ -72,7 +72,7 @@ def test_every_process_says_that_all_diverged(big, quick, threads, tmp_path, is_
     def end(at):
         team = SOLO if is_spread else ranks[at]
         process = Process(ranks[at], team, torch.device("cpu"), Console(file=io.StringIO()))
-        with pytest.raises(TrainingDiverged, match="topk_k3: .*; topk_k4: .*. Start the run anew"):
+        with pytest.raises(TrainingDiverged, match="topk_k3: .*; topk_k4: .*. Start the run again"):
             list(train_all(words, process))
 
     run(end)

@@ -70,7 +70,7 @@ def test_going_on_changes_no_bit(big, sae_train, quick, tmp_path, same_bits, rew
     "words, said",
     [
         ([], "attention of layers 1, 2 (it has layers 3, 4)"),
-        (["--set", "offsets=[]"], "offsets: expected distinct ones"),
+        (["--set", "offsets=[]"], "offsets: expected distinct offsets"),
         (["--set", "alpha=-1"], "alpha: expected 0 or more, found -1"),
         (["--set", "offsets=[0]", "--set", "temperature=0"], "temperature: expected more than 0"),
         (["--set", "base=crosscoder"], "expected a variant that reads tokens of one layer"),
@@ -87,7 +87,7 @@ def test_one_window_in_a_batch_has_none_to_exchange_rows_with(big, sae_train, qu
     """Said before the first step, of the smallest batch of the run."""
     words = [*GUIDED, "--set", "shuffle_attention=true", *quick, "--cache", big["path"]]
     result = sae_train(*words, "--set", "data.batch_tokens=10", code=1)
-    assert "hierarchical: expected 2 whole windows or more in each batch of a process, found 1" in result.output
+    assert "hierarchical: expected at least 2 whole windows per process in each batch, found 1" in result.output
     assert not list(tmp_path.glob("runs/*"))
     sae_train(*words)
 

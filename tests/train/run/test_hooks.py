@@ -95,7 +95,7 @@ def test_a_transcoder_finds_the_planted_map(planted, sae_train, tmp_path):
     assert config["architecture"] == "saemill_transcoder" and not is_of_one_place(metadata)
     words = [str(folder), "--out", str(tmp_path / "out"), "--to"]
     refused = CliRunner().invoke(sae_export, [*words, "dictionary_learning"])
-    assert refused.exit_code == 1 and "to mlp_out [5]: dictionary_learning has no form for it" in refused.output
+    assert refused.exit_code == 1 and "to mlp_out [5]: dictionary_learning has no format for it" in refused.output
     assert CliRunner().invoke(sae_export, [*words, "sparsify"]).exit_code == 0
     torch.testing.assert_close(load_sae(tmp_path / "out")(x), sae(x), rtol=1e-4, atol=1e-5)
 
@@ -137,9 +137,9 @@ def test_a_resumed_run_on_hooks_is_the_same(planted, sae_train, same_bits, tmp_p
     ("words", "said"),
     [
         (["transcoder", "--set", "hook=z"], "z of layers 19, 20 (it has none)"),
-        (["topk", "--set", "hook=mlpout"], "there is no hook 'mlpout' (did you mean 'mlp_out'"),
-        (["transcoder", "--set", "hook=mlp_in", "--set", "to_hook=attn"], "to_hook: there is no hook 'attn'"),
-        (["transcoder", "--layer", "5", "--set", "to_layer=5"], "expected another layer than 5"),
+        (["topk", "--set", "hook=mlpout"], "hook: unknown hook 'mlpout' (did you mean 'mlp_out'"),
+        (["transcoder", "--set", "hook=mlp_in", "--set", "to_hook=attn"], "to_hook: unknown hook 'attn'"),
+        (["transcoder", "--layer", "5", "--set", "to_layer=5"], "expected a layer other than 5"),
         (["topk", "--layer", "4", "--set", "hook=mlp_in"], "mlp_in of layer 4 (it has layer 5)"),
     ],
 )

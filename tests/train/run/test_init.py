@@ -92,7 +92,7 @@ def test_rows_of_several_lengths_begin_as_they_are_if_none_is_far_from_the_rest(
     torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
     plain.tensors["W_dec"][3] = 0.0
     WRITERS["sparsify"](tmp_path / "b", plain, {"layers": [19]})
-    with pytest.raises(SaeInvalid, match="about as long as each other, found 0 to 1.3 times their mean"):
+    with pytest.raises(SaeInvalid, match="about the same length, found 0 to 1.3 times their mean"):
         begin_as(sae, read_folder(tmp_path / "b"), stats, stats)
 
 
@@ -123,14 +123,14 @@ def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, bat
 @pytest.mark.parametrize(
     ("source", "sae", "message"),
     [
-        (("topk", {"width": 64}), ("topk", {}), r"expected an SAE of 96 latents .* found 64 .*: set --width 64"),
+        (("topk", {"width": 64}), ("topk", {}), r"expected an SAE with 96 latents .* found 64 .*: set --width 64"),
         (("topk", {"k": 2}), ("topk", {}), "expected an SAE with 6 active latents, found 2: set --k 2"),
         (
             ("standard", {}),
             ("topk", {}),
             "the gate of topk, found .* of standard: .* such as --variant standard",
         ),
-        (("topk", {}), ("positional", {"base": "topk"}), "weights and gate are all there is"),
+        (("topk", {}), ("positional", {"base": "topk"}), "consist only of their weights and gates"),
     ],
 )
 def test_what_cannot_begin_is_told(source, sae, message, battery, stats):
@@ -150,7 +150,7 @@ def test_a_run_begins_where_another_ended(big, sae_train, quick, tmp_path):
     config = json.loads((tmp_path / "runs/second/config.json").read_text())
     assert config["init"]["folder"].endswith("runs/first/topk") and len(config["init"]["sha256"]) == 64
     result = sae_train(*more, "--width", 48, "--name", "third", code=1)
-    assert "expected an SAE of 48 latents" in result.output and not (tmp_path / "runs/third").exists()
+    assert "expected an SAE with 48 latents" in result.output and not (tmp_path / "runs/third").exists()
 
 
 def test_a_run_goes_on_when_its_source_is_gone_and_begins_anew_only_with_it(big, sae_train, quick, tmp_path):
@@ -164,7 +164,7 @@ def test_a_run_goes_on_when_its_source_is_gone_and_begins_anew_only_with_it(big,
     assert "continuing after step" in sae_train("--resume", "second", "--device", "cpu").output
     shutil.rmtree(run / "checkpoints")
     (run / "result.json").unlink()
-    assert "is gone" in sae_train("--resume", "second", "--device", "cpu", code=1).output
+    assert "is missing" in sae_train("--resume", "second", "--device", "cpu", code=1).output
 
 
 def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
@@ -177,15 +177,21 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
     )
     for start in (("--set", "topk.optim.start=fitted"), ("--grid", "optim.start=fitted,drawn")):
         result = sae_train(*first, "--tokens", 640, "--init", "first", *start, code=1)
-        assert "optim.start: SAEs that begin as --init have no start of their own" in result.output
+        assert "optim.start: SAEs that start from --init take no other start" in result.output
 
 
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"layers": [5], "target_layers": [5]}, "it goes from layer 5 to layer 5, and here from layer 3 to layer 3"),
-        ({"layers": [3], "target_layers": [3], "hook": "z", "target_hook": "z"}, "it goes from z of layer 3"),
-        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it reads 'blocks.3.ln2.hook_normalized', which is no place"),
+        (
+            {"layers": [5], "target_layers": [5]},
+            "expected an SAE from layer 3 to layer 3, found one from layer 5 to layer 5",
+        ),
+        ({"layers": [3], "target_layers": [3], "hook": "z", "target_hook": "z"}, "found one from z of layer 3"),
+        (
+            {"hook_name": "blocks.3.ln2.hook_normalized"},
+            "it reads 'blocks.3.ln2.hook_normalized', which is not a known place",
+        ),
     ],
 )
 def test_a_source_of_another_place_is_refused(big, sae_train, quick, tmp_path, battery, told, message):
@@ -216,11 +222,11 @@ def test_a_source_of_another_model_is_refused_where_names_tell(tmp_path):
     model = ModelSpec("lab/model-2b", 8, "bfloat16", revision="0" * 40)
     require_model(tmp_path, "model-2b", model)
     require_model(tmp_path, None, model)
-    with pytest.raises(ConfigInvalid, match="it was trained on lab/model-9b, and the store holds .* lab/model-2b"):
+    with pytest.raises(ConfigInvalid, match="it was trained on lab/model-9b, but the store holds .* lab/model-2b"):
         require_model(tmp_path, "lab/model-9b", model)
-    with pytest.warns(UserWarning, match="whether that is the same model their names do not tell"):
+    with pytest.warns(UserWarning, match="the names do not show whether that is the same model"):
         require_model(tmp_path, "model-small", model)
-    with pytest.warns(UserWarning, match="their names do not tell"):
+    with pytest.warns(UserWarning, match="the names do not show"):
         require_model(tmp_path, "lab/model-2b", replace(model, id="snapshot", revision="gguf-0123"))
 
 
@@ -244,5 +250,5 @@ def test_other_weights_of_gemma_scope_are_another_source(tmp_path):
     source = source_of(tmp_path)
     require_unchanged(source)
     np.savez(tmp_path / "params.npz", W_enc=np.ones(2))
-    with pytest.raises(ConfigInvalid, match="not what the run was begun from"):
+    with pytest.raises(ConfigInvalid, match="or has changed since the run began"):
         require_unchanged(source)

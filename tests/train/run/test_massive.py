@@ -147,7 +147,7 @@ def test_a_run_on_a_gpu_is_trained_saved_and_gone_on_with(spiked, sae_train, qui
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
-        (ALL_OF_40, "expected 2 tokens or more to measure a run on, found 0 in the first 40 windows"),
+        (ALL_OF_40, "expected at least 2 tokens to measure a run on, found 0 in the first 40 windows"),
         (ALL_OF_40 - {(3, 70, 3)}, "measure a run on, found 1 in the first 40 windows"),
         ("most rows zero", "No others are left to train on. Set data.massive_norms=inf"),
     ],

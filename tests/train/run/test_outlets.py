@@ -72,7 +72,7 @@ def test_spread_over_one_process_says_so():
     out = io.StringIO()
     with open_process("cpu", Console(file=out, width=200), spread=True):
         pass
-    assert "--spread deals SAEs out over several processes, and this is one" in out.getvalue()
+    assert "--spread divides SAEs among several processes, but there is only one" in out.getvalue()
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
@@ -162,10 +162,10 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ConfigInvalid, match="finds no CUDA device"):
+    with pytest.raises(ConfigInvalid, match="found no CUDA device"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigInvalid, match="finds 2 CUDA devices here"):
+    with pytest.raises(ConfigInvalid, match="found 2 CUDA devices"):
         choose_device("cuda:2")
     for kind in ("meta", "mps", "xpu"):  # NumPy reads into the memory of none
         with pytest.raises(ConfigInvalid, match=f"found '{kind}': it is not supported"):

@@ -307,7 +307,7 @@ def test_no_file_is_fetched_before_it_is_known_whose(hub, run, push):
     files |= {"model-00001-of-00002.safetensors": b"x" * 1000, "config.json": b"{}"}
     with pytest.raises(RunMissing, match="me/saes holds 2 SAEs: choose one of me/saes/a, me/saes/b/c$"):
         load_sae("me/saes", run.parent)
-    with pytest.raises(RunMissing, match="me/saes/d of the Hugging Face Hub holds no SAE"):
+    with pytest.raises(RunMissing, match="me/saes/d on the Hugging Face Hub holds no SAE"):
         load_sae("me/saes/d", run.parent)
     assert not hub.fetched
     for name in ("me/saes/a", "me/saes/b"):  # the only one in there
@@ -503,7 +503,7 @@ def test_a_repository_that_holds_more_is_another(hub, push):
 def test_a_run_is_pushed_when_it_is_whole(hub, run, push):
     (run / "config.json").write_text('{"cache": {}, "saes": {}}')
     (run / "result.json").unlink()
-    assert "is not finished, and more SAEs may come: first sae-train --resume" in push("run_1", code=1)
+    assert "is not finished, and more SAEs may follow. Resume it first: sae-train --resume" in push("run_1", code=1)
 
 
 def test_a_config_of_another_tool_makes_no_run_that_is_not_finished(hub, run, push):
@@ -519,7 +519,7 @@ def test_a_config_of_another_tool_makes_no_run_that_is_not_finished(hub, run, pu
 @pytest.mark.parametrize(
     ("obstacle", "expected"),
     [
-        (no_token, "no token for the Hugging Face Hub: hf auth login"),
+        (no_token, "no token for the Hugging Face Hub: run hf auth login"),
         (refused_token, "the token is not valid"),
         (reading_token, "the token of me may only read"),
         (of_others, "you may not write to me: expected one of you"),
@@ -550,7 +550,7 @@ def test_what_is_refused_while_uploading_leaves_no_file(hub, push):
 def test_what_others_commit_meanwhile_is_not_overwritten(hub, push, monkeypatch):
     monkeypatch.setattr("saemill.train.run.push_to_hub._require_room", lambda *_: "f" * 40)
     hub.create("me/saes")
-    assert "it changed meanwhile: run this once more" in push(code=1)
+    assert "it changed in the meantime: run this again" in push(code=1)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_what_others_commit_meanwhile_is_not_overwritten(hub, push, monkeypatch)
     [
         (("run_1", "no-owner"), "expected --push-to-hub OWNER/NAME, found 'no-owner'"),
         (("run_1", "me/saes", "--license", "a: b"), "expected --license by its name on the Hub"),
-        (("run_2", "me/saes"), "no SAE 'run_2' here to push: the runs in"),
+        (("run_2", "me/saes"), "no SAE 'run_2' here to push; runs in"),
     ],
 )
 def test_bad_words_end_before_the_hub_is_asked(push, words, expected):
@@ -567,7 +567,7 @@ def test_bad_words_end_before_the_hub_is_asked(push, words, expected):
 
 def test_folders_of_other_tools_are_to_be_converted_first(hub, run, push):
     shutil.move(run / "topk" / "sae_weights.safetensors", run / "topk" / "ae.pt")
-    assert "convert it first, sae-export" in push(code=1)
+    assert "Convert it first: sae-export" in push(code=1)
 
 
 @pytest.mark.parametrize(

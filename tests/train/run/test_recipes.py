@@ -59,7 +59,7 @@ def test_recipes_bow_to_the_store_and_to_the_command_line_which_bows_to_nobody()
 def test_a_setting_that_makes_a_control_of_a_recipe_its_treatment_is_refused(word):
     (recipe,) = recipe_registry.find_recipes("attention/run_1")
     for words, grid in (([word], ()), ([], [f"{word},0.5"])):
-        with pytest.raises(ConfigInvalid, match="base.* and guided.* differ in alpha by the recipe, and would be the"):
+        with pytest.raises(ConfigInvalid, match="base.* and guided.* differ in alpha in the recipe, and would become"):
             members(recipe, words, grid)
 
 

@@ -78,7 +78,7 @@ def test_a_run_says_where_it_was_gone_on_with(stopped, sae_train):
     (resumed,) = found.pop("resumed")
     assert found == config and resumed["hardware"]["device"].startswith("cpu, ")
     (stopped / "result.json").unlink()
-    assert "other than before" not in sae_train("--resume", "run", "--device", "cpu").output
+    assert "changed since before" not in sae_train("--resume", "run", "--device", "cpu").output
     assert len(json.loads((stopped / "config.json").read_text())["resumed"]) == 2
 
 
@@ -100,7 +100,7 @@ def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, num
     finally:
         signal.signal(number, before)
     monkeypatch.undo()
-    assert "go on with: sae-train --resume" in said
+    assert "resume with: sae-train --resume" in said
     assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 1
     sae_train("--resume", "run", "--device", "cpu")
     same_bits(tmp_path / "runs/run", straight)
@@ -158,7 +158,7 @@ def test_a_store_that_is_read_in_another_order_is_refused_on_resume(stopped, sae
     """The id is of what is in the store; how many windows a shard has decides the order in which they are read."""
     config = json.loads((stopped / "config.json").read_text())
     for broken, said in (
-        ({"init": {"folder": "x"}}, "init.sha256: missing; copy the folder anew"),
+        ({"init": {"folder": "x"}}, "init.sha256: missing; copy the folder again"),
         (
             {"data": config["data"] | {"pool_tokens": None}},
             "data.pool_tokens: expected a whole number, found None; copy",

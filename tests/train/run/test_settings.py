@@ -116,7 +116,7 @@ def test_settings_reach_the_variants_that_have_them():
     ],
 )
 def test_a_variant_that_fixes_no_number_of_active_latents_says_so(variant, words, grid, said):
-    with pytest.raises(ConfigInvalid, match=f"{variant} fixes no number of active latents: {said}"):
+    with pytest.raises(ConfigInvalid, match=f"{variant}: the number of active latents is not fixed: {said}"):
         members(words, variant, grid=grid)
 
 
@@ -126,7 +126,7 @@ def test_a_setting_is_for_the_saes_that_read_it():
     assert topk.config.k == 48
     spread = members(["k=48"], "crosscoder", grid=["gate=batchtopk,relu"])
     assert [member.config.gate for member in spread] == ["batchtopk", "relu"]
-    with pytest.raises(ConfigInvalid, match="k 48 would be ignored: gate=batchtopk alone reads it; set that too"):
+    with pytest.raises(ConfigInvalid, match="k 48 would be ignored: only gate=batchtopk reads it; set that too"):
         members(["crosscoder.gate=relu", "crosscoder.k=48"], "topk", "crosscoder")
 
 
@@ -165,7 +165,7 @@ def test_lists_of_a_grid_have_labels_of_their_own():
 
 def test_a_grid_that_a_setting_gives_too_is_refused():
     for said, spread in (("k", "k"), ("topk.k", "k"), ("k", "topk.k")):
-        with pytest.raises(ConfigInvalid, match=f"expected {spread} in --grid alone, found {said}=5 by an option"):
+        with pytest.raises(ConfigInvalid, match=f"expected {spread} only in --grid, found {said}=5 in an option"):
             members([f"{said}=5"], "topk", grid=[f"{spread}=2,4"])
     found = members(["k=5"], "topk", "batchtopk", grid=["topk.k=2,4"])
     assert [member.config.k for member in found] == [2, 4, 5]
@@ -202,7 +202,7 @@ def test_a_damaged_record_is_named():
         ({"saes": {}}, "one or more"),
         ({"saes": [1]}, r"saes: .* found \[1\]"),
     ):
-        with pytest.raises(ConfigInvalid, match=f"{said}.*; copy the folder anew"):
+        with pytest.raises(ConfigInvalid, match=f"{said}.*; copy the folder again"):
             read_run_config({} if not broken else raw | {"data": {}} | broken, "config.json")
     with pytest.raises(ConfigInvalid, match="saes.topk.variant: missing"):
         read_run_config(raw | {"saes": saes}, "config.json")
@@ -223,5 +223,5 @@ def test_records_are_frozen():
 def test_a_foreign_runs_labels_lead_out_of_no_folder(label):
     (member,) = members([], "topk")
     raw = RunConfig(DataConfig(), CourseConfig(), (dataclasses.replace(member, label=label),)).to_json()
-    with pytest.raises(ConfigInvalid, match="names of folders"):
+    with pytest.raises(ConfigInvalid, match="folder names"):
         read_run_config(raw, "config.json")

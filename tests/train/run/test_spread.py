@@ -42,7 +42,7 @@ def test_the_first_process_can_measure_the_shuffling_of_tokens():
 def test_what_cannot_be_spread_is_refused():
     process = SimpleNamespace(is_spread=True, group=SimpleNamespace(size=3, rank=0))
     config = SimpleNamespace(members=members(a=("topk", 256)), course=SimpleNamespace(shard_width=False))
-    with pytest.raises(ConfigInvalid, match="an SAE or more for each of 3 processes, found 1"):
+    with pytest.raises(ConfigInvalid, match="at least one SAE for each of 3 processes, found 1"):
         members_of(config, 8, process)
     config.course.shard_width = True
     with pytest.raises(ConfigInvalid, match=r"course\.shard_width .* --spread"):
@@ -59,9 +59,7 @@ def test_two_processes_on_one_gpu_are_named():
 def test_processes_with_and_without_a_gpu_are_refused():
     """Their sums go by other ways and never meet."""
     require_one_kind(["cuda", "cuda"])
-    with pytest.raises(
-        ConfigInvalid, match="a GPU for each of 3 processes, found none for 1: look at CUDA_VISIBLE_DEV"
-    ):
+    with pytest.raises(ConfigInvalid, match="a GPU for each of 3 processes, found none for 1: check CUDA_VISIBLE_DEV"):
         require_one_kind(["cuda", "cpu", "cuda"])
 
 

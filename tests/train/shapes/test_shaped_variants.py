@@ -93,8 +93,8 @@ def test_every_setting_learns(variant, settings, battery):
 
 
 REFUSED = [
-    ("tiered", {"tier_fractions": (0.5, 0.5, 1.0)}, "tier_fractions: expected shares of the dictionary that rise"),
-    ("tiered", {"boundaries": tuple(range(1, 98)), "tier_weights": (1.0,) * 97}, "rise, the last --width 96"),
+    ("tiered", {"tier_fractions": (0.5, 0.5, 1.0)}, "tier_fractions: expected rising shares of the dictionary"),
+    ("tiered", {"boundaries": tuple(range(1, 98)), "tier_weights": (1.0,) * 97}, "rising numbers, the last --width 96"),
     ("tiered", {"tier_weights": (0.5, 0.5)}, "tier_weights: expected 3"),
     ("tiered", {"tier_weights": (-1.0, 1.0, 1.0)}, "tier_weights: expected 0 or more"),
     ("tiered", {"tier_weights": (0.0, 0.0, 1.0)}, "to learn from"),
@@ -103,7 +103,7 @@ REFUSED = [
     (
         "tiered",
         {"importance": "fixed", "tier_weights": (0.0, 0.4, 0.6), "curriculum": (0.0, 0.1, 0.2)},
-        "more than 0 where the curriculum begins",
+        "more than 0 for the tier that starts the curriculum",
     ),
     ("tiered", {"moves_live": True}, "moves_live: expected moves_every_steps"),
     ("tiered", {"base": "matryoshka"}, "a single reconstruction"),
@@ -114,11 +114,11 @@ REFUSED = [
     ("positional", {"mask": "none"}, "mask=none does nothing"),
     ("positional", {"mask": "static_slicing", "progressive": (0.0, 0.5)}, "progressive: expected mask"),
     ("positional", {"progressive": (0.5, 0.5)}, "progressive: expected 0 <= begin"),
-    ("positional", {"learned_coefficient": True}, "a progressive mask to move"),
-    ("positional", {"position_embeddings": True}, "read by range_encoders"),
-    ("positional", {"independent_encoders": True}, "how range_encoders begin"),
-    ("positional", {"norm_rectified": True}, "where pre_norm stands"),
-    ("positional", {"adapters_on": "features"}, "where adapters stand"),
+    ("positional", {"learned_coefficient": True}, "expected a progressive mask"),
+    ("positional", {"position_embeddings": True}, "position_embeddings need range_encoders"),
+    ("positional", {"independent_encoders": True}, "independent_encoders needs range_encoders"),
+    ("positional", {"norm_rectified": True}, "norm_rectified needs pre_norm"),
+    ("positional", {"adapters_on": "features"}, "adapters_on needs adapters"),
     ("positional", {"adapters": True, "adapted_rate": 0.5}, "adapted_rate: expected adapter_from"),
     (
         "positional",
@@ -133,7 +133,7 @@ REFUSED = [
     ("temporal", {"buffer_std": 0.1}, "buffer_std: expected a buffer_mixing under 1"),
     ("temporal", {"buffer_mixing": 0.0}, "buffer_mixing: expected more than 0"),
     ("temporal", {"position_gate": True, "context": None}, "context: expected the length"),
-    ("temporal", {"base": "abstopk", "prune_share": 0.1}, "prune_share: expected a base whose latents a bias"),
+    ("temporal", {"base": "abstopk", "prune_share": 0.1}, "prune_share: expected a base whose latents a negative bias"),
 ]
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_is_refused_by_name(variant, settings, message, battery):
     "words, message",
     [
         (("positional", "positional.ranges=3"), "ranges: expected a number that divides the store's windows of 8"),
-        (("positional", "positional.context=16"), "context: the store's windows have 8 tokens, found 16"),
+        (("positional", "positional.context=16"), "context: expected 8, the store's window length, found 16"),
         (("temporal", "long_to=100"), "long_to: expected lags that fit the store's windows of 8 tokens, found 100"),
     ],
 )

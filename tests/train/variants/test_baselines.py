@@ -64,7 +64,7 @@ def test_what_is_not_frozen_decays_as_the_bases_does(battery, part, other):
     ("variant", "settings", "message"),
     [
         ("pca", {"optim.lr": 0.1}, "optim.lr 0.1 would be ignored: nothing is learned by gradient"),
-        ("frozen", {"cosine": 0.5}, "cosine 0.5 would be ignored: part=soft_decoder alone reads it"),
+        ("frozen", {"cosine": 0.5}, "cosine 0.5 would be ignored: only part=soft_decoder reads it"),
     ],
 )
 def test_a_setting_that_a_baseline_does_not_read_is_refused(variant, settings, message):

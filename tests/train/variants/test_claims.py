@@ -125,7 +125,7 @@ def test_a_damaged_tree_is_named(battery, tmp_path):
         before = int(sae.parent[latent])
         sae.parent[latent] = parent
         save_sae(tmp_path, sae, stats, {}, to_json(config), "treesae")
-        with pytest.raises(SaeInvalid, match=rf"expected parents of latents .* found {parent}: copy the folder anew"):
+        with pytest.raises(SaeInvalid, match=rf"expected parents of latents .* found {parent}: copy the folder again"):
             load_sae(tmp_path)
         sae.parent[latent] = before
 

@@ -1,7 +1,7 @@
-"""SAEs in the folders of other tools, to and from one plain form.
+"""SAEs in the folders of other tools, converted to and from one plain form.
 
 sae_lens             cfg.json, sae_weights.safetensors     what this package writes itself
-sparsify             cfg.json, sae.safetensors             top-k alone
+sparsify             cfg.json, sae.safetensors             top-k only
 dictionary_learning  trainer's config.json, ae.safetensors
 gemma_scope          params.npz                            read only
 """
@@ -38,7 +38,7 @@ FILES = {
 
 
 def kind_of(folder: Path) -> str:
-    """Whose folder it is, by the files in it."""
+    """Which tool a folder belongs to, by the files in it."""
     for name, kind in FILES.items():
         if (folder / name).is_file():
             return kind
@@ -47,10 +47,10 @@ def kind_of(folder: Path) -> str:
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
-    """The SAE of any of these kinds of folder."""
+    """Read the SAE of any of these kinds of folder."""
     try:
         return READERS[kind_of(folder)](folder)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise
-        raise SaeInvalid(f"{folder}: its tensors cannot be put together ({error}); copy or export it again") from None
+        raise SaeInvalid(f"{folder}: its tensors do not fit together ({error}); copy or export it again") from None

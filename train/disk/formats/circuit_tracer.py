@@ -1,11 +1,11 @@
-"""circuit-tracer (0.5): transcoders of every layer from the first on, or one cross-layer transcoder; written only.
+"""circuit-tracer (0.5): transcoders of every layer from the first on, or one cross-layer transcoder; write only.
 
-    config.yaml                   which of the two, and where in a block they read and write (JSON, which is YAML too)
-    layer_0.safetensors, ...      of transcoders: W_enc [F, D], b_enc, W_dec [F, D], b_dec, the jump threshold, W_skip
-    W_enc_0.safetensors, ...      of a cross-layer one: W_enc_0 [F_0, D], b_enc_0, b_dec_0, threshold_0
+    config.yaml                   which of the two, and where in a block they read and write (JSON, which is also YAML)
+    layer_0.safetensors, ...      transcoders: W_enc [F, D], b_enc, W_dec [F, D], b_dec, the jump threshold, W_skip
+    W_enc_0.safetensors, ...      a cross-layer one: W_enc_0 [F_0, D], b_enc_0, b_dec_0, threshold_0
     W_dec_0.safetensors, ...      W_dec_0 [F_0, L, D]: what layer 0's latents write to layers 0 to L - 1
 
-L layers, B rows, D width, F latents. Its replacement model wants one for each of the model's layers.
+L layers, B rows, D width, F latents. Its replacement model needs one for each of the model's layers.
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ THRESHOLD = "activation_function.threshold"
 
 @torch.no_grad()
 def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
-    """SAEs in raw units, as they were loaded, in any order."""
+    """Write SAEs in raw units, as loaded, in any order."""
     layers = [layer for sae in saes for layer in sae.metadata.get("layers") or ()]
     _require_every_layer(saes, layers)
     if len(layers) > len(saes):
         if len(saes) > 1:
-            raise SaeInvalid(
-                f"expected one clt by itself, or transcoders of one layer each, found {len(saes)} together"
-            )
+            raise SaeInvalid(f"expected a single clt, or transcoders of one layer each, found {len(saes)} together")
         kind, tensors = "cross_layer_transcoder", _of_all_layers(saes[0])
     else:
         in_order = sorted(saes, key=lambda sae: sae.metadata["layers"])
@@ -52,8 +50,8 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
 
 @torch.no_grad()
 def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
-    """What the folder's transcoders make of what is read at each layer, by circuit-tracer's formulas: [B, L, D], of the
-    width that is written."""
+    """The output of the folder's transcoders for the input of each layer, by circuit-tracer's formulas: [B, L, D], with
+    D the width that they write."""
     if read_json(folder / CONFIG)["model_kind"] == "transcoder_set":
         parts = enumerate(x_BLD.unbind(1))
         return torch.stack([_one(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in parts], 1)
@@ -76,7 +74,7 @@ def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
     if not sae.is_plain:
-        raise SaeInvalid("expected transcoders that their weights and gate compute alone, or a clt of several layers")
+        raise SaeInvalid("expected transcoders that consist only of weights and a gate, or a clt of several layers")
     bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.centres_input else sae.b_enc
     tensors: dict[str, Tensor] = {"W_enc": sae.W_enc, "b_enc": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     threshold = _threshold(sae.gate)
@@ -87,7 +85,9 @@ def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
 def _of_all_layers(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
     inner = sae.inner if isinstance(sae, RawUnits) else None
     if not isinstance(inner, CrossLayerSae) or len(set(inner.sizes)) > 1:
-        raise SaeInvalid("expected transcoders of one layer each, or a clt with as many latents in every layer")
+        raise SaeInvalid(
+            "expected transcoders of one layer each, or a clt with the same number of latents in every layer"
+        )
     threshold = _threshold(sae.gate)
     assert isinstance(sae, RawUnits) and threshold is not None
     parts = (sae.W_enc, sae.b_enc, threshold * sae.lengths, sae.W_dec.unflatten(1, (inner.num_layers, -1)))
@@ -100,7 +100,7 @@ def _of_all_layers(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
 
 
 def _threshold(gate: Gate) -> Tensor | None:
-    """None of a ReLU."""
+    """The jump threshold; None for a ReLU."""
     match gate:
         case JumpRelu() | BatchTopK():
             return gate.threshold
@@ -115,16 +115,16 @@ def _threshold(gate: Gate) -> Tensor | None:
 
 def _require_every_layer(saes: Sequence[SparseAutoencoder], layers: Sequence[int]) -> None:
     if sorted(layers) != list(range(len(layers))) or not layers:
-        raise SaeInvalid(f"expected one transcoder for each layer from 0 on, found layers {sorted(layers)}")
+        raise SaeInvalid(f"expected one transcoder for each layer, starting at 0, found layers {sorted(layers)}")
     for sae in saes:
         if sae.metadata.get("target_layers") != sae.metadata["layers"]:
             raise SaeInvalid("expected transcoders that write to the layers they read, found others")
         if (_places(sae.metadata), sae.num_latents) != (_places(saes[0].metadata), saes[0].num_latents):
-            raise SaeInvalid("expected transcoders of one model, of the same hooks, and as wide as each other")
+            raise SaeInvalid("expected transcoders of one model, with the same hooks and width, found others")
 
 
 def _places(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Where in a block they read and write, by TransformerLens' names."""
+    """Where in a block they read and write, under TransformerLens' names."""
     read, written = (str(metadata.get(name)) for name in ("hook", "target_hook"))
     if written != "mlp_out" or read not in SAE_LENS_NAMES:
         raise SaeInvalid(f"expected transcoders that write mlp_out, found {read} to {written}")

@@ -1,7 +1,7 @@
 """dictionary_learning: a trainer's config.json, and its weights.
 
-It keeps weights in a pickle. None is written here: the folder holds the same tensors as safetensors, and
-a README with the two lines that turn them into ae.pt. One that exists is read with torch's reader for
+It stores weights in a pickle. None is written here: the folder holds the same tensors as safetensors, and
+a README with the two lines that turn them into ae.pt. An existing pickle is read with torch's reader for
 plain tensors, which runs no code.
 """
 
@@ -22,7 +22,7 @@ from ..hook_metadata import told_of
 from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write_tensors
 from ..sae_folder import read_tensors
 
-# What torch raises at anything but plain tensors.
+# What torch raises for anything but plain tensors.
 REFUSED = (torch.serialization.pickle.UnpicklingError,)  # pyright: ignore[reportPrivateImportUsage]
 README = """# An SAE for dictionary_learning
 
@@ -41,7 +41,7 @@ _NAMES = {hook: "resid_post" if hook == RESID else hook for hook in HOOKS}  # be
 
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
-    """Its JumpReLU leaves the input as it is; the others take the decoder bias off."""
+    """Its JumpReLU does not centre the input; the others subtract the decoder bias."""
     plain = centred(plain, plain.architecture != "jumprelu")
     layer, hook = (metadata.get("layers") or [None])[0], metadata.get("hook", RESID)
     d_in, width = plain.tensors["W_enc"].shape
@@ -69,7 +69,7 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     kind = config.get("dict_class")
     if not isinstance(kind, str) or kind not in _FROM_DICTIONARY:
         known = ", ".join(_FROM_DICTIONARY)
-        raise SaeInvalid(f"{folder}: expected a dict_class of {known}, found {kind!r}")
+        raise SaeInvalid(f"{folder}: expected a dict_class among {known}, found {kind!r}")
     found = _read_any(folder)
     try:
         plain = _FROM_DICTIONARY[kind](found)
@@ -81,14 +81,14 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
 
 
 def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
-    """The layer, and what of it: the residual stream where nothing else is named."""
+    """The layer and hook: the residual stream if nothing else is named."""
     layer, name = config.get("layer"), config.get("submodule_name")
     io = buffer.get("io", "out") if isinstance(buffer, dict) else "out"
     known = {f"{prefix}_layer_{layer}": hook for hook, prefix in _NAMES.items()}
     if io != "out" or name not in (None, *known):
         raise SaeInvalid(
-            f"{folder / 'config.json'}: expected a submodule_name of {', '.join(known)}, and io 'out', what that "
-            f"gives, found {name!r} and io {io!r}: where it is one of these, write that there"
+            f"{folder / 'config.json'}: expected a submodule_name among {', '.join(known)}, and io 'out', its "
+            f"output, found {name!r} and io {io!r}: if it is one of these, write that there"
         )
     if type(layer) is not int or layer < 0:
         return {}
@@ -161,7 +161,7 @@ def _with_threshold(plain: PlainSae, threshold: Tensor) -> PlainSae:
 
 
 def _read_any(folder: Path) -> dict[str, Tensor]:
-    """ae.safetensors, or else ae.pt as plain tensors."""
+    """Read ae.safetensors, or ae.pt as plain tensors."""
     if (folder / "ae.safetensors").is_file():
         return read_tensors(folder / "ae.safetensors")
     try:

@@ -1,10 +1,11 @@
 """Gemma Scope (Lieberum et al. 2024): `params.npz` of a JumpReLU SAE of Gemma 2; read only.
 
-Its files say neither the layer nor what of it they rebuild, and the names of its repositories and folders do:
-`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Under any other name a cfg.json beside the weights says it.
-By section 3.1 of the paper res is the residual stream after a layer, mlp what the MLP adds to it, behind the norm
-there, att the heads' outputs side by side before the output projection. By its appendix transcoders read what comes
-out of the norm before the MLP without its gain, which was folded into the MLP: no hook of this package is there.
+Its files give neither layer nor hook; the names of its repositories and folders do:
+`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Under other names a cfg.json next to the weights gives them.
+According to section 3.1 of the paper, res is the residual stream after a layer, mlp what the MLP adds to it, after the
+norm there, and att the concatenated outputs of the heads before the output projection. According to its appendix,
+transcoders read the output of the norm before the MLP without its gain, which was folded into the MLP: this package has
+no hook there.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
             found = {name: torch.from_numpy(np.asarray(file[name], np.float32)) for name in NAMES}
             factor = np.asarray(file["scaling_factor"]) if "scaling_factor" in file else np.ones(1)
     except KeyError as error:
-        raise SaeInvalid(f"{path}: expected the arrays {', '.join(NAMES)}, found otherwise: {error.args[0]}") from None
+        raise SaeInvalid(f"{path}: expected the arrays {', '.join(NAMES)}, found others: {error.args[0]}") from None
     except (OSError, TypeError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise SaeInvalid(f"{path} is damaged, or no archive of plain arrays ({error}): download it again") from None
+        raise SaeInvalid(f"{path} is damaged, or not an archive of plain arrays ({error}): download it again") from None
     if not (factor == 1).all():
-        raise SaeInvalid(f"{path}: expected no scaling_factor but 1, found others: multiply W_dec's rows by them")
+        raise SaeInvalid(f"{path}: expected scaling_factor 1, found other values: multiply W_dec's rows by them")
     metadata = _told_by_file(folder / PLACE) if (folder / PLACE).is_file() else _told_by_names(folder)
     return make_plain("jumprelu", found, None, False), metadata
 
 
 def _told_by_names(folder: Path) -> Metadata:
-    """By the repository's name and those of the folders below it, and by nothing that lies above."""
+    """Metadata from the names of the repository and the folders in it, but none above."""
     *_, of_cache, snapshots, above, layer, _, _ = (*[""] * 6, *folder.resolve().parts)
     named = REPOSITORY.fullmatch(of_cache if snapshots == "snapshots" else above)
     number = re.fullmatch(r"layer_(\d+)", layer)
@@ -58,9 +59,9 @@ def _told_by_names(folder: Path) -> Metadata:
     at = int(number[1])
     if site not in SITES:
         raise SaeInvalid(
-            f"{folder}: Gemma Scope's transcoders read what comes out of the MLP's norm before its gain, and no hook "
-            "is there: mlp_in lies behind the gain. Divide row i of W_enc by the gain of input i (1 + the weight of "
-            f"model.layers.{at}.pre_feedforward_layernorm), save {PARAMS} anew, and write a {PLACE} beside it: "
+            f"{folder}: Gemma Scope's transcoders read the MLP's norm before its gain, where there is no hook: "
+            "mlp_in is after the gain. Divide row i of W_enc by the gain of input i (1 + the weight of "
+            f"model.layers.{at}.pre_feedforward_layernorm), save {PARAMS} again, and write a {PLACE} next to it: "
             f'{{"metadata": {{"layers": [{at}], "hook": "mlp_in", "target_hook": "mlp_out"}}}}'
         )
     name = f"google/gemma-2-{size}{'-it' if training == 'it' else ''}"
@@ -68,19 +69,21 @@ def _told_by_names(folder: Path) -> Metadata:
 
 
 def _ask(folder: Path, named: re.Match[str] | None, layer: str) -> str:
-    """What to give, where names say too little."""
+    """The message that asks for layer and hook if names do not give them."""
     if named is not None and layer == "embedding":
-        return f"{folder} rebuilds the embedding, before the first layer, and no hook is there: take one of a layer"
+        return (
+            f"{folder} reconstructs the embedding, before the first layer, where there is no hook: use one of a layer"
+        )
     return (
-        f"{folder}: expected it under the names of its repository, such as {EXAMPLE} (-res, -mlp, -att), which say "
-        "what it rebuilds: its files do not. Name the folders so, or write a "
-        f'{PLACE} beside {PARAMS}: {{"metadata": {{"layers": [20], "hook": "resid"}}}}, with its layer, and its hook '
-        f"of {', '.join(HOOKS)}"
+        f"{folder}: expected the folder names of its repository, such as {EXAMPLE} (-res, -mlp, -att), which say "
+        "what it reconstructs: its files do not. Rename the folders, or write a "
+        f'{PLACE} next to {PARAMS}: {{"metadata": {{"layers": [20], "hook": "resid"}}}}, with its layer, and its hook '
+        f"from {', '.join(HOOKS)}"
     )
 
 
 def _told_by_file(path: Path) -> Metadata:
-    """As its reader wrote it down."""
+    """Metadata from the cfg.json that the user wrote."""
     told: Any = read_json(path).get("metadata")
     told = told if isinstance(told, dict) else {}
     layers, hook = told.get("layers"), told.get("hook")
@@ -89,7 +92,7 @@ def _told_by_file(path: Path) -> Metadata:
     is_known = all(isinstance(one, str) and one in HOOKS for one in (hook, to_hook))
     if not is_layer or not is_known or told.get("target_layers", layers) != layers:
         raise SaeInvalid(
-            f"{path}: expected metadata with layers of one number, and a hook (and target_hook, where it writes "
-            f"another) of {', '.join(HOOKS)}, found {told!r:.200}"
+            f"{path}: expected metadata with a single layer in layers, and a hook (and target_hook, if it writes "
+            f"another) from {', '.join(HOOKS)}, found {told!r:.200}"
         )
     return {**told, **told_of(hook, to_hook, layers[0])}

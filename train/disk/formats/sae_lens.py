@@ -1,4 +1,4 @@
-"""SAELens: cfg.json and sae_weights.safetensors, this package's own layout too, which `sae_folder` reads and writes."""
+"""SAELens: cfg.json and sae_weights.safetensors, also this package's own layout, read and written by `sae_folder`."""
 
 from __future__ import annotations
 

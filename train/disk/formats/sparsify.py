@@ -11,20 +11,20 @@ from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write
 from ..sae_folder import is_of_one_place, read_tensors
 
 NORMED = re.compile(r"(gemma-?[23]|olmo-?2|\bpocket)(?![a-z0-9])", re.IGNORECASE)
-"""Models with a norm behind the MLP, by their names: an SAE's metadata say no more of its model."""
+"""Models with a norm after the MLP, by name: an SAE's metadata says no more about its model."""
 
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
-    """sparsify knows top-k, with the decoder bias taken off its input but for a transcoder's."""
+    """sparsify supports top-k, with the decoder bias subtracted from the input except in transcoders."""
     if plain.architecture != "topk":
-        raise SaeInvalid(f"sparsify knows topk SAEs alone, found {plain.architecture}: export it to sae_lens instead")
+        raise SaeInvalid(f"sparsify supports only topk SAEs, found {plain.architecture}: export it to sae_lens instead")
     transcodes, skips = not is_of_one_place(metadata), "W_skip" in plain.tensors
     model = str(metadata.get("model_name"))
     if transcodes and metadata.get("target_hook") == "mlp_out" and NORMED.search(model):
         raise SaeInvalid(
-            f"expected a transcoder of a model that adds what its MLP gives to the residual stream as it is, found one "
-            f"of {model}: its mlp_out is behind the norm there, and sparsify, which hooks the MLP itself, would put "
-            "what was normed in before that norm. Export it to circuit_tracer, or leave it as it is for load_sae"
+            f"expected a transcoder of a model that adds its MLP's output directly to the residual stream, found one "
+            f"of {model}: its mlp_out is after a norm, and sparsify, which hooks the MLP itself, would insert "
+            "normed values before that norm. Export it to circuit_tracer, or keep it as it is for load_sae"
         )
     plain = centred(plain, not transcodes)
     d_in, width = plain.tensors["W_enc"].shape
@@ -47,16 +47,16 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     for key, expected in (("activation", "topk"), ("skip_connection", skips and transcodes)):
         if config.get(key, expected) != expected:
             raise SaeInvalid(f"{folder}: expected {key} {expected!r}, found {config[key]!r}, which has no plain form")
-    for key in ("embed_skip", "gram_lookup"):  # EleutherAI's: more is added to the output, or taken off the input
+    for key in ("embed_skip", "gram_lookup"):  # EleutherAI's: more is added to the output, or subtracted from the input
         if config.get(key):
             raise SaeInvalid(f"{folder}: expected no {key}, found {config[key]!r:.60}, which has no plain form")
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec", *(("W_skip",) if skips else ()))
     found = read_tensors(folder / "sae.safetensors", names)
     tensors = {"W_enc": found["encoder.weight"].t(), "b_enc": found["encoder.bias"]}
     tensors |= {name: found[name] for name in names[2:]}
-    told = config.get("metadata")  # not sparsify's own: where it belongs, as its reader wrote it down
+    told = config.get("metadata")  # not sparsify's own: where it belongs, as its user wrote it
     metadata: Metadata = {"hook_name": folder.name, **(told if isinstance(told, dict) else {})}
     if transcodes and not (metadata.get("layers") and metadata.get("target_layers")):
         metadata["transcodes"] = True
-    architecture = "abstopk" if config.get("signed") else "topk"  # of its first releases, whose codes may have signs
+    architecture = "abstopk" if config.get("signed") else "topk"  # from its first releases, whose codes may have signs
     return make_plain(architecture, tensors, whole_k(config, folder), not transcodes), metadata

@@ -1,1 +1,1 @@
-"""Attention as a teacher: who attended to whom in a batch, and how layers of it are mixed."""
+"""Attention as a teacher: which tokens attend to which in a batch, and how layers of attention are mixed."""

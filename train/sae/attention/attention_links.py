@@ -1,22 +1,22 @@
-"""Who attends to whom in a batch of windows: a sparse matrix A^l for each layer, on the rows of the batch.
+"""Which tokens attend to which in a batch of windows: a sparse matrix A^l for each layer, on the rows of the batch.
 
 From the store's rows (window, head, query):
 1. heads are averaged, or one is taken;
-2. the column of position 0 goes (what stands there is an attention sink), so do the token itself, later
+2. the column of position 0 (an attention sink) is dropped, and so are the token itself, later
    positions, and tokens that have no row in the batch (special ones);
 3. a row that keeps less than `min_mass` of its probability is left out;
-4. what is left of a row is divided by its sum.
+4. the rest of each row is divided by its sum.
 
-On a GPU, where a list of what is left would be waited for, all entries stay, those that go with a share of zero.
+On a GPU, where listing the remaining entries would make the host wait, dropped ones stay with a share of zero.
 
 The control moves rows between windows (`apart`): a token then gets what a token at the same position of
 another window attended to. Everything else about the rows stays: how many keys, how far back, how sharp.
 
-Two more controls are links that are not the model's attention, in its place:
-- `nearest`: each token has links to as many tokens as its attention gave it, those just before, the nearer the
-  stronger (1 / distance);
-- `same_token`: to the earlier tokens of the window that are the same token, all alike.
-A token counts only where its attention had links.
+Two more controls replace the model's attention with other links:
+- `nearest`: each token has as many links as its attention gave it, to the preceding tokens, weighted by
+  1 / distance;
+- `same_token`: links to earlier occurrences of the same token in the window, all with equal weight.
+A token counts only if its attention had links.
 L layers, B rows, W windows, T context, H heads, E links.
 """
 
@@ -39,21 +39,21 @@ from ..side_inputs import Side
 
 LinkKind = Literal["attention", "nearest", "same_token"]
 READ_BESIDE = {"attention": (), "nearest": ("window", "position"), "same_token": ("window", "position", "token")}
-"""Side inputs that the links are made of, beside the attention."""
+"""Side inputs from which the links are made, besides the attention."""
 
 
 @dataclass(frozen=True, eq=False)
 class Links:
     """The entries of A^0 .. A^(L-1), by layer and row."""
 
-    layer: Tensor  # int64 [E], number in the order asked for
-    row: Tensor  # int64 [E], who attends
+    layer: Tensor  # int64 [E], index in the requested order
+    row: Tensor  # int64 [E], the row that attends
     key: Tensor  # int64 [E], the position attended to
     key_row: Tensor  # int64 [E], its row
     share: Tensor  # float32 [E], sums to one over the links of a layer and row
     attends: Tensor  # bool [L, B], the rows that a layer has links for
     context: int
-    has_heads: bool = False  # apart: several links of a layer and row may go to one key
+    has_heads: bool = False  # kept separate: several links of a layer and row may go to one key
 
     @property
     def place(self) -> Tensor:
@@ -62,12 +62,12 @@ class Links:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int32 [L * B + 1], where the links of each layer and row begin."""
+        """int32 [L * B + 1], where the links of each layer and row start."""
         return group_offsets(self.place, self.attends.numel())
 
     @cached_property
     def is_first(self) -> Tensor:
-        """bool [E], one link of each layer and row to each key that has a share."""
+        """bool [E], marks one link of each layer and row to each key with a share."""
         if not self.has_heads:
             return self.share > 0
         spot = self.place * self.context + self.key
@@ -87,7 +87,7 @@ def links_of(
     min_mass: float = 0.05,
     apart: bool = False,
 ) -> Links:
-    """The links of a batch; `row_of` [W, T] is the row of a place, or -1."""
+    """The links of a batch; `row_of` [W, T] is the row at a position, or -1."""
     parts = [_layer_links(attention[layer], row_of, head, apart) for layer in layers]
     number = [row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)]
     layer = torch.cat(number)
@@ -127,14 +127,14 @@ def _layer_links(
         kept &= place // context % heads == head
     weight = attention.data / (heads if head is None else 1)
     if not reads_at_once(kept):
-        # Where they were: in one place, thousands of zeros would be added up one after the other.
+        # Kept where they were: in one place, thousands of zeros would be summed one after the other.
         return row.clamp_min(0), key, key_row.clamp_min(0), torch.where(kept, weight, 0.0)
     chosen = kept.nonzero().view(-1)
     return row[chosen], key[chosen], key_row[chosen], weight[chosen]
 
 
 def require_head(head: int, heads: int) -> None:
-    """A store has its heads apart, or their mean."""
+    """Require a head that the store has: its heads are separate, or averaged into one."""
     if not 0 <= head < heads:
         found = "heads averaged into one" if heads == 1 else f"{heads} heads"
         raise ConfigInvalid(f"head: expected a head that the store has, found {head} and a store with {found}")
@@ -142,7 +142,7 @@ def require_head(head: int, heads: int) -> None:
 
 def nearest_links(links: Links, side: Side) -> Links:
     window, position, row_of = side["window"][links.row], side["position"][links.row], side["row_of"]
-    is_link = links.is_first  # others lie among them: of further heads, and on a GPU without a share
+    is_link = links.is_first  # not all are: there are links of further heads, and on a GPU some without a share
     before = torch.cat([is_link.new_zeros(1, dtype=torch.int64), is_link.cumsum(0)])
     rank = before[:-1] - before[links.offsets.long()[links.place]]
     key = (position - 1 - rank).clamp_min(0)
@@ -174,7 +174,7 @@ def same_token_links(links: Links, side: Side) -> Links:
 
 
 def _places(marked_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of what is marked, in order; on a GPU of every place, since a list would be waited for."""
+    """Row and column of the marked entries, in order; on a GPU of all entries, as a list would make the host wait."""
     if reads_at_once(marked_BT):
         row, key = marked_BT.nonzero(as_tuple=True)
         return row, key

@@ -1,7 +1,7 @@
-"""An SAE whose encoder also reads what the attended tokens hold.
+"""An SAE whose encoder also reads the activations of attended tokens.
 
 pre_i = (x_i - b_dec) W_enc^T + b_enc + sum_l w_l (A^l (x - b_dec))_i V^l U^l, with V^l U^l of low rank.
-Activations are brought to the low rank first, so that what is gathered along links is R numbers wide.
+Activations are projected to the low rank first, so that only R numbers are gathered per link.
 B rows, D width, F latents, L layers, R rank.
 """
 
@@ -21,7 +21,7 @@ from .reading import Attention, Mixing, link_weights, mixing_weights, weights_by
 
 
 class AttendedSae(SparseAutoencoder):
-    """Starts as the SAE it is made from: U is zero."""
+    """Starts equal to the SAE it is made from: U is zero."""
 
     is_plain = False
 
@@ -66,10 +66,10 @@ class AttendedSae(SparseAutoencoder):
         return self.gate.infer(pre + self.attended(x, side) @ self.U.t(), self.b_enc)
 
     def attended(self, x: Tensor, side: Side) -> Tensor:
-        """[B, L * R]: what each layer's attention brings, weighted."""
+        """[B, L * R]: the weighted contribution of each layer's attention."""
         rows, layers = x.shape[0], len(self.attention.layers)
         if self.attention.apart and side["row_of"].shape[0] < 2:
-            return x.new_zeros(rows, self.V.shape[0])  # of the control: a lone window has no other's attention to read
+            return x.new_zeros(rows, self.V.shape[0])  # the control: a single window has no other to read from
         links = self.attention.read(side, rows)
         weights = link_weights(weights_by_row(mixing_weights(self, side, x), links), links)
         low = (self.centred(x) @ self.V.t()).view(rows, layers, -1).transpose(0, 1).reshape(layers * rows, -1)

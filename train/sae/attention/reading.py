@@ -1,7 +1,7 @@
 """The attention that guides an SAE: which layers, how their rows are read, how they are mixed.
 
-L layers, B rows, W windows, T context, E links. A layer's attention counts
-w = softmax(theta / tau + log available), theta learned; a row without links of some layers is mixed from the others.
+L layers, B rows, W windows, T context, E links. A layer's attention has weight
+w = softmax(theta / tau + log available) with learned theta; a row without links of some layers is mixed from the rest.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TEMPERATURE = "mixing_temperature"  # the knob that flattens them
 
 
 class Mixing(Extra):
-    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for whoever reads
-    the saved file."""
+    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for readers of the
+    saved file."""
 
-    lr_scale = 10.0  # a handful of numbers that every token of a batch has a say in
+    lr_scale = 10.0  # a few numbers that every token of a batch influences
 
     layers: Tensor
     available: Tensor
@@ -52,7 +52,7 @@ class Mixing(Extra):
 
 @dataclass(frozen=True)
 class Attention:
-    """How attention is read; its methods share their results between the terms of a step."""
+    """How attention is read; the terms of a step share the results of its methods."""
 
     layers: tuple[int, ...]
     head: int | None = None
@@ -76,55 +76,55 @@ class Attention:
 
     @once
     def by_row(self, view: View) -> Tensor:
-        """[L, B]: how much of each row's mixture comes from each layer."""
+        """[L, B]: the weight of each layer in each row's mixture."""
         return weights_by_row(self.weights(view), self.links(view))
 
     @once
     def weights(self, view: View) -> Tensor:
-        """[L], by layer."""
+        """[L], the weight of each layer."""
         return mixing_weights(view.sae, view.side, view.x)
 
     def note(self, view: View) -> None:
-        """The mixture goes to the log."""
+        """Log the mixture."""
         for layer, weight in zip(self.layers, self.weights(view), strict=True):
             view.note(f"mixing/weight_{layer}", weight)
         view.note("mixing/temperature", view.side.knob(TEMPERATURE, 1.0))
 
 
 def mixing_weights(sae: SparseAutoencoder, side: Side, x: Tensor) -> Tensor:
-    """Of the module's mixing; a single layer needs none."""
+    """The weights of the module's mixing; a single layer needs none."""
     mixing = mixing_of(sae)
     return x.new_ones(1) if mixing is None else mixing(side.knob(TEMPERATURE, 1.0)).to(x.dtype)
 
 
 def mixing_of(sae: SparseAutoencoder) -> Mixing | None:
-    """The learned weights: a part of an SAE that reads attention, else an extra; none for a single layer."""
+    """The learned weights: a part of an SAE that reads attention, otherwise an extra; None for a single layer."""
     if MIXING in sae.extras:
         return cast(Mixing, sae.extras[MIXING])
     return cast(Any, getattr(sae, MIXING, None))
 
 
 def weights_by_row(weights: Tensor, links: Links) -> Tensor:
-    """[L, B]: the weights, shared out anew among the layers that have links for a row; zero where none has."""
+    """[L, B]: the weights, renormalised over the layers that have links for a row; zero if none has."""
     present = weights[:, None] * links.attends
     total = present.sum(0)
     return present / torch.where(total > 0, total, 1.0)
 
 
 def link_weights(by_row: Tensor, links: Links) -> Tensor:
-    """[E]: what each link counts for in A = sum_l w_l A^l."""
+    """[E]: the weight of each link in A = sum_l w_l A^l."""
     return rows_of(by_row.reshape(-1), links.place) * links.share
 
 
 @once
 def places_of(view: View) -> Places:
-    """Where the rows of the batch stand in their windows."""
+    """The positions of the batch's rows in their windows."""
     return Places(view.side["window"], view.side["position"], view.side["row_of"])
 
 
 @dataclass(frozen=True)
 class Noted:
-    """A term that also logs the mixture, for SAEs whose mixture moves without a term of guidance."""
+    """A term that also logs the mixture, for SAEs whose mixture changes without a guidance term."""
 
     fn: Callable[[View], Tensor]
     attention: Attention
@@ -141,5 +141,5 @@ def mixture(links: Links, weights_E: Tensor, num_rows: int) -> Tensor:
 
 
 def has_links(by_row_LB: Tensor) -> Tensor:
-    """bool [B]: the rows that some layer of weight above zero has links for."""
+    """bool [B]: the rows for which some layer with weight above zero has links."""
     return torch.any(by_row_LB.detach() > 0, dim=0)

@@ -1,1 +1,1 @@
-"""Sparse products with gradients, and what they are made of."""
+"""Sparse products with gradients, and their building blocks."""

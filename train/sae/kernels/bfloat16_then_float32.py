@@ -1,9 +1,9 @@
-"""Products x W^T + b of which only the largest entries are wanted: all in bfloat16, then those few in float32.
+"""Products x W^T + b of which only the largest entries are needed: all in bfloat16, then those few in float32.
 
-bfloat16 has half the bytes and, where the processor multiplies it, about twice the rate. How wrong such a product may
-be is bounded by the lengths of what rounding took from each row (Cauchy and Schwarz), so whoever is passed over at the
-first look is not wanted, for finite numbers whose squares are too. Positive numbers sort as their bits do as integers,
-which are compared faster. Rows of which the bound says nothing are looked at as a whole. No gradient.
+bfloat16 has half the bytes and, where the processor multiplies it, about twice the rate. The error of such a product is
+bounded by the lengths of the rounding errors of each row (Cauchy-Schwarz), so entries that are skipped at the first
+look are never needed, provided that numbers and their squares are finite. Positive numbers sort like their bits as
+integers, which are compared faster. Rows for which the bound says nothing are computed as a whole. No gradient.
 
 N rows, D width, F latents.
 """
@@ -23,15 +23,15 @@ from .select_top_k import best_of, has_groups, largest_of_rows, marked, most_of_
 from .sparse_products import sampled_dots
 from .sparse_support import Support, support_from_flat
 
-KEPT = 1 - 2**-8  # of a positive number, at the least, when it becomes bfloat16
-SUMMED = 2**-22  # the most that an addition in float32 takes from a number is a quarter of it, and there are two looks
+KEPT = 1 - 2**-8  # the least share of a positive number that remains when it becomes bfloat16
+SUMMED = 2**-22  # an addition in float32 loses at most a quarter of this share of a number, and there are two looks
 NOTHING = np.int16((1 << 15) - 1)  # a bound that no number passes
-USUAL = 2.0  # times the median of rows: what is further off is looked at as a whole
+USUAL = 2.0  # times the median over rows: rows beyond that are computed as a whole
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """W [F, D] and b [F]; where they are asked for, their bfloat16 copies and the lengths that the bound is made of."""
+    """W [F, D] and b [F]; on demand, their bfloat16 copies and the lengths for the bound."""
 
     W: Tensor
     b: Tensor
@@ -42,21 +42,21 @@ class Affine:
 
     @cached_property
     def longest(self) -> Tensor:
-        """A row of W, or of its copy."""
+        """Upper bound for the length of a row of W, or of its copy."""
         return self.W.norm(dim=1).amax() + self.lost
 
     @cached_property
     def lost(self) -> Tensor:
-        """The most that a row of W lost."""
+        """The largest rounding error of a row of W."""
         return (self.W - self.W.to(torch.bfloat16)).norm(dim=1).amax()
 
     @cached_property
     def lost_bias(self) -> Tensor:
-        """The most that rounding and adding take from a bias."""
+        """The largest error of a bias from rounding and addition."""
         return ((self.b - self.rounded[1]).abs() + self.b.abs() * SUMMED).amax()
 
     def bound(self, x_ND: Tensor) -> Tensor:
-        """[N], the most that coarse products of a row are wrong by before they become bfloat16."""
+        """[N], the largest error of a row's coarse products before they become bfloat16."""
         length, rounded = x_ND.norm(dim=1), (x_ND - x_ND.to(torch.bfloat16)).norm(dim=1)
         wrong = rounded * self.longest + length * self.lost + self.lost_bias
         return (wrong + x_ND.shape[1] * SUMMED * length * self.longest) * (1 + 2**-8)
@@ -66,12 +66,12 @@ class Affine:
         return linear_packed(x_ND.to(torch.bfloat16), *self.rounded)
 
     def look_again(self, x_ND: Tensor, support: Support) -> Tensor:
-        """float32 at the entries of the support, whose rows have no need to be sorted by latent for it."""
+        """float32 at the entries of the support, whose rows need not be sorted by latent."""
         return sampled_dots(support.offsets, support.latents, x_ND, self.W).add_(self.b[support.latents])
 
 
 def can_look_twice(x_ND: Tensor, W_FD: Tensor) -> bool:
-    """Whether the processor is faster in bfloat16; a GPU is not waited for."""
+    """Whether the CPU is faster in bfloat16; always false on a GPU, which would have to be waited for."""
     is_plain = x_ND.dtype == W_FD.dtype == torch.float32 and x_ND.device.type == W_FD.device.type == "cpu"
     return is_plain and x_ND.numel() > 0 and has_fast_bfloat16("cpu")
 
@@ -96,7 +96,7 @@ def largest_products(affine: Affine, x_ND: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def products_above(affine: Affine, x_ND: Tensor, floor_F: Tensor, most_share: float) -> tuple[Tensor, Support] | None:
-    """The products that are above a floor, one for each latent, with a few that are not; None where they are many."""
+    """The products above each latent's floor, with a few that are not; None if there are too many."""
     wrong = affine.bound(x_ND)
     usual = wrong <= USUAL * wrong.median()
     lowest = floor_F - wrong.where(usual, 0).amax()
@@ -109,10 +109,10 @@ def products_above(affine: Affine, x_ND: Tensor, floor_F: Tensor, most_share: fl
 
 
 def lowest_beside(reached: Tensor, wrong: Tensor) -> Tensor:
-    """The least that a coarse product was before it was rounded, if it may be as large as one that became `reached`."""
+    """The lowest coarse product, before rounding, that may be as large as one that became `reached`."""
     return reached * KEPT - 2 * wrong
 
 
 def bits(positive: Tensor) -> np.ndarray:
-    """int16, those of the next bfloat16 that is not above: who is not below it is not when it is rounded either."""
+    """int16, the bits of the next bfloat16 that is not above: a number at or above it stays so when rounded."""
     return (positive.view(torch.int32) >> 16).to(torch.int16).numpy()

@@ -1,4 +1,4 @@
-"""Codes: what an SAE says about a batch, sparse where it pays and dense where it does not.
+"""Codes: an SAE's activations for a batch, sparse where that is faster and dense where not.
 
 B rows, F latents, N entries. The same elementwise code serves both forms: `values` is [N] at a
 support or [B, F] without one, and `per_latent` / `per_row` bring vectors into that shape. What is
@@ -28,11 +28,13 @@ class Codes:
     support: Support | None
     num_rows: int
     num_latents: int
-    pre: Tensor | None = None  # what the values were before their gate, in the same places
-    product: Product = "float32"  # how dense codes are decoded, and what gradients of sparse ones gather
+    pre: Tensor | None = None  # the values before the gate, in the same places
+    product: Product = (
+        "float32"  # the precision of decoding dense codes, and of rows gathered for gradients of sparse ones
+    )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
-        """The same places with changed values; `change` is elementwise."""
+        """Codes at the same places with changed values; `change` is elementwise."""
         return self.with_values(change(self.values))
 
     def with_values(self, values: Tensor) -> Codes:
@@ -60,7 +62,7 @@ class Codes:
         return flat.index_put((self.support.flat,), self.values).view(self.num_rows, self.num_latents)
 
     def sum_over_latents(self, values: Tensor) -> Tensor:
-        """[B], the sum over each row of values that lie where those of these codes lie; differentiable."""
+        """[B], the sum over each row of values at the places of these codes; differentiable."""
         return values.sum(1) if self.support is None else sum_rows(values, self.support)
 
     def mean_over_rows(self) -> Tensor:
@@ -69,7 +71,7 @@ class Codes:
 
     @cached_property
     def fired(self) -> Tensor:
-        """int64 [F], in how many rows each latent is not zero; no gradient."""
+        """int64 [F], the number of rows in which each latent is not zero; no gradient."""
         active = self.values.detach() != 0
         if self.support is None:
             return active.sum(0)
@@ -77,7 +79,7 @@ class Codes:
 
     @cached_property
     def l0(self) -> Tensor:
-        """Mean number of latents that are not zero in a row; no gradient."""
+        """Mean number of non-zero latents per row; no gradient."""
         return self.fired.sum() / self.num_rows
 
     def latent_totals(self) -> Tensor:

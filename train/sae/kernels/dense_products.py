@@ -1,7 +1,7 @@
-"""Dense products: in float32 by the faster of two libraries, or at the rate of a GPU's matrix units.
+"""Dense products: in float32 with the faster of two libraries, or at the rate of a GPU's matrix units.
 
-In float32 on a processor torch calls MKL, which falls behind on those that its maker did not build; oneDNN
-was faster where both were timed, and has to be asked for by name.
+In float32 on a CPU torch calls MKL, which is slow on CPUs of other makers than its own; oneDNN was faster
+where both were timed, but must be called explicitly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .hardware import has_fast_bfloat16
 
-Product = Literal["float32", "tf32", "bfloat16"]  # what the factors are rounded to; sums are in float32
+Product = Literal["float32", "tf32", "bfloat16"]  # the precision of the factors; sums are in float32
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def packed(W: Tensor) -> Tensor:
-    """A bfloat16 W on a processor as `linear_packed` takes it, laid out once and not at each product."""
+    """A bfloat16 W on a CPU in the layout for `linear_packed`, made once instead of at each product."""
     if not has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return W
     return torch.ops.mkldnn._reorder_linear_weight(W, None)
@@ -53,20 +53,20 @@ def _is_for_onednn(x: Tensor, W: Tensor) -> bool:
 
 @lru_cache
 def has_onednn() -> bool:
-    """Whether this build of torch has the product under the names that its own compiler calls."""
+    """Whether this build of torch has the product under the names that its own compiler uses."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def product_on(device: torch.device, wanted: Product) -> Product:
-    """The product that was asked for, where the hardware has it; float32 elsewhere."""
+    """The requested precision if the hardware supports it, otherwise float32."""
     if wanted == "bfloat16":
         return wanted if has_fast_bfloat16(device.type) else "float32"
     return wanted if device.type == "cuda" else "float32"
 
 
 def multiply(a: Tensor, b: Tensor, product: Product) -> Tensor:
-    """a @ b without gradient, in the type of `a`; what `product_on` gave says how."""
+    """a @ b without gradient, in the type of `a`; `product` comes from `product_on`."""
     if product == "bfloat16":
         return _low_product(a.to(torch.bfloat16), b.to(torch.bfloat16)).to(a.dtype)
     with matrix_units(product):
@@ -75,7 +75,7 @@ def multiply(a: Tensor, b: Tensor, product: Product) -> Tensor:
 
 @contextmanager
 def matrix_units(product: Product) -> Iterator[None]:
-    """Products in float32 may round their factors to TF32 inside, if that is the product; the setting is put back."""
+    """A context in which float32 products may round their factors to TF32, if that is the product."""
     if product != "tf32":
         yield
         return
@@ -89,5 +89,5 @@ def matrix_units(product: Product) -> Iterator[None]:
 
 
 def _low_product(a: Tensor, b: Tensor) -> Tensor:
-    """A GPU writes the sums as they are; elsewhere they are rounded once, when they are written."""
+    """A GPU writes the float32 sums; elsewhere they are rounded once, when they are written."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)

@@ -1,4 +1,4 @@
-"""What the processor at hand does at full speed."""
+"""What this machine's hardware supports at full speed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def has_fast_bfloat16(device_type: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-READ_AT_ONCE = {"cpu"}  # kinds of devices whose numbers the host may read in each step: nothing is under way there
-SERVED = {"cuda"}  # kinds of devices whose tensors go to Triton; a test that interprets the kernels adds the CPU
+READ_AT_ONCE = {"cpu"}  # device types whose numbers the host may read in each step: no queued work to wait for
+SERVED = {"cuda"}  # device types whose tensors go to Triton; a test that interprets the kernels adds the CPU
 
 
 def reads_at_once(tensor: Tensor) -> bool:
@@ -34,12 +34,12 @@ def reads_at_once(tensor: Tensor) -> bool:
 
 
 def numbers(values: Sequence[float], like: Tensor) -> Tensor:
-    """A few numbers that the host knows, in the type and on the device of `like`."""
+    """A few numbers from the host, in the type and on the device of `like`."""
     return send(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers of an SAE that never change, kept for good: a step that is recorded may read them."""
+    """Numbers of an SAE that never change, kept permanently, so that a recorded step may read them."""
     return _kept(tuple(values), like.dtype, like.device)
 
 
@@ -50,18 +50,18 @@ def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def write_numbers(there: Tensor, values: Sequence[Sequence[float]]) -> None:
-    """Overwrite a tensor with numbers that the host knows; a GPU's queue is not waited for."""
+    """Overwrite a tensor with numbers from the host, without waiting for a GPU's queue."""
     there.copy_(page_locked(torch.tensor(values, dtype=there.dtype), there.device), non_blocking=True)
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the kernels of `kernels/triton/` serve this tensor; torch's own do where they do not."""
+    """Whether the kernels of `kernels/triton/` are used for this tensor; otherwise torch's own are."""
     return tensor.device.type in SERVED and has_triton(tensor.device)
 
 
 @lru_cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton is there, as CUDA builds of torch bring it, and compiles for this device; said once if not."""
+    """Whether Triton is installed, as with CUDA builds of torch, and compiles for this device; warns once if not."""
     reason = _why_not(device)
     if reason is not None:
         warnings.warn(f"{device}: {reason}; steps here use torch's own kernels, which are slower", stacklevel=2)
@@ -75,7 +75,7 @@ def _why_not(device: torch.device) -> str | None:
 
     try:
         exact_top_k.top_latents(torch.zeros(1, 8, device=device), 1)
-    except Exception as error:  # noqa: BLE001 (an old card, no C compiler, a driver: a compiler fails in many ways)
+    except Exception as error:  # noqa: BLE001 (an old GPU, no C compiler, a driver: a compiler fails in many ways)
         said = str(error).partition("\n")[0][:200]
         return f"triton cannot compile for it ({type(error).__name__}: {said})"
     return None

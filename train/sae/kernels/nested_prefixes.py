@@ -72,7 +72,7 @@ def nested_errors(
 ) -> tuple[Tensor, Tensor]:
     """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D].
 
-    Of sparse codes a process may have those of its latents alone: what all of them rebuild is added up.
+    With sparse codes a process may have only those of its latents: the reconstructions of all processes are summed.
     """
     if codes.support is None:
         assert latents.is_whole
@@ -83,17 +83,17 @@ def nested_errors(
 
 
 class Tiering:
-    """The latents of each tier, as the host must know them. Making it waits for a GPU, so it is made once."""
+    """The latents of each tier, as the host needs them. Making it waits for a GPU, so it is made once."""
 
     def __init__(self, tier_F: Tensor, num_tiers: int) -> None:
         self.tier = tier_F
-        self.members = tuple((tier_F == tier).nonzero().view(-1) for tier in range(num_tiers))  # in rising order
+        self.members = tuple((tier_F == tier).nonzero().view(-1) for tier in range(num_tiers))  # ascending
         self.widths = tuple(accumulate(len(members) for members in self.members))
         self.order = None if bool((tier_F.diff() >= 0).all()) else torch.argsort(tier_F, stable=True)
 
 
 def tier_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, tiering: Tiering) -> tuple[Tensor, Tensor]:
-    """The same for nested sets of latents: set t holds the latents of tiers 0 to t, wherever they stand."""
+    """The same for nested sets of latents: set t holds the latents of tiers 0 to t, in any order."""
     widths, order = tiering.widths, tiering.order
     if codes.support is not None:
         return group_errors(codes, W, b, target, tiering.tier[codes.support.latents], len(widths))
@@ -111,7 +111,7 @@ def group_errors(
     prefixes: int,
     latents: Latents = ALL_LATENTS,
 ) -> tuple[Tensor, Tensor]:
-    """The same of sparse codes each of whose entries is in one of `prefixes` groups: set m holds those of 0 to m."""
+    """The same for sparse codes whose entries are each in one of `prefixes` groups: set m holds groups 0 to m."""
     assert codes.support is not None
     order, grouped = _by_prefix(codes.support, prefix_N, prefixes)
     values = codes.values[order]
@@ -129,7 +129,7 @@ def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: Se
 
 
 def _by_prefix(support: Support, prefix_N: Tensor, prefixes: int) -> tuple[Tensor, Support]:
-    """The support in order of (prefix, row), and where each of its entries stood."""
+    """The support in order of (prefix, row), and the original place of each of its entries."""
     group = prefix_N * support.num_rows + support.rows
     groups, order = torch.sort(group, stable=True)
     offsets = group_offsets(groups, prefixes * support.num_rows)

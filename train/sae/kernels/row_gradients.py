@@ -1,9 +1,9 @@
-"""What an optimiser that works row by row keeps beside a weight table, as `.grad` is kept beside a parameter.
+"""What an optimiser that works row by row stores with a weight table, as `.grad` is stored with a parameter.
 
 A table's gradient is a sum of k B outer products, so most of a dense one would be written only to be read
-again. An optimiser that adds the entries itself says so (`RowUpdates`); they then arrive in
+again. An optimiser that sums the entries itself registers this (`RowUpdates`); they then arrive in
 `table.row_updates.gradients`, and a dense gradient in `table.grad` is added to them. It also writes the
-bfloat16 copy of a table of which a product reads one.
+bfloat16 copy of a table if a product reads one.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ class RowGradient:
         return weight_sum(self.support, self.values, self.rows)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Offsets [F + 1], latents, rows and values [N], in order of the latent."""
+        """Offsets [F + 1], latents, rows and values [N], ordered by latent."""
         turned = self.support.by_latent
         return turned.offsets, turned.latents, turned.rows, self.values[turned.order]
 
 
 @dataclass(eq=False)
 class RowUpdates:
-    """Stands at a table whose optimiser takes entries."""
+    """Attached to a table whose optimiser takes entries."""
 
     gradients: list[RowGradient] = field(default_factory=list)
     is_low_read: bool = False  # whether a product has asked for the table in bfloat16
     low: Tensor | None = None  # bfloat16 [F, D], as the optimiser wrote it
-    low_version: int = -1  # of the table when it was written
+    low_version: int = -1  # the table's version when the copy was written
 
 
 def take_rows(table: nn.Parameter) -> RowUpdates:
-    """From now on this table's gradients by support arrive as entries."""
+    """Have this table's gradients at a support arrive as entries from now on."""
     updates = RowUpdates()
     table.row_updates = updates  # pyright: ignore[reportAttributeAccessIssue]
     return updates
 
 
 def table_gradient(table: Tensor, support: Support, values: Tensor, rows: Tensor) -> Tensor | None:
-    """The gradient of a table, or None where its optimiser takes the entries."""
+    """The gradient of a table, or None if its optimiser takes the entries."""
     updates: RowUpdates | None = getattr(table, "row_updates", None)
     if updates is None:
         return weight_sum(support, values, rows)
@@ -62,7 +62,7 @@ def table_gradient(table: Tensor, support: Support, values: Tensor, rows: Tensor
 
 
 def low_copy(table: Tensor) -> Tensor:
-    """The table in bfloat16; the optimiser's own copy where nobody has written to the table since."""
+    """The table in bfloat16; the optimiser's own copy if the table has not been written to since."""
     updates: RowUpdates | None = getattr(table, "row_updates", None)
     if updates is not None:
         updates.is_low_read = True

@@ -1,6 +1,6 @@
 """Choosing the support from dense pre-activations; nothing here has a gradient.
 
-B rows, F latents. Two exact shortcuts, both by a bound that only a few entries pass:
+B rows, F latents. There are two exact shortcuts, both using a bound that only a few entries pass:
 - `topk_rows`: the k largest of a row lie in the k blocks with the largest maxima, so k * g
   candidates are searched instead of F.
 - `topk_batch`: the k B largest of the batch all pass a threshold guessed from a sample of rows; when
@@ -16,9 +16,9 @@ from torch import Tensor
 from .hardware import reads_at_once, runs_triton
 from .sparse_support import Support, support_from_flat, support_from_topk
 
-BLOCK = 8  # latents of a block in `topk_rows`; found by measuring 4 to 32
-GROUP = 32  # latents of a group in `largest_of_rows`
-SAMPLE_ROWS = 32  # rows that `topk_batch` guesses its threshold from
+BLOCK = 8  # latents per block in `topk_rows`; the fastest of 4 to 32
+GROUP = 32  # latents per group in `largest_of_rows`
+SAMPLE_ROWS = 32  # rows from which `topk_batch` guesses its threshold
 
 
 def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -36,30 +36,30 @@ def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What `topk_rows` gives, by one thread with half of its work, where other cores have something else to do."""
+    """Same as `topk_rows`, in one thread with half the work, for when other cores are busy."""
     rows, width = pre.shape
     if rows == 0 or not has_groups(width, k) or pre.device.type != "cpu" or pre.dtype != torch.float32:
         return topk_rows(pre, k)
     most = most_of_groups(pre, k)
-    if np.isnan(most).any():  # it lies above every number, and no comparison finds it
+    if np.isnan(most).any():  # NaN counts as the largest, and no comparison finds it
         return topk_rows(pre, k)
     flat = torch.from_numpy(np.flatnonzero(pre.numpy() >= most[:, :1]))
     return best_of(support_from_flat(flat, rows, width), pre.view(-1)[flat], k)
 
 
 def has_groups(width: int, k: int) -> bool:
-    """Whether a row falls into groups that are many beside k."""
+    """Whether a row can be divided into groups that are many compared with k."""
     return width % GROUP == 0 and width // GROUP >= 4 * k
 
 
 def most_of_groups(scores: Tensor, k: int) -> np.ndarray:
-    """[B, k], the largest maxima of groups, the least of them first: few more than k entries of a row reach it."""
+    """[B, k], the k largest group maxima, the smallest of them first: few more than k entries of a row reach it."""
     groups = scores.shape[1] // GROUP
     return np.partition(scores.view(-1, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
 
 
 def best_of(support: Support, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and latents [B, k] of the k largest of each row's few entries; some mean nothing where it has fewer."""
+    """Values and latents [B, k] of the k largest of each row's few entries; if there are fewer, some mean nothing."""
     counts = support.offsets.diff()
     place = torch.arange(max(int(counts.amax()), k))
     entry = (support.offsets[:-1, None] + place).clamp_max(len(values) - 1)
@@ -71,8 +71,8 @@ def best_of(support: Support, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def support_of_batch(pre: Tensor, count: int) -> Support:
     """Support of the `count` largest entries of the batch.
 
-    On a GPU it holds exactly `count` entries, some of them perhaps not positive, so that its size is known before
-    it is found; a gate makes nothing of them.
+    On a GPU it holds exactly `count` entries, so that its size is known in advance; some may not be positive, which a
+    gate turns to zero.
     """
     if runs_triton(pre):
         from .triton import exact_top_k
@@ -94,14 +94,14 @@ def topk_batch(pre: Tensor, count: int) -> Tensor:
 
 
 def marked(mask: Tensor, max_share: float) -> Support | None:
-    """Support of the true entries; None when they are more than `max_share` of the batch, or on a GPU.
+    """Support of the true entries; None if they are more than `max_share` of the batch, or on a GPU.
 
-    There the dense products run in matrix units, and a support whose size is not known would be waited for.
+    There dense products run in matrix units, and the host would wait for a support of unknown size.
     """
     rows, width = mask.shape
     if not reads_at_once(mask):
         return None
-    flags = mask.numpy().reshape(-1)  # numpy looks through them in a quarter of torch's time
+    flags = mask.numpy().reshape(-1)  # numpy scans them in a quarter of torch's time
     if np.count_nonzero(flags) > max_share * flags.size:
         return None
     return support_from_flat(torch.from_numpy(np.flatnonzero(flags)), rows, width)
@@ -125,7 +125,7 @@ def _sampled_threshold(pre: Tensor, count: int) -> Tensor:
 
 
 def _largest(pre: Tensor, flat: Tensor, count: int) -> Tensor:
-    """Of the candidates `flat`, those with the `count` largest entries, in increasing order."""
+    """The candidates in `flat` with the `count` largest entries, in increasing order."""
     if flat.numel() <= count:
         return flat
     kept = pre.view(-1)[flat].topk(count, sorted=False).indices

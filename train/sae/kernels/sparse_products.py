@@ -1,10 +1,10 @@
 """The three sparse products behind every step, without autograd.
 
 B rows, D width, F latents, N entries of a support. A bag sum is a sparse times dense product, pair
-dots are a dense times dense product sampled at the support. On a CPU bag sums go through the
-embedding-bag kernels, which read each table row once and write nothing in between: two to four times as
-fast as the CSR products of the sparse library at these shapes, whose sampled product is the faster one
-for pair dots. A GPU has kernels of its own, and goes through the bags where Triton is not installed.
+dots are a dense times dense product sampled at the support. On a CPU bag sums use the embedding-bag
+kernels, which read each table row once and write no intermediate results: two to four times as fast as
+the CSR products of the sparse library at these shapes, whose sampled product is faster for pair dots.
+A GPU has its own kernels, and uses the bags if Triton is not installed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     if runs_triton(rows_BD):
         from .triton import sparse_products
 
-        turned = support.by_latent  # the larger table is read once, the rows stay in cache
+        turned = support.by_latent  # reads the larger table once, while the rows stay in cache
         return sparse_products.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
     if rows_BD.device.type != "cpu":
         return _bag_dots(support, rows_BD, W_FD)
@@ -64,12 +64,12 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
 
 
 def gathered(rows_BD: Tensor, product: Product) -> Tensor:
-    """Rows as a GPU's kernels read them k times each for gradients: in bfloat16, where the product rounds to it."""
+    """Rows for a GPU's kernels, which read them k times each for gradients: in bfloat16 if the product rounds to it."""
     return rows_BD.to(torch.bfloat16) if product == "bfloat16" and runs_triton(rows_BD) else rows_BD
 
 
 def column_sum(rows_BD: Tensor) -> Tensor:
-    """Sum over rows: [D]; as a product it runs at the speed of memory."""
+    """Sum over rows: [D]; written as a product, it runs at memory speed."""
     return rows_BD.new_ones(rows_BD.shape[0]) @ rows_BD
 
 
@@ -77,7 +77,7 @@ def latent_sum(support: Support, values: Tensor) -> Tensor:
     """Sum of the values of each latent: [F]."""
     if values.device.type == "cpu":
         return values.new_zeros(support.num_latents).index_add_(0, support.latents, values)
-    turned = support.by_latent  # atomics would add in another order each time
+    turned = support.by_latent  # atomics would add in a different order each time
     return _segment_sum(values[turned.order], turned.offsets)
 
 
@@ -89,7 +89,7 @@ def row_sum(support: Support, values: Tensor) -> Tensor:
 
 
 def latent_count(support: Support, mask: Tensor) -> Tensor:
-    """How many entries of each latent the mask [N] holds: int64 [F]."""
+    """Number of entries of each latent in the mask [N]: int64 [F]."""
     latents = support.latents.long()
     return torch.zeros(support.num_latents, dtype=torch.int64, device=mask.device).scatter_add_(0, latents, mask.long())
 
@@ -103,14 +103,14 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _bag_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """The gradient that an embedding bag has for its weights is exactly this."""
+    """Exactly the gradient of an embedding bag for its weights."""
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows_BD, W_FD, support.latents, support.offsets[:-1], support.rows, 0
     )
 
 
 def _sampled_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """The larger table is read in order, once, and the smaller one stays in cache."""
+    """Reads the larger table once, in order, while the smaller one stays in cache."""
     if support.num_latents <= support.num_rows:
         return sampled_dots(support.offsets, support.latents, rows_BD, W_FD)
     turned = support.by_latent
@@ -128,7 +128,7 @@ def sampled_dots(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) 
 
 @cache
 def _allow_csr() -> None:
-    """torch says once a process that CSR tensors are in beta; that one word is kept from the user."""
-    with ONE_AT_A_TIME, warnings.catch_warnings():  # it changes what all threads see, and puts it back
+    """Suppress torch's warning, once per process, that CSR tensors are in beta."""
+    with ONE_AT_A_TIME, warnings.catch_warnings():  # this changes the filters of all threads, and restores them
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1), check_invariants=False)

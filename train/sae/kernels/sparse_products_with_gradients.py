@@ -2,13 +2,13 @@
 
 1. `affine`: pre = x W_enc^T + b_enc at the pairs of a support; the choice of pairs has no gradient.
 2. `decode_at`: x_hat = f W_dec for values f at the support.
-3. `spread_latents`, `spread_rows`, `rows_of`: a per-latent or per-row vector read at the support, and rows by number.
+3. `spread_latents`, `spread_rows`, `rows_of`: a per-latent or per-row vector read at the support, and rows by index.
 4. `sum_rows`: the sum of each row's values at the support.
-5. `decode_dense`: the decoder's product where there is no support, at the rate of matrix units.
+5. `decode_dense`: the decoder's product without a support, at the rate of matrix units.
 6. `squared_error`: mean over rows of ||residual||^2, one pass each way.
 
-Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula; where the encoder's
-product is in bfloat16, a GPU's kernels gather the batch's rows in it for them, half the bytes.
+Every backward pass costs k / F of the dense one. Gradients equal autograd's for the dense formula; if the encoder's
+product is in bfloat16, a GPU's kernels gather the batch's rows for them in bfloat16, half the bytes.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -64,7 +64,7 @@ class _AffineAt(torch.autograd.Function):
 
 
 class _AffineDense(torch.autograd.Function):
-    """x W^T + b everywhere, where x was centred by `center` and the result may be known."""
+    """x W^T + b for all latents, where x was centred by `center` and the result may be known."""
 
     @staticmethod
     def forward(
@@ -138,7 +138,7 @@ class _DecodeAt(torch.autograd.Function):
 
 
 class _RowsOf(torch.autograd.Function):
-    """table[index], of whose gradient `add_up` makes the table's: torch's own adds in another order each time, where
+    """table[index]; `add_up` turns its gradient into the table's. Torch's own adds in a different order each time if
     threads share many entries."""
 
     @staticmethod
@@ -189,9 +189,9 @@ def affine(
 ) -> Tensor:
     """Pre-activations x W^T + b at the support, or everywhere without one.
 
-    x is centred already; `center` only receives the gradient that x would pass on to it. `known` are
-    the resulting values where a caller has them. Without a support `product` says how the dense products are made,
-    with one what rows are rounded to for the gradients alone.
+    x is already centred; `center` only receives the gradient that x would pass on to it. `known` are the
+    resulting values if the caller has them. Without a support `product` is the precision of the dense products,
+    with one only that of rows for the gradients.
     """
     if support is None:
         return _AffineDense.apply(x, center, W, b, known, product)
@@ -199,7 +199,7 @@ def affine(
 
 
 def decode_at(values: Tensor, W: Tensor, b: Tensor | None, support: Support, product: Product = "float32") -> Tensor:
-    """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]. `product`: as that of `affine`."""
+    """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]. `product` as in `affine`."""
     return _DecodeAt.apply(values, W, b, support, product)
 
 
@@ -226,7 +226,7 @@ def spread_rows(vector: Tensor, support: Support) -> Tensor:
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], for rows that may be asked for more than once: [*index.shape, ...]."""
+    """table[index], where rows may be repeated: [*index.shape, ...]."""
     return _RowsOf.apply(table, index, lambda grad: index_sum(grad, index, len(table)))
 
 

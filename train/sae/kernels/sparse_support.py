@@ -1,8 +1,8 @@
 """Which latents are active for which row of a batch, in compressed-row form.
 
 B rows (tokens), F latents, N entries. Row b owns entries offsets[b] to offsets[b + 1]. Indices are
-int32, the type of the fast CPU paths. The same support turned on its side (latents as rows) is what
-the weight gradients need; it is computed once, when first asked for.
+int32, the type of the fast CPU paths. The weight gradients need the transposed support (latents as
+rows), which is computed once, when first used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-FEW = 16  # sums that a GPU makes by one reduction each
+FEW = 16  # up to this many sums a GPU computes by one reduction each
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Support:
 
     @property
     def flat(self) -> Tensor:
-        """int64 [N], where each entry lies in a row-major [rows, num_latents] table."""
+        """int64 [N], the place of each entry in a row-major [rows, num_latents] table."""
         return self.rows.long() * self.num_latents + self.latents
 
     @cached_property
@@ -52,8 +52,8 @@ class Transposed:
 
     offsets: Tensor  # int32 [F + 1]
     rows: Tensor  # int32 [N]
-    latents: Tensor  # int32 [N], rising
-    order: Tensor  # int64 [N], where each of these entries stands in the support
+    latents: Tensor  # int32 [N], ascending
+    order: Tensor  # int64 [N], the place of each of these entries in the support
 
 
 def support_from_topk(latents: Tensor, num_latents: int) -> Support:
@@ -71,14 +71,14 @@ def support_from_flat(flat: Tensor, rows: int, num_latents: int) -> Support:
 
 
 def group_offsets(groups: Tensor, num_groups: int) -> Tensor:
-    """int32 [num_groups + 1], where each group begins among rising group numbers [N]."""
-    # By search: a histogram has a GPU tell the host how large it is.
+    """int32 [num_groups + 1], where each group starts among ascending group numbers [N]."""
+    # By search: for a histogram the host would wait for its size from the GPU.
     bounds = torch.arange(num_groups + 1, dtype=groups.dtype, device=groups.device)
     return torch.searchsorted(groups, bounds, out_int32=True)
 
 
 def starts(counts: Tensor) -> Tensor:
-    """int32 [groups + 1], where each group begins, from the sizes of the groups."""
+    """int32 [groups + 1], where each group starts, from the sizes of the groups."""
     starts = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts
@@ -91,9 +91,9 @@ def index_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
         return out.index_add(0, index, values)
     if values.ndim == 1 and size <= FEW:
         return sum_few(values, index, size)
-    return out.index_put((index,), values, accumulate=True)  # atomics would add in another order each time; this sorts
+    return out.index_put((index,), values, accumulate=True)  # atomics would vary the order of addition; this sorts
 
 
 def sum_few(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """What `index_sum` gives, by a reduction each: where a GPU sorts, one warp adds up all that is one's."""
+    """Same as `index_sum`, by one reduction each: after a GPU's sort, one warp would add all entries of a sum."""
     return torch.where(index == torch.arange(size, device=index.device)[:, None], values, values.new_zeros(())).sum(1)

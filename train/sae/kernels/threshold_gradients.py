@@ -1,6 +1,6 @@
 """The straight-through derivatives of a learned threshold (Rajamanoharan et al. 2024, JumpReLU).
 
-A rectangular window of width `bandwidth` lies around theta. jump(z, theta) = z where z > theta, else 0; inside the
+There is a rectangular window of width `bandwidth` around theta. jump(z, theta) = z where z > theta, else 0; inside the
 window its derivative by theta is -theta / bandwidth. heaviside(z, theta) = 1 where z > theta, else 0; inside the
 window its derivative by theta is -1 / bandwidth. Neither passes a gradient of the window on to z.
 """

@@ -1,7 +1,7 @@
 """Dot products of codes with all codes of the same window, without ever making them dense.
 
 B rows, W windows, T context, F latents, N entries. Two tokens of a window have a product only through
-latents that both use. Entries are grouped by (window, latent); groups of one say nothing about pairs.
+latents that both use. Entries are grouped by (window, latent); groups of one do not contribute to pairs.
 1. Each group becomes a table row [T]: the latent's values over the window.
 2. gram[i] = sum over the entries of row i of value * table[group]: a bag sum.
 3. Its gradient for an entry is the dot of the gradient (made symmetric) with the same table row.
@@ -29,14 +29,14 @@ from .sparse_support import Support, starts
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the rows of a batch stand; the rows of a window lie together, in the order of their positions."""
+    """Where the rows of a batch are in their windows; rows of a window are contiguous, in order of position."""
 
     window: Tensor  # int64 [B]
     position: Tensor  # int64 [B]
-    row_of: Tensor  # int64 [W, T], -1 where no row is
+    row_of: Tensor  # int64 [W, T], -1 where there is no row
 
     def spread(self, table_BT: Tensor) -> Tensor:
-        """[W, T, ...], zeros where no row is."""
+        """[W, T, ...], zeros where there is no row."""
         spread = table_BT.new_zeros(*self.row_of.shape, *table_BT.shape[1:])
         spread[self.window, self.position] = table_BT
         return spread
@@ -47,21 +47,21 @@ class Places:
 
 
 def other_window(window: Tensor, position: Tensor, windows: int, setting: str) -> Tensor:
-    """Another window for each place, never the same; neighbouring positions get different ones.
+    """Another window for each position, never its own; neighbouring positions get different ones.
 
-    Which windows stand side by side is drawn anew for each batch, so the shift need not be: the random
+    The order of windows is drawn anew for each batch, so the shift need not be random: the random
     numbers of the SAE stay those of a run without the control.
     """
     if windows < 2:
         raise ConfigInvalid(
-            f"{setting}: expected two windows or more in a batch to exchange their rows, found 1; "
+            f"{setting}: expected at least two windows in a batch to exchange rows, found 1: "
             "set a larger data.batch_tokens"
         )
     return (window + 1 + position % (windows - 1)) % windows
 
 
 def window_gram(codes: Codes, places: Places) -> Tensor:
-    """[B, T]: <f_i, f_j> for the token j at each position of i's window; zero where no row is."""
+    """[B, T]: <f_i, f_j> for the token j at each position of i's window; zero where there is no row."""
     if codes.support is None:
         return _DenseGram.apply(codes.values, places)
     return _SparseGram.apply(codes.values, codes.support, places)
@@ -69,9 +69,9 @@ def window_gram(codes: Codes, places: Places) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """Entries of a support whose latent another token of the window uses too, M of them."""
+    """The M entries of a support whose latent is also used by another token of the window."""
 
-    chosen: Tensor  # int64 [M], their places in the support
+    chosen: Tensor  # int64 [M], places of the entries in the support
     support: Support  # rows against groups
 
     def table(self, values: Tensor, places: Places) -> Tensor:
@@ -122,16 +122,16 @@ class _DenseGram(torch.autograd.Function):
 
 
 def _symmetric(grad_BT: Tensor, places: Places) -> Tensor:
-    """[B, T]: the gradient of (i, j) and of (j, i) together; twice that of (i, i)."""
+    """[B, T]: the sum of the gradients of (i, j) and (j, i); twice that of (i, i)."""
     spread = places.spread(grad_BT)
     return places.collect(spread + spread.transpose(1, 2))
 
 
 def _group(support: Support, window: Tensor) -> _Groups:
-    """By latent, then by row, the entries of a group lie together.
+    """Group entries; ordered by latent, then by row, those of a group are contiguous.
 
-    On a GPU, where the number of groups would be waited for, there are as many as entries, and groups of one are
-    among them: what they say is right, and known already.
+    On a GPU, where the host would wait for the number of groups, there are as many groups as entries, including groups
+    of one: their contribution is correct, and already known.
     """
     turned = support.by_latent
     of_window = window[turned.rows]

@@ -1,13 +1,13 @@
-"""What activations are multiplied by: masks over positions, which say where in a window a latent may fire, and gates.
+"""Factors of activations: masks over positions, which say where in a window a latent may fire, and gates.
 
 p position, T context, F latents, c coefficient, R ranges; range r holds the positions r T / R to (r + 1) T / R. m_f(p)
 is
 - hard: 1 inside the latent's range of positions, 0 outside;
 - soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned centre mu_f; 0 where it falls below a cutoff, since
-  the tails of a Gaussian would count as activity everywhere without saying anything;
+  the tails of a Gaussian would count as activity everywhere without meaning;
 and free latents have 1 everywhere. A latent's activation is multiplied by 1 + c (m - 1). c is 1, or goes from
-exactly 0 to exactly 1 over a part of the run (progressive), moved along its sigmoid by a learned offset
-where that is asked for. Where the product is 0 no gradient passes: a latent learns inside only.
+exactly 0 to exactly 1 over a part of the run (progressive), optionally shifted along its sigmoid by a learned
+offset. Where the product is 0 no gradient passes: a latent learns only inside its mask.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..kernels.sparse_products_with_gradients import affine, rows_of
 from ..side_inputs import Side
 from .shaped import Shape
 
-FREE = -1  # the range of a latent that belongs to none
+FREE = -1  # the range of a latent without one
 MaskKind = Literal["none", "hard", "soft", "static_slicing"]
 COEFFICIENT = "mask_coefficient"
 
 
 class Mask(Shape):
-    """What hard and soft masks share: the coefficient, and free latents."""
+    """Base of hard and soft masks: the coefficient, and free latents."""
 
     needs_side = ("position",)
     has_factor = True
@@ -58,7 +58,7 @@ class Mask(Shape):
 
 
 class HardMask(Mask):
-    """Inside the range or not."""
+    """1 inside the latent's range, 0 outside."""
 
     range: Tensor
     num_ranges: Tensor
@@ -88,7 +88,7 @@ class SoftMask(Mask):
         self.cutoff = cutoff
         self.centre = nn.Parameter(centre_F.clone())
         self.register_buffer("sigma", torch.tensor(sigma))
-        self.lr_scale = 30.0 * sigma  # centres have a way of order sigma to go
+        self.lr_scale = 30.0 * sigma  # centres must move by order sigma
 
     def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
         position = position_B.to(self.centre.dtype)
@@ -100,8 +100,8 @@ class SoftMask(Mask):
 class PositionGate(Shape):
     """Activations times 2 sigmoid(a_f + u_f . e(p)), of rank r in latents and positions.
 
-    u begins at zero and a at zero, so every factor begins at exactly 1 and the SAE at its base; without the 2 all
-    activations would begin at half their size.
+    u and a start at zero, so every factor starts at exactly 1 and the SAE as its base; without the 2 all activations
+    would start at half their size.
     """
 
     needs_side = ("position",)
@@ -119,8 +119,8 @@ class PositionGate(Shape):
 
 
 class TierGates(Shape):
-    """Of a curriculum: one factor for all latents of a tier, by the knob of its name. Latents of a tier that is not
-    switched on yet stay silent; all factors are 1 in the end."""
+    """The gates of a curriculum: one factor for all latents of a tier, from the tier's knob. Latents of a tier that is
+    not switched on yet stay silent; in the end all factors are 1."""
 
     is_plain = True
     has_factor = True
@@ -149,7 +149,7 @@ def range_of(position: Tensor, context: int, ranges: int) -> Tensor:
 
 
 def spread_over_ranges(width: int, ranges: int, share: float) -> Tensor:
-    """int64 [F]: the first `share` of the latents in equal runs over the ranges, the others free."""
+    """int64 [F]: the first `share` of the latents divided equally among the ranges, the others free."""
     bound = round(share * width)
     latents = torch.arange(width)
     owner = torch.div(latents * ranges, max(bound, 1), rounding_mode="floor")
@@ -157,6 +157,6 @@ def spread_over_ranges(width: int, ranges: int, share: float) -> Tensor:
 
 
 def spread_over_positions(width: int, context: int, share: float) -> Tensor:
-    """float32 [F]: centres of the first `share` of the latents, evenly over the window; the others' do not count."""
+    """float32 [F]: centres of the first `share` of the latents, evenly over the window; the others' are unused."""
     bound = max(round(share * width), 1)
     return ((torch.arange(width) + 0.5) * context / bound).clamp_max(context - 1.0)

@@ -1,4 +1,4 @@
-"""Encoders of their own for ranges of positions, with one decoder; and what a range may add to input or features.
+"""Separate encoders for ranges of positions, with one decoder; and adapters of input or features for each range.
 
 B rows, D width, P latents with an encoder in each of R ranges, H hidden units.
 """
@@ -23,7 +23,7 @@ ADAPTER = "adapter_coefficient"
 
 
 class RangeEncoders(Shape):
-    """The first P latents are read by the encoder of the row's range, the others by the SAE's own."""
+    """The first P latents use the encoder of the row's range, the others the SAE's own."""
 
     needs_side = ("position",)
     makes_pre = True
@@ -55,14 +55,14 @@ class RangeEncoders(Shape):
 
 
 class Adapters(Shape):
-    """x + c sigmoid(gate_r) MLP_r(layer norm of x), r the row's range; nothing at first.
+    """x + c sigmoid(gate_r) MLP_r(layer norm of x), r the row's range; initially just x.
 
-    The second layer begins at zero and the coefficient c may rise over the run, so the base comes first.
+    The second layer starts at zero and the coefficient c may rise over the run, so the base trains first.
     """
 
     needs_side = ("position",)
     gates_each = False
-    """A gate for each number that is added, in place of one for each range."""
+    """Whether there is a gate for each added number instead of one for each range."""
 
     def __init__(
         self, width: int, hidden: int, context: int, ranges: int, lr_scale: float, generator: torch.Generator
@@ -78,7 +78,7 @@ class Adapters(Shape):
         return self.add(x, x, side)
 
     def add(self, to: Tensor, read: Tensor, side: Side) -> Tensor:
-        """`to`, and what the MLPs make of `read`."""
+        """`to` plus the MLPs' output for `read`."""
         c = side.knob(ADAPTER, 1.0)
         if c == 0.0:
             return to
@@ -92,9 +92,9 @@ class Adapters(Shape):
 
 
 class FeatureAdapters(Adapters):
-    """On top of the features: pre + c sigmoid(gate_rf) MLP_r(layer norm of relu(pre)), before the gate of the SAE.
+    """After the features: pre + c sigmoid(gate_rf) MLP_r(layer norm of relu(pre)), before the gate of the SAE.
 
-    What a range adds is decided by what fires without it, and how many latents fire is still the SAE's own to say.
+    What a range adds depends on what fires without it, and the SAE's gate still decides how many latents fire.
     """
 
     changes_pre = True
@@ -108,9 +108,9 @@ class FeatureAdapters(Adapters):
 
 
 def by_range(x: Tensor, here: Tensor, ranges: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Each row as `change` of its range makes it.
+    """Apply to each row the `change` of its range.
 
-    On a GPU all rows go through all ranges: the host would wait for how many rows each has.
+    On a GPU all rows go through all ranges: otherwise the host would wait for the number of rows of each.
     """
     if not reads_at_once(here):
         changed = change(x, 0)

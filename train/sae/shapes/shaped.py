@@ -1,17 +1,17 @@
-"""An SAE whose way from x to its codes is changed by small modules: masks, gates, adapters, norms.
+"""An SAE whose path from x to its codes is changed by small modules: masks, gates, adapters, norms.
 
-B rows, F latents, G groups. A `Shape` may change four things, each left alone by default:
+B rows, F latents, G groups. A `Shape` may change four things, none by default:
 1. `adapt`: the input;
-2. `make_pre`: how pre-activations come about (then they are dense, with a dense backward);
-3. `change_pre`: dense pre-activations that were made (a norm);
-4. `factor`: a number from 0 up that multiplies each activation.
+2. `make_pre`: how pre-activations are computed (they are then dense, with a dense backward pass);
+3. `change_pre`: dense pre-activations, once computed (a norm);
+4. `factor`: a non-negative factor of each activation.
 The factor multiplies pre-activations, before the gate: for relu and top-k gates that is the same as
 after it, k is chosen among what is left, and thresholds (of a jump, of a batch top-k) mean the same in
 training and at inference. Only a gated SAE, whose magnitude has a bias, is multiplied after its gate.
-Where all factors are 1 the codes are those of the plain SAE to the bit.
+If all factors are 1 the codes are those of the plain SAE to the bit.
 
-First weights may be other than random rows: Xavier's uniform ones, or rows of orthogonal blocks, D wide. The decoder's
-rows keep length one.
+Instead of random rows, initial weights may be Xavier's uniform ones, or rows of orthogonal blocks, D wide. The
+decoder's rows keep length one.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ EPSILON = 1e-5
 
 
 class Shape(Part):
-    """What every shape offers."""
+    """Base class of shapes."""
 
     is_plain = False
-    """Whether it is gone at inference."""
+    """Whether it has no effect at inference."""
     needs_side: tuple[str, ...] = ()
     makes_pre = False
     changes_pre = False
     sets_scale = False
-    """Of a shape that changes pre-activations: what comes out has a size and an offset of its own."""
+    """Whether it changes pre-activations so that the result has its own scale and offset."""
     has_factor = False
-    order: Tensor | None  # [T], what each position counts as
+    order: Tensor | None  # [T], the position that each position is read as
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,33 +66,32 @@ class Shape(Part):
         return x
 
     def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
-        """Of all latents, or of some, with gradient to these latents' encoders alone."""
+        """Pre-activations of all latents, or of some, with gradient only to their encoders."""
         raise NotImplementedError
 
     def change_pre(self, pre: Tensor, side: Side) -> Tensor:
         return pre
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
-        """In the places of the codes' values; `latents` says which latents their columns are, if not all."""
+        """Factors in the shape of the codes' values; `latents` are the latents of the columns, if not all."""
         raise NotImplementedError
 
     def lower(self, amount: float) -> None:
-        """Of a shape that sets the scale: take this much from what comes out."""
+        """Only for shapes that set the scale: subtract this much from the output."""
         raise NotImplementedError
 
     def rescale(self, factor: float) -> None:
-        """Make what comes out this many times as large, where it does not follow the SAE's own weights."""
+        """Multiply the output by this factor, if it does not scale with the SAE's own weights."""
 
     def follow(self, membership_F: Tensor) -> None:
-        """Latents have changed groups."""
+        """Adapt after latents have changed groups."""
 
 
 class PreNorm(Shape):
-    """Layer norm of pre-activations within the groups of latents that `group_F` names: between tiers, or before a mask.
+    """Layer norm of pre-activations within the groups of latents given by `group_F`: between tiers, or before a mask.
 
-    Each row's pre-activations of a group are centred and scaled to variance one, then each latent has a gain and a
-    bias of its own. What a row says by its size is lost to the codes, so this is a setting to compare with, not a
-    default.
+    Each row's pre-activations of a group are centred and scaled to variance one, then each latent has its own gain and
+    bias. The information in a row's size is lost to the codes, so this is for comparison, not a default.
     """
 
     changes_pre = True
@@ -103,7 +102,7 @@ class PreNorm(Shape):
         super().__init__()
         self.num_groups = num_groups
         self.rectifies = rectifies
-        """Of what ReLU leaves, in place of the pre-activations: what has no say is alike to the norm."""
+        """Whether to normalise after a ReLU: the norm then ignores differences among latents that do not fire."""
         self.register_buffer("group", group_F.clone())
         self.gain = nn.Parameter(torch.ones(group_F.numel()))
         self.bias = nn.Parameter(torch.zeros(group_F.numel()))
@@ -166,7 +165,7 @@ class ShapedAutoencoder(SparseAutoencoder):
         factor = self._factor(codes_from_dense(pre_all, None), side)
         if factor is None:
             return super().choose(pre_all, side)
-        # A closed latent is never chosen, not even where nothing else is above zero; of codes with signs zero is last.
+        # A closed latent is never chosen, not even if nothing else is above zero; with signed codes zero comes last.
         closed = -math.inf if self.gate.can_lower else 0.0
         return super().choose(torch.where(factor > 0, pre_all * factor, closed), side)
 
@@ -176,9 +175,9 @@ class ShapedAutoencoder(SparseAutoencoder):
             return super().open(pre, side)
         if isinstance(self.gate, Gated):
             opened, seen = super().open(pre, side), torch.where(factor > 0, pre.values, 0.0)
-            return replace(opened, values=opened.values * factor, pre=seen)  # nor does its gate path see closed ones
+            return replace(opened, values=opened.values * factor, pre=seen)  # its gate path does not see closed ones
         values = pre.values * factor
-        if isinstance(self.gate, JumpRelu):  # a closed latent's 0 may lie in its threshold's window
+        if isinstance(self.gate, JumpRelu):  # a closed latent's 0 may be in its threshold's window
             values = torch.where(factor > 0, values, -math.inf)
         return super().open(replace(pre, values=values, pre=values), side)
 
@@ -187,7 +186,7 @@ class ShapedAutoencoder(SparseAutoencoder):
         return codes if factor is None else codes.with_values(codes.values * factor)
 
     def unmasked(self, x: Tensor, side: Side) -> Codes:
-        """The codes as they would be without any factor."""
+        """The codes without any factor."""
         return self.gate.open(self.pre_codes(x, side, self.gate.choose), self.b_enc, side)
 
     def follow(self, membership_F: Tensor) -> None:
@@ -255,14 +254,15 @@ class ShapedAutoencoder(SparseAutoencoder):
 
 
 Init = Literal["tied", "xavier", "orthogonal"]
-"""tied: the base's own, random decoder rows and an encoder equal to them."""
+"""tied: the base's initial weights, random decoder rows and an encoder equal to them."""
 
 
 @torch.no_grad()
 def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator, ties: bool) -> None:
-    """Give encoder and decoder other first weights.
+    """Give encoder and decoder other initial weights.
 
-    `ties`: Xavier's encoder is its decoder, at Xavier's length. Drawn apart the two rebuild nothing at any scale.
+    `ties`: Xavier's encoder equals its decoder, at Xavier's length. Drawn separately they reconstruct nothing at any
+    scale.
     """
     if how == "xavier":
         for table in (sae.W_enc, sae.W_dec):
@@ -277,6 +277,6 @@ def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator, ti
 
 
 def orthogonal_rows(count: int, width: int, generator: torch.Generator) -> Tensor:
-    """`count` rows of length one [count, width]; each run of `width` of them is orthogonal."""
+    """`count` rows of length one [count, width]; each block of `width` rows is orthogonal."""
     blocks = [nn.init.orthogonal_(torch.empty(width, width), generator=generator) for _ in range(-(-count // width))]
     return torch.cat(blocks)[:count]

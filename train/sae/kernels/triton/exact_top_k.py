@@ -1,16 +1,16 @@
 """Exact selection: the k largest of each row, and the largest of a whole batch.
 
-B rows, F latents. Floats are read as whole numbers of the same order ("keys"), 16 bits for bfloat16 and 32 for
+B rows, F latents. Floats are read as integers of the same order ("keys"), 16 bits for bfloat16 and 32 for
 float32. Equal entries are taken in order of their place.
 
-1. The latents of a row are dealt into groups. The k-th largest of the groups' largest entries is a floor: at
-   least k entries reach it, and with many more groups than k hardly more than k.
-2. Each row offers the latents that reach its floor. They have room for ROOM * k; a row that offers more, as one
-   whose groups are unlike each other may, is searched as a whole instead, and everything waits for it.
-3. Among what is offered the k-th largest key is found bit by bit: a key is tried, those at or above it are counted.
+1. The latents of a row are divided into groups. The k-th largest of the groups' maxima is a floor: at least k
+   entries reach it, and with many more groups than k hardly more than k.
+2. Each row offers the latents that reach its floor. There is room for ROOM * k; a row that offers more, which can
+   happen if its groups differ a lot, is searched as a whole instead, and everything waits for it.
+3. Among the offered entries the k-th largest key is found bit by bit: try a key and count those at or above it.
 
-A batch is treated alike: its floor is one for all rows, which offer as unequally as tokens have latents, and have
-room for BATCH_ROOM times their share. So the entries are read twice, in order, whatever k.
+A batch is treated in the same way: it has one floor for all rows, which offer different numbers of entries, as tokens
+differ, and have room for BATCH_ROOM times their share. So entries are read twice, in order, whatever k.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-CHUNK = 2048  # latents that a program looks at together
-GROUPS = 16  # for each entry that is wanted of a row, at least
-MOST_GROUPS = 8192  # that one program holds in registers
-ROOM = 4  # latents that a row may offer for each one that is wanted of it
-BATCH_ROOM = 16  # the same where they are wanted of a batch: of a row, on average
-DIGIT_BITS = 4  # of a batch's smallest key, found in each pass
+CHUNK = 2048  # latents that a program handles at once
+GROUPS = 16  # at least, for each wanted entry of a row
+MOST_GROUPS = 8192  # the most that one program holds in registers
+ROOM = 4  # latents that a row may offer for each wanted one
+BATCH_ROOM = 16  # the same for a batch, relative to the mean number wanted per row
+DIGIT_BITS = 4  # bits of a batch's smallest key that each pass finds
 BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 
@@ -221,7 +221,7 @@ def _write_kept(
 
 
 def top_latents(pre: Tensor, k: int) -> Tensor:
-    """int32 [B, k]: latents of the k largest entries of each row, in rising order."""
+    """int32 [B, k]: latents of the k largest entries of each row, in ascending order."""
     pre = pre.contiguous()
     rows, width = pre.shape
     bits = BITS[pre.dtype]
@@ -242,12 +242,12 @@ def top_latents(pre: Tensor, k: int) -> Tensor:
 def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Offsets int32 [B + 1] and latents int32 [count] of the `count` largest entries of the whole batch.
 
-    Always `count` of them, whatever their sign: the shape does not depend on the data.
+    Always exactly `count`, whatever their sign: the shape does not depend on the data.
     """
     pre = pre.contiguous()
     rows, width = pre.shape
     bits, device = BITS[pre.dtype], pre.device
-    wanted = triton.cdiv(count, rows)  # of a row, on average
+    wanted = triton.cdiv(count, rows)  # mean per row
     offered, offers, room = _all(pre)
     groups = _groups(width, wanted)
     if groups is not None:
@@ -273,19 +273,19 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _groups(width: int, wanted: int) -> int | None:
-    """How many groups the latents are dealt into; None where a search of all of them costs as little."""
+    """How many groups to divide the latents into; None if searching all of them is as cheap."""
     groups = min(MOST_GROUPS, max(1024, 1 << (GROUPS * wanted - 1).bit_length()))
     return groups if width > 2 * groups and groups >= 2 * wanted else None
 
 
 def _all(pre: Tensor) -> tuple[Tensor, Tensor, int]:
-    """No offer: every row is searched as a whole."""
+    """Offer nothing: every row is searched as a whole."""
     some = torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device)
     return some, some, 0
 
 
 def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
-    """What each row offers [B, room], how much that is [B], and the room."""
+    """The offers of each row [B, room], their numbers [B], and the room."""
     rows, width = pre.shape
     offered = torch.empty(rows, room, dtype=torch.int32, device=pre.device)
     offers = torch.empty(rows, dtype=torch.int32, device=pre.device)
@@ -296,7 +296,7 @@ def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tenso
 
 
 def _kth_of_all(keys: Tensor, count: int, bits: int) -> Tensor:
-    """int64 [], the `count`-th largest key; zero where there are fewer."""
+    """int64 [], the `count`-th largest key; zero if there are fewer."""
     programs = triton.cdiv(keys.numel(), CHUNK)
     counts = torch.full((programs, 1 << DIGIT_BITS), CHUNK, dtype=torch.int32, device=keys.device)
     lowest = torch.zeros((), dtype=torch.int64, device=keys.device)
@@ -307,15 +307,15 @@ def _kth_of_all(keys: Tensor, count: int, bits: int) -> Tensor:
 
 
 def _with_digit(lowest: Tensor, counts: Tensor, count: int, shift: int) -> Tensor:
-    """The key with its next digit: the largest that `count` keys still reach. Digit 0 all reach that are left."""
+    """The key with its next digit: the largest that at least `count` keys reach. All remaining keys reach digit 0."""
     enough = (counts.sum(0, dtype=torch.int64) >= count)[1:].sum()
     return lowest + (enough << shift)
 
 
 def _built_in(width: int) -> int | tl.constexpr:
-    """A dictionary's width is part of what is compiled. The number of dead latents, among which AuxK chooses, changes
-    every few steps: it is an argument, or each number would be compiled by itself, for seconds. (The interpreter takes
-    no argument as the end of a range.)"""
+    """A dictionary's width is a compile-time constant. The number of dead latents, among which AuxK chooses, changes
+    every few steps, so it is an argument; otherwise each number would be compiled, which takes seconds. (The
+    interpreter accepts no argument as the end of a range.)"""
     return tl.constexpr(width) if width % 1024 == 0 or knobs.runtime.interpret else width
 
 

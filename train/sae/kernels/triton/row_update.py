@@ -1,14 +1,14 @@
 """The update of a weight table, row by row: gradient, projection, Adam and unit length in one pass.
 
 B rows of a batch, D width, F latents, N entries in order of their latent. One program per latent adds the
-gradient of its row in registers and writes weights and moments once: the gradient of the table never exists.
+gradient of its row in registers and writes weights and moments once: the gradient of the table is never stored.
 Entries are added in a fixed order, without atomics, so the same step gives the same bits.
 
-The table and its moments pass by once (`evict_first`), so that the batch's rows, which are read k times, stay in
-the cache.
+The table and its moments are streamed once (`evict_first`), so that the batch's rows, which are read k times, stay
+in the cache.
 
-A latent that fires often would make a long tail. So the entries are cut into chunks of CHUNK; those that
-belong to one latent alone are added beforehand, by programs of their own, and enter as one row each.
+A latent that fires often would delay the end. So the entries are cut into chunks of CHUNK; chunks that belong to
+a single latent are summed beforehand, by separate programs, and enter as one row each.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64  # entries that one program adds at most before a sum is handed on
-TOGETHER = 2  # rows on their way at once; of 2, 4 and 8 the fastest on an H100 at D 2304, by 9 %
+CHUNK = 64  # most entries that one program adds before it passes on a sum
+TOGETHER = 2  # rows loaded at once; of 2, 4 and 8 the fastest on an H100 at D 2304, by 9 %
 PER_WARP = 512  # elements of a row that each warp of a program holds
 
 
@@ -129,7 +129,7 @@ def _update(
 
 @dataclass(frozen=True)
 class AdamStep:
-    """Adam's settings, and what changes from step to step: on the table's device, where a replay finds its own."""
+    """Adam's settings, and the values of the step: on the table's device, where a replay reads the current ones."""
 
     lr: Tensor
     bias: Tensor  # float64 [2]: of the two moments, 1 - beta ** steps, steps counted from 1
@@ -152,9 +152,9 @@ def update_rows(
 ) -> None:
     """Move a table [F, D] by the gradient sum of values[n] * x[rows[n]] over the entries of each latent.
 
-    `entries`: offsets [F + 1], latents [N], rows [N] and values [N] in order of the latent, and x [B, D]. `dense` is
-    a gradient that other losses left as a table, `low` a bfloat16 copy to be written along, `unit` keeps rows at
-    length one. Where `frozen` is not zero, nothing moves.
+    `entries`: offsets [F + 1], latents [N], rows [N] and values [N] ordered by latent, and x [B, D]. `dense` is a
+    gradient of other losses in table form, `low` a bfloat16 copy to write as well, `unit` keeps rows at length
+    one. If `frozen` is not zero, nothing changes.
     """
     num_latents, width = weights.shape
     offsets, latents, rows, values, x = _no_entries(weights) if entries is None else entries

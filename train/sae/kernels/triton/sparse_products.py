@@ -1,8 +1,8 @@
 """The sparse products: bag sums and pair dots, and sums of a segment.
 
 B rows, D width, F latents, N entries. A bag sum gives each bag and block of columns to one program, which adds
-its entries in their order. Pair dots take a fixed number of entries per program, whatever bag they lie in, so
-one latent that fires in every row makes no tail.
+its entries in order. Pair dots take a fixed number of entries per program, whatever bag they are in, so
+a latent that fires in every row does not delay the end.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 512  # of one program: four of 16 bytes' worth in each thread of a warp
-ENTRIES = 16  # that a program of pair dots takes
-TOGETHER = 4  # rows that a program has on their way at once
+COLUMNS = 512  # per program: four loads of 16 bytes in each thread of a warp
+ENTRIES = 16  # per program of pair dots
+TOGETHER = 4  # rows that a program loads at once
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _pair_dots(
 def pair_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, order: Tensor) -> Tensor:
     """out[order[n]] = <left[left_index[n]], right[right_index[n]]>: float32 [N].
 
-    Entries that stand together should share rows of the larger table: those are then read from memory once.
+    Adjacent entries should share rows of the larger table, which are then read from memory once.
     """
     count, width = left_index.numel(), left.shape[1]
     out = torch.empty(count, dtype=torch.float32, device=left.device)
