@@ -126,7 +126,7 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 	test -f $(DEMO)/runs/demo/result.json || $(BIN)/sae-train --cache $(DEMO)/store --out $(DEMO)/runs --name demo \
 	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
 	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing,browser --set browser.windows=1024
-	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents; sae-eval run_4 offers to train the ablation of the attention study on this store. Then run a harvest of your own: make harvest, or make harvest MODEL=smollm2"
+	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents. Then, after \`source $(BIN)/activate\`: sae-train --variant topk --cache $(DEMO)/store trains an SAE of your own; sae-eval run_4 offers the ablation of the attention study. A harvest of your own: make harvest, or make harvest MODEL=smollm2"
 
 studies: env $(if $(filter smollm2,$(MODEL)),smollm2) ## all runs of the five studies, with tables and plots [MODEL=pocket or smollm2]
 	$(BIN)/sae-harvest --model $(STUDY_MODEL) --out $(STUDIES)/store \
@@ -174,7 +174,7 @@ bench-claims: env smollm2 ## on SmolLM2: what the published variants claim to do
 	$(BIN)/python bench/claims.py $(REAL) --json $(RESULTS)/claims.json
 
 bench-store: env peers ## the store against plain files and SAELens' cache
-	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json
+	$(BIN)/python bench/store_speed.py --peers $(PEERS) --json $(RESULTS)/store.json
 
 bench-workers: env ## 64 workers on one S3 server against the server's own rate; 9 GB of temporary files
 	$(BIN)/python bench/workers.py --shards 1 --megabytes 64 --json $(RESULTS)/workers.json

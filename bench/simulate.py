@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import click
 import fsspec
 import numpy as np
-from store import CONTEXT, make_manifest
+from store_speed import CONTEXT, make_manifest
 from timing_and_tables import Row, conclude, gather_facts
 
 from saemill.cache_schema import commits, shard_claims, writer

@@ -19,7 +19,7 @@ from typing import get_args
 
 import click
 import numpy as np
-import store as stores
+import store_speed as stores
 import torch
 from timing_and_tables import Row, compare, conclude, gather_facts, speeds_of, take_turns
 

@@ -30,7 +30,7 @@ from typing import Any
 import click
 import fsspec
 import numpy as np
-from store import CONTEXT, LAYER, PLACE, RESID, make_manifest
+from store_speed import CONTEXT, LAYER, PLACE, RESID, make_manifest
 from timing_and_tables import Row, Speeds, compare, conclude, gather_facts, take_turns
 
 from saemill.cache_schema import ShardContent, Store, StoreWriter, from_float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .commits import decode_json
@@ -52,10 +53,7 @@ def read_root(files: Files) -> Root:
     try:
         raw = files.read(ROOT)
     except KeyError:
-        raise StoreMissing(
-            f"there is no store at {files.url} (no {ROOT}). Make one with `make harvest LAYER=19`, "
-            "`sae-harvest` or `sae-store import`"
-        ) from None
+        raise StoreMissing(f"there is no store at {files.url} (no {ROOT}). {_instead_of(files.url)}") from None
     document = decode_json(raw, where, _REMEDY)
     attributes = document.get("attributes")
     if not isinstance(attributes, dict) or "saemill" not in attributes:
@@ -65,6 +63,14 @@ def read_root(files: Files) -> Root:
     nodes = _nodes(document)
     arrays = {path: _layout(files, nodes, expected) for path, expected in arrays_of(manifest).items()}
     return Root(manifest, arrays)
+
+
+def _instead_of(url: str) -> str:
+    """The remedy where there is no store: one inside that folder, such as ./demo/store for ./demo, or a new one."""
+    for found in Path(url).glob(f"*/{ROOT}"):
+        if b'"saemill"' in found.read_bytes():
+            return f"Did you mean {found.parent}?"
+    return "Make one with `sae-harvest`, `make harvest` or `sae-store import`"
 
 
 def _require_identity(manifest: Manifest, where: str) -> None:

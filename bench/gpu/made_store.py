@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from records import tell
-from store import make_manifest, make_residuals, write_store
+from store_speed import make_manifest, make_residuals, write_store
 
 from saemill.cache_schema import from_float32
 

@@ -113,7 +113,8 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
     table.add_column("SAE", no_wrap=True)
     for eval_id, metric in columns:
         whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
-        table.add_column(whose + heading(metric, evals.load(eval_id).summary), justify="right", min_width=NUMBER_WIDTH)
+        title = whose + heading(metric, evals.load(eval_id).summary)
+        table.add_column(title, justify="right", min_width=NUMBER_WIDTH, overflow="fold")
     for subject in subjects:
         cells = (_cell(found.get((subject, eval_id)), eval_id, metric) for eval_id, metric in columns)
         table.add_row(names_of[subject], *cells)

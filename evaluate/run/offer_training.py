@@ -20,6 +20,7 @@ from ...train.config.run_config import Ask
 from ...train.dry_run import estimate_seconds
 from ...train.errors import TrainError
 from ...train.run.fill_config_from_store import settle
+from ...train.run.run_folder import run_names
 from ...train.train_runs import open_process, start
 from ..errors import EvalError, TargetUnknown
 from ..output.pictures import after_run
@@ -58,6 +59,9 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
     except StoreMissing:
         return  # the error that follows says how the run is made
     with store, open_process(device, console) as process:
+        if not run_names(runs):
+            own = shlex.join(["sae-train", "--variant", "topk", "--cache", cache, "--out", str(runs)])
+            console.print(f"to train an SAE of your own instead: {own}")
         console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         settled = settle(ask, store)
         seconds = estimate_seconds(settled, store, process)
@@ -67,7 +71,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
             console.print(f"one epoch takes about {of_one}: {command} --epochs 1")
         saes = len(settled.config.members)
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, about {say_time(seconds)}"
-        if not click.confirm(f"Train it now, then continue? {what}", default=True, err=True):
+        if not click.confirm(f"Train it now, then continue? {what}", default=seconds <= LONG_SECONDS, err=True):
             return
     with open_process(device, console, is_watched=plots) as process:
         console.print(f"$ {command}", style="bold")

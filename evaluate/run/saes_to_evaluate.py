@@ -150,17 +150,19 @@ def _saes_of(run: RunFolder) -> list[Path]:
 def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainError) -> str:
     if "/" in target:
         return str(error)
-    known = ", ".join(run_names(runs)) or "none"
-    text = f"no run {target!r} in {runs} (it has: {known}), and no SAE folder of that name"
-    found = studies_with(target)
-    if not found:
-        return text
-    others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
+    known = run_names(runs)
+    text = f"no run {target!r} in {runs} (it has: {', '.join(known) or 'none'}), and no SAE folder of that name"
     store = cache or known_store()
-    first = "" if store else "; first `make harvest`, as there is no store here yet"
-    place = [] if runs == Path(RUNS) else ["--out", str(runs)]
-    command = shlex.join(["sae-train", "--recipe", f"{found[0]}/{target}", "--cache", store or STORES[0], *place])
-    return f"{text}. `{command}` makes the one of the study {found[0]}{others}{first}"
+    rest = ["--cache", store or STORES[0], *([] if runs == Path(RUNS) else ["--out", str(runs)])]
+    ways = []
+    if not known:
+        ways.append(f"`{shlex.join(['sae-train', '--variant', 'topk', *rest])}` makes a first run")
+    if found := studies_with(target):
+        others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
+        command = shlex.join(["sae-train", "--recipe", f"{found[0]}/{target}", *rest])
+        ways.append(f"`{command}` makes the one of the study {found[0]}{others}")
+    first = "; first `make harvest`, as there is no store here yet" if ways and not store else ""
+    return ". ".join([text, *ways]) + first
 
 
 def known_store() -> str | None:

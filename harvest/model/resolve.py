@@ -18,6 +18,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -47,6 +48,7 @@ POCKET = "pocket"
 SMOLLM2 = "smollm2"
 GGUF = "gguf-"  # prefix of the revision of a model from a GGUF file
 FIRST_CHOICE = "google/gemma-2-2b"
+OWN_NAMES = (AUTO, POCKET, SMOLLM2)
 
 FORBIDDEN = 403  # a hub's answer to a token with too few rights
 DECISION_SECONDS = 8
@@ -236,6 +238,8 @@ def _obstacle(model: str) -> str | None:
 
 def _explain(error: Exception, model: str) -> str:
     """What went wrong and what to do, by kind of error."""
+    close = get_close_matches(model.lower(), OWN_NAMES, n=1)
+    near = f" (did you mean {close[0]!r}?)" if close else ""
     if isinstance(error, (DryRunError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # for any failure these only say that the network may be gone
     if isinstance(error, GatedRepoError):
@@ -243,9 +247,9 @@ def _explain(error: Exception, model: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "the hub has no such revision of it"
     if isinstance(error, RepositoryNotFoundError):
-        return "no such folder, and no model of that name on the hub; if it is private, `hf auth login`"
+        return f"no such folder, and no model of that name on the hub; if it is private, `hf auth login`{near}"
     if isinstance(error, HFValidationError):
-        return "no such folder, and not a valid name on the hub"
+        return f"no such folder, and not a valid name on the hub{near}"
     if _is_full_disk(error):
         return (
             f"the disk is full while downloading into {constants.HF_HUB_CACHE}: free some space, or set HF_HOME to a "
@@ -256,7 +260,7 @@ def _explain(error: Exception, model: str) -> str:
         asks = gates if error.response.status_code == FORBIDDEN else ""
         return f"the hub refused ({first_line(error)}): check your token with `hf auth whoami`{asks}"
     remedy = INSTALL if isinstance(error, ImportError) else "check the network, or name a folder"
-    return f"the hub could not be reached ({first_line(error)}): {remedy}"
+    return f"the hub could not be reached ({first_line(error)}): {remedy}{near}"
 
 
 def _is_full_disk(error: Exception) -> bool:

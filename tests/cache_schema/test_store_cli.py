@@ -672,6 +672,14 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         result = run(command, tmp_path / "nothing")
         assert result.exit_code == 1
         assert result.output.startswith("error: there is no store at")
+        assert "Make one with" in result.output
+
+
+def test_a_store_inside_the_folder_is_named(store: Path) -> None:
+    """`make demo` leaves ./demo/store, and ./demo is what is typed."""
+    assert f"Did you mean {store}?" in run("info", store.parent).output
+    (store / "zarr.json").rename(store / "lost")  # what is left inside is an array, or a group
+    assert "Did you mean" not in run("info", store).output
 
 
 @pytest.mark.parametrize("error", [ValueError("Protocol not known: foo"), ImportError("Install s3fs to access S3")])

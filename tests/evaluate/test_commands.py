@@ -265,7 +265,8 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
 ) -> None:
     """README's third command is `sae-eval run_4`, and `make demo` may be all that was run before."""
     recipe_of_one(monkeypatch)
-    assert "no store here yet" in type_("sae-eval", "run_4", code=1).stderr
+    said = type_("sae-eval", "run_4", code=1).stderr
+    assert "no store here yet" in said and "`sae-train --variant topk --cache ./store` makes a first run" in said
     Path("demo").mkdir()
     Path("demo/store").symlink_to(small.store)
     result = type_("sae-eval", "run_4", answer="n\n", code=1)
@@ -304,7 +305,7 @@ def test_a_long_run_has_a_shorter_one_beside_it(
     monkeypatch.setattr(offer_training, "estimate_seconds", lambda *_: 16 * 3600.0)
     result = type_("sae-eval", "run_4", "--cache", small.store, answer="n\n", code=1)
     assert "one epoch takes about 60.0 minutes: sae-train --recipe attention/run_4" in result.stderr
-    assert "--name run_4 --epochs 1\n" in result.stderr and "about 16.0 hours [Y/n]" in result.stderr
+    assert "--name run_4 --epochs 1\n" in result.stderr and "about 16.0 hours [y/N]" in result.stderr
 
 
 def test_a_real_terminal_is_asked(small: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ...cache_schema.numbers_in_words import first_line
+from ...cache_schema.numbers_in_words import first_line, say_time
 from ...cache_schema.strict_json import flatten
 from ..errors import ConfigInvalid, TrackerMissing
 
@@ -29,7 +29,8 @@ class Progress:
     def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int) -> None:
         self._console, self._total = console, total_steps
         self._bars = self._tasks = None
-        self._asked = self._printed = time.perf_counter()
+        self._asked = self._printed = self._began = time.perf_counter()
+        self._done = done
         if console.is_terminal:
             self._bars = _make_bars(console)
             self._tasks: dict[str, TaskID] | None = {
@@ -49,8 +50,10 @@ class Progress:
                 self._bars.update(self._tasks[label], completed=steps, numbers=summary(values, tokens_per_second))
         elif self._asked - self._printed > PLAIN_SECONDS or steps == self._total:
             self._printed = self._asked
+            seconds = (self._asked - self._began) * (self._total - steps) / max(1, steps - self._done)
+            left = f" {say_time(seconds)} left" if steps < self._total else ""
             for label, values in scalars.items():
-                line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}"
+                line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}{left}"
                 self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:

@@ -287,4 +287,9 @@ def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
 
 
 PLAIN_GATES = frozenset({Relu, AnnealedRelu, TopK, AbsTopK, BatchTopK, JumpRelu, Gated})
-"""Gates that the plain forms of saved SAEs support; others, including subclasses, are saved with their variant."""
+"""Gates that the plain forms of saved SAEs support; others are saved with their variant."""
+
+
+def is_plain(gate: Gate) -> bool:
+    """Whether a saved SAE needs no more than a plain form: a subclass that keeps `infer` differs only in training."""
+    return any(kind in PLAIN_GATES and type(gate).infer is kind.infer for kind in type(gate).__mro__)

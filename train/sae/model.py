@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigInvalid
-from .gates import PLAIN_GATES, Gate
+from .gates import Gate, is_plain
 from .kernels.codes import Codes
 from .kernels.dense_products import Product, linear, matrix_units, product_on
 from .kernels.row_gradients import low_copy
@@ -58,7 +58,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(W_dec.new_zeros(W_dec.shape[1]) if b_dec is None else b_dec)
         self.W_skip = None if W_skip is None else nn.Parameter(W_skip)  # [D_out, D_in]
         self.gate = gate
-        self.is_plain = type(self).is_plain and type(gate) in PLAIN_GATES
+        self.is_plain = type(self).is_plain and is_plain(gate)
         self.centres_input = centres_input
         self.encoder_product: Product = encoder_product
         self.extras = nn.ModuleDict()  # modules that train along but no activation needs; set by the trainer

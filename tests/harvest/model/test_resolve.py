@@ -223,6 +223,14 @@ def test_what_is_neither_a_folder_nor_an_id(name):
         fetch(choose(name))
 
 
+@pytest.mark.parametrize(("name", "meant"), [("Pocket", "pocket"), ("smollm", "smollm2"), ("two words", None)])
+def test_a_model_of_our_own_is_offered_for_a_name_near_it(hub, name, meant):
+    hub.failure = UNREACHABLE
+    with pytest.raises(ModelUnavailable) as caught:
+        fetch(choose(name))
+    assert (f"(did you mean {meant!r}?)" in str(caught.value)) == (meant is not None)
+
+
 def test_a_folder_is_named_by_its_content_not_by_its_place(make_model, tmp_path):
     for place in ("a", "b"):
         make_model("llama").save_pretrained(tmp_path / place / "mine")

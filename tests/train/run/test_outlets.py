@@ -44,12 +44,14 @@ def test_numbers_are_asked_for_where_they_are_shown(monkeypatch):
     """Each time costs a wait for a GPU."""
     now = [0.0]
     monkeypatch.setattr("saemill.train.run.progress.time.perf_counter", lambda: now[0])
-    plain = Progress(Console(file=io.StringIO()), ["a"], 100, 0)
+    log = io.StringIO()
+    plain = Progress(Console(file=log), ["a"], 100, 0)
     bars = Progress(Console(file=io.StringIO(), force_terminal=True), ["a"], 100, 0)
     for now[0], due in ((1.0, [False, True]), (31.0, [True, True])):
         assert [one.is_due() for one in (plain, bars)] == due
     for one in (plain, bars):
         one.show(40, {"a": NUMBERS}, 1234.0)
+    assert log.getvalue().endswith("1,234 tok/s 46 seconds left\n")
     assert not plain.is_due() and not bars.is_due()
     now[0] = 60.0
     plain.show(60, {"a": NUMBERS}, 1234.0)  # too soon for a line; its numbers were there, those of all ranks

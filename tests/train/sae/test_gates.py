@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.sae.gates import AnnealedRelu, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
+from saemill.train.sae.kernels.sparse_support import Support
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 
@@ -165,7 +166,13 @@ def test_a_gate_of_ones_own_is_saved_with_its_variant():
     """Its weights alone would open as another SAE, or not at all: that was told after the last step."""
 
     class Own(TopK):
-        pass
+        def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+            return 2.0 * super().infer(pre, b_enc)
+
+    class OnlyInTraining(TopK):
+        def choose(self, pre: Tensor, side: Side) -> Support | None:
+            return None
 
     tables = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
-    assert SparseAutoencoder(*tables, TopK(2)).is_plain and not SparseAutoencoder(*tables, Own(2)).is_plain
+    found = {gate: SparseAutoencoder(*tables, gate(2)).is_plain for gate in (TopK, Own, OnlyInTraining)}
+    assert found == {TopK: True, Own: False, OnlyInTraining: True}
