@@ -39,7 +39,7 @@ class RawUnits(SparseAutoencoder):
             W_dec / lengths[:, None],
             inner.gate,
             b_dec=inner.b_dec.detach() / target_scale,
-            b_enc=inner.b_enc.detach() * lengths,
+            b_enc=(inner.b_enc + inner.bias_if_saved()).detach() * lengths,
             centres_input=inner.centres_input,
         )
         self.inner = inner
@@ -72,6 +72,7 @@ def sae_from_wrapped(
     tensors: Mapping[str, Tensor], knobs: Mapping[str, float], inner: SparseAutoencoder, where: str
 ) -> RawUnits:
     """The module that computes a saved form; `inner` is the untrained module."""
+    drop_mean_if_unknown(inner, tensors)
     require_tensors(tensors, inner, where)
     inner.load_state_dict(_state_of(tensors), strict=False)
     inner.require_sound(where)
@@ -88,6 +89,12 @@ def built_of_shapes(build: Callable[[], T]) -> T | None:
         if "meta" not in str(error).lower():
             raise
         return None
+
+
+def drop_mean_if_unknown(inner: SparseAutoencoder, tensors: Mapping[str, Tensor]) -> None:
+    """SAEs of earlier versions were trained with their input centred by the decoder bias."""
+    if f"{MODULE}input_mean" not in tensors:
+        inner.input_mean = None
 
 
 def require_tensors(tensors: Mapping[str, Tensor], inner: SparseAutoencoder, where: str) -> None:

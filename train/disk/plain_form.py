@@ -185,9 +185,7 @@ def begin_as(
     if isinstance(source.gate, TopK | AbsTopK):
         _require_near_one(torch.linalg.vector_norm(W_dec, dim=1) / lengths)
     own_lengths, bias = latents.own(lengths), source.b_enc
-    if source.centres_input != sae.centres_input:  # one subtracts from its input what the other has in its bias
-        shift = source.W_enc @ source.b_dec
-        bias = bias - shift if source.centres_input else bias + shift
+    bias = bias + source.W_enc @ (_raw_center(sae, source, scale) - (source.b_dec if source.centres_input else 0.0))
     values = {
         "W_enc": latents.own(source.W_enc) * own_lengths[:, None] / scale,
         "b_enc": latents.own(bias) * own_lengths,
@@ -199,6 +197,13 @@ def begin_as(
     for name, value in values.items():
         sae.get_parameter(name).copy_(value)
     _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc, latents)
+
+
+def _raw_center(sae: SparseAutoencoder, source: SparseAutoencoder, scale: Tensor) -> Tensor:
+    """What `sae` will subtract from its input, in raw units."""
+    if sae.input_mean is not None:
+        return sae.input_mean.to(scale) / scale
+    return source.b_dec if sae.centres_input else torch.zeros_like(scale)
 
 
 def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder, num_latents: int) -> None:
@@ -261,10 +266,12 @@ def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:
 
 
 def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, Any]]:
-    bias = sae.b_enc * lengths
+    moved = sae.bias_if_saved()
+    bias = (sae.b_enc + moved) * lengths
     match sae.gate:
         case Gated() as gate:
-            return "gated", {"b_gate": bias, "r_mag": gate.r_mag, "b_mag": gate.b_mag * lengths}
+            b_mag = gate.b_mag + moved * gate.r_mag.exp()
+            return "gated", {"b_gate": bias, "r_mag": gate.r_mag, "b_mag": b_mag * lengths}
         case (JumpRelu() | BatchTopK()) as gate:
             return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
         case TopK():

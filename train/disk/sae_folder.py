@@ -28,7 +28,16 @@ from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
 from .atomic_files import read_json, replace_written
-from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
+from .module_form import (
+    SCALE,
+    TARGET_SCALE,
+    Rebuild,
+    built_of_shapes,
+    drop_mean_if_unknown,
+    module_form,
+    require_tensors,
+    sae_from_wrapped,
+)
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -195,6 +204,7 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     try:
         inner = built_of_shapes(lambda: rebuild(*built))
         if inner is not None:  # allocate nothing that the tensors do not fit
+            drop_mean_if_unknown(inner, tensors)
             require_tensors(tensors, inner, str(folder))
         sae = sae_from_wrapped(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:

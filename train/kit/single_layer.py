@@ -44,6 +44,10 @@ class Dictionary(Variant):
     dead_after_tokens: int = 10_000_000
     decoder_bias: DecoderBias = "mean"
     """Initial decoder bias: the mean of the activations, or zero."""
+    centre_by_mean: bool = False
+    """Subtract the mean of the activations from the encoder's input while training. false: the decoder's bias, which
+    drifts away from it, or nothing if another place is reconstructed. The saved SAE subtracts those in any case: its
+    encoder's biases make up for the difference."""
     encoder_product: Product = "float32"
     """The precision in which latents are chosen; their values are then computed in float32. With a dense gate, which
     chooses none, it is the precision of every dense product of the step."""
@@ -105,8 +109,10 @@ def build_plain(
     generator = torch.Generator().manual_seed(config.seed)
     W_enc, W_dec = tied_weights(config.width, d_in, generator)
     b_dec = first_bias(config.decoder_bias, stats)
+    mean = stats.mean.clone() if config.centre_by_mean else None
+    sae = SparseAutoencoder(W_enc, W_dec, gate, b_dec, encoder_product=config.encoder_product, input_mean=mean)
     return Assembly(
-        sae=SparseAutoencoder(W_enc, W_dec, gate, b_dec=b_dec, encoder_product=config.encoder_product),
+        sae=sae,
         terms=tuple(terms),
         constraints=tuple(constraints),
         knobs=knobs or {},

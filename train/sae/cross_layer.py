@@ -26,7 +26,7 @@ def deal(width: int, layers: int) -> list[int]:
 
 
 class CrossLayerSae(SparseAutoencoder):
-    """Encoders of each layer, decoders to it and to later ones. The input is not centred."""
+    """Encoders of each layer, decoders to it and to later ones. What is saved does not centre its input."""
 
     is_plain = False
     layer_of: Tensor
@@ -39,6 +39,7 @@ class CrossLayerSae(SparseAutoencoder):
         b_enc: Tensor,
         b_dec: Tensor,
         encoder_product: Product,
+        input_mean: Tensor | None,
     ) -> None:
         """`rows` [F, D_in] are what each latent reads and, if widths allow, what it writes to its own layer."""
         self.num_layers, self.sizes = layers, deal(len(rows), layers)
@@ -46,7 +47,7 @@ class CrossLayerSae(SparseAutoencoder):
         d_out = len(b_dec) // layers
         W_dec = rows.new_zeros(len(rows), layers, d_out)
         W_dec[torch.arange(len(rows)), layer_of, : rows.shape[1]] = rows[:, :d_out]
-        super().__init__(rows, W_dec.flatten(1), gate, b_dec, b_enc, False, encoder_product)
+        super().__init__(rows, W_dec.flatten(1), gate, b_dec, b_enc, False, encoder_product, input_mean=input_mean)
         self.register_buffer("layer_of", layer_of, persistent=False)
 
     @property
@@ -59,6 +60,11 @@ class CrossLayerSae(SparseAutoencoder):
 
     def encoder_times(self, factor_D: Tensor) -> Tensor:
         return self.W_enc * factor_D.view(self.num_layers, -1)[self.layer_of]
+
+    def bias_if_saved(self) -> Tensor:
+        if self.input_mean is None:
+            return torch.zeros_like(self.b_enc)
+        return -self.encoder_times(self.input_mean).sum(1)
 
     def clear_unwritten(self, table_FD: Tensor) -> Tensor:
         layer = torch.arange(self.num_layers, device=table_FD.device)

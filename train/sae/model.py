@@ -50,7 +50,9 @@ class SparseAutoencoder(nn.Module):
         centres_input: bool = True,
         encoder_product: Product = "float32",
         W_skip: Tensor | None = None,
+        input_mean: Tensor | None = None,
     ) -> None:
+        """`input_mean`: what the encoder's input is centred by while training, in place of the decoder bias."""
         super().__init__()
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(W_enc.new_zeros(W_enc.shape[0]) if b_enc is None else b_enc)
@@ -60,6 +62,7 @@ class SparseAutoencoder(nn.Module):
         self.gate = gate
         self.is_plain = type(self).is_plain and is_plain(gate)
         self.centres_input = centres_input
+        self.register_buffer("input_mean", input_mean)
         self.encoder_product: Product = encoder_product
         self.extras = nn.ModuleDict()  # modules that train along but no activation needs; set by the trainer
         self.extras_tensors: dict[str, Tensor] = {}  # the tensors of such modules in a loaded SAE, by name
@@ -82,6 +85,7 @@ class SparseAutoencoder(nn.Module):
             "centres_input": self.centres_input,
             "encoder_product": self.encoder_product,
             "W_skip": None if self.W_skip is None else self.W_skip.detach(),
+            "input_mean": self.input_mean,
         }
 
     def extra_repr(self) -> str:
@@ -111,7 +115,21 @@ class SparseAutoencoder(nn.Module):
 
     def centred(self, x: Tensor) -> Tensor:
         """The encoder's input."""
+        if self.input_mean is not None:
+            return x - self.input_mean
         return x - self.b_dec if self.centres_input else x.to(self.W_enc.dtype)  # the difference already has this dtype
+
+    def trained_center(self, side: Side) -> Tensor | None:
+        """What `centred` subtracts, if it is trained."""
+        return side.latents.share(self.b_dec) if self.centres_input and self.input_mean is None else None
+
+    def bias_if_saved(self) -> Tensor:
+        """[F]: how much larger the encoder's biases are in the saved SAE, which subtracts the decoder bias or nothing
+        from its input, in place of the mean."""
+        if self.input_mean is None:
+            return torch.zeros_like(self.b_enc)
+        saved = self.b_dec if self.centres_input else torch.zeros_like(self.input_mean)
+        return self.W_enc @ (saved - self.input_mean)
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         """Activations of a training batch [B, D_in], sparse where that is faster."""
@@ -119,7 +137,7 @@ class SparseAutoencoder(nn.Module):
 
     def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
         """Pre-activations where the gate may open, or where `choose` decides."""
-        center = side.latents.share(self.b_dec) if self.centres_input else None
+        center = self.trained_center(side)
         with torch.no_grad():
             x_centred = self.centred(x)
             pre_all = self._all_pre(x_centred)

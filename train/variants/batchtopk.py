@@ -18,6 +18,7 @@ class Config(WithAux, SingleLayer):
     """Mean number of active latents per token."""
     threshold_decay: float = 0.99
     """Decay of the running mean of the smallest kept activation."""
+    centre_by_mean: bool = True
     encoder_product: Product = "bfloat16"
 
     def dead_part(self) -> int:

@@ -64,7 +64,17 @@ def build_cross_layer(
     generator = torch.Generator().manual_seed(config.seed)
     rows, _ = tied_weights(config.width, d_model, generator)
     b_dec = first_bias(config.decoder_bias, target_stats)
-    sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
-    with torch.no_grad():  # the input is not centred
-        sae.b_enc.sub_(sae.encoder_times(stats.mean.to(torch.float32)).sum(1))
+    mean = stats.mean.to(torch.float32)
+    sae = CrossLayerSae(
+        layers,
+        rows,
+        gate,
+        torch.zeros(config.width),
+        b_dec,
+        config.encoder_product,
+        mean if config.centre_by_mean else None,
+    )
+    if not config.centre_by_mean:
+        with torch.no_grad():  # at first as if it were
+            sae.b_enc.sub_(sae.encoder_times(mean).sum(1))
     return assemble_mapping(config, sae, d_model, generator, stats, target_stats, WritesOnward())

@@ -7,7 +7,7 @@ k rounds of one latent are the published form; each round costs a dense product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,15 @@ class Config(topk.Config):
     rounds: int = 4
     """Number of rounds; at most k."""
 
+    def unread(self) -> Mapping[str, str]:
+        return {"centre_by_mean": "what a round leaves over is without the decoder's bias; leave it out"}
+
     def step_tables(self) -> float:
         return 2.5
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_least(self, rounds=1)
         assembly, rounds = super().build(d_model, stats), min(self.rounds, self.k)
-        sae = Pursuit(**assembly.sae.parts())
+        sae = Pursuit(**assembly.sae.parts() | {"input_mean": None})  # what is left over is without the decoder's bias
         sae.counts = tuple(self.k * (r + 1) // rounds - self.k * r // rounds for r in range(rounds))
         return assembly.wrap(lambda _: sae)

@@ -15,6 +15,7 @@ from ..sae.kernels.dense_products import Product
 @dataclass(frozen=True)
 class Config(WithAux, SingleLayer):
     k: int = 64
+    centre_by_mean: bool = True
     encoder_product: Product = "bfloat16"
 
     def dead_part(self) -> int:

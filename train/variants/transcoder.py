@@ -56,8 +56,9 @@ class Config(WithAux, SingleLayer):
             W_dec,
             TopK(self.k) if self.gate == "topk" else BatchTopK(self.k),
             b_dec=first_bias(self.decoder_bias, target_stats),
-            b_enc=-(W_enc @ stats.mean.to(torch.float32)),
+            b_enc=None if self.centre_by_mean else -(W_enc @ stats.mean.to(torch.float32)),
             centres_input=False,
             encoder_product=self.encoder_product,
+            input_mean=stats.mean.clone() if self.centre_by_mean else None,
         )
         return assemble_mapping(self, sae, d_model, generator, stats, target_stats)

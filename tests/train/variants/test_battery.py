@@ -152,6 +152,8 @@ def test_a_setting_that_is_called_unread_changes_no_bit(battery, variant):
 def _another(name, value):
     if name == "adapter_from":
         return [0.1, 0.3]
+    if isinstance(value, bool):
+        return not value
     return value + 1 if isinstance(value, int) else 0.9 * (value or 1.0)
 
 
@@ -160,9 +162,17 @@ def test_stopping_and_going_on_changes_no_bit(battery, variant):
     assert battery.changed_by_going_on(battery.quick(variant, start="fitted"), 10) == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_saved_sae_has_the_codes_that_were_trained(battery, variant, tmp_path):
-    config = battery.quick(variant)
+def _centrings():
+    """Every variant, and those that can be centred by the mean both ways."""
+    for variant in VARIANTS:
+        config = config_type(variant)()
+        can_choose = hasattr(config, "centre_by_mean") and "centre_by_mean" not in config.unread()
+        yield from ((variant, {"centre_by_mean": one}) for one in (False, True)) if can_choose else [(variant, {})]
+
+
+@pytest.mark.parametrize(("variant", "changes"), list(_centrings()))
+def test_a_saved_sae_has_the_codes_that_were_trained(battery, variant, changes, tmp_path):
+    config = battery.quick(variant, **changes)
     unit, generator, number = unit_stats(battery.D), torch.Generator().manual_seed(4), count(1)
 
     def of_a_layer():

@@ -42,7 +42,7 @@ class AttendedSae(SparseAutoencoder):
         self.needs_side = ("attention", "row_of", *READ_BESIDE[attention.kind])
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
-        center = self.b_dec if self.centres_input else None
+        center = self.trained_center(side)
         attended = self.attended(x, side)
         with torch.no_grad():
             x_centred = self.centred(x)
