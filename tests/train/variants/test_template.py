@@ -41,8 +41,9 @@ def add_variant(tmp_path, monkeypatch):
 def test_the_template_passes_the_battery(check, file, add_variant, template, request):
     add_variant(template(f"train/variants/{file}.py"))
     assert NAME in variant_registry.names()
-    others = [name for name in inspect.signature(CHECKS[check]).parameters if name != "variant"]
-    CHECKS[check](variant=NAME, **{name: request.getfixturevalue(name) for name in others})
+    given = {"variant": NAME, "changes": {}}
+    wanted = inspect.signature(CHECKS[check]).parameters
+    CHECKS[check](**{name: given[name] if name in given else request.getfixturevalue(name) for name in wanted})
 
 
 def test_the_template_can_be_wrapped(add_variant, template, battery):
