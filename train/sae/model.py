@@ -39,6 +39,7 @@ class SparseAutoencoder(nn.Module):
     is_plain = True
     needs_side: tuple[str, ...] = ()
     """Side inputs that `encode` reads."""
+    input_mean: Tensor | None
 
     def __init__(
         self,

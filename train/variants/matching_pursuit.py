@@ -71,6 +71,8 @@ class Config(topk.Config):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_least(self, rounds=1)
         assembly, rounds = super().build(d_model, stats), min(self.rounds, self.k)
-        sae = Pursuit(**assembly.sae.parts() | {"input_mean": None})  # what is left over is without the decoder's bias
+        parts = assembly.sae.parts()
+        parts["input_mean"] = None  # what a round leaves over is without the decoder's bias
+        sae = Pursuit(**parts)
         sae.counts = tuple(self.k * (r + 1) // rounds - self.k * r // rounds for r in range(rounds))
         return assembly.wrap(lambda _: sae)
