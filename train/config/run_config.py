@@ -25,6 +25,21 @@ from .parse_settings import split_key, with_settings
 from .recipe import Recipe, Sae
 
 LONGEST_LABEL = 180  # checkpoints read back 200 characters, and baselines add some to a name
+OF_OTHERS = {  # settings as other libraries name them
+    "learning_rate": "optim.lr",
+    "lr_warm_up_steps": "optim.warmup_steps",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "d_sae": "width",
+    "dict_size": "width",
+    "l1_coefficient": "penalty",
+    "l1_penalty": "penalty",
+    "auxk_alpha": "aux_weight",
+    "aux_loss_coefficient": "aux_weight",
+    "batch_size": "data.batch_tokens",
+    "train_batch_size_tokens": "data.batch_tokens",
+    "training_tokens": "course.tokens",
+}
 Limits = Callable[[Variant], Mapping[str, Any]]
 """Upper bounds for the defaults of a config."""
 Held = Mapping[str, Sequence[int]]
@@ -284,9 +299,9 @@ class Ask:
                 )
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
-                raise ConfigInvalid(
-                    f"unknown setting {key!r} of {', '.join(by_variant)}{nearest(key, everything | shared)}"
-                )
+                here = OF_OTHERS.get(key.rpartition(".")[2])
+                hint = f" (here it is {here})" if here in everything | shared else nearest(key, everything | shared)
+                raise ConfigInvalid(f"unknown setting {key!r} of {', '.join(by_variant)}{hint}")
 
 
 def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:

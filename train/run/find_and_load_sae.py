@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 
 from ...cache_schema.numbers_in_words import first_line
+from ...cache_schema.own_files import EXTRA as OWN_FILES
 from ...cache_schema.strict_json import StrictError, from_json
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
@@ -48,6 +49,8 @@ def read_folder(folder: Path) -> SparseAutoencoder:
 
 def rebuild(variant: str, settings: Mapping[str, Any], d_in: int, d_out: int) -> SparseAutoencoder:
     """The untrained module that a variant builds."""
+    if variant not in variant_registry.names():
+        raise SaeInvalid(f"it needs the file of variant {variant}: set {OWN_FILES} to the folder that has it")
     try:
         config = from_json(variant_registry.config_type(variant), dict(settings), variant)
     except StrictError as error:

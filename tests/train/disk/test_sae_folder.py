@@ -333,3 +333,9 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(SaeInvalid, match=r"are not those of the variant \(factor\)"):
         read_sae(tmp_path, lambda variant, found, d_in, d_out: config.build(D).sae)
+
+
+def test_an_sae_whose_variant_is_not_here_says_what_it_needs():
+    """Of a variant that lies in somebody's own folder, say."""
+    with pytest.raises(SaeInvalid, match="it needs the file of variant mine: set SAEMILL_EXTRA to the folder"):
+        rebuild("mine", {}, 4, 4)

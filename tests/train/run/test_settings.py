@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from saemill.cache_schema.strict_json import flatten, to_json
 from saemill.train.config.parse_settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.config.recipe import Sae
-from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.config.run_config import OF_OTHERS, Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import variant_registry
 
@@ -36,6 +37,12 @@ def test_values(text, value):
 def test_what_no_number_can_hold_is_a_word(text):
     """Which the setting it is given to refuses."""
     assert parse_value(text) == text
+
+
+def test_settings_of_other_libraries_are_named_as_they_are_here():
+    shared = {f"data.{key}" for key in to_json(DataConfig())} | {f"course.{key}" for key in to_json(CourseConfig())}
+    own = {key for name in ("topk", "standard") for key in flatten(to_json(variant_registry.config_type(name)()))}
+    assert set(OF_OTHERS.values()) <= shared | own
 
 
 def test_a_grid_is_every_combination():
