@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ def read_root(files: Files) -> Root:
 
 def _instead_of(url: str) -> str:
     """The remedy where there is no store: one inside that folder, such as ./demo/store for ./demo, or a new one."""
-    for found in Path(url).glob(f"*/{ROOT}"):
-        if b'"saemill"' in found.read_bytes():
-            return f"Did you mean {found.parent}?"
+    with suppress(OSError):  # it is only a hint
+        for found in sorted(Path(url).glob(f"*/{ROOT}")):
+            if found.is_file() and b'"saemill"' in found.read_bytes():
+                return f"Did you mean {found.parent}?"
     return "Make one with `sae-harvest`, `make harvest` or `sae-store import`"
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.sites import RESID, key_of, place_of
-from ...cache_schema.strict_json import from_json
 from ...train.disk.sae_folder import NORM_BOUNDS
 from ...train.kit import variant_registry
 from ...train.run.init_from_trained_sae import source_of
@@ -90,7 +89,7 @@ class LoadedSae:
         if "attention" not in self.needs:
             return ()
         settings = self.metadata["training_architecture_details"]
-        return from_json(variant_registry.config_type(self.variant), settings).needs().attention_layers
+        return variant_registry.read_settings(self.variant, settings, self.variant).needs().attention_layers
 
     @property
     def is_single_layer(self) -> bool:

@@ -59,10 +59,10 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
     except StoreMissing:
         return  # the error that follows says how the run is made
     with store, open_process(device, console) as process:
+        console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         if not run_names(runs):
             own = shlex.join(["sae-train", "--variant", "topk", "--cache", cache, "--out", str(runs)])
             console.print(f"to train an SAE of your own instead: {own}")
-        console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         settled = settle(ask, store)
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)

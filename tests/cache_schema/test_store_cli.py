@@ -678,6 +678,8 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_a_store_inside_the_folder_is_named(store: Path) -> None:
     """`make demo` leaves ./demo/store, and ./demo is what is typed."""
     assert f"Did you mean {store}?" in run("info", store.parent).output
+    (store.parent / "a/zarr.json").mkdir(parents=True)
+    assert f"Did you mean {store}?" in run("info", store.parent).output
     (store / "zarr.json").rename(store / "lost")  # what is left inside is an array, or a group
     assert "Did you mean" not in run("info", store).output
 

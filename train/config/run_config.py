@@ -125,7 +125,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
         if outside:
             raise ConfigInvalid(f"{where}: expected labels of SAEs that are folder names, found {outside[0]!r}")
         members = [
-            Member(label, sae.variant, from_json(variant_registry.config_type(sae.variant), sae.config, label))
+            Member(label, sae.variant, variant_registry.read_settings(sae.variant, sae.config, label))
             for label, sae in saved.saes.items()
         ]
     except StrictError as error:

@@ -72,7 +72,6 @@ def sae_from_wrapped(
     tensors: Mapping[str, Tensor], knobs: Mapping[str, float], inner: SparseAutoencoder, where: str
 ) -> RawUnits:
     """The module that computes a saved form; `inner` is the untrained module."""
-    drop_mean_if_unknown(inner, tensors)
     require_tensors(tensors, inner, where)
     inner.load_state_dict(_state_of(tensors), strict=False)
     inner.require_sound(where)
@@ -89,12 +88,6 @@ def built_of_shapes(build: Callable[[], T]) -> T | None:
         if "meta" not in str(error).lower():
             raise
         return None
-
-
-def drop_mean_if_unknown(inner: SparseAutoencoder, tensors: Mapping[str, Tensor]) -> None:
-    """SAEs of earlier versions were trained with their input centred by the decoder bias."""
-    if f"{MODULE}input_mean" not in tensors:
-        inner.input_mean = None
 
 
 def require_tensors(tensors: Mapping[str, Tensor], inner: SparseAutoencoder, where: str) -> None:

@@ -33,7 +33,6 @@ from .module_form import (
     TARGET_SCALE,
     Rebuild,
     built_of_shapes,
-    drop_mean_if_unknown,
     module_form,
     require_tensors,
     sae_from_wrapped,
@@ -204,7 +203,6 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     try:
         inner = built_of_shapes(lambda: rebuild(*built))
         if inner is not None:  # allocate nothing that the tensors do not fit
-            drop_mean_if_unknown(inner, tensors)
             require_tensors(tensors, inner, str(folder))
         sae = sae_from_wrapped(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:

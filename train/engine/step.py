@@ -225,8 +225,6 @@ class Trainee:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state()` returned."""
-        if "sae.input_mean" not in state:  # a run of an earlier version, which continues as it began
-            self.sae.input_mean = None
         own = self._own_state()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is unknown" for name in state.keys() - own.keys()]

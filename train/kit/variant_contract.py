@@ -14,9 +14,11 @@ run, that one in `_weight`, `_weights` or `penalty` is not negative, and that on
   choose active latents is a `Gate` (`choose` where a training batch may be active, `open` the values there,
   `infer` the dense activations of the saved SAE). `choose` gives a `Support`, by `support_from_topk` where a row has k
   latents, or None, in which case `open` gets all pre-activations. It must not read values on the host, as `nonzero`
-  does, since that waits for the GPU. An SAE with its own gate opens only with `load_sae`, through its variant's file.
+  does, since that waits for the GPU. A gate that extends one of `gates.py` and keeps its `infer` is saved as
+  that one; an SAE with another gate opens only with `load_sae`, through its variant's file.
   Where that is not enough, a subclass overrides `codes` and `encode`; it sets `is_plain = False` if the plain weights
-  and gate do not compute its `encode`, and `needs_side` if `encode` reads side inputs. A subclass cannot be
+  and gate do not compute its `encode`, and `needs_side` if `encode` reads side inputs. Its input is `centred`, and
+  what that subtracts has a gradient only if it is `trained_center`. A subclass cannot be
   wrapped: wrappers refuse it.
 - `terms`: losses, each a function of a `View` with a schedule as its weight. A term changes nothing and leaves
   nothing for other terms; what two terms share is a function marked `@once`.

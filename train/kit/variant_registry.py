@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...cache_schema.strict_json import from_json
 from ..errors import ConfigInvalid
 from ..file_registry import file_names, import_file, require_known
 
@@ -34,3 +36,11 @@ def config_type(name: str) -> type[Variant]:
     if not (isinstance(config, type) and issubclass(config, Variant)):
         raise ConfigInvalid(f"train/variants/{name}.py: expected a class Config that extends Variant, found {config!r}")
     return config
+
+
+def read_settings(name: str, raw: Mapping[str, Any], where: str) -> Variant:
+    """The settings of a variant from JSON. Those that do not say how the encoder's input is centred are of an earlier
+    version, which did not centre it by the mean."""
+    cls = config_type(name)
+    older = {"centre_by_mean": False} if hasattr(cls, "centre_by_mean") else {}
+    return from_json(cls, {**older, **raw}, where)

@@ -21,7 +21,8 @@ from . import variant_registry
 from .check_variant_settings import require
 from .variant_contract import Variant, most_active
 
-BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional; wrapping variants only pass them on
+# Optional; wrapping variants only pass them on.
+BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k", "centre_by_mean")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Wrapping(Variant):
     aux_k: int | None = None
     seed: int = 0
     dead_after_tokens: int = 10_000_000
+    centre_by_mean: bool | None = None
     encoder_product: Product = "float32"
     optim: Optim = field(default_factory=Optim)
 
@@ -106,7 +108,7 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
 
 def _make_whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Convert to whole numbers where the base has them: a mean `k` per token may be 32.5, a fixed one may not."""
-    whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
+    whole = {field.name for field in dataclasses.fields(cls) if type(field.default) is int}
     broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
     require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
     return {

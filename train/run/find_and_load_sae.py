@@ -11,7 +11,7 @@ from typing import Any
 
 from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.own_files import EXTRA as OWN_FILES
-from ...cache_schema.strict_json import StrictError, from_json
+from ...cache_schema.strict_json import StrictError
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
@@ -52,7 +52,7 @@ def rebuild(variant: str, settings: Mapping[str, Any], d_in: int, d_out: int) ->
     if variant not in variant_registry.names():
         raise SaeInvalid(f"it needs the file of variant {variant}: set {OWN_FILES} to the folder that has it")
     try:
-        config = from_json(variant_registry.config_type(variant), dict(settings), variant)
+        config = variant_registry.read_settings(variant, settings, variant)
     except StrictError as error:
         raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
     needs = config.needs()

@@ -64,7 +64,7 @@ def build_cross_layer(
     generator = torch.Generator().manual_seed(config.seed)
     rows, _ = tied_weights(config.width, d_model, generator)
     b_dec = first_bias(config.decoder_bias, target_stats)
-    mean = stats.mean.to(torch.float32)
+    mean = stats.mean.to(torch.float32, copy=True)
     sae = CrossLayerSae(
         layers,
         rows,

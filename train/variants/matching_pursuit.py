@@ -58,6 +58,7 @@ class Pursuit(SparseAutoencoder):
 
 @dataclass(frozen=True)
 class Config(topk.Config):
+    centre_by_mean: bool = False
     encoder_product: Product = "float32"
     rounds: int = 4
     """Number of rounds; at most k."""

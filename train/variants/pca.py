@@ -69,7 +69,8 @@ class Config(SingleLayer):
 
     def unread(self) -> dict[str, str]:
         names = (field.name for field in fields(Optim) if field.name != "start")  # that affects the first step's loss
-        return {f"optim.{name}": "nothing is learned by gradient; leave it out" for name in names}
+        unread = (*(f"optim.{name}" for name in names), "centre_by_mean")
+        return dict.fromkeys(unread, "nothing is learned by gradient; leave it out")
 
     def limits(self, manifest: Manifest, tokens: int) -> dict[str, float]:
         return {**super().limits(manifest, tokens), "width": 2 * self.input_width(manifest)}

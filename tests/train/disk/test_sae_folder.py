@@ -331,7 +331,7 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
         with pytest.raises(SaeInvalid, match=rf"the tensors {name} do not have the variant's shapes"):
             read_sae(tmp_path, rebuilt)
     save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(SaeInvalid, match=r"are not those of the variant \(factor\)"):
+    with pytest.raises(SaeInvalid, match=r"are not those of the variant \(factor, input_mean\)"):
         read_sae(tmp_path, lambda variant, found, d_in, d_out: config.build(D).sae)
 
 

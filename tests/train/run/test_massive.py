@@ -72,6 +72,20 @@ def test_a_run_of_before_the_setting_is_one_without_and_resumes_to_the_same_bits
     same_bits(run, tmp_path / "runs/whole")
 
 
+def test_a_run_of_before_its_input_was_centred_by_the_mean_goes_on_as_it_began(
+    spiked, sae_train, quick, tmp_path, same_bits, rewind
+):
+    words = [*TOPK, *quick, "--cache", spiked["path"], "--set", "centre_by_mean=false"]
+    sae_train(*words, "--tokens", 3200, "--set", "course.checkpoint_every_steps=20", "--name", "whole")
+    run = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/before")
+    rewind(run)
+    config = json.loads((run / "config.json").read_text())
+    del config["saes"]["topk"]["config"]["centre_by_mean"]
+    (run / "config.json").write_text(json.dumps(config))
+    sae_train("--resume", "before", "--device", "cpu")
+    same_bits(run, tmp_path / "runs/whole")
+
+
 def test_a_run_with_the_rule_resumes_to_the_same_bits(spiked, sae_train, quick, tmp_path, same_bits, rewind):
     words = [*TOPK, *quick, "--cache", spiked["path"], "--tokens", 3200, "--set", "course.checkpoint_every_steps=20"]
     sae_train(*words, "--name", "whole")

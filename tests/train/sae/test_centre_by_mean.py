@@ -9,8 +9,9 @@ import torch
 
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import read_sae, save_sae
+from saemill.train.disk.sae_folder import CONFIG, read_sae, save_sae
 from saemill.train.engine.step import Trainee
+from saemill.train.kit.variant_registry import read_settings
 from saemill.train.run.find_and_load_sae import rebuild
 
 
@@ -32,25 +33,25 @@ def test_the_decoder_bias_has_no_gradient_through_the_encoder(battery, stats):
     assert found == [True, False]
 
 
-def test_a_run_of_before_goes_on_as_it_began(battery, stats):
-    """Its checkpoint has no mean, and its configuration does not say how it was centred."""
-    old, new = (battery.quick("topk", centre_by_mean=by_mean) for by_mean in (False, True))
-    straight, _ = battery.train(old, 6, Trainee("one", old.build(battery.D, stats), battery.STEPS))
-    stopped, _ = battery.train(old, 3, Trainee("one", old.build(battery.D, stats), battery.STEPS))
-    resumed = Trainee("one", new.build(battery.D, stats), battery.STEPS)
-    resumed.load_state({name: tensor.clone() for name, tensor in stopped.state().items()})
-    battery.train(old, 3, resumed, start=3)
-    expected, found = straight.state(), resumed.state()
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+@pytest.mark.parametrize(("base", "by_mean", "expected"), [("topk", None, True), ("topk", False, False)])
+def test_a_variant_on_a_base_has_the_centre_of_its_base_or_the_one_asked_for(battery, stats, base, by_mean, expected):
+    config = battery.quick("hierarchical", base=base, centre_by_mean=by_mean)
+    assert (config.build(battery.D, stats).sae.input_mean is not None) == expected
+
+
+@pytest.mark.parametrize("variant", ["topk", "hierarchical", "transcoder"])
+def test_settings_of_before_have_no_mean(variant):
+    assert read_settings(variant, {}, "here").centre_by_mean is False
+    assert read_settings(variant, {"centre_by_mean": True}, "here").centre_by_mean is True
 
 
 def test_an_sae_of_before_opens_with_the_codes_it_had(battery, stats, tmp_path):
     """One with masks, whose saved settings name a base and not how its input was centred."""
-    config = battery.quick("hierarchical", base="topk")
-    trainee = Trainee("one", config.build(battery.D, stats), battery.STEPS)
-    trainee.sae.input_mean = None
-    battery.train(config, 5, trainee)
-    save_sae(tmp_path, trainee.sae, stats, {}, to_json(config), "hierarchical", stats, {})
+    config = battery.quick("hierarchical", base="topk", centre_by_mean=False)
+    trainee, _ = battery.train(config, 5, Trainee("one", config.build(battery.D, stats), battery.STEPS))
+    settings = {name: value for name, value in to_json(config).items() if name != "centre_by_mean"}
+    save_sae(tmp_path, trainee.sae, stats, {}, settings, "hierarchical", stats, {})
+    assert "centre_by_mean" not in (tmp_path / CONFIG).read_text()
     (batch,) = battery.batches(config, 1)
     side = battery.side_for(trainee.assembly, batch)
     expected, found = trainee.sae.encode(batch.x, side), read_sae(tmp_path, rebuild).encode(batch.x, side)

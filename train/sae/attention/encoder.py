@@ -1,6 +1,7 @@
 """An SAE whose encoder also reads the activations of attended tokens.
 
-pre_i = (x_i - b_dec) W_enc^T + b_enc + sum_l w_l (A^l (x - b_dec))_i V^l U^l, with V^l U^l of low rank.
+pre_i = (x_i - c) W_enc^T + b_enc + sum_l w_l (A^l (x - c))_i V^l U^l, with V^l U^l of low rank and c the centre of
+the input: b_dec, or while training the mean.
 Activations are projected to the low rank first, so that only R numbers are gathered per link.
 B rows, D width, F latents, L layers, R rank.
 """
