@@ -25,7 +25,7 @@ from ...train.train_runs import open_process, start
 from ..errors import EvalError, TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console
-from .saes_to_evaluate import find_places, known_store, studies_with
+from .saes_to_evaluate import FIRST, command_to_train, find_places, known_store, studies_with
 
 LONG_SECONDS = 600
 
@@ -61,8 +61,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
     with store, open_process(device, console) as process:
         console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         if not run_names(runs):
-            own = shlex.join(["sae-train", "--variant", "topk", "--cache", cache, "--out", str(runs)])
-            console.print(f"to train an SAE of your own instead: {own}")
+            console.print(f"to train an SAE of your own instead: {command_to_train(FIRST, cache, runs)}")
         settled = settle(ask, store)
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)

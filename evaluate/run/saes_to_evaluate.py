@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 
 STORES = ("./store", "./demo/store")
 """Where `make harvest` and `make demo` put theirs."""
+FIRST = ("--variant", "topk")  # what to train if there is no run yet
 
 Problem = EvalError | TrainError
 
@@ -153,16 +154,21 @@ def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainErr
     known = run_names(runs)
     text = f"no run {target!r} in {runs} (it has: {', '.join(known) or 'none'}), and no SAE folder of that name"
     store = cache or known_store()
-    rest = ["--cache", store or STORES[0], *([] if runs == Path(RUNS) else ["--out", str(runs)])]
     ways = []
     if not known:
-        ways.append(f"`{shlex.join(['sae-train', '--variant', 'topk', *rest])}` makes a first run")
+        ways.append(f"`{command_to_train(FIRST, store or STORES[0], runs)}` makes a first run")
     if found := studies_with(target):
         others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
-        command = shlex.join(["sae-train", "--recipe", f"{found[0]}/{target}", *rest])
+        command = command_to_train(("--recipe", f"{found[0]}/{target}"), store or STORES[0], runs)
         ways.append(f"`{command}` makes the one of the study {found[0]}{others}")
     first = "; first `make harvest`, as there is no store here yet" if ways and not store else ""
     return ". ".join([text, *ways]) + first
+
+
+def command_to_train(what: Sequence[str], store: str, runs: Path) -> str:
+    """What to type to train this on a store, into a folder of runs."""
+    place = [] if runs == Path(RUNS) else ["--out", str(runs)]
+    return shlex.join(["sae-train", *what, "--cache", store, *place])
 
 
 def known_store() -> str | None:

@@ -28,15 +28,7 @@ from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
 from .atomic_files import read_json, replace_written
-from .module_form import (
-    SCALE,
-    TARGET_SCALE,
-    Rebuild,
-    built_of_shapes,
-    module_form,
-    require_tensors,
-    sae_from_wrapped,
-)
+from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
