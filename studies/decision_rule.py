@@ -6,8 +6,9 @@
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
    comparisons of the run, and by the same test worse than none of them at the others. It does not help if every
    interval against the base excludes a gain of one standard deviation of the base over seeds (where these are all
-   alike, any gain that was found). Anything else is undecided, as is a method that lacks a measure that counts, and a
-   gain of an SAE with more active latents than the base: more latents explain more, whatever the method.
+   alike at a measure, any gain that was found). Anything else is undecided, as is a method that lacks a measure that
+   counts; one whose base is alike in all seeds at every measure, which is one seed; and a gain of an SAE with more
+   active latents than the base: more latents explain more, whatever the method.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .data.shuffle_order import Plan
 from .disk.write_and_load_checkpoints import KEPT
 from .errors import ConfigInvalid
 from .run.fill_config_from_store import Settled, settle
-from .run.fits_in_memory import COPIES, weight_bytes
+from .run.fits_in_memory import COPIES, build_shapes, weight_bytes
 from .run.process import Process
 from .run.run_folder import RunFolder
 from .run.start_or_resume import begin_as_source, make_fleet, tell_memory
@@ -39,6 +39,8 @@ class Estimate:
     """What its config.json would contain."""
     weight_bytes: int
     """Size of the weights of all SAEs."""
+    rates: Mapping[str, float | None]
+    """Learning rate of each SAE; None where it is not known before values are there."""
     seconds: float
     where: str
 
@@ -64,8 +66,12 @@ def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
             settled = settle(ask, store)
             seconds = estimate_seconds(settled, store, process)
             width = store.manifest.width_of
-            weights = sum(weight_bytes(member, width) for member in settled.config.members) // COPIES
-            yield Estimate(settled, settled.describe(store, process.hardware), weights, seconds, str(process.device))
+            members = settled.config.members
+            weights = sum(weight_bytes(member, width) for member in members) // COPIES
+            built = {member.label: build_shapes(member, width) for member in members}
+            rates = {label: assembly.optim.lr if assembly else None for label, assembly in built.items()}
+            described = settled.describe(store, process.hardware)
+            yield Estimate(settled, described, weights, rates, seconds, str(process.device))
 
 
 def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
@@ -99,6 +105,7 @@ def document_of(estimates: list[Estimate]) -> dict[str, Any]:
             {
                 "steps": one.settled.total_steps,
                 "tokens": one.settled.total_steps * one.settled.plan.batch_tokens,
+                "learning_rates": dict(one.rates),
                 "seconds": one.seconds,
                 "weight_bytes": one.weight_bytes,
                 "memory_bytes": one.memory_bytes,
@@ -114,7 +121,7 @@ def render(estimate: Estimate) -> Table:
     """The estimate as a table."""
     settled, cache = estimate.settled, estimate.described["cache"]
     facts = Table.grid(padding=(0, 2))
-    saes = [f"{member.label}: {settings_of(member)}" for member in settled.config.members]
+    saes = [f"{member.label}: {settings_of(member, estimate.rates[member.label])}" for member in settled.config.members]
     rows = {
         "run": estimate.described["recipe"] or counted(len(saes), "SAE"),
         "store": f"{cache['url']} ({cache['model']} on {cache['corpus']})",

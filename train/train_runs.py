@@ -150,9 +150,8 @@ def _introduce(run: Run, remark: str) -> None:
     run.process.console.print(f"{run.folder.path}: {remark}, {steps} on {run.process.device}")
     for member in run.config.members:
         rate, process = (told[member.label][name] for name in ("lr", "process"))
-        learns = "" if rate is None or "optim.lr" in member.config.unread() else f", lr {rate:.3g}"
         where = f", in process {process}" if run.process.is_spread else ""
-        run.process.console.print(f"  {member.label}: {settings_of(member)}{learns}{where}")
+        run.process.console.print(f"  {member.label}: {settings_of(member, rate)}{where}")
     windowed = any(needs.windows for needs in run.config.requests().values())
     if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
         run.process.console.print(
@@ -184,10 +183,13 @@ def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[st
         yield f"{labels}: encoder_product={asked} is computed in {given}, as this machine has no fast {asked} products"
 
 
-def settings_of(member: Member) -> str:
+def settings_of(member: Member, rate: float | None) -> str:
+    """In words: the settings that tell SAEs apart, and the learning rate."""
     shown = (*(["hook"] if member.config.needs().hook != RESID else []), "layer", "layers", "width", "k", "seed")
     unread = member.config.unread()
     values = {key: getattr(member.config, key, None) for key in shown if key not in unread}
+    if rate is not None and "optim.lr" not in unread:
+        values["lr"] = f"{rate:.3g}"
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 

@@ -128,9 +128,8 @@ class Trainee:
         """Run the device's part of this step, recorded or not, and return its measurements."""
         self._random_state = self.assembly.generator.get_state()
         key: tuple[Hashable, ...] = ()
-        if (
-            self.replays.is_possible
-        ):  # everything that the host decides in `_work`, and the tensors that it reads and changes
+        if self.replays.is_possible:
+            # Everything that the host decides in `_work`, and the tensors that it reads and changes.
             listed = self.counters.listed
             places = listed.data_ptr(), listed.numel(), *self.optimiser.places()
             key = *weights.items(), *knobs.items(), *places
@@ -315,7 +314,7 @@ class Trainee:
     def _tables_by_row(self) -> dict[str, bool]:
         """The weight tables that a kernel can update row by row, and whether it keeps their rows at length one.
 
-        None if anything else needs their gradients: other ranks, a joint clip of all gradients, a constraint.
+        None of them if anything else needs their gradients: other ranks, a joint clip of all gradients, a constraint.
         """
         sees_all = self.ranks.size > 1 or self.assembly.optim.clip_norm is not None
         if sees_all or any(constraint.table_use == "gradients" for constraint in self.assembly.constraints):

@@ -98,7 +98,7 @@ def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
     """Size of each matrix: encoder, decoder, and any others, such as encoders of ranges and compositions of tiers."""
     _, outputs = _widths(member, widths)
     inputs = member.config.layers_read() * widths(member.config.needs().hook)
-    latents, assembly = -(-member.config.width // parts), _built(member, widths)
+    latents, assembly = -(-member.config.width // parts), build_shapes(member, widths)
     modules = () if assembly is None else (assembly.sae, *assembly.extras.values())
     beside = [
         tensor.numel()
@@ -109,7 +109,8 @@ def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
     return [latents * inputs, latents * outputs, *beside]
 
 
-def _built(member: Member, widths: Widths) -> Assembly | None:
+def build_shapes(member: Member, widths: Widths) -> Assembly | None:
+    """An SAE and what trains it, with shapes but no values; None for a user's variant that needs values."""
     with name_sae(member.label):  # built here for the first time: this is where its config may refuse
         return built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
 
@@ -124,7 +125,7 @@ def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1
 
 
 def _has_aux(member: Member, widths: Widths) -> bool:
-    assembly = _built(member, widths)
+    assembly = build_shapes(member, widths)
     terms = () if assembly is None else assembly.terms
     return any(isinstance(term.fn, AuxK) and term.weight != Constant(0.0) for term in terms)
 

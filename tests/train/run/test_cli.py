@@ -40,7 +40,10 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train,
         assert fact in " ".join(said.split())
     (found,) = json.loads(sae_train(*words, "--dry-run", "--json").stdout)["runs"]
     assert list(tmp_path.iterdir()) == []
-    sae_train(*words)
+    trained = sae_train(*words).output
+    for label, rate in found["learning_rates"].items():
+        of_sae = f"{label}: layer 3, width 64, k {label[-1]}, seed 0, lr {rate:.3g}"
+        assert of_sae in said and of_sae in trained
     run = tmp_path / "runs/run_1"
     config, outcome = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
     assert found["config"] | {"provenance": 0} == config | {"provenance": 0}
