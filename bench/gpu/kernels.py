@@ -24,7 +24,7 @@ from racing import UNEQUAL
 from records import record
 
 from saemill.train.data.batch import Batch
-from saemill.train.engine.step import Trainee
+from saemill.train.engine.step import LOOK_EVERY, Trainee
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.sae.kernels.hardware import has_triton
 from saemill.train.sae.kernels.sparse_support import support_from_topk
@@ -157,6 +157,7 @@ def step(variant: str, width: int, profile: bool) -> None:
         found.append(start.elapsed_time(stop) / 8)
     peak = torch.cuda.max_memory_allocated() / 2**30
     tell(f"{variant} F {width}: a step, {B / statistics.median(found) * 1e3:,.0f} tok/s", found, peak_GiB=peak)
+    tell_unlike_steps(trainee, batches[0].x, f"{variant} F {width}")
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             for index in range(4):
@@ -166,6 +167,25 @@ def step(variant: str, width: int, profile: bool) -> None:
         for event in events[:16]:
             what = f"    {variant} F {width}: {event.key[:90]} x{event.count / 4:g}"
             tell(what, [event.self_device_time_total / 4e3])
+
+
+def tell_unlike_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
+    """Steps as in a run with massive rows and dying latents: batches of two sizes, and one more dead at each look, so
+    that no recording serves for longer than that."""
+    sizes, found = (Batch(x), Batch(x[:-1].clone())), []
+    while trainee.step_index % LOOK_EVERY:
+        trainee.step(sizes[0])
+    served = trainee.replays.served
+    for dead in range(1, 9):
+        trainee.counters.tokens_since_fired[:dead] = trainee.assembly.dead_after_tokens
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for index in range(LOOK_EVERY):
+            trainee.step(sizes[index % 2])
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - began) / LOOK_EVERY * 1e3)
+    reserved = torch.cuda.memory_reserved() / 2**30
+    tell(f"{what}: a step while latents die", found, replayed=trainee.replays.served - served, reserved_GiB=reserved)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ class LatentCounters:
         self._listed = torch.zeros(num_latents, dtype=torch.bool, device=device)
         self._numbers = torch.zeros(0, dtype=torch.int64, device=device)
         self._is_old = True
+        self._is_read = False
 
     def dead(self, after_tokens: int) -> Tensor:
         """bool [F], latents that have not fired in the last `after_tokens` tokens."""
@@ -32,12 +33,17 @@ class LatentCounters:
     @property
     def listed(self) -> Tensor:
         """int64, the latents that were dead at the last `list_dead`, in ascending order."""
+        self._is_read = True
         if self._is_old:
             found = self._listed.nonzero().view(-1)
             # At its old address if it fits, where a recorded step reads it.
             self._numbers = self._numbers.copy_(found) if self._numbers.shape == found.shape else found
             self._is_old = False
         return self._numbers
+
+    def place(self) -> tuple[int, ...]:
+        """Where a recorded step finds the list; empty as long as no step has read it, so that it need not be made."""
+        return (self.listed.data_ptr(), len(self._numbers)) if self._is_read else ()
 
     @torch.no_grad()
     def update(self, fired_F: Tensor, tokens: int) -> None:

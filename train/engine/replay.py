@@ -27,7 +27,8 @@ Measured = dict[str, Tensor]  # what a step reports: scalars by name
 Work = Callable[[Batch], Measured]
 
 SETTLED = 2  # steps with one key before it is recorded; doubled after each recording that was hardly used
-SERVED_WELL = 8  # replays that make a recording worthwhile
+SERVED_WELL = 3  # replays that make a recording worthwhile
+RENEWED = 256  # recordings after which a device gets new memory for them: each leaves gaps of other sizes in the old
 KEPT = 4  # keys: with massive rows left out, sizes of batches differ by a row
 
 
@@ -48,6 +49,8 @@ class Replays:
         """`undo` reverts on the host a step that could not be recorded."""
         self._name, self._undo = name, undo
         self.is_possible = is_possible
+        self.served = 0
+        """How many steps have been replayed."""
         self._kinds: dict[Hashable, Kind] = {}  # ordered by last use
         self._patience = SETTLED
         self._memory: Memory | None = None
@@ -63,12 +66,8 @@ class Replays:
         if kind.recording is None:
             return work(batch)
         kind.served += 1
+        self.served += 1
         return kind.recording.replay(batch)
-
-    @property
-    def served(self) -> int:
-        """How many steps the current recordings have replayed."""
-        return sum(kind.served for kind in self._kinds.values())
 
     def forget(self) -> None:
         """Drop all recordings, since the tensors that they use have been replaced."""
@@ -141,7 +140,7 @@ class Memory:
     """Memory and stream shared by all recordings on a device: they are made and replayed one after the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._made = device, 0
         # A priority that nothing else here uses, so that torch gives the stream to no one else.
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=-1)
         # A pool is released with its last recording and takes none afterwards, so this recording stays.
@@ -173,7 +172,12 @@ class Memory:
                 raise
             graph.capture_end()
         here.wait_stream(self._stream)
+        self._made += 1
         return graph.replay, told
+
+    @property
+    def is_used_up(self) -> bool:
+        return self._made > RENEWED
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a failed recording, so that neither allocator nor random numbers behave as if it were running."""
@@ -196,7 +200,7 @@ _memories: WeakValueDictionary[torch.device, Memory] = WeakValueDictionary()
 def memory_of(device: torch.device) -> Memory:
     """Shared by all SAEs that have recordings, and released with the last of them."""
     memory = _memories.get(device)
-    if memory is None:
+    if memory is None or memory.is_used_up:
         memory = _memories[device] = Memory(device)
     return memory
 

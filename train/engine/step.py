@@ -130,9 +130,7 @@ class Trainee:
         key: tuple[Hashable, ...] = ()
         if self.replays.is_possible:
             # Everything that the host decides in `_work`, and the tensors that it reads and changes.
-            listed = self.counters.listed
-            places = listed.data_ptr(), listed.numel(), *self.optimiser.places()
-            key = *weights.items(), *knobs.items(), *places
+            key = *weights.items(), *knobs.items(), self.counters.place(), *self.optimiser.places()
         measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs, ranks))
         if self._looks_late:
             names = [name for name in measured if name.startswith(LOOKED_AT)]
@@ -269,7 +267,7 @@ class Trainee:
             stats=assembly.target_stats,
             generator=assembly.generator,
             retired=retired_of(self.sae, side.knobs),
-            listed_dead=self.counters.listed if self._looks_late else None,
+            list_dead=(lambda: self.counters.listed) if self._looks_late else None,
             residual_by=assembly.residual_by,
             moments=self.optimiser.moments,
         )

@@ -67,7 +67,7 @@ class View:
     stats: Stats  # of the target
     generator: torch.Generator
     retired: Tensor | None = None  # bool [F], latents that auxiliary losses ignore
-    listed_dead: Tensor | None = None  # the dead latents, if the step has listed them; listing waits for the GPU
+    list_dead: Callable[[], Tensor] | None = None  # the dead latents of the last look: listing them waits for the GPU
     residual_by: Callable[[View], Tensor] = residual_of  # a term with its own reconstruction has it at no cost
     moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for code that moves entries
     kept: dict[Any, Any] = field(default_factory=dict)  # results of `once`, by their function
@@ -92,7 +92,7 @@ class View:
     @once
     def dead_latents(self) -> Tensor:
         """int64, the dead latents that auxiliary losses may use, in ascending order."""
-        return self.dead_and_wanted.nonzero().view(-1) if self.listed_dead is None else self.listed_dead
+        return self.dead_and_wanted.nonzero().view(-1) if self.list_dead is None else self.list_dead()
 
     @property
     def dead_and_wanted(self) -> Tensor:
