@@ -241,7 +241,7 @@ class Harvest:
         if self._lacks[0] is not index:
             self._lacks = index, np.flatnonzero(~index.mask(self.manifest.shards)[self._by_name])
         left, pages, at = self._lacks[1], 0, 0
-        if len(left) > commits.MANY:
+        if len(left) > self.files.many:
             return 1 + names // PAGE
         while at < len(left):
             pages += 1

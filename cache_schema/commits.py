@@ -24,7 +24,6 @@ from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_ke
 from .manifest import Manifest, check_format
 from .strict_json import StrictError, from_json, to_json
 
-MANY = 100_000  # shards missing from the index: asking a disk for each takes longer than listing those that exist
 READ_AT_ONCE = 16  # an object store answers each after some 30 ms
 HELD = 256  # answers that came early, of 2 kB each or some more
 DEVICES_ASKED = 32  # at most so many shards have their devices looked up
@@ -190,7 +189,7 @@ def find_committed(files: Files, manifest: Manifest, index: Index | None = None)
     """bool [S]: the shards that exist."""
     mask = (index or read_index(files, manifest)).mask(manifest.shards)
     missing = np.flatnonzero(~mask).tolist()
-    if len(missing) > MANY:
+    if len(missing) > files.many:
         found = [int(name[:-5]) for name in files.list(COMMITS) if RECORD_NAME.fullmatch(name)]
         mask[[shard for shard in found if shard < manifest.shards]] = True
         return mask
