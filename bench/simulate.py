@@ -132,7 +132,7 @@ class Harvest:
         self.deaths = self.compactions = 0
         sizes = {path: ArrayRecord("0" * 32, layout.chunk_bytes) for path, layout in arrays_of(self.manifest).items()}
         self.arrays = sizes
-        self._deriving_until, self._is_summarised = 0.0, False
+        self._deriving_until, self._summarised_at = 0.0, math.inf
         self._known: tuple[bytes, commits.Index] | None = None
         self._by_name = np.array(sorted(range(manifest.shards), key=record_name))
         self._lacks: tuple[commits.Index | None, np.ndarray] = None, self._by_name
@@ -241,7 +241,7 @@ class Harvest:
         if self._lacks[0] is not index:
             self._lacks = index, np.flatnonzero(~index.mask(self.manifest.shards)[self._by_name])
         left, pages, at = self._lacks[1], 0, 0
-        if len(left) > commits.MANY:
+        if len(left) > self.files.many:
             return 1 + names // PAGE
         while at < len(left):
             pages += 1
@@ -253,29 +253,52 @@ class Harvest:
         return pages
 
     def _derive(self, held: LeaseClaims, ends: bool = False) -> None:
-        """One worker at a time; those that wait ask less and less often, and eventually continue."""
+        """One worker at a time. Others wait for a minute, and for its summary where the harvest is finished."""
+        is_alone = self._wait(shard_claims.DERIVED_SECONDS)
+        is_finished = self._refresh(held, is_alone, ends)
+        if ends and is_finished and not is_alone and self._wait(math.inf):
+            self._refresh(held, True, ends)
+
+    def _wait(self, seconds: float) -> bool:
+        """Ask for the claim less and less often, without an end until there is a summary; whether it was given."""
         files = self.files
-        end, pause = files.now + shard_claims.DERIVED_SECONDS, 0.3
-        while (waits := self._deriving_until > files.now) and files.now < end:
+        end, pause, slowest = files.now + seconds, 0.05, shard_claims.PAUSES[math.isinf(seconds)]
+        while self._deriving_until > files.now:
             files.ask("PUT")
             files.ask("GET", 2)
+            if math.isinf(seconds):
+                files.ask("HEAD")
+                if self._summarised_at <= files.now:
+                    return False
+                files.ask("LIST")
+            elif files.now >= end:
+                return False
             files.now += pause
-            pause = min(2 * pause, 4)
-        if not waits:
+            pause = min(2 * pause, slowest)
+        return True
+
+    def _refresh(self, held: LeaseClaims, is_alone: bool, ends: bool) -> bool:
+        """Return whether the harvest is finished."""
+        files = self.files
+        if is_alone:
             assert held.take(shard_claims.DERIVED)
         self.compactions += 1
-        index = commits.compact(files, self.manifest)
-        files.ask("HEAD", int(ends))  # the counts
-        if ends and index.committed == ((0, self.manifest.shards),):
-            files.ask("GET")  # the summary
-            if not self._is_summarised:
-                self._is_summarised = True
-                files.ask("GET", 2)  # a reader opens, and reads the lines of moments
-                files.ask("GET", self.manifest.shards * len(self.manifest.sites), at_once=commits.READ_AT_ONCE)
-                files.ask("PUT")
-        self._deriving_until = max(files.now, self._deriving_until)
-        if not waits:
+        index = commits.compact(files, self.manifest, is_alone)
+        is_finished = index.committed == ((0, self.manifest.shards),)
+        if ends and is_alone:
+            files.ask("HEAD")  # the counts
+            if is_finished:
+                files.ask("GET")  # the summary
+                if self._summarised_at > files.now:
+                    files.ask("GET", 2)  # a reader opens, and reads the lines of moments
+                    lines = self.manifest.shards * len(self.manifest.sites)
+                    files.ask("GET", lines, at_once=commits.READ_AT_ONCE)
+                    files.ask("PUT")
+                    self._summarised_at = files.now
+        if is_alone:
+            self._deriving_until = max(files.now, self._deriving_until)
             held.release(shard_claims.DERIVED)
+        return is_finished
 
     @contextmanager
     def _clock(self) -> Iterator[None]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -23,13 +24,13 @@ from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_ke
 from .manifest import Manifest, check_format
 from .strict_json import StrictError, from_json, to_json
 
-MANY = 100_000  # shards missing from the index: asking a disk for each takes longer than listing those that exist
-READ_AT_ONCE = 16  # records: an object store answers each after some 30 ms
-HELD = 1024  # records of 2 kB each
+READ_AT_ONCE = 16  # an object store answers each after some 30 ms
+HELD = 256  # answers that came early, of 2 kB each or some more
 DEVICES_ASKED = 32  # at most so many shards have their devices looked up
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
 MADE_AGAIN = "It can be deleted: `sae-store repair` rebuilds it"
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -146,11 +147,24 @@ def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
 
 
 def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> Iterator[CommitRecord]:
-    """In order, a few at a time: a million records would fill gigabytes."""
+    return read_in_order(lambda shard: read_record(files, manifest, shard), shards.tolist())
+
+
+def read_in_order(read: Callable[[S], T], asked: Iterable[S]) -> Iterator[T]:
+    """What `read` returns of each, in order, with `READ_AT_ONCE` always under way; a million records would fill
+    gigabytes, so no more are read ahead than `HELD`."""
+    running: deque[Future[T]] = deque()
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        for start in range(0, len(shards), HELD):
-            some = shards[start : start + HELD].tolist()
-            yield from pool.map(lambda shard: read_record(files, manifest, shard), some)
+        try:
+            for one in asked:
+                running.append(pool.submit(read, one))
+                if len(running) == HELD:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def write_record(files: Files, record: CommitRecord) -> None:
@@ -175,7 +189,7 @@ def find_committed(files: Files, manifest: Manifest, index: Index | None = None)
     """bool [S]: the shards that exist."""
     mask = (index or read_index(files, manifest)).mask(manifest.shards)
     missing = np.flatnonzero(~mask).tolist()
-    if len(missing) > MANY:
+    if len(missing) > files.many:
         found = [int(name[:-5]) for name in files.list(COMMITS) if RECORD_NAME.fullmatch(name)]
         mask[[shard for shard in found if shard < manifest.shards]] = True
         return mask

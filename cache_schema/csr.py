@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class AttentionCsr:
     """One layer's sparsified attention over some windows."""
 
-    indptr: np.ndarray  # uint32 [R + 1], starts at 0
+    indptr: np.ndarray  # uint32 [R + 1], starts at 0; int64 where shards joined in memory have 2^32 entries
     indices: np.ndarray  # uint8 or uint16 [E], strictly increasing inside a row
     data: np.ndarray  # float16 [E]
     kept_mass: np.ndarray  # float16 [W, H, T]
@@ -61,10 +61,8 @@ class AttentionCsr:
         """The windows of all parts, one after the other."""
         if not parts:
             raise ValueError("expected at least one attention part to concatenate, found none")
-        offsets = np.cumsum([0] + [part.entries for part in parts], dtype=np.int64)
-        tails = [part.indptr[1:] + np.uint32(offset) for part, offset in zip(parts, offsets, strict=False)]
         return AttentionCsr(
-            indptr=np.concatenate([np.zeros(1, np.uint32), *tails]),
+            indptr=_joined_pointers(parts),
             indices=np.concatenate([part.indices for part in parts]),
             data=np.concatenate([part.data for part in parts]),
             kept_mass=np.concatenate([part.kept_mass for part in parts]),
@@ -96,6 +94,13 @@ class AttentionCsr:
         problem = _find_problem(self, topk, causal)
         if problem:
             raise CsrInvalid(f"{where}: {problem}")
+
+
+def _joined_pointers(parts: Sequence[AttentionCsr]) -> np.ndarray:
+    offsets = np.cumsum([0] + [part.entries for part in parts], dtype=np.int64)
+    dtype = np.uint32 if offsets[-1] < 2**32 else np.int64
+    tails = [part.indptr[1:] + dtype(offset) for part, offset in zip(parts, offsets, strict=False)]
+    return np.concatenate([np.zeros(1, dtype), *tails])
 
 
 def index_dtype(context: int) -> np.dtype:

@@ -75,6 +75,10 @@ def read_if_there(files: Files, key: str) -> bytes | None:
 class LocalFiles:
     """A folder on a local disk."""
 
+    many = 2000
+    """Names of which more are listed than asked for one by one, where few may be there: each is a request to a shared
+    disk, while a listing brings thousands at once. To a disk of this machine both take 1 to 2.5 us a name."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
@@ -109,7 +113,7 @@ class LocalFiles:
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """Those of `names` that are in the folder, in this order.
 
-        One call per name: a listing would read every name in a folder that may hold 100,000. `os.access` is the
+        One call per name: a listing would read every name in a folder that may hold a million. `os.access` is the
         fastest, but says no whatever went wrong, so one of the missing names is asked for once more."""
         with name_failure(f"looking into {folder} of {self.url}"):
             try:
@@ -190,6 +194,9 @@ class LocalFiles:
 
 class RemoteFiles:
     """A prefix in an object store, or anything else that fsspec knows. A PUT there is all or nothing."""
+
+    many = 100_000
+    """Names of which more are looked up in a whole listing, as none of its pages can be skipped."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, url: str) -> None:
         self.fs = fs

@@ -4,9 +4,10 @@ On SmolLM2-135M 0.03 % of ordinary tokens carry two thirds of the squared norm a
 its norm exceeds a multiple of the layer's median norm; the median does not move however large they are.
 
 Norms are measured here, from the residuals, and recorded nowhere: a store of any age and origin is measured the same
-way, by every reader, to the same bits. At most `SAMPLE_BYTES` of a layer are read, in whole shards spread evenly over
-the store: the median and the moments of a million rows are exact enough for every use. A mere description of a store
-reads `FEW_BYTES`.
+way, by every reader, to the same bits. At most `SAMPLE_BYTES` of a layer are read, spread evenly over the store: the
+median and the moments of a million rows are exact enough for every use. They are whole shards if several fit, else
+parts of shards, as the text of a store may be in the order of its sources. A mere description of a store reads
+`FEW_BYTES`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MULTIPLE = 10.0
 """The default multiple of the median norm."""
 KEEP = "keep_massive"  # in the settings of an imported corpus: every row counts, by choice of the importer
 SAMPLE_BYTES = 2**30
+SEVERAL, PARTS = 3, 32  # so many whole shards are enough; where fewer fit, so many parts are read
 FEW_BYTES, FEW_SHARDS = 2**26, 4
 BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's cache
 
@@ -45,6 +47,7 @@ class Massive:
     rms_norm: float  # of all rows
     shards: int  # read
     shards_in_store: int
+    in_parts: bool  # of some of these shards not all windows
     ordinary: Moments  # of the other rows; norms by position are not measured, the mean only on request
 
     @property
@@ -53,7 +56,8 @@ class Massive:
         return self.multiple * self.median
 
     def __str__(self) -> str:
-        part = "" if self.shards == self.shards_in_store else f" in {self.shards} of {self.shards_in_store} shards"
+        part = f" in {'parts of ' if self.in_parts else ''}{self.shards} of {self.shards_in_store} shards"
+        part = part if self.in_parts or self.shards < self.shards_in_store else ""
         return (
             f"{self.massive:,} of {self.rows:,} tokens{part} ({self.massive / max(self.rows, 1):.3%}) have a norm "
             f"beyond {self.multiple:g} times the median of {self.median:,.4g}, "
@@ -102,8 +106,9 @@ def measure_massive(
         massive=int(massive.sum()),
         square_share=float(squares[massive].sum() / squares.sum()) if squares.any() else 0.0,
         rms_norm=float(squares.mean()) ** 0.5 if len(seen) else 0.0,
-        shards=len(spans),
+        shards=len({span.shard for span in spans}),
         shards_in_store=manifest.shards,
+        in_parts=any((span.start, span.stop) != manifest.shard_range(span.shard) for span in spans),
         ordinary=Moments(
             count=len(ordinary),
             mean=_sum_of_ordinary(store, layer, spans, multiple * median) / count if with_mean else np.zeros(0),
@@ -131,16 +136,34 @@ def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, wind
 
 
 def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
-    """Whole committed shards, spread evenly."""
-    row = arrays_of(manifest)[site_of(layer).path]
-    shard_bytes = manifest.shard_windows * manifest.context * row.shape[-1] * row.dtype.itemsize
-    return spread(manifest, committed, max(1, SAMPLE_BYTES // shard_bytes))
+    """Whole committed shards, spread evenly, or parts if fewer than `SEVERAL` fit into `SAMPLE_BYTES`."""
+    most, shards = _windows_in(SAMPLE_BYTES, manifest, layer), np.flatnonzero(committed)
+    if most >= SEVERAL * manifest.shard_windows or not len(shards):
+        return sample_whole(manifest, layer, committed)
+    start, stop = manifest.shard_range(int(shards[-1]))  # only the last shard of a store can be shorter
+    if most >= (len(shards) - 1) * manifest.shard_windows + stop - start:
+        return spread(manifest, committed, len(shards))
+    chunk = arrays_of(manifest)[site_of(layer).path].chunks[0]
+    each = max(chunk, most // PARTS // chunk * chunk)
+    a_shard = -(-manifest.shard_windows // each)
+    parts = np.arange((len(shards) - 1) * a_shard - (start - stop) // each)
+    spans = []
+    for part in _evenly(parts, max(FEW_SHARDS, min(PARTS, most // each))).tolist():
+        shard = int(shards[part // a_shard])
+        start, stop = manifest.shard_range(shard)
+        start += part % a_shard * each
+        spans.append(Span(shard, start, min(start + each, stop)))
+    return spans
+
+
+def sample_whole(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
+    """Whole committed shards, however few fit: the sample of runs that began before parts were read."""
+    return spread(manifest, committed, max(1, _windows_in(SAMPLE_BYTES, manifest, layer) // manifest.shard_windows))
 
 
 def sample_few(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
-    """The same, or the first windows of a few shards if whole ones would exceed `FEW_BYTES`."""
-    row = arrays_of(manifest)[site_of(layer).path]
-    most = FEW_BYTES // (manifest.context * row.shape[-1] * row.dtype.itemsize)
+    """Whole shards, or the first windows of a few shards if whole ones would exceed `FEW_BYTES`."""
+    most = _windows_in(FEW_BYTES, manifest, layer)
     spans = spread(manifest, committed, max(FEW_SHARDS, most // manifest.shard_windows))
     each = max(1, most // max(1, len(spans)))
     return [replace(span, stop=min(span.stop, span.start + each)) for span in spans]
@@ -148,10 +171,18 @@ def sample_few(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[
 
 def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
     """At most `most` whole committed shards, spread evenly."""
-    shards = np.flatnonzero(committed)
-    if len(shards) > most:
-        shards = shards[np.linspace(0, len(shards) - 1, most).round().astype(int)]
+    shards = _evenly(np.flatnonzero(committed), most)
     return [Span(shard, *manifest.shard_range(shard)) for shard in shards.tolist()]
+
+
+def _evenly(numbers: np.ndarray, most: int) -> np.ndarray:
+    return numbers if len(numbers) <= most else numbers[np.linspace(0, len(numbers) - 1, most).round().astype(int)]
+
+
+def _windows_in(size: int, manifest: Manifest, layer: Place) -> int:
+    """How many windows of a layer take at most so many bytes."""
+    row = arrays_of(manifest)[site_of(layer).path]
+    return size // (manifest.context * row.shape[-1] * row.dtype.itemsize)
 
 
 def _sum_of_ordinary(store: Store, layer: Place, spans: list[Span], bound: float) -> np.ndarray:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 import zarr
 
-from .commits import CommitRecord, find_committed, read_record
+from .commits import CommitRecord, find_committed, read_in_order, read_record
 from .csr import AttentionCsr
 from .disk_and_cloud_files import Files, LocalFiles, open_files
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
@@ -177,7 +178,13 @@ class Store:
         found = read_summary(self.files, self.manifest)
         if found is not None:
             return found.moments(layer, hook)
-        return merge(self.shard_moments(layer, shard, hook) for shard in range(self.manifest.shards))
+        return self.merged_moments([Site(hook, layer)])[Site(hook, layer)]
+
+    def merged_moments(self, sites: Sequence[Site]) -> dict[Site, Moments]:
+        """Moments of these places, from the lines of all shards in order."""
+        asked = ((site, shard) for site in sites for shard in range(self.manifest.shards))
+        lines = read_in_order(lambda one: self.shard_moments(one[0].layer, one[1], one[0].hook), asked)
+        return {site: merge(islice(lines, self.manifest.shards)) for site in sites}
 
     def shard_moments(self, layer: int, shard: int, hook: str = RESID) -> Moments:
         """Moments of a layer over one shard."""

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ RENEW_SECONDS = 120
 SURE = 1 / 60  # of a lease: a claim this young is not checked again; only a clock off by a lease could have taken it
 HELD_TRIED, FREE_TRIED = 16, 64  # how many held, and how many free, shards a writer tries in one pass
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of a disk without locks
-DERIVED_SECONDS = 60  # the longest that a writer waits for another that is deriving index and summary
+DERIVED_SECONDS = 60  # the longest that a writer waits for another that is bringing the index up to date
+PAUSES = 4, 30  # seconds between two looks at most, while waiting so long, and while waiting for a summary
 
 
 def open_claims(files: Files) -> Claims:
@@ -132,9 +133,9 @@ class LockClaims:
         return numbers  # trying one is a single system call
 
     @contextmanager
-    def hold_derived(self, must: bool = False) -> Iterator[bool]:
+    def hold_derived(self, must: bool = False, until: Callable[[], bool] | None = None) -> Iterator[bool]:
         """Wait for the claim on index and summary and hold it for a block. If the wait is given up, yield False, or
-        with `must` raise StoreBusy."""
+        with `must` raise StoreBusy. With `until` wait for the claim or for that, however long."""
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
         try:
             yield True
@@ -224,17 +225,20 @@ class LeaseClaims:
         ]
 
     @contextmanager
-    def hold_derived(self, must: bool = False) -> Iterator[bool]:
+    def hold_derived(self, must: bool = False, until: Callable[[], bool] | None = None) -> Iterator[bool]:
         """Wait for its holder, so that of many writers that end together only one reads the records.
 
-        But not for as long as a dead holder would keep it: without the claim no addition is lost, as a PUT is all or
-        nothing and whoever writes last looks again. A writer that removes something must hold it, and looks again
-        afterwards: one that gave up waiting may have added it back.
+        But for the index not for as long as a dead holder would keep it: without the claim no addition is lost, as a
+        PUT is all or nothing and whoever writes last looks again. A writer that removes something must hold it, and
+        looks again afterwards: one that gave up waiting may have added it back. For a summary, which takes minutes,
+        wait `until` it is there: a living holder renews its claim, that of a dead one lapses.
         """
         pause, end = 0.05, time.monotonic() + DERIVED_SECONDS
-        while not (is_mine := self.take(DERIVED)) and time.monotonic() < end:
+        while not (is_mine := self.take(DERIVED)):
+            if until() if until else time.monotonic() >= end:
+                break
             time.sleep(pause * random.uniform(0.5, 1.5))  # or all waiting writers would ask at once
-            pause = min(2 * pause, 4)
+            pause = min(2 * pause, PAUSES[until is not None])
         if must and not is_mine:
             raise StoreBusy(
                 f"another writer is bringing the index of {self._files.url} up to date. Wait for it, then try again"

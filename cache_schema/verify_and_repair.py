@@ -126,7 +126,7 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
                 raise StoreBusy(
                     f"shard {shard} of {url} is being written right now. Wait for that, then repair{claims.if_killed}"
                 )
-        with claims.hold_derived(must=bool(damaged)) as is_alone:
+        with claims.hold_derived(must=bool(damaged or wrong)) as is_alone:
             for key in wrong:
                 files.remove(key)
             if damaged:

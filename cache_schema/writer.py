@@ -16,7 +16,6 @@ import numpy as np
 
 from .chunk_codec import CHECKSUM_BYTES, encode
 from .commits import (
-    READ_AT_ONCE,
     CommitRecord,
     DeviceRecord,
     Index,
@@ -41,12 +40,11 @@ from .layout import (
     root_document,
 )
 from .manifest import Manifest, require_same, seal
-from .moments import Moments, merge
 from .open_and_check_root import has_root, read_root, require_writable
 from .reader import Store
 from .shard_claims import CREATION, open_claims
 from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
-from .sites import RESID, Site
+from .sites import RESID
 from .stats_summary import LayerSummary, Summary, read_summary, summarise, write_summary
 from .stored_dtypes import say_not_uint32
 from .token_counts import count_all, write_counts
@@ -213,7 +211,11 @@ class StoreWriter:
         try:
             if self.files.exists(ROOT):
                 with self._claims.hold_derived() as is_alone:
-                    refresh(self.files, self.manifest, is_alone)
+                    is_finished = refresh(self.files, self.manifest, is_alone)
+                if is_finished and not is_alone:
+                    with self._claims.hold_derived(until=lambda: self.files.exists(SUMMARY)) as is_alone:
+                        if is_alone:
+                            refresh(self.files, self.manifest)
         finally:
             self._release()
 
@@ -232,22 +234,25 @@ def compacts_after(shard: int, shards: int) -> bool:
     return (shard + 1) * 0x9E3779B1 % 2**32 < 2**32 // every
 
 
-def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> None:
-    """Derive again what is missing of index, counts and summary; `is_alone`: the caller holds the claim."""
+def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> bool:
+    """Derive again what is missing of the index and, if the caller `is_alone` as it holds the claim, of counts and
+    summary, which read the whole store. Return whether the store is finished."""
     index = compact(files, manifest, is_alone)
+    is_finished = bool(index.mask(manifest.shards).all())
+    if not is_alone:
+        return is_finished
     if not files.exists(COUNTS):
         with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are repaired
             write_counts(files, count_all(manifest, store.ids))
-    if index.mask(manifest.shards).all() and read_summary(files, manifest) is None:
+    if is_finished and read_summary(files, manifest) is None:
         write_summary(files, derive_summary(files, manifest, index))
-        if not (is_alone or compact(files, manifest, is_alone).mask(manifest.shards).all()):
-            files.remove(SUMMARY)  # shards were removed meanwhile
+    return is_finished
 
 
 def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:
     """The summary of a finished store, from the lines of its shards."""
     with Store(files) as store:
-        merged = {site: summarise(merge(_shard_moments(store, site))) for site in manifest.sites}
+        merged = {site: summarise(moments) for site, moments in store.merged_moments(manifest.sites).items()}
     by_hook: dict[str, dict[int, LayerSummary]] = {}
     for site, found in merged.items():
         by_hook.setdefault(site.hook, {})[site.layer] = found
@@ -260,14 +265,6 @@ def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:
         hooks=by_hook,
         format=manifest.format,
     )
-
-
-def _shard_moments(store: Store, site: Site) -> Iterator[Moments]:
-    """In order, some read at once."""
-    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        for start in range(0, store.manifest.shards, READ_AT_ONCE):
-            some = range(start, min(start + READ_AT_ONCE, store.manifest.shards))
-            yield from pool.map(lambda shard: store.shard_moments(site.layer, shard, site.hook), some)
 
 
 def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarray) -> None:

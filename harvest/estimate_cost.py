@@ -154,7 +154,7 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
     if source_of(plan.corpus).pinned:
         weights = weights_beside(plan.source, files)
         require_space(files.url, files.free_bytes(), least_bytes(manifest), weights=weights)
-    watch.say(tell(plan, manifest, files.free_bytes()))
+    watch.say(tell(plan, manifest, files.free_bytes(), device))
     announce_tokens(plan, files, watch)
     if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
         rate = tokens_per_second(plan, manifest, device)
@@ -201,16 +201,17 @@ def bytes_by_array(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
+def tell(plan: Plan, manifest: Manifest, free: int | None, device: torch.device) -> list[str]:
     """Lines to print: what will be kept, its size by array, and what will be downloaded."""
     sizes = bytes_by_array(manifest)
     total = sum(sizes.values())
     arrays = ", ".join(f"{name} {say_size(most)}" for name, most in sizes.items() if most >= 0.01 * total)
     at = "" if free is None else f"; {say_size(free)} free"
+    memory = memory_of_shards(manifest, is_pinned=device.type == "cuda")
     lines = [
         f"to harvest: {manifest.tokens:,} tokens ({tell_splits(manifest)}) if the corpus holds as many",
         f"to write: {say_size(total)} at most ({arrays}){at}",
-        f"memory: about {say_size(memory_of_shards(manifest))} for two shards; less with --shard-windows",
+        f"memory: about {say_size(memory)} for two shards; less with --shard-windows",
     ]
     if plan.encoder.is_bos_of_configuration:
         bos = plan.encoder.backend.id_to_token(plan.encoder.bos_token)
@@ -220,11 +221,13 @@ def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
     return lines
 
 
-def memory_of_shards(manifest: Manifest) -> int:
-    """Memory in use while one shard is computed and the previous one is written."""
+def memory_of_shards(manifest: Manifest, is_pinned: bool) -> int:
+    """Memory in use while one shard is computed and the previous one is written; page-locked, as beside a GPU, each
+    place's activations take a power of two."""
     windows = min(manifest.shard_windows, manifest.windows)
-    width = sum(manifest.width_of(site.hook) for site in manifest.sites)
-    acts = windows * manifest.context * width * STORED_AS[manifest.model.dtype].itemsize
+    row = windows * manifest.context * STORED_AS[manifest.model.dtype].itemsize
+    sizes = [row * manifest.width_of(site.hook) for site in manifest.sites]
+    acts = sum(1 << (size - 1).bit_length() if is_pinned else size for size in sizes)
     lines = (array for path, array in arrays_of(manifest).items() if path.startswith("attention/"))
     return 2 * (acts + sum(array.chunk_bytes for array in lines))
 

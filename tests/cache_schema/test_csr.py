@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.cache_schema import AttentionCsr, CsrInvalid
+from saemill.cache_schema import csr as csr_module
 from saemill.cache_schema.info import count_links
 
 
@@ -87,6 +88,17 @@ def test_row_of_entry_counts_by_row(dense):
     csr = from_dense(dense)
     lengths = [int(np.count_nonzero(row)) for row in dense.reshape(-1, dense.shape[-1])]
     assert csr.row_of_entry().tolist() == [row for row, length in enumerate(lengths) for _ in range(length)]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_pool_of_more_entries_than_uint32_counts_has_pointers_that_do(count):
+    """8.4M tokens with 8 heads and 64 keys each have 2^32: their rows took entries of others."""
+    entries = 3 * 2**29
+    one = np.broadcast_to(np.uint8(0), entries)
+    csr = AttentionCsr(np.array([0, entries], np.uint32), one, one, np.ones((1, 1, 1), np.float16))
+    found = csr_module._joined_pointers([csr] * count)
+    assert found.tolist() == [entries * part for part in range(count + 1)]
+    assert found.dtype == (np.uint32 if count == 2 else np.int64)
 
 
 def test_concat_of_nothing_is_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from saemill.cache_schema import Span, Store, from_float32, massive_activations, to_float32
+from saemill.cache_schema import Span, Store, from_float32, layout, massive_activations, to_float32
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.info import describe
 from saemill.cache_schema.massive_activations import (
@@ -106,6 +106,26 @@ def test_a_large_store_is_looked_at_in_shards_spread_over_it(imported, monkeypat
     assert [span.shard for span in spans] == [0, 2, 4]
     assert (found.shards, found.shards_in_store, found.massive, found.rows) == (3, 5, 3, 738 * 8)
     assert "in 3 of 5 shards" in str(found)
+
+
+@pytest.mark.parametrize("windows", [100, 2 * 256, 3 * 256 - 1])
+def test_where_few_whole_shards_fit_parts_from_all_over_the_store_are_read(imported, monkeypatch, windows):
+    """Shards of 1.2 GB, and a corpus in the order of its sources: the first shard is not like the others."""
+    window = 8 * 16 * 4
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 2 * window)
+    monkeypatch.setattr(massive_activations, "SAMPLE_BYTES", windows * window)
+    url, _ = imported()
+    with Store.open(url) as store:
+        spans = massive_activations.sample(store.manifest, 4, store.committed)
+        found = measure_massive(store, 4, 10.0)
+        first = massive_activations.sample(store.manifest, 4, np.arange(5) == 0)
+    read = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    assert len(spans) == massive_activations.PARTS and windows / 2 < len(read) <= windows
+    assert np.diff(read).max() < 1250 / 25 and read[0] == 0 and read[-1] == 1249
+    assert {span.start % 2 for span in spans} == {0}, "chunks are read whole"
+    assert (found.rows, found.shards) == (8 * len(read), 5) and "in parts of 5 of 5 shards" in str(found)
+    whole = [Span(0, 0, 256)]
+    assert first == whole if windows >= 256 else {span.shard for span in first} == {0} and len(first) == 32
 
 
 def test_info_looks_at_a_part_of_a_large_store_and_says_so(imported, monkeypatch):

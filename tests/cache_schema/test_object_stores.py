@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 import time
 import uuid
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,8 +39,10 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema import disk_and_cloud_files as files_module
 from saemill.cache_schema import shard_claims as claims_module
+from saemill.cache_schema import writer as writer_module
 from saemill.cache_schema.disk_and_cloud_files import Files, RemoteFiles, S3Files, open_files
 from saemill.cache_schema.layout import INDEX, SUMMARY, device_name, record_key, record_name
+from saemill.cache_schema.moments import merge
 from saemill.cache_schema.reader import READERS, REMOTE_READERS
 from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.verify_and_repair import repair
@@ -269,6 +273,18 @@ def test_a_harvest_on_paper_loses_nothing(monkeypatch):
     assert told.requests["PUT"] > 13 * 400 and told.hours < 2
 
 
+def test_simulated_workers_that_end_together_wait_for_one_summary(monkeypatch):
+    """Its reading takes its time on their clock too, here nearly four minutes: no one knows of it before."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    simulate = importlib.import_module("simulate")
+    manifest = replace(simulate.make_manifest(64), layers=tuple(range(26)))
+    paper = simulate.Paper(request_s=2.0, shard_s=1.0, deaths_a_day=0.0)
+    told = simulate.Harvest(manifest, 64, paper).run(again=False)
+    lines = 64 * 26
+    assert told.lost == 0 and lines < told.requests["GET"] < 4 * lines and told.requests["HEAD"] > 5 * 64
+    assert told.hours * 3600 > lines * 2.0 / commits.READ_AT_ONCE
+
+
 def test_a_dead_writers_claim_lapses(synthetic, url, monkeypatch):
     manifest = synthetic.make_manifest()
     corpus = synthetic.make_corpus(manifest)
@@ -308,6 +324,28 @@ def test_of_writers_that_end_together_one_reads_the_records(synthetic, monkeypat
     assert sorted(key for key in keys if key in records) == records
 
 
+@pytest.mark.parametrize("derives", [False, True])
+def test_lines_of_moments_are_read_many_at_once_however_late_the_first_answers(synthetic, monkeypatch, derives):
+    """Of all shards and, for a summary, of all places: the first answers when the last has been asked for."""
+    url, last = f"memory://{uuid.uuid4().hex}", (5, 5) if derives else (3, 5)
+    synthetic.write_store(url, synthetic.make_manifest())
+    open_files(url).remove(SUMMARY)
+    is_asked, read = threading.Event(), Store.shard_moments
+
+    def late(store, layer, shard, hook="resid"):
+        if (layer, shard) == last:
+            is_asked.set()
+        assert (layer, shard) != (3, 0) or is_asked.wait(2)
+        return read(store, layer, shard, hook)
+
+    with Store.open(url) as store:
+        expected = merge(store.shard_moments(3, shard) for shard in range(6))
+        monkeypatch.setattr(Store, "shard_moments", late)
+        index = commits.read_index(store.files, store.manifest)
+        found = writer_module.derive_summary(store.files, store.manifest, index) if derives else store
+        np.testing.assert_array_equal(found.moments(3).mean, expected.mean)
+
+
 def test_of_what_is_left_a_few_are_tried_in_no_order():
     """All where they are few: a claim whose writer died is seen by trying it. In one order all would meet at one."""
     files = open_files(f"memory://{uuid.uuid4().hex}")
@@ -322,16 +360,44 @@ def test_of_what_is_left_a_few_are_tried_in_no_order():
     one.close()
 
 
+def test_of_writers_that_end_together_one_derives_the_summary_while_the_others_wait(synthetic, monkeypatch):
+    """However long it takes: each would read a line of every shard and place."""
+    manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
+    corpus, derive, calls = synthetic.make_corpus(manifest), writer_module.derive_summary, []
+    writers = [StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) for _ in range(3)]
+    synthetic.write_pending(writers[0], corpus)
+    monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.05)
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(0.5)
+        return derive(*args)
+
+    def close(writer):
+        writer.close()
+        return writer.files.exists(SUMMARY)
+
+    monkeypatch.setattr(writer_module, "derive_summary", slow)
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(close, writers))
+    assert len(calls) == 1
+
+
 def test_a_writer_that_died_deriving_holds_others_up_and_no_more(synthetic, monkeypatch):
+    """Of a store that is not finished for a minute, at the end until its claim lapses: then another does its work."""
     manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
     dead = make_claims(open_files(url))
-    assert dead.take(claims_module.DERIVED)
+    with monkeypatch.context() as patch:
+        patch.setattr(claims_module, "LEASE_SECONDS", 1.0)
+        assert dead.take(claims_module.DERIVED)
     assert claims_module.DERIVED_SECONDS <= 60
     monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
-    synthetic.write_store(url, manifest)
-    with Store.open(url) as store:
-        assert store.committed.all() and store.moments(3).count
+    corpus = synthetic.write_store(url, manifest, shards=range(5))
     assert not make_claims(open_files(url)).take(claims_module.DERIVED)
+    with StoreWriter.open(url) as writer:
+        synthetic.write_pending(writer, corpus)
+    with Store.open(url) as store:
+        assert store.committed.all() and store.files.exists(SUMMARY)
     dead.close()
 
 
@@ -346,8 +412,10 @@ def test_repair_takes_nothing_away_beside_another_that_derives_the_index(synthet
         StoreBusy, match=r"up to date. Wait for it, then try again\. If that writer was killed, run again"
     ):
         repair(url, [1])
+    with pytest.raises(StoreBusy):  # it could not make it again
+        repair(url, [], [SUMMARY])
     with Store.open(url) as store:
-        assert store.committed.all() and store.record(1)
+        assert store.committed.all() and store.record(1) and store.files.exists(SUMMARY)
     slow.release(claims_module.DERIVED)
     repair(url, [1])
     with Store.open(url) as store:
@@ -370,14 +438,14 @@ def test_repair_without_the_claim_looks_for_all_records_itself(synthetic, monkey
     slow.close()
 
 
-@pytest.mark.parametrize("writes_last", ["writer", "repair", "writer of the summary"])
+@pytest.mark.parametrize("writes_last", ["writer", "repair"])
 def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthetic, monkeypatch, writes_last):
-    """Whichever of it and repair writes the index last: what repair took away is not in it, and there is no summary."""
+    """Whichever of it and repair writes the index last: what repair took away is not in it."""
     manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
-    corpus = synthetic.write_store(url, manifest, shards=range(5))
+    corpus = synthetic.write_store(url, manifest, shards=range(4))
     files, late = open_files(url), StoreWriter.open(url)
     manifest = late.manifest  # with its id
-    synthetic.write_pending(late, corpus, [5])
+    synthetic.write_pending(late, corpus, [4])
     repairing = make_claims(files)
     assert repairing.take(claims_module.DERIVED)
     monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
@@ -385,10 +453,9 @@ def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthe
     if writes_last == "repair":
         first, second = second, first
     between, replace = [second], RemoteFiles.replace
-    meets_at = SUMMARY if writes_last == "writer of the summary" else INDEX
 
     def interrupted(self: RemoteFiles, key: str, data: bytes) -> None:
-        other = between.pop() if key == meets_at and between else lambda: None
+        other = between.pop() if key == INDEX and between else lambda: None
         if writes_last != "repair":
             other()
             replace(self, key, data)
@@ -400,9 +467,8 @@ def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthe
     first()
     assert not between
     with Store.open(url) as store:
-        assert np.flatnonzero(~store.committed).tolist() == [1]
+        assert np.flatnonzero(~store.committed).tolist() == [1, 5]
         assert commits.read_index(files, manifest) == commits.derive_index(files, manifest, store.committed)
-    assert not files.exists(SUMMARY)
     repairing.close()
 
 

@@ -42,6 +42,8 @@ class Settled:
     recipe: Recipe | None = None
     init: Source | None = None
     """The trained SAE that all start from."""
+    samples_whole_shards: bool = False
+    """Massive rows are told from whole shards, however few that are: so it was when the run began."""
 
     def describe(self, store: Store, hardware: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json."""
@@ -58,6 +60,7 @@ class Settled:
             },
             **({} if self.init is None else {"init": to_json(self.init)}),
             **self.config.to_json(),
+            "massive_sample": "parts",
             "total_steps": self.total_steps,
             "provenance": provenance(hardware),
         }
@@ -106,7 +109,8 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
             f"{where}: expected a store with {begun_with} windows in a shard, found {found} in {store.url}: the same "
             f"text would be read in a different order. Harvest it with --shard-windows {begun_with}, or start a new run"
         )
-    return Settled(config, make_plan(config.data, store), steps, init=init)
+    plan, is_of_before = make_plan(config.data, store), "massive_sample" not in raw
+    return Settled(config, plan, steps, init=init, samples_whole_shards=is_of_before)
 
 
 def make_plan(data: DataConfig, store: Store) -> Plan:

@@ -9,7 +9,7 @@ import torch
 
 from ...cache_schema import Manifest, Store
 from ...cache_schema.csr import index_dtype
-from ...cache_schema.massive_activations import count_ordinary, measure_massive
+from ...cache_schema.massive_activations import count_ordinary, measure_massive, sample, sample_whole
 from ...cache_schema.requests_and_spans import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
@@ -44,7 +44,8 @@ def check(
     _require_batches(settled, processes)
     _require_memory(settled, store, members, processes, parts, device)
     places = [place_of(*site) for site in request.sites]
-    stats = {place: layer_stats(store, place, config.data.massive_norms) for place in places}
+    multiple, is_whole = config.data.massive_norms, settled.samples_whole_shards
+    stats = {place: layer_stats(store, place, multiple, samples_whole_shards=is_whole) for place in places}
     _require_unlike(store, request)
     _require_ordinary_held_out(settled, store, bounds_of(stats))
     return stats
@@ -139,7 +140,9 @@ def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[P
             )
 
 
-def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stats:
+def layer_stats(
+    store: Store, layer: Place, massive_norms: float | None, *, samples_whole_shards: bool = False
+) -> Stats:
     """A layer's statistics, over its ordinary rows if massive ones are left out. Activations that are not finite are an
     error that names their shard."""
     site = site_of(layer)
@@ -160,7 +163,8 @@ def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stat
         )
     if massive_norms is None:
         return stats
-    massive = measure_massive(store, layer, massive_norms)
+    spans = (sample_whole if samples_whole_shards else sample)(store.manifest, layer, store.committed)
+    massive = measure_massive(store, layer, massive_norms, spans)
     if not massive.ordinary.mean_norm > 0:
         raise NothingToTrain(
             f"{say_place(layer)} of {store.url}: {massive}. No others are left to train on. "

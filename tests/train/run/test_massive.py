@@ -11,6 +11,7 @@ from saemill.cache_schema import Store, massive_activations
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.batch_stream import Feed
 from saemill.train.data.shuffle_order import Plan, measure_split
+from saemill.train.run import preflight
 from saemill.train.run.preflight import layer_stats
 
 TRAIN = [(3, 11, 2), (3, 400, 7), (4, 400, 7), (4, 801, 1)]
@@ -84,6 +85,26 @@ def test_a_run_of_before_its_input_was_centred_by_the_mean_goes_on_as_it_began(
     (run / "config.json").write_text(json.dumps(config))
     sae_train("--resume", "before", "--device", "cpu")
     same_bits(run, tmp_path / "runs/whole")
+
+
+def test_a_run_of_before_parts_of_shards_were_sampled_goes_on_with_its_sample(
+    spiked, sae_train, quick, tmp_path, same_bits, rewind, monkeypatch
+):
+    monkeypatch.setattr(massive_activations, "SAMPLE_BYTES", 2 * 64 * 8 * 16 * 2)
+    monkeypatch.setattr(massive_activations, "PARTS", 128)
+    words = [*TOPK, *quick, "--cache", spiked["path"], "--tokens", 3200, "--set", "course.checkpoint_every_steps=20"]
+    with monkeypatch.context() as before:
+        before.setattr(preflight, "sample", massive_activations.sample_whole)
+        sae_train(*words, "--name", "whole")
+    run = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/before")
+    rewind(run)
+    config = json.loads((run / "config.json").read_text())
+    assert config.pop("massive_sample") == "parts"
+    (run / "config.json").write_text(json.dumps(config))
+    sae_train("--resume", "before", "--device", "cpu")
+    same_bits(run, tmp_path / "runs/whole")
+    sae_train(*words, "--name", "now")
+    assert result_of(tmp_path, "now")["massive"] != result_of(tmp_path, "before")["massive"]
 
 
 def test_a_run_with_the_rule_resumes_to_the_same_bits(spiked, sae_train, quick, tmp_path, same_bits, rewind):
