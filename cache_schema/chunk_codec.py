@@ -15,6 +15,7 @@ from .layout import BLOSC, ArrayLayout
 
 CHECKSUM_BYTES = 4
 BLOSC_HEADER_BYTES = 16
+_COPIED = 2  # flag of a blosc frame whose values are not compressed
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -29,32 +30,61 @@ def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
     return [body, checksum_of(body)]
 
 
-def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str) -> None:
-    """Check `stored` (uint8, a whole chunk) and decode it into `out` (contiguous, a whole chunk)."""
+def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str, first: int = 0) -> None:
+    """Check `stored` (uint8, a whole chunk) and decode it into `out` (contiguous), from its element `first` on."""
     body, found = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
     if len(stored) <= CHECKSUM_BYTES:
         raise ShardCorrupt(f"{where}: truncated to {len(stored)} bytes")
     check(google_crc32c.value(body), found, where)
+    begin = first * layout.dtype.itemsize
+    wanted = slice(begin, begin + out.nbytes)
     if layout.codec == "raw":
-        if len(body) != out.nbytes:
-            raise ShardCorrupt(f"{where}: expected {out.nbytes} bytes of values, found {len(body)}")
-        as_bytes(out)[:] = body
+        if len(body) != layout.chunk_bytes:
+            raise ShardCorrupt(f"{where}: expected {layout.chunk_bytes} bytes of values, found {len(body)}")
+        as_bytes(out)[:] = body[wanted]
         return
-    _check_frame(body, out, where)
+    _check_frame(body, layout.chunk_bytes, where)
     try:
-        blosc.decompress(body, out)
+        if out.nbytes == layout.chunk_bytes:
+            blosc.decompress(body, out)
+        elif out.nbytes:
+            frame, base, size = _frame_of(body, wanted)
+            values = np.empty(size, np.uint8)
+            blosc.decompress(frame, values)
+            as_bytes(out)[:] = values[wanted.start - base : wanted.stop - base]
     except RuntimeError as error:
         raise ShardCorrupt(f"{where}: cannot be decompressed ({error})") from None
 
 
-def _check_frame(body: np.ndarray, out: np.ndarray, where: str) -> None:
+def _frame_of(body: np.ndarray, wanted: slice) -> tuple[np.ndarray, int, int]:
+    """A blosc frame with only the blocks that hold the `wanted` bytes; where it begins in the chunk, and its size.
+
+    After its header a frame lists where its blocks begin, in whatever order they were written.
+    """
+    plain, block = (int(body[at : at + 4].view("<u4")[0]) for at in (4, 8))
+    listed = BLOSC_HEADER_BYTES + 4 * -(-plain // max(1, block))
+    if body[2] & _COPIED or block == 0 or listed > len(body):
+        return body, 0, plain
+    starts = body[BLOSC_HEADER_BYTES:listed].view("<u4").astype(np.int64)
+    written = np.append(np.sort(starts), len(body))
+    ends = written[np.searchsorted(written, starts, "right").clip(max=len(starts))]
+    first = max(0, min(wanted.start // block, plain // block - 1))  # a shorter last block does not come alone
+    last = -(-wanted.stop // block)
+    blocks = [body[start:end] for start, end in zip(starts[first:last], ends[first:last], strict=True)]
+    places = np.cumsum([BLOSC_HEADER_BYTES + 4 * len(blocks), *map(len, blocks)]).astype("<u4")
+    size = min(last * block, plain) - first * block
+    sizes = np.array([size, block, places[-1]], "<u4")
+    return np.concatenate([body[:4], as_bytes(sizes), as_bytes(places[:-1]), *blocks]), first * block, size
+
+
+def _check_frame(body: np.ndarray, nbytes: int, where: str) -> None:
     """The sizes in a blosc header (bytes 4 and 12) must match the memory that decoding will touch."""
     if len(body) < BLOSC_HEADER_BYTES:
         raise ShardCorrupt(f"{where}: {len(body)} bytes are too few for a compressed chunk")
     plain, packed = (int(body[at : at + 4].view("<u4")[0]) for at in (4, 12))
-    if plain != out.nbytes or packed != len(body):
+    if plain != nbytes or packed != len(body):
         raise ShardCorrupt(
-            f"{where}: expected {out.nbytes} bytes of values in {len(body)} stored, found {plain} in {packed}"
+            f"{where}: expected {nbytes} bytes of values in {len(body)} stored, found {plain} in {packed}"
         )
 
 

@@ -1,14 +1,15 @@
 """Read rows of one array, chunk by chunk, straight into memory: checked, and several at a time.
 
 Rows are windows, or shards for arrays that have a line per shard. A chunk that is wanted whole is read
-into its place; one that is wanted in part goes through a scratch chunk, because its checksum covers
-all of it.
+into its place. Of one that is wanted in part all bytes are read, because its checksum covers them, but only the
+blocks that hold the part are decompressed.
 """
 
 from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,14 +47,14 @@ def plan_reads(layout: ArrayLayout, start: int, stop: int, out: np.ndarray) -> I
 
 
 def read_chunk(files: Files, read: ChunkRead) -> None:
-    """Read, check and decode one chunk into its place."""
-    layout = read.layout
-    if read.last - read.first == layout.chunks[0]:
-        _read_whole(files, layout, read.index, read.out)
-        return
-    scratch = np.empty(layout.chunks, layout.dtype)
-    _read_whole(files, layout, read.index, scratch)
-    read.out[:] = scratch[read.first : read.last]
+    """Read, check and decode one chunk, or rows of it, into its place."""
+    _read(files, read.layout, read.index, read.first * math.prod(read.layout.chunks[1:]), read.out)
+
+
+def read_part_of_row(files: Files, layout: ArrayLayout, row: int, first: int, out: np.ndarray) -> None:
+    """The same for part of one row, from its element `first` on."""
+    index, before = divmod(row, layout.chunks[0])
+    _read(files, layout, index, before * math.prod(layout.chunks[1:]) + first, out)
 
 
 def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop: int, out: np.ndarray) -> None:
@@ -70,13 +71,13 @@ def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop:
         raise ShardCorrupt(f"{path}, rows {start} to {stop}: {error}") from None
 
 
-def _read_whole(files: Files, layout: ArrayLayout, index: int, out: np.ndarray) -> None:
+def _read(files: Files, layout: ArrayLayout, index: int, first: int, out: np.ndarray) -> None:
     key = layout.chunk_key(index)
     try:
-        if layout.codec == "raw":
+        if layout.codec == "raw" and out.nbytes == layout.chunk_bytes:
             _read_raw(files, key, as_bytes(out))
         else:
-            decode(layout, np.frombuffer(files.read(key), np.uint8), out, f"chunk {key}")
+            decode(layout, np.frombuffer(files.read(key), np.uint8), out, f"chunk {key}", first)
     except KeyError:
         raise ChunkMissing(f"chunk {key} is missing") from None
 

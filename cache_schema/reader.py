@@ -36,7 +36,7 @@ from .layout import (
 from .manifest import Manifest
 from .moments import Moments, from_line, merge
 from .open_and_check_root import read_root
-from .read_chunks import plan_reads, read_chunk, read_with_zarr
+from .read_chunks import plan_reads, read_chunk, read_part_of_row, read_with_zarr
 from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
 from .stats_summary import read_summary
@@ -210,12 +210,33 @@ class Store:
         validate_request(self.manifest, request)
         validate_span(self.manifest, span)
         self._require_committed([span])
-        futures = []
-        for path, array in memory.items():
+        is_whole = span.windows == len(range(*self.manifest.shard_range(span.shard)))
+        futures: dict[str, list[Future[None]]] = {}
+        for path in sorted(memory, key=lambda path: not path.endswith("/indptr")):  # for which other lines wait
             start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
-            for job in self._jobs(path, start, stop, array[: stop - start]):
-                futures.append(self._executor().submit(self._run, job, span.shard, path))
-        return _Reading(self, request, span, memory, futures)
+            if is_line(path) and not is_whole and self._layouts[path] is not None:
+                jobs = [partial(self._read_part_of_line, path, span, memory, futures)]
+            else:
+                jobs = self._jobs(path, start, stop, memory[path][: stop - start])
+            futures[path] = [self._executor().submit(self._run, job, span.shard, path) for job in jobs]
+        return _Reading(self, request, span, memory, [future for found in futures.values() for future in found])
+
+    def _read_part_of_line(
+        self, path: str, span: Span, memory: Mapping[str, np.ndarray], begun: Mapping[str, list[Future[None]]]
+    ) -> None:
+        """A span's part of a shard's attention, to its place in the line."""
+        layout, line, pointers = self._layouts[path], memory[path][0], f"{path.rpartition('/')[0]}/indptr"
+        assert layout is not None
+        rows = self.manifest.attention.heads * self.manifest.context
+        first, last = ((window - span.shard * self.manifest.shard_windows) * rows for window in (span.start, span.stop))
+        if path == pointers:
+            part = slice(first, last + 1)
+        else:
+            for future in begun[pointers]:
+                future.result()
+            indptr = memory[pointers][0]
+            part = slice(*(min(int(indptr[row]), len(line)) for row in (first, last)))  # `_attention` finds wrong ones
+        read_part_of_row(self.files, layout, span.shard, part.start, line[part])
 
     def _jobs(self, path: str, start: int, stop: int, out: np.ndarray) -> list[Callable[[], None]]:
         """One call per chunk; each fills its part of `out`."""

@@ -85,8 +85,8 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 @click.option(
     "--spread",
     is_flag=True,
-    help="With several processes (torchrun, accelerate launch), each trains some of the SAEs, instead of all SAEs on "
-    "part of every batch.",
+    help="With several processes (torchrun, accelerate launch), each trains some of the SAEs, and reads only their "
+    "layers, instead of all SAEs on part of every batch.",
 )
 @click.option(
     "--set",

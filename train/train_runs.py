@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from ..cache_schema import Store, StoreMissing
+from ..cache_schema.disk_and_cloud_files import LocalFiles
 from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
@@ -164,6 +165,11 @@ def _introduce(run: Run, remark: str) -> None:
         run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps is cut to {given:,}")
     for line in say_products({label: tuple(one["products"]) for label, one in told.items()}):
         run.process.console.print(line)
+    if run.process.group.size > 1 and not isinstance(run.store.files, LocalFiles):
+        run.process.console.print(
+            f"each of {run.process.group.size} processes reads all that its SAEs need from {run.store.url} by itself: "
+            "copy the store to a disk, where the page cache serves all processes of a host, to read it once"
+        )
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
             run.process.console.print(

@@ -7,7 +7,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, Span, Store, shard_memory, to_float32
+from saemill.cache_schema import Request, ShardCorrupt, Span, Store, chunk_codec, read_chunks, shard_memory, to_float32
+from saemill.cache_schema.chunk_codec import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, checksum_of, decode, encode
+from saemill.cache_schema.layout import ArrayLayout
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import measure
 
@@ -173,3 +175,87 @@ def test_measure_ignores_special_tokens_only_where_it_says():
     found = measure(resid, np.array([[False, True]]))
     assert (found.count, found.mean_norm, found.windows) == (1, 2.0, 1)
     np.testing.assert_array_equal(found.norm_by_position, [2.0, 200.0])
+
+
+def chunk_of(codec: Codec, count: int = 1_200_000) -> tuple[ArrayLayout, np.ndarray, np.ndarray]:
+    """A line of several blocks, of which the last is shorter, and the bytes of its chunk."""
+    layout = ArrayLayout("line", (1, count), (1, count), np.dtype("<u2"), 0, codec, ("shard", "entry"))
+    values = (np.arange(count) // 7).astype("<u2")
+    return layout, values, np.concatenate([part.view(np.uint8) for part in encode(layout, values[None])])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_part_of_a_chunk_is_that_part_of_the_whole_and_little_more_is_decompressed(codec, monkeypatch):
+    layout, values, stored = chunk_of(codec)
+    count, decompressed = len(values), []
+
+    class Blosc:
+        @staticmethod
+        def decompress(frame, out, decompress=chunk_codec.blosc.decompress):
+            decompressed.append(out.nbytes)
+            decompress(frame, out)
+
+    monkeypatch.setattr(chunk_codec, "blosc", Blosc)
+    edge = 2**18  # values in a block of zstd
+    ends = [
+        (0, 0),
+        (0, 1),
+        (5, 900),
+        (edge - 1, edge + 1),
+        (edge, 2 * edge),
+        (count - 3, count),
+        (1, count),
+        (0, count),
+    ]
+    for first, last in ends:
+        out = np.empty(last - first, "<u2")
+        decode(layout, stored, out, "here", first)
+        np.testing.assert_array_equal(out, values[first:last])
+    assert codec == "raw" or max(decompressed[:-2]) <= 2 * 2**19 < values.nbytes // 2
+
+
+def test_blocks_that_threads_wrote_in_any_order_are_found():
+    layout, values, stored = chunk_of("zstd")
+    body = stored[:-CHECKSUM_BYTES]
+    listed = BLOSC_HEADER_BYTES + 4 * -(-values.nbytes // 2**19)
+    starts = body[BLOSC_HEADER_BYTES:listed].view("<u4")
+    order = np.argsort(starts)
+    ends = np.append(starts[order][1:], len(body))
+    blocks = [body[start:end] for start, end in zip(starts[order], ends, strict=True)]
+    places = np.empty(len(blocks), "<u4")
+    places[order[::-1]] = listed + np.cumsum([0, *map(len, blocks[:0:-1])])
+    turned = np.concatenate([body[:BLOSC_HEADER_BYTES], places.view(np.uint8), *blocks[::-1]])
+    out = np.empty(600_000, "<u2")
+    decode(layout, np.concatenate([turned, checksum_of(turned)]), out, "here", 300_000)
+    np.testing.assert_array_equal(out, values[300_000:900_000])
+
+
+def test_a_part_of_a_chunk_that_breaks_its_rules_behind_a_right_checksum_is_no_crash():
+    layout, _, stored = chunk_of("zstd")
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        body = stored[:-CHECKSUM_BYTES].copy()
+        body[rng.integers(0, 40, 3)] = rng.integers(0, 256, 3)  # of the header, and of where blocks begin
+        try:
+            decode(layout, np.concatenate([body, checksum_of(body)]), np.empty(700_000, "<u2"), "here", 400_000)
+        except ShardCorrupt:
+            refused += 1
+    assert refused > 30
+
+
+def test_of_a_shards_attention_only_the_part_of_a_span_is_decoded(synthetic, tmp_path, monkeypatch):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest)
+    decoded = {}
+
+    def spy(layout, stored, out, where, first=0):
+        decoded[layout.path.rpartition("/")[2]] = out.size
+        decode(layout, stored, out, where, first)
+
+    monkeypatch.setattr(read_chunks, "decode", spy)
+    with Store.open(tmp_path) as store:
+        found = store.read(Request(attention_layers=(2,)), Span(1, 5, 7)).attention[2]
+    expected = corpus.attention[2].slice(5, 7)
+    np.testing.assert_array_equal(found.dense(), expected.dense())
+    rows = 2 * manifest.attention.heads * manifest.context
+    assert decoded == {"indptr": rows + 1, "indices": expected.entries, "data": expected.entries, "kept_mass": rows}

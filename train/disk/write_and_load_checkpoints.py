@@ -4,7 +4,7 @@
 2. state.json records how far the run is, and the digest of every file and of itself.
 3. Everything is flushed; the folder gets its final name; older ones are deleted.
 A reader takes the newest complete one, and says why it skipped newer ones. Where processes have SAEs of their own,
-each does step 1 for its own in the same folder, and the first does the rest for all.
+each does step 1 for its own in the same folder, and the first does the rest for all; each reads its own.
 
 A run on a GPU continues while its checkpoint is written (`Writer`).
 """
@@ -151,19 +151,31 @@ class Writer:
         self._thread.shutdown(wait=True)
 
 
-def load_checkpoint(folder: Path, labels: Collection[str] | None = None) -> Checkpoint | None:
+def load_checkpoint(folder: Path, labels: Collection[str] | None = None, group: Group = SOLO) -> Checkpoint | None:
     """Load the newest complete checkpoint, with the tensors of these SAEs; None if none was ever written.
 
-    All of it is verified, whichever SAEs are requested, so that processes that each load their own use the same one.
+    A collective call of a group: each process verifies only the files that it loads, and all take the newest checkpoint
+    that no process finds damaged.
     """
+    names = [path.name for path in list_checkpoints(folder)]
+    seen = [json.loads(text) for text in group.texts(json.dumps(names))]
+    newest = [of[0] if of else "none" for of in seen]
+    if len(set(newest)) > 1:
+        raise CheckpointDamaged(
+            f"{folder}: expected the same newest checkpoint in every process, found "
+            f"{', '.join(dict.fromkeys(newest))}: some host does not see the current folder yet; run this again"
+        )
     complaints: list[str] = []
-    for path in list_checkpoints(folder):
+    for name in seen[0]:
+        read, complaint = None, ""
         try:
-            standing, tensors = _read(path, labels)
+            read = _read(folder / name, labels)
         except CheckpointDamaged as error:
-            complaints.append(str(error))
-        else:
-            return Checkpoint(standing, tensors, tuple(complaints))
+            complaint = str(error)
+        found = [text for text in dict.fromkeys(group.texts(complaint)) if text]
+        if read is not None and not found:
+            return Checkpoint(*read, tuple(complaints))
+        complaints += found
     if complaints:
         raise CheckpointDamaged(
             "no checkpoint can be read: " + "; ".join(complaints) + ". Start the run again under another name"
@@ -191,12 +203,13 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
     for name, digest in state.files.items():
         if not FILE_NAME.fullmatch(name):
             raise CheckpointDamaged(f"{path / 'state.json'}: expected names of files in its folder, found {name!r:.80}")
+        label = name.removesuffix(".safetensors")
+        if labels is not None and label not in labels:
+            continue
         try:
             if not (path / name).is_file() or _digest(path / name) != digest:
                 raise CheckpointDamaged(f"{path / name} differs from the file that was written")
-            label = name.removesuffix(".safetensors")
-            if labels is None or label in labels:
-                tensors[label] = load_file(path / name)
+            tensors[label] = load_file(path / name)
         except FILE_ERRORS as error:
             raise CheckpointDamaged(f"{path / name} cannot be read ({error})") from None
     return state.standing, tensors

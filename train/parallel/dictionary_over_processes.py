@@ -1,7 +1,7 @@
 """A dictionary split by latents: each process holds some of them, and sees every row of a batch.
 
 No table is ever gathered in a step. The processes exchange:
-1. the candidates of the selection (`sae/top_k_over_processes.py`), k per row and process;
+1. the candidates of the selection (`sae/top_k_over_processes.py`), k per row and process; of a whole batch, counts;
 2. the reconstruction [B, D], as the sum of what each process's latents reconstruct (`join`);
 3. one gradient of the width of a residual (`share`), and numbers.
 """

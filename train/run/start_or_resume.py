@@ -26,7 +26,7 @@ from ..data.batch_stream import Feed
 from ..data.device_copies import take_device
 from ..disk.write_and_load_checkpoints import Standing, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
-from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, NothingToTrain
+from ..errors import ConfigInvalid, MemoryTooSmall, NothingToTrain
 from ..parallel.processes import SOLO, all_or_none
 from .after_run import Onlookers
 from .checkpoints_and_signals import Saver
@@ -145,14 +145,7 @@ def begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Proce
 
 def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Standing | None:
     """Restore the fleet from the last complete checkpoint."""
-    with all_or_none(process.group):
-        found = load_checkpoint(folder.checkpoints, fleet.trainees)
-    steps = process.group.texts("none" if found is None else str(found.standing.step))
-    if len(set(steps)) > 1:
-        raise CheckpointDamaged(
-            f"{folder.checkpoints}: expected the same checkpoint in every process, found those after steps "
-            f"{', '.join(dict.fromkeys(steps))}: some host does not see the current folder yet; run this again"
-        )
+    found = load_checkpoint(folder.checkpoints, fleet.trainees, process.group)
     say = process.console.print if process.is_first else (lambda *_, **__: None)
     if found is None:
         say("no checkpoint found: starting at step 0")

@@ -15,7 +15,7 @@ from .kernels.select_top_k import marked, support_of_batch, support_topk, topk_b
 from .kernels.sparse_support import Support, support_from_flat
 from .kernels.threshold_gradients import heaviside_ste, jump_ste
 from .side_inputs import Side
-from .top_k_over_processes import split_batch, split_topk
+from .top_k_over_processes import lowest_of_batch, split_batch, split_topk
 
 FLOOR = 1e-4
 DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)
@@ -148,7 +148,7 @@ class BatchTopK(Gate):
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        # One rank may hold most of the largest entries of all ranks, so each offers that many.
+        # One rank may hold most of the largest entries of all ranks, so each has that many candidates.
         count = round(self.k * side.ranks.rows(pre.shape[0]))
         if not side.latents.is_whole:
             return split_batch(pre, count, side.latents)
@@ -276,14 +276,14 @@ def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
 
     Among equal ones, of which a product in bfloat16 has many, earlier ranks come first, then earlier places.
     """
-    parts = side.ranks.gather(pre.view(-1)[flat])
-    everyone, own = torch.cat(parts), parts[side.ranks.rank]
-    if everyone.numel() <= count:
+    own = pre.view(-1)[flat].float()
+    found = lowest_of_batch(own, count, side.ranks.sum)
+    if found is None:
         return flat
-    lowest = everyone.topk(count, sorted=False).values.amin()
-    taken = (everyone > lowest).sum() + sum((part == lowest).sum() for part in parts[: side.ranks.rank])
+    lowest, wanted = found
     tied = own == lowest
-    return flat[(own > lowest) | (tied & (tied.cumsum(0) <= count - taken))]
+    before = sum(side.ranks.gather(tied.sum()[None])[: side.ranks.rank])
+    return flat[(own > lowest) | (tied & (tied.cumsum(0) <= wanted - before))]
 
 
 PLAIN_GATES = frozenset({Relu, AnnealedRelu, TopK, AbsTopK, BatchTopK, JumpRelu, Gated})

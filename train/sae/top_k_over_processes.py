@@ -3,10 +3,12 @@
 B rows, F latents of this process. The choice is the one that a single process with all latents would make if, among
 equal entries, it took the lowest latent (in a whole batch: the first row, then the lowest latent). Candidates are in
 ascending order of latents, and processes hold ascending ranges of them, so the place of a candidate identifies it, and
-only values are sent.
+only values are sent; of a whole batch not even those, except the places of equal entries at the threshold.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,15 +37,35 @@ def split_batch(pre: Tensor, count: int, latents: Latents) -> Support:
     rows, width = pre.shape
     flat = _first_of_batch(pre, count)
     own = pre.view(-1)[flat].float()
-    everyone = torch.cat(latents.gather(own)[0])
-    if everyone.numel() > count:
-        lowest = everyone.topk(count, sorted=False).values.amin()
+    found = lowest_of_batch(own, count, latents.sum)
+    if found is not None:
+        lowest, wanted = found
         is_tied = own == lowest
         place = flat // width * latents.total + latents.first + flat % width
         tied = torch.cat(latents.gather(place[is_tied])[0]).sort().values
-        last = tied[count - int((everyone > lowest).sum()) - 1]
-        flat = flat[(own > lowest) | (is_tied & (place <= last))]
+        flat = flat[(own > lowest) | (is_tied & (place <= tied[wanted - 1]))]
     return support_from_flat(flat, rows, width)
+
+
+def lowest_of_batch(own: Tensor, count: int, total: Callable[[Tensor], Tensor]) -> tuple[float, int] | None:
+    """The smallest of the `count` largest of all processes' numbers, and how many that equal it are among them; None if
+    there are no more than `count`. `own` are this process's, positive and in float32; `total` sums over processes.
+
+    Bits of positive floats, read as integers, have the order of the floats. The number is found digit by digit, so that
+    processes exchange a few kilobytes of counts and no numbers.
+    """
+    keys, shift, lowest, wanted = own.view(torch.int32), 31, 0, count
+    for bits in (11, 10, 10):
+        shift -= bits
+        counts = total(torch.bincount(keys >> shift, minlength=2**bits)).cpu()
+        reaching = counts.flip(0).cumsum(0).flip(0)  # how many have each digit or a larger one
+        if shift == 20 and int(reaching[0]) <= count:
+            return None
+        digit = int((reaching >= wanted).sum()) - 1
+        wanted -= int(reaching[digit] - counts[digit])
+        keys = keys[keys >> shift == digit] & (2**shift - 1)
+        lowest = lowest << bits | digit
+    return float(torch.tensor(lowest, dtype=torch.int32).view(torch.float32)), wanted
 
 
 def lowest_of_topk(pre: Tensor, k: int, latents: Latents) -> Tensor:

@@ -15,8 +15,10 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.variant_registry import names
 from saemill.train.parallel.dictionary_over_processes import SomeLatents
+from saemill.train.parallel.sums_over_processes import share_batch
 from saemill.train.sae.gates import BatchTopK
-from saemill.train.sae.top_k_over_processes import first_of_equals, split_batch, split_topk
+from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.top_k_over_processes import first_of_equals, lowest_of_batch, split_batch, split_topk
 
 STEPS = 12
 SPLIT = ["topk", "batchtopk", "jumprelu", "standard", "gated", "p_anneal", "transcoder", "crosscoder"]
@@ -66,6 +68,36 @@ def test_the_selection_is_that_of_one_process_and_takes_the_lowest_of_equal_late
     for count in (1, 57, 200, 660):
         found = chosen(run(lambda at, count=count: split_batch(own[at], count, parts[at])), parts)
         assert torch.equal(found.view(-1), first_of(flat, count, 0) & (flat > 0)), count
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1.0, 1e38])
+def test_the_threshold_of_a_batch_is_found_from_counts_alone(rng, threads, scale):
+    ranks, run = threads(3)
+    own = [scale * (1 + torch.rand(count, generator=rng) * 2).bfloat16().float() for count in (300, 0, 90)]
+    everyone, sent = torch.cat(own), []
+
+    def total(counts, at):
+        sent.append(counts.nbytes)
+        return ranks[at].sum(counts)
+
+    for count in (1, 200, 389, 390):
+        found = run(lambda at, count=count: lowest_of_batch(own[at], count, lambda counts: total(counts, at)))
+        lowest = everyone.topk(count).values[-1]
+        wanted = count - int((everyone > lowest).sum())
+        assert found == [None if count == 390 else (float(lowest), wanted)] * 3
+    assert max(sent) <= 2**14
+
+
+def test_no_process_gathers_the_candidates_of_a_batch(rng, threads):
+    """They are 1 GB where 64 processes train on 65,536 rows of 64 latents."""
+    pre, gate = torch.randn(128, 256, generator=rng), BatchTopK(64)
+    (ranks, run), sent = threads(2), []
+    for rank in ranks:
+        rank.gather = lambda tensor, gather=rank.gather: sent.append(tensor.numel()) or gather(tensor)
+    shares, latents = pre.split(64), [SomeLatents(rank, 256) for rank in ranks]
+    run(lambda at: gate.choose(shares[at], Side(ranks=share_batch(ranks[at], 64))))
+    run(lambda at: split_batch(pre[:, latents[at].first : latents[at].stop].contiguous(), 64 * 128, latents[at]))
+    assert sent and max(sent) <= 2**11 < 64 * 128 // 2
 
 
 def test_a_process_with_none_to_choose_from_offers_none():

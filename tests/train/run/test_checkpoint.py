@@ -69,6 +69,39 @@ def test_any_damage_falls_back_and_is_told(tmp_path, name, damage):
     assert len(found.complaints) == 1 and "step_000000020" in found.complaints[0]
 
 
+def test_processes_verify_their_own_saes_and_take_one_checkpoint(tmp_path, threads, monkeypatch):
+    """What one of them finds damaged is skipped, and told, in all. Each read the files of the whole fleet."""
+    for step in (10, 20):
+        save_checkpoint(tmp_path, standing(step), state(step))
+    digested, digest = [], write_and_load_checkpoints._digest
+    monkeypatch.setattr(
+        write_and_load_checkpoints,
+        "_digest",
+        lambda path: digested.append((path.parent.name, path.name)) or digest(path),
+    )
+    ranks, run = threads(2)
+
+    def load(rank):
+        return load_checkpoint(tmp_path, {"ab"[rank]}, ranks[rank])
+
+    assert [(found.standing.step, *found.tensors) for found in run(load)] == [(20, "a"), (20, "b")]
+    assert sorted(digested) == [("step_000000020", f"{label}.safetensors") for label in "ab"]
+    (tmp_path / "step_000000020/b.safetensors").write_bytes(b"")
+    first, second = run(load)
+    assert [(found.standing.step, *found.tensors) for found in (first, second)] == [(10, "a"), (10, "b")]
+    assert first.complaints == second.complaints and "step_000000020/b.safetensors differs" in first.complaints[0]
+    (tmp_path / "step_000000010/a.safetensors").unlink()
+    with pytest.raises(
+        CheckpointDamaged, match=r"no checkpoint .*20/b\.safetensors differs.*10/a\.safetensors differs"
+    ):
+        run(load)
+    for found in list_checkpoints(tmp_path):
+        (found / "state.json").unlink()
+    with pytest.raises(CheckpointDamaged) as told:
+        run(load)
+    assert str(told.value).count("found none") == 2  # both find each, and it is told once
+
+
 def test_behind_a_damaged_one_two_are_kept_again(tmp_path):
     for step in (10, 20):
         save_checkpoint(tmp_path, standing(step), state(step))

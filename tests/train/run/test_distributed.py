@@ -286,19 +286,19 @@ def test_what_one_process_is_refused_ends_both(big, spawn, sae_train, quick, rew
 
 
 class Unequal(Group):
-    """Two processes of which the other has come to step 100."""
+    """Two processes of which the other sees a newer checkpoint."""
 
     size = 2
 
     def texts(self, value):
-        return [value, "100"]
+        return [value, json.dumps(["step_000000100"])]
 
 
 def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewind, tmp_path):
     sae_train(*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "begun")
     rewind(tmp_path / "runs/begun")
     process = Process(Unequal(), SOLO, torch.device("cpu"), Console(file=io.StringIO()))
-    with Store.open(big["path"]) as store, pytest.raises(CheckpointDamaged, match="found those after steps 15, 100"):
+    with Store.open(big["path"]) as store, pytest.raises(CheckpointDamaged, match="step_000000015, step_000000100"):
         resume_run(RunFolder(tmp_path / "runs/begun"), store, process).__enter__()
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import fsspec
 import pytest
 import torch
 from rich.console import Console
@@ -76,6 +77,25 @@ def test_every_process_says_that_all_diverged(big, quick, threads, tmp_path, is_
             list(train_all(words, process))
 
     run(end)
+
+
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_processes_that_each_read_an_object_store_say_so(big, quick, threads, tmp_path, is_spread):
+    """Of a disk the page cache serves all but the first."""
+    fsspec.filesystem("memory").put(big["path"], "/stores/big", recursive=True)
+    for cache, count in ((big["path"], 2), ("memory://stores/big", 2), ("memory://stores/big", 1)):
+        words = ["--variant", "topk", *quick, "--cache", cache, "--tokens", 64, "--grid", "k=3,4"]
+        words = main.make_context("sae-train", [*map(str, words), "--out", str(tmp_path)]).params
+        (ranks, run), said = threads(count), [io.StringIO() for _ in range(count)]
+
+        def train(at, words=words, ranks=ranks, said=said):
+            team = SOLO if is_spread and len(ranks) > 1 else ranks[at]
+            console = Console(file=said[at], soft_wrap=True)
+            list(train_all(words, Process(ranks[at], team, torch.device("cpu"), console)))
+
+        run(train)
+        is_told = "each of 2 processes reads all that its SAEs need from memory://" in said[0].getvalue()
+        assert is_told == (count == 2 and cache != big["path"])
 
 
 def test_each_has_its_own_lines(big, sae_train, quick, tmp_path):
