@@ -59,7 +59,8 @@ def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str,
 def _frame_of(body: np.ndarray, wanted: slice) -> tuple[np.ndarray, int, int]:
     """A blosc frame with only the blocks that hold the `wanted` bytes; where it begins in the chunk, and its size.
 
-    After its header a frame lists where its blocks begin, in whatever order they were written.
+    numcodecs decompresses whole frames only. After its header a frame lists where its blocks begin, in whatever order
+    they were written.
     """
     plain, block = (int(body[at : at + 4].view("<u4")[0]) for at in (4, 8))
     listed = BLOSC_HEADER_BYTES + 4 * -(-plain // max(1, block))
