@@ -211,8 +211,6 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
     document = read_result(path) if path.is_file() else None
     if document is None or not still_stands(document, path, subject.folder):
         return None
-    if ours_in(document).get("sha256") not in (None, subject.sha256):  # file times do not show an earlier revision
-        return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 
@@ -273,14 +271,23 @@ def _places_in(config: Any) -> list[Any]:
 
 def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
     """Whether another SAE has replaced the one measured. Its files are read only if one was written, moved or copied
-    since; for results without a digest, such as SAEBench's own, only file times are compared."""
-    files = [file.stat() for file in files_of(folder)]
+    since, or if they are not next to the result, as of the Hub, where no time shows an earlier revision; for results
+    without a digest, such as SAEBench's own, only file times are compared."""
+    files = files_of(folder)
     measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
     if told is None:
-        return any(file.st_mtime > measured for file in files)
-    times = [time for file in files for time in (file.st_mtime, file.st_ctime)]
-    times += [folder.stat().st_ctime] if files else []  # the only sign that a folder was moved
-    return any(time > measured for time in times) and source_of(folder).sha256 != told
+        return any(file.stat().st_mtime > measured for file in files)
+    if not files:
+        return False
+    made = document.get("datetime_epoch_millis")
+    measured = min(measured, (made + 1) / 1000 if isinstance(made, (int, float)) else measured)  # of a copy, the former
+    found = [file.stat() for file in files]
+    times = [time for file in found for time in (file.st_mtime, file.st_ctime)]
+    places = (folder, *files)  # a folder's time is the only sign that it was moved, a link's that it leads elsewhere
+    times += [folder.stat().st_ctime, *(place.lstat().st_ctime for place in places)]
+    home = path.parents[2].resolve()
+    is_elsewhere = folder.resolve() not in (home, (home / path.name.removesuffix(RESULTS)).resolve())
+    return (is_elsewhere or any(time > measured for time in times)) and source_of(folder).sha256 != told
 
 
 def without_nan(value: Any, instead: Any) -> Any:
