@@ -36,6 +36,14 @@ FIRST = ("--variant", "topk")  # what to train if there is no run yet
 Problem = EvalError | TrainError
 
 
+def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
+    """All SAEs of all targets, each once; raises the error of the first that cannot be found."""
+    subjects, problems = find_all(targets, runs, layer)
+    if problems:
+        raise problems[0]
+    return subjects
+
+
 def find_all(
     targets: Iterable[str],
     runs: Path,

@@ -35,7 +35,7 @@ from saemill.evaluate.model import ce_and_kl
 from saemill.evaluate.run import command, saes_to_evaluate
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.run_evals import settings_of
-from saemill.evaluate.run.saes_to_evaluate import find_all, find_places, make_subject
+from saemill.evaluate.run.saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_and_load_sae import find_sae
@@ -43,14 +43,6 @@ from saemill.train.run.run_folder import RunFolder
 from saemill.train.variants import clt
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
-
-
-def find_subjects(*asked, **more):
-    """All SAEs of all targets, or the first problem."""
-    subjects, problems = find_all(*asked, **more)
-    for problem in problems:
-        raise problem
-    return subjects
 
 
 @pytest.fixture
