@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,13 +26,22 @@ from saemill.evaluate.cli import main
 from saemill.evaluate.context import loaded_sae, write_and_read_results
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
-from saemill.evaluate.context.write_and_read_results import Row, result_path, sae_config
+from saemill.evaluate.context.write_and_read_results import (
+    Result,
+    Row,
+    frame,
+    result_path,
+    sae_config,
+    standing_result,
+    write_result,
+)
 from saemill.evaluate.errors import CacheIdMismatch, Incomparable, ModelMissing, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import ce_and_kl
+from saemill.evaluate.output.figures.records import read_documents
 from saemill.evaluate.run import command, saes_to_evaluate
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.run_evals import settings_of
@@ -97,6 +107,19 @@ def test_all_saes_of_a_run(run_1, sae_eval):
     found = results(run_1)
     assert set(found) == {"small_eval_results.json", "large_eval_results.json"}
     assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
+
+
+def test_details_are_in_the_file_a_line_each_and_nowhere_else(builder, tmp_path):
+    """Core's have a line for each latent: 33 MB of 65,536, and of every SAE of a fleet."""
+    subject = replace(builder.subject(builder.make_sae()), home=tmp_path)
+    details = [{"index": n, "density": math.nan if n else 0.25, "of": {"x": [n]}} for n in range(3)]
+    result = Result(subject, {}, {"a": {"eval_result_details": []}}, details=details)
+    document, path = write_result(result, "core", {}), result_path(subject, "core")
+    assert document == standing_result(subject, "core") == read_documents(tmp_path / "evals", print, {})["sae"]["core"]
+    whole, text = json.loads(path.read_text()), path.read_text()
+    assert list(whole) == list(frame(result, "core", {}))
+    assert whole.pop("eval_result_details") == [one | {"density": -1} if one["index"] else one for one in details]
+    assert whole == document and '\n    {"index": 1, "density": -1, "of": {"x": [1]}},\n' in text
 
 
 def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, sae_eval):
