@@ -78,7 +78,8 @@ class LoadedSae:
 
     @cached_property
     def sae(self) -> SparseAutoencoder:
-        return self.read()
+        with torch.inference_mode(False):  # wherever it is used first, gradients may flow through it later
+            return self.read()
 
     @property
     def d_in(self) -> int:

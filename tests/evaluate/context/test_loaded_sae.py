@@ -174,6 +174,15 @@ def test_the_one_layer_of_an_sae_that_has_several(builder):
     assert builder.subject(builder.make_sae(), "one").layer == builder.LAYER
 
 
+def test_gradients_flow_through_weights_that_are_first_used_where_none_do(builder):
+    subject = builder.subject(builder.make_sae())
+    with torch.inference_mode():
+        assert not subject.sae.W_dec.is_inference()
+    acts = torch.ones(1, subject.width, requires_grad=True)
+    subject.sae.decode(acts).sum().backward()
+    assert acts.grad is not None
+
+
 def test_what_encodes_moves_with_its_sae(builder):
     """What is kept of the weights where they were would hold that memory."""
     subject = builder.subject(builder.make_sae())
