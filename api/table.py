@@ -24,7 +24,7 @@ class Table:
         self._text = text.getvalue().rstrip()  # now: rows hold the weights of their SAEs
         good = [row for row in results if row.document is not None]
         self.results = [row.document for row in good]
-        """Everything that was measured, as it is on disk."""
+        """Everything that was measured, as it is on disk, but for `eval_result_details`."""
         lines = measured_on(good, shown_names(row.subject for row in results))
         self._measured_on = [line for line in lines if not line.startswith(REACH)]  # no cell shows it
         self._attempts = document_of(results, [])["results"]

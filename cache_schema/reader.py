@@ -50,15 +50,16 @@ GONE = (
 REMOTE_READERS = 16  # an object store answers slowly but many at once
 
 
-def shard_memory(manifest: Manifest, request: Request) -> dict[str, np.ndarray]:
-    """Reusable memory for each array that a request names, by path, large enough for any span of a shard."""
+def shard_memory(manifest: Manifest, request: Request, windows: int | None = None) -> dict[str, np.ndarray]:
+    """Reusable memory for each array that a request names, by path, large enough for any span of a shard, or for one
+    of so many windows."""
     validate_request(manifest, request)
     paths = [path for path, wanted in zip(BEGINNING, (request.tokens, request.documents), strict=True) if wanted]
     paths += [site.path for site in request.sites]
     if manifest.stored_as:
         paths += [scales_path(site) for site in request.sites]
     paths += [attention_path(layer, part) for layer in request.attention_layers for part in ATTENTION_PARTS]
-    layouts, windows = arrays_of(manifest), manifest.shard_windows
+    layouts, windows = arrays_of(manifest), windows or manifest.shard_windows
     shapes = {path: (1 if is_line(path) else windows, *layouts[path].shape[1:]) for path in paths}
     return {path: np.empty(shape, layouts[path].dtype) for path, shape in shapes.items()}
 
@@ -118,7 +119,8 @@ class Store:
         """The arrays of many spans. Each is valid until the next is asked for: its memory is reused."""
         spans = deque(self.spans(request) if order is None else order)
         room = min(in_flight, len(spans)) + 1
-        free: list[Mapping[str, np.ndarray]] = [shard_memory(self.manifest, request) for _ in range(room)]
+        windows = max((span.windows for span in spans), default=0)
+        free: list[Mapping[str, np.ndarray]] = [shard_memory(self.manifest, request, windows) for _ in range(room)]
         running: deque[_Reading] = deque()
         try:
             while spans or running:

@@ -1,4 +1,4 @@
-"""One SAE under evaluation, loaded, and how it reads a batch of windows.
+"""One SAE under evaluation, and how it reads a batch of windows.
 
 W windows, T positions, B rows, D_in and D_out widths, F latents.
 """
@@ -6,7 +6,7 @@ W windows, T positions, B rows, D_in and D_out widths, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,16 +29,32 @@ from ..model.smaller_pieces import whole
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large an SAE is, as its files say before its weights are read."""
+
+    d_in: int
+    width: int
+    num_bytes: int  # of the weights in memory
+
+    @staticmethod
+    def of(sae: SparseAutoencoder) -> Sizes:
+        tables = (*sae.parameters(), *sae.buffers())
+        return Sizes(sae.d_in, sae.num_latents, sum(table.numel() * table.element_size() for table in tables))
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedSae:
-    """One SAE in raw units, float32, and where it belongs."""
+    """One SAE in raw units, float32, and where it belongs. Its weights are read when they are first used, so that only
+    those of the SAEs in work are in memory."""
 
     label: str
     folder: Path  # of the SAE
     home: Path  # of its results: the run's folder, or the SAE's own; for one from the Hub, under runs/hub
     run: str | None
     variant: str
-    sae: SparseAutoencoder
+    read: Callable[[], SparseAutoencoder]
+    sizes: Sizes
     config: Mapping[str, Any]  # cfg.json
     layers: tuple[int, ...]
     target_layers: tuple[int, ...]
@@ -60,13 +76,18 @@ class LoadedSae:
         hook = self.metadata.get("hook", RESID)
         return hook, self.metadata.get("target_hook", hook)
 
+    @cached_property
+    def sae(self) -> SparseAutoencoder:
+        with torch.inference_mode(False):  # wherever it is used first, gradients may flow through it later
+            return self.read()
+
     @property
     def d_in(self) -> int:
-        return self.sae.d_in
+        return self.sizes.d_in
 
     @property
     def width(self) -> int:
-        return self.sae.num_latents
+        return self.sizes.width
 
     @cached_property
     def encoder(self) -> Affine:
@@ -107,13 +128,14 @@ class LoadedSae:
 
     def to(self, device: torch.device) -> None:
         """Move the SAE; `encoder`, which would keep the old memory in use, is made again there."""
-        vars(self).pop("encoder", None)
-        self.sae.to(device)
+        if self.sae.b_dec.device != device:
+            vars(self).pop("encoder", None)
+            self.sae.to(device)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the weights in memory."""
-        return sum(table.numel() * table.element_size() for table in (*self.sae.parameters(), *self.sae.buffers()))
+    def release(self) -> None:
+        """Free the weights' memory; they are read again if they are used again."""
+        for name in ("encoder", "sae"):
+            vars(self).pop(name, None)
 
     @property
     def together(self) -> int:

@@ -34,6 +34,8 @@ UNKNOWN = "Unknown"
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
+DETAILS = "eval_result_details"
+NO_DETAILS = f'\n  "{DETAILS}": []'
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
@@ -69,12 +71,19 @@ def result_path(subject: LoadedSae, eval_id: str) -> Path:
 
 
 def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a result, all or nothing, and return the document. `settings` are what decides it besides the SAE."""
+    """Write a result, all or nothing, and return the document as `read_result` reads it. `settings` are what decides it
+    besides the SAE."""
     path = result_path(result.subject, eval_id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(frame(result, eval_id, settings), indent=2, allow_nan=False)
+    whole = frame(result, eval_id, settings)
+    text = json.dumps(whole | {DETAILS: []}, indent=2, allow_nan=False)
+    document = json.loads(text)
+    each = ",\n    ".join(json.dumps(one, allow_nan=False) for one in whole[DETAILS])
+    if each:  # a line for each: with indents inside they would take json much longer, and more of the disk
+        before, after = text.split(NO_DETAILS)  # the only one: what lies deeper has a larger indent
+        text = f'{before}\n  "{DETAILS}": [\n    {each}\n  ]{after}'
     replace_file(path, text.encode() + b"\n")
-    return json.loads(text)  # exactly as it will be read later
+    return _without_details(document)
 
 
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": without_nan(result.metrics, UNMEASURED),
-        "eval_result_details": without_nan(result.details, UNMEASURED),
+        DETAILS: without_nan(result.details, UNMEASURED),
         "sae_bench_commit_hash": UNKNOWN,
         "sae_lens_id": subject.label,
         "sae_lens_release_id": subject.run or subject.folder.name,
@@ -126,7 +135,8 @@ def sae_config(subject: LoadedSae) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A document as it was written."""
+    """A document as it was written, but for its details: core's are one object for each latent, and nothing reads
+    them."""
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -135,7 +145,11 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ResultInvalid(f"{path} is not a results file: remove it and evaluate again")
     if found.get("saemill", {}).get("format", FORMAT) != FORMAT:
         raise ResultFromLater(f"{path} was written by a later saemill: update, or remove it and evaluate again")
-    return found
+    return _without_details(found)
+
+
+def _without_details(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != DETAILS}
 
 
 def _has_settings(document: Mapping[str, Any]) -> bool:
@@ -211,8 +225,6 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
     document = read_result(path) if path.is_file() else None
     if document is None or not still_stands(document, path, subject.folder):
         return None
-    if ours_in(document).get("sha256") not in (None, subject.sha256):  # file times do not show an earlier revision
-        return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 
@@ -273,14 +285,23 @@ def _places_in(config: Any) -> list[Any]:
 
 def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
     """Whether another SAE has replaced the one measured. Its files are read only if one was written, moved or copied
-    since; for results without a digest, such as SAEBench's own, only file times are compared."""
-    files = [file.stat() for file in files_of(folder)]
+    since, or if they are not next to the result, as of the Hub, where no time shows an earlier revision; for results
+    without a digest, such as SAEBench's own, only file times are compared."""
+    files = files_of(folder)
     measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
     if told is None:
-        return any(file.st_mtime > measured for file in files)
-    times = [time for file in files for time in (file.st_mtime, file.st_ctime)]
-    times += [folder.stat().st_ctime] if files else []  # the only sign that a folder was moved
-    return any(time > measured for time in times) and source_of(folder).sha256 != told
+        return any(file.stat().st_mtime > measured for file in files)
+    if not files:
+        return False
+    made = document.get("datetime_epoch_millis")
+    measured = min(measured, (made + 1) / 1000 if isinstance(made, (int, float)) else measured)  # of a copy, the former
+    found = [file.stat() for file in files]
+    times = [time for file in found for time in (file.st_mtime, file.st_ctime)]
+    places = (folder, *files)  # a folder's time is the only sign that it was moved, a link's that it leads elsewhere
+    times += [folder.stat().st_ctime, *(place.lstat().st_ctime for place in places)]
+    home = path.parents[2].resolve()
+    is_elsewhere = folder.resolve() not in (home, (home / path.name.removesuffix(RESULTS)).resolve())
+    return (is_elsewhere or any(time > measured for time in times)) and source_of(folder).sha256 != told
 
 
 def without_nan(value: Any, instead: Any) -> Any:
@@ -306,7 +327,7 @@ class Row:
     status: Status
     reason: str = ""
     document: Mapping[str, Any] | None = None
-    """The whole result, new or kept; None for `not run` and `failed`."""
+    """The result without its details, new or kept; None for `not run` and `failed`."""
 
     @property
     def path(self) -> Path:

@@ -16,17 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Store
+from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Span, Store
 from ...cache_schema.sites import RESID, Site
 from ...harvest.sparsify_attention import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
 from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
 from ...train.data.device_copies import send
+from ...train.data.shuffle_order import chunk_windows
 from ..errors import SettingInvalid
 from .prefix_suffix import LanguageModel
 
 HOST = torch.device("cpu")
+PART_CHUNKS = 2  # of each layer, read as one part
+PARTS_IN_FLIGHT = 4  # so that readers have work with a single layer, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,7 @@ def store_batches(
         windows=(min(first, stop), stop),
     )
     pieces: list[Windows] = []
-    for part in store.stream(request):
+    for part in _parts(store, request):
         taken = 0
         while taken < part.span.windows:
             size = min(batch_windows - sum(map(len, pieces)), part.span.windows - taken)
@@ -123,6 +126,30 @@ def store_batches(
                 pieces = []
     if pieces:
         yield joined(pieces)
+
+
+def _parts(store: Store, request: Request) -> Iterator[ShardArrays]:
+    """A few chunks of activations at a time, so that memory does not grow with shards. Of all else a shard has one
+    chunk, which is read once."""
+    shards = store.stream(replace(request, layers=()))
+    if not request.layers:
+        yield from shards
+        return
+    size = PART_CHUNKS * chunk_windows(store.manifest)
+    order = [
+        Span(span.shard, start, min((start // size + 1) * size, span.stop))
+        for span in store.spans(request)
+        for start in (span.start, *range((span.start // size + 1) * size, span.stop, size))
+    ]
+    shard = None
+    for part in store.stream(Request(layers=request.layers), order, PARTS_IN_FLIGHT):
+        if shard is None or shard.span.shard != part.span.shard:
+            shard = next(shards)
+        assert shard.tokens is not None and shard.documents is not None
+        start, stop = part.span.start - shard.span.start, part.span.stop - shard.span.start
+        attention = {layer: csr.slice(start, stop) for layer, csr in shard.attention.items()}
+        tokens, documents = shard.tokens[start:stop], shard.documents[start:stop]
+        yield replace(part, tokens=tokens, documents=documents, attention=attention)
 
 
 def count_windows(store: Store, split: str) -> int:

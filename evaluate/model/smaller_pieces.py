@@ -8,11 +8,13 @@ from typing import TypeVar
 import torch
 
 from ...cache_schema.numbers_in_words import first_line
+from ...train.run.fits_in_memory import free_bytes
 from ..errors import MemoryTooSmall
 
 T = TypeVar("T")
 NO_ROOM = "Free some memory, or evaluate narrower SAEs or on another --device"
-WEIGHTS_SHARE = 4  # one part in so many of a device's free memory is for SAEs: a model and batches need the rest
+WEIGHTS_SHARE = 4  # one part in so many of a GPU's free memory is for SAEs: a model and batches need the rest
+HOST_SHARE = 2  # of the host's
 
 
 class PieceSize:
@@ -55,19 +57,19 @@ def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Ite
         start = stop
 
 
-def room_for_weights(device: torch.device) -> int | None:
-    """Bytes that SAEs may take at once on a device; None if they are in its memory already."""
+def room_for_weights(device: torch.device) -> int:
+    """Bytes that SAEs may take at once on a device."""
     if device.type != "cuda":
-        return None
+        return free_bytes(device) // HOST_SHARE
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0] // WEIGHTS_SHARE
+    return free_bytes(device) // WEIGHTS_SHARE
 
 
-def within(room: int | None, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+def within(room: int, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
     """The items in order, group by group: as many at once as have room, and at least one."""
     group: list[T] = []
     for item in items:
-        if group and room is not None and sum(map(size_of, group)) + size_of(item) > room:
+        if group and sum(map(size_of, group)) + size_of(item) > room:
             yield group
             group = []
         group.append(item)

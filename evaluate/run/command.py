@@ -31,14 +31,14 @@ from .. import evals
 from ..context.context import Context
 from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.write_and_read_results import Row
-from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
+from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
 from ..evals.browser.browser_folder import LATENT_BYTES
 from ..evals.browser.browser_folder import NAME as BROWSER
-from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, within
+from ..model.smaller_pieces import room_for_weights, within
 from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
 from .offer_training import offer_training
-from .run_evals import Keep, run_evals
+from .run_evals import Keep, kept_rows, run_evals
 from .saes_to_evaluate import Problem, find_all
 
 FAILED, NOT_RUN = 1, 3
@@ -192,9 +192,9 @@ def errors_told(complain: Complain) -> Iterator[None]:
 class Session:
     """What was requested on the command line.
 
-    SAEs of one store share a context, so that the store is opened and the model loaded once for them, and are on the
-    device together as far as its memory allows. A store that is missing, or is not the right one, fails only its own
-    SAEs.
+    SAEs of one store share a context, so that the store is opened and the model loaded once for them. Those that have
+    something to measure are in memory together as far as there is room. A store that is missing, or is not the right
+    one, fails only its own SAEs.
     """
 
     configs: Mapping[str, Any]
@@ -204,11 +204,12 @@ class Session:
     keep: Keep
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """Every evaluation of every SAE."""
+        """Every evaluation of every SAE, evaluation by evaluation."""
         groups: dict[str | None, list[LoadedSae]] = {}
         for subject in subjects:
             groups.setdefault(self.cache or subject.cache_url, []).append(subject)
-        return [row for url, group in groups.items() for row in self._run_group(url, group)]
+        rows = [row for url, group in groups.items() for row in self._run_group(url, group)]
+        return sorted(rows, key=lambda row: list(self.configs).index(row.eval_id))
 
     def _run_group(self, url: str | None, subjects: Sequence[LoadedSae]) -> list[Row]:
         try:
@@ -224,7 +225,7 @@ class Session:
         context, rows = self.context(None), list[Row]()
         if self.cache is None:
             on_store = {name: config for name, config in self.configs.items() if name not in others}
-            rows += run_evals(context, subjects, on_store, self.keep, only_kept=True)
+            rows += kept_rows(context, subjects, on_store, self.keep)
         stands = {(row.subject, row.eval_id) for row in rows}
         refused = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
         rows += [row for row in refused if (row.subject, row.eval_id) not in stands]
@@ -245,33 +246,20 @@ class Session:
                 rows += self._refused(subject, error)
             else:
                 fitting.append(subject)
-        groups = list(within(room_for_weights(context.device), fitting, lambda subject: subject.num_bytes))
+        rows += (kept := kept_rows(context, fitting, self.configs, self.keep))
+        stands = {(row.subject, row.eval_id) for row in kept}
+        owed = [subject for subject in fitting if any((subject, name) not in stands for name in self.configs)]
+        groups = list(within(room_for_weights(context.device), owed, lambda subject: subject.sizes.num_bytes))
         if len(groups) > 1 and BROWSER in self.configs:
             apart = "; ".join(", ".join(subject.name for subject in group) for group in groups)
             context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are sought only within {apart}")
         for group in groups:
-            rows += self._run_on_device(context, group)
+            try:
+                rows += run_evals(context, group, self.configs, kept)
+            finally:
+                for subject in group:
+                    subject.release()
         return rows
-
-    def _run_on_device(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """Evaluate SAEs that fit on the device together, and move them off it afterwards. One that does not fit does
-        not affect the others."""
-        rows: list[Row] = []
-        try:
-            for subject in subjects:
-                try:
-                    subject.to(context.device)
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    subject.to(torch.device("cpu"))
-                    rows += self._refused(subject, MemoryTooSmall(f"it does not fit on {context.device}. {NO_ROOM}"))
-            refused = {row.subject for row in rows}
-            there = [subject for subject in subjects if subject not in refused]
-            return rows + (run_evals(context, there, self.configs, self.keep) if there else [])
-        finally:
-            for subject in subjects:
-                subject.to(torch.device("cpu"))
 
     def _refused(self, subject: LoadedSae, error: Exception) -> list[Row]:
         return [Row(subject, eval_id, "failed", str(error)) for eval_id in self.configs]

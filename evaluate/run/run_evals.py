@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from ..context.write_and_read_results import (
     standing_result,
     write_result,
 )
-from ..errors import EvalError, NotRun, ResultFromLater, ResultInvalid
+from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultInvalid
 from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
@@ -56,22 +56,24 @@ Keep = Literal["none", "same", "any"]
 later saemill wrote is never overwritten."""
 
 
-def run_evals(
-    context: Context,
-    subjects: Sequence[LoadedSae],
-    configs: Mapping[str, Any],
-    keep: Keep = "none",
-    only_kept: bool = False,
-) -> list[Row]:
-    """Run every evaluation on every SAE; configs are by the evaluations' ids. With `only_kept`, existing results are
-    returned and nothing is measured."""
+def kept_rows(context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], keep: Keep) -> list[Row]:
+    """The existing results that are kept, and those that cannot be replaced. No weights are read for them."""
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(context, eval_id, config)
-        kept = {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
-        rows += kept.values()
-        pending = [subject for subject in subjects if subject not in kept]
-        if pending and not only_kept:
+        rows += [row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))]
+    return rows
+
+
+def run_evals(
+    context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], kept: Collection[Row] = ()
+) -> list[Row]:
+    """Run every evaluation on every SAE that has no kept row of it; configs are by the evaluations' ids."""
+    rows, known = list[Row](), {(row.subject, row.eval_id) for row in kept}
+    for eval_id, config in configs.items():
+        pending = [subject for subject in subjects if (subject, eval_id) not in known]
+        if pending:
+            settings = settings_of(context, eval_id, config)
             if context.from_tokens and not settings["from_tokens"]:
                 context.say(f"{eval_id}: --from-tokens has no effect here, and its results say so")
             if context.massive_norms != "store's" and not evals.load(eval_id).needs.store:
@@ -167,8 +169,23 @@ class _Attempts:
         is_for_all = not self._evaluation.needs.residuals
         apart = [subject for subject in subjects if not (is_for_all or set(subject.hooks) == {RESID})]
         rows = [self._not_run(subject, _why_apart(subject)) for subject in apart]
-        subjects = [subject for subject in subjects if subject not in apart]
+        rows += [row for subject in subjects if subject not in apart and (row := self._load(subject))]
+        refused = {row.subject for row in rows}
+        subjects = [subject for subject in subjects if subject not in refused]
         return rows + (self._run(subjects) if subjects else [])
+
+    def _load(self, subject: LoadedSae) -> Row | None:
+        """Have the weights on the device; the row of an SAE that cannot be read, or does not fit there."""
+        device = self._context.device
+        try:
+            subject.to(device)
+            subject.sha256  # noqa: B018  of what was read, even if the files change before a result is written
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must not lose their results
+            subject.release()
+            if is_out_of_memory(error):
+                error = MemoryTooSmall(f"it does not fit on {device}. {NO_ROOM}")
+            return self._failed(subject, error)
+        return None
 
     def _run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
         rows, crash = self._attempt(subjects)
@@ -187,8 +204,6 @@ class _Attempts:
         try:
             self._evaluation.require(self._config)
             self._evaluation.needs.require(self._context)
-            for subject in subjects:
-                subject.sha256  # noqa: B018  of what was loaded, even if the files change before a result is written
             for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
         except NotRun as reason:

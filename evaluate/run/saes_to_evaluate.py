@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +21,12 @@ from ...train.config.recipe_registry import runs_of, studies
 from ...train.disk.atomic_files import read_json
 from ...train.disk.hook_metadata import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
-from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
+from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, metadata_of, read_config, read_shapes
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
 from ...train.run.find_and_load_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.run_folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
-from ..context.loaded_sae import LoadedSae
+from ...train.sae.model import SparseAutoencoder
+from ..context.loaded_sae import LoadedSae, Sizes
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 
 STORES = ("./store", "./demo/store")
@@ -34,6 +36,14 @@ FIRST = ("--variant", "topk")  # what to train if there is no run yet
 Problem = EvalError | TrainError
 
 
+def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
+    """All SAEs of all targets, each once; raises the error of the first that cannot be found."""
+    subjects, problems = find_all(targets, runs, layer)
+    if problems:
+        raise problems[0]
+    return subjects
+
+
 def find_all(
     targets: Iterable[str],
     runs: Path,
@@ -41,7 +51,7 @@ def find_all(
     cache: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[LoadedSae], list[Problem]]:
-    """All SAEs of all targets that can be loaded, and the problems of the others.
+    """All SAEs of all targets that can be found, and the problems of the others.
 
     `layer` is for SAEs that do not say theirs; `cache` is the store that a missing run would be trained on. SAEs of a
     run that have no weights are reported by `say`.
@@ -94,10 +104,22 @@ def absent_from(run: RunFolder, folders: Iterable[Path]) -> Iterator[str]:
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
-    """Load the SAE of a folder. A separate `home` for its results also gives it its name."""
-    sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
+    """The SAE of a folder. A separate `home` for its results also gives it its name."""
+
+    def read() -> SparseAutoencoder:
+        sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
+        if sizes and (sae.d_in, sae.num_latents) != (sizes.d_in, sizes.width):
+            raise SaeInvalid(
+                f"{folder}: expected {sizes.d_in} inputs and {sizes.width} latents, as its files told, found "
+                f"{sae.d_in} and {sae.num_latents}: it has changed since it was found, so evaluate it again"
+            )
+        return sae
+
     config = _config_of(folder)
-    metadata = {**sae.metadata, **config.get("metadata", {})}
+    sizes, metadata = _sizes_told(folder, config), metadata_of(config)
+    if sizes is None:  # a folder of another tool, whose settings may be anywhere
+        sae = read()
+        sizes, metadata = Sizes.of(sae), {**sae.metadata, **metadata}
     told = _told_of(metadata, folder, layer)
     if (told.hook, told.target_hook) != (RESID, RESID):
         metadata |= {"hook": told.hook, "target_hook": told.target_hook}
@@ -108,7 +130,8 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         home=home or (run.path if run else folder),
         run=run.name if run else None,
         variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
-        sae=sae,
+        read=read,
+        sizes=sizes,
         config={**config, "metadata": metadata},
         layers=told.layers,
         target_layers=told.target_layers,
@@ -121,6 +144,18 @@ def _config_of(folder: Path) -> dict[str, Any]:
     """cfg.json, if there is one; that of an older SAELens in today's keys."""
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     return as_said_since_6(config, folder) if config and (folder / WEIGHTS).is_file() else config
+
+
+def _sizes_told(folder: Path, config: Mapping[str, Any]) -> Sizes | None:
+    """The sizes that a folder in SAELens' layout tells; a signed SAE is evaluated with each latent twice."""
+    if not config or not (folder / WEIGHTS).is_file():
+        return None
+    shapes = read_shapes(folder / WEIGHTS)
+    d_in, width = shapes.get("W_enc", (config.get("d_in"), config.get("d_sae")))
+    if not (isinstance(d_in, int) and isinstance(width, int)):
+        return None
+    is_signed = "abstopk" in (config.get("gate"), config.get("architecture"))
+    return Sizes(d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed))
 
 
 def _run_of(target: str, runs: Path) -> RunFolder | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,19 +23,29 @@ from saemill.cache_schema.cli import main as store_main
 from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
+from saemill.evaluate.context import loaded_sae, write_and_read_results
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
-from saemill.evaluate.context.write_and_read_results import Row, result_path, sae_config
+from saemill.evaluate.context.write_and_read_results import (
+    Result,
+    Row,
+    frame,
+    result_path,
+    sae_config,
+    standing_result,
+    write_result,
+)
 from saemill.evaluate.errors import CacheIdMismatch, Incomparable, ModelMissing, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import ce_and_kl
-from saemill.evaluate.run import command
+from saemill.evaluate.output.figures.records import read_documents
+from saemill.evaluate.run import command, saes_to_evaluate
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.run_evals import settings_of
-from saemill.evaluate.run.saes_to_evaluate import find_all, find_places, make_subject
+from saemill.evaluate.run.saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_and_load_sae import find_sae
@@ -42,14 +53,6 @@ from saemill.train.run.run_folder import RunFolder
 from saemill.train.variants import clt
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
-
-
-def find_subjects(*asked, **more):
-    """All SAEs of all targets, or the first problem."""
-    subjects, problems = find_all(*asked, **more)
-    for problem in problems:
-        raise problem
-    return subjects
 
 
 @pytest.fixture
@@ -104,6 +107,19 @@ def test_all_saes_of_a_run(run_1, sae_eval):
     found = results(run_1)
     assert set(found) == {"small_eval_results.json", "large_eval_results.json"}
     assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
+
+
+def test_details_are_in_the_file_a_line_each_and_nowhere_else(builder, tmp_path):
+    """Core's have a line for each latent: 33 MB of 65,536, and of every SAE of a fleet."""
+    subject = replace(builder.subject(builder.make_sae()), home=tmp_path)
+    details = [{"index": n, "density": math.nan if n else 0.25, "of": {"x": [n]}} for n in range(3)]
+    result = Result(subject, {}, {"a": {"eval_result_details": []}}, details=details)
+    document, path = write_result(result, "core", {}), result_path(subject, "core")
+    assert document == standing_result(subject, "core") == read_documents(tmp_path / "evals", print, {})["sae"]["core"]
+    whole, text = json.loads(path.read_text()), path.read_text()
+    assert list(whole) == list(frame(result, "core", {}))
+    assert whole.pop("eval_result_details") == [one | {"density": -1} if one["index"] else one for one in details]
+    assert whole == document and '\n    {"index": 1, "density": -1, "of": {"x": [1]}},\n' in text
 
 
 def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, sae_eval):
@@ -508,6 +524,49 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
             assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
     said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", options=[])
     assert "browser: no room for all SAEs at once: counterparts are sought only within run_1/large; run_1/small" in said
+
+
+def test_weights_are_read_for_what_is_measured_and_released_with_their_group(run_1, sae_eval, monkeypatch):
+    """And files are hashed for that, or where their times show that they are others than were measured."""
+    read, hashed, held, saes = [], [], [], set()
+    read_folder, source_of, run_evals = saes_to_evaluate.read_folder, loaded_sae.source_of, command.run_evals
+
+    def measured(context, subjects, *settings):
+        saes.update(subjects)
+        rows = run_evals(context, subjects, *settings)
+        held.append([subject.label for subject in saes if "sae" in vars(subject)])
+        return rows
+
+    monkeypatch.setattr(saes_to_evaluate, "read_folder", lambda folder: read.append(folder.name) or read_folder(folder))
+    for module in (loaded_sae, write_and_read_results):
+        monkeypatch.setattr(module, "source_of", lambda folder: hashed.append(folder.name) or source_of(folder))
+    monkeypatch.setattr(command, "run_evals", measured)
+    monkeypatch.setattr(command, "room_for_weights", lambda device: 5000)
+    words = ("run_1", "--evals", "core,decoder_cosine")
+    sae_eval(*words)
+    assert read == hashed == ["large", "small"] and held == [["large"], ["small"]]
+    for more in ("--compare", "--resume"):
+        assert "run_1/small" in sae_eval(*words, more)
+    assert read == hashed == ["large", "small"]
+    (run_1 / "small" / "cfg.json").touch()  # the weights are the same
+    sae_eval(*words, "--resume")
+    assert read == ["large", "small"] and set(hashed[2:]) == {"small"}
+    shutil.rmtree(run_1 / "evals" / "core")
+    sae_eval("run_1/small", "--resume")
+    assert read[2:] == ["small"]
+
+
+def test_weights_that_cannot_be_read_cost_the_others_nothing(run_1, sae_eval):
+    """Whether their file is not whole, which is seen at once, or what is in it does not fit together."""
+    weights = run_1 / "small" / "sae_weights.safetensors"
+    whole = load_file(weights)
+    save_file({**whole, "b_enc": whole["b_enc"][:-1].clone()}, weights)
+    said = sae_eval("run_1", code=1)
+    assert "failed: core of run_1/small: " in said and "expected one value per latent or output in b_enc" in said
+    assert set(results(run_1)) == {"large_eval_results.json"}
+    weights.write_bytes(weights.read_bytes()[:-9])
+    said = sae_eval("run_1", code=1)
+    assert f"error: {weights}: damaged" in said and "run_1/large" in said
 
 
 def test_an_sae_that_has_no_room_costs_the_others_nothing(run_1, sae_eval, monkeypatch):

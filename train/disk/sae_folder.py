@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from .atomic_files import read_json, replace_written
 from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
+T = TypeVar("T")
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")  # of this package and of other tools
 NORM_BOUNDS = "norm_bounds"  # in the metadata: the norm above which rows of each place were not trained on
@@ -112,7 +113,7 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     if config.get("rescale_acts_by_decoder_norm", False):
         plain = _fold_norms(plain)
     sae = sae_from_plain(plain)
-    sae.metadata = {**config["metadata"]}
+    sae.metadata = metadata_of(config)
     kwargs = sae.metadata.get("model_from_pretrained_kwargs")
     if isinstance(kwargs, dict) and kwargs.get("center_writing_weights"):
         warnings.warn(
@@ -120,9 +121,14 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
             "residuals are the model's own: its numbers are for activations other than it was trained on",
             stacklevel=2,
         )
-    if str(named) in TRANSCODERS and not (sae.metadata.get("layers") and sae.metadata.get("target_layers")):
-        sae.metadata["transcodes"] = True
     return sae
+
+
+def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a configuration, which say so of a transcoder that names no layers."""
+    metadata, is_transcoder = config.get("metadata", {}), str(config.get("architecture")) in TRANSCODERS
+    is_told = metadata.get("layers") and metadata.get("target_layers")
+    return {**metadata, "transcodes": True} if is_transcoder and not is_told else dict(metadata)
 
 
 def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -260,16 +266,30 @@ def _config_of(
 
 def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Read all tensors of a file in an SAE's folder, which must include these names."""
-    if not path.is_file():
-        raise SaeInvalid(f"{path.parent}: expected {path.name}, found none: copy or export the SAE again")
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise SaeInvalid(f"{path}: damaged ({error}); copy, download or export the SAE again") from None
+    found = _opened(path, lambda: load_file(path))
     missing = [name for name in names if name not in found]
     if missing:
         raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, found none of {', '.join(missing)}")
     return found
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a file in an SAE's folder, which is not read further than its table of contents."""
+
+    def shapes() -> dict[str, tuple[int, ...]]:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    return _opened(path, shapes)
+
+
+def _opened(path: Path, read: Callable[[], T]) -> T:
+    if not path.is_file():
+        raise SaeInvalid(f"{path.parent}: expected {path.name}, found none: copy or export the SAE again")
+    try:
+        return read()
+    except SafetensorError as error:
+        raise SaeInvalid(f"{path}: damaged ({error}); copy, download or export the SAE again") from None
 
 
 def _fold_norms(plain: PlainSae) -> PlainSae:

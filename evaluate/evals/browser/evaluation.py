@@ -41,7 +41,7 @@ from .config import Config
 from .exports import Exported, bytes_of, exports_in, keep_exports, require_known, tell_exports, write_exports
 from .firing_counts import lower_edges
 from .for_report import contexts, pattern
-from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
+from .latents import COMPARED, FILE_LATENTS, LIST_BYTES, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
 
@@ -80,20 +80,22 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
             examples = sum(len(one.kept[0].latent) for one in shown)
             require_space(home, bytes_of(config.exports, examples, context.manifest.context))
-            near, promotes = {}, {}
+            exported = {}
             for one in shown:
-                near[one] = neighbours(one, shown, config)
-                promotes[one] = promoted(one, head, config.promoted, words, context.say)
-                write_latents(folder, one, near[one], promotes[one], tokens, context.watch)
+                near = neighbours(one, shown, config)
+                promotes = promoted(one, head, config.promoted, words, context.say)
+                write_latents(folder, one, near, promotes, tokens, context.watch)
+                if config.exports:  # all else is released: it grows with the fleet
+                    exported[one] = promotes, near["by_direction"]
             kept = keep_others(context, home, folder, about, subjects, words)
             told = words.texts()
             folder.write("words", told)
             texts = dict(zip(told["ids"].tolist(), told["texts"], strict=True)) if config.exports else {}
-            for one in shown if config.exports else ():
-                of = (about["model"], about["corpus"], about["run"])
-                exported = Exported(one, tokens, texts, promotes[one], near[one]["by_direction"], *of)
-                write_exports(folder.path, config.exports, exported)
-            own = [summary_of(one) | {"sha256": one.subject.sha256} for one in shown]
+            of = (about["model"], about["corpus"], about["run"])
+            for one, (promotes, near) in exported.items():
+                write_exports(folder.path, config.exports, Exported(one, tokens, texts, promotes, near, *of))
+            also = {"not_compared": max(0, len(shown) - 1 - COMPARED)}
+            own = [summary_of(one) | {"sha256": one.subject.sha256} | also for one in shown]
             folder.write("run", about | {"saes": [*own, *kept]})
             write_numbers(folder.path, records)
             write_page(folder.path, about["build"])
@@ -156,7 +158,9 @@ def share_out(context: Context, config: Config) -> dict[str, int]:
 def size_of(context: Context, subjects: Sequence[LoadedSae], windows: int) -> int:
     """Bytes on disk, about, without exports."""
     token = 8 + 4 * 3 * len(context.manifest.attention.layers)
-    return windows * context.manifest.context * token + sum(subject.width for subject in subjects) * LATENT_BYTES
+    lists = 2 * min(len(subjects) - 1, COMPARED)  # by direction and by firing
+    latent = LATENT_BYTES + lists * LIST_BYTES
+    return windows * context.manifest.context * token + sum(subject.width for subject in subjects) * latent
 
 
 def find_head(context: Context) -> tuple[Head | None, str | None]:

@@ -69,8 +69,9 @@ class Seen:
         """Add the codes of the batch's kept tokens, of which only ordinary ones count."""
         by_token = joined_rows(codes)
         if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
-            self._together.append(emptied(by_token, ordinary))  # one row for each token, as in other SAEs' tables
-            self._together_entries += self._together[-1].nnz
+            fires = emptied(by_token, ordinary)  # one row for each token, as in other SAEs' tables
+            self._together.append(where_it_fires(fires.indices, fires.indptr, self.width))
+            self._together_entries += fires.nnz
         if not ordinary.all():
             by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
             self.massive += int((~ordinary).sum())
@@ -127,10 +128,8 @@ class Seen:
             setattr(self, name, state[name])
         self.tokens, self.massive = state["tokens"].tolist()
         self._beginning = state["beginning"], state["beginning_positions"]
-        latents, starts = state["together"], state["together_starts"]
-        ones, shape = np.ones(len(latents), np.float32), (len(starts) - 1, self.width)
-        self._together = [scipy.sparse.csr_matrix((ones, latents, starts), shape)]
-        self._together_entries = len(latents)
+        self._together = [where_it_fires(state["together"], state["together_starts"], self.width)]
+        self._together_entries = len(state["together"])
         self.keeper.restore(state)
 
     @property
@@ -144,9 +143,14 @@ class Seen:
         """1 where a latent fires: [sampled tokens, F]."""
         if not self._together:
             return scipy.sparse.csr_matrix((0, self.width), dtype=np.float32)
-        found = scipy.sparse.vstack(self._together, format="csr")
-        found.data = np.ones_like(found.data)
-        return found
+        if len(self._together) > 1:  # joined once: an SAE is compared with many
+            self._together = [scipy.sparse.vstack(self._together, format="csr")]
+        return self._together[0]
+
+
+def where_it_fires(latents: np.ndarray, starts: np.ndarray, width: int) -> Table:
+    """1 for each entry of a table by token."""
+    return scipy.sparse.csr_matrix((np.ones(len(latents), np.float32), latents, starts), (len(starts) - 1, width))
 
 
 def joined_rows(codes: Sequence[Codes]) -> Table:

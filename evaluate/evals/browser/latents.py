@@ -5,10 +5,12 @@ F latents, K neighbours or tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ DENSE = 0.1  # fires on more than this share of tokens
 STEPS = 65_535  # in which activations are written, from zero to the latent's highest
 MARKS = {"tier": TIERS, "range": RANGES, "group": GROUPS}
 COUNTERPARTS = 3
+COMPARED = 8  # other SAEs, at most, in which an SAE's counterparts are sought
+LIST_BYTES = 40  # on disk, about: a latent's counterparts in one of them, by one measure
 PARTS = 5
 HEAD_ROWS = 256
 DENSITY_EDGES = np.arange(-6, 0.01, 0.25)  # log10 of the share of tokens
@@ -192,15 +196,28 @@ def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[
         kept.result()
     found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
     others: list[tuple[LoadedSae, str, Near]] = []
-    for other in everyone:
-        if other is shown:
-            continue
+    for other in most_alike(shown, everyone):
         if other.subject.target_layers == shown.subject.target_layers:
             near = by_direction(rows, other.rows, COUNTERPARTS, is_same=False)
             others.append((other.subject, "direction", near))
         near = by_firing(together, other.seen.together, COUNTERPARTS, is_same=False)
         others.append((other.subject, "firing", near))
     return found | {"others": others} | hierarchy(shown)
+
+
+def most_alike(shown: Shown, everyone: Sequence[Shown]) -> list[Shown]:
+    """The other SAEs that an SAE is compared with, those most alike in layer, variant and width, in the fleet's order:
+    64 SAEs have 4,032 pairs, each of which takes a second or more."""
+    subject = shown.subject
+
+    def unlike(other: Shown) -> tuple[float, ...]:
+        of = other.subject
+        layers = abs(fmean(of.target_layers) - fmean(subject.target_layers))
+        is_other = of.target_layers != subject.target_layers, of.variant != subject.variant
+        return is_other[0], layers, is_other[1], abs(math.log(of.width / subject.width))
+
+    chosen = sorted((other for other in everyone if other is not shown), key=unlike)[:COMPARED]
+    return [other for other in everyone if other in chosen]
 
 
 def hierarchy(shown: Shown) -> dict[str, Near]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,7 +159,9 @@ def _records_of(
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
     members, outcomes = config.get("saes", {}), result.get("saes", {})
-    log = read_log(run.metrics)
+    logs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for line in read_log(run.metrics):
+        logs[str(line.get("sae"))].append(line)
     documents = read_documents(run.path / "evals", say, known, only_known)
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
@@ -170,7 +172,7 @@ def _records_of(
             variant=member.get("variant", ""),
             settings=member.get("config", {}),
             asked=config,
-            log=[line for line in log if line.get("sae") == label],
+            log=logs.get(label, ()),
             outcome=outcomes.get(label, {}),
             steps=result.get("steps"),
             documents=documents.get(label, {}),

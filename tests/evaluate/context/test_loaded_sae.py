@@ -43,7 +43,7 @@ def batch(world, open_context, builder):
 @pytest.fixture
 def positional(builder):
     plain = builder.subject(builder.make_sae())
-    return replace(plain, sae=Positional(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu()))
+    return replace(plain, read=lambda: Positional(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu()))
 
 
 def test_side_inputs_reach_the_sae_and_special_tokens_get_nothing(positional, batch):
@@ -95,7 +95,7 @@ def test_no_row_reads_one_that_is_massive(builder, batch, name, bound):
     resid[place] *= 100
     metadata = {name: {str(builder.LAYER): bound} if bound else {}}
     sae = ReadOfOthers(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu())
-    subject = replace(builder.subject(builder.make_sae()), sae=sae, config={"metadata": metadata})
+    subject = replace(builder.subject(builder.make_sae()), read=lambda: sae, config={"metadata": metadata})
     read = subject.encode(replace(batch, resid={builder.LAYER: resid}))[..., 0].bool()
     expected = batch.keep.clone()
     expected[place] = bound is None
@@ -123,6 +123,13 @@ def test_results_of_an_earlier_sae_do_not_stand(builder, tmp_path, home):
     time.sleep(0.05)  # longer than two times of files need to differ
     builder.save(subject.folder, builder.make_sae(seed=9))
     os.utime(weights, (now - 60, now - 60))
+    assert not stands()
+    time.sleep(0.05)
+    path.write_bytes(path.read_bytes())  # as one that is copied back is later than all files
+    assert not stands()
+    elsewhere = tmp_path / "elsewhere"
+    subject.folder.rename(elsewhere)
+    subject.folder.symlink_to(elsewhere)
     assert not stands()
 
 
@@ -167,10 +174,21 @@ def test_the_one_layer_of_an_sae_that_has_several(builder):
     assert builder.subject(builder.make_sae(), "one").layer == builder.LAYER
 
 
+def test_gradients_flow_through_weights_that_are_first_used_where_none_do(builder):
+    subject = builder.subject(builder.make_sae())
+    with torch.inference_mode():
+        assert not subject.sae.W_dec.is_inference()
+    acts = torch.ones(1, subject.width, requires_grad=True)
+    subject.sae.decode(acts).sum().backward()
+    assert acts.grad is not None
+
+
 def test_what_encodes_moves_with_its_sae(builder):
     """What is kept of the weights where they were would hold that memory."""
     subject = builder.subject(builder.make_sae())
     before = subject.encoder
     assert subject.encoder is before
-    subject.to(torch.device("cpu"))
+    subject.to(torch.device("cpu"))  # where it is already
+    assert subject.encoder is before
+    subject.to(torch.device("meta"))
     assert subject.encoder is not before

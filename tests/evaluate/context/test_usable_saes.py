@@ -48,7 +48,7 @@ def subject(builder):
     torch.nn.init.normal_(sae.U, generator=torch.Generator().manual_seed(5))
     plain = builder.subject(builder.make_sae())
     settings = {"metadata": {"training_architecture_details": asdict(config)}}
-    return replace(plain, sae=sae, variant="attention", config=settings)
+    return replace(plain, read=lambda: sae, variant="attention", config=settings)
 
 
 @pytest.fixture

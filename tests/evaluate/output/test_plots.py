@@ -11,7 +11,8 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from saemill.evaluate.output import plots
-from saemill.evaluate.output.figures.records import Record, read_records
+from saemill.evaluate.output.figures import records
+from saemill.evaluate.output.figures.records import Record, read_log, read_records
 from saemill.evaluate.output.figures.style import COLOURS, look, new_figure, shades, shown
 from saemill.evaluate.output.plots import all_plots, make_plots, pareto
 from saemill.train.disk.atomic_files import write_json
@@ -181,6 +182,21 @@ def test_panels_are_those_that_the_sae_has_data_for(make_run):
     assert {"Tier 1 activity", "Tier 3 activity", "Composition loss"} <= {axis.get_title() for axis in tiered.axes}
     assert {"Temporal consistency loss", "Activation variance"} <= {axis.get_title() for axis in temporal.axes}
     assert "Tier 1 activity" not in {axis.get_title() for axis in temporal.axes}
+
+
+def test_a_log_is_gone_through_once_however_many_saes_it_is_of(make_run, monkeypatch):
+    """A fleet of 64 has 640,000 lines, and a page of a run that trains is made again and again."""
+    run, looked = make_run(), []
+
+    class Line(dict):
+        def get(self, name, *otherwise):
+            looked.append(name)
+            return super().get(name, *otherwise)
+
+    monkeypatch.setattr(records, "read_log", lambda path: [Line(one) for one in read_log(path)])
+    found = {record.label: record.log for record in read_records([run], print)}
+    assert len(looked) == sum(map(len, found.values())) == STEPS * len(found)
+    assert found == {label: [line(label, step) for step in range(STEPS)] for label in found}
 
 
 def test_several_runs_share_a_figure_and_names_say_which(make_run):

@@ -582,7 +582,9 @@ function related(sae, data, found) {
   const labels = [...new Set(data.others.map((one) => one.label))];
   if (labels.length) {
     const others = h("div", { class: "three" });
-    box.append(h("h2", { class: "again" }, "In the other SAEs"), others);
+    box.append(h("h2", { class: "again" }, "In the other SAEs"));
+    if (sae.not_compared) box.append(h("p", { class: "small quiet" }, `Those most like this SAE in layer, variant and width; ${whole(sae.not_compared)} more were not compared with it.`));
+    box.append(others);
     for (const label of labels) {
       const target = run.saes.find((one) => one.label === label), place = h("div", {}, h("h3", {}, brief(label, 30)));
       others.append(place);

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import (
@@ -38,7 +40,7 @@ from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked, w
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.for_report import pattern
-from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
+from saemill.evaluate.evals.browser.latents import RANDOM, STEPS, Shown, most_alike
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.read_and_encode import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
@@ -362,6 +364,58 @@ def test_saes_are_held_against_each_other_token_by_token():
     near = by_firing(*tables, 1, is_same=False)
     assert near.latents[:, 0].tolist() == list(range(12))
     assert near.scores[:, 0] == pytest.approx(1)
+
+
+def test_the_table_that_an_sae_is_compared_by_is_joined_once():
+    dense, rows = np.eye(4, dtype=np.float32), np.ones(4, bool)
+    seen = seen_of(dense, rows)
+    place = Batch(1, np.ones(4, np.int32), np.arange(4).astype(np.uint16), is_sampled=True)
+    seen.take([Codes(torch.from_numpy(2 * dense), None, 4, 4)], place, rows)
+    assert seen.together is seen.together
+    assert seen.together.toarray().tolist() == [*np.eye(4).tolist(), *np.eye(4).tolist()]
+
+
+def test_an_sae_is_compared_with_those_most_like_it():
+    """First by layer, then by variant, then by width."""
+
+    def of(layers, variant, width):
+        subject = SimpleNamespace(target_layers=layers, variant=variant, width=width)
+        return Shown("", cast(LoadedSae, subject), cast(Seen, None))
+
+    one = of((5,), "topk", 64)
+    nearest = [of((5,), "topk", 128), of((5,), "topk", 16), of((5,), "gated", 64), of((6,), "topk", 64)]
+    nearest += [of((4,), "topk", 256), of((4,), "gated", 64), of((4, 7), "gated", 64), of((5, 8), "topk", 64)]
+    everyone = [of((9,), "topk", 64), *reversed(nearest), one, of((1,), "topk", 64)]
+    assert most_alike(one, everyone) == everyone[1:9]  # in the fleet's order
+    assert most_alike(one, [one, *everyone[5:9]]) == everyone[5:9]
+
+
+def test_a_large_fleet_is_compared_in_part_and_its_lists_are_not_kept(world, builder, open_context, monkeypatch):
+    """What all have of all grows with the square of the fleet; the disk needs room for as many lists as there are."""
+    saes = {name: builder.make_sae(seed=n, width=16 if name == "c" else 24) for n, name in enumerate("abc")}
+    home, found, needed = builder.run(world, "run_1", saes), [], []
+    compare, require = evaluation.neighbours, browser_folder.require_space
+
+    def noted(*asked):
+        assert not any(list_() for list_ in found[:-2])  # the one before may be held until it is replaced
+        near = compare(*asked)
+        found.extend(weakref.ref(near[name]) for name in ("by_direction", "by_firing"))
+        return near
+
+    def with_room(place, least):
+        needed.append(least)
+        require(place, least)
+
+    monkeypatch.setattr(evaluation, "neighbours", noted)
+    monkeypatch.setattr(browser_folder, "require_space", with_room)
+    for limit, left_out, others in ((8, 0, ["b", "c"]), (1, 1, ["b"])):
+        for module in (latents, evaluation):
+            monkeypatch.setattr(module, "COMPARED", limit)
+        make(open_context(world), subjects_of(home))
+        assert [sae["not_compared"] for sae in data_of(home, "run")["saes"]] == [left_out] * 3
+        listed = data_of(home, "sae_a/latents/0")["others"]
+        assert list(dict.fromkeys(one["label"] for one in listed)) == others
+    assert needed[0] - needed[1] == 2 * latents.LIST_BYTES * (24 + 24 + 16)
 
 
 def test_what_is_left_out_fires_beside_nothing():

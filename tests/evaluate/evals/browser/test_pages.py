@@ -372,6 +372,10 @@ def test_what_another_sae_or_the_model_would_say_is_shown_where_it_is_the_very_o
     page = open_page(site.home, "#/sae/first/3")
     page.wait_for_selector("#detail[data-latent='3']")
     assert "In the other SAEs" in page.locator("#related").text_content()
+    assert "were not compared" not in page.locator("#related").text_content()
+    page.evaluate("run.saes[0].not_compared = 55; showSae('first', 3, null)")
+    said = "Those most like this SAE in layer, variant and width; 55 more were not compared with it."
+    assert said in page.locator("#related").text_content()
     page.evaluate("run.saes[1] = { ...run.saes[1], sha256: 'of others' }")
     page.evaluate("showSae('first', 3, null)")
     assert "In the other SAEs" not in page.locator("#related").text_content()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.evaluate.context.loaded_sae import LoadedSae
+from saemill.evaluate.context.loaded_sae import LoadedSae, Sizes
 from saemill.evaluate.evals.probing.draw_classes import Task
 from saemill.evaluate.evals.probing.pooling import Pool, make_pool, read_piece
 from saemill.evaluate.model.batches import Windows
@@ -73,7 +73,7 @@ def make_task(name: str, parts: dict[str, dict[str, np.ndarray]]) -> Made:
 
 def make_subject(sae: SparseAutoencoder, label: str = "sae") -> LoadedSae:
     here = Path()
-    return LoadedSae(label, here, here, None, "standard", sae, {}, (LAYER,), (LAYER,))
+    return LoadedSae(label, here, here, None, "standard", lambda: sae, Sizes.of(sae), {}, (LAYER,), (LAYER,))
 
 
 @dataclass(frozen=True)
