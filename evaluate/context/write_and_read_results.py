@@ -71,6 +71,7 @@ def result_path(subject: LoadedSae, eval_id: str) -> Path:
 def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write a result, all or nothing, and return the document. `settings` are what decides it besides the SAE."""
     path = result_path(result.subject, eval_id)
+    result.subject.make_home()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(frame(result, eval_id, settings), indent=2, allow_nan=False)
     replace_file(path, text.encode() + b"\n")
