@@ -625,6 +625,14 @@ def test_finding_an_sae(tmp_path):
     (tmp_path / "run_2/config.json").write_text('{"cache": {}, "saes": {}}')
     with pytest.raises(RunMissing, match="holds no trained SAE yet: resume its run with: sae-train --resume"):
         load_sae("run_2", tmp_path)
+    WRITERS["sae_lens"](tmp_path / "run_2/topk", make_plain("topk"), {})
+    (tmp_path / "run_2/topk/cfg.json").unlink()  # it comes last
+    for name in ("run_2", "run_2/topk"):
+        with pytest.raises(RunMissing, match="topk was cut off .* resume its run with: sae-train --resume .*run_2$"):
+            load_sae(name, tmp_path)
+    (tmp_path / "run_2/result.json").write_text("{}")  # there is nothing to resume
+    with pytest.raises(SaeInvalid, match=r"found no cfg\.json"):
+        load_sae("run_2/topk", tmp_path)
     for name in ("run_9", "run_9/"):
         with pytest.raises(RunMissing, match=r"no such folder; runs in .*: run_2. .* give owner/name"):
             load_sae(name, tmp_path)
