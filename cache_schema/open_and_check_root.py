@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ class Root:
 
     manifest: Manifest
     arrays: dict[str, ArrayLayout | None]
+    raw: bytes = field(repr=False)
+
+    @property
+    def cuts(self) -> dict[str, tuple[tuple[int, ...], str] | None]:
+        """Chunks and codec of every array."""
+        return {path: layout and (layout.chunks, layout.codec) for path, layout in self.arrays.items()}
 
     @property
     def cut_anew(self) -> list[str]:
         """Arrays that another tool or version has given other chunks or codecs."""
         ours = arrays_of(self.manifest)
-        return [
-            path
-            for path, layout in self.arrays.items()
-            if layout is None or (layout.chunks, layout.codec) != (ours[path].chunks, ours[path].codec)
-        ]
+        return [path for path, cut in self.cuts.items() if cut != (ours[path].chunks, ours[path].codec)]
 
 
 def require_writable(url: str, root: Root) -> None:
@@ -63,7 +65,26 @@ def read_root(files: Files) -> Root:
     _require_identity(manifest, where)
     nodes = _nodes(document)
     arrays = {path: _layout(files, nodes, expected) for path, expected in arrays_of(manifest).items()}
-    return Root(manifest, arrays)
+    return Root(manifest, arrays, raw)
+
+
+def require_same(files: Files, opened: Root) -> None:
+    """Refuse another store in the place of the one that was opened: chunks are found by their names alone, which are
+    the same in every store. No writer changes a root, and a repair describes the same store with it."""
+    raw = read_if_there(files, ROOT)
+    if raw == opened.raw:
+        return
+    again = "Put the first one back, or give the path where it is now, and run the command again"
+    if raw is None:
+        raise StoreMissing(f"the store at {files.url} was removed or moved while it was read. {again}")
+    found = read_root(files)
+    if (found.manifest, found.cuts) != (opened.manifest, opened.cuts):
+        was, now = opened.manifest.cache_id, found.manifest.cache_id
+        other = now if now != was else "the same activations in other shards, chunks or codecs"
+        raise StoreMismatch(
+            f"the store at {files.url} was replaced while it was read: expected cache id {was}, as when it was opened, "
+            f"found {other}. {again}"
+        )
 
 
 def _instead_of(url: str) -> str:

@@ -35,7 +35,7 @@ from .layout import (
 )
 from .manifest import Manifest
 from .moments import Moments, from_line, merge
-from .open_and_check_root import read_root
+from .open_and_check_root import read_root, require_same
 from .read_chunks import plan_reads, read_chunk, read_part_of_row, read_with_zarr
 from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
@@ -69,7 +69,7 @@ class Store:
 
     def __init__(self, place: Files | str | os.PathLike[str], *, via_zarr: bool = False) -> None:
         self.files = files = open_files(place) if isinstance(place, (str, os.PathLike)) else place
-        root = read_root(files)
+        self._root = root = read_root(files)
         self.manifest = root.manifest
         self.committed = find_committed(files, self.manifest)
         self._layouts = dict.fromkeys(root.arrays) if via_zarr else root.arrays
@@ -127,11 +127,18 @@ class Store:
                 while spans and free:
                     running.append(self._begin(request, spans.popleft(), free.pop()))
                 reading = running.popleft()
-                yield reading.finish()
+                found = reading.finish()
+                self.require_same()
+                yield found
                 free.append(reading.memory)
         finally:
             for reading in running:
                 reading.cancel()
+
+    def require_same(self) -> None:
+        """Refuse a store that another has replaced since it was opened. `stream` asks after each span and every read
+        that fails; whoever calls `read` asks when it has read enough to be worth a request."""
+        require_same(self.files, self._root)
 
     def beginning(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and documents of a shard, committed or not: they were written before the first shard."""
@@ -255,6 +262,7 @@ class Store:
             raise self._damage(shard, path, error) from None
 
     def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
+        self.require_same()
         url = shlex.quote(self.url)
         mend = GONE if path in BEGINNING else f"`sae-store repair {url}` repairs it"
         return type(error)(f"shard {shard}, array {path}: {error}. `sae-store verify {url}` lists all damage. {mend}")

@@ -27,6 +27,10 @@ class RunUnfinished(EvalError, ValueError):
     """A run has not ended, or has saved no SAE."""
 
 
+class SaeGone(EvalError, FileNotFoundError):
+    """The folder of an SAE was removed or moved while it was evaluated."""
+
+
 class StoreGone(EvalError, FileNotFoundError):
     """The store that an SAE was trained on is no longer where it was."""
 

@@ -13,10 +13,12 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 
 from __future__ import annotations
 
+import fcntl
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -45,6 +47,7 @@ from .decision_rule import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
 from .tables import rows_of, write_tables
 
+LOCK = ".lock"  # in the study's folder
 AS_OFTEN = ("--epochs", "1000")
 """As many epochs as the requested tokens take."""
 DIVERGED = (
@@ -207,7 +210,34 @@ def unused(
 
 def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
     """Carry out one study; what is done already is kept."""
-    keep_course(course)
+    with _alone(course.out) as is_alone:
+        keep_course(course, is_alone)
+        return _carry_out(recipes, course, console)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[bool]:
+    """Let one process at a time carry out a study in this folder: the runs of two would go into one table. Yields
+    whether the disk has locks to ensure it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("ab")
+    except OSError as error:
+        raise click.ClickException(f"{out} cannot be made ({error.strerror}): choose another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
+        except BlockingIOError:
+            raise click.ClickException(
+                f"another sae-study is at work in {out}: wait until it ends, stop it, or choose another --out"
+            ) from None
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
     for recipe in recipes:
         train(training_words(recipe, course, course.options, course.baselines), console)
     folders = {recipe.name: RunFolder(course.out / recipe.name) for recipe in recipes}
@@ -276,26 +306,24 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
             console.print(f"plots: {', '.join(str(path) for path in written)}", markup=False, soft_wrap=True)
 
 
-def keep_course(course: Course) -> None:
-    """Runs of one table share their settings and their store: a call with others than an earlier one is refused."""
+def keep_course(course: Course, is_alone: bool = True) -> None:
+    """Runs of one table share their settings and their store: a call with others than an earlier one is refused, once
+    that has begun a run; where another may be at work and about to begin one, whatever it has begun."""
     wanted = {"options": list(course.options), "seeds": course.seeds, "baselines": course.baselines}
     path = course.out / "course.json"
     begun = sorted(course.out.glob("*/config.json"))
     if begun:
         require_one_store(course, begun)
-    if begun and path.is_file():
-        found = read_json(path)
-        if found != wanted:
-            raise click.ClickException(
-                f"{course.out} was begun with {_typed(found)}, found {_typed(wanted)}: "
-                "give the same options, or choose another --out"
-            )
+    if is_alone and not (begun and path.is_file()):
+        write_json(path, wanted)
         return
-    try:
-        course.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"{course.out} cannot be made ({error.strerror}): choose another --out") from None
-    write_json(path, wanted)
+    with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        json.dump(wanted, file)
+    if (found := read_json(path)) != wanted:
+        raise click.ClickException(
+            f"{course.out} was begun with {_typed(found)}, found {_typed(wanted)}: "
+            "give the same options, or choose another --out"
+        )
 
 
 def _typed(course: Mapping[str, Any]) -> str:

@@ -102,7 +102,8 @@ STUBS = {
     "scancel": 'echo "scancel $*" >> log; kill -USR1 "$(cat step)"; kill -USR1 "$(cat torchrun_pid)"; exit 1',
     "torchrun": """\
 echo "${@#--rdzv-*}" | sed 's/.*sae-train/train/' >> log
-[ "${FINISHED:-}" ] && exit 0
+[ "${FAILS:-}" ] && exit 1
+[ "${FINISHED:-}" ] && mkdir -p "$RUNS/$NAME" && touch "$RUNS/$NAME/config.json" && exit 0
 trap 'echo saved >> log; exit 143' TERM
 echo $$ > torchrun_pid.tmp && mv torchrun_pid.tmp torchrun_pid
 while :; do sleep 0.05; done""",
@@ -158,8 +159,6 @@ def test_a_run_that_is_there_takes_no_other_settings(stubs, tmp_path):
     stubs["FINISHED"] = "1"
     words = ["--variant", "topk", "--set", "optim.lr=1e-3"]
     assert begin_recipe("train.sbatch", stubs, tmp_path, *words, "--spread").wait() == 0
-    (tmp_path / "runs/wide").mkdir(parents=True)
-    (tmp_path / "runs/wide/config.json").touch()
     assert begin_recipe("train.sbatch", stubs, tmp_path, *words, "--device", "cuda").wait() == 0
     assert begin_recipe("train.sbatch", stubs, tmp_path).wait() == 0
     assert begin_recipe("train.sbatch", stubs, tmp_path, "--variant", "jumprelu").wait() == 1
@@ -168,6 +167,24 @@ def test_a_run_that_is_there_takes_no_other_settings(stubs, tmp_path):
     resumed = "train --out runs --resume wide"
     begun = "train --out runs --cache store --name wide --variant topk --set optim.lr=1e-3 --spread"
     assert log_of(tmp_path) == [begun, f"{resumed} --device cuda", resumed]
+
+
+def test_a_run_that_another_job_is_beginning_keeps_that_jobs_settings(stubs, tmp_path):
+    """Or the job that began it, requeued, is refused for its own settings. Those of a job that failed bind nobody."""
+    assert begin_recipe("train.sbatch", stubs | {"FAILS": "1"}, tmp_path, "--variant", "topc").wait() == 1
+    job = begin_recipe("train.sbatch", stubs, tmp_path, "--variant", "topk")
+    while not (tmp_path / "torchrun_pid").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, "--variant", "jumprelu").wait() == 1
+    job.send_signal(signal.SIGTERM)
+    assert job.wait() == 0
+    assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, "--variant", "topk").wait() == 0
+    assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, "--variant", "topk").wait() == 0
+    begun = "train --out runs --cache store --name wide --variant"
+    stopped = ["scancel --signal=USR1 7", "saved", "scontrol requeue 7"]
+    told = [f"{begun} topc", f"{begun} topk", *stopped, f"{begun} topk", "train --out runs --resume wide"]
+    assert log_of(tmp_path) == told
 
 
 def test_tasks_of_any_array_are_workers_from_one_on_and_evaluations_keep_what_is_done(stubs, tmp_path):

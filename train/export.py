@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.disk_and_cloud_files import sync
 from . import cli_support
 from .cli_support import tell_errors
+from .disk.atomic_files import beside_of
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.hook_metadata import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
@@ -118,9 +121,9 @@ def export(folder: Path, kind: str, target: Path) -> float:
     plain = plain if kind == "sae_lens" else unsigned(plain)
     # SAELens' format has decoder rows of length one; the codes absorb their lengths.
     coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
-    with _whole_or_gone(target):
-        WRITERS[kind](target, plain, metadata)
-        codes, x_hats = _outputs(plain, read(target)[0], coded)
+    with _whole_or_gone(target) as beside:
+        WRITERS[kind](beside, plain, metadata)
+        codes, x_hats = _outputs(plain, read(beside)[0], coded)
         _require_alike(*x_hats, may_flip=plain.architecture != "standard")
         return max(_largest(*codes), _largest(*x_hats))
 
@@ -132,9 +135,9 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
     saes = [read_folder(folder) for folder in folders]
     for sae in saes:
         require_places(sae.metadata)
-    with _whole_or_gone(target):
-        circuit_tracer.write(target, saes)
-        x_hats = _outputs_of_set(saes, target)
+    with _whole_or_gone(target) as beside:
+        circuit_tracer.write(beside, saes)
+        x_hats = _outputs_of_set(saes, beside)
         _require_alike(*x_hats, may_flip=True)
         return _largest(*x_hats)
 
@@ -175,19 +178,25 @@ def _require_alike(x_hat: Tensor, found: Tensor, may_flip: bool) -> None:
 
 
 def _require_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunTaken(f"{target} already exists and is not an empty folder: choose another --out")
+    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
+        raise RunTaken(f"{target} exists and is not an empty folder other than the current one: choose another --out")
 
 
 @contextmanager
-def _whole_or_gone(target: Path) -> Iterator[None]:
-    """Delete a partly written folder, whatever stops the writing; report a full disk in one line."""
+def _whole_or_gone(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target to write into, which takes the target's name once it is whole, unless another
+    export has filled that meanwhile. Whatever stops the writing, it alone is deleted; a full disk is one line."""
+    place = Path(os.path.realpath(target))  # a link stays a link
+    beside = beside_of(place)
     try:
-        yield
+        yield beside
+        os.rename(beside, place)
+        sync(place.parent)
     except BaseException as error:
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         if not isinstance(error, (OSError, SafetensorError)):
             raise
+        _require_free(target)
         raise RunNotWritten(f"{target} could not be written ({error}): make room, or choose another --out") from error
 
 

@@ -22,7 +22,7 @@ from ...train.run.init_from_trained_sae import source_of
 from ...train.sae.kernels.bfloat16_then_float32 import Affine
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
-from ..errors import NotApplicable
+from ..errors import NotApplicable, SaeGone
 from ..model.batches import Windows
 from ..model.smaller_pieces import whole
 
@@ -65,6 +65,14 @@ class LoadedSae:
     def name(self) -> str:
         """`run/label`, or the label alone."""
         return f"{self.run}/{self.label}" if self.run else self.label
+
+    def make_home(self) -> None:
+        """Make the folder of its results, which an SAE of the Hub may lack; a run that was removed while it was
+        evaluated stays gone, or its name would be taken by what is no run."""
+        own = self.folder.resolve()
+        if self.home.resolve() in (own, own.parent) and not own.is_dir():
+            raise SaeGone(f"{self.folder} was removed or moved meanwhile: nothing is written for it")
+        self.home.mkdir(parents=True, exist_ok=True)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ LONGEST_NAME = 255  # bytes, of a file system
 
 def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
     """Plots and the page of every run; if runs are compared, of those with a new result, and of all together."""
+    rows = [row for row in rows if row.subject.home.is_dir()]  # one that was removed meanwhile is not made again
     known = {row.path.absolute(): row.document for row in rows if row.document is not None}
     new = [row for row in rows if row.document is not None and not (compares and row.status == "kept")]
     for home in dict.fromkeys(row.subject.home for row in new):

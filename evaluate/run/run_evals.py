@@ -43,7 +43,7 @@ from ..context.write_and_read_results import (
     standing_result,
     write_result,
 )
-from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultInvalid
+from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultInvalid, SaeGone
 from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
@@ -234,6 +234,8 @@ class _Attempts:
                 aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
                 shutil.copyfile(place, aside)
             document = write_result(item, self._eval_id, self._settings)
+        except SaeGone as error:
+            return self._failed(item.subject, error)
         except OSError as error:  # a disk error is no reason to measure anything again
             if aside is not None:
                 with suppress(OSError):
@@ -283,8 +285,11 @@ class _Attempts:
             return Row(subject, self._eval_id, "failed", self._no_room(error))
         path, said = crash_path(subject, self._eval_id), f"{type(error).__name__}: {error}"
         try:
+            subject.make_home()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except SaeGone as gone:
+            return Row(subject, self._eval_id, "failed", str(gone))
         except OSError as obstacle:  # a full or read-only disk, which may be the very error
             return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be saved: {obstacle})")
         return Row(subject, self._eval_id, "failed", f"{said} (traceback in {path})")

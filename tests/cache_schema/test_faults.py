@@ -22,6 +22,7 @@ from click.testing import CliRunner
 
 from saemill.cache_schema import (
     ChunkMissing,
+    CorpusSpec,
     CsrInvalid,
     FormatTooNew,
     ManifestInvalid,
@@ -48,6 +49,7 @@ from saemill.cache_schema.cli import main
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path, record_key
 from saemill.cache_schema.manifest import FORMAT
+from saemill.cache_schema.requests_and_spans import spans_of
 from saemill.cache_schema.shard_claims import open_claims
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
@@ -336,6 +338,52 @@ def test_another_cache_id_than_expected_is_refused(finished):
     folder, _ = finished
     with pytest.raises(StoreMismatch, match="expected the store with cache id 123"):
         Store.open(folder, expect_cache_id="123")
+
+
+REPLACEMENTS = {  # each has files of the same names
+    "text": {"corpus": CorpusSpec("others")},
+    "dtype": {"dtype": "float32"},
+    "shards": {"shard_windows": 8},
+}
+
+
+@pytest.mark.parametrize("how", REPLACEMENTS)
+def test_a_store_that_was_replaced_while_it_was_read_is_refused(synthetic, finished, tmp_path, how):
+    """As a link to the newest store is moved on to the next."""
+    folder, _ = finished
+    synthetic.write_store(tmp_path / "other", synthetic.make_manifest(**REPLACEMENTS[how]))
+    link = tmp_path / "newest"
+    link.symlink_to(folder)
+    with Store.open(link) as store:
+        parts = store.stream(EVERYTHING, in_flight=1)
+        next(parts)
+        (tmp_path / "next").symlink_to(tmp_path / "other")
+        os.replace(tmp_path / "next", link)
+        with pytest.raises(StoreMismatch, match=f"was replaced .* expected cache id {store.manifest.cache_id}"):
+            next(parts)
+
+
+def test_a_store_that_was_moved_while_it_was_read_is_called_neither_damaged_nor_unfinished(finished):
+    folder, manifest = finished
+    with Store.open(folder) as store:
+        folder.rename(folder.with_name("moved"))
+        with pytest.raises(StoreMissing, match="removed or moved while it was read"):
+            store.read(EVERYTHING, Span(0, *manifest.shard_range(0)))
+
+
+def test_what_writers_and_repairs_change_leaves_the_store_the_same(synthetic, finished):
+    folder, manifest = finished
+    with Store.open(folder) as store:
+        verify_and_repair.repair(str(folder), [HURT])
+        root = folder / "zarr.json"
+        document = json.loads(root.read_text())
+        del document["consolidated_metadata"]  # another tool's way to write the same
+        root.write_text(json.dumps(document))
+        kept = [span for span in spans_of(manifest, EVERYTHING) if span.shard != HURT]
+        assert len(list(store.stream(EVERYTHING, kept))) == len(kept)
+        with StoreWriter.open(folder) as writer:
+            synthetic.write_pending(writer, synthetic.make_corpus(manifest))
+        assert len(list(store.stream(EVERYTHING))) == manifest.shards
 
 
 def test_requests_list_all_that_is_not_there(finished):

@@ -899,6 +899,26 @@ def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, se
     assert len(results(run_1)) == 2
 
 
+@pytest.mark.parametrize("crashes", [False, True])
+def test_a_run_that_was_removed_while_it_was_evaluated_does_not_come_back(
+    world, builder, run_1, sae_eval, second_eval, crashes
+):
+    """And costs the other run no number, nor itself a second try; what core found of it before is drawn nowhere."""
+    run_2, evaluate = builder.run(world, "run_2", {"other": builder.make_sae()}), second_eval.evaluate
+
+    def remove(context, subjects, config):
+        shutil.rmtree(run_1, ignore_errors=True)
+        if crashes and any(subject.home == run_1 for subject in subjects):
+            raise KeyError("planted")
+        yield from evaluate(context, subjects, config)
+
+    second_eval.evaluate = remove
+    output = " ".join(sae_eval("run_1", "run_2", "--evals", "core,second", "--plots", code=1).split())
+    assert output.count("was removed or moved meanwhile") == 2 and not run_1.exists()
+    assert set(results(run_2, "second")) == {"other_eval_results.json"} and (run_2 / "report.html").is_file()
+    assert len(second_eval.asked) == 1
+
+
 @pytest.mark.parametrize("batch", [16, 1])
 def test_out_of_memory_is_told_with_the_setting_that_takes_less(batch, run_1, sae_eval, second_eval):
     """And no traceback: nothing is wrong with the evaluation."""

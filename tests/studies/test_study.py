@@ -568,6 +568,7 @@ def test_differences_are_of_what_is_not_trained_on(tmp_path):
 
 def test_a_table_is_of_one_course(tmp_path):
     other = Course("./store", tmp_path / "tiered", ("--tokens", "2M"), seeds=3)
+    other.out.mkdir()
     study.keep_course(other)  # nothing was begun by it: a refused call must not bind the next one
     course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
     study.keep_course(course)
@@ -577,6 +578,45 @@ def test_a_table_is_of_one_course(tmp_path):
         click.ClickException, match="begun with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: give"
     ):
         study.keep_course(other)
+
+
+def test_a_study_is_carried_out_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """And others in the same folder beside it, as `make studies` does."""
+    words = ["--only", "run_0", "--evals", "core", "--cache", "./store", "--out", str(tmp_path)]
+    trained, others = [], []
+
+    def train(typed, **_):
+        trained.append(typed[1])
+        if len(trained) == 1:
+            for called in (["tiered", "--tokens", "2M"], ["tiered"], ["attention"]):
+                others.append(CliRunner().invoke(study.main, [*called, *words]).output)
+        write_run(Path(typed[typed.index("--out") + 1]) / "run_0")
+
+    monkeypatch.setattr(study, "sae_train", SimpleNamespace(main=train))
+    monkeypatch.setattr(study, "sae_eval", SimpleNamespace(main=lambda *_, **__: None))
+    CliRunner().invoke(study.main, ["tiered", *words])
+    refused = f"Error: another sae-study is at work in {tmp_path / 'tiered'}"
+    assert [output.startswith(refused) for output in others] == [True, True, False]
+    assert trained == ["tiered/run_0", "attention/run_0"]
+    assert json.loads((tmp_path / "tiered/course.json").read_text())["options"] == []
+    assert (tmp_path / "tiered/table.md").is_file() and (tmp_path / "attention/table.md").is_file()
+    assert not CliRunner().invoke(study.main, ["tiered", *words]).output.startswith("Error")  # it has ended
+
+
+def test_on_a_disk_without_locks_the_first_options_hold(tmp_path, monkeypatch):
+    """Two calls that begin together both see that no run is begun."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(study.fcntl, "flock", refuse)
+    course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
+    with study._alone(course.out) as is_alone:
+        assert not is_alone
+        study.keep_course(course, is_alone)
+        study.keep_course(course, is_alone)
+        with pytest.raises(click.ClickException, match="begun with --tokens 1M --seeds 3, found --seeds 3: give"):
+            study.keep_course(replace(course, options=()), is_alone)
 
 
 def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):

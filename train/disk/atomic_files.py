@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def replace_written(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written next to its destination, flush it, and move it there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside_of(path)
     try:
         write(temporary)
         sync(temporary)
@@ -28,6 +29,11 @@ def replace_written(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def beside_of(path: Path) -> Path:
+    """A hidden name in the same folder that nobody else has: processes on a shared disk can have the same number."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

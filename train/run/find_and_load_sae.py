@@ -15,11 +15,11 @@ from ...cache_schema.strict_json import StrictError
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
-from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
+from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS, read_sae
 from ..errors import RunMissing, SaeInvalid, resume_command
 from ..kit import variant_registry
 from ..sae.model import SparseAutoencoder
-from .run_folder import is_run, places_of, run_names
+from .run_folder import RunFolder, is_run, places_of, run_names
 
 ANSWER_SECONDS = 5.0
 SHOWN = 20  # names of a repository's SAEs: Gemma Scope has hundreds
@@ -109,6 +109,9 @@ def no_sae(folder: Path) -> RunMissing:
 def _only_sae(folder: Path) -> Path:
     found = list_saes(folder)
     if len(found) == 1:
+        run = RunFolder(found[0].parent)
+        if not (found[0] / CONFIG).is_file() and is_run(run.path) and not run.is_finished:
+            raise RunMissing(f"{found[0]} was cut off in its saving: resume its run with: {resume_command(run.path)}")
         return found[0]
     if not found:
         raise no_sae(folder)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ def _alone(home: Path) -> Iterator[None]:
     """Let one process at a time build a run's browser: two would write into one folder and clear each other's files."""
     path = home / LOCK
     try:
-        home.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
     except OSError as error:
         raise BrowserUnwritten(f"{home / NAME} cannot be written: {error.strerror or error}") from error
@@ -92,12 +91,14 @@ def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
         _clear(folder, inputs)
         (folder.path / "data").mkdir(parents=True, exist_ok=True)
         yield folder
+        _require_there(home)
         if (home / NAME).exists():
             (home / NAME).rename(old)
         folder.path.rename(home / NAME)
     except (BrowserUnwritten, StoreError):
         raise
     except OSError as error:
+        _require_there(home)
         goes_on = ". What was read is kept: the same command continues from there" if _goes_on(made_in, inputs) else ""
         raise BrowserUnwritten(
             f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {say_size(least_bytes)}"
@@ -106,8 +107,18 @@ def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     finally:
         _put_back(home)
         shutil.rmtree(old, ignore_errors=True)
-        if not _goes_on(made_in):  # a refused build leaves what one of other inputs saved
+        is_gone = not (home / LOCK).exists()  # with its run
+        if is_gone or not _goes_on(made_in):  # a refused build leaves what one of other inputs saved
             shutil.rmtree(made_in, ignore_errors=True)
+        if is_gone:
+            with suppress(OSError):  # only if nothing else is there
+                home.rmdir()
+
+
+def _require_there(home: Path) -> None:
+    """Require that the run still is where it was when the build began: its lock goes with it."""
+    if not (home / LOCK).exists():
+        raise BrowserUnwritten(f"{home} was removed or moved meanwhile: no browser is made for it")
 
 
 def _goes_on(made_in: Path, inputs: str = "*") -> bool:

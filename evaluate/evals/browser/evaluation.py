@@ -30,7 +30,7 @@ from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.loaded_sae import attention_layers_of, layers_of
 from ...context.stored_windows import TextCount, require_some
-from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid
+from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SaeGone
 from ...model.batches import count_windows
 from ...model.unembedding_head import Head
 from ...output.figures.records import read_records
@@ -75,6 +75,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
         require_own_store_or_none(context, home, subjects)
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
         exported_before = exports_in(home / NAME)
+        subjects[0].make_home()
         with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
@@ -99,7 +100,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             folder.write("run", about | {"saes": [*own, *kept]})
             write_numbers(folder.path, records)
             write_page(folder.path, about["build"])
-    except (BrowserUnwritten, ResultInvalid, StoreError, TrainError) as error:  # of this run alone
+    except (BrowserUnwritten, ResultInvalid, SaeGone, StoreError, TrainError) as error:  # of this run alone
         yield from (Failure(subject, error) for subject in subjects)
         return
     for line in tell_exports(home / NAME, exported_before):

@@ -20,7 +20,7 @@ from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.hook_metadata import places_told
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
-from saemill.train.errors import RunMissing, SaeInvalid
+from saemill.train.errors import RunMissing, RunTaken, SaeInvalid
 from saemill.train.export import _largest, _outputs, _require_alike, export, main
 from saemill.train.run.find_and_load_sae import list_saes
 from saemill.train.sae.shapes.masks import HardMask
@@ -103,10 +103,42 @@ def test_an_export_that_is_stopped_leaves_nothing_and_a_full_disk_is_one_line(tm
     monkeypatch.setitem(WRITERS, "dictionary_learning", fill)
     words = [str(tmp_path / "a"), "--to", "dictionary_learning", "--out", str(tmp_path / "b")]
     result = CliRunner().invoke(main, words)
-    assert result.exit_code and not (tmp_path / "b").exists()
+    assert result.exit_code and [path.name for path in tmp_path.iterdir()] == ["a"]
     if error in FULL:
         assert len(result.output.splitlines()) == 1 and "No space left" in result.output
         assert "make room, or choose another --out" in result.output
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_of_two_exports_into_one_folder_one_is_refused_and_the_other_stays(tmp_path, monkeypatch, is_there):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3], "model_name": "m"})
+    words = [str(tmp_path / "a"), "--to", "sparsify", "--out", str(tmp_path / "b")]
+    write = WRITERS["sparsify"]
+
+    def write_meanwhile(folder, *args):
+        monkeypatch.setitem(WRITERS, "sparsify", write)
+        assert CliRunner().invoke(main, words).exit_code == 0
+        write(folder, *args)
+
+    if is_there:
+        (tmp_path / "b").mkdir()
+    monkeypatch.setitem(WRITERS, "sparsify", write_meanwhile)
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and "not an empty folder" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert largest_difference(make_plain("topk"), read(tmp_path / "b")[0]) < 1e-5
+
+
+def test_an_export_goes_where_a_link_leads_and_not_in_the_place_of_the_current_folder(tmp_path, monkeypatch):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3]})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(RunTaken, match="other than the current"):
+        export(tmp_path / "a", "sparsify", tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    export(tmp_path / "a", "sparsify", Path("link"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty/sae.safetensors").is_file()
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
@@ -593,6 +625,14 @@ def test_finding_an_sae(tmp_path):
     (tmp_path / "run_2/config.json").write_text('{"cache": {}, "saes": {}}')
     with pytest.raises(RunMissing, match="holds no trained SAE yet: resume its run with: sae-train --resume"):
         load_sae("run_2", tmp_path)
+    WRITERS["sae_lens"](tmp_path / "run_2/topk", make_plain("topk"), {})
+    (tmp_path / "run_2/topk/cfg.json").unlink()  # it comes last
+    for name in ("run_2", "run_2/topk"):
+        with pytest.raises(RunMissing, match="topk was cut off .* resume its run with: sae-train --resume .*run_2$"):
+            load_sae(name, tmp_path)
+    (tmp_path / "run_2/result.json").write_text("{}")  # there is nothing to resume
+    with pytest.raises(SaeInvalid, match=r"found no cfg\.json"):
+        load_sae("run_2/topk", tmp_path)
     for name in ("run_9", "run_9/"):
         with pytest.raises(RunMissing, match=r"no such folder; runs in .*: run_2. .* give owner/name"):
             load_sae(name, tmp_path)

@@ -197,6 +197,18 @@ def test_a_full_disk_keeps_no_part_of_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_processes_of_the_same_number_write_files_of_their_own(tmp_path):
+    """As on a disk that containers share: here two writes of one process, one within the other."""
+
+    def write(beside):
+        beside.write_bytes(b"first, and longer")
+        replace_written(tmp_path / "cfg.json", lambda other: other.write_bytes(b"second"))
+        assert (tmp_path / "cfg.json").read_bytes() == b"second"
+
+    replace_written(tmp_path / "cfg.json", write)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first, and longer"]
+
+
 def test_a_tally_is_the_formula_over_all_tokens():
     generator = torch.Generator().manual_seed(0)
     x, acts = torch.randn(90, 5, generator=generator) + 3, torch.rand(90, 7, generator=generator) - 0.5

@@ -163,6 +163,17 @@ def test_killed_on_the_way_it_goes_on_to_the_same_bytes(bench, tmp_path, monkeyp
         assert bench.goes_on_behind() == batches, moment
 
 
+@pytest.mark.parametrize("moment", ["read", "write_numbers"])
+def test_a_run_that_was_removed_meanwhile_gets_no_browser(bench, monkeypatch, moment):
+    """Although what is saved and written behind that makes folders."""
+    with monkeypatch.context() as patch:
+        go_on = getattr(evaluation, moment)
+        patch.setattr(evaluation, moment, lambda *args: shutil.rmtree(bench.run) or go_on(*args))
+        found = bench.build()
+    assert ["was removed or moved meanwhile" in str(one.error) for one in found] == [True, True]
+    assert not bench.run.exists()
+
+
 def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch):
     """And touches nothing of it; the lock goes with the process, and what a killed one left of it locks nobody out."""
     whole = bench.build(every=math.inf)
