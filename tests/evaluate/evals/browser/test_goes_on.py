@@ -21,7 +21,7 @@ from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
 from saemill.evaluate.evals.browser import browser_folder, evaluation, read_and_encode, top_firings
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_all
 from saemill.train.run.init_from_trained_sae import source_of
 
 CONFIG = Config(windows=30, batch_windows=5, top=2, sample=3, low=1, promoted=4, together_tokens=120)
@@ -64,7 +64,7 @@ class Bench:
         self._patch.setattr(read_and_encode, "EVERY", every)
         context = self._open(self._world, **settings)
         self._patch.setattr(context.watch, "say", self.said.append)
-        subjects = [one for one in find_subjects([str(home)], home.parent) if one.label in labels]
+        subjects = [one for one in find_all([str(home)], home.parent)[0] if one.label in labels]
         found = list(evaluation.evaluate(context, subjects, config))
         return [(one.metrics, one.unstructured) if hasattr(one, "metrics") else one for one in found]
 
