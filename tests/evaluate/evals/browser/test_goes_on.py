@@ -170,7 +170,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     told, write = [], evaluation.write_numbers
 
     def meanwhile(*args):  # the lock is the open file's: who opens it anew is another, in this process too
-        with pytest.raises(BrowserUnwritten) as refused, browser_folder.making(bench.run, 1, "other"):
+        with pytest.raises(BrowserUnwritten) as refused, browser_folder.making(bench.run, 1, "other", print):
             pytest.fail("made")
         told.append(str(refused.value))
         write(*args)
@@ -181,6 +181,17 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     assert told == [f"another process is building {bench.run / 'browser'}: wait until it ends, or stop it"]
     (bench.run / browser_folder.LOCK).touch()
     assert bench.build(every=math.inf) == whole and taken(bench.run) == files
+
+
+def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(browser_folder.fcntl, "flock", refuse)
+    said = []
+    with browser_folder.making(tmp_path, 1, "inputs", said.append):
+        pass
+    assert said == [f"{tmp_path}: no locks on this disk, so nothing keeps a second process from building this browser"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
