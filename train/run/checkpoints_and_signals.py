@@ -31,20 +31,23 @@ class Caught:
 
 @contextmanager
 def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
-    """On Ctrl-C or SIGTERM, finish the step first; the same signal again stops at once. Signals reach the main thread,
-    and only it may catch them; ignored signals, such as Ctrl-C in a shell's background jobs, stay ignored.
+    """On Ctrl-C, SIGTERM or SIGHUP, finish the step first; the same signal again stops at once. Signals reach the main
+    thread, and only it may catch them; ignored signals, such as Ctrl-C in a shell's background jobs or SIGHUP under
+    nohup, stay ignored.
 
-    In a launch a second SIGTERM changes nothing: a cluster may send one to every process and the launcher another,
-    and the launcher sends SIGKILL to processes that do not end.
+    A second SIGHUP changes nothing: when a terminal is closed, the system, the shell and a launcher may each send one.
+    Nor does a second SIGTERM in a launch: a cluster may send one to every process and the launcher another, and the
+    launcher sends SIGKILL to processes that do not end.
     """
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:
         caught.signal = number
-        if not (is_launched and number == signal.SIGTERM):
+        if number != signal.SIGHUP and not (is_launched and number == signal.SIGTERM):
             signal.signal(number, before[number])
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
     before = {int(number): signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:

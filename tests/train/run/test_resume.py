@@ -1,6 +1,9 @@
 """Killed and resumed runs end with the bits of those that were left alone."""
 
+import errno
 import json
+import os
+import pty
 import random
 import shutil
 import signal
@@ -82,9 +85,9 @@ def test_a_run_says_where_it_was_gone_on_with(stopped, sae_train):
     assert len(json.loads((stopped / "config.json").read_text())["resumed"]) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, number, monkeypatch):
-    """Ctrl-C and kill -TERM save at the step they came in."""
+    """Ctrl-C, kill -TERM and a closed terminal save at the step they came in."""
     words = [*COURSE, *quick, "--cache", big["path"], "--name", "run", "--set", "course.checkpoint_every_steps=9999"]
     step = Fleet.step
 
@@ -102,6 +105,41 @@ def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, num
     monkeypatch.undo()
     assert "resume with: sae-train --resume" in said
     assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 1
+    sae_train("--resume", "run", "--device", "cpu")
+    same_bits(tmp_path / "runs/run", straight)
+
+
+TALKING = """
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+os.open(os.ttyname(1), os.O_RDWR) if os.isatty(1) else None  # the terminal of this session
+from saemill.train.cli import main
+from saemill.train.engine.fleet_of_saes import Fleet
+Fleet.take_news = lambda self: ["news"]  # a line in every step
+main()
+"""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_closed_terminal_or_pipe_costs_no_save(big, quick, tmp_path, straight, sae_train, same_bits, is_terminal):
+    """Of a closed terminal SIGHUP tells; a pipe of which nobody reads any more only breaks, as when Ctrl-C ends `tee`
+    too."""
+    out, write = pty.openpty() if is_terminal else os.pipe()
+    words = [*COURSE, *quick, "--cache", big["path"], "--name", "run", "--out", tmp_path / "runs"]
+    words += ["--set", "course.checkpoint_every_steps=9999"]
+    command = [sys.executable, "-c", TALKING, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stdout=write, stderr=write, env=environment, start_new_session=True) as process:
+        os.close(write)
+        said = b""
+        while b"news" not in said:
+            said += os.read(out, 1000)
+        os.close(out)
+        if not is_terminal:
+            wait_for_step(tmp_path / "runs/run", 5, process)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + (signal.SIGHUP if is_terminal else signal.SIGTERM)
+    assert len(list_checkpoints(tmp_path / "runs/run/checkpoints")) == 1
     sae_train("--resume", "run", "--device", "cpu")
     same_bits(tmp_path / "runs/run", straight)
 
