@@ -62,9 +62,11 @@ def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
 class Saver:
     """Saves checkpoints of a run. Rank 0 writes them; where SAEs are spread, each process adds its own."""
 
-    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process) -> None:
+    def __init__(
+        self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process, run_id: str
+    ) -> None:
         self._writer = Writer(folder, process.group.beside() if process.is_spread else SOLO)
-        self._folder, self._course = folder, course
+        self._folder, self._course, self._run_id = folder, course, run_id
         self._fleet, self._watch, self._group, self._team = fleet, watch, process.group, process.team
         self._saved_at = time.perf_counter()
 
@@ -119,4 +121,5 @@ class Saver:
             waited_seconds=watch.waited_seconds,
             same_pairs=watch.quality.same,
             pairs=watch.quality.pairs,
+            run_id=self._run_id,
         )

@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     with Store.open(big["path"]) as store:
         assert config["cache"]["cache_id"] == store.manifest.cache_id
     assert config["saes"]["topk"]["config"]["k"] == 3 and config["saes"]["topk"]["config"]["width"] == 64
-    assert {"date", "command", "git", "python", "packages", "hardware"} == set(config["provenance"])
+    assert {"date", "command", "git", "python", "packages", "hardware", "run_id"} == set(config["provenance"])
     assert config["provenance"]["hardware"].keys() == {"device", "threads", "processes"}
     assert config["provenance"]["packages"]["torch"]
     assert (run / "topk/cfg.json").is_file() and (run / "topk/sae_weights.safetensors").is_file()

@@ -7,6 +7,8 @@ import pty
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
+from saemill.train.run import results, run_folder
 from saemill.train.run.run_folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]
@@ -224,6 +227,80 @@ def test_one_process_trains_a_run(stopped, sae_train, monkeypatch):
     monkeypatch.undo()
     log.close()
     sae_train("--resume", "run", "--device", "cpu")
+
+
+def test_how_far_a_run_is_is_read_when_no_other_process_trains_it(stopped, sae_train, straight, same_bits, monkeypatch):
+    """The other saves a newer checkpoint, drops an older one and leaves; or it ends the run."""
+    newest, older, *_ = list_checkpoints(stopped / "checkpoints")
+    away = shutil.move(newest, stopped.parent / newest.name)
+    take = MetricsLog.__init__
+
+    def meanwhile(log, path):
+        if away.exists():
+            shutil.move(away, newest)
+            shutil.rmtree(older)
+        else:
+            shutil.copytree(straight, stopped, dirs_exist_ok=True)
+        take(log, path)
+
+    monkeypatch.setattr(MetricsLog, "__init__", meanwhile)
+    assert f"continuing after step {int(newest.name[5:])}" in sae_train("--resume", "run", "--device", "cpu").output
+    same_bits(stopped, straight)
+    for file in ("result.json", "metrics.jsonl"):
+        (stopped / file).unlink()
+    assert "is finished" in sae_train("--resume", "run", "--device", "cpu", code=1).output
+    same_bits(stopped, straight)
+
+
+def test_a_disk_without_locks_is_told_of(big, sae_train, quick, tmp_path, rewind, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run", "--tokens", "640"]
+    begun = sae_train(*words, "--set", "course.checkpoint_every_steps=5").output
+    rewind(tmp_path / "runs/run")
+    for said in (begun, sae_train("--resume", "run", "--device", "cpu").output):
+        assert said.count("runs/run: no locks on this disk, so nothing keeps a second process from training") == 1
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+@pytest.mark.parametrize("place, name", [(Fleet, "step"), (results, "validate"), (results, "_outcome")])
+def test_a_run_whose_folder_is_removed_or_replaced_writes_nothing_there(
+    big, sae_train, quick, tmp_path, monkeypatch, place, name, is_removed
+):
+    """Before a checkpoint, the SAEs or the result are written."""
+    run, away, files = tmp_path / "runs/run", tmp_path / "away", []
+    do = getattr(place, name)
+
+    def replaced(*given):
+        if not away.exists():
+            run.rename(away)
+            if not is_removed:
+                shutil.copytree(away, run)
+                files.extend(sorted(run.rglob("*")))
+        return do(*given)
+
+    monkeypatch.setattr(place, name, replaced)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run", "--tokens", "640"]
+    said = sae_train(*words, "--set", "course.checkpoint_every_steps=5", code=1).output
+    assert f"error: expected {run}/metrics.jsonl to be the log that this process writes, found " in said
+    assert "--name" in said and sorted(run.rglob("*")) == files and not (run / "result.json").exists()
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(stopped, sae_train):
+    """It went on after its folder was removed, and the run of now has its name; runs of before have no id."""
+    config = json.loads((stopped / "config.json").read_text())
+    own, made = config["provenance"].pop("run_id"), config["provenance"]
+    assert len(own) == 32
+    for broken, said in (
+        ({"provenance": {**made, "run_id": "another"}}, "is of another run, which went on after its folder was"),
+        ({"total_steps": 3}, "is not of this run: expected at most 3 steps"),
+    ):
+        (stopped / "config.json").write_text(json.dumps(config | broken))
+        assert said in sae_train("--resume", "run", "--device", "cpu", code=1).output
+    (stopped / "config.json").write_text(json.dumps(config))
+    assert "continuing after step" in sae_train("--resume", "run", "--device", "cpu").output
 
 
 def test_an_sae_under_another_label_than_its_checkpoint_s_is_named(stopped, sae_train):
