@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 from click.shell_completion import CompletionItem
@@ -24,7 +24,8 @@ def tell_errors() -> Iterator[None]:
         with tell_files():
             yield
     except RunInterrupted as stop:
-        click.echo(str(stop), err=True)
+        with suppress(OSError):  # its terminal is closed
+            click.echo(str(stop), err=True)
         sys.exit(128 + stop.signal)
     except (TrainError, StoreError) as error:
         click.echo(f"error: {error}", err=True)

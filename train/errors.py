@@ -80,7 +80,7 @@ class ActivationsNotFinite(TrainError, ArithmeticError):
 
 
 class RunMissing(TrainError, FileNotFoundError):
-    """No run or SAE has the given name."""
+    """No run or SAE has the given name, or the folder of a run is gone."""
 
 
 class RunTaken(TrainError, FileExistsError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -26,6 +26,7 @@ from .run.checkpoints_and_signals import catch_signals
 from .run.fill_config_from_store import settle
 from .run.find_and_load_sae import find_sae
 from .run.process import Process
+from .run.progress import Output
 from .run.results import Outcome, conclude
 from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run
@@ -42,6 +43,7 @@ TAKEN = 0.98  # if less than this share of the text is read, the console says so
 @contextmanager
 def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
     """Where this process computes and prints; with `spread`, SAEs are divided among several processes."""
+    console.file = cast(IO[str], Output(console.file))
     group, place = join(device, has_sums=not spread)
     if spread and group.size == 1:
         console.print("--spread divides SAEs among several processes, but there is only one: start it with torchrun")

@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
-from ...cache_schema.strict_json import StrictError, from_json, to_json
+from ...cache_schema.strict_json import LATER, StrictError, from_json, to_json
 from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, resume_command
 from ..parallel.processes import SOLO, Group, all_or_none
 from .atomic_files import read_json, write_json
@@ -49,6 +49,7 @@ class Standing:
     waited_seconds: float
     same_pairs: int
     pairs: int
+    run_id: str = field(default="", metadata={LATER: True})  # empty if the run was begun before runs had ids
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,13 @@ class Writer:
         self._thread.shutdown(wait=True)
 
 
-def load_checkpoint(folder: Path, labels: Collection[str] | None = None, group: Group = SOLO) -> Checkpoint | None:
+def load_checkpoint(
+    folder: Path,
+    labels: Collection[str] | None = None,
+    group: Group = SOLO,
+    run_id: str = "",
+    most_steps: int | None = None,
+) -> Checkpoint | None:
     """Load the newest complete checkpoint, with the tensors of these SAEs; None if none was ever written.
 
     A collective call of a group: each process verifies only the files that it loads, and all take the newest checkpoint
@@ -169,7 +176,7 @@ def load_checkpoint(folder: Path, labels: Collection[str] | None = None, group: 
     for name in seen[0]:
         read, complaint = None, ""
         try:
-            read = _read(folder / name, labels)
+            read = _read(folder / name, labels, run_id, most_steps)
         except CheckpointDamaged as error:
             complaint = str(error)
         found = [text for text in dict.fromkeys(group.texts(complaint)) if text]
@@ -188,7 +195,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
+def _read(
+    path: Path, labels: Collection[str] | None, run_id: str, most_steps: int | None
+) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
     try:
         state = from_json(_State, read_json(path / "state.json"))
     except (StrictError, ConfigInvalid, OSError) as error:
@@ -199,6 +208,7 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
         raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}: {why}")
     if state.digest != state.own_digest():
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
+    _require_of_run(path, state.standing, run_id, most_steps)
     tensors = {}
     for name, digest in state.files.items():
         if not FILE_NAME.fullmatch(name):
@@ -213,6 +223,19 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
         except FILE_ERRORS as error:
             raise CheckpointDamaged(f"{path / name} cannot be read ({error})") from None
     return state.standing, tensors
+
+
+def _require_of_run(path: Path, standing: Standing, run_id: str, most_steps: int | None) -> None:
+    """Refuse a checkpoint of another run; those of before runs had ids name none."""
+    if run_id and standing.run_id not in ("", run_id):
+        raise CheckpointDamaged(
+            f"{path} is of another run, which went on after its folder was removed: expected one of the run "
+            f"{run_id}, found one of {standing.run_id}"
+        )
+    if most_steps is not None and standing.step > most_steps:
+        raise CheckpointDamaged(
+            f"{path} is not of this run: expected at most {most_steps} steps, which is all of it, found {standing.step}"
+        )
 
 
 def _digest(path: Path) -> str:

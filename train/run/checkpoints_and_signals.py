@@ -31,20 +31,23 @@ class Caught:
 
 @contextmanager
 def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
-    """On Ctrl-C or SIGTERM, finish the step first; the same signal again stops at once. Signals reach the main thread,
-    and only it may catch them; ignored signals, such as Ctrl-C in a shell's background jobs, stay ignored.
+    """On Ctrl-C, SIGTERM or SIGHUP, finish the step first; the same signal again stops at once. Signals reach the main
+    thread, and only it may catch them; ignored signals, such as Ctrl-C in a shell's background jobs or SIGHUP under
+    nohup, stay ignored.
 
-    In a launch a second SIGTERM changes nothing: a cluster may send one to every process and the launcher another,
-    and the launcher sends SIGKILL to processes that do not end.
+    A second SIGHUP changes nothing: when a terminal is closed, the system, the shell and a launcher may each send one.
+    Nor does a second SIGTERM in a launch: a cluster may send one to every process and the launcher another, and the
+    launcher sends SIGKILL to processes that do not end.
     """
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:
         caught.signal = number
-        if not (is_launched and number == signal.SIGTERM):
+        if number != signal.SIGHUP and not (is_launched and number == signal.SIGTERM):
             signal.signal(number, before[number])
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
     before = {int(number): signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
@@ -59,9 +62,11 @@ def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
 class Saver:
     """Saves checkpoints of a run. Rank 0 writes them; where SAEs are spread, each process adds its own."""
 
-    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process) -> None:
+    def __init__(
+        self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process, run_id: str
+    ) -> None:
         self._writer = Writer(folder, process.group.beside() if process.is_spread else SOLO)
-        self._folder, self._course = folder, course
+        self._folder, self._course, self._run_id = folder, course, run_id
         self._fleet, self._watch, self._group, self._team = fleet, watch, process.group, process.team
         self._saved_at = time.perf_counter()
 
@@ -116,4 +121,5 @@ class Saver:
             waited_seconds=watch.waited_seconds,
             same_pairs=watch.quality.same,
             pairs=watch.quality.pairs,
+            run_id=self._run_id,
         )

@@ -5,10 +5,12 @@ Further logs go through accelerate's trackers (wandb, tensorboard and others); n
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -21,6 +23,36 @@ from ..errors import ConfigInvalid, TrackerMissing
 REFRESH_SECONDS = 0.5
 PLAIN_SECONDS = 30.0
 WIDE = 110  # columns
+
+
+class Output:
+    """Where a run prints. When its terminal or pipe is closed, the run goes on, and what it prints is dropped."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._file.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._file.fileno())  # with what is still buffered, which would fail again at the exit
+        os.close(nowhere)
 
 
 class Progress:

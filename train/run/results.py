@@ -107,6 +107,7 @@ def conclude(run: Run) -> Outcome | None:
             return None
         saes = {label: from_json(SaeOutcome, raw, label) for label, raw in found.items() if label not in diverged}
         outcome = _outcome(run, saes, diverged)
+        run.require_folder()
         run.folder.write_result(to_json(outcome))
         keep_newest(run.folder.checkpoints, 1)  # each is three times as large as the SAEs
         return outcome
@@ -126,6 +127,7 @@ def _measure_and_save(run: Run) -> dict[str, Any]:
             told[member.label] = DIVERGED
             continue
         outcome = _sae_outcome(run, member, found[member.label])
+        run.require_folder()
         with name_failure(run.folder.path, member.label):
             _save(run, member, outcome)
         told[member.label] = to_json(outcome)

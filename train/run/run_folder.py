@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_
 
 RUNS = "runs"
 """Where runs are kept by default."""
+RUN_ID = "run_id"  # in the provenance of config.json
 LEFT_SECONDS = 60.0
 LONGEST_NAME = 255  # bytes that a file system allows in a name
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
@@ -108,6 +110,15 @@ class RunFolder:
         """Whether any step is logged: the first one always is."""
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write config.json, with an id of the run's own: a run of before may have had the same name."""
+        self.write_config({**config, "provenance": {**config["provenance"], RUN_ID: uuid.uuid4().hex}})
+
+    @property
+    def run_id(self) -> str:
+        """Empty for runs begun before runs had ids."""
+        return str((self.read_config().get("provenance") or {}).get(RUN_ID, ""))
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         with name_failure(self.path, "config.json"):
             write_json(self.path / "config.json", config)
@@ -150,7 +161,24 @@ class MetricsLog:
             self._file.close()
             raise RunTaken(f"another process is training {path.parent}: wait for it to finish, or stop it") from None
         except OSError:
-            pass  # a file system without locks
+            self.is_locked = False  # a file system without locks
+        else:
+            self.is_locked = True
+
+    def require_ours(self) -> None:
+        """Refuse to go on if the run's folder was removed or replaced: what is written there would be another run's."""
+        with self._name_failure():
+            try:
+                if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                    return
+                found = "another file of that name"
+            except FileNotFoundError:
+                found = "none"
+        raise RunMissing(
+            f"expected {self._path} to be the log that this process writes, found {found}: the folder was removed, "
+            "moved or replaced while the run trained, so nothing more is written there. If it was moved, resume it at "
+            "its new place; if not, train it again under another --name"
+        )
 
     def write(self, values: Mapping[str, Any]) -> None:
         with self._name_failure():
@@ -163,6 +191,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Flush the file and its directory entry to disk: a checkpoint relies on the lines before it."""
+        self.require_ours()
         with self._name_failure():
             os.fsync(self._file.fileno())
             sync(self._path.parent)
@@ -245,7 +274,7 @@ def other_than(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         key: value for key, value in new.items() if key.startswith("hardware.")
     } | old  # not recorded by earlier runs
     keys = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
-    keys = [key for key in keys if key not in ("date", "command")]
+    keys = [key for key in keys if key not in ("date", "command", RUN_ID)]
     return [f"{key.rpartition('.')[2]} {new.get(key)} (before: {old.get(key)})" for key in keys]
 
 

@@ -14,7 +14,7 @@ import gc
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,11 @@ class Run:
         """All SAEs of the run; the fleet holds those of this process."""
         return tuple(member.label for member in self.config.members)
 
+    def require_folder(self) -> None:
+        """Refuse to write results if the folder was removed or replaced; rank 0, which has the log, can tell."""
+        if self.watch.log is not None:
+            self.watch.log.require_ours()
+
 
 @contextmanager
 def begin_run(settled: Settled, store: Store, process: Process, out: str, name: str | None) -> Iterator[Run]:
@@ -68,11 +73,15 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
     with all_or_none(process.group):
         if process.is_first:
             folder = RunFolder.create(out, name, like=settled.recipe and settled.recipe.name)
-            folder.write_config(settled.describe(store, process.hardware))
+            folder.begin(settled.describe(store, process.hardware))
             path = str(folder.path)
     folder = RunFolder(process.group.texts(path)[0])
     try:
-        with tell_memory(process), _open(settled, store, process, folder, fleet, None) as run:
+        with (
+            tell_memory(process),
+            _take_log(folder, process) as log,
+            _open(settled, store, process, folder, fleet, log, None) as run,
+        ):
             yield run
     except MemoryTooSmall:
         if process.is_first and not folder.has_steps:
@@ -83,22 +92,42 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
 @contextmanager
 def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Run]:
     """A run from its last complete checkpoint."""
+    _require_unfinished(folder)
+    settled = settle_again(folder, store)
+    with _take_log(folder, process) as log:
+        fleet = make_fleet(settled, store, process)
+        standing = _load_checkpoint(folder, fleet, settled.total_steps, process)
+        if standing is None:
+            if settled.init is not None:
+                with all_or_none(process.group):
+                    require_unchanged(settled.init)
+            begin_as_source(settled, fleet, store, process)
+        with tell_memory(process), _open(settled, store, process, folder, fleet, log, standing) as run:
+            with all_or_none(process.group):
+                if process.is_first and (others := folder.keep_resumption(provenance(process.hardware))):
+                    process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
+            yield run
+
+
+def _require_unfinished(folder: RunFolder) -> None:
     if folder.is_finished:
         command = shlex.join(["sae-eval", str(folder.path)])
         raise NothingToTrain(f"{folder.path} is finished: nothing to resume. Evaluate it with: {command}")
-    settled = settle_again(folder, store)
-    fleet = make_fleet(settled, store, process)
-    standing = _load_checkpoint(folder, fleet, process)
-    if standing is None:
-        if settled.init is not None:
-            with all_or_none(process.group):
-                require_unchanged(settled.init)
-        begin_as_source(settled, fleet, store, process)
-    with tell_memory(process), _open(settled, store, process, folder, fleet, standing) as run:
+
+
+@contextmanager
+def _take_log(folder: RunFolder, process: Process) -> Iterator[MetricsLog | None]:
+    """The log, on rank 0. While it is open no other launch trains the run: how far the run is may only be read then."""
+    with ExitStack() as open_things:
+        log = None
         with all_or_none(process.group):
-            if process.is_first and (others := folder.keep_resumption(provenance(process.hardware))):
-                process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
-        yield run
+            if process.is_first:
+                log = open_things.enter_context(closing(MetricsLog(folder.metrics)))
+                _require_unfinished(folder)  # another process may have just finished it
+                if not log.is_locked:
+                    said = f"{folder.path}: no locks on this disk, so nothing keeps a second process from training this"
+                    process.console.print(f"{said} run at the same time", style="yellow", markup=False)
+        yield log
 
 
 @contextmanager
@@ -143,15 +172,15 @@ def begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Proce
             begin_fleet_as(settled.init, fleet, store.manifest)
 
 
-def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Standing | None:
+def _load_checkpoint(folder: RunFolder, fleet: Fleet, total_steps: int, process: Process) -> Standing | None:
     """Restore the fleet from the last complete checkpoint."""
-    found = load_checkpoint(folder.checkpoints, fleet.trainees, process.group)
+    found = load_checkpoint(folder.checkpoints, fleet.trainees, process.group, folder.run_id, total_steps)
     say = process.console.print if process.is_first else (lambda *_, **__: None)
     if found is None:
         say("no checkpoint found: starting at step 0")
         return None
     for complaint in found.complaints:
-        say(f"skipped a damaged checkpoint: {complaint}", style="yellow", markup=False)
+        say(f"skipped a checkpoint: {complaint}", style="yellow", markup=False)
     say(f"continuing after step {found.standing.step}")
     with all_or_none(process.group):
         fleet.load_state(found.tensors, found.standing.step)
@@ -160,7 +189,13 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Stand
 
 @contextmanager
 def _open(
-    settled: Settled, store: Store, process: Process, folder: RunFolder, fleet: Fleet, standing: Standing | None
+    settled: Settled,
+    store: Store,
+    process: Process,
+    folder: RunFolder,
+    fleet: Fleet,
+    log: MetricsLog | None,
+    standing: Standing | None,
 ) -> Iterator[Run]:
     """Connect the parts, restored from the checkpoint if there is one; close them at the end."""
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
@@ -169,38 +204,32 @@ def _open(
         feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
         open_things.callback(feed.close)
         with all_or_none(process.group):
-            log, trackers, progress = _open_outlets(open_things, settled, process, folder, fleet.steps_taken, standing)
+            trackers, progress = _open_outlets(open_things, settled, process, folder, fleet.steps_taken)
+            run_id = folder.run_id if process.is_first else ""  # another host may not see config.json yet
+            if log is not None:
+                log.cut(standing.metrics_bytes if standing else 0)
         labels, every = [member.label for member in config.members], config.course.metrics_every_steps
         onlookers = Onlookers(folder.path, process.console.print) if process.is_first and process.is_watched else None
         watch = Watch(log, trackers, progress, feed, process, labels, every, steps, onlookers)
         if standing is not None:
             watch.go_on(standing)
-        saver = Saver(folder.checkpoints, config.course, fleet, watch, process)
+        saver = Saver(folder.checkpoints, config.course, fleet, watch, process, run_id)
         open_things.callback(saver.close)
         yield Run(folder, config, steps, store, feed, fleet, watch, saver, process)
 
 
 def _open_outlets(
-    open_things: ExitStack,
-    settled: Settled,
-    process: Process,
-    folder: RunFolder,
-    done: int,
-    standing: Standing | None,
-) -> tuple[MetricsLog | None, Trackers, Progress | None]:
-    """What a run writes to and shows, on rank 0 only. The log comes first, and is cut back to the checkpoint: if
-    another process is training the run, nothing else may start."""
+    open_things: ExitStack, settled: Settled, process: Process, folder: RunFolder, done: int
+) -> tuple[Trackers, Progress | None]:
+    """What a run shows besides its log, on rank 0 only."""
     if not process.is_first:
-        return None, Trackers((), folder.path, {}), None
-    log = MetricsLog(folder.metrics)
-    open_things.callback(log.close)
-    log.cut(standing.metrics_bytes if standing else 0)
+        return Trackers((), folder.path, {}), None
     trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
     open_things.callback(trackers.close)
     labels = [member.label for member in settled.config.members]
     progress = Progress(process.console, labels, settled.total_steps, done)
     open_things.callback(progress.close)
-    return log, trackers, progress
+    return trackers, progress
 
 
 def members_of(config: RunConfig, d_model: int, process: Process) -> tuple[Member, ...]:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,14 @@ class Folder:
 
 
 @contextmanager
-def making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
+def making(home: Path, least_bytes: int, inputs: str, say: Callable[[str], None]) -> Iterator[Folder]:
     """Build the browser of a run; whatever happens, the run has the previous one or the complete new one."""
-    with _alone(home), _making(home, least_bytes, inputs) as folder:
+    with _alone(home, say), _making(home, least_bytes, inputs) as folder:
         yield folder
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[None]:
+def _alone(home: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time build a run's browser: two would write into one folder and clear each other's files."""
     path = home / LOCK
     try:
@@ -70,7 +70,8 @@ def _alone(home: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):  # another process has it, or had it and removed it when done
             is_taken = True
         except OSError:
-            is_taken = False  # a file system without locks
+            is_taken = False
+            say(f"{home}: no locks on this disk, so nothing keeps a second process from building this browser")
         if is_taken:
             raise BrowserUnwritten(f"another process is building {home / NAME}: wait until it ends, or stop it")
         try:

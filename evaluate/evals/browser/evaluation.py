@@ -76,7 +76,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
         records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
         exported_before = exports_in(home / NAME)
         subjects[0].make_home()
-        with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
+        with making(home, size_of(context, subjects, sum(windows.values())), inputs, context.say) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
             examples = sum(len(one.kept[0].latent) for one in shown)

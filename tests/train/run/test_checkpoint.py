@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,21 @@ def test_behind_a_damaged_one_two_are_kept_again(tmp_path):
     for step in (12, 14):
         save_checkpoint(tmp_path, standing(step), state(step))
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_0000000{step}" for step in (20, 14, 12)]
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_one_without_an_id_is_not(tmp_path):
+    """Another run, whose folder was removed, may have written it here."""
+    save_checkpoint(tmp_path, standing(10), state(10))
+    save_checkpoint(tmp_path, replace(standing(20), run_id="theirs"), state(20))
+    assert load_checkpoint(tmp_path).standing.step == load_checkpoint(tmp_path, run_id="theirs").standing.step == 20
+    found = load_checkpoint(tmp_path, run_id="ours")
+    assert found.standing == standing(10) and "step_000000020 is of another run" in found.complaints[0]
+    found = load_checkpoint(tmp_path, most_steps=19)
+    assert found.standing == standing(10) and "at most 19 steps, which is all of it, found 20" in found.complaints[0]
+    assert load_checkpoint(tmp_path, most_steps=20).complaints == ()
+    save_checkpoint(tmp_path, replace(standing(10), run_id="theirs"), state(10))
+    with pytest.raises(CheckpointDamaged, match="no checkpoint can be read: .*step_000000020 is of another run"):
+        load_checkpoint(tmp_path, run_id="ours")
 
 
 def test_a_flipped_digit_of_where_the_run_stands_is_seen(tmp_path):

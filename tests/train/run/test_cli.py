@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     with Store.open(big["path"]) as store:
         assert config["cache"]["cache_id"] == store.manifest.cache_id
     assert config["saes"]["topk"]["config"]["k"] == 3 and config["saes"]["topk"]["config"]["width"] == 64
-    assert {"date", "command", "git", "python", "packages", "hardware"} == set(config["provenance"])
+    assert {"date", "command", "git", "python", "packages", "hardware", "run_id"} == set(config["provenance"])
     assert config["provenance"]["hardware"].keys() == {"device", "threads", "processes"}
     assert config["provenance"]["packages"]["torch"]
     assert (run / "topk/cfg.json").is_file() and (run / "topk/sae_weights.safetensors").is_file()
@@ -183,16 +183,29 @@ def test_a_run_whose_configuration_may_not_be_read_is_one(tmp_path, monkeypatch)
     assert is_run(tmp_path)
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
-    """As Ctrl-C is by what a shell starts in the background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    """As Ctrl-C is by what a shell starts in the background, and SIGHUP by what nohup starts."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with catch_signals() as caught:
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(number) == signal.SIG_IGN
             signal.raise_signal(signal.SIGTERM)
         assert caught.signal == signal.SIGTERM
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_second_sighup_changes_nothing():
+    """When a terminal is closed, the system, the shell and a launcher may each send one: it would end the save."""
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        with catch_signals() as caught:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGHUP)
+        assert caught.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_sigterm_of_a_launch_changes_nothing():

@@ -1,9 +1,14 @@
 """Killed and resumed runs end with the bits of those that were left alone."""
 
+import errno
 import json
+import os
+import pty
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +16,7 @@ import torch
 
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
+from saemill.train.run import results, run_folder
 from saemill.train.run.run_folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]
@@ -82,9 +88,9 @@ def test_a_run_says_where_it_was_gone_on_with(stopped, sae_train):
     assert len(json.loads((stopped / "config.json").read_text())["resumed"]) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, number, monkeypatch):
-    """Ctrl-C and kill -TERM save at the step they came in."""
+    """Ctrl-C, kill -TERM and a closed terminal save at the step they came in."""
     words = [*COURSE, *quick, "--cache", big["path"], "--name", "run", "--set", "course.checkpoint_every_steps=9999"]
     step = Fleet.step
 
@@ -102,6 +108,41 @@ def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, num
     monkeypatch.undo()
     assert "resume with: sae-train --resume" in said
     assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 1
+    sae_train("--resume", "run", "--device", "cpu")
+    same_bits(tmp_path / "runs/run", straight)
+
+
+TALKING = """
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+os.open(os.ttyname(1), os.O_RDWR) if os.isatty(1) else None  # the terminal of this session
+from saemill.train.cli import main
+from saemill.train.engine.fleet_of_saes import Fleet
+Fleet.take_news = lambda self: ["news"]  # a line in every step
+main()
+"""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_closed_terminal_or_pipe_costs_no_save(big, quick, tmp_path, straight, sae_train, same_bits, is_terminal):
+    """Of a closed terminal SIGHUP tells; a pipe of which nobody reads any more only breaks, as when Ctrl-C ends `tee`
+    too."""
+    out, write = pty.openpty() if is_terminal else os.pipe()
+    words = [*COURSE, *quick, "--cache", big["path"], "--name", "run", "--out", tmp_path / "runs"]
+    words += ["--set", "course.checkpoint_every_steps=9999"]
+    command = [sys.executable, "-c", TALKING, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stdout=write, stderr=write, env=environment, start_new_session=True) as process:
+        os.close(write)
+        said = b""
+        while b"news" not in said:
+            said += os.read(out, 1000)
+        os.close(out)
+        if not is_terminal:
+            wait_for_step(tmp_path / "runs/run", 5, process)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + (signal.SIGHUP if is_terminal else signal.SIGTERM)
+    assert len(list_checkpoints(tmp_path / "runs/run/checkpoints")) == 1
     sae_train("--resume", "run", "--device", "cpu")
     same_bits(tmp_path / "runs/run", straight)
 
@@ -186,6 +227,80 @@ def test_one_process_trains_a_run(stopped, sae_train, monkeypatch):
     monkeypatch.undo()
     log.close()
     sae_train("--resume", "run", "--device", "cpu")
+
+
+def test_how_far_a_run_is_is_read_when_no_other_process_trains_it(stopped, sae_train, straight, same_bits, monkeypatch):
+    """The other saves a newer checkpoint, drops an older one and leaves; or it ends the run."""
+    newest, older, *_ = list_checkpoints(stopped / "checkpoints")
+    away = shutil.move(newest, stopped.parent / newest.name)
+    take = MetricsLog.__init__
+
+    def meanwhile(log, path):
+        if away.exists():
+            shutil.move(away, newest)
+            shutil.rmtree(older)
+        else:
+            shutil.copytree(straight, stopped, dirs_exist_ok=True)
+        take(log, path)
+
+    monkeypatch.setattr(MetricsLog, "__init__", meanwhile)
+    assert f"continuing after step {int(newest.name[5:])}" in sae_train("--resume", "run", "--device", "cpu").output
+    same_bits(stopped, straight)
+    for file in ("result.json", "metrics.jsonl"):
+        (stopped / file).unlink()
+    assert "is finished" in sae_train("--resume", "run", "--device", "cpu", code=1).output
+    same_bits(stopped, straight)
+
+
+def test_a_disk_without_locks_is_told_of(big, sae_train, quick, tmp_path, rewind, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run", "--tokens", "640"]
+    begun = sae_train(*words, "--set", "course.checkpoint_every_steps=5").output
+    rewind(tmp_path / "runs/run")
+    for said in (begun, sae_train("--resume", "run", "--device", "cpu").output):
+        assert said.count("runs/run: no locks on this disk, so nothing keeps a second process from training") == 1
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+@pytest.mark.parametrize("place, name", [(Fleet, "step"), (results, "validate"), (results, "_outcome")])
+def test_a_run_whose_folder_is_removed_or_replaced_writes_nothing_there(
+    big, sae_train, quick, tmp_path, monkeypatch, place, name, is_removed
+):
+    """Before a checkpoint, the SAEs or the result are written."""
+    run, away, files = tmp_path / "runs/run", tmp_path / "away", []
+    do = getattr(place, name)
+
+    def replaced(*given):
+        if not away.exists():
+            run.rename(away)
+            if not is_removed:
+                shutil.copytree(away, run)
+                files.extend(sorted(run.rglob("*")))
+        return do(*given)
+
+    monkeypatch.setattr(place, name, replaced)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run", "--tokens", "640"]
+    said = sae_train(*words, "--set", "course.checkpoint_every_steps=5", code=1).output
+    assert f"error: expected {run}/metrics.jsonl to be the log that this process writes, found " in said
+    assert "--name" in said and sorted(run.rglob("*")) == files and not (run / "result.json").exists()
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(stopped, sae_train):
+    """It went on after its folder was removed, and the run of now has its name; runs of before have no id."""
+    config = json.loads((stopped / "config.json").read_text())
+    own, made = config["provenance"].pop("run_id"), config["provenance"]
+    assert len(own) == 32
+    for broken, said in (
+        ({"provenance": {**made, "run_id": "another"}}, "is of another run, which went on after its folder was"),
+        ({"total_steps": 3}, "is not of this run: expected at most 3 steps"),
+    ):
+        (stopped / "config.json").write_text(json.dumps(config | broken))
+        assert said in sae_train("--resume", "run", "--device", "cpu", code=1).output
+    (stopped / "config.json").write_text(json.dumps(config))
+    assert "continuing after step" in sae_train("--resume", "run", "--device", "cpu").output
 
 
 def test_an_sae_under_another_label_than_its_checkpoint_s_is_named(stopped, sae_train):

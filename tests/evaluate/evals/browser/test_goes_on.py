@@ -21,7 +21,7 @@ from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
 from saemill.evaluate.evals.browser import browser_folder, evaluation, read_and_encode, top_firings
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_all
 from saemill.train.run.init_from_trained_sae import source_of
 
 CONFIG = Config(windows=30, batch_windows=5, top=2, sample=3, low=1, promoted=4, together_tokens=120)
@@ -64,7 +64,7 @@ class Bench:
         self._patch.setattr(read_and_encode, "EVERY", every)
         context = self._open(self._world, **settings)
         self._patch.setattr(context.watch, "say", self.said.append)
-        subjects = [one for one in find_subjects([str(home)], home.parent) if one.label in labels]
+        subjects = [one for one in find_all([str(home)], home.parent)[0] if one.label in labels]
         found = list(evaluation.evaluate(context, subjects, config))
         return [(one.metrics, one.unstructured) if hasattr(one, "metrics") else one for one in found]
 
@@ -181,7 +181,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     told, write = [], evaluation.write_numbers
 
     def meanwhile(*args):  # the lock is the open file's: who opens it anew is another, in this process too
-        with pytest.raises(BrowserUnwritten) as refused, browser_folder.making(bench.run, 1, "other"):
+        with pytest.raises(BrowserUnwritten) as refused, browser_folder.making(bench.run, 1, "other", print):
             pytest.fail("made")
         told.append(str(refused.value))
         write(*args)
@@ -192,6 +192,17 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     assert told == [f"another process is building {bench.run / 'browser'}: wait until it ends, or stop it"]
     (bench.run / browser_folder.LOCK).touch()
     assert bench.build(every=math.inf) == whole and taken(bench.run) == files
+
+
+def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(browser_folder.fcntl, "flock", refuse)
+    said = []
+    with browser_folder.making(tmp_path, 1, "inputs", said.append):
+        pass
+    assert said == [f"{tmp_path}: no locks on this disk, so nothing keeps a second process from building this browser"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])

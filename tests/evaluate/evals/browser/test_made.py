@@ -50,7 +50,7 @@ from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.model.unembedding_head import head_of, load_head
 from saemill.evaluate.output.figures.records import Record
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_all
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
@@ -168,7 +168,7 @@ def test_nothing_may_be_kept_of_what_is_shown(world, builder, open_context):
 
 
 def subjects_of(home):
-    return find_subjects([str(home)], home.parent)
+    return find_all([str(home)], home.parent)[0]
 
 
 def examples_of(home, label):

@@ -23,7 +23,7 @@ from saemill.evaluate.evals.browser.firing_counts import lower_edges
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
+from saemill.evaluate.run.saes_to_evaluate import find_all
 from saemill.train.run.init_from_trained_sae import source_of
 
 SCRIPT = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
@@ -90,7 +90,7 @@ def site(world, new_builder):
     builder, patch = new_builder(), pytest.MonkeyPatch()
     home = builder.run(world, "run_1", {"first": builder.make_sae(k=3, seed=1), "second": builder.make_sae(k=None)})
     patch.setattr(Context, "tokenizer", property(lambda _: SimpleNamespace(backend=Tokens(), bos_token=2)))
-    subjects = find_subjects([str(home)], home.parent)
+    subjects = find_all([str(home)], home.parent)[0]
     subjects[0].sae.W_enc.data[5] = 0  # a dead latent
     with Store.open(world.store) as store:
         list(evaluation.evaluate(Context(store), subjects, CONFIG))
@@ -584,7 +584,7 @@ def test_one_sae_without_model_or_attention_says_what_is_missing(make_world, bui
     bare = make_world(attention_layers=())
     home = builder.run(bare, "run_1", {"only": builder.make_sae()})
     context = open_context(bare, model_name="/no/such/model")
-    list(evaluation.evaluate(context, find_subjects([str(home)], home.parent), CONFIG))
+    list(evaluation.evaluate(context, find_all([str(home)], home.parent)[0], CONFIG))
     page = open_page(home)
     text = page.locator("#main").inner_text()
     assert "One SAE" in text and "holds no attention" in text and "shown as their ids" in text
