@@ -66,7 +66,8 @@ def train(**words: Any) -> Run:
 def evaluate(*targets: Any, **words: Any) -> Table:
     """Evaluate runs, SAEs' folders or repositories of the Hub; returns a table. `sae-eval --help` lists the words.
 
-    A target that cannot be loaded is an error; what could not be measured is told below the table.
+    A target that cannot be found is an error; SAEs that cannot be read and what could not be measured are told below
+    the table.
     """
     read = words_of("evaluate", targets, words)
     rows, _ = measure(read, _refuse)

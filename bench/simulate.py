@@ -241,7 +241,7 @@ class Harvest:
         if self._lacks[0] is not index:
             self._lacks = index, np.flatnonzero(~index.mask(self.manifest.shards)[self._by_name])
         left, pages, at = self._lacks[1], 0, 0
-        if len(left) > self.files.many:
+        if len(left) > self.files.list_beyond:
             return 1 + names // PAGE
         while at < len(left):
             pages += 1
@@ -262,7 +262,8 @@ class Harvest:
     def _wait(self, seconds: float) -> bool:
         """Ask for the claim less and less often, without an end until there is a summary; whether it was given."""
         files = self.files
-        end, pause, slowest = files.now + seconds, 0.05, shard_claims.PAUSES[math.isinf(seconds)]
+        end, pause = files.now + seconds, 0.05
+        slowest = shard_claims.SUMMARY_PAUSE if math.isinf(seconds) else shard_claims.PAUSE
         while self._deriving_until > files.now:
             files.ask("PUT")
             files.ask("GET", 2)

@@ -25,7 +25,7 @@ from .manifest import Manifest, check_format
 from .strict_json import StrictError, from_json, to_json
 
 READ_AT_ONCE = 16  # an object store answers each after some 30 ms
-HELD = 256  # answers that came early, of 2 kB each or some more
+HELD = 256  # answers that came early: records of 2 kB, or lines of moments of some ten kB
 DEVICES_ASKED = 32  # at most so many shards have their devices looked up
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
 MADE_AGAIN = "It can be deleted: `sae-store repair` rebuilds it"
@@ -189,7 +189,7 @@ def find_committed(files: Files, manifest: Manifest, index: Index | None = None)
     """bool [S]: the shards that exist."""
     mask = (index or read_index(files, manifest)).mask(manifest.shards)
     missing = np.flatnonzero(~mask).tolist()
-    if len(missing) > files.many:
+    if len(missing) > files.list_beyond:
         found = [int(name[:-5]) for name in files.list(COMMITS) if RECORD_NAME.fullmatch(name)]
         mask[[shard for shard in found if shard < manifest.shards]] = True
         return mask

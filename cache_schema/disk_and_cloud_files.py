@@ -75,9 +75,9 @@ def read_if_there(files: Files, key: str) -> bytes | None:
 class LocalFiles:
     """A folder on a local disk."""
 
-    many = 2000
-    """Names of which more are listed than asked for one by one, where few may be there: each is a request to a shared
-    disk, while a listing brings thousands at once. To a disk of this machine both take 1 to 2.5 us a name."""
+    list_beyond = 2000
+    """With more names than this to look for, list the folder instead of asking for each: that is a request to a shared
+    disk, while a listing brings thousands at once. On a disk of this machine both take 1 to 2.5 us a name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -195,8 +195,8 @@ class LocalFiles:
 class RemoteFiles:
     """A prefix in an object store, or anything else that fsspec knows. A PUT there is all or nothing."""
 
-    many = 100_000
-    """Names of which more are looked up in a whole listing, as none of its pages can be skipped."""
+    list_beyond = 100_000
+    """With more names than this to look for, read a whole listing: none of its pages could be skipped."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, url: str) -> None:
         self.fs = fs

@@ -141,6 +141,11 @@ class Store:
         that fails; whoever calls `read` asks when it has read enough to be worth a request."""
         require_same(self.files, self._root)
 
+    def chunk_windows(self, site: Site) -> int:
+        """Windows of a chunk of activations as they are in this store, which another tool may have cut anew."""
+        layout = self._layouts[site.path]
+        return layout.chunks[0] if layout else self.manifest.shard_windows
+
     def beginning(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and documents of a shard, committed or not: they were written before the first shard."""
         tokens, documents = (self.read_beginning(path, shard) for path in BEGINNING)

@@ -33,7 +33,7 @@ SURE = 1 / 60  # of a lease: a claim this young is not checked again; only a clo
 HELD_TRIED, FREE_TRIED = 16, 64  # how many held, and how many free, shards a writer tries in one pass
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of a disk without locks
 DERIVED_SECONDS = 60  # the longest that a writer waits for another that is bringing the index up to date
-PAUSES = 4, 30  # seconds between two looks at most, while waiting so long, and while waiting for a summary
+PAUSE, SUMMARY_PAUSE = 4, 30  # the most seconds between two looks: while waiting for that, and for a summary
 
 
 def open_claims(files: Files) -> Claims:
@@ -238,7 +238,7 @@ class LeaseClaims:
             if until() if until else time.monotonic() >= end:
                 break
             time.sleep(pause * random.uniform(0.5, 1.5))  # or all waiting writers would ask at once
-            pause = min(2 * pause, PAUSES[until is not None])
+            pause = min(2 * pause, SUMMARY_PAUSE if until else PAUSE)
         if must and not is_mine:
             raise StoreBusy(
                 f"another writer is bringing the index of {self._files.url} up to date. Wait for it, then try again"

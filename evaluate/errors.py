@@ -28,7 +28,7 @@ class RunUnfinished(EvalError, ValueError):
 
 
 class SaeGone(EvalError, FileNotFoundError):
-    """The folder of an SAE was removed or moved while it was evaluated."""
+    """The SAE was removed, moved or written anew while it was evaluated."""
 
 
 class StoreGone(EvalError, FileNotFoundError):

@@ -43,7 +43,8 @@ TAKEN = 0.98  # if less than this share of the text is read, the console says so
 @contextmanager
 def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
     """Where this process computes and prints; with `spread`, SAEs are divided among several processes."""
-    console.file = cast(IO[str], Output(console.file))
+    if not isinstance(console.file, Output):
+        console.file = cast(IO[str], Output(console.file))
     group, place = join(device, has_sums=not spread)
     if spread and group.size == 1:
         console.print("--spread divides SAEs among several processes, but there is only one: start it with torchrun")

@@ -74,6 +74,11 @@ class LoadedSae:
             raise SaeGone(f"{self.folder} was removed or moved meanwhile: nothing is written for it")
         self.home.mkdir(parents=True, exist_ok=True)
 
+    def require_unchanged(self) -> None:
+        """Refuse to write what was measured on other weights than are there now: it would be taken for theirs."""
+        if self.folder.is_dir() and source_of(self.folder).sha256 != self.sha256:
+            raise SaeGone(f"{self.folder} was written anew while it was evaluated: evaluate it again")
+
     @property
     def metadata(self) -> Mapping[str, Any]:
         return self.config.get("metadata", {})

@@ -74,6 +74,7 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
     """Write a result, all or nothing, and return the document as `read_result` reads it. `settings` are what decides it
     besides the SAE."""
     path = result_path(result.subject, eval_id)
+    result.subject.require_unchanged()
     result.subject.make_home()
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = frame(result, eval_id, settings)

@@ -23,7 +23,6 @@ from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
 from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
 from ...train.data.device_copies import send
-from ...train.data.shuffle_order import chunk_windows
 from ..errors import SettingInvalid
 from .prefix_suffix import LanguageModel
 
@@ -135,10 +134,11 @@ def _parts(store: Store, request: Request) -> Iterator[ShardArrays]:
     if not request.layers:
         yield from shards
         return
-    size = PART_CHUNKS * chunk_windows(store.manifest)
+    spans = store.spans(request)
+    size = PART_CHUNKS * max(map(store.chunk_windows, request.sites))
     order = [
         Span(span.shard, start, min((start // size + 1) * size, span.stop))
-        for span in store.spans(request)
+        for span in spans
         for start in (span.start, *range((span.start // size + 1) * size, span.stop, size))
     ]
     shard = None

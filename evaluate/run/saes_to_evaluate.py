@@ -151,11 +151,12 @@ def _sizes_told(folder: Path, config: Mapping[str, Any]) -> Sizes | None:
     if not config or not (folder / WEIGHTS).is_file():
         return None
     shapes = read_shapes(folder / WEIGHTS)
-    d_in, width = shapes.get("W_enc", (config.get("d_in"), config.get("d_sae")))
-    if not (isinstance(d_in, int) and isinstance(width, int)):
-        return None
-    is_signed = "abstopk" in (config.get("gate"), config.get("architecture"))
-    return Sizes(d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed))
+    match shapes.get("W_enc", (config.get("d_in"), config.get("d_sae"))):
+        case (int(d_in), int(width)):
+            is_signed = "abstopk" in (config.get("gate"), config.get("architecture"))
+            return Sizes(d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed))
+        case _:
+            return None
 
 
 def _run_of(target: str, runs: Path) -> RunFolder | None:

@@ -23,7 +23,6 @@ from saemill.cache_schema.cli import main as store_main
 from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
-from saemill.evaluate.context import loaded_sae, write_and_read_results
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.write_and_read_results import (
@@ -49,6 +48,7 @@ from saemill.evaluate.run.saes_to_evaluate import find_places, find_subjects, ma
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_and_load_sae import find_sae
+from saemill.train.run.init_from_trained_sae import _digest_of
 from saemill.train.run.run_folder import RunFolder
 from saemill.train.variants import clt
 
@@ -528,8 +528,11 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
 
 def test_weights_are_read_for_what_is_measured_and_released_with_their_group(run_1, sae_eval, monkeypatch):
     """And files are hashed for that, or where their times show that they are others than were measured."""
-    read, hashed, held, saes = [], [], [], set()
-    read_folder, source_of, run_evals = saes_to_evaluate.read_folder, loaded_sae.source_of, command.run_evals
+    read, held, saes, before = [], [], set(), _digest_of.cache_info().misses
+    read_folder, run_evals = saes_to_evaluate.read_folder, command.run_evals
+
+    def hashed():
+        return _digest_of.cache_info().misses - before
 
     def measured(context, subjects, *settings):
         saes.update(subjects)
@@ -538,19 +541,17 @@ def test_weights_are_read_for_what_is_measured_and_released_with_their_group(run
         return rows
 
     monkeypatch.setattr(saes_to_evaluate, "read_folder", lambda folder: read.append(folder.name) or read_folder(folder))
-    for module in (loaded_sae, write_and_read_results):
-        monkeypatch.setattr(module, "source_of", lambda folder: hashed.append(folder.name) or source_of(folder))
     monkeypatch.setattr(command, "run_evals", measured)
     monkeypatch.setattr(command, "room_for_weights", lambda device: 5000)
     words = ("run_1", "--evals", "core,decoder_cosine")
     sae_eval(*words)
-    assert read == hashed == ["large", "small"] and held == [["large"], ["small"]]
+    assert read == ["large", "small"] and held == [["large"], ["small"]] and hashed() == 2
     for more in ("--compare", "--resume"):
         assert "run_1/small" in sae_eval(*words, more)
-    assert read == hashed == ["large", "small"]
+    assert read == ["large", "small"] and hashed() == 2
     (run_1 / "small" / "cfg.json").touch()  # the weights are the same
     sae_eval(*words, "--resume")
-    assert read == ["large", "small"] and set(hashed[2:]) == {"small"}
+    assert read == ["large", "small"] and hashed() == 3
     shutil.rmtree(run_1 / "evals" / "core")
     sae_eval("run_1/small", "--resume")
     assert read[2:] == ["small"]
@@ -564,6 +565,8 @@ def test_weights_that_cannot_be_read_cost_the_others_nothing(run_1, sae_eval):
     said = sae_eval("run_1", code=1)
     assert "failed: core of run_1/small: " in said and "expected one value per latent or output in b_enc" in said
     assert set(results(run_1)) == {"large_eval_results.json"}
+    save_file({**whole, "W_enc": whole["W_enc"].flatten()}, weights)
+    assert "expected W_enc" in sae_eval("run_1", code=1)
     weights.write_bytes(weights.read_bytes()[:-9])
     said = sae_eval("run_1", code=1)
     assert f"error: {weights}: damaged" in said and "run_1/large" in said
@@ -917,6 +920,22 @@ def test_a_run_that_was_removed_while_it_was_evaluated_does_not_come_back(
     assert output.count("was removed or moved meanwhile") == 2 and not run_1.exists()
     assert set(results(run_2, "second")) == {"other_eval_results.json"} and (run_2 / "report.html").is_file()
     assert len(second_eval.asked) == 1
+
+
+def test_what_was_measured_on_other_weights_is_not_written(run_1, sae_eval, second_eval):
+    """They were trained again, or copied, while the first were measured."""
+    evaluate, weights = second_eval.evaluate, run_1 / "small" / "sae_weights.safetensors"
+
+    def replace_weights(context, subjects, config):
+        whole = load_file(weights)
+        save_file({**whole, "b_dec": whole["b_dec"] + 1}, weights)
+        yield from evaluate(context, subjects, config)
+
+    second_eval.evaluate = replace_weights
+    assert "run_1/small was written anew while it was evaluated" in sae_eval(
+        "run_1", "--evals", "second", code=1, options=[]
+    )
+    assert set(results(run_1, "second")) == {"large_eval_results.json"}
 
 
 @pytest.mark.parametrize("batch", [16, 1])

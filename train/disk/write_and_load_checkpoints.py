@@ -77,7 +77,7 @@ def save_checkpoint(
     folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]], group: Group = SOLO
 ) -> None:
     """Write a checkpoint into `folder` and delete those before the last two; a collective call of a group."""
-    final = folder / f"step_{standing.step:09d}"
+    final = path_of(folder, standing.step)
     temporary = folder / f".{final.name}.tmp"
     with all_or_none(group, FILE_ERRORS, NOT_WRITTEN_ELSEWHERE):
         if group.rank == 0:
@@ -99,6 +99,10 @@ def save_checkpoint(
         os.rename(temporary, final)
         sync(folder)
         keep_newest(folder, KEPT, final)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}"
 
 
 def keep_newest(folder: Path, count: int, last: Path | None = None) -> None:
@@ -229,8 +233,8 @@ def _require_of_run(path: Path, standing: Standing, run_id: str, most_steps: int
     """Refuse a checkpoint of another run; those of before runs had ids name none."""
     if run_id and standing.run_id not in ("", run_id):
         raise CheckpointDamaged(
-            f"{path} is of another run, which went on after its folder was removed: expected one of the run "
-            f"{run_id}, found one of {standing.run_id}"
+            f"{path} is of another run, perhaps one that went on training after its folder was removed: expected one "
+            f"of the run {run_id}, found one of {standing.run_id}"
         )
     if most_steps is not None and standing.step > most_steps:
         raise CheckpointDamaged(

@@ -185,7 +185,7 @@ def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
 
 
 def _left_in(group: Path) -> int:
-    """Cached pages count as free: they are given back when needed."""
+    """Cached pages of files count as free, also those read more than once: they are given back when needed."""
     for limit_name, used_name in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -196,6 +196,6 @@ def _left_in(group: Path) -> int:
             stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
         except (OSError, ValueError):
             continue
-        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        cached = sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in ("inactive_file", "active_file"))
         return 2**62 if limit == "max" else int(limit) - used + cached
     return 2**62

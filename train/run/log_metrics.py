@@ -112,7 +112,8 @@ class Watch:
             self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
         if self._progress is not None:
             self._progress.show(step + 1, self.last, self.tokens_per_second)
-        if self._onlookers is not None:
+        if self._onlookers is not None and self.log is not None:
+            self.log.require_ours()  # they write a page into the folder
             self._onlookers.look()
 
     def _mean_over_ranks(self, report: Report) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..data.batch import Needs
 from ..data.batch_stream import held_out
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
-from ..disk.write_and_load_checkpoints import keep_newest
+from ..disk.write_and_load_checkpoints import keep_newest, path_of
 from ..engine.fleet_of_saes import say_all_diverged, say_diverged
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
@@ -92,12 +93,17 @@ class Outcome:
 def conclude(run: Run) -> Outcome | None:
     """Validate, save and write the results, on rank 0."""
     own: dict[str, Any] = {}
+    is_first_of_team = run.process.team.rank == 0  # the others wait
     run.feed.close()  # it holds as much memory as held-out text needs
     for trainee in run.fleet.trainees.values():
         trainee.replays.end()
-    with run.fleet.gather_weights(), all_or_none(run.process.group):
-        if run.process.team.rank == 0:  # the others wait
-            own = {label: say_diverged(step) for label, step in run.fleet.diverged.items()} | _measure_and_save(run)
+    with run.fleet.gather_weights():
+        with all_or_none(run.process.group):
+            measured = _measure(run) if is_first_of_team else {}
+            run.require_folder()
+        with all_or_none(run.process.group):
+            if is_first_of_team:
+                own = {label: say_diverged(step) for label, step in run.fleet.diverged.items()} | _save(run, measured)
     found = run.process.collect(own, run.labels)
     with all_or_none(run.process.group):
         diverged = {label: raw for label, raw in found.items() if isinstance(raw, str)}
@@ -109,27 +115,34 @@ def conclude(run: Run) -> Outcome | None:
         outcome = _outcome(run, saes, diverged)
         run.require_folder()
         run.folder.write_result(to_json(outcome))
-        keep_newest(run.folder.checkpoints, 1)  # each is three times as large as the SAEs
+        last = path_of(run.folder.checkpoints, run.total_steps)
+        keep_newest(run.folder.checkpoints, 1, last)  # each is three times as large as the SAEs
         return outcome
 
 
-def _measure_and_save(run: Run) -> dict[str, Any]:
-    """The SAEs of this process, as JSON; for one that diverged in its last steps, a text that says so."""
+def _measure(run: Run) -> dict[str, HeldOut]:
+    """The SAEs of this process on held-out text, except those that have diverged."""
     course = run.config.course
     rows = held_out_rows(run.config, run.store.manifest, course.shard_width and run.process.team.size > 1)
     needs, stats = run.fleet.needs.values(), run.fleet.stats
     batches = held_out(run.store, needs, stats, run.process.device, tokens=course.validation_tokens, batch_tokens=rows)
-    found, told = validate(run.fleet, batches), {}
+    return validate(run.fleet, batches)
+
+
+def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
+    """Save the SAEs of this process; return what was found, as JSON, or a text for one that diverged in its last
+    steps."""
+    told: dict[str, Any] = {}
     for member in run.config.members:
-        if member.label not in found:
+        if member.label not in measured:
             continue
-        if not found[member.label].is_finite:
+        if not measured[member.label].is_finite:
             told[member.label] = DIVERGED
             continue
-        outcome = _sae_outcome(run, member, found[member.label])
+        outcome = _sae_outcome(run, member, measured[member.label])
         run.require_folder()
         with name_failure(run.folder.path, member.label):
-            _save(run, member, outcome)
+            _save_one(run, member, outcome)
         told[member.label] = to_json(outcome)
     return told
 
@@ -190,7 +203,7 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
     )
 
 
-def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
+def _save_one(run: Run, member: Member, outcome: SaeOutcome) -> None:
     trainee = run.fleet.trainees[member.label]
     save_sae(
         Path(outcome.folder),

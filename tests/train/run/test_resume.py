@@ -294,7 +294,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(stopped, sae_train):
     own, made = config["provenance"].pop("run_id"), config["provenance"]
     assert len(own) == 32
     for broken, said in (
-        ({"provenance": {**made, "run_id": "another"}}, "is of another run, which went on after its folder was"),
+        ({"provenance": {**made, "run_id": "another"}}, "is of another run, perhaps one that went on training"),
         ({"total_steps": 3}, "is not of this run: expected at most 3 steps"),
     ):
         (stopped / "config.json").write_text(json.dumps(config | broken))
