@@ -20,7 +20,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def replace_written(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written next to its destination, flush it, and move it there."""
-    temporary = beside_of(path)
+    temporary = hidden_name_beside(path)
     try:
         write(temporary)
         sync(temporary)
@@ -31,7 +31,7 @@ def replace_written(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def beside_of(path: Path) -> Path:
+def hidden_name_beside(path: Path) -> Path:
     """A hidden name in the same folder that nobody else has: processes on a shared disk can have the same number."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
