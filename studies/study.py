@@ -13,7 +13,6 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import sys
@@ -40,7 +39,7 @@ from ..train.cli import main as sae_train
 from ..train.cli_support import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.config.recipe_registry import find_recipes, runs_of, studies
-from ..train.disk.atomic_files import read_json, write_json
+from ..train.disk.atomic_files import read_json, take_lock, write_json
 from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
 from ..train.run.run_folder import RunFolder, cache_of
 from .decision_rule import DECISIVE
@@ -225,16 +224,12 @@ def _alone(out: Path) -> Iterator[bool]:
     except OSError as error:
         raise click.ClickException(f"{out} cannot be made ({error.strerror}): choose another --out") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
-        except BlockingIOError:
+        is_alone = take_lock(file)
+        if is_alone is None:
             raise click.ClickException(
                 f"another sae-study is at work in {out}: wait until it ends, stop it, or choose another --out"
-            ) from None
-        except OSError:
-            yield False
-        else:
-            yield True
+            )
+        yield is_alone
 
 
 def _carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..cache_schema.cli import as_json, print_json
-from ..cache_schema.disk_and_cloud_files import sync
+from ..cache_schema.disk_and_cloud_files import FULL_DISK, sync
 from . import cli_support
 from .cli_support import tell_errors
-from .disk.atomic_files import beside_of
+from .disk.atomic_files import hidden_name_beside
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.hook_metadata import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
@@ -178,26 +178,54 @@ def _require_alike(x_hat: Tensor, found: Tensor, may_flip: bool) -> None:
 
 
 def _require_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
-        raise RunTaken(f"{target} exists and is not an empty folder other than the current one: choose another --out")
+    """Refuse a target that is there, unless it is a folder without files, or with those of unfinished exports alone."""
+    if target.exists() and (not target.is_dir() or any(not path.match(".*.tmp") for path in target.iterdir())):
+        raise RunTaken(f"{target} exists and is not an empty folder: choose another --out")
 
 
 @contextmanager
 def _whole_or_gone(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target to write into, which takes the target's name once it is whole, unless another
-    export has filled that meanwhile. Whatever stops the writing, it alone is deleted; a full disk is one line."""
+    """Yield a hidden folder to write into; what is written there then becomes the target's, unless another export has
+    filled the target meanwhile. If the writing fails or is interrupted, the hidden folder is deleted."""
     place = Path(os.path.realpath(target))  # a link stays a link
-    beside = beside_of(place)
+    # An empty folder stays too: it may be mounted, have modes of its own, or lie where nothing can be renamed.
+    is_there = place.is_dir()
+    hidden = hidden_name_beside(place / place.name if is_there else place)
     try:
-        yield beside
-        os.rename(beside, place)
-        sync(place.parent)
+        yield hidden
+        if is_there:
+            _move_up(hidden)
+        else:
+            os.rename(hidden, place)
+            sync(place.parent)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         _require_free(target)
-        raise RunNotWritten(f"{target} could not be written ({error}): make room, or choose another --out") from error
+        is_full = any(os.strerror(number) in str(error) for number in FULL_DISK)  # safetensors says it only in words
+        remedy = "make room, or choose another --out" if is_full else "choose another --out"
+        raise RunNotWritten(f"{target} could not be written ({error}): {remedy}") from error
+
+
+def _move_up(folder: Path) -> None:
+    """Move the files of a folder into the one that it is in, weights, which make that an SAE, last; if one cannot be
+    moved, take all back."""
+    _require_free(folder.parent)
+    moved: list[Path] = []
+    try:
+        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            place = folder.parent / file.name
+            if not moved:
+                place.touch(exist_ok=False)  # fails if another export began to move its files
+            moved.append(place)
+            file.replace(place)
+        folder.rmdir()
+        sync(folder.parent)
+    except BaseException:
+        for place in moved:
+            place.unlink(missing_ok=True)
+        raise
 
 
 def _with_place(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -609,7 +609,7 @@ def test_on_a_disk_without_locks_the_first_options_hold(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(study.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
     with study._alone(course.out) as is_alone:
         assert not is_alone

@@ -1,14 +1,15 @@
-"""Files that are written completely or not at all, and JSON in them."""
+"""Files that are written completely or not at all, JSON in them, and locks on them."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...cache_schema.disk_and_cloud_files import sync
 from ..errors import ConfigInvalid
@@ -20,7 +21,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def replace_written(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written next to its destination, flush it, and move it there."""
-    temporary = beside_of(path)
+    temporary = hidden_name_beside(path)
     try:
         write(temporary)
         sync(temporary)
@@ -31,9 +32,19 @@ def replace_written(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def beside_of(path: Path) -> Path:
+def hidden_name_beside(path: Path) -> Path:
     """A hidden name in the same folder that nobody else has: processes on a shared disk can have the same number."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def take_lock(file: IO[bytes]) -> bool | None:
+    """Lock a file until it is closed or the process ends. True: it is ours; False: its disk has no locks; None: another
+    process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return None if isinstance(error, BlockingIOError) else False
+    return True
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

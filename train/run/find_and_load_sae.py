@@ -93,11 +93,11 @@ def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> boo
 
 
 def list_saes(folder: Path) -> list[Path]:
-    """The SAEs of a run, or the folder itself if it is an SAE."""
+    """The SAEs of a run, or the folder itself if it is an SAE. Hidden folders hold what is unfinished."""
     if any((folder / name).is_file() for name in FILES):
         return [folder]
     names = (WEIGHTS,) if is_run(folder) else FILES  # an export inside a run's folder is not one of its SAEs
-    return sorted({path.parent for name in names for path in folder.glob(f"*/{name}")})
+    return sorted({path.parent for name in names for path in folder.glob(f"[!.]*/{name}")})
 
 
 def no_sae(folder: Path) -> RunMissing:
@@ -111,7 +111,7 @@ def _only_sae(folder: Path) -> Path:
     if len(found) == 1:
         run = RunFolder(found[0].parent)
         if not (found[0] / CONFIG).is_file() and is_run(run.path) and not run.is_finished:
-            raise RunMissing(f"{found[0]} was cut off in its saving: resume its run with: {resume_command(run.path)}")
+            raise RunMissing(f"{found[0]} was not saved completely: resume its run with: {resume_command(run.path)}")
         return found[0]
     if not found:
         raise no_sae(folder)

@@ -9,7 +9,6 @@ runs/run_4/result.json          the results (only if the run finished)
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import itertools
 import os
@@ -31,7 +30,7 @@ from safetensors import SafetensorError
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ...cache_schema.own_files import EXTRA, digest_of_own
 from ...cache_schema.strict_json import flatten
-from ..disk.atomic_files import encode_line, read_json, write_json
+from ..disk.atomic_files import encode_line, read_json, take_lock, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_command
 
 RUNS = "runs"
@@ -155,15 +154,10 @@ class MetricsLog:
         self._path = path
         with self._name_failure():
             self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
-        except BlockingIOError:
+        self.is_locked = take_lock(self._file)
+        if self.is_locked is None:
             self._file.close()
-            raise RunTaken(f"another process is training {path.parent}: wait for it to finish, or stop it") from None
-        except OSError:
-            self.is_locked = False  # a file system without locks
-        else:
-            self.is_locked = True
+            raise RunTaken(f"another process is training {path.parent}: wait for it to finish, or stop it")
 
     def require_ours(self) -> None:
         """Refuse to go on if the run's folder was removed or replaced: what is written there would be another run's."""

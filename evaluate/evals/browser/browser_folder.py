@@ -9,7 +9,6 @@ may read nothing else. JSON is ASCII, and `<` is escaped: corpus text cannot end
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import numpy as np
 from ....cache_schema.disk_and_cloud_files import free_bytes_at, sync
 from ....cache_schema.errors import StoreError
 from ....cache_schema.numbers_in_words import say_size
+from ....train.disk.atomic_files import take_lock
 from ...errors import BrowserUnwritten
 from ...output.figures.records import FILES, script_json
 
@@ -64,14 +64,13 @@ def _alone(home: Path, say: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         raise BrowserUnwritten(f"{home / NAME} cannot be written: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
-            is_taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):  # another process has it, or had it and removed it when done
-            is_taken = True
-        except OSError:
-            is_taken = False
+        is_alone = take_lock(file)
+        if is_alone is False:
             say(f"{home}: no locks on this disk, so nothing keeps a second process from building this browser")
+        try:
+            is_taken = is_alone is None or (is_alone and not os.path.samefile(file.fileno(), path))
+        except FileNotFoundError:  # another process had it, and removed it when done
+            is_taken = True
         if is_taken:
             raise BrowserUnwritten(f"another process is building {home / NAME}: wait until it ends, or stop it")
         try:

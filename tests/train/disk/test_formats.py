@@ -20,7 +20,7 @@ from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.hook_metadata import places_told
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
-from saemill.train.errors import RunMissing, RunTaken, SaeInvalid
+from saemill.train.errors import RunMissing, RunNotWritten, SaeInvalid
 from saemill.train.export import _largest, _outputs, _require_alike, export, main
 from saemill.train.run.find_and_load_sae import list_saes
 from saemill.train.sae.shapes.masks import HardMask
@@ -89,10 +89,12 @@ def test_of_rows_whose_latents_are_near_a_tie_a_few_may_differ():
 
 
 FULL = (OSError(28, "No space left on device"), SafetensorError("No space left on device"))
+DENIED = OSError(13, "Permission denied")
 
 
-@pytest.mark.parametrize("error", [*FULL, KeyboardInterrupt()])
-def test_an_export_that_is_stopped_leaves_nothing_and_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("error", [*FULL, DENIED, KeyboardInterrupt()])
+def test_an_export_that_is_stopped_leaves_nothing_and_a_full_disk_is_one_line(tmp_path, monkeypatch, error, is_there):
     WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3], "model_name": "m"})
 
     def fill(folder, *_):
@@ -100,13 +102,46 @@ def test_an_export_that_is_stopped_leaves_nothing_and_a_full_disk_is_one_line(tm
         (folder / "ae.safetensors").write_bytes(b"a part")
         raise error
 
+    if is_there:
+        (tmp_path / "b").mkdir()
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setitem(WRITERS, "dictionary_learning", fill)
     words = [str(tmp_path / "a"), "--to", "dictionary_learning", "--out", str(tmp_path / "b")]
     result = CliRunner().invoke(main, words)
-    assert result.exit_code and [path.name for path in tmp_path.iterdir()] == ["a"]
-    if error in FULL:
-        assert len(result.output.splitlines()) == 1 and "No space left" in result.output
-        assert "make room, or choose another --out" in result.output
+    assert result.exit_code and sorted(tmp_path.rglob("*")) == before
+    if not isinstance(error, KeyboardInterrupt):
+        assert len(result.output.splitlines()) == 1 and str(error) in result.output
+        assert result.output.endswith(
+            ": make room, or choose another --out\n" if error in FULL else "): choose another --out\n"
+        )
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_an_export_that_is_stopped_while_its_files_are_moved_leaves_none(tmp_path, monkeypatch, error):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3]})
+    (tmp_path / "b").mkdir()
+    replace_ = Path.replace
+
+    def move(path, place):
+        if path.name == "sae.safetensors":
+            assert (tmp_path / "b/cfg.json").stat().st_size and not list_saes(tmp_path / "b")  # weights come last
+            raise error
+        return replace_(path, place)
+
+    monkeypatch.setattr(Path, "replace", move)
+    with pytest.raises((RunNotWritten, KeyboardInterrupt)):
+        export(tmp_path / "a", "sparsify", tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_what_a_killed_export_leaves_is_no_sae(tmp_path):
+    """Beside the target, or in it if that was there; the same command then writes there."""
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3]})
+    for left in (".b.0123abcd.tmp", "b/.b.0123abcd.tmp"):
+        WRITERS["sparsify"](tmp_path / left, make_plain("topk"), {"layers": [3]})
+    assert list_saes(tmp_path) == [tmp_path / "a"] and list_saes(tmp_path / "b") == []
+    export(tmp_path / "a", "sparsify", tmp_path / "b")
+    assert list_saes(tmp_path) == [tmp_path / "a", tmp_path / "b"]
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -129,16 +164,22 @@ def test_of_two_exports_into_one_folder_one_is_refused_and_the_other_stays(tmp_p
     assert largest_difference(make_plain("topk"), read(tmp_path / "b")[0]) < 1e-5
 
 
-def test_an_export_goes_where_a_link_leads_and_not_in_the_place_of_the_current_folder(tmp_path, monkeypatch):
+def test_an_export_into_an_empty_folder_leaves_the_folder_as_it_is(tmp_path, monkeypatch):
+    """The current one, one behind a link, one with modes of its own: none is replaced."""
     WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3]})
-    (tmp_path / "empty").mkdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    empty.chmod(0o2770)
+    before = empty.stat()
     (tmp_path / "link").symlink_to("empty")
-    monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(RunTaken, match="other than the current"):
-        export(tmp_path / "a", "sparsify", tmp_path / "link")
-    monkeypatch.chdir(tmp_path)
-    export(tmp_path / "a", "sparsify", Path("link"))
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty/sae.safetensors").is_file()
+    for target, cwd in ((Path("."), empty), (Path("link"), tmp_path)):
+        monkeypatch.chdir(cwd)
+        export(tmp_path / "a", "sparsify", target)
+        assert sorted(path.name for path in empty.iterdir()) == ["cfg.json", "sae.safetensors"]
+        assert (empty.stat().st_ino, empty.stat().st_mode) == (before.st_ino, before.st_mode)
+        assert (tmp_path / "link").is_symlink()
+        for file in empty.iterdir():
+            file.unlink()
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
@@ -628,7 +669,9 @@ def test_finding_an_sae(tmp_path):
     WRITERS["sae_lens"](tmp_path / "run_2/topk", make_plain("topk"), {})
     (tmp_path / "run_2/topk/cfg.json").unlink()  # it comes last
     for name in ("run_2", "run_2/topk"):
-        with pytest.raises(RunMissing, match="topk was cut off .* resume its run with: sae-train --resume .*run_2$"):
+        with pytest.raises(
+            RunMissing, match="topk was not saved completely: resume its run with: sae-train --resume .*run_2$"
+        ):
             load_sae(name, tmp_path)
     (tmp_path / "run_2/result.json").write_text("{}")  # there is nothing to resume
     with pytest.raises(SaeInvalid, match=r"found no cfg\.json"):

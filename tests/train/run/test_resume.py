@@ -16,7 +16,7 @@ import torch
 
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
-from saemill.train.run import results, run_folder
+from saemill.train.run import results
 from saemill.train.run.run_folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]
@@ -256,7 +256,7 @@ def test_a_disk_without_locks_is_told_of(big, sae_train, quick, tmp_path, rewind
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run", "--tokens", "640"]
     begun = sae_train(*words, "--set", "course.checkpoint_every_steps=5").output
     rewind(tmp_path / "runs/run")

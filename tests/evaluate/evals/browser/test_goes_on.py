@@ -198,7 +198,7 @@ def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(browser_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     said = []
     with browser_folder.making(tmp_path, 1, "inputs", said.append):
         pass
