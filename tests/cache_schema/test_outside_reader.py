@@ -174,6 +174,8 @@ def test_arrays_cut_anew_by_another_tool_are_read_too(synthetic, tmp_path, chunk
         for span in store.spans(request):
             found = store.read(request, span).resid[3]
             np.testing.assert_array_equal(found, corpus.resid[3][span.start : span.stop])
+        # Who reads a shard in parts takes whole chunks; of those that zarr reads, whole shards.
+        assert store.chunk_windows(Site("resid", 3)) == manifest.shard_windows
 
 
 def test_arrays_cut_anew_by_another_tool_are_left_as_they_are(synthetic, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.run import results
+from saemill.train.run.after_run import Onlookers
 from saemill.train.run.run_folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]
@@ -286,6 +287,20 @@ def test_a_run_whose_folder_is_removed_or_replaced_writes_nothing_there(
     said = sae_train(*words, "--set", "course.checkpoint_every_steps=5", code=1).output
     assert f"error: expected {run}/metrics.jsonl to be the log that this process writes, found " in said
     assert "--name" in said and sorted(run.rglob("*")) == files and not (run / "result.json").exists()
+
+
+def test_no_page_of_a_run_is_written_into_the_folder_of_another(big, sae_train, quick, tmp_path, monkeypatch):
+    run, look, seen = tmp_path / "runs/run", Onlookers.look, []
+
+    def looked(onlookers):
+        seen.append(look(onlookers))
+        if len(seen) == 2:
+            shutil.copytree(run.rename(tmp_path / "away"), run)
+
+    monkeypatch.setattr(Onlookers, "look", looked)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run", "--tokens", "640", "--plots"]
+    said = sae_train(*words, "--set", "course.metrics_every_steps=1", code=1).output
+    assert "to be the log that this process writes" in said and len(seen) == 2
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(stopped, sae_train):
