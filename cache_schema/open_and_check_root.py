@@ -68,7 +68,7 @@ def read_root(files: Files) -> Root:
     return Root(manifest, arrays, raw)
 
 
-def require_same(files: Files, opened: Root) -> None:
+def require_not_replaced(files: Files, opened: Root) -> None:
     """Refuse another store in the place of the one that was opened: chunks are found by their names alone, which are
     the same in every store. No writer changes a root, and a repair describes the same store with it."""
     raw = read_if_there(files, ROOT)

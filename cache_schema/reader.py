@@ -35,7 +35,7 @@ from .layout import (
 )
 from .manifest import Manifest
 from .moments import Moments, from_line, merge
-from .open_and_check_root import read_root, require_same
+from .open_and_check_root import read_root, require_not_replaced
 from .read_chunks import plan_reads, read_chunk, read_part_of_row, read_with_zarr
 from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
@@ -129,17 +129,17 @@ class Store:
                 reading = running.popleft()
                 found = reading.finish()
                 if not running or running[0].span.shard != reading.span.shard:  # a request of its own, once a shard
-                    self.require_same()
+                    self.require_not_replaced()
                 yield found
                 free.append(reading.memory)
         finally:
             for reading in running:
                 reading.cancel()
 
-    def require_same(self) -> None:
+    def require_not_replaced(self) -> None:
         """Refuse a store that another has replaced since it was opened. `stream` asks after each shard and every read
         that fails; whoever calls `read` asks when it has read enough to be worth a request."""
-        require_same(self.files, self._root)
+        require_not_replaced(self.files, self._root)
 
     def chunk_windows(self, site: Site) -> int:
         """Windows of a chunk of activations as they are in this store, which another tool may have cut anew."""
@@ -225,7 +225,7 @@ class Store:
         validate_request(self.manifest, request)
         validate_span(self.manifest, span)
         self._require_committed([span])
-        is_whole = span.windows == len(range(*self.manifest.shard_range(span.shard)))
+        is_whole = (span.start, span.stop) == self.manifest.shard_range(span.shard)
         futures: dict[str, list[Future[None]]] = {}
         for path in sorted(memory, key=lambda path: not path.endswith("/indptr")):  # for which other lines wait
             start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
@@ -268,7 +268,7 @@ class Store:
             raise self._damage(shard, path, error) from None
 
     def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
-        self.require_same()
+        self.require_not_replaced()
         url = shlex.quote(self.url)
         mend = GONE if path in BEGINNING else f"`sae-store repair {url}` repairs it"
         return type(error)(f"shard {shard}, array {path}: {error}. `sae-store verify {url}` lists all damage. {mend}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -55,6 +55,14 @@ class Span:
     shard: int
     start: int
     stop: int
+
+    def cut(self, length: int, shard_windows: int) -> Iterator[Span]:
+        """The span, cut wherever a multiple of `length` windows of its shard ends."""
+        shard = self.shard * shard_windows
+        for start in range(shard, self.stop, length):
+            part = Span(self.shard, max(start, self.start), min(start + length, self.stop))
+            if part.windows > 0:
+                yield part
 
     @property
     def windows(self) -> int:

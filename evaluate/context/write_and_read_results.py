@@ -297,10 +297,9 @@ def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) ->
         return False
     made = document.get("datetime_epoch_millis")
     measured = min(measured, (made + 1) / 1000 if isinstance(made, (int, float)) else measured)  # of a copy, the former
-    found = [file.stat() for file in files]
-    times = [time for file in found for time in (file.st_mtime, file.st_ctime)]
-    places = (folder, *files)  # a folder's time is the only sign that it was moved, a link's that it leads elsewhere
-    times += [folder.stat().st_ctime, *(place.lstat().st_ctime for place in places)]
+    # A folder's time is the only sign that it was moved, a link's that it leads elsewhere.
+    times = [seen.st_ctime for place in (folder, *files) for seen in (place.stat(), place.lstat())]
+    times += [file.stat().st_mtime for file in files]
     home = path.parents[2].resolve()
     is_elsewhere = folder.resolve() not in (home, (home / path.name.removesuffix(RESULTS)).resolve())
     return (is_elsewhere or any(time > measured for time in times)) and source_of(folder).sha256 != told

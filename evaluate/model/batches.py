@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Span, Store
+from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Store
 from ...cache_schema.sites import RESID, Site
 from ...harvest.sparsify_attention import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
@@ -136,11 +136,7 @@ def _parts(store: Store, request: Request) -> Iterator[ShardArrays]:
         return
     spans = store.spans(request)
     size = PART_CHUNKS * max(map(store.chunk_windows, request.sites))
-    order = [
-        Span(span.shard, start, min((start // size + 1) * size, span.stop))
-        for span in spans
-        for start in (span.start, *range((span.start // size + 1) * size, span.stop, size))
-    ]
+    order = [part for span in spans for part in span.cut(size, store.manifest.shard_windows)]
     shard = None
     for part in store.stream(Request(layers=request.layers), order, PARTS_IN_FLIGHT):
         if shard is None or shard.span.shard != part.span.shard:

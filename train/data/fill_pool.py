@@ -68,7 +68,7 @@ class Pool:
             self._drawn.synchronize()
         starts = np.cumsum([0] + [piece.windows for piece in pieces]).tolist()
         attention = list(readers.map(self._load, pieces, starts[:-1]))
-        self._store.require_same()
+        self._store.require_not_replaced()
         windows = starts[-1]
         tokens, (tokens_there, documents_there) = self._tokens[:windows], self._ids_there[:, :windows]
         return Block(

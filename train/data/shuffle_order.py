@@ -175,10 +175,7 @@ def cut_pieces(sizes: SplitSizes, pool_tokens: int) -> list[Span]:
     pieces = []
     for shard in range(first // sizes.shard_windows, -(-last // sizes.shard_windows)):
         begin, end = shard * sizes.shard_windows, (shard + 1) * sizes.shard_windows
-        for start in range(begin, end, length):
-            span = Span(shard, max(start, first), min(start + length, end, last))
-            if span.windows > 0:
-                pieces.append(span)
+        pieces += Span(shard, max(begin, first), min(end, last)).cut(length, sizes.shard_windows)
     return pieces
 
 
