@@ -22,12 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import StoreError
 from .import_from_others import ImportSettings, cuts_documents, import_store
-from .import_sources import NumpySource, SaelensSource, Source
+from .import_sources import NumpySource, SaelensSource, Source, VllmSource
 from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest
 from .numbers_in_words import counted, numbered
-from .read_vllm import VllmSource
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import xxhash
 
-from .chunk_codec import as_bytes
+from .chunks import as_bytes
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
 from .csr import AttentionCsr, index_dtype
 from .errors import ShardInvalid

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from .chunk_codec import CHECKSUM_BYTES, encode
+from .chunks import CHECKSUM_BYTES, encode
 from .commits import (
     CommitRecord,
     DeviceRecord,
@@ -23,6 +23,15 @@ from .commits import (
     find_committed,
     write_device,
     write_record,
+)
+from .counts_and_summary import (
+    LayerSummary,
+    Summary,
+    count_all,
+    read_summary,
+    summarise,
+    write_counts,
+    write_summary,
 )
 from .disk_and_cloud_files import Files, LocalFiles, open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
@@ -45,9 +54,7 @@ from .reader import Store
 from .shard_claims import CREATION, open_claims
 from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .sites import RESID
-from .stats_summary import LayerSummary, Summary, read_summary, summarise, write_summary
 from .stored_dtypes import say_not_uint32
-from .token_counts import count_all, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 REMOTE_WRITERS = 16  # an object store answers slowly but many at once
