@@ -38,8 +38,6 @@ NOT_HARVESTED = ("import",)  # corpora that no model can harvest again
 AGAIN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
 NPY = "A .npy file, or a folder of them,"
-WIDTH, NARROWEST = 80, 20  # columns
-REHARVESTERS = "saemill.reharvest"  # entry points: functions like `harvest.run.reharvest`
 
 
 EXAMPLES = """\b
@@ -327,8 +325,8 @@ def _open_source(
 def open_console(**options: Any) -> Console:
     """A console for people. A width too small for anything, as from COLUMNS=0, counts as not set."""
     console = Console(**options)
-    if console.width < NARROWEST:
-        console.width = WIDTH
+    if console.width < 20:
+        console.width = 80
     return console
 
 
@@ -361,7 +359,7 @@ def _reharvest(
     url: str, manifest: Manifest, shards: list[int], undo: Callable[[], None], device: str | None, model: str | None
 ) -> None:
     """Harvest the shards again with the registered harvester: the store itself knows no model."""
-    harvesters = list(entry_points(group=REHARVESTERS))
+    harvesters = list(entry_points(group="saemill.reharvest"))  # functions like `harvest.run.reharvest`
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         undo()
         click.echo(f"removed: {numbered('shard', shards)}. {AGAIN}")

@@ -31,8 +31,6 @@ Ids = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """The counts of one split."""
-
     tokens: int  # that train
     same_document: float  # the chance that two of them share a document
     same_first_document: float  # the chance that two windows begin in one document
@@ -40,8 +38,6 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts of a store."""
-
     cache_id: str
     trainable: tuple[int, ...]  # of each window
     splits: dict[str, SplitCounts]
@@ -82,7 +78,6 @@ def pair_share(group_sizes: np.ndarray) -> float:
 
 
 def read_counts(files: Files, manifest: Manifest) -> Counts | None:
-    """The counts, or None if the store has none."""
     found = read_checked(Counts, files, manifest, COUNTS)
     if found is None:
         return None
@@ -166,7 +161,6 @@ def summarise(moments: Moments) -> LayerSummary:
 
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:
-    """The summary, or None if the store has none."""
     opened = read_checked(Summary, files, manifest, SUMMARY)
     if opened is None:
         return None
@@ -176,7 +170,3 @@ def read_summary(files: Files, manifest: Manifest) -> Summary | None:
     if found != lengths:
         raise ManifestInvalid(f"{where}: expected layers, positions and widths of this store. {MADE_AGAIN}")
     return summary
-
-
-def write_summary(files: Files, summary: Summary) -> None:
-    files.replace(SUMMARY, encode_json(to_json(summary)))

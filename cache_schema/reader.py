@@ -31,7 +31,7 @@ from .layout import (
     arrays_of,
     attention_path,
     is_line,
-    moments_length,
+    moment_columns,
     moments_path,
     scales_path,
 )
@@ -151,7 +151,6 @@ class Store:
         return tokens, documents
 
     def ids(self, span: Span) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents of a span."""
         first, _ = self.manifest.shard_range(span.shard)
         tokens, documents = self.beginning(span.shard)
         part = slice(span.start - first, span.stop - first)
@@ -202,7 +201,8 @@ class Store:
 
     def shard_moments(self, layer: int, shard: int, hook: str = RESID) -> Moments:
         """Moments of a layer over one shard."""
-        line, path = np.empty((1, moments_length(self.manifest, hook)), np.float64), moments_path(layer, hook)
+        _, length = moment_columns(self.manifest.context, self.manifest.width_of(hook))["mean"]
+        line, path = np.empty((1, length), np.float64), moments_path(layer, hook)
         for job in self._jobs(path, shard, shard + 1, line):
             self._run(job, shard, path)
         try:
