@@ -22,12 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import StoreError
 from .import_from_others import ImportSettings, cuts_documents, import_store
-from .import_sources import NumpySource, SaelensSource, Source
+from .import_sources import NumpySource, SaelensSource, Source, VllmSource
 from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest
 from .numbers_in_words import counted, numbered
-from .read_vllm import VllmSource
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
@@ -39,8 +38,6 @@ NOT_HARVESTED = ("import",)  # corpora that no model can harvest again
 AGAIN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
 NPY = "A .npy file, or a folder of them,"
-WIDTH, NARROWEST = 80, 20  # columns
-REHARVESTERS = "saemill.reharvest"  # entry points: functions like `harvest.run.reharvest`
 
 
 EXAMPLES = """\b
@@ -328,8 +325,8 @@ def _open_source(
 def open_console(**options: Any) -> Console:
     """A console for people. A width too small for anything, as from COLUMNS=0, counts as not set."""
     console = Console(**options)
-    if console.width < NARROWEST:
-        console.width = WIDTH
+    if console.width < 20:
+        console.width = 80
     return console
 
 
@@ -362,7 +359,7 @@ def _reharvest(
     url: str, manifest: Manifest, shards: list[int], undo: Callable[[], None], device: str | None, model: str | None
 ) -> None:
     """Harvest the shards again with the registered harvester: the store itself knows no model."""
-    harvesters = list(entry_points(group=REHARVESTERS))
+    harvesters = list(entry_points(group="saemill.reharvest"))  # functions like `harvest.run.reharvest`
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         undo()
         click.echo(f"removed: {numbered('shard', shards)}. {AGAIN}")

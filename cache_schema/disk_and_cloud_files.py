@@ -272,11 +272,8 @@ class RemoteFiles:
                 return []
 
     def remove(self, key: str) -> None:
-        with self._name_failure("removing", key):
-            try:
-                self.fs.rm_file(f"{self.path}/{key}")
-            except FileNotFoundError:
-                return
+        with self._name_failure("removing", key), suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.path}/{key}")
 
     def free_bytes(self) -> int | None:
         return None
@@ -298,7 +295,6 @@ class RemoteFiles:
 
 
 Files = LocalFiles | RemoteFiles
-"""The location of a store."""
 
 
 def _status_of(error: OSError) -> int | None:

@@ -81,16 +81,16 @@ def facts(store: Store) -> dict[str, Any]:
 def _links(store: Store, layer: int) -> dict[str, float] | None:
     """Links per row, where the mass goes, and the number of shards read; None if they are damaged."""
     spans = spread(store.manifest, store.committed, SHARDS)
+
+    def count_in(span: Span) -> np.ndarray:
+        part = store.read(Request(attention_layers=(layer,), tokens=True), span)
+        assert part.tokens is not None
+        return count_links(part.attention[layer], is_special(part.tokens, store.manifest.model.special_tokens))
+
     try:
-        return links_per_row(_count_in(store, layer, span) for span in spans) | {"shards": len(spans)}
+        return links_per_row(count_in(span) for span in spans) | {"shards": len(spans)}
     except ShardCorrupt:
         return None
-
-
-def _count_in(store: Store, layer: int, span: Span) -> np.ndarray:
-    part = store.read(Request(attention_layers=(layer,), tokens=True), span)
-    assert part.tokens is not None
-    return count_links(part.attention[layer], is_special(part.tokens, store.manifest.model.special_tokens))
 
 
 def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
@@ -188,20 +188,17 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
     for column in table.columns[1:]:
         column.justify = "right"
     for layer, row in found.items():
+        where = f" in {counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
         table.add_row(
             str(layer),
             f"{row['median_norm']:,.4g}",
             f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
-            f"{row['tokens']:,}" + ("" if row["windows"] == facts["windows"] else f" in {_where(row)}"),
+            f"{row['tokens']:,}" + ("" if row["windows"] == facts["windows"] else where),
             f"{row['share_of_squares']:.1%}",
             f"{row['rms_norm']:,.4g}",
             f"{row['rms_norm_of_others']:,.4g}",
         )
     return [table]
-
-
-def _where(row: dict[str, Any]) -> str:
-    return f"{counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
 
 
 def _join(layers: list[int]) -> str:

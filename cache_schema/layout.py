@@ -66,7 +66,6 @@ class ArrayLayout:
         return f"{self.path}/c." + ".".join(map(str, (index, *self.inner)))
 
     def document(self) -> dict[str, Any]:
-        """The array's zarr.json."""
         return {
             "shape": list(self.shape),
             "data_type": self.dtype.name,
@@ -122,21 +121,6 @@ def array_document_key(path: str) -> str:
     return f"{path}/zarr.json"
 
 
-def line_entries(manifest: Manifest) -> int:
-    """C: the number of attention entries that fit into a shard's line."""
-    return line_rows(manifest) * min(manifest.attention.topk, manifest.context)
-
-
-def line_rows(manifest: Manifest) -> int:
-    """R: the number of attention rows of a shard; the last shard is padded to full length."""
-    return manifest.shard_windows * manifest.attention.heads * manifest.context
-
-
-def packed_codec(codec: Codec) -> Codec:
-    """The codec of attention: its lines end in zeros, so they are never stored raw."""
-    return "zstd" if codec == "raw" else codec
-
-
 def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Every array of the store, by path."""
     arrays = [_token_array(manifest, path, "<u4", 2**32 - 1) for path in BEGINNING]
@@ -156,14 +140,11 @@ def find_too_large(manifest: Manifest) -> ArrayLayout | None:
 
 def root_document(manifest: Manifest) -> dict[str, Any]:
     """The root group's zarr.json with the manifest and, inline, the documents of all nodes."""
+    nodes = dict(sorted(_nodes(manifest).items()))
     return {
         "attributes": {"saemill": manifest.to_json()},
         "zarr_format": 3,
-        "consolidated_metadata": {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": dict(sorted(_nodes(manifest).items())),
-        },
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes},
         "node_type": "group",
     }
 
@@ -195,13 +176,12 @@ def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> Arr
     chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
     if len(chunks) != len(shape) or not all(type(length) is int and length > 0 for length in chunks):
         raise ValueError(f"expected {len(shape)} positive integers as chunk shape, found {chunks}")
-    known: list[Codec] = [
-        codec for codec in get_args(Codec) if codec_documents(codec, expected.dtype) == document["codecs"]
-    ]
+    codecs = (codec for codec in get_args(Codec) if codec_documents(codec, expected.dtype) == document["codecs"])
+    codec = next(codecs, None)
     separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
-    if not known or chunks[1:] != shape[1:] or not separator:
+    if codec is None or chunks[1:] != shape[1:] or not separator:
         return None
-    found = replace(expected, chunks=tuple(chunks), codec=known[0])
+    found = replace(expected, chunks=tuple(chunks), codec=codec)
     return found if found.chunk_bytes <= MAX_CHUNK_BYTES else None
 
 
@@ -230,7 +210,7 @@ def _site_array(manifest: Manifest, site: Site) -> ArrayLayout:
 
 def _moments_array(manifest: Manifest, site: Site) -> ArrayLayout:
     columns = moment_columns(manifest.context, manifest.width_of(site.hook))
-    length = moments_length(manifest, site.hook)
+    _, length = columns["mean"]
     return ArrayLayout(
         path=moments_path(site.layer, site.hook),
         shape=(manifest.shards, length),
@@ -243,35 +223,28 @@ def _moments_array(manifest: Manifest, site: Site) -> ArrayLayout:
     )
 
 
-def moments_length(manifest: Manifest, hook: str = RESID) -> int:
-    """The number of columns in a shard's line of moments."""
-    return len(MOMENT_SCALARS) + manifest.context + manifest.width_of(hook)
-
-
 def is_line(path: str) -> bool:
     """Whether the array has one line per shard, not one row per window."""
     return path.endswith(("/indptr", "/indices", "/data")) or path.startswith("stats/")
 
 
 def moment_columns(context: int, width: int) -> dict[str, tuple[int, int]]:
-    """Name -> first and last-plus-one column of a shard's line of moments."""
+    """Name -> first and last-plus-one column of a shard's line of moments; the mean comes last."""
     columns = {name: (i, i + 1) for i, name in enumerate(MOMENT_SCALARS)}
-    first = len(MOMENT_SCALARS)
-    return columns | {
-        "norm_by_position": (first, first + context),
-        "mean": (first + context, first + context + width),
-    }
+    norms, mean = len(MOMENT_SCALARS), len(MOMENT_SCALARS) + context
+    return columns | {"norm_by_position": (norms, mean), "mean": (mean, mean + width)}
 
 
 def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
-    shards, rows, entries = manifest.shards, line_rows(manifest), line_entries(manifest)
-    codec = packed_codec(manifest.codec)
+    rows = manifest.shard_windows * manifest.attention.heads * manifest.context
+    entries = rows * min(manifest.attention.topk, manifest.context)
+    codec = "zstd" if manifest.codec == "raw" else manifest.codec  # lines end in zeros: they are never stored raw
     indices = index_dtype(manifest.context).newbyteorder("<")
     kept_shape = (manifest.windows, manifest.attention.heads, manifest.context)
 
     def line(part: str, length: int, dtype: np.dtype, fill: Any, last: str) -> ArrayLayout:
         path = attention_path(layer, part)
-        return ArrayLayout(path, (shards, length), (1, length), dtype, fill, codec, ("shard", last))
+        return ArrayLayout(path, (manifest.shards, length), (1, length), dtype, fill, codec, ("shard", last))
 
     return [
         line("indptr", rows + 1, np.dtype("<u4"), 2**32 - 1, "row"),

@@ -124,7 +124,6 @@ class Manifest:
         return tuple(Site(hook, layer) for hook, layers in hooks.items() for layer in layers)
 
     def width_of(self, hook: str) -> int:
-        """The width of a hook's activations."""
         return self.model.d_model if hook == RESID else self.hooks[hook].width
 
     @property
@@ -171,10 +170,9 @@ def read_manifest(raw: Any, where: str) -> Manifest:
         raise ManifestInvalid(f"{where}: expected attributes['saemill'] to be an object, found {type(raw).__name__}")
     check_format(raw.get("format"), where)
     try:
-        manifest = from_json(Manifest, raw)
+        return from_json(Manifest, raw)
     except StrictError as error:
         raise ManifestInvalid(f"{where} is not a valid manifest: {error}") from None
-    return manifest
 
 
 def check_format(found: Any, where: str) -> None:
@@ -204,7 +202,6 @@ def require_same(url: str, found: Manifest, wanted: Manifest) -> None:
 
 
 def _in_words(value: Any) -> str:
-    """A value of a manifest for a person."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .counts_and_summary import trainable
 from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments
@@ -24,7 +25,6 @@ from .reader import Store
 from .requests_and_spans import Request, ShardArrays, Span
 from .sites import Place, Site, site_of
 from .stored_dtypes import FP8_VALUES
-from .token_counts import trainable
 
 MULTIPLE = 10.0
 """The default multiple of the median norm."""

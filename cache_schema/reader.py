@@ -19,7 +19,9 @@ from itertools import islice
 import numpy as np
 import zarr
 
+from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_in_order, read_record
+from .counts_and_summary import Counts, SplitCounts, count_split, read_counts, read_summary
 from .csr import AttentionCsr
 from .disk_and_cloud_files import Files, LocalFiles, open_files
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
@@ -29,18 +31,15 @@ from .layout import (
     arrays_of,
     attention_path,
     is_line,
-    moments_length,
+    moment_columns,
     moments_path,
     scales_path,
 )
 from .manifest import Manifest
 from .moments import Moments, from_line, merge
 from .open_and_check_root import read_root, require_not_replaced
-from .read_chunks import plan_reads, read_chunk, read_part_of_row, read_with_zarr
 from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
-from .stats_summary import read_summary
-from .token_counts import Counts, SplitCounts, count_split, read_counts
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
 GONE = (
@@ -152,7 +151,6 @@ class Store:
         return tokens, documents
 
     def ids(self, span: Span) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents of a span."""
         first, _ = self.manifest.shard_range(span.shard)
         tokens, documents = self.beginning(span.shard)
         part = slice(span.start - first, span.stop - first)
@@ -203,7 +201,8 @@ class Store:
 
     def shard_moments(self, layer: int, shard: int, hook: str = RESID) -> Moments:
         """Moments of a layer over one shard."""
-        line, path = np.empty((1, moments_length(self.manifest, hook)), np.float64), moments_path(layer, hook)
+        _, length = moment_columns(self.manifest.context, self.manifest.width_of(hook))["mean"]
+        line, path = np.empty((1, length), np.float64), moments_path(layer, hook)
         for job in self._jobs(path, shard, shard + 1, line):
             self._run(job, shard, path)
         try:
@@ -251,13 +250,14 @@ class Store:
                 future.result()
             indptr = memory[pointers][0]
             part = slice(*(min(int(indptr[row]), len(line)) for row in (first, last)))  # `_attention` finds wrong ones
-        read_part_of_row(self.files, layout, span.shard, part.start, line[part])
+        index, row = divmod(span.shard, layout.chunks[0])
+        read_chunk(self.files, layout, index, row * layout.shape[1] + part.start, line[part])
 
     def _jobs(self, path: str, start: int, stop: int, out: np.ndarray) -> list[Callable[[], None]]:
         """One call per chunk; each fills its part of `out`."""
         layout = self._layouts[path]
         if layout is not None:
-            return [partial(read_chunk, self.files, read) for read in plan_reads(layout, start, stop, out)]
+            return [partial(read_chunk, self.files, layout, *read) for read in plan_reads(layout, start, stop, out)]
         return [partial(read_with_zarr, self._zarr_array(path), self.files, path, start, stop, out)]
 
     def _run(self, job: Callable[[], None], shard: int, path: str) -> None:

@@ -135,21 +135,15 @@ def validate_span(manifest: Manifest, span: Span) -> None:
     )
 
 
-def window_range(manifest: Manifest, request: Request) -> tuple[int, int]:
-    """First and last-plus-one window that a request covers."""
-    first, last = manifest.splits[request.split] if request.split is not None else (0, manifest.windows)
-    if request.windows is None:
-        return first, last
-    start, stop = request.windows
-    if not 0 <= start <= stop <= last - first:
-        place = f"the {request.split} split" if request.split is not None else "the store"
-        raise RequestInvalid(f"expected windows within 0 to {last - first} of {place}, found {start} to {stop}")
-    return first + start, first + stop
-
-
 def spans_of(manifest: Manifest, request: Request) -> list[Span]:
     """The request cut at shard borders."""
-    first, last = window_range(manifest, request)
+    first, last = manifest.splits[request.split] if request.split is not None else (0, manifest.windows)
+    if request.windows is not None:
+        start, stop = request.windows
+        if not 0 <= start <= stop <= last - first:
+            place = f"the {request.split} split" if request.split is not None else "the store"
+            raise RequestInvalid(f"expected windows within 0 to {last - first} of {place}, found {start} to {stop}")
+        first, last = first + start, first + stop
     size = manifest.shard_windows
     shards = range(first // size, -(-last // size)) if last > first else range(0)
     return [Span(shard, max(first, shard * size), min(last, (shard + 1) * size)) for shard in shards]

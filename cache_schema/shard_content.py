@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import xxhash
 
-from .chunk_codec import as_bytes
+from .chunks import as_bytes
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
 from .csr import AttentionCsr, index_dtype
 from .errors import ShardInvalid
@@ -19,8 +19,6 @@ from .layout import (
     arrays_of,
     attention_path,
     is_line,
-    line_entries,
-    line_rows,
     moments_path,
     scales_path,
 )
@@ -75,13 +73,23 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
         first = shard if is_line(path) else start // layout.chunks[0]
         return ShardPart(layout, first, values)
 
+    def line(path: str, values: np.ndarray, rest: int) -> ShardPart:
+        """Values as a full line: `rest` is what behind them stands for nothing."""
+        full = np.full((1, arrays[path].shape[1]), rest, values.dtype)
+        full[0, : len(values)] = values
+        return part(path, full)
+
     parts = [part(site.path, values) for site, values in content.acts.items()]
     parts += [part(scales_path(site), scales) for site, scales in content.scales.items()]
     for site, found in content.moments.items():
         parts.append(part(moments_path(site.layer, site.hook), to_line(found)[None]))
     for layer, csr in content.attention.items():
-        lines = _lines(manifest, csr) | {"kept_mass": csr.kept_mass}
-        parts += [part(attention_path(layer, name), values) for name, values in lines.items()]
+        parts += [
+            line(attention_path(layer, "indptr"), csr.indptr, csr.indptr[-1]),  # missing windows have empty rows
+            line(attention_path(layer, "indices"), csr.indices, 0),
+            line(attention_path(layer, "data"), csr.data, 0),
+            part(attention_path(layer, "kept_mass"), csr.kept_mass),
+        ]
     return parts
 
 
@@ -119,7 +127,9 @@ def validate_content(manifest: Manifest, shard: int, content: ShardContent) -> N
 
 def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Mapping[str, int]) -> CommitRecord:
     """The commit record: digests of the values, sizes on disk, totals of the attention."""
-    digests = digests_of(content)
+    plain = {path: getattr(content, path).astype("<u4") for path in BEGINNING}
+    plain |= {moments_path(site.layer, site.hook): to_line(found) for site, found in content.moments.items()}
+    digests = digests_by_path(plain, content.acts, content.scales, content.attention)
     return CommitRecord(
         cache_id=manifest.cache_id,
         shard=shard,
@@ -130,20 +140,14 @@ def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Ma
     )
 
 
-def digests_of(content: ShardContent) -> dict[str, str]:
-    """Digest of the values of every array, independent of padding and of how they are stored."""
-    beginning = {path: getattr(content, path).astype("<u4") for path in BEGINNING}
-    moments = {moments_path(site.layer, site.hook): to_line(found) for site, found in content.moments.items()}
-    return digests_by_path(beginning | moments, content.acts, content.scales, content.attention)
-
-
 def digests_by_path(
     plain: Mapping[str, np.ndarray],
     acts: Mapping[Site, np.ndarray],
     scales: Mapping[Site, np.ndarray],
     attention: Mapping[int, AttentionCsr],
 ) -> dict[str, str]:
-    """Path -> digest; `plain` has the paths of its arrays already."""
+    """Path -> digest of an array's values, independent of padding and of how they are stored; `plain` has the paths of
+    its arrays already."""
     arrays = dict(plain)
     arrays |= {site.path: values for site, values in acts.items()}
     arrays |= {scales_path(site): values for site, values in scales.items()}
@@ -205,17 +209,6 @@ def _attention_problems(manifest: Manifest, windows: int, content: ShardContent)
             if getattr(csr, name).dtype != dtype
         ]
     return problems
-
-
-def _lines(manifest: Manifest, csr: AttentionCsr) -> dict[str, np.ndarray]:
-    """A shard's CSR as full lines: entries first, then zeros; empty rows for missing windows."""
-    indptr = np.full((1, line_rows(manifest) + 1), csr.indptr[-1], np.uint32)
-    indptr[0, : len(csr.indptr)] = csr.indptr
-    indices = np.zeros((1, line_entries(manifest)), csr.indices.dtype)
-    indices[0, : csr.entries] = csr.indices
-    data = np.zeros((1, line_entries(manifest)), np.float16)
-    data[0, : csr.entries] = csr.data
-    return {"indptr": indptr, "indices": indices, "data": data}
 
 
 def totals_of(csr: AttentionCsr) -> AttentionTotals:

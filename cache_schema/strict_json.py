@@ -23,6 +23,7 @@ LATER = "later"
 """In a field's metadata: added after stores had been written, so left out of the JSON if empty."""
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+_hints_of = cache(typing.get_type_hints)  # resolving them takes longer than reading a record
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it, so that each integer has one form
 
 
@@ -113,11 +114,6 @@ def _read_dataclass(cls: type, raw: Any, where: str, problems: list[str]) -> Any
     except ValueError as error:
         problems.append(f"{where or cls.__name__}: {error}")
         return None
-
-
-@cache  # resolving them takes longer than reading a record
-def _hints_of(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _read_union(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:

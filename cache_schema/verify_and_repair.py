@@ -10,17 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
+from .counts_and_summary import count_all, read_counts, read_summary
 from .disk_and_cloud_files import open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
-from .layout import (
-    BEGINNING,
-    COUNTS,
-    INDEX,
-    SUMMARY,
-    array_document_key,
-    documents_of,
-    moments_path,
-)
+from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, array_document_key, documents_of, moments_path
 from .manifest import Manifest
 from .moments import to_line
 from .open_and_check_root import read_root, require_writable
@@ -28,8 +21,6 @@ from .reader import Store, shard_memory
 from .requests_and_spans import Request, ShardArrays, Span
 from .shard_claims import open_claims
 from .shard_content import digests_by_path, totals_of
-from .stats_summary import read_summary
-from .token_counts import count_all, read_counts
 from .writer import derive_summary, refresh
 
 Memory = dict[Request, dict[str, np.ndarray]]  # reused for shard after shard
@@ -169,7 +160,9 @@ def _verify_shard(store: Store, shard: int, memory: Memory) -> ShardReport:
     sums: dict[int, AttentionTotals] = {}
     for name, request in _single_requests(store).items():
         try:
-            arrays = _read_arrays(store, shard, request, memory)
+            if request not in memory:
+                memory[request] = shard_memory(store.manifest, request)
+            arrays = store.read(request, Span(shard, *store.manifest.shard_range(shard)), memory[request])
             found |= _digests(store, shard, request, arrays)
             sums |= {layer: totals_of(csr) for layer, csr in arrays.attention.items()}
         except ShardCorrupt as error:
@@ -204,12 +197,6 @@ def _single_requests(store: Store) -> dict[str, Request]:
     return requests | {
         f"attention/layer_{layer}": Request(attention_layers=(layer,)) for layer in manifest.attention.layers
     }
-
-
-def _read_arrays(store: Store, shard: int, request: Request, memory: Memory) -> ShardArrays:
-    if request not in memory:
-        memory[request] = shard_memory(store.manifest, request)
-    return store.read(request, Span(shard, *store.manifest.shard_range(shard)), memory[request])
 
 
 def _digests(store: Store, shard: int, request: Request, arrays: ShardArrays) -> dict[str, str]:

@@ -14,16 +14,9 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from .chunk_codec import CHECKSUM_BYTES, encode
-from .commits import (
-    CommitRecord,
-    DeviceRecord,
-    Index,
-    compact,
-    find_committed,
-    write_device,
-    write_record,
-)
+from .chunks import CHECKSUM_BYTES, encode
+from .commits import CommitRecord, DeviceRecord, Index, compact, find_committed, write_device, write_record
+from .counts_and_summary import LayerSummary, Summary, count_all, read_summary, summarise, write_counts
 from .disk_and_cloud_files import Files, LocalFiles, open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
 from .layout import (
@@ -45,9 +38,8 @@ from .reader import Store
 from .shard_claims import CREATION, open_claims
 from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .sites import RESID
-from .stats_summary import LayerSummary, Summary, read_summary, summarise, write_summary
 from .stored_dtypes import say_not_uint32
-from .token_counts import count_all, write_counts
+from .strict_json import to_json
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 REMOTE_WRITERS = 16  # an object store answers slowly but many at once
@@ -88,7 +80,6 @@ class StoreWriter:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> StoreWriter:
-        """Resume an existing store."""
         files = open_files(url)
         root = read_root(files)
         require_writable(files.url, root)
@@ -136,11 +127,13 @@ class StoreWriter:
             return None
         content = as_stored(self.manifest, content)
         parts = lay_out(self.manifest, shard, content)
+        sizes = {path: self._size_of(self.arrays[path], shard) for path in BEGINNING}
+        sizes |= {part.layout.path: 0 for part in parts}
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
-        sizes = self._write_chunks(tasks)
+        for (part, _), size in zip(tasks, self._write_chunks(tasks), strict=True):
+            sizes[part.layout.path] += size
         self.files.settle(part.layout.path for part in parts)
-        beginning = {path: self._size_of(self.arrays[path], shard) for path in BEGINNING}
-        record = make_record(self.manifest, shard, content, beginning | _sum_by_path(tasks, sizes))
+        record = make_record(self.manifest, shard, content, sizes)
         if device is not None:
             write_device(self.files, shard, device)
         write_record(self.files, record)
@@ -245,7 +238,7 @@ def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> bool:
         with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are repaired
             write_counts(files, count_all(manifest, store.ids))
     if is_finished and read_summary(files, manifest) is None:
-        write_summary(files, derive_summary(files, manifest, index))
+        files.replace(SUMMARY, encode_json(to_json(derive_summary(files, manifest, index))))
     return is_finished
 
 
@@ -276,10 +269,3 @@ def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarr
                 f"expected {name} as integers from 0 to 2^32 - 1 of shape {expected}, found {found or array.dtype} "
                 f"{array.shape}"
             )
-
-
-def _sum_by_path(tasks: list[tuple[ShardPart, int]], sizes: list[int]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for (part, _), size in zip(tasks, sizes, strict=True):
-        totals[part.layout.path] = totals.get(part.layout.path, 0) + size
-    return totals

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -37,13 +38,11 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--model",
-    default="auto",
-    show_default=True,
-    help="auto, pocket, smollm2, an id on the hub, a folder or a GGUF file.",
+@click.command(
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
+@click.option("--model", default="auto", help="auto, pocket, smollm2, an id on the hub, a folder or a GGUF file.")
 @click.option(
     "--layer",
     type=int,
@@ -61,64 +60,54 @@ Examples:
     "--hooks",
     metavar="HOOKS",
     default=RESID,
-    show_default=True,
     help=f"What to keep of these layers: {','.join(HOOKS)}. For other layers: {RESID},mlp_in:12..19.",
 )
-@click.option(
-    "--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much attention."
-)
-@click.option("--attention-topk", default=16, show_default=True, help="Keep at most this many keys per row.")
+@click.option("--attention-mass", default=0.95, help="Keep keys until they carry this much attention.")
+@click.option("--attention-topk", default=16, help="Keep at most this many keys per row.")
 @click.option(
     "--leave-out",
     metavar="KEYS",
     default="none",
-    show_default=True,
     help="Keys to ignore, in slots and in mass: bos (a window's first token), self, or bos,self.",
 )
 @click.option(
     "--attention-heads",
     type=click.Choice(["mean", "all"]),
     default="mean",
-    show_default=True,
     help="Keep the mean over a layer's heads, or the rows of each head.",
 )
-@click.option(
-    "--dataset",
-    help=f"{dataset_help()}.  [default: {STDLIB} for pocket and smollm2, else {OPENWEBTEXT}]",
-)
+@click.option("--dataset", help=f"{dataset_help()}.  [default: {STDLIB} for pocket and smollm2, else {OPENWEBTEXT}]")
 @click.option("--dataset-config", help="Configuration of a data set of the hub.")
-@click.option("--dataset-split", default="train", show_default=True)
+@click.option("--dataset-split", default="train")
 @click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
-@click.option("--column", default="text", show_default=True, help="The column that holds the text.")
+@click.option("--column", default="text", help="The column that holds the text.")
 @click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
-@click.option("--context", default=128, show_default=True, help="Tokens in a window.")
+@click.option("--context", default=128, help="Tokens in a window.")
 @click.option(
     "--packing",
     type=click.Choice(["concat", "documents"]),
     default="concat",
-    show_default=True,
     help="concat: join documents with BOS between them; documents: one per window, leaving out what does not fill one.",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16")
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
     help="Store activations in this type, one scale per token: half the bytes of bfloat16.  [default: as computed]",
 )
-@click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
-@click.option("--shard-windows", default=256, show_default=True, help="Windows per shard, the unit of work.")
+@click.option("--codec", type=click.Choice(get_args(Codec)), default="raw")
+@click.option("--shard-windows", default=256, help="Windows per shard, the unit of work.")
 @click.option(
     "--batch-windows", type=int, help="Windows per forward pass.  [default: 2,048 tokens, 512 for small models]"
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1.")
 @click.option(
     "--worker",
     default="1/1",
-    show_default=True,
     metavar="I/N",
     help="This is the I-th of N processes; after its share it takes on what others have left.",
 )
-@click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
+@click.option("--out", default="./store", help="The store: a folder, or an fsspec URL (s3://...).")
 @click.option(
     "--dry-run",
     "is_dry_run",
@@ -142,16 +131,12 @@ def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
 
 def make_config(options: dict[str, Any]) -> HarvestConfig:
     """The configuration that the options of the command line ask for."""
-    same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
-    also = ("stored_as", "shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
-    return HarvestConfig(
-        resid_layers="none" if options["resid_layers"] is None else options["resid_layers"],
-        corpus=_corpus(options),
-        leave_out=parse_sinks(options["leave_out"]),
-        tokens=None if options["tokens"] is None else parse_count(options["tokens"]),
-        worker=parse_worker(options["worker"]),
-        **{name: options[name] for name in (*same, *also)},
-    )
+    given = {one.name: options[one.name] for one in fields(HarvestConfig) if one.name in options}
+    given["resid_layers"] = "none" if options["resid_layers"] is None else options["resid_layers"]
+    given["leave_out"] = parse_sinks(options["leave_out"])
+    given["tokens"] = None if options["tokens"] is None else parse_count(options["tokens"])
+    given["worker"] = parse_worker(options["worker"])
+    return HarvestConfig(corpus=_corpus(options), **given)
 
 
 def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
@@ -226,7 +211,7 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
 @contextmanager
 def _reported(url: str) -> Iterator[None]:
     """Print an expected error as one line; on an interruption say what is safe."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tell_files():
             yield
@@ -236,10 +221,6 @@ def _reported(url: str) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(f"stopped. {_what_is_safe(url)}; the same command continues from there", err=True)
         sys.exit(130)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _what_is_safe(url: str) -> str:

@@ -30,15 +30,7 @@ from .corpus.source import Corpus, part_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
-from .store_plan import (
-    TEST,
-    Plan,
-    corpus_spec,
-    make_manifest,
-    require_known_tokens,
-    settings_of_begun,
-    settings_of_new,
-)
+from .store_plan import TEST, Plan, corpus_spec, make_manifest, require_known_tokens, settings_of_begun, settings_of_new
 from .tokenise_corpus import PackingJob, spool_corpus, spool_folder, state_of_begun
 
 POLL_SECONDS = 0.5  # at first; it doubles
@@ -80,8 +72,13 @@ def require_place(files: Files) -> None:
 
 
 def find_corpus(plan: Plan, files: Files) -> Corpus:
-    """The corpus for a new store, or the one that its tokenising was begun with."""
-    return _corpus_of_begun(plan, spool_folder(files)) or open_corpus(plan.corpus)
+    """The corpus for a new store, or the one that its tokenising was begun with: hours of that would be lost once a
+    name on the hub changes commit."""
+    folder, begun = spool_folder(files), None
+    if folder.exists():
+        _require_own(folder)
+        begun = source_of(plan.corpus).open_again(plan.corpus, state_of_begun(folder))
+    return begun or open_corpus(plan.corpus)
 
 
 def create_store(plan: Plan, corpus: Corpus, files: Files, watch: Watch) -> StoreWriter | None:
@@ -112,14 +109,6 @@ def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWr
         del packed
         spool.remove()
     return writer
-
-
-def _corpus_of_begun(plan: Plan, folder: Path) -> Corpus | None:
-    """The corpus that tokenising was begun with, or hours of it would be lost once a name on the hub changes commit."""
-    if not folder.exists():
-        return None
-    _require_own(folder)
-    return source_of(plan.corpus).open_again(plan.corpus, state_of_begun(folder))
 
 
 def tell_shortage(asked: int, filled: int, context: int, test: int) -> str:

@@ -27,7 +27,7 @@ from .errors import CorpusEmpty
 from .estimate_cost import (
     Cost,
     announce_tokens,
-    cost_before,
+    bytes_by_array,
     least_bytes,
     manifest_before,
     measure_cost,
@@ -35,6 +35,7 @@ from .estimate_cost import (
     sizes_of,
     tell_splits,
     tokens_in,
+    tokens_per_second,
     weights_beside,
 )
 from .pack_windows import Packer
@@ -59,8 +60,6 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate for a harvest."""
-
     work: Work
     cost: Cost
     free_bytes: int | None  # None if the store is not on a disk of this machine
@@ -111,8 +110,10 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
             work, sample = _rest_of(plan, files) if corpus is None else _whole(plan, corpus)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
         else:
-            work = _rest_of(plan, files)[0] if corpus is None else _all_of(manifest_before(plan))
-            cost = cost_before(plan, work.manifest, process.device)
+            manifest = manifest_before(plan)
+            work = _rest_of(plan, files)[0] if corpus is None else Work(manifest, range(manifest.shards))
+            sizes = {path: most / work.manifest.tokens for path, most in bytes_by_array(work.manifest).items()}
+            cost = Cost(sizes, tokens_per_second(plan, work.manifest, process.device))
     weights = weights_beside(plan.source, files) if work.shards else 0
     return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights, process.speaks)
 
@@ -170,15 +171,11 @@ def render(estimate: Estimate) -> RenderableType:
     return Group(sizes, facts)
 
 
-def _all_of(manifest: Manifest) -> Work:
-    return Work(manifest, range(manifest.shards))
-
-
 def _whole(plan: Plan, corpus: Corpus) -> tuple[Work, np.ndarray]:
     """A harvest from the start."""
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     manifest = expected_manifest(plan, spec, plan.windows)
-    return _all_of(manifest), _first_windows(plan, corpus)
+    return Work(manifest, range(manifest.shards)), _first_windows(plan, corpus)
 
 
 def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import constants
 
 from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
-from ..cache_schema.chunk_codec import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
+from ..cache_schema.chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at, on_one_disk
 from ..cache_schema.layout import arrays_of, is_line
@@ -86,7 +86,9 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
         harvest_shards(writer, trial, range(1, 1 + TIMED_BATCHES), records.append)
         seconds = time.perf_counter() - start
     fsspec.filesystem("memory").rm(url, recursive=True)
-    return Cost(_bytes_per_token(records, manifest), TIMED_BATCHES * batch * manifest.context / seconds)
+    tokens_timed = TIMED_BATCHES * batch * manifest.context
+    sizes = {path: sum(record.arrays[path].bytes for record in records) for path in records[0].arrays}
+    return Cost({path: size / tokens_timed for path, size in sizes.items()}, tokens_timed / seconds)
 
 
 def weights_beside(source: ModelSource, files: Files) -> int:
@@ -138,12 +140,6 @@ def needed_bytes(sizes: Mapping[str, int]) -> int:
     return total + RESERVE_BYTES if total else 0
 
 
-def _bytes_per_token(records: Sequence[CommitRecord], manifest: Manifest) -> dict[str, float]:
-    tokens = sum(stop - start for start, stop in (record.windows for record in records)) * manifest.context
-    paths = records[0].arrays
-    return {path: sum(record.arrays[path].bytes for record in records) / tokens for path in paths}
-
-
 TRIAL_VOCABULARY = 256  # for the layers that are timed: a whole embedding would take memory but no time
 LONG_WORK = 1e13  # multiplications that take a processor more than a minute or two: worth the seconds of a trial
 
@@ -158,8 +154,8 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
     announce_tokens(plan, files, watch)
     if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
         rate = tokens_per_second(plan, manifest, device)
-        time_taken = say_time(manifest.tokens / rate)
-        watch.say(f"time: about {time_taken} for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
+        said = f"time: about {say_time(manifest.tokens / rate)} for one process on {device}"
+        watch.say(f"{said}, by its layers ({rate:,.0f} tokens/s)")
 
 
 def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True) -> None:
@@ -178,12 +174,6 @@ def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True
             "Set TMPDIR to a folder on another disk, or ask for fewer --tokens"
         )
     watch.say(f"to tokenise: {say_size(needed)} in {folder} until the store has it; {say_size(free)} available")
-
-
-def cost_before(plan: Plan, manifest: Manifest, device: torch.device) -> Cost:
-    """The cost that a dry run reports for a model whose weights are not on this machine."""
-    sizes = {path: most / manifest.tokens for path, most in bytes_by_array(manifest).items()}
-    return Cost(sizes, tokens_per_second(plan, manifest, device))
 
 
 def manifest_before(plan: Plan) -> Manifest:

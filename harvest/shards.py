@@ -86,8 +86,9 @@ def compute_shard(
     for start in range(0, len(tokens_WT), harvester.batch_windows):
         collector.add(start, tokens_WT[start : start + harvester.batch_windows])
     collector.finish()
-    moments = {site: merge(parts) for site, parts in collector.moments.items()}
-    return ShardContent(tokens_WT, documents_WT, collector.acts, moments, collector.take_attention())
+    moments, parts = {site: merge(found) for site, found in collector.moments.items()}, collector.attention
+    attention = {layer: AttentionCsr.concat(parts.pop(layer)) for layer in tuple(parts)}  # frees parts as it joins them
+    return ShardContent(tokens_WT, documents_WT, collector.acts, moments, attention)
 
 
 def _write(
@@ -132,11 +133,6 @@ class _Collector:
         self.attention: dict[int, list[AttentionCsr]] = {layer: [] for layer in manifest.attention.layers}
         self._behind: _Launched | None = None
         self._stream = torch.cuda.Stream(harvester.device) if is_gpu else None
-
-    def take_attention(self) -> dict[int, AttentionCsr]:
-        """Each layer's attention in one piece; its parts are freed before those of the next layer are joined."""
-        layers = tuple(self.attention)
-        return {layer: AttentionCsr.concat(self.attention.pop(layer)) for layer in layers}
 
     def add(self, start: int, tokens_WT: np.ndarray) -> None:
         """Start a batch, then collect the previous one."""

@@ -57,8 +57,8 @@ class Plan:
 
     @property
     def fell_back(self) -> tuple[str, ...]:
-        """What was printed about a model used in place of the real one."""
-        return self.choice.banner if self.choice and self.choice.fell_back else ()
+        """What was printed if `auto` chose the small model in place of the real one."""
+        return self.choice.banner if self.choice and self.choice.name == POCKET else ()
 
     @property
     def windows(self) -> int:

@@ -60,7 +60,7 @@ class Spool:
     """A folder with one file per split and array, and a checkpoint."""
 
     def __init__(self, folder: Path, job: PackingJob, bos: int, fingerprint: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self._checkpoint = folder, folder / CHECKPOINT
         self.job = job
         self.quotas = share_windows(job.windows, job.test_per_mille)
         self.counts = dict.fromkeys(self.quotas, 0)
@@ -74,9 +74,6 @@ class Spool:
     @property
     def is_full(self) -> bool:
         return self.counts == self.quotas
-
-    def wants(self, split: str) -> bool:
-        return self.counts[split] < self.quotas[split]
 
     def resume(self) -> dict[str, Any] | None:
         """Go back to the last checkpoint of the same job; return the state of the corpus there, or None."""
@@ -162,10 +159,6 @@ class Spool:
         wanted = {split: count * self.job.context * 4 for split, count in checkpoint["counts"].items()}
         return checkpoint if all(size >= wanted[split] for (split, _), size in sizes.items()) else None
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / CHECKPOINT
-
     def _keys(self) -> Iterator[tuple[str, str]]:
         return ((split, array) for split in self.quotas for array in ARRAYS)
 
@@ -223,7 +216,9 @@ def spool_corpus(
     if (found := left_alone_by(corpus)) != left:
         say(f"warning: {found}")
     if spool.empty:
-        say(f"warning: {_tell_empty(spool, corpus)}")
+        said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty or null"
+        has_columns = "column" in corpus.settings
+        say(f"warning: {said}" + (". If their text is in another column, name it with --column" if has_columns else ""))
     _require_text(spool, corpus)
     return spool, spool.join()
 
@@ -248,7 +243,7 @@ def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
     by_split: dict[str, tuple[list[str], list[int]]] = {name: ([], []) for name in spool.quotas}
     for number, text in enumerate(texts, spool.documents):
         split = split_of(text, spool.job.test_per_mille)
-        if spool.wants(split):
+        if spool.counts[split] < spool.quotas[split]:
             by_split[split][0].append(text)
             by_split[split][1].append(number)
     for split, (chosen, numbers) in by_split.items():
@@ -277,12 +272,6 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield batch
         raise
     yield batch
-
-
-def _tell_empty(spool: Spool, corpus: Corpus) -> str:
-    said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty or null"
-    has_columns = "column" in corpus.settings
-    return said + (". If their text is in another column, name it with --column" if has_columns else "")
 
 
 def _require_text(spool: Spool, corpus: Corpus) -> None:

@@ -25,9 +25,9 @@ import torch
 
 from saemill.cache_schema import StoreError
 from saemill.cache_schema.commits import read_index, read_record
+from saemill.cache_schema.counts_and_summary import read_summary
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.open_and_check_root import read_root
-from saemill.cache_schema.stats_summary import read_summary
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.evaluate.context.write_and_read_results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError

@@ -26,9 +26,9 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     "cache_schema": (
         "numbers_in_words keep_freed_memory errors own_files sites splits stored_dtypes strict_json",
         "csr disk_and_cloud_files launch manifest import_sources",
-        "layout read_vllm requests_and_spans",
-        "chunk_codec commits moments shard_claims",
-        "read_chunks token_counts open_and_check_root stats_summary",
+        "layout requests_and_spans",
+        "chunks commits moments shard_claims",
+        "counts_and_summary open_and_check_root",
         "shard_content reader",
         "massive_activations",
         "info watch writer",
@@ -84,7 +84,7 @@ MAY_IMPORT = {  # rooms of other packages
     "train": {"cache_schema": ALL},
     "evaluate": {
         "cache_schema": ALL,
-        "harvest": "corpus errors model network pocket progress sparsify_attention stats",
+        "harvest": "corpus errors model network progress sparsify_attention stats",
         "train": "cli_support config data disk dry_run errors file_registry kit run sae sae/kernels train_runs",
     },
     "studies": {

@@ -20,8 +20,8 @@ from pocket_model import CONTEXT, load_checkpoint, make_model
 from pocket_quality import Quality, measure_folder
 from tokenizers import Tokenizer
 
+from saemill.harvest.corpus.stdlib import stdlib_documents, text_digest
 from saemill.harvest.pocket import MODEL_FOLDER
-from saemill.harvest.pocket.text import stdlib_documents, text_digest
 
 PACKAGE = MODEL_FOLDER.parent
 

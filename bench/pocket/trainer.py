@@ -31,7 +31,7 @@ from pocket_quality import join_documents, measure
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from saemill.harvest.pocket.text import stdlib_documents, text_digest
+from saemill.harvest.corpus.stdlib import stdlib_documents, text_digest
 
 CYCLE = (128,) * 7 + (512,) + (128,) * 7 + (1024,)  # the context of each step, repeated
 MATRIX_RATE = 6e-3

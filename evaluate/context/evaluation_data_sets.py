@@ -12,8 +12,8 @@ from typing import Any
 
 from ...cache_schema.numbers_in_words import first_line
 from ...harvest.corpus.hugging_face import CONVERSION
+from ...harvest.corpus.stdlib import stdlib_documents, text_digest
 from ...harvest.network import NETWORK_ERRORS, load_dataset
-from ...harvest.pocket.text import stdlib_documents, text_digest
 from ...train.run.find_and_load_sae import ANSWER_SECONDS, ask_hub
 from ..errors import DataMissing
 

@@ -149,7 +149,7 @@ def open_hub(source: DatasetOptions) -> HubCorpus:
     except NETWORK_ERRORS as error:
         _refuse_what_stays(source.dataset, error, 0)
         _refuse(source.dataset, error, "check the network, or use a local file or `--dataset stdlib`")
-    return _corpus_of(source, repository)
+    return HubCorpus(source, repository, partial(_load, source, repository))
 
 
 def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
@@ -157,10 +157,7 @@ def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
     if state.get("options") != asdict(source):
         return None
     kept = state["pinned"]
-    return _corpus_of(source, Repository(**{**kept, "files": tuple(kept["files"])}))
-
-
-def _corpus_of(source: DatasetOptions, repository: Repository) -> HubCorpus:
+    repository = Repository(**{**kept, "files": tuple(kept["files"])})
     return HubCorpus(source, repository, partial(_load, source, repository))
 
 

@@ -64,8 +64,9 @@ class LocalCorpus(InOrder):
         if self._path.is_file():
             return ""
         files, not_entered = self._seen
-        hidden = dict.fromkeys(file for file in files if _is_hidden(file.relative_to(self._path)))
-        others = Counter(file.suffix.lower() for file in files if file not in hidden and not _is_read(file))
+        is_hidden = {file: any(part.startswith(".") for part in file.relative_to(self._path).parts) for file in files}
+        others = Counter(file.suffix.lower() for file in files if not is_hidden[file] and not _is_read(file))
+        hidden = [file for file in files if is_hidden[file]]
         return ". ".join(filter(None, (self._say_others(others), not_entered, self._say_hidden(hidden))))
 
     def _say_others(self, suffixes: Counter[str]) -> str:
@@ -124,10 +125,6 @@ class LocalCorpus(InOrder):
 
 def _is_read(file: Path) -> bool:
     return file.suffix.lower() in FILE_SUFFIXES
-
-
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
 
 
 def _has_rows(file: Path) -> bool:

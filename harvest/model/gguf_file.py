@@ -87,11 +87,7 @@ class Header:
 
     config: PretrainedConfig
     split: str | None  # the rule for splitting text before merges; None if the vocabulary leaves no choice
-    weights: int
-
-    @property
-    def weight_bytes(self) -> int:
-        return 4 * self.weights
+    weight_bytes: int
 
 
 def convert(file: Path, say: Callable[[str], None] = lambda _: None) -> tuple[str, Path]:
@@ -154,7 +150,7 @@ def read_header(file: Path) -> Header:
             f"model of {len(weights)} tensors of {sum(weights):,} (because of scaled rotary positions or biases): the "
             "result would be another model. Use its safetensors"
         )
-    return Header(config, split, sum(weights))
+    return Header(config, split, 4 * sum(weights))
 
 
 def _open_reader(file: Path) -> Any:

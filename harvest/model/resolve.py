@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from http import HTTPStatus
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -50,21 +51,13 @@ GGUF = "gguf-"  # prefix of the revision of a model from a GGUF file
 FIRST_CHOICE = "google/gemma-2-2b"
 OWN_NAMES = (AUTO, POCKET, SMOLLM2)
 
-FORBIDDEN = 403  # a hub's answer to a token with too few rights
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5
 DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 FILES = [*DESCRIPTION, *WEIGHTS]
 # If a repository has these, a cached snapshot is incomplete without them. Weights are checked separately.
-NEEDED = [
-    CONFIG_FILE,
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-]
+NEEDED = [CONFIG_FILE, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
 OTHER_FILES = ["original/*", "consolidated*"]  # duplicates of the weights
 SNAPSHOTS = "snapshots"  # in a model's folder of the hub's cache: its folders are named by commit
 KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, if a hub does not say
@@ -73,18 +66,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class Choice:
-    """The model that was chosen."""
-
     name: str
     """`pocket`, `smollm2`, a GGUF file, a folder, or an id on the hub."""
     revision: str | None = None
     banner: tuple[str, ...] = ()
     """Two lines to print with `auto`: which model was chosen and why, and how to insist on one."""
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether `auto` chose the small model instead of the real one."""
-        return bool(self.banner) and self.name == POCKET
 
 
 @dataclass(frozen=True)
@@ -250,22 +236,18 @@ def _explain(error: Exception, model: str) -> str:
         return f"no such folder, and no model of that name on the hub; if it is private, `hf auth login`{near}"
     if isinstance(error, HFValidationError):
         return f"no such folder, and not a valid name on the hub{near}"
-    if _is_full_disk(error):
+    # The hub's library says only in words that the disk is full.
+    if getattr(error, "errno", None) in FULL_DISK or os.strerror(errno.ENOSPC) in str(error):
         return (
             f"the disk is full while downloading into {constants.HF_HUB_CACHE}: free some space, or set HF_HOME to a "
             "folder on another disk, and run the same command again"
         )
     if isinstance(error, HfHubHTTPError):
         gates = ", and give it read access to gated repositories at huggingface.co/settings/tokens"
-        asks = gates if error.response.status_code == FORBIDDEN else ""
+        asks = gates if error.response.status_code == HTTPStatus.FORBIDDEN else ""
         return f"the hub refused ({first_line(error)}): check your token with `hf auth whoami`{asks}"
     remedy = INSTALL if isinstance(error, ImportError) else "check the network, or name a folder"
     return f"the hub could not be reached ({first_line(error)}): {remedy}{near}"
-
-
-def _is_full_disk(error: Exception) -> bool:
-    """Whether the disk is full: the hub's library says so only in words."""
-    return getattr(error, "errno", None) in FULL_DISK or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _ask_in_time(question: Callable[[], str | None]) -> str | None:

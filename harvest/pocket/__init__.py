@@ -18,7 +18,7 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 
 def load_model(dtype: torch.dtype | None = None, folder: Path = MODEL_FOLDER) -> Gemma2ForCausalLM:
     """The model, in its stored bfloat16 or in another dtype, with eager attention."""
-    from transformers import Gemma2ForCausalLM  # here, so that only reading text stays quick
+    from transformers import Gemma2ForCausalLM  # here, as it takes seconds to import
 
     model = Gemma2ForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", attn_implementation="eager", local_files_only=True

@@ -44,7 +44,7 @@ from saemill.cache_schema import (
     StoreWriter,
     verify_and_repair,
 )
-from saemill.cache_schema.chunk_codec import decode, encode
+from saemill.cache_schema.chunks import decode, encode
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path, record_key

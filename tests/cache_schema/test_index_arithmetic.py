@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.cache_schema import Request, RequestInvalid, Span, Store
+from saemill.cache_schema.chunks import plan_reads
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
-from saemill.cache_schema.read_chunks import plan_reads
 from saemill.cache_schema.requests_and_spans import spans_of
 
 
@@ -59,10 +59,11 @@ def test_planned_reads_put_each_row_in_its_place(rows, chunk, data):
     whole = np.arange(-(-rows // chunk) * chunk)
     out = np.full((stop - start, 2), -1)
     chunks = []
-    for read in plan_reads(layout_of(rows, chunk), start, stop, out):
-        assert (read.out == -1).all(), "a row was planned twice"
-        read.out[:] = whole[read.index * chunk : (read.index + 1) * chunk][read.first : read.last, None]
-        chunks.append(read.index)
+    for index, first, part in plan_reads(layout_of(rows, chunk), start, stop, out):
+        assert (part == -1).all(), "a row was planned twice"
+        begin = index * chunk + first // 2
+        part[:] = whole[begin : begin + len(part), None]
+        chunks.append(index)
     np.testing.assert_array_equal(out[:, 0], np.arange(start, stop))
     assert chunks == sorted({row // chunk for row in range(start, stop)})
 

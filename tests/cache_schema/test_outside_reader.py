@@ -25,16 +25,15 @@ from saemill.cache_schema import (
     Store,
     StoreMismatch,
     StoreWriter,
-    chunk_codec,
+    chunks,
     strict_json,
 )
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
-from saemill.cache_schema.chunk_codec import decode, encode
+from saemill.cache_schema.chunks import decode, encode, plan_reads, read_chunk
 from saemill.cache_schema.disk_and_cloud_files import open_files
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.manifest import Codec, seal
-from saemill.cache_schema.read_chunks import plan_reads, read_chunk
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 
 CODECS = get_args(Codec)
@@ -150,7 +149,7 @@ def test_our_chunks_are_decoded_by_zarr(synthetic, tmp_path):
     for path, layout in arrays_of(manifest).items():
         out = np.empty(layout.shape, layout.dtype)
         for read in plan_reads(layout, 0, layout.shape[0], out):
-            read_chunk(files, read)
+            read_chunk(files, layout, *read)
         np.testing.assert_array_equal(group[path][:], out, err_msg=path)
 
 
@@ -244,7 +243,7 @@ def test_the_template_of_a_codec_is_read_by_zarr_and_by_us(synthetic, tmp_path, 
     settings = {**layouts.BLOSC, name: own}
     for module in (layouts, manifests):
         monkeypatch.setattr(module, "Codec", Literal[(*get_args(Codec), name)])
-    for module in (layouts, chunk_codec):
+    for module in (layouts, chunks):
         monkeypatch.setattr(module, "BLOSC", settings)
     monkeypatch.setattr(strict_json, "_hints_of", strict_json._hints_of.__wrapped__)  # of the list before, where kept
     corpus = synthetic.write_store(tmp_path, synthetic.make_manifest(codec=name))

@@ -27,7 +27,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema import verify_and_repair as verify_module
-from saemill.cache_schema.chunk_codec import checksum_of
+from saemill.cache_schema.chunks import checksum_of
 from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.verify_and_repair import digest, repair, store_digest

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from ....harvest.pocket.text import stdlib_documents, text_digest
+from ....harvest.corpus.stdlib import stdlib_documents, text_digest
 
 LIBRARIES = ("asyncio", "email", "importlib", "unittest", "xml")
 SNIPPET_CHARACTERS = 140

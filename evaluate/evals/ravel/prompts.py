@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ....harvest.pocket.text import stdlib_documents
+from ....harvest.corpus.stdlib import stdlib_documents
 from ...context.evaluation_data_sets import load_json
 from .answers import is_right
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ....harvest.corpus.stdlib import stdlib_documents
 from ....harvest.model.tokenizer import TextEncoder
-from ....harvest.pocket.text import stdlib_documents
 from ...context.context import Context, find_model
 from ...context.evaluation_data_sets import load_rows
 from ...errors import DataMissing, NotApplicable, SettingInvalid

@@ -15,8 +15,8 @@ from pocket_model import make_config
 from pocket_quality import join_documents, measure, unigram_entropy
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from saemill.harvest.corpus.stdlib import stdlib_documents
 from saemill.harvest.pocket import MODEL_FOLDER, load_model, load_tokenizer
-from saemill.harvest.pocket.text import stdlib_documents
 
 PACKAGE = MODEL_FOLDER.parent
 RECORD = json.loads((PACKAGE / "training_curve.json").read_text())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from saemill.harvest.pocket.text import stdlib_documents, text_digest
+from saemill.harvest.corpus.stdlib import stdlib_documents, text_digest
 
 BODY = "# a line that is long enough to count as a document of its own, and then some\n"
 

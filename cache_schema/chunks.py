@@ -1,22 +1,36 @@
-"""Chunk bytes: encode an array for disk, and decode into memory that is already allocated.
+"""Chunks: encode an array for disk, and read rows of one, chunk by chunk and checked, into allocated memory.
 
 A chunk is the little-endian array, compressed or not, followed by four bytes of crc32c over it:
 exactly what zarr's own codec chain writes, but at the speed of memory, which zarr's path is not.
+
+Rows are windows, or shards for arrays that have a line per shard. A chunk that is wanted whole is read
+into its place. Of one that is wanted in part all bytes are read, because its checksum covers them, but only the
+blocks that hold the part are decompressed.
 """
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import math
+import zlib
+from collections.abc import Iterator
+
 import google_crc32c
 import numpy as np
+import zarr
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue] (a compiled module)
 
-from .errors import ShardCorrupt
+from .disk_and_cloud_files import Files
+from .errors import ChunkMissing, ShardCorrupt
 from .layout import BLOSC, ArrayLayout
 
 CHECKSUM_BYTES = 4
 BLOSC_HEADER_BYTES = 16
 _COPIED = 2  # flag of a blosc frame whose values are not compressed
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+# What zarr's codecs raise on bytes that are not theirs.
+_UNDECODABLE = (ArithmeticError, EOFError, RuntimeError, TypeError, ValueError, gzip.BadGzipFile, zlib.error)
 
 
 def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
@@ -28,6 +42,45 @@ def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
         typed = body.view(layout.dtype)
         body = np.frombuffer(blosc.compress(typed, compressor, found["clevel"], shuffle, found["blocksize"]), np.uint8)
     return [body, checksum_of(body)]
+
+
+def plan_reads(layout: ArrayLayout, start: int, stop: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """The chunks that hold rows start..stop of the array: the index of each, its first element that is wanted, and its
+    share of `out`."""
+    length = layout.chunks[0]
+    for index in range(start // length, -(-stop // length)):
+        base = index * length
+        first, last = max(start - base, 0), min(stop - base, length)
+        yield index, first * math.prod(layout.chunks[1:]), out[base + first - start : base + last - start]
+
+
+def read_chunk(files: Files, layout: ArrayLayout, index: int, first: int, out: np.ndarray) -> None:
+    """Read, check and decode one chunk, or part of it from its element `first` on, into its place."""
+    key, tail = layout.chunk_key(index), np.zeros(CHECKSUM_BYTES, np.uint8)
+    try:
+        if layout.codec != "raw" or out.nbytes != layout.chunk_bytes:
+            decode(layout, np.frombuffer(files.read(key), np.uint8), out, f"chunk {key}", first)
+            return
+        size, crc = files.read_into(key, as_bytes(out), tail)
+    except KeyError:
+        raise ChunkMissing(f"chunk {key} is missing") from None
+    if size != out.nbytes + CHECKSUM_BYTES:
+        raise ShardCorrupt(f"chunk {key}: expected {out.nbytes + CHECKSUM_BYTES} bytes, found {size}")
+    check(crc, tail, f"chunk {key}")
+
+
+def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop: int, out: np.ndarray) -> None:
+    """The slow way, for layouts that only zarr knows. Chunks are looked for first: zarr reads absent ones as fill."""
+    grid = array.shards or array.chunks
+    inner = (range(-(-size // length)) for size, length in zip(array.shape[1:], grid[1:], strict=True))
+    for index in itertools.product(range(start // grid[0], -(-stop // grid[0])), *inner):
+        key = f"{path}/{array.metadata.encode_chunk_key(index)}"
+        if not files.exists(key):
+            raise ChunkMissing(f"chunk {key} is missing")
+    try:
+        out[:] = array[start:stop]
+    except _UNDECODABLE as error:
+        raise ShardCorrupt(f"{path}, rows {start} to {stop}: {error}") from None
 
 
 def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str, first: int = 0) -> None:

@@ -1,24 +1,29 @@
-"""stats/counts.json: how many tokens of each window train, so that no run has to read all tokens of a split to begin.
+"""What is derived from a store and kept in it, so that no reader has to read all of it first.
 
-Derived from tokens and documents and written with them. Older stores lack it: a reader then counts for itself and gets
-the same numbers. Special tokens are in none of the counts.
+stats/counts.json: how many tokens of each window train. Derived from tokens and documents and written with them. Older
+stores lack it: a reader then counts for itself and gets the same numbers. Special tokens are in none of the counts.
+
+stats/summary.json: the moments and kept mass of a finished store, merged once, in shard order. Derived from the lines
+under stats/ and from the index; without it a reader merges the lines itself and gets the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
 from .commits import MADE_AGAIN, read_checked
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
-from .layout import COUNTS, encode_json
+from .layout import COUNTS, SUMMARY, encode_json
 from .manifest import Manifest
-from .moments import is_special
+from .moments import Moments, is_special
 from .requests_and_spans import Request, Span, spans_of
-from .strict_json import to_json
+from .sites import RESID, Site
+from .strict_json import LATER, to_json
 
 Ids = tuple[np.ndarray, np.ndarray]
 """Tokens and documents [W, T] of some windows."""
@@ -26,8 +31,6 @@ Ids = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """The counts of one split."""
-
     tokens: int  # that train
     same_document: float  # the chance that two of them share a document
     same_first_document: float  # the chance that two windows begin in one document
@@ -35,8 +38,6 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts of a store."""
-
     cache_id: str
     trainable: tuple[int, ...]  # of each window
     splits: dict[str, SplitCounts]
@@ -77,7 +78,6 @@ def pair_share(group_sizes: np.ndarray) -> float:
 
 
 def read_counts(files: Files, manifest: Manifest) -> Counts | None:
-    """The counts, or None if the store has none."""
     found = read_checked(Counts, files, manifest, COUNTS)
     if found is None:
         return None
@@ -119,3 +119,54 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 def _add_up(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     distinct, place = np.unique(ids, return_inverse=True)
     return distinct, np.bincount(place, weights=counts, minlength=len(distinct)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The fields of `Moments` for a hook in one layer, in the order of the file."""
+
+    count: int
+    mean_norm: float
+    mean_square_norm: float
+    windows: int
+    norm_by_position: tuple[float, ...]
+    mean: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of a finished store, by layer."""
+
+    cache_id: str
+    resid: dict[int, LayerSummary]
+    kept_mass: dict[int, float]  # mean over all attention rows
+    entries_per_row: dict[int, float]
+    hooks: dict[str, dict[int, LayerSummary]] = field(default_factory=dict, metadata={LATER: True})
+    format: int = 1
+
+    @property
+    def sites(self) -> dict[Site, LayerSummary]:
+        by_hook = {RESID: self.resid} | self.hooks
+        return {Site(hook, layer): found for hook, layers in by_hook.items() for layer, found in layers.items()}
+
+    def moments(self, layer: int, hook: str = RESID) -> Moments:
+        fields = vars(self.sites[Site(hook, layer)]).items()
+        found = {name: np.array(it) if isinstance(it, tuple) else it for name, it in fields}
+        return Moments(**cast(dict[str, Any], found))
+
+
+def summarise(moments: Moments) -> LayerSummary:
+    found = {name: tuple(it.tolist()) if isinstance(it, np.ndarray) else it for name, it in vars(moments).items()}
+    return LayerSummary(**cast(dict[str, Any], found))
+
+
+def read_summary(files: Files, manifest: Manifest) -> Summary | None:
+    opened = read_checked(Summary, files, manifest, SUMMARY)
+    if opened is None:
+        return None
+    summary, where = opened
+    lengths = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
+    found = {site: (len(moments.norm_by_position), len(moments.mean)) for site, moments in summary.sites.items()}
+    if found != lengths:
+        raise ManifestInvalid(f"{where}: expected layers, positions and widths of this store. {MADE_AGAIN}")
+    return summary
