@@ -75,7 +75,6 @@ class Feed:
         return sizes.same_first_document if self.is_windowed else sizes.same_document
 
     def close(self) -> None:
-        """Stop reading and release the memory."""
         self.loader.close()
         self._orders.clear()
 

@@ -23,7 +23,7 @@ from ...cache_schema import AttentionCsr, Manifest, Request, Span, Store, shard_
 from ...cache_schema.massive_activations import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
 from ...cache_schema.token_counts import trainable
-from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, joined, owned, send_attention
+from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, owned, send_attention
 from .device_copies import take_device
 from .shuffle_order import BlockPlan, Plan
 
@@ -83,7 +83,7 @@ class Pool:
             tokens_there=tokens_there,
             documents_there=documents_there,
             resid={layer: resid.flat() for layer, resid in self._resid.items()},
-            attention=self._send_attention(joined(attention)),
+            attention=self._send_attention(attention),
             massive={layer: massive[:windows] for layer, massive in self._massive.items()},
         )
 
@@ -92,10 +92,12 @@ class Pool:
         if self._drawn is not None:
             self._drawn.record(torch.cuda.current_stream(self._device))
 
-    def _send_attention(self, attention: dict[int, AttentionCsr]) -> dict[int, Attention]:
-        """Send attention on this pool's own stream, whose memory is reused only by its next fill."""
+    def _send_attention(self, parts: list[dict[int, AttentionCsr]]) -> dict[int, Attention]:
+        """Send attention of all pieces on this pool's own stream, whose memory is reused only by its next fill."""
+        layers = parts[0] if parts else ()
         with on_stream(self._stream):
-            there = {layer: send_attention(csr, self._device) for layer, csr in attention.items()}
+            joined = {layer: AttentionCsr.concat([part[layer] for part in parts]) for layer in layers}
+            there = {layer: send_attention(csr, self._device) for layer, csr in joined.items()}
         if self._stream is not None:
             self._stream.synchronize()
         return there
@@ -209,25 +211,16 @@ class Loader:
             self._pools[0].release()
             self._pools.reverse()
         if self._next is None or self._next[0] != plan:
-            self._abandon_next()
+            if self._next is not None and not self._next[1].cancel():  # a step out of order was requested
+                wait([self._next[1]])
             self._next = plan, self._filler.submit(self._pools[0].fill, plan.pieces, self._readers)
         self._present = plan, self._next[1].result()
         self._next = None
         waited = time.perf_counter() - started
         self.first_wait_seconds += waited if is_first else 0.0
         self.waited_seconds += 0.0 if is_first else waited
-        self._read_ahead(plan)
-
-    def _read_ahead(self, plan: BlockPlan) -> None:
-        """Start to read the next block, unless the run, whose length may be unknown, ends before."""
+        # The run's length may be unknown.
         is_last = self._steps is not None and plan.first_step + plan.steps >= self._steps
         if len(self._pools) > 1 and not is_last:
             after = self._plan.after(plan)
             self._next = after, self._filler.submit(self._pools[1].fill, after.pieces, self._readers)
-
-    def _abandon_next(self) -> None:
-        """Discard what was read ahead, after a step out of order was requested."""
-        if self._next is not None:
-            if not self._next[1].cancel():
-                wait([self._next[1]])
-            self._next = None
