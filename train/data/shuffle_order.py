@@ -49,13 +49,13 @@ def measure_split(store: Store, split: str) -> SplitSizes:
     """Read the store's counts, or count its tokens if the store is older than these counts."""
     manifest = store.manifest
     trainable, numbers = store.counts(split)
+    sites = manifest.sites
+    chunk_windows = arrays_of(manifest)[sites[0].path].chunks[0] if sites else manifest.shard_windows
     return SplitSizes(
         first_window=manifest.splits[split][0],
         context=manifest.context,
         shard_windows=manifest.shard_windows,
-        chunk_windows=arrays_of(manifest)[manifest.sites[0].path].chunks[0]
-        if manifest.sites
-        else manifest.shard_windows,
+        chunk_windows=chunk_windows,
         trainable=trainable,
         same_document=numbers.same_document,
         same_first_document=numbers.same_first_document,

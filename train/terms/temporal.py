@@ -87,7 +87,9 @@ class Dynamics(StepCounter):
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
-        mean, square = _moments(view)
+        codes, mean_of = view.codes, view.side.ranks.mean
+        mean = mean_of(codes.latent_totals() / codes.num_rows)
+        square = mean_of(codes.map(torch.square).latent_totals() / codes.num_rows)
         weight = self.weight_of_step
         self.mean.lerp_(mean, weight)
         self.square.lerp_(square, weight)
@@ -156,14 +158,6 @@ def mean_lifetime(view: View) -> Tensor:
     return total / (total - continued.sum()).clamp_min(1)
 
 
-def _moments(view: View) -> tuple[Tensor, Tensor]:
-    """[F] each: mean activation and mean square over the global batch."""
-    codes, ranks = view.codes, view.side.ranks
-    mean = codes.latent_totals() / codes.num_rows
-    square = codes.map(torch.square).latent_totals() / codes.num_rows
-    return ranks.mean(mean), ranks.mean(square)
-
-
 @dataclass(frozen=True)
 class Consistency:
     """The loss of one scale: lags `first` to `last`, on the latents `start` to `stop`."""
@@ -184,7 +178,9 @@ class Consistency:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
         part = part_of(view.codes, self.start, self.stop)
         start = self._start(view) if self.start_std > 0 else None
-        loss = inconsistency(view, part, self._weights(view), lag, self.mixing, self.apart, start)
+        dynamics = cast(Dynamics, view.sae.extras[TEMPORAL])
+        weights = dynamics.weights(self.adaptive == "variance")[self.start : self.stop]
+        loss = inconsistency(view, part, weights, lag, self.mixing, self.apart, start)
         view.note(f"temporal/inconsistency_{self.scale}", loss)
         ratio = gradient_ratio(view, loss) if self.adaptive == "gradient" else view.x.new_ones(())
         view.note(f"temporal/weight_{self.scale}", ratio * view.side.knob(f"temporal_{self.scale}", 0.0))
@@ -194,10 +190,6 @@ class Consistency:
         """[F_g]"""
         drawn = torch.randn(self.stop - self.start, generator=view.generator)
         return send(self.start_std * drawn, view.x.device).to(view.x.dtype)
-
-    def _weights(self, view: View) -> Tensor:
-        """[F_g], the weight of each latent in the cosine."""
-        return cast(Dynamics, view.sae.extras[TEMPORAL]).weights(self.adaptive == "variance")[self.start : self.stop]
 
 
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
@@ -275,20 +267,16 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | Non
     place = torch.arange(context, device=acts_BF.device)
     age = place[:, None] - place
     length = int(side.knob(PIECE, context))
-    within = (age >= 0) & (place[:, None] // length == place // length) & _in_one_document(side)
+    document = torch.full_like(places.row_of, -1)  # positions without a row are in none
+    document[places.window, places.position] = side["document"]
+    within = (age >= 0) & (place[:, None] // length == place // length)
+    within = within & (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
     decay = torch.where(within, mixing * (1.0 - mixing) ** age.clamp_min(0), 0.0).to(acts_BF.dtype)
     total, weight = decay @ places.spread(acts_BF), decay.sum(dim=2, keepdim=True)
     if start_F is not None:
         fading = ((1.0 - mixing) ** within.sum(dim=2, keepdim=True)).to(acts_BF.dtype)
         total, weight = total + fading * start_F, weight + fading
     return places.collect(total / weight.clamp_min(TINY))
-
-
-def _in_one_document(side: Side) -> Tensor:
-    """bool [W, T, T], the pairs of positions whose rows belong to one document; positions without a row are in none."""
-    document = torch.full_like(side["row_of"], -1)
-    document[side["window"], side["position"]] = side["document"]
-    return (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
 
 
 def gradient_ratio(view: View, loss: Tensor) -> Tensor:
