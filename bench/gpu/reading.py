@@ -20,8 +20,7 @@ from records import record
 from timing_and_tables import take_turns
 
 from saemill.cache_schema import Request, Store
-from saemill.train.data.fill_pool import PIECES_IN_FLIGHT
-from saemill.train.data.prefetch import Loader
+from saemill.train.data.prefetch import PIECES_IN_FLIGHT, Loader
 from saemill.train.data.shuffle_order import Plan, measure_split
 
 LAYER = 19

@@ -21,8 +21,7 @@ from ..errors import NothingToTrain
 from .batch import Kind, Needs, Rows
 from .block import Block
 from .drawn_rows import Draw, TokenOrder, WindowOrder
-from .fill_pool import PIECES_IN_FLIGHT, Pool
-from .prefetch import Loader
+from .prefetch import PIECES_IN_FLIGHT, Loader, Pool
 from .scaling import Stats, bounds_of
 from .shuffle_order import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 
@@ -76,7 +75,6 @@ class Feed:
         return sizes.same_first_document if self.is_windowed else sizes.same_document
 
     def close(self) -> None:
-        """Stop reading and release the memory."""
         self.loader.close()
         self._orders.clear()
 

@@ -79,7 +79,10 @@ class Batches(IterableDataset[Tensor]):
             self.close()
             raise StopIteration
         if self._feed is None:
-            self._feed = self._open_feed()
+            parts = (self._store, self._plan, [self._needs], self._stats, self._device)
+            self._feed = Feed(*parts, self._rank, self._size, self._end, self._split)
+            # At the latest when this object is deleted, or before the interpreter shuts down.
+            self._close_feed = weakref.finalize(self, self._feed.close)
         x = self._feed.draw(self._step).batch(self._needs).x
         self._step += 1
         return x if self._is_single else x.view(len(x), len(self._needs.inputs), -1)
@@ -136,10 +139,3 @@ class Batches(IterableDataset[Tensor]):
             "size": self._size,
             "largest_norms": {str(layer): bound for layer, bound in bounds_of(self._stats).items()},
         }
-
-    def _open_feed(self) -> Feed:
-        """Open a feed; it is closed at the latest when this object is deleted, or before the interpreter shuts down."""
-        parts = (self._store, self._plan, [self._needs], self._stats, self._device)
-        feed = Feed(*parts, self._rank, self._size, self._end, self._split)
-        self._close_feed = weakref.finalize(self, feed.close)
-        return feed

@@ -137,7 +137,6 @@ class Attention:
 
 
 def send_attention(csr: AttentionCsr, device: torch.device) -> Attention:
-    """Send a layer's attention of a block to the device."""
     indptr = csr.indptr.astype(np.int64)
     arrays = (indptr, as_signed(csr.indices), csr.data, csr.kept_mass)
     there = (send(torch.from_numpy(array), device) for array in arrays)
@@ -168,8 +167,3 @@ def as_stored(tensor: Tensor) -> np.ndarray:
 def owned(csr: AttentionCsr) -> AttentionCsr:
     """A copy that stays valid when the memory it was read into is reused."""
     return AttentionCsr(csr.indptr.copy(), csr.indices.copy(), csr.data.copy(), csr.kept_mass.copy())
-
-
-def joined(parts: Sequence[dict[int, AttentionCsr]]) -> dict[int, AttentionCsr]:
-    """The attention of all pieces, layer by layer."""
-    return {layer: AttentionCsr.concat([part[layer] for part in parts]) for layer in parts[0]} if parts else {}

@@ -40,7 +40,6 @@ class Draw:
         self._made: dict[tuple[str, Any], Any] = {}
 
     def batch(self, needs: Needs) -> Batch:
-        """The batch for an SAE with these needs."""
         kind = needs.kind(self._bounded)
         target = None if needs.targets is None else self._activations(kind, needs.target_places)
         return Batch(self._activations(kind, needs.input_places), target, self._side(needs, kind))
@@ -79,7 +78,6 @@ class Draw:
         return self._scaled[kind, layers]
 
     def _side(self, needs: Needs, kind: Kind) -> dict[str, Any]:
-        """The requested side inputs, by name."""
         rows, block = self.rows[kind], self.block
         side: dict[str, Any] = {}
         if needs.tokens:
@@ -137,7 +135,6 @@ class TokenOrder:
         self._there = send(torch.from_numpy(self._places), device)
 
     def rows(self, part: slice) -> Rows:
-        """The rows of a part of the order."""
         start, stop = (edge * len(self._places) // self._length for edge in (part.start, part.stop))
         return Rows(self._places[start:stop], self._there[start:stop])
 

@@ -32,7 +32,6 @@ class Stats:
 
 
 def stats_from_moments(moments: Moments) -> Stats:
-    """Statistics of one layer."""
     mean = torch.from_numpy(moments.mean).double()
     scale = mean.numel() ** 0.5 / moments.mean_norm
     return Stats(

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...cache_schema import Manifest, Span, Store
+from ...cache_schema import Span, Store
 from ...cache_schema.layout import arrays_of
 from ..errors import ConfigInvalid
 
@@ -49,20 +49,17 @@ def measure_split(store: Store, split: str) -> SplitSizes:
     """Read the store's counts, or count its tokens if the store is older than these counts."""
     manifest = store.manifest
     trainable, numbers = store.counts(split)
+    sites = manifest.sites
+    chunk_windows = arrays_of(manifest)[sites[0].path].chunks[0] if sites else manifest.shard_windows
     return SplitSizes(
         first_window=manifest.splits[split][0],
         context=manifest.context,
         shard_windows=manifest.shard_windows,
-        chunk_windows=chunk_windows(manifest),
+        chunk_windows=chunk_windows,
         trainable=trainable,
         same_document=numbers.same_document,
         same_first_document=numbers.same_first_document,
     )
-
-
-def chunk_windows(manifest: Manifest) -> int:
-    """Windows in one chunk of residuals."""
-    return arrays_of(manifest)[manifest.sites[0].path].chunks[0] if manifest.sites else manifest.shard_windows
 
 
 PIECES_PER_BLOCK = 32  # at least, if chunks allow it: a block should cover many places of the store
@@ -99,7 +96,9 @@ class Plan:
         self.seed = seed
         self.pieces = cut_pieces(sizes, pool_tokens)
         self.num_blocks = max(1, min(len(self.pieces), -(-sizes.windows * sizes.context // pool_tokens)))
-        self._piece_tokens = _tokens_of(sizes, self.pieces)
+        ends = np.concatenate([[0], np.cumsum(sizes.trainable)])
+        edges = [edge - sizes.first_window for piece in self.pieces for edge in (piece.start, piece.stop)]
+        self._piece_tokens = ends[edges[1::2]] - ends[edges[::2]]
         self._starts = [0]  # first step of each epoch, as far as computed
         self.blocks = lru_cache(maxsize=4)(self._make_blocks)
 
@@ -126,7 +125,6 @@ class Plan:
         return block, step - block.first_step
 
     def after(self, block: BlockPlan) -> BlockPlan:
-        """The block that follows."""
         return self.locate(block.first_step + block.steps)[0]
 
     @property
@@ -223,13 +221,6 @@ def permutation(count: int, seed: int | None, epoch: int, block: int, purpose: i
     if seed is None:
         return np.arange(count)
     return np.random.default_rng([seed, epoch, block, purpose]).permutation(count)
-
-
-def _tokens_of(sizes: SplitSizes, pieces: list[Span]) -> np.ndarray:
-    ends = np.concatenate([[0], np.cumsum(sizes.trainable)])
-    start = np.array([piece.start for piece in pieces], np.int64) - sizes.first_window
-    stop = np.array([piece.stop for piece in pieces], np.int64) - sizes.first_window
-    return ends[stop] - ends[start]
 
 
 def count_pairs(labels: np.ndarray) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ class Adam:
         moving = [name for name, p in self.parameters.items() if p.grad is not None and name not in self._by_row]
         if not moving:
             return None
-        gradients = [_gradient(self.parameters[name]) for name in moving]
+        gradients = [cast(Tensor, self.parameters[name].grad) for name in moving]
         norm, divisor = self._clip(moving, gradients)
         scales = [self._lr_scales.get(name, 1.0) for name in moving]
         for scale in dict.fromkeys(scales):
@@ -240,8 +240,3 @@ def _dense_part(gradient: Tensor | None, further: list[RowGradient]) -> Tensor |
     for part in further:  # one table after the other: for a wide dictionary several at once would be too large
         total = part.table() if total is None else total.add_(part.table())
     return total
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

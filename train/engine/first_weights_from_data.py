@@ -55,17 +55,15 @@ def fit_start(
     if isinstance(sae.gate, JumpRelu) and sae.gate.asked_l0 is not None:
         most = _place_threshold(sae, sae.gate, batch.x, sides[0], sae.gate.asked_l0)
 
-    def excess(amount: float) -> float:
-        sae.lower(amount)
-        found = max(_excess(sae, batch.x, target, side) for side in sides)
-        sae.lower(-amount)
-        return found
+    def excess() -> float:
+        return max(_excess(sae, batch.x, target, side) for side in sides)
 
-    amount = _search(excess, 1.0, most) if sae.gate.can_lower else 0.0
-    if sae.gate.keeps_number:
-        amount = min(amount, _most_with_number(sae, batch.x, sides[-1]))
+    amount = _search(_once_lowered(sae, excess), 1.0, most) if sae.gate.can_lower else 0.0
+    if sae.gate.keeps_number:  # no further than until rows have fewer active latents than the gate chooses
+        number = _once_lowered(sae, lambda: _l0(sae, batch.x, sides[-1]))
+        amount = min(amount, _search(number, (1.0 - 2.0 * CLOSE) * number(0.0), math.inf))
     sae.lower(amount)
-    left = max(_excess(sae, batch.x, target, side) for side in sides)
+    left = excess()
     if left > 1.0 + 2.0 * CLOSE and math.isfinite(left):
         sae.rescale(1.0 / left)
 
@@ -87,23 +85,27 @@ def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Si
 
     def l0(threshold: float) -> float:
         gate.place(threshold)
-        return float(side.latents.sum(side.ranks.mean(sae.codes(x, side).l0)))
+        return _l0(sae, x, side)
 
     threshold = _search(l0, asked_l0, math.inf)
     gate.place(threshold)
     return threshold
 
 
-def _most_with_number(sae: SparseAutoencoder, x: Tensor, side: Side) -> float:
-    """How far pre-activations can be lowered before rows have fewer active latents than the gate chooses."""
+def _once_lowered(sae: SparseAutoencoder, measure: Callable[[], float]) -> Callable[[float], float]:
+    """What would be measured if pre-activations were lowered by an amount."""
 
-    def l0(amount: float) -> float:
+    def measured(amount: float) -> float:
         sae.lower(amount)
-        found = float(side.latents.sum(side.ranks.mean(sae.codes(x, side).l0)))
+        found = measure()
         sae.lower(-amount)
         return found
 
-    return _search(l0, (1.0 - 2.0 * CLOSE) * l0(0.0), math.inf)
+    return measured
+
+
+def _l0(sae: SparseAutoencoder, x: Tensor, side: Side) -> float:
+    return float(side.latents.sum(side.ranks.mean(sae.codes(x, side).l0)))
 
 
 def _excess(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> float:

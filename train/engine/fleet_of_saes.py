@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,16 +42,12 @@ REMEDY = "Harvest again in a dtype that can hold them, or leave out these window
 ELSEWHERE = "another process's rows hold activations that are not finite numbers; its message names them"
 
 
-class Past:
+class Past(NamedTuple):
     """Where a step's rows came from."""
 
-    def __init__(self, step: int, draw: Draw) -> None:
-        self.step = step
-        self._pieces = draw.block.pieces
-        self._windows = {kind: draw.store_windows(kind) for kind in draw.rows}
-
-    def place(self, kind: Kind) -> str:
-        return _place(self._pieces, self._windows[kind])
+    step: int
+    pieces: Sequence[Span]
+    windows: Mapping[Kind, np.ndarray]
 
 
 class Fleet:
@@ -100,7 +97,8 @@ class Fleet:
         """One step of every SAE that has not diverged."""
         reports = {}
         if draw.device.type != "cpu":
-            self._past.append(Past(self.steps_taken, draw))
+            windows = {kind: draw.store_windows(kind) for kind in draw.rows}
+            self._past.append(Past(self.steps_taken, draw.block.pieces, windows))
         for label, trainee in self.training.items():
             begun, (seconds, steps) = time.perf_counter(), self._spent[label]
             try:
@@ -148,7 +146,8 @@ class Fleet:
             found = f"{NOT_FINITE}: {place}"
         else:  # the loss was read later, when the step's draw is gone: only its windows are known
             is_broken, device = not error.is_input_finite, torch.device("cpu")
-            place = next((past.place(kind) for past in self._past if past.step == error.step), "")
+            places = (_place(past.pieces, past.windows[kind]) for past in self._past if past.step == error.step)
+            place = next(places, "")
             found = f"{NOT_FINITE} among {place}"
         is_anywhere = bool(self.ranks.sum(torch.tensor([int(is_broken)], device=device)))
         if is_broken:

@@ -59,7 +59,8 @@ class Replays:
         """Do the work of a step, launched or replayed; `key` is everything that the host decides."""
         if not self.is_possible or batch.side:
             return work(batch)
-        kind = self._kind((key, *(None if x is None else (x.shape, x.dtype, x.stride()) for x in _given(batch))))
+        given = (None if x is None else (x.shape, x.dtype, x.stride()) for x in (batch.x, batch.target))
+        kind = self._kind((key, *given))
         kind.seen += 1
         if kind.recording is None and kind.is_recordable and kind.seen > self._patience:
             kind.recording = self._record(kind, batch, work)
@@ -205,9 +206,5 @@ def memory_of(device: torch.device) -> Memory:
     return memory
 
 
-def _given(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    return batch.x, batch.target
-
-
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    return tuple(value for value in _given(batch) if value is not None)
+    return (batch.x,) if batch.target is None else (batch.x, batch.target)

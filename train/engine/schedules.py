@@ -7,16 +7,12 @@ of an uninterrupted run. `step` counts from 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 STEEPNESS = 6.0  # of a sigmoid ramp
 
-
-class Schedule(Protocol):
-    """A value for every step of a run."""
-
-    def __call__(self, step: int, total_steps: int) -> float: ...
+Schedule = Callable[[int, int], float]  # from a step and the number of steps of the run
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..sae.model import SparseAutoencoder, tied_weights
 from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
-from ..terms.reconstruction import reconstruction
+from ..terms.reconstruction_and_sparsity import reconstruction
 from .check_variant_settings import require, require_hook, require_least, stats_or_unit, topk_optim
 from .variant_contract import Variant
 

@@ -13,6 +13,7 @@ different ones; and sums of the same buffers give the same bits each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -159,10 +160,7 @@ def _deal(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _flat(moving: list[nn.Parameter]) -> Tensor:
     """Their gradients, concatenated; for a single parameter the gradient itself."""
-    gradients: list[Tensor] = []
-    for parameter in moving:
-        assert parameter.grad is not None
-        gradients.append(parameter.grad)
+    gradients = [cast(Tensor, parameter.grad) for parameter in moving]
     if len(gradients) > 1:
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
     moving[0].grad = gradients[0].contiguous()

@@ -3,17 +3,27 @@
 A gate does three things. `choose` picks the support of a training batch from dense pre-activations,
 without gradient. `open` turns the pre-activations at that support into activations, with gradient.
 `infer` is what the saved SAE computes: dense, row by row, without the batch. B rows, F latents.
+
+The straight-through derivatives of a learned threshold (Rajamanoharan et al. 2024, JumpReLU): there is a rectangular
+window of width `bandwidth` around theta. jump(z, theta) = z where z > theta, else 0; inside the window its derivative
+by theta is -theta / bandwidth. heaviside(z, theta) = 1 where z > theta, else 0; inside the window its derivative by
+theta is -1 / bandwidth. Neither passes a gradient of the window on to z.
 """
+
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .kernels.codes import Codes
 from .kernels.select_top_k import marked, support_of_batch, support_topk, topk_batch
 from .kernels.sparse_support import Support, support_from_flat
-from .kernels.threshold_gradients import heaviside_ste, jump_ste
 from .side_inputs import Side
 from .top_k_over_processes import lowest_of_batch, split_batch, split_topk
 
@@ -202,7 +212,7 @@ class JumpRelu(Gate):
 
     def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
         theta = pre.per_latent(self.threshold)
-        return pre.with_values(jump_ste(pre.values, theta, self._window))
+        return pre.with_values(_Jump.apply(pre.values, theta, self._window))
 
     def place(self, threshold: float) -> None:
         """Set one threshold for all latents."""
@@ -217,7 +227,7 @@ class JumpRelu(Gate):
     def marks(self, codes: Codes) -> Tensor:
         """1 where an entry is active, with straight-through gradient to the threshold."""
         assert codes.pre is not None
-        return heaviside_ste(codes.pre, codes.per_latent(self.threshold), self._window)
+        return _Heaviside.apply(codes.pre, codes.per_latent(self.threshold), self._window)
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         return _above(pre, self.threshold)
@@ -293,3 +303,37 @@ PLAIN_GATES = frozenset({Relu, AnnealedRelu, TopK, AbsTopK, BatchTopK, JumpRelu,
 def is_plain(gate: Gate) -> bool:
     """Whether a saved SAE needs no more than a plain form: a subclass that keeps `infer` differs only in training."""
     return any(kind in PLAIN_GATES and type(gate).infer is kind.infer for kind in type(gate).__mro__)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth = bandwidth
+        return torch.where(z > theta, z, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, theta = ctx.saved_tensors
+        grad_theta = torch.where(_in_window(z, theta, ctx.bandwidth), grad * theta, 0.0) / -ctx.bandwidth
+        return torch.where(z > theta, grad, 0.0), grad_theta.sum_to_size(theta.shape), None
+
+
+class _Heaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth = bandwidth
+        return (z > theta).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        z, theta = ctx.saved_tensors
+        grad_theta = torch.where(_in_window(z, theta, ctx.bandwidth), grad, 0.0) / -ctx.bandwidth
+        return None, grad_theta.sum_to_size(theta.shape), None
+
+
+def _in_window(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    return (z - theta).abs() < 0.5 * bandwidth

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..parallel.dictionary_over_processes import Latents
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.dense_products import Product, linear, product_on
@@ -72,15 +71,10 @@ class AuxK:
         return Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], b_M.numel())
 
     def _dense(self, pre: Tensor, count: int, view: View) -> Codes:
-        kept = self._keep_topk(pre, count, view.side.latents)
-        return replace(codes_from_dense(kept, None), product=_product(view))
-
-    def _keep_topk(self, pre: Tensor, count: int, latents: Latents) -> Tensor:
-        """Set all but the k largest of each row to zero, of `count` latents in total."""
-        if self.k >= count:
-            return pre
-        score = pre.detach().abs() if self.signed else pre.detach()
-        return torch.where(score >= lowest_of_topk(score, self.k, latents), pre, 0.0)
+        if self.k < count:
+            score = pre.detach().abs() if self.signed else pre.detach()
+            pre = torch.where(score >= lowest_of_topk(score, self.k, view.side.latents), pre, 0.0)
+        return replace(codes_from_dense(pre, None), product=_product(view))
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, view: View) -> Tensor:

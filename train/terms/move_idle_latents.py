@@ -94,8 +94,10 @@ class Structure(StepCounter):
         reached = torch.cat([self.losses.new_ones(1), self.losses[:-1]])
         target = int((self.losses / reached.clamp_min(1e-12)).argmax())
         idle = (dead | (self.frequency < self.moves.idle_frequency)) & (membership != target)
-        movable = _first_of_each_tier(idle, self.frequency, membership, self._spare(membership))
-        room = self.moves.room(self._sizes)[target] - int((membership == target).sum())
+        sizes = torch.bincount(membership, minlength=len(self._sizes)).tolist()
+        spare = [max(0, size - floor) for size, floor in zip(sizes, self.moves.floor(self._sizes), strict=True)]
+        movable = _first_of_each_tier(idle, self.frequency, membership, spare)
+        room = self.moves.room(self._sizes)[target] - sizes[target]
         count = max(0, min(room, int(self.moves.most_at_once * len(membership)), len(movable)))
         after = membership.clone()
         after[movable[:count]] = target
@@ -109,11 +111,6 @@ class Structure(StepCounter):
         self.frequency.lerp_(fired.to(self.frequency.dtype), weight)
         self.losses.lerp_(losses.to(self.losses.dtype), weight)
         self.add_step()
-
-    def _spare(self, membership: Tensor) -> list[int]:
-        """How many latents each tier may lose."""
-        sizes = torch.bincount(membership, minlength=len(self._sizes)).tolist()
-        return [max(0, size - floor) for size, floor in zip(sizes, self.moves.floor(self._sizes), strict=True)]
 
 
 def _first_of_each_tier(idle: Tensor, frequency: Tensor, membership: Tensor, spare: Sequence[int]) -> Tensor:

@@ -50,14 +50,11 @@ class MaskRecord(Extra):
             self.range.copy_(torch.where(self.mass.sum(0) > 0, self.mass.argmax(0), FREE))
         view.note("mask/retention", retention(mass, self.range))
         if isinstance(view.sae, ShapedAutoencoder):
-            self._note_shapes(view, view.sae)
-
-    def _note_shapes(self, view: View, sae: ShapedAutoencoder) -> None:
-        for shape in sae.shapes.values():
-            if isinstance(shape, Mask):
-                view.note("mask/coefficient", shape.coefficient(view.side))
-            if isinstance(shape, Adapters):
-                view.note("adapter/gate", shape.gate.sigmoid().mean())
+            for shape in view.sae.shapes.values():
+                if isinstance(shape, Mask):
+                    view.note("mask/coefficient", shape.coefficient(view.side))
+                if isinstance(shape, Adapters):
+                    view.note("adapter/gate", shape.gate.sigmoid().mean())
 
 
 class SoftMaskRecord(MaskRecord):

@@ -1,6 +1,10 @@
-"""Temporal consistency: the codes of a group of latents should change slowly over the window.
+"""Latents over time: consistency of their codes, running variances, lifetimes, and retired latents.
 
-B rows, F_g latents of a group, j = i - lag the row that is compared with row i.
+After a given share of the run, every N steps, latents whose running variance is below a share of the mean variance are
+retired: they never fire again, and the auxiliary loss ignores them.
+
+Consistency: the codes of a group of latents should change slowly over the window.
+B rows, F latents, F_g of a group, j = i - lag the row that is compared with row i.
 L = mean of 1 - cos(f_i, h_j) over pairs in which either row has an active latent; a silent row has
 cosine 0. h is the past, read without gradient: f itself, or with mixing m < 1 the running mean
 h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which in each document starts empty, or at random
@@ -11,6 +15,7 @@ whose length may grow over the run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -19,20 +24,138 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.device_copies import send
+from ..engine.terms_and_constraints import Constraint
+from ..sae.extra_modules import StepCounter
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_products_with_gradients import affine
 from ..sae.kernels.sparse_support import Support, starts
 from ..sae.kernels.window_gram import Places, other_window
+from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import View, once
-from .latent_lifetimes import Dynamics, rows_before
 
+SILENT = -1.0  # encoder bias of a retired latent, whose encoder row is zero
+PRUNE = "prune"
+SCALES = ("short", "medium", "long")
+EPSILON = 1e-6
 Adaptive = Literal["none", "gradient", "variance"]
 TEMPORAL = "temporal"
 PIECE = "temporal_window"
 MAX_RATIO = 100.0  # of gradient norms
 TINY = 1e-12
+
+
+class Dynamics(StepCounter):
+    """Running moments of activations, the groups of latents, and which are retired."""
+
+    group: Tensor
+    retired: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def __init__(
+        self, group_sizes: Sequence[int], prune_every_steps: int = 1, prune_share: float = 0.0, floor: float = 0.0
+    ) -> None:
+        """Shares of the mean variance: latents below `prune_share` are retired, those below `floor` left out of the
+        temporal losses."""
+        super().__init__()
+        groups = torch.arange(len(group_sizes)).repeat_interleave(
+            torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
+        )
+        self.prune_every_steps, self.prune_share, self.floor = prune_every_steps, prune_share, floor
+        self.register_buffer("group", groups)
+        self.register_buffer("retired", torch.zeros(len(groups), dtype=torch.bool))
+        self.register_buffer("mean", torch.zeros(len(groups)))
+        self.register_buffer("square", torch.zeros(len(groups)))
+
+    @property
+    def variance(self) -> Tensor:
+        """[F], variance of each latent's activation over tokens."""
+        return (self.square - self.mean.square()).clamp_min(0.0)
+
+    def weights(self, by_variance: bool) -> Tensor:
+        """[F], the weight of each latent in a cosine: 1, or 1 / variance; 0 below the floor."""
+        if self.steps_seen == 0:
+            return torch.ones_like(self.mean)
+        relative = self.variance / self.variance.mean().clamp_min(EPSILON)
+        weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
+        return torch.where(relative >= self.floor, weights, 0.0)
+
+    def retired_latents(self, knobs: Mapping[str, float]) -> Tensor:
+        return self.retired
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        codes, mean_of = view.codes, view.side.ranks.mean
+        mean = mean_of(codes.latent_totals() / codes.num_rows)
+        square = mean_of(codes.map(torch.square).latent_totals() / codes.num_rows)
+        weight = self.weight_of_step
+        self.mean.lerp_(mean, weight)
+        self.square.lerp_(square, weight)
+        self.add_step()
+        is_due = self.steps_seen % self.prune_every_steps == 0
+        if self.prune_share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
+            self.retired |= self.variance < self.prune_share * self.variance.mean()
+            silence(view.sae, self.retired)  # at once: this may be the last step
+        view.note("temporal/activation_variance", (square - mean.square()).mean())
+        view.note("temporal/lifetime", mean_lifetime(view))
+        view.note("temporal/pruned", self.retired.sum())
+        for scale in SCALES:
+            if not view.side.knob(f"temporal_{scale}", 0.0):  # otherwise its term has logged its weight
+                view.note(f"temporal/weight_{scale}", view.x.new_zeros(()))
+
+
+@dataclass(frozen=True)
+class Retire(Constraint):
+    """Keep latents that `dynamics` has retired silent; latents retired by other extras are not affected."""
+
+    dynamics: Dynamics
+    table_use = "gradients"
+
+    @torch.no_grad()
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        for table in (sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad):
+            if table is not None:
+                table.masked_fill_(_along(table, self.dynamics.retired), 0.0)
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        silence(sae, self.dynamics.retired)
+
+
+@torch.no_grad()
+def silence(sae: SparseAutoencoder, retired_F: Tensor) -> None:
+    """Zero the encoder rows of retired latents; a negative bias keeps them closed."""
+    sae.W_enc.masked_fill_(_along(sae.W_enc, retired_F), 0.0)
+    sae.b_enc.masked_fill_(retired_F, SILENT)
+
+
+def _along(table: Tensor, retired_F: Tensor) -> Tensor:
+    """The retired latents, in a shape that broadcasts over a table's rows."""
+    return retired_F if table.ndim == 1 else retired_F[:, None]
+
+
+def rows_before(side: Side, lag: int) -> Tensor:
+    """int64 [B], the row `lag` tokens before each row in the same window and document, or -1."""
+    earlier, document = side["position"] - lag, side["document"]
+    row = side["row_of"][side["window"], earlier.clamp_min(0)]
+    return torch.where((earlier >= 0) & (document[row] == document), row, -1)
+
+
+def mean_lifetime(view: View) -> Tensor:
+    """Mean number of consecutive tokens for which a latent stays active, within the batch's documents."""
+    codes = view.codes
+    before = rows_before(view.side, 1)
+    active = codes.values.detach() != 0
+    if codes.support is None:
+        continued = active & active[before] & (before >= 0)[:, None]
+    else:
+        rows, latents = codes.support.rows.long(), codes.support.latents.long()
+        table = active.new_zeros(codes.num_rows, codes.num_latents)
+        table[rows, latents] = active
+        continued = active & table[before[rows], latents] & (before[rows] >= 0)
+    total = active.sum()
+    return total / (total - continued.sum()).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +178,9 @@ class Consistency:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
         part = part_of(view.codes, self.start, self.stop)
         start = self._start(view) if self.start_std > 0 else None
-        loss = inconsistency(view, part, self._weights(view), lag, self.mixing, self.apart, start)
+        dynamics = cast(Dynamics, view.sae.extras[TEMPORAL])
+        weights = dynamics.weights(self.adaptive == "variance")[self.start : self.stop]
+        loss = inconsistency(view, part, weights, lag, self.mixing, self.apart, start)
         view.note(f"temporal/inconsistency_{self.scale}", loss)
         ratio = gradient_ratio(view, loss) if self.adaptive == "gradient" else view.x.new_ones(())
         view.note(f"temporal/weight_{self.scale}", ratio * view.side.knob(f"temporal_{self.scale}", 0.0))
@@ -65,10 +190,6 @@ class Consistency:
         """[F_g]"""
         drawn = torch.randn(self.stop - self.start, generator=view.generator)
         return send(self.start_std * drawn, view.x.device).to(view.x.dtype)
-
-    def _weights(self, view: View) -> Tensor:
-        """[F_g], the weight of each latent in the cosine."""
-        return cast(Dynamics, view.sae.extras[TEMPORAL]).weights(self.adaptive == "variance")[self.start : self.stop]
 
 
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
@@ -146,20 +267,16 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | Non
     place = torch.arange(context, device=acts_BF.device)
     age = place[:, None] - place
     length = int(side.knob(PIECE, context))
-    within = (age >= 0) & (place[:, None] // length == place // length) & _in_one_document(side)
+    document = torch.full_like(places.row_of, -1)  # positions without a row are in none
+    document[places.window, places.position] = side["document"]
+    within = (age >= 0) & (place[:, None] // length == place // length)
+    within = within & (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
     decay = torch.where(within, mixing * (1.0 - mixing) ** age.clamp_min(0), 0.0).to(acts_BF.dtype)
     total, weight = decay @ places.spread(acts_BF), decay.sum(dim=2, keepdim=True)
     if start_F is not None:
         fading = ((1.0 - mixing) ** within.sum(dim=2, keepdim=True)).to(acts_BF.dtype)
         total, weight = total + fading * start_F, weight + fading
     return places.collect(total / weight.clamp_min(TINY))
-
-
-def _in_one_document(side: Side) -> Tensor:
-    """bool [W, T, T], the pairs of positions whose rows belong to one document; positions without a row are in none."""
-    document = torch.full_like(side["row_of"], -1)
-    document[side["window"], side["position"]] = side["document"]
-    return (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
 
 
 def gradient_ratio(view: View, loss: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..kit.check_variant_settings import read_with, require, require_hook, requi
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain
 from ..sae.gates import BatchTopK, Relu
 from ..sae.kernels.dense_products import Product
-from ..terms.sparsity import LayerNormsL1
+from ..terms.reconstruction_and_sparsity import LayerNormsL1
 from .clt import build_cross_layer
 
 

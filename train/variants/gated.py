@@ -14,8 +14,7 @@ from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Gated
-from ..terms.reconstruction import reconstruction_by_gate
-from ..terms.sparsity import gate_l1
+from ..terms.reconstruction_and_sparsity import gate_l1, reconstruction_by_gate
 
 
 @dataclass(frozen=True)

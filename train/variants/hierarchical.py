@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.schedules import Constant, ExponentialApproach, Schedule
+from ..engine.schedules import Constant, ExponentialApproach
 from ..engine.terms_and_constraints import Assembly
 from ..kit.attention_guided import Guided, build_guided, request_guided
 from ..kit.check_variant_settings import read_with, require, require_least, require_positive
@@ -52,12 +52,10 @@ class Config(Guided):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self.needs()
         layers = self.attention_layers
-        mixing = Mixing(layers, [self.layer + offset for offset in self.ablated]), self._temperature()
-        return build_guided(self, layers, d_model, stats, mixing=mixing, beta=self.beta, objective=self.objective)
-
-    def _temperature(self) -> Schedule:
         start, end = self.mixing_temperature_start, self.mixing_temperature
-        return Constant(end) if start is None else ExponentialApproach(start, end, self.mixing_temperature_steps)
+        falling = None if start is None else ExponentialApproach(start, end, self.mixing_temperature_steps)
+        mixing = Mixing(layers, [self.layer + offset for offset in self.ablated]), falling or Constant(end)
+        return build_guided(self, layers, d_model, stats, mixing=mixing, beta=self.beta, objective=self.objective)
 
     def _require_settings(self) -> None:
         offsets, ablated = set(self.offsets), set(self.ablated)

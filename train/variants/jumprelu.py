@@ -25,7 +25,7 @@ from ..kit.check_variant_settings import (
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder
-from ..terms.sparsity import Frequency, TanhL0, TargetL0, dead_thresholds
+from ..terms.reconstruction_and_sparsity import Frequency, TanhL0, TargetL0, dead_thresholds
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import ends_of, require
-from ..terms.reconstruction import NestedReconstruction
+from ..terms.reconstruction_and_sparsity import NestedReconstruction
 from . import batchtopk
 
 

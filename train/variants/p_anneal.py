@@ -14,7 +14,7 @@ from ..engine.terms_and_constraints import Assembly
 from ..kit.check_variant_settings import relu_optim, require
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import AnnealedRelu
-from ..terms.sparsity import lp
+from ..terms.reconstruction_and_sparsity import lp
 
 
 @dataclass(frozen=True)

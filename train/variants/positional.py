@@ -37,7 +37,7 @@ from ..sae.shapes.masks import (
 from ..sae.shapes.range_encoders import ADAPTER, Adapters, FeatureAdapters, RangeEncoders
 from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise, orthogonal_rows
 from ..terms.position import l1_before_mask, record_of
-from ..terms.sparsity import l1
+from ..terms.reconstruction_and_sparsity import l1
 
 SCATTER_SEEDS = 2**41  # far from those of weights
 

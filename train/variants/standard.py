@@ -13,7 +13,7 @@ from ..engine.terms_and_constraints import Assembly
 from ..kit.check_variant_settings import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
 from ..sae.gates import Relu
-from ..terms.sparsity import l1
+from ..terms.reconstruction_and_sparsity import l1
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
-from ..terms.latent_lifetimes import PRUNE, SCALES, Dynamics, Retire
-from ..terms.temporal import PIECE, TEMPORAL, Adaptive, Consistency
+from ..terms.temporal import PIECE, PRUNE, SCALES, TEMPORAL, Adaptive, Consistency, Dynamics, Retire
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,22 @@ from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise
 from ..terms.constraints import TierGradients
 from ..terms.move_idle_latents import Moves, Structure
-from ..terms.reconstruction import reconstruction
+from ..terms.reconstruction_and_sparsity import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling
-from ..terms.tier_composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
-from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name, tier_residual
+from ..terms.tiers import (
+    COMPOSITION,
+    TIERS,
+    Composition,
+    Importance,
+    NonNegative,
+    TieredReconstruction,
+    Tiers,
+    composition_l1,
+    composition_loss,
+    importance_loss,
+    switch_name,
+    tier_residual,
+)
 
 
 @dataclass(frozen=True)

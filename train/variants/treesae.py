@@ -33,7 +33,7 @@ from ..sae.kernels.sparse_support import Support, support_from_topk
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 from ..sae.step_view import View
-from ..terms.reconstruction import NestedReconstruction
+from ..terms.reconstruction_and_sparsity import NestedReconstruction
 from . import topk
 
 TREE = "tree"  # name of the extra, and of the knob for when latents change parents

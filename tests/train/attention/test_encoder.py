@@ -17,8 +17,7 @@ from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.attention.attention_links import LinkKind
-from saemill.train.sae.attention.encoder import AttendedSae
-from saemill.train.sae.attention.reading import Attention, Mixing
+from saemill.train.sae.attention.reading import AttendedSae, Attention, Mixing
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side

@@ -282,7 +282,7 @@ def test_no_step_is_drawn_from_another_store_in_its_place(write_store, tmp_path)
 
 
 def test_nothing_is_read_for_steps_that_the_run_does_not_take(store, monkeypatch):
-    from saemill.train.data.fill_pool import Pool
+    from saemill.train.data.prefetch import Pool
 
     filled = []
     fill = Pool.fill

@@ -14,8 +14,7 @@ from saemill.train.sae.shapes.shaped import PreNorm, ShapedAutoencoder, orthogon
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.position import mass_by_range, retention
-from saemill.train.terms.reconstruction import reconstruction
-from saemill.train.terms.sparsity import TargetL0, gate_l1, l1
+from saemill.train.terms.reconstruction_and_sparsity import TargetL0, gate_l1, l1, reconstruction
 
 RANGES, CONTEXT, LATENTS = 3, 12, 20
 

@@ -8,9 +8,8 @@ from torch.nn import functional
 
 from saemill.train.data.batch import Batch
 from saemill.train.sae.step_view import View
-from saemill.train.terms.latent_lifetimes import mean_lifetime
 from saemill.train.terms.position import mass_by_range, retention
-from saemill.train.terms.temporal import past_rows
+from saemill.train.terms.temporal import mean_lifetime, past_rows
 
 from ..conftest import draw_unit, learn, scaled
 

@@ -13,8 +13,16 @@ from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import AbsTopK, JumpRelu, Relu, TopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms import temporal
-from saemill.train.terms.latent_lifetimes import Dynamics, mean_lifetime
-from saemill.train.terms.temporal import Consistency, gradient_ratio, inconsistency, part_of, past_rows, remembered
+from saemill.train.terms.temporal import (
+    Consistency,
+    Dynamics,
+    gradient_ratio,
+    inconsistency,
+    mean_lifetime,
+    part_of,
+    past_rows,
+    remembered,
+)
 
 START, STOP = 4, 13
 TOKENS = config_type("topk")().needs()

@@ -12,8 +12,18 @@ from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.terms.constraints import GradientNoise, TierGradients
 from saemill.train.terms.move_idle_latents import Moves, Structure, changes, reallocated, weighted_loss
-from saemill.train.terms.tier_composition import Composition, NonNegative, composition_l1, composition_loss
-from saemill.train.terms.tiers import TIERS, TieredReconstruction, Tiers, importance_loss, switch_name, tier_losses
+from saemill.train.terms.tiers import (
+    TIERS,
+    Composition,
+    NonNegative,
+    TieredReconstruction,
+    Tiers,
+    composition_l1,
+    composition_loss,
+    importance_loss,
+    switch_name,
+    tier_losses,
+)
 
 WEIGHTS = (0.2, 0.3, 0.5)
 SIZES = (5, 7, 8)

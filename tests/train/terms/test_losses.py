@@ -18,8 +18,17 @@ from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 from saemill.train.terms.auxk import AuxK
-from saemill.train.terms.reconstruction import NestedReconstruction, reconstruction, reconstruction_by_gate
-from saemill.train.terms.sparsity import LayerNormsL1, TargetL0, dead_thresholds, gate_l1, l1, lp
+from saemill.train.terms.reconstruction_and_sparsity import (
+    LayerNormsL1,
+    NestedReconstruction,
+    TargetL0,
+    dead_thresholds,
+    gate_l1,
+    l1,
+    lp,
+    reconstruction,
+    reconstruction_by_gate,
+)
 
 ROWS, D, LATENTS = 40, 8, 20
 

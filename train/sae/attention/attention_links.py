@@ -164,20 +164,13 @@ def same_token_links(links: Links, side: Side) -> Links:
     same_BT &= (place < position[:, None]) & (place > 0) & (row_of >= 0)[window]
     count_B = same_BT.sum(1)
     attends = links.attends & (count_B > 0)
-    row, key = _places(same_BT)
+    # On a GPU all entries, as a list of those that are links would make the host wait.
+    is_listed = reads_at_once(same_BT)
+    place = same_BT.view(-1).nonzero().view(-1) if is_listed else torch.arange(same_BT.numel(), device=row_of.device)
+    row, key = place // links.context, place % links.context
     layers = len(attends)
     layer = torch.arange(layers, device=row.device).repeat_interleave(len(row), output_size=layers * len(row))
     row, key = row.repeat(layers), key.repeat(layers)
     held = same_BT[row, key] & attends[layer, row]
     share = torch.where(held, 1.0 / count_B.clamp_min(1)[row], 0.0).to(links.share.dtype)
     return Links(layer, row, key, row_of[window[row], key].clamp_min(0), share, attends, links.context)
-
-
-def _places(marked_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the marked entries, in order; on a GPU of all entries, as a list would make the host wait."""
-    if reads_at_once(marked_BT):
-        row, key = marked_BT.nonzero(as_tuple=True)
-        return row, key
-    rows, context = marked_BT.shape
-    place = torch.arange(rows * context, device=marked_BT.device)
-    return place // context, place % context

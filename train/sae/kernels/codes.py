@@ -95,6 +95,5 @@ class Codes:
 
 def codes_from_dense(acts: Tensor, support: Support | None) -> Codes:
     """Codes read from a differentiable dense table [B, F] at the support."""
-    if support is None:
-        return Codes(acts, None, acts.shape[0], acts.shape[1])
-    return Codes(acts.reshape(-1)[support.flat], support, acts.shape[0], acts.shape[1])
+    values = acts if support is None else acts.reshape(-1)[support.flat]
+    return Codes(values, support, acts.shape[0], acts.shape[1])

@@ -113,8 +113,10 @@ def group_errors(
 ) -> tuple[Tensor, Tensor]:
     """The same for sparse codes whose entries are each in one of `prefixes` groups: set m holds groups 0 to m."""
     assert codes.support is not None
-    order, grouped = _by_prefix(codes.support, prefix_N, prefixes)
-    values = codes.values[order]
+    support = codes.support
+    groups, order = torch.sort(prefix_N * support.num_rows + support.rows, stable=True)  # by (prefix, row)
+    offsets = group_offsets(groups, prefixes * support.num_rows)
+    grouped, values = Support(offsets, support.latents[order], support.num_latents), codes.values[order]
     errors, residual = _NestedErrors.apply(values, W, b, target, grouped, prefixes, latents, codes.product)
     return errors, residual
 
@@ -126,11 +128,3 @@ def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: Se
         errors.append(residual.square().sum() / residual.shape[0])
         start = stop
     return torch.stack(errors), residual.detach()
-
-
-def _by_prefix(support: Support, prefix_N: Tensor, prefixes: int) -> tuple[Tensor, Support]:
-    """The support in order of (prefix, row), and the original place of each of its entries."""
-    group = prefix_N * support.num_rows + support.rows
-    groups, order = torch.sort(group, stable=True)
-    offsets = group_offsets(groups, prefixes * support.num_rows)
-    return order, Support(offsets, support.latents[order], support.num_latents)

@@ -58,9 +58,16 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
 
         turned = support.by_latent  # reads the larger table once, while the rows stay in cache
         return sparse_products.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
-    if rows_BD.device.type != "cpu":
-        return _bag_dots(support, rows_BD, W_FD)
-    return _sampled_dots(support, rows_BD, W_FD)
+    if rows_BD.device.type != "cpu":  # exactly the gradient of an embedding bag for its weights
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            rows_BD, W_FD, support.latents, support.offsets[:-1], support.rows, 0
+        )
+    # The larger table is read once, in order, while the smaller one stays in cache.
+    if support.num_latents <= support.num_rows:
+        return sampled_dots(support.offsets, support.latents, rows_BD, W_FD)
+    turned = support.by_latent
+    dots = sampled_dots(turned.offsets, turned.rows, W_FD, rows_BD)
+    return torch.empty_like(dots).index_copy_(0, turned.order, dots)
 
 
 def gathered(rows_BD: Tensor, product: Product) -> Tensor:
@@ -100,22 +107,6 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 
         return sparse_products.segment_sum(values.contiguous(), offsets)
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)
-
-
-def _bag_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """Exactly the gradient of an embedding bag for its weights."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows_BD, W_FD, support.latents, support.offsets[:-1], support.rows, 0
-    )
-
-
-def _sampled_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """Reads the larger table once, in order, while the smaller one stays in cache."""
-    if support.num_latents <= support.num_rows:
-        return sampled_dots(support.offsets, support.latents, rows_BD, W_FD)
-    turned = support.by_latent
-    dots = sampled_dots(turned.offsets, turned.rows, W_FD, rows_BD)
-    return torch.empty_like(dots).index_copy_(0, turned.order, dots)
 
 
 def sampled_dots(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:

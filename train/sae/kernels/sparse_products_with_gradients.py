@@ -29,9 +29,11 @@ from .row_gradients import low_copy, table_gradient
 from .sparse_products import column_sum, decode_sum, gathered, latent_sum, pair_dots, row_sum
 from .sparse_support import Support, index_sum
 
+Change = Callable[[Tensor], Tensor]
 
-class _AffineAt(torch.autograd.Function):
-    """values[n] = <x[row n], W[latent n]> + b[latent n], where x was centred by `center`."""
+
+class _Affine(torch.autograd.Function):
+    """x W^T + b at the pairs of a support, or everywhere without one; x was centred by `center`."""
 
     @staticmethod
     def forward(
@@ -40,7 +42,7 @@ class _AffineAt(torch.autograd.Function):
         center_D: Tensor | None,
         W_FD: Tensor,
         b_F: Tensor,
-        support: Support,
+        support: Support | None,
         known: Tensor | None,
         product: Product,
     ) -> Tensor:
@@ -48,120 +50,77 @@ class _AffineAt(torch.autograd.Function):
         ctx.save_for_backward(x_BD, W_FD)
         if known is not None:
             return known
-        return pair_dots(support, x_BD, W_FD).add_(b_F[support.latents])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, W_FD = ctx.saved_tensors
-        need_x, need_center, need_W = ctx.needs_input_grad[:3]
-        grad_x = decode_sum(ctx.support, grad_N, W_FD) if need_x else None
-        grad_W = table_gradient(W_FD, ctx.support, grad_N, gathered(x_BD, ctx.product)) if need_W else None
-        grad_b = latent_sum(ctx.support, grad_N)
-        # Summed over rows before the product: one vector times W instead of a bag sum.
-        grad_center = -(grad_b @ W_FD) if need_center else None
-        return grad_x, grad_center, grad_W, grad_b, None, None, None
-
-
-class _AffineDense(torch.autograd.Function):
-    """x W^T + b for all latents, where x was centred by `center` and the result may be known."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BD: Tensor,
-        center_D: Tensor | None,
-        W_FD: Tensor,
-        b_F: Tensor,
-        known: Tensor | None,
-        product: Product,
-    ) -> Tensor:
-        ctx.save_for_backward(x_BD, W_FD)
-        ctx.product = product
-        if known is not None:
-            return known
+        if support is not None:
+            return pair_dots(support, x_BD, W_FD).add_(b_F[support.latents])
         if product == "bfloat16":
-            return multiply(x_BD, _factor(W_FD, product).t(), product).add_(b_F)
+            return multiply(x_BD, low_copy(W_FD).t(), product).add_(b_F)
         with matrix_units(product):
             return linear(x_BD, W_FD, b_F)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, W_FD = ctx.saved_tensors
+        support, product = ctx.support, ctx.product
         need_x, need_center, need_W = ctx.needs_input_grad[:3]
-        grad_x = multiply(grad_BF, _factor(W_FD, ctx.product), ctx.product) if need_x else None
-        grad_W = multiply(grad_BF.t(), x_BD, ctx.product) if need_W else None
-        grad_b = grad_BF.sum(0)
+        if support is None:
+            grad_x = multiply(grad, _factor(W_FD, product), product) if need_x else None
+            grad_W = multiply(grad.t(), x_BD, product) if need_W else None
+            grad_b = grad.sum(0)
+        else:
+            grad_x = decode_sum(support, grad, W_FD) if need_x else None
+            grad_W = table_gradient(W_FD, support, grad, gathered(x_BD, product)) if need_W else None
+            grad_b = latent_sum(support, grad)
+        # Summed over rows before the product: one vector times W instead of a bag sum.
         grad_center = -(grad_b @ W_FD) if need_center else None
-        return grad_x, grad_center, grad_W, grad_b, None, None
+        return grad_x, grad_center, grad_W, grad_b, None, None, None
 
 
-class _DecodeDense(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values_BF: Tensor, W_FD: Tensor, product: Product) -> Tensor:
-        ctx.save_for_backward(values_BF, W_FD)
-        ctx.product = product
-        return multiply(values_BF, _factor(W_FD, product), product)
+class _Decode(torch.autograd.Function):
+    """values W, plus a bias, at the pairs of a support, or everywhere without one."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values_BF, W_FD = ctx.saved_tensors
-        need_values, need_W = ctx.needs_input_grad[:2]
-        grad_values = multiply(grad_BD, _factor(W_FD, ctx.product).t(), ctx.product) if need_values else None
-        grad_W = multiply(values_BF.t(), grad_BD, ctx.product) if need_W else None
-        return grad_values, grad_W, None
-
-
-class _DecodeAt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values_N: Tensor, W_FD: Tensor, b_D: Tensor | None, support: Support, product: Product
+        ctx: Any, values: Tensor, W_FD: Tensor, b_D: Tensor | None, support: Support | None, product: Product
     ) -> Tensor:
         ctx.support, ctx.product = support, product
-        ctx.save_for_backward(values_N, W_FD)
-        decoded = decode_sum(support, values_N, W_FD)
+        ctx.save_for_backward(values, W_FD)
+        if support is None:
+            decoded = multiply(values, _factor(W_FD, product), product)
+        else:
+            decoded = decode_sum(support, values, W_FD)
         return decoded if b_D is None else decoded.add_(b_D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
-        values_N, W_FD = ctx.saved_tensors
-        grad_BD = grad_BD.contiguous()
+        values, W_FD = ctx.saved_tensors
+        support, product = ctx.support, ctx.product
         need_values, need_W, need_b = ctx.needs_input_grad[:3]
-        grad_b = column_sum(grad_BD) if need_b else None
-        read_BD = gathered(grad_BD, ctx.product)
-        grad_values = pair_dots(ctx.support, read_BD, W_FD) if need_values else None
-        grad_W = table_gradient(W_FD, ctx.support, values_N, read_BD) if need_W else None
-        return grad_values, grad_W, grad_b, None, None
+        if support is None:
+            grad_values = multiply(grad_BD, _factor(W_FD, product).t(), product) if need_values else None
+            grad_W = multiply(values.t(), grad_BD, product) if need_W else None
+        else:
+            grad_BD = grad_BD.contiguous()
+            read_BD = gathered(grad_BD, product)
+            grad_values = pair_dots(support, read_BD, W_FD) if need_values else None
+            grad_W = table_gradient(W_FD, support, values, read_BD) if need_W else None
+        return grad_values, grad_W, column_sum(grad_BD) if need_b else None, None, None
 
 
-class _RowsOf(torch.autograd.Function):
-    """table[index]; `add_up` turns its gradient into the table's. Torch's own adds in a different order each time if
-    threads share many entries."""
+class _Linear(torch.autograd.Function):
+    """A linear map, and the one that turns the gradient of its result into that of its argument: torch's own, of
+    table[index], adds in a different order each time if threads share many entries."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, add_up: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.add_up = add_up
-        return table[index]
+    def forward(ctx: Any, given: Tensor, change: Change, back: Change) -> Tensor:
+        ctx.back = back
+        return change(given)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.add_up(grad), None, None
-
-
-class _SumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values_N: Tensor, support: Support) -> Tensor:
-        ctx.support = support
-        return row_sum(support, values_N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, None]:
-        return grad_B[ctx.support.rows], None
+        return ctx.back(grad), None, None
 
 
 class _SquaredError(torch.autograd.Function):
@@ -193,21 +152,19 @@ def affine(
     resulting values if the caller has them. Without a support `product` is the precision of the dense products,
     with one only that of rows for the gradients.
     """
-    if support is None:
-        return _AffineDense.apply(x, center, W, b, known, product)
-    return _AffineAt.apply(x, center, W, b, support, known, product)
+    return _Affine.apply(x, center, W, b, support, known, product)
 
 
 def decode_at(values: Tensor, W: Tensor, b: Tensor | None, support: Support, product: Product = "float32") -> Tensor:
     """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]. `product` as in `affine`."""
-    return _DecodeAt.apply(values, W, b, support, product)
+    return _Decode.apply(values, W, b, support, product)
 
 
 def decode_dense(values: Tensor, W: Tensor, b: Tensor | None, product: Product) -> Tensor:
     """values @ W + b for dense values [B, F]: [B, D]."""
     if product == "float32":
         return values @ W if b is None else torch.addmm(b, values, W)
-    decoded: Tensor = _DecodeDense.apply(values, W, product)
+    decoded: Tensor = _Decode.apply(values, W, None, None, product)
     return decoded if b is None else decoded + b
 
 
@@ -217,22 +174,23 @@ def _factor(W: Tensor, product: Product) -> Tensor:
 
 def spread_latents(vector: Tensor, support: Support) -> Tensor:
     """vector[latent] for every pair of the support: [N]."""
-    return _RowsOf.apply(vector, support.latents, partial(latent_sum, support))
+    return _Linear.apply(vector, lambda vector: vector[support.latents], partial(latent_sum, support))
 
 
 def spread_rows(vector: Tensor, support: Support) -> Tensor:
     """vector[row] for every pair of the support: [N]."""
-    return _RowsOf.apply(vector, support.rows, partial(row_sum, support))
+    return _Linear.apply(vector, lambda vector: vector[support.rows], partial(row_sum, support))
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
     """table[index], where rows may be repeated: [*index.shape, ...]."""
-    return _RowsOf.apply(table, index, lambda grad: index_sum(grad, index, len(table)))
+    size = len(table)
+    return _Linear.apply(table, lambda table: table[index], lambda grad: index_sum(grad, index, size))
 
 
 def sum_rows(values: Tensor, support: Support) -> Tensor:
     """Each row's sum of the values [N] at the support: [B]."""
-    return _SumRows.apply(values, support)
+    return _Linear.apply(values, partial(row_sum, support), lambda grad: grad[support.rows])
 
 
 def squared_error(x_hat: Tensor, residual: Tensor) -> Tensor:

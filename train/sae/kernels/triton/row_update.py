@@ -15,7 +15,7 @@ a single latent are summed beforehand, by separate programs, and enter as one ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -127,9 +127,9 @@ def _update(
             tl.store(low + place, weight.to(tl.bfloat16), mask=inside)
 
 
-@dataclass(frozen=True)
-class AdamStep:
-    """Adam's settings, and the values of the step: on the table's device, where a replay reads the current ones."""
+class AdamStep(NamedTuple):
+    """Adam's settings, and the values of the step: on the table's device, where a replay reads the current ones. In the
+    order in which the kernel takes them."""
 
     lr: Tensor
     bias: Tensor  # float64 [2]: of the two moments, 1 - beta ** steps, steps counted from 1
@@ -178,12 +178,7 @@ def update_rows(
         x,
         sums,
         width,
-        adam.lr,
-        adam.bias,
-        adam.beta1,
-        adam.beta2,
-        adam.epsilon,
-        adam.weight_decay,
+        *adam,
         HAS_DENSE=dense is not None,
         HAS_LOW=low is not None,
         UNIT=unit,
