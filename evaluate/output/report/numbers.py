@@ -10,12 +10,8 @@ from collections.abc import Sequence
 from ... import evals
 from ...context.write_and_read_results import REACH, heading, reach_of
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import Column, Record, held_out, measured
-from ..figures.records import notes as notes_on
+from ..figures.records import Column, Record, held_out, measured, notes
 from .markup import Html, element, joined
-
-MISSING = "\N{EN DASH}"
-
 
 COLUMNS = (
     Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
@@ -58,10 +54,13 @@ def numbers_table(records: Sequence[Record]) -> Html:
         element("th", column.heading, Html("<br>"), element("span", column.meaning, class_="faint"))
         for column in columns
     ]
-    rows = [element("tr", element("td", record.name, *variant(record)), *cells(record, columns)) for record in records]
+    rows = [
+        element("tr", element("td", record.name, *variant(record)), *(cell(record, column) for column in columns))
+        for record in records
+    ]
     head = element("tr", element("th", "SAE"), *headings)
     table = element("table", element("thead", head), element("tbody", joined(rows)))
-    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *notes(records, columns)])
+    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *remarks(records, columns)])
 
 
 def variant(record: Record) -> list[Html]:
@@ -70,9 +69,9 @@ def variant(record: Record) -> list[Html]:
     return [] if is_named else [element("small", record.variant)]
 
 
-def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
+def remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     """What the numbers were measured on, and what they leave out."""
-    told = notes_on(records, [column.evaluation for column in columns if column.evaluation])
+    told = notes(records, [column.evaluation for column in columns if column.evaluation])
     if any(reach(column, one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
     massive = [
@@ -91,11 +90,9 @@ def reach(column: Column, record: Record) -> float | None:
     return reach_of(record.documents[column.evaluation], evals.load(column.evaluation).intervals, column.metric)
 
 
-def cells(record: Record, columns: Sequence[Column]) -> list[Html]:
-    return [element("td", *_cell(column.value(record), column.form, reach(column, record))) for column in columns]
-
-
-def _cell(value: float | None, form: str, reach: float | None) -> list[str]:
+def cell(record: Record, column: Column) -> Html:
+    value, found = column.value(record), reach(column, record)
     if value is None:
-        return [MISSING]
-    return [f"{value:{form}}"] + ([] if reach is None else [element("small", f"{REACH} {reach:.2g}")])
+        return element("td", "\N{EN DASH}")
+    beside = [] if found is None else [element("small", f"{REACH} {found:.2g}")]
+    return element("td", f"{value:{column.form}}", *beside)

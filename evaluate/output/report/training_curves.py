@@ -19,7 +19,9 @@ def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = 
     first: dict[str, str] = {}  # the name of each group, by what its SAEs have in common
     saes = []
     for record in records:
-        group = first.setdefault(_without_seed(record), SEED.sub("", record.name) or record.name)
+        settings = {key: value for key, value in record.settings.items() if key != "seed"}
+        common = json.dumps([record.run, record.variant, settings], sort_keys=True, default=str)
+        group = first.setdefault(common, SEED.sub("", record.name) or record.name)
         saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record)})
     names = list(first.values())
     for sae, record in zip(saes, records, strict=True):
@@ -30,18 +32,11 @@ def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = 
 
 def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, Any]:
     """The progress of a run, and how often that is written."""
-    last: Mapping[str, Any] = max((record.log[-1] for record in records if record.log), key=_step, default={})
+    ends = [record.log[-1] for record in records if record.log]
+    last = max(ends, key=lambda line: line.get("step", 0), default={"step": -1})
     speed = {"tokens_per_second": _rounded(last.get("tokens_per_second")) or 0.0}
-    return {"step": _step(last) + 1 if last else 0, "steps": steps, **speed, "written": time.time(), "pause": pause}
-
-
-def _step(line: Mapping[str, Any]) -> int:
-    return line.get("step", 0)
-
-
-def _without_seed(record: Record) -> str:
-    settings = {key: value for key, value in record.settings.items() if key != "seed"}
-    return json.dumps([record.run, record.variant, settings], sort_keys=True, default=str)
+    step = last.get("step", 0) + 1
+    return {"step": step, "steps": steps, **speed, "written": time.time(), "pause": pause}
 
 
 def _curves(record: Record) -> dict[str, Any]:
