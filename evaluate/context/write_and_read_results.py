@@ -194,11 +194,12 @@ def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return ours if isinstance(ours, Mapping) else {}
 
 
-def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
-    """What evaluations say about the text that SAEs were measured on, with the SAEs' names if they differ."""
-    names: dict[tuple[str, Any], list[str]] = {}
-    for name, said in told:
-        names.setdefault(said, []).append(name)
+def lines_of_each(results: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    """What text SAEs were measured on, with their names if it differs; from names of SAEs, evaluations, and results."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, eval_id, document in results:
+        if said := ours_in(document).get("measured_on"):
+            names.setdefault((eval_id, str(said)), []).append(name)
     evaluations = [eval_id for eval_id, _ in names]
     whose = (f" of {', '.join(names[said])}" if evaluations.count(said[0]) > 1 else "" for said in names)
     return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]

@@ -5,7 +5,7 @@ A `Lines` or `Bars` knows which SAEs have its numbers; a panel without any is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,22 +108,13 @@ def _draw_dots(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) 
     axis.margins(x=0.3)
 
 
-def series_of(name: str, factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
-    """A logged number, in other units if needed."""
+def series_of(names: str | tuple[str, ...], factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
+    """A logged number, or the first of several that an SAE has logged; in other units if needed."""
+    tried = (names,) if isinstance(names, str) else names
 
     def values(record: Record) -> tuple[list[float], list[float]]:
-        steps, found = record.series(name)
+        steps, found = next((record.series(name) for name in tried if name in record.logged), ([], []))
         return steps, [factor * value for value in found]
-
-    return values
-
-
-def first_series(names: Iterable[str]) -> Callable[[Record], tuple[list[float], list[float]]]:
-    """The first of some names that an SAE has logged."""
-    names = tuple(names)
-
-    def values(record: Record) -> tuple[list[float], list[float]]:
-        return next((record.series(name) for name in names if name in record.logged), ([], []))
 
     return values
 
