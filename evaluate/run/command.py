@@ -143,7 +143,6 @@ def make_session(words: Mapping[str, Any]) -> Session:
 
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The requested evaluations, with their settings."""
     names = evals.names() if wanted == evals.ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
     given: dict[str, dict[str, Any]] = {}
     for said, value in parse_settings(settings).items():
@@ -231,7 +230,6 @@ class Session:
         return rows
 
     def _run_fitting(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """Evaluate the SAEs that belong to this store."""
         rows: list[Row] = []
         fitting = []
         for subject in subjects:

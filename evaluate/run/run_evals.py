@@ -151,8 +151,6 @@ def _why_apart(subject: LoadedSae) -> str:
 
 
 class _Attempts:
-    """One evaluation being run."""
-
     def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
         self._context, self._eval_id, self._config, self._settings = context, eval_id, config, settings
         self._evaluation = evals.load(eval_id)

@@ -192,7 +192,6 @@ def known_store() -> str | None:
 
 
 def studies_with(run: str) -> list[str]:
-    """The studies that have a run of this name."""
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 

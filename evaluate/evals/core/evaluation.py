@@ -99,7 +99,6 @@ def missing_model(context: Context) -> str | None:
 def make_result(
     context: Context, subject: LoadedSae, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
 ) -> Result:
-    """The document of one SAE."""
     latents = {  # of each latent [F], by SAEBench's names and in its order
         "feature_density": sparsity.firing.density,
         "consistent_activation_heuristic": sparsity.firing.tokens_per_window,

@@ -62,13 +62,11 @@ class Record:
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
     def last(self, name: str) -> float | None:
-        """The last logged value."""
         values = self.series(name)[1]
         return values[-1] if values else None
 
     @cached_property
     def logged(self) -> frozenset[str]:
-        """Every name in the log."""
         return frozenset(name for line in self.log for name in line)
 
     def numbered(self, prefix: str) -> dict[int, str]:

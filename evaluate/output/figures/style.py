@@ -30,8 +30,6 @@ SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}", "\t": "\N{RIGHTWARDS AR
 
 @dataclass(frozen=True)
 class Look:
-    """How one SAE is drawn."""
-
     colour: str
     line: str
     mark: str
@@ -40,7 +38,6 @@ class Look:
 
     @property
     def strokes(self) -> dict[str, Any]:
-        """Arguments for drawing a line."""
         return {"color": self.colour, "linestyle": self.line, "linewidth": self.width}
 
 
