@@ -14,9 +14,6 @@ from ..train import cli_support
 from . import evals
 from .evals import ALL
 
-INTERRUPTED = 130
-
-
 EXAMPLES = """\b
 Examples:
   sae-eval run_1
@@ -85,7 +82,7 @@ def main(**words: Any) -> None:
         status = run(words, lambda text: click.echo(text, err=True))
     except KeyboardInterrupt:
         click.echo("stopped; finished results are saved, and --resume continues from there", err=True)
-        status = INTERRUPTED
+        status = 130
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     sys.exit(status)

@@ -20,8 +20,6 @@ from ..errors import DataMissing, MemoryTooSmall, ModelMissing
 from ..model.prefix_suffix import LanguageModel, load_language_model
 from ..model.unembedding_head import Head, head_of, load_head
 
-DtypeName = Literal["bfloat16", "float16", "float32"]
-
 
 @dataclass(eq=False)
 class Context:
@@ -30,7 +28,7 @@ class Context:
     opened: Store | None
     model_name: str | None = None
     """A folder, `pocket` or an id given by the user; None: the model that the store names."""
-    dtype_name: DtypeName | None = None
+    dtype_name: Literal["bfloat16", "float16", "float32"] | None = None
     """None: the store's, or bfloat16 without a store."""
     from_tokens: bool = False
     """Run the whole model from tokens even where the store's residuals would do."""

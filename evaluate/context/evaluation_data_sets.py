@@ -36,7 +36,6 @@ def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]
 
 
 def load_json(dataset: str, file: str) -> Any:
-    """A JSON file of a data set's repository."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

@@ -89,6 +89,11 @@ class LoadedSae:
         hook = self.metadata.get("hook", RESID)
         return hook, self.metadata.get("target_hook", hook)
 
+    @property
+    def bounds(self) -> Mapping[str, float]:
+        """For each place, the norm beyond which a row is massive; empty if training took every row."""
+        return self.metadata.get(NORM_BOUNDS, self.metadata.get("largest_norms", {}))  # as older SAEs name it
+
     @cached_property
     def sae(self) -> SparseAutoencoder:
         with torch.inference_mode(False):  # wherever it is used first, gradients may flow through it later
@@ -131,7 +136,6 @@ class LoadedSae:
 
     @property
     def layer(self) -> int:
-        """The one layer that the SAE reads and writes."""
         if not self.is_single_layer:
             raise NotApplicable(
                 f"{self.name} reads layers {list(self.layers)} and writes {list(self.target_layers)}: "
@@ -175,9 +179,8 @@ class LoadedSae:
     def _ordinary(self, x: Tensor) -> Tensor:
         """bool [B]: rows whose norm is within training's bounds in every layer. A massive row among those that
         attention reads would outweigh all others."""
-        hook, found = self.hooks[0], bounds_in(self.config)
-        keys = [key_of(place_of(hook, layer)) for layer in self.layers]
-        bounds = x.new_tensor([found.get(key, math.inf) for key in keys])
+        keys = [key_of(place_of(self.hooks[0], layer)) for layer in self.layers]
+        bounds = x.new_tensor([self.bounds.get(key, math.inf) for key in keys])
         norms = x.unflatten(1, (len(keys), -1)).norm(dim=-1)
         return ~is_massive(norms, bounds).any(dim=1)
 
@@ -187,7 +190,6 @@ class LoadedSae:
         return self.sae.decode(acts_WTF)
 
     def reconstruct(self, batch: Windows) -> tuple[Tensor, Tensor]:
-        """Activations and x_hat."""
         acts_WTF = self.encode(batch)
         return acts_WTF, self.sae.skip(batch.x(self.layers), self.decode(acts_WTF))
 
@@ -196,13 +198,6 @@ def is_massive(norms: Tensor, bounds: Tensor | float) -> Tensor:
     """bool, shaped like `norms`. A norm that is not finite does not count as massive: results show it, where leaving
     it out would hide it."""
     return (norms > bounds) & norms.isfinite()
-
-
-def bounds_in(config: Mapping[str, Any]) -> Mapping[str, float]:
-    """For each place, the norm beyond which a row is massive; empty if training took every row."""
-    metadata = config.get("metadata")
-    told = metadata if isinstance(metadata, Mapping) else {}
-    return told.get(NORM_BOUNDS, told.get("largest_norms", {}))  # as older SAEs name it
 
 
 def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from ...cache_schema import AttentionSpec
-from ..model.batches import Windows, make_rows, run_windows
+from ..model.batches import make_rows, run_windows
 from ..model.prefix_suffix import LanguageModel
 from ..model.smaller_pieces import PieceSize, in_pieces
 from .loaded_sae import LoadedSae, layers_of, together
@@ -38,12 +38,6 @@ class Reading:
 
     x: dict[int, Tensor]  # layer -> float32 [N, D]
     acts: dict[LoadedSae, csr_matrix]  # float32 [N, F]
-
-    @staticmethod
-    def joined(parts: Sequence[Reading]) -> Reading:
-        """One reading of several, in order."""
-        x = {layer: torch.cat([part.x[layer] for part in parts]) for layer in parts[0].x}
-        return Reading(x, {subject: stacked([part.acts[subject] for part in parts]) for subject in parts[0].acts})
 
     @property
     def size(self) -> int:
@@ -88,22 +82,19 @@ class Reader:
         for part in in_pieces(len(spots), size, lambda start, stop: self._read(spots[start:stop])):
             parts.append(part)
             advance(part.size)
-        return Reading.joined(parts)
+        x = {layer: torch.cat([part.x[layer] for part in parts]) for layer in parts[0].x}
+        return Reading(x, {subject: stacked([part.acts[subject] for part in parts]) for subject in parts[0].acts})
 
     def _read(self, spots: Sequence[Spot]) -> Reading:
         layers = layers_of(self.subjects)
-        batch, at = self._run(spots, layers)
+        tokens, valid = make_rows(self.model, [spot.tokens for spot in spots], max(len(spot.tokens) for spot in spots))
+        batch = run_windows(self.model, tokens, valid, layers, self.attention)
+        places = torch.tensor([len(spot.tokens) + spot.position for spot in spots], device=batch.tokens.device)
+        at = torch.arange(len(spots), device=places.device), places
         return Reading(
             x={layer: batch.x((layer,))[at].clone() for layer in layers},
             acts={subject: to_sparse(subject.encode(batch)[at]) for subject in self.subjects if subject.needs},
         )
-
-    def _run(self, spots: Sequence[Spot], layers: Sequence[int]) -> tuple[Windows, tuple[Tensor, Tensor]]:
-        """Run a batch; return it and the indices of its spots."""
-        tokens, valid = make_rows(self.model, [spot.tokens for spot in spots], max(len(spot.tokens) for spot in spots))
-        batch = run_windows(self.model, tokens, valid, layers, self.attention)
-        places = torch.tensor([len(spot.tokens) + spot.position for spot in spots], device=batch.tokens.device)
-        return batch, (torch.arange(len(spots), device=places.device), places)
 
 
 def to_sparse(dense: Tensor) -> csr_matrix:

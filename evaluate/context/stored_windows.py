@@ -18,7 +18,7 @@ from ...cache_schema.sites import Place, key_of, say_place, site_of
 from ..errors import NotApplicable, SettingInvalid
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
-from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, bounds_in, is_massive, layers_of
+from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, is_massive, layers_of
 
 
 @dataclass
@@ -119,7 +119,7 @@ def mean_of_rows(context: Context, layer: int) -> Tensor:
 def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
     """bool [W, T]: those of `batch.keep` that are massive in no layer that the SAE reads or writes."""
     acts: dict[Place, Tensor] = {layer: batch.resid[layer] for layer in layers_of([subject])}
-    return without_massive(context, batch.keep, acts, bounds_in(subject.config))
+    return without_massive(context, batch.keep, acts, subject.bounds)
 
 
 def without_massive(
@@ -139,10 +139,10 @@ def tell_bounds(context: Context, subject: LoadedSae, places: Sequence[Place]) -
     """What a result says if the store does not show which rows are massive, although its settings name a multiple."""
     if context.massive_multiple is None:
         return None
-    own, bounded, unbounded = bounds_in(subject.config), list[str](), list[str]()
+    bounded, unbounded = list[str](), list[str]()
     for place in places:
         if site_of(place) not in context.manifest.sites:
-            (unbounded if _bound_of(context, place, own) is None else bounded).append(say_place(place))
+            (unbounded if _bound_of(context, place, subject.bounds) is None else bounded).append(say_place(place))
     told = ((bounded, "the bound is that of the SAE's training"), (unbounded, "none is left out there"))
     said = [f"massive rows of {', '.join(names)}, not held by the store: {what}" for names, what in told if names]
     return "; ".join(said) or None

@@ -30,7 +30,6 @@ from .loaded_sae import LoadedSae
 
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not name it until there is another
-UNKNOWN = "Unknown"
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
@@ -89,7 +88,6 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
 
 
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole document."""
     subject = result.subject
     return {
         "eval_type_id": eval_id,
@@ -98,7 +96,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": without_nan(result.metrics, UNMEASURED),
         DETAILS: without_nan(result.details, UNMEASURED),
-        "sae_bench_commit_hash": UNKNOWN,
+        "sae_bench_commit_hash": "Unknown",
         "sae_lens_id": subject.label,
         "sae_lens_release_id": subject.run or subject.folder.name,
         "sae_lens_version": SAELENS_VERSION,
@@ -143,21 +141,17 @@ def read_result(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
-    if not isinstance(found, dict) or "eval_result_metrics" not in found or not _has_settings(found):
+    ours: Any = found.get("saemill", {}) if isinstance(found, dict) else None  # SAEBench's own have none
+    is_result = isinstance(ours, dict) and "eval_result_metrics" in found
+    if not is_result or not isinstance(ours.get("settings", {}), dict):
         raise ResultInvalid(f"{path} is not a results file: remove it and evaluate again")
-    if found.get("saemill", {}).get("format", FORMAT) != FORMAT:
+    if ours.get("format", FORMAT) != FORMAT:
         raise ResultFromLater(f"{path} was written by a later saemill: update, or remove it and evaluate again")
     return _without_details(found)
 
 
 def _without_details(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key != DETAILS}
-
-
-def _has_settings(document: Mapping[str, Any]) -> bool:
-    """Our settings are an object, if there are any; SAEBench's own results have none."""
-    ours = document.get("saemill", {})
-    return isinstance(ours, dict) and isinstance(ours.get("settings", {}), dict)
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
@@ -194,11 +188,12 @@ def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return ours if isinstance(ours, Mapping) else {}
 
 
-def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
-    """What evaluations say about the text that SAEs were measured on, with the SAEs' names if they differ."""
-    names: dict[tuple[str, Any], list[str]] = {}
-    for name, said in told:
-        names.setdefault(said, []).append(name)
+def lines_of_each(results: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    """What text SAEs were measured on, with their names if it differs; from names of SAEs, evaluations, and results."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, eval_id, document in results:
+        if said := ours_in(document).get("measured_on"):
+            names.setdefault((eval_id, str(said)), []).append(name)
     evaluations = [eval_id for eval_id, _ in names]
     whose = (f" of {', '.join(names[said])}" if evaluations.count(said[0]) > 1 else "" for said in names)
     return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
@@ -231,10 +226,25 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
-    """Whether a result is of the SAE that is there now. Without `folder`, the result's path says where that is."""
+    """Whether a result is of the SAE that is there now. Without `folder`, the result's path says where that is.
+
+    The SAE's files are read only if one was written, moved or copied since, or if they are not next to the result, as
+    of the Hub, where no time shows an earlier revision; for results without a digest, such as SAEBench's own, only file
+    times are compared."""
     home, label = path.parents[2], path.name.removesuffix(RESULTS)
     folder = folder or (home if list_saes(home) == [home] else home / label)
-    return not _is_of_other_files(document, path, folder)
+    files, measured, told = files_of(folder), path.stat().st_mtime, ours_in(document).get("sha256")
+    if told is None:
+        return not any(file.stat().st_mtime > measured for file in files)
+    if not files:
+        return True
+    made = document.get("datetime_epoch_millis")
+    measured = min(measured, (made + 1) / 1000 if isinstance(made, (int, float)) else measured)  # of a copy, the former
+    # A folder's time is the only sign that it was moved, a link's that it leads elsewhere.
+    times = [seen.st_ctime for place in (folder, *files) for seen in (place.stat(), place.lstat())]
+    times += [file.stat().st_mtime for file in files]
+    is_beside = folder.resolve() in (home.resolve(), (home.resolve() / label).resolve())
+    return (is_beside and max(times) <= measured) or source_of(folder).sha256 == told
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -285,26 +295,6 @@ def _places_in(config: Any) -> list[Any]:
     return [found.get("hook_layer"), found.get("hook_name"), *(told.get(name) for name in names)]
 
 
-def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
-    """Whether another SAE has replaced the one measured. Its files are read only if one was written, moved or copied
-    since, or if they are not next to the result, as of the Hub, where no time shows an earlier revision; for results
-    without a digest, such as SAEBench's own, only file times are compared."""
-    files = files_of(folder)
-    measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
-    if told is None:
-        return any(file.stat().st_mtime > measured for file in files)
-    if not files:
-        return False
-    made = document.get("datetime_epoch_millis")
-    measured = min(measured, (made + 1) / 1000 if isinstance(made, (int, float)) else measured)  # of a copy, the former
-    # A folder's time is the only sign that it was moved, a link's that it leads elsewhere.
-    times = [seen.st_ctime for place in (folder, *files) for seen in (place.stat(), place.lstat())]
-    times += [file.stat().st_mtime for file in files]
-    home = path.parents[2].resolve()
-    is_elsewhere = folder.resolve() not in (home, (home / path.name.removesuffix(RESULTS)).resolve())
-    return (is_elsewhere or any(time > measured for time in times)) and source_of(folder).sha256 != told
-
-
 def without_nan(value: Any, instead: Any) -> Any:
     """The same value with every number that JSON does not have replaced."""
     if isinstance(value, Mapping):
@@ -316,16 +306,13 @@ def without_nan(value: Any, instead: Any) -> Any:
     return value
 
 
-Status = Literal["done", "incomplete", "kept", "not run", "failed"]
-
-
 @dataclass(frozen=True, eq=False)
 class Row:
     """How one evaluation of one SAE ended, with the result, so that it is not read from disk again."""
 
     subject: LoadedSae
     eval_id: str
-    status: Status
+    status: Literal["done", "incomplete", "kept", "not run", "failed"]
     reason: str = ""
     document: Mapping[str, Any] | None = None
     """The result without its details, new or kept; None for `not run` and `failed`."""

@@ -26,7 +26,6 @@ from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ...train.run.validation import Tally
-from ..context.loaded_sae import bounds_in
 from ..context.stored_windows import TextCount, read_windows, say_if_fewer, tell_bounds, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
@@ -143,7 +142,7 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows, r
     skipped: dict[Any, Tensor] = {}
     for subject, seen in found.items():
         read, written = sites_read(subject), sites_written(subject)
-        places, bounds = places_of(subject), bounds_in(subject.config)
+        places, bounds = places_of(subject), subject.bounds
         counts = without_massive(context, batch.keep, {place: kept[site_of(place)] for place in places}, bounds)
         seen.text.add(batch, counts)
         own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})

@@ -69,7 +69,6 @@ class Windows:
 
 
 def slice_attention(rows: AttentionRows, start: int, stop: int) -> AttentionRows:
-    """The attention of the windows start..stop."""
     _, heads, context = rows.kept_mass.shape
     indptr = rows.indptr[start * heads * context : min(stop, len(rows.kept_mass)) * heads * context + 1]
     first, last = int(indptr[0]), int(indptr[-1])
@@ -87,9 +86,6 @@ class Sums:
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-
-Padding = Literal["right", "left"]
 
 
 def store_batches(
@@ -118,7 +114,7 @@ def store_batches(
         taken = 0
         while taken < part.span.windows:
             size = min(batch_windows - sum(map(len, pieces)), part.span.windows - taken)
-            pieces.append(_windows_of(store, part, taken, taken + size, torch.device(device)))
+            pieces.append(_windows_of(store, part, taken, taken + size, device))
             taken += size
             if sum(map(len, pieces)) == batch_windows:
                 yield joined(pieces)
@@ -149,7 +145,6 @@ def _parts(store: Store, request: Request) -> Iterator[ShardArrays]:
 
 
 def count_windows(store: Store, split: str) -> int:
-    """How many windows a split has."""
     splits = store.manifest.splits
     if split not in splits:
         raise SettingInvalid(f"expected a split of {', '.join(splits)}, found {split!r}")
@@ -185,7 +180,10 @@ def run_windows(
 
 
 def make_rows(
-    model: LanguageModel, texts: Sequence[str] | Sequence[Sequence[int]], context: int, padding: Padding = "right"
+    model: LanguageModel,
+    texts: Sequence[str] | Sequence[Sequence[int]],
+    context: int,
+    padding: Literal["right", "left"] = "right",
 ) -> tuple[Tensor, Tensor]:
     """Token ids and validity [W, context]."""
     rows = [_ids_of(model, text)[:context] for text in texts]
@@ -209,7 +207,6 @@ def attention_rows(csr: AttentionCsr, device: torch.device) -> AttentionRows:
 
 
 def joined(pieces: Sequence[Windows]) -> Windows:
-    """One batch of several."""
     if len(pieces) == 1:
         return pieces[0]
     head = pieces[0]

@@ -87,22 +87,21 @@ def kl_as_published(clean_NV: Tensor, other_NV: Tensor) -> Tensor:
 
 
 def _losses(logp_NV: Tensor, logits_NV: Tensor, targets_N: Tensor) -> Losses:
-    """The losses of one chunk."""
-    blocks = []
-    for start, stop in _ranges(len(targets_N), _block_rows(logp_NV)):
-        logp, logq = logp_NV[start:stop], _log_softmax(logits_NV[start:stop])
+    parts = []
+    for rows in _blocks(logp_NV):
+        logp, logq = logp_NV[rows], _log_softmax(logits_NV[rows])
         kl = (logp.exp() * (logp - logq)).sum(dim=-1)
         is_safe = min(float(logp.amin()), float(logq.amin())) > MAY_UNDERFLOW
         published = kl if is_safe else kl_as_published(logp, logq)
-        blocks.append(Losses(_cross_entropy(logq, targets_N[start:stop]), kl, published))
-    return Losses.concat(blocks)
+        parts.append(Losses(_cross_entropy(logq, targets_N[rows]), kl, published))
+    return Losses.concat(parts)
 
 
 def _normalised(logits_NV: Tensor) -> Tensor:
     """Log probabilities in float32, block by block."""
     logp_NV = torch.empty(logits_NV.shape, dtype=torch.float32, device=logits_NV.device)
-    for start, stop in _ranges(len(logits_NV), _block_rows(logits_NV)):
-        logp_NV[start:stop] = _log_softmax(logits_NV[start:stop])
+    for rows in _blocks(logits_NV):
+        logp_NV[rows] = _log_softmax(logits_NV[rows])
     return logp_NV
 
 
@@ -115,11 +114,8 @@ def _cross_entropy(logp_NV: Tensor, targets_N: Tensor) -> Tensor:
     return torch.where(targets_N >= 0, -chosen, torch.nan)
 
 
-def _block_rows(logits_NV: Tensor) -> int:
-    if logits_NV.device.type != "cpu":
-        return max(1, len(logits_NV))
-    return max(1, BLOCK_ELEMENTS // logits_NV.shape[1])
-
-
-def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + size, total)) for start in range(0, total, size))
+def _blocks(logits_NV: Tensor) -> Iterator[slice]:
+    """As many rows at a time as stay in the processor's cache; on a GPU all."""
+    rows, vocabulary = logits_NV.shape
+    size = max(1, BLOCK_ELEMENTS // vocabulary if logits_NV.device.type == "cpu" else rows)
+    return (slice(start, start + size) for start in range(0, rows, size))

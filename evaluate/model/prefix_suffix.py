@@ -68,7 +68,6 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> TextEncoder:
-        """The harvest's encoder of this model's tokens."""
         if self.encoder is None:
             said = "this model was made without a tokenizer, which evaluations on text need"
             raise ModelMissing(self._obstacle or said)
@@ -208,7 +207,6 @@ class LanguageModel:
 
 
 def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """A whole model from its folder."""
     from transformers import AutoModelForCausalLM  # here: it takes seconds to import
 
     try:

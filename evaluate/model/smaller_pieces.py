@@ -13,8 +13,6 @@ from ..errors import MemoryTooSmall
 
 T = TypeVar("T")
 NO_ROOM = "Free some memory, or evaluate narrower SAEs or on another --device"
-WEIGHTS_SHARE = 4  # one part in so many of a GPU's free memory is for SAEs: a model and batches need the rest
-HOST_SHARE = 2  # of the host's
 
 
 class PieceSize:
@@ -58,11 +56,12 @@ def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Ite
 
 
 def room_for_weights(device: torch.device) -> int:
-    """Bytes that SAEs may take at once on a device."""
+    """Bytes that SAEs may take at once: half of the host's free memory, or a quarter of a GPU's, where the model and
+    batches need the rest."""
     if device.type != "cuda":
-        return free_bytes(device) // HOST_SHARE
+        return free_bytes(device) // 2
     torch.cuda.empty_cache()
-    return free_bytes(device) // WEIGHTS_SHARE
+    return free_bytes(device) // 4
 
 
 def within(room: int, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:

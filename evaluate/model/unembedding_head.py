@@ -41,7 +41,6 @@ class Head:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a model in memory."""
     norm: nn.Module = getattr(model.base_model, architecture_of(model.config.model_type).final_norm)
     return Head(norm, model.get_output_embeddings().weight)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...train.run.run_folder import RunFolder
 from ..context.write_and_read_results import Row
+from ..evals.browser.overview import refresh
+from .figures.records import Documents, Say, read_records
+from .report.page_of_a_run import write_live_page, write_page
 
-Say = Callable[[str], None]
-Documents = Mapping[Path, Mapping[str, Any]]
 LONGEST_NAME = 255  # bytes, of a file system
 
 
@@ -38,16 +38,10 @@ def joint_name(names: Sequence[str]) -> str:
 
 def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
     """What training calls when a run has ended and, every so many seconds, while it trains."""
-    if RunFolder(folder).is_finished:
+    run = RunFolder(folder)
+    if run.is_finished:
         _draw([folder], folder / "plots", say)
-    else:
-        _draw_live(RunFolder(folder), say, pause)
-
-
-def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
-    from .figures.records import read_records
-    from .report.page_of_a_run import write_live_page
-
+        return
     try:
         write_live_page(run, read_records([run], say), pause)
     except Exception as error:  # noqa: BLE001  a page must not cost any training
@@ -57,14 +51,10 @@ def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
 def _draw(
     homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None, only_known: bool = False
 ) -> None:
-    from ..evals.browser.overview import refresh
-    from .figures.records import read_records
-    from .plots import make_plots
-    from .report.page_of_a_run import write_page  # late: without plots, nothing must wait for matplotlib
+    from .plots import make_plots  # late: without plots, nothing must wait for matplotlib
 
-    runs = [RunFolder(home) for home in homes]
     try:
-        records = read_records(runs, say, known, only_known)
+        records = read_records([RunFolder(home) for home in homes], say, known, only_known)
         drawn = make_plots(records, folder)
         page = write_page(homes[0] if len(homes) == 1 else folder, records, folder)
         if len(homes) == 1:

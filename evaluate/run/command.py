@@ -46,7 +46,8 @@ Complain = Callable[[str], None]
 
 
 def run(words: Mapping[str, Any], complain: Complain) -> int:
-    """Evaluate, print and draw; return the exit status. A problem with one target does not stop the others."""
+    """Evaluate, print and draw; return the exit status: 0 all done, 1 something failed, 3 something was not run. A
+    problem with one target does not stop the others."""
     with errors_told(complain):
         rows, problems = measure(words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal())
         console = make_console(is_stderr=words["is_json"])
@@ -59,7 +60,9 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
             console.print(line)
         if words["is_json"]:
             print_json(document_of(rows, problems))
-        return FAILED if problems else exit_code(rows)
+        if problems or any(row.status == "failed" for row in rows):
+            return FAILED
+        return 0 if all(row.is_good for row in rows) else NOT_RUN
     return FAILED
 
 
@@ -125,7 +128,6 @@ def measure(
 
 
 def make_session(words: Mapping[str, Any]) -> Session:
-    """The session that the options ask for, apart from its SAEs."""
     device = find_device(words["device"])
     context = partial(
         Context,
@@ -141,7 +143,6 @@ def make_session(words: Mapping[str, Any]) -> Session:
 
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The requested evaluations, with their settings."""
     names = evals.names() if wanted == evals.ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
     given: dict[str, dict[str, Any]] = {}
     for said, value in parse_settings(settings).items():
@@ -166,13 +167,6 @@ def parse_multiple(text: str | None) -> float | Literal["store's"] | None:
     if not multiple > 1:
         raise SettingInvalid(f"--massive-norms: expected a multiple of the median norm above 1, or inf, found {text}")
     return None if multiple == float("inf") else multiple
-
-
-def exit_code(rows: Sequence[Row]) -> int:
-    """0 all done, 1 something failed, 3 something was not run."""
-    if any(row.status == "failed" for row in rows):
-        return FAILED
-    return 0 if all(row.is_good for row in rows) else NOT_RUN
 
 
 @contextmanager
@@ -236,7 +230,6 @@ class Session:
         return rows
 
     def _run_fitting(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """Evaluate the SAEs that belong to this store."""
         rows: list[Row] = []
         fitting = []
         for subject in subjects:
@@ -266,7 +259,6 @@ class Session:
 
 
 def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
-    """The store of these SAEs, if they have one."""
     if url is None:
         return None
     try:

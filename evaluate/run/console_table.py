@@ -85,8 +85,8 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str,
                 "evaluation": row.eval_id,
                 "status": row.status,
                 "reason": row.reason,
-                "metrics": _metrics_of(row),
-                "reach": {} if row.document is None else _reaches(row),
+                "metrics": {metric: value for metric, (value, _) in numbers_of(row).items()},
+                "reach": {metric: reach for metric, (_, reach) in numbers_of(row).items()},
                 "measured_on": ours_in(row.document or {}).get("measured_on"),
                 "warnings": untrained_traits(row.document or {"eval_result_metrics": {}}),
                 "file": None if row.document is None else str(row.path),
@@ -97,15 +97,9 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str,
     }
 
 
-def _metrics_of(row: Row) -> dict[str, float | None]:
-    if row.document is None:
-        return {}
-    return {metric: metric_of(row.document, metric) for metric in evals.load(row.eval_id).summary}
-
-
 def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
     """One line for each SAE, one column for each metric in the evaluations' summaries."""
-    found = {(row.subject, row.eval_id): row.document for row in rows}
+    found = {(row.subject, row.eval_id): numbers_of(row) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
     eval_ids = list(dict.fromkeys(row.eval_id for row in rows))
     columns = [(eval_id, metric) for eval_id in eval_ids for metric in evals.load(eval_id).summary]
@@ -116,24 +110,25 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
         title = whose + heading(metric, evals.load(eval_id).summary)
         table.add_column(title, justify="right", min_width=NUMBER_WIDTH, overflow="fold")
     for subject in subjects:
-        cells = (_cell(found.get((subject, eval_id)), eval_id, metric) for eval_id, metric in columns)
+        cells = (_cell(*found.get((subject, eval_id), {}).get(metric, (None, None))) for eval_id, metric in columns)
         table.add_row(names_of[subject], *cells)
     return table
 
 
 def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[str]:
     """Lines that say on what text the numbers were measured, and what a reach is."""
-    told = ((names_of[row.subject], (row.eval_id, ours_in(row.document or {}).get("measured_on"))) for row in rows)
-    lines = lines_of_each((name, said) for name, said in told if said[1])
-    if any(reach is not None for row in rows for reach in _reaches(row).values()):
+    lines = lines_of_each((names_of[row.subject], row.eval_id, row.document or {}) for row in rows)
+    if any(reach is not None for row in rows for _, reach in numbers_of(row).values()):
         lines.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents")
     return lines
 
 
-def _reaches(row: Row) -> dict[str, float | None]:
-    """The reach of each metric in the evaluation's summary."""
-    evaluation = evals.load(row.eval_id)
-    return {metric: reach_of(row.document or {}, evaluation.intervals, metric) for metric in evaluation.summary}
+def numbers_of(row: Row) -> dict[str, tuple[float | None, float | None]]:
+    """Each metric in the evaluation's summary, with its reach; nothing without a result."""
+    evaluation, document = evals.load(row.eval_id), row.document
+    if document is None:
+        return {}
+    return {m: (metric_of(document, m), reach_of(document, evaluation.intervals, m)) for m in evaluation.summary}
 
 
 def require_one_store(subjects: Iterable[LoadedSae]) -> None:
@@ -155,26 +150,20 @@ def require_comparable(rows: Sequence[Row]) -> None:
     names_of = shown_names(row.subject for row in rows)
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
         found = {row.subject: row.document for row in rows if row.eval_id == eval_id and row.document is not None}
-        _require_equal(eval_id, {names_of[one]: flatten(settings_in(document)) for one, document in found.items()})
+        settings = {names_of[subject]: flatten(settings_in(document)) for subject, document in found.items()}
+        for key in sorted({key for values in settings.values() for key in values}):
+            each = {name: repr(values.get(key)) for name, values in settings.items()}
+            if len(set(each.values())) > 1:
+                listed = ", ".join(f"{name}: {value}" for name, value in each.items())
+                raise Incomparable(
+                    f"{eval_id} was run with different {key} ({listed}). "
+                    "Evaluate them again with the same settings, without --compare"
+                )
 
 
-def _require_equal(eval_id: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    keys = {key for values in settings.values() for key in values}
-    for key in sorted(keys):
-        found = {name: values.get(key) for name, values in settings.items()}
-        if len({repr(value) for value in found.values()}) > 1:
-            listed = ", ".join(f"{name}: {value!r}" for name, value in found.items())
-            raise Incomparable(
-                f"{eval_id} was run with different {key} ({listed}). "
-                "Evaluate them again with the same settings, without --compare"
-            )
-
-
-def _cell(document: Mapping[str, Any] | None, eval_id: str, metric: str) -> str:
-    value = None if document is None else metric_of(document, metric)
-    if document is None or value is None:
+def _cell(value: float | None, reach: float | None) -> str:
+    if value is None:
         return MISSING
-    reach = reach_of(document, evals.load(eval_id).intervals, metric)
     return f"{value:.4g}" if reach is None else f"{value:.4g} {REACH} {reach:.2g}"
 
 

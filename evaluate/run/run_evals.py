@@ -47,8 +47,6 @@ from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultI
 from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
-EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
-
 BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once
 
 Keep = Literal["none", "same", "any"]
@@ -85,9 +83,12 @@ def run_evals(
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
     """An existing result that is kept; the reason says which of its settings differ."""
     try:
-        document = _standing(context, subject, eval_id)
+        document = standing_result(subject, eval_id)
     except ResultFromLater as error:
         return Row(subject, eval_id, "failed", str(error))
+    except ResultInvalid as error:  # counts as none, so that no other SAE loses its result
+        context.say(f"{eval_id}: {error}. It is now measured again for {subject.name}")
+        return None
     if keep == "none" or document is None:
         return None
     found = settings_in(document)
@@ -113,15 +114,6 @@ def _as_meant(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     """The settings to judge a result by: it may record more about its data than is known now, or less."""
     data = data_meant(found.get(DATA), settings.get(DATA))
     return {name: value for name, value in {**settings, DATA: data}.items() if value is not None or name != DATA}
-
-
-def _standing(context: Context, subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk; one that cannot be read counts as none, so that no other SAE loses its result."""
-    try:
-        return standing_result(subject, eval_id)
-    except ResultInvalid as error:
-        context.say(f"{eval_id}: {error}. It is now measured again for {subject.name}")
-        return None
 
 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
@@ -159,8 +151,6 @@ def _why_apart(subject: LoadedSae) -> str:
 
 
 class _Attempts:
-    """One evaluation being run."""
-
     def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
         self._context, self._eval_id, self._config, self._settings = context, eval_id, config, settings
         self._evaluation = evals.load(eval_id)
@@ -228,7 +218,9 @@ class _Attempts:
             reason = f"{item.missing}. The earlier, complete result with these settings is kept"
             return Row(item.subject, self._eval_id, "kept", reason, before)
         place, aside = result_path(item.subject, self._eval_id), None
-        replaced = "" if before is None or self._completes(before) else self._differences(before)
+        replaced = ""
+        if before is not None and not self._completes(before):
+            replaced = describe_differences(before, _as_meant(settings_in(before), self._settings))
         try:
             if before and replaced and self._eval_id != BROWSER:  # its store or its model may be gone
                 aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
@@ -254,9 +246,6 @@ class _Attempts:
         same = {name: value for name, value in self._settings.items() if name != "model"} == settings_in(before)
         return same and ours_in(before).get("missing") is not None
 
-    def _differences(self, before: Mapping[str, Any]) -> str:
-        return describe_differences(before, _as_meant(settings_in(before), self._settings))
-
     def _remark_of_store(self) -> str | None:
         """What a result says if it was read from a store whose activations are not exactly the model's."""
         opened, needs = self._context.opened, self._evaluation.needs
@@ -279,7 +268,7 @@ class _Attempts:
 
     def _failed(self, subject: LoadedSae, error: Exception) -> Row:
         """A row for the table; the traceback of an unexpected error is kept next to the results."""
-        if isinstance(error, EXPECTED):
+        if isinstance(error, (EvalError, StoreError, TrainError, HarvestError)):
             return Row(subject, self._eval_id, "failed", str(error))
         if is_out_of_memory(error):
             return Row(subject, self._eval_id, "failed", self._no_room(error))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,15 @@ def find_places(
     target: str, runs: Path, cache: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> list[tuple[Path, RunFolder | None]]:
     """The SAE folders that a target means, and the run that each belongs to."""
-    run = _run_of(target, runs)
-    if run is not None:
+    found = (path for path in places_of(target, runs) if is_run(path) and list_saes(path) != [path])
+    if (path := next(found, None)) is not None:
+        run = RunFolder(path)
         folders = _saes_of(run)
-        for line in absent_from(run, folders):
-            say(line)
+        diverged = read_json(path / "result.json").get("diverged") or {}
+        there = {folder.name for folder in folders}
+        for label in run.read_config()["saes"]:
+            if label not in there:
+                say(f"not evaluated: {label} of {run.name}: {diverged.get(label, 'its folder is gone')}")
         return [(folder, run) for folder in folders]
     try:
         folder = find_sae(target, runs)
@@ -92,15 +96,6 @@ def find_places(
         raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
     parent = folder.resolve().parent
     return [(folder, RunFolder(parent) if is_run(parent) else None)]
-
-
-def absent_from(run: RunFolder, folders: Iterable[Path]) -> Iterator[str]:
-    """Which SAEs of a finished run have no weights, unlike those in these folders, and why."""
-    there = {folder.name for folder in folders}
-    diverged = read_json(run.path / "result.json").get("diverged") or {}
-    for label in run.read_config()["saes"]:
-        if label not in there:
-            yield f"not evaluated: {label} of {run.name}: {diverged.get(label, 'its folder is gone')}"
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
@@ -159,14 +154,6 @@ def _sizes_told(folder: Path, config: Mapping[str, Any]) -> Sizes | None:
             return None
 
 
-def _run_of(target: str, runs: Path) -> RunFolder | None:
-    """The run of this name or path, if there is one."""
-    for path in places_of(target, runs):
-        if is_run(path) and list_saes(path) != [path]:
-            return RunFolder(path)
-    return None
-
-
 def _saes_of(run: RunFolder) -> list[Path]:
     if not run.is_finished:
         raise RunUnfinished(f"{run.path} has not ended: it has no result.json. Continue it: {resume_command(run.path)}")
@@ -205,7 +192,6 @@ def known_store() -> str | None:
 
 
 def studies_with(run: str) -> list[str]:
-    """The studies that have a run of this name."""
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...context.context import Context
 from ...errors import NotApplicable, SettingInvalid
@@ -36,10 +36,7 @@ class Block:
         return self.batches * self.batch_windows
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The two blocks."""
-
+class Rows(NamedTuple):
     reconstruction: Block
     sparsity: Block
 
@@ -83,10 +80,8 @@ def read_block(
     )
     size = PieceSize(block.batch_windows, "windows", context.say)
     for batch in batches:
-        yield replace(batch, resid=run_prefix(context, batch, layers, size)) if context.from_tokens else batch
-
-
-def run_prefix(context: Context, batch: Windows, layers: Sequence[int], size: PieceSize) -> dict[int, Tensor]:
-    """The residuals of a batch, computed from its tokens."""
-    pieces = list(in_pieces(len(batch), size, lambda a, b: context.model.resid(batch.tokens[a:b], layers)))
-    return {layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers}
+        if context.from_tokens:
+            tokens = batch.tokens
+            pieces = list(in_pieces(len(batch), size, lambda a, b, t=tokens: context.model.resid(t[a:b], layers)))
+            batch = replace(batch, resid={layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers})
+        yield batch

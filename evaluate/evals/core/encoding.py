@@ -68,7 +68,6 @@ class Encoded:
 
 @torch.inference_mode()
 def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
-    """The kept tokens of a batch."""
     codes = encode_codes(subject, batch)
     if not subject.sae.is_plain or subject.needs:
         return Encoded(codes, torch.cat([subject.decode(part.dense()) for part in codes]))

@@ -21,10 +21,9 @@ from ...model.batches import count_windows
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .bootstrap import said
 from .choose_rows import Rows, choose_rows
-from .clean_pass import ABLATIONS
+from .clean_and_spliced_losses import ABLATIONS, LossSums, measure_losses, splice_layer
 from .saebench_keys import latent_details, official_metrics, own_metrics, weight_metrics
 from .sparsity_and_variance import Sparsity, measure_sparsity
-from .spliced_ce_and_kl import LossSums, measure_losses, splice_layer
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def missing_model(context: Context) -> str | None:
 def make_result(
     context: Context, subject: LoadedSae, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
 ) -> Result:
-    """The document of one SAE."""
     latents = {  # of each latent [F], by SAEBench's names and in its order
         "feature_density": sparsity.firing.density,
         "consistent_activation_heuristic": sparsity.firing.tokens_per_window,

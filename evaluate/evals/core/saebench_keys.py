@@ -21,8 +21,8 @@ from ....train.sae.kernels.dense_products import linear
 from ....train.sae.model import SparseAutoencoder
 from .bootstrap import Statistic, intervals
 from .choose_rows import Rows
+from .clean_and_spliced_losses import LossSums
 from .sparsity_and_variance import NAN, Sparsity, explained_variance_of, ratio, summarise_density
-from .spliced_ce_and_kl import LossSums
 
 DECIMALS = 10
 OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
@@ -33,7 +33,9 @@ def official_metrics(
     sparsity: Sparsity, losses: LossSums | None, latents: Mapping[str, Tensor], rows: Rows, context: int
 ) -> dict[str, dict[str, Any]]:
     """SAEBench's keys in SAEBench's order."""
-    tally = sparsity.tally
+    tally, density = sparsity.tally, summarise_density(latents["feature_density"])
+    alive = {"frac_alive": density.pop("frac_alive")}  # the last in SAEBench's order
+    cosines = ("max_encoder_cosine_sim", "max_decoder_cosine_sim")
     return {
         **official_losses(losses),
         "reconstruction_quality": {
@@ -53,7 +55,7 @@ def official_metrics(
             "total_tokens_eval_reconstruction": rows.reconstruction.windows * context,
             "total_tokens_eval_sparsity_variance": rows.sparsity.windows * context,
         },
-        "misc_metrics": official_misc(latents),
+        "misc_metrics": density | {f"average_{n}": float(latents[n].double().mean()) for n in cosines} | alive,
     }
 
 
@@ -94,15 +96,7 @@ def losses_and_scores(sums: Mapping[str, Any], ablation: str, sae: str = "sae") 
     }
 
 
-def official_misc(latents: Mapping[str, Tensor]) -> dict[str, float]:
-    density = summarise_density(latents["feature_density"])
-    alive = {"frac_alive": density.pop("frac_alive")}  # the last in SAEBench's order
-    names = ("max_encoder_cosine_sim", "max_decoder_cosine_sim")
-    return density | {f"average_{name}": float(latents[name].double().mean()) for name in names} | alive
-
-
 def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """One object for each latent."""
     columns = [values.tolist() for values in latents.values()]
     return [
         {"index": index, **{name: round(value, DECIMALS) for name, value in zip(latents, values, strict=True)}}
@@ -114,7 +108,8 @@ def own_metrics(
     sparsity: Sparsity, losses: LossSums | None, ablations: Sequence[str], resamples: int
 ) -> dict[str, Any]:
     """What SAEBench leaves out or gets wrong. Massive rows are left out unless the name says otherwise."""
-    square_of_mean = sparsity.ordinary.square_of_mean
+    every, ordinary = sparsity.tally, sparsity.ordinary
+    square_of_mean = ordinary.square_of_mean
     table = sparsity.documents.table()
     variance: dict[str, Statistic] = {
         "explained_variance": lambda sums: explained_variance_of(sums, square_of_mean),
@@ -122,9 +117,13 @@ def own_metrics(
         "cossim": lambda sums: sums["cosine"] / sums["tokens"],
     }
     confidence = intervals(table, variance, resamples)
-    ours: dict[str, Any] = {"explained_variance": sparsity.ordinary.explained_variance}
-    ours["explained_variance_with_massive"] = sparsity.tally.explained_variance
-    ours["massive"] = massive_metrics(sparsity)
+    massive = {  # what was left out of the second block
+        "tokens": every.tokens - ordinary.tokens,
+        "of_tokens": every.tokens,
+        "share_of_squares": 1 - ratio(ordinary.sums.get("square", 0.0), every.sums.get("square", 0.0)),
+    }
+    ours: dict[str, Any] = {"explained_variance": ordinary.explained_variance}
+    ours |= {"explained_variance_with_massive": every.explained_variance, "massive": massive}
     documents = {"sparsity": len(table["tokens"])}
     if losses is not None:
         kept = losses_and_scores(losses.totals(), "zero", "sae_ordinary")
@@ -134,16 +133,6 @@ def own_metrics(
         confidence |= intervals(table, loss_statistics(), resamples)
         documents["losses"] = len(table["tokens"])
     return ours | {"confidence_95": confidence, "documents": documents}
-
-
-def massive_metrics(sparsity: Sparsity) -> dict[str, float]:
-    """What was left out of the second block."""
-    every, ordinary = sparsity.tally, sparsity.ordinary
-    return {
-        "tokens": every.tokens - ordinary.tokens,
-        "of_tokens": every.tokens,
-        "share_of_squares": 1 - ratio(ordinary.sums.get("square", 0.0), every.sums.get("square", 0.0)),
-    }
 
 
 def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:

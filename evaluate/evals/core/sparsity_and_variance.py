@@ -46,7 +46,6 @@ class Tokens:
         return Tokens(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Tokens)))
 
     def where(self, mask_N: Tensor) -> Tokens:
-        """Some of them."""
         return Tokens(*(getattr(self, field.name)[mask_N] for field in fields(Tokens)))
 
     @property
@@ -83,23 +82,6 @@ class Firing(Sums):
         return (self.tokens / self.windows).cpu()
 
 
-def measure_tokens(l0_N: Tensor, l1_N: Tensor, x_ND: Tensor, x_hat_ND: Tensor, mean_D: Tensor) -> Tokens:
-    """Measure some tokens. `mean_D` is the mean of the kept tokens of the whole batch."""
-    return Tokens(
-        l0=l0_N,
-        l1=l1_N,
-        square=_dot(x_ND, x_ND),
-        square_hat=_dot(x_hat_ND, x_hat_ND),
-        dot=_dot(x_ND, x_hat_ND),
-        error=(x_ND - x_hat_ND).square().sum(dim=-1),
-        spread=(x_ND - mean_D).square().sum(dim=-1),
-    )
-
-
-def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    return (a_ND * b_ND).sum(dim=-1)
-
-
 @dataclass
 class Tally:
     """Sums over batches."""
@@ -111,7 +93,6 @@ class Tally:
     mean_squares: list[float] = field(default_factory=list)  # by batch, over tokens and dimensions of x^2
 
     def add(self, tokens: Tokens, x_sum_D: Tensor) -> None:
-        """One batch."""
         count, width = len(tokens.l0), len(x_sum_D)
         double = {f.name: getattr(tokens, f.name).double() for f in fields(Tokens)}
         values = {
@@ -198,7 +179,6 @@ class Sparsity:
     documents: DocumentSums = field(default_factory=DocumentSums)
 
     def add(self, tokens: Tokens, x_ND: Tensor, batch: Windows, ordinary_WT: Tensor) -> None:
-        """One batch."""
         self.tally.add(tokens, x_ND.double().sum(dim=0))
         is_ordinary = ordinary_WT[batch.keep]
         tokens = tokens.where(is_ordinary)
@@ -231,6 +211,10 @@ def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> Piec
     return PieceSize(min(room, batch_windows), "windows", context.say, subject.together)
 
 
+def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    return (a_ND * b_ND).sum(dim=-1)
+
+
 @torch.inference_mode()
 def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, ordinary_WT: Tensor, size: PieceSize) -> None:
     x_WTD = batch.x(subject.target_layers)
@@ -239,8 +223,16 @@ def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, ordinary_
 
     def work(start: int, stop: int) -> tuple[Tokens, Tensor, Tensor]:
         piece = batch.slice(start, stop)
-        encoded = encode_kept(subject, piece)
-        tokens = measure_tokens(encoded.l0, encoded.l1, x_WTD[start:stop][piece.keep], encoded.x_hat, mean_D)
+        encoded, x = encode_kept(subject, piece), x_WTD[start:stop][piece.keep]
+        tokens = Tokens(
+            l0=encoded.l0,
+            l1=encoded.l1,
+            square=_dot(x, x),
+            square_hat=_dot(encoded.x_hat, encoded.x_hat),
+            dot=_dot(x, encoded.x_hat),
+            error=(x - encoded.x_hat).square().sum(dim=-1),
+            spread=(x - mean_D).square().sum(dim=-1),
+        )
         window = piece.keep.nonzero()[:, 0]
         return tokens, encoded.fired(), encoded.fired_in(window, len(piece))
 

@@ -47,7 +47,6 @@ class Explained(Sums):
         return Explained(zeros, *zeros[:3, 2:])
 
     def nearness(self) -> float:
-        """R^2 of nearness alone."""
         return self._r_squared(())
 
     def alone(self) -> list[float]:

@@ -43,7 +43,6 @@ class Profile(Sums):
 
 
 def profile(acts_WTF: Tensor, keep_WT: Tensor) -> Profile:
-    """The profile of a batch of windows."""
     acts = torch.where(keep_WT[:, :, None], acts_WTF, 0.0)
     return Profile(acts.sum(0).double(), (acts > 0).sum(0).double(), keep_WT.sum(0).double())
 

@@ -35,7 +35,6 @@ class Effect(Sums):
 
     @staticmethod
     def of(kl_N: Tensor, loss_N: Tensor, targets_N: Tensor) -> Effect:
-        """The effect on the tokens of a batch; those without a target, -1, predict nothing."""
         losses = loss_N[targets_N >= 0].double()
         return Effect(float(kl_N.double().sum()), float(losses.sum()), len(kl_N), len(losses))
 

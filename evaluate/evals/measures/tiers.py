@@ -48,7 +48,6 @@ class Activity(Sums):
 
 
 def tier_activity(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Activity:
-    """What fired on a batch of tokens."""
     fired = acts_NF > 0
     awake = torch.stack([fired[:, membership_F == tier].any(1).sum() for tier in range(tiers)])
     return Activity(len(acts_NF), fired.sum(0).double(), acts_NF.sum(0, dtype=torch.float64), awake.double())
@@ -69,7 +68,6 @@ class Strongest:
         )
 
     def with_batch(self, acts_NF: Tensor, places_N: Tensor) -> Strongest:
-        """The same after more tokens."""
         kept = len(self.values)
         values, rows = acts_NF.topk(min(kept, len(acts_NF)), dim=0)
         places = torch.where(values > 0, places_N[rows], -1)
@@ -90,11 +88,9 @@ class Wording:
         self._batches: list[Tensor] = []
 
     def read(self, batch: Windows) -> None:
-        """Add the next batch of the pass."""
         self._batches.append(batch.tokens[batch.keep].cpu())
 
     def token(self, number: int) -> str:
-        """A token's text."""
         return self._vocabulary.write(self._tokens[number : number + 1])
 
     @cached_property

@@ -38,12 +38,10 @@ class Vocabulary:
         return ids.astype(np.uint32)
 
     def texts(self) -> dict[str, Any]:
-        """Ids and their texts, side by side."""
         ids = np.flatnonzero(self._met)
         return {"ids": ids.astype(np.uint32), "texts": self._texts(ids.tolist())}
 
     def write(self, ids: np.ndarray) -> str:
-        """Text of some tokens in a row."""
         if self._backend is None:
             return " ".join(f"<{token}>" for token in ids)
         return self._backend.decode(ids.tolist(), skip_special_tokens=False)

@@ -1,11 +1,11 @@
-"""Panels that look the same in every plot: lines over training, bars by SAE, bars by SAE and part.
+"""Panels that look the same in every plot: lines over training, and bars by SAE.
 
 A `Lines` or `Bars` knows which SAEs have its numbers; a panel without any is not drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .records import Record
-from .style import HEIGHT, INK, LINES, WIDTH, Look, caption, is_wide, log_axis, look, new_figure, shades
+from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
 LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that fit into a figure, and inches for each further one
-MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
 Looks = Mapping[str, Look]
 
 
@@ -109,22 +108,13 @@ def _draw_dots(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) 
     axis.margins(x=0.3)
 
 
-def series_of(name: str, factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
-    """A logged number, in other units if needed."""
+def series_of(names: str | tuple[str, ...], factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
+    """A logged number, or the first of several that an SAE has logged; in other units if needed."""
+    tried = (names,) if isinstance(names, str) else names
 
     def values(record: Record) -> tuple[list[float], list[float]]:
-        steps, found = record.series(name)
+        steps, found = next((record.series(name) for name in tried if name in record.logged), ([], []))
         return steps, [factor * value for value in found]
-
-    return values
-
-
-def first_series(names: Iterable[str]) -> Callable[[Record], tuple[list[float], list[float]]]:
-    """The first of some names that an SAE has logged."""
-    names = tuple(names)
-
-    def values(record: Record) -> tuple[list[float], list[float]]:
-        return next((record.series(name) for name in names if name in record.logged), ([], []))
 
     return values
 
@@ -166,53 +156,3 @@ def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bo
 def looks_of(records: Sequence[Record]) -> dict[str, Look]:
     """The look of each SAE: by its place among all, whichever of them a panel shows."""
     return {record.name: look(place) for place, record in enumerate(records)}
-
-
-def draw_each(
-    records: Sequence[Record],
-    draw: Callable[[Axes, Record], None],
-    title: str,
-    columns: int = 1,
-    width: float = WIDTH,
-    height: float = HEIGHT,
-) -> Figure | None:
-    """A panel for each SAE; None if there are none."""
-    if not records:
-        return None
-    figure, axes = new_figure(len(records), columns, width, height)
-    for axis, record in zip(axes, records, strict=True):
-        draw(axis, record)
-    figure.suptitle(title, fontsize=12, color=INK)
-    return figure
-
-
-def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], y: str) -> None:
-    """What an SAE logged about each layer, over training. A layer looks the same wherever it is among these layers."""
-    colours = dict(zip(layers, shades(len(layers)), strict=True))
-    for layer, name in record.numbered(prefix).items():
-        line = LINES[layers.index(layer) % len(LINES)]
-        axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
-    caption(axis, record.name, STEP, y)
-    axis.legend(fontsize=8, frameon=False)
-
-
-def draw_parts(
-    axis: Axes,
-    names: Sequence[str],
-    parts: Mapping[str, Sequence[float | None]],
-    colours: Sequence[str],
-    unit: float = 1.0,
-) -> None:
-    """Upright bars side by side: a group for each SAE, a bar for each part."""
-    width = 0.8 / max(len(parts), 1)
-    for place, (part, values) in enumerate(parts.items()):
-        at = [i + (place - (len(parts) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
-        heights = [unit * value for value in values if value is not None]
-        bars = axis.bar(at, heights, width=0.92 * width, color=colours[place], label=part)
-        if len(parts) * len(names) <= MOST_LABELLED:
-            axis.bar_label(bars, [f"{height:.2g}" for height in heights], padding=2, fontsize=7, color=INK)
-    is_crowded = len(names) > 4 or max(map(len, names)) > 12
-    turned = {"rotation": 35, "ha": "right"} if is_crowded else {}
-    axis.set_xticks(range(len(names)), names, fontsize=8, parse_math=False, **turned)
-    axis.grid(visible=False, axis="x")
-    axis.legend(fontsize=8, frameon=False, ncols=min(len(parts), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))

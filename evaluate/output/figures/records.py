@@ -62,13 +62,11 @@ class Record:
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
     def last(self, name: str) -> float | None:
-        """The last logged value."""
         values = self.series(name)[1]
         return values[-1] if values else None
 
     @cached_property
     def logged(self) -> frozenset[str]:
-        """Every name in the log."""
         return frozenset(name for line in self.log for name in line)
 
     def numbered(self, prefix: str) -> dict[int, str]:
@@ -96,12 +94,6 @@ class Record:
         found = (self.settings.get(name) for name in names)
         numbers = (float(value) for value in found if isinstance(value, (int, float)) and not isinstance(value, bool))
         return next(numbers, None)
-
-    @property
-    def measured_on(self) -> list[tuple[str, str]]:
-        """Evaluations that say what text they measured on, and what they say."""
-        told = {name: ours_in(document).get("measured_on") for name, document in self.documents.items()}
-        return [(name, str(line)) for name, line in told.items() if line]
 
     def unstructured(self, evaluation: str) -> Mapping[str, Any]:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
@@ -181,13 +173,13 @@ def _records_of(
 
 def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
     """What a table's numbers were measured on, and for which of these evaluations they do not compare."""
-    told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
+    results = ((one.name, name, document) for one in records for name, document in one.documents.items())
+    told = [f"{line}." for line in lines_of_each(results)]
     for name in dict.fromkeys(evaluations):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
             told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
-    others = (one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None)
-    by_training = [one.name for one in others]
-    if by_training:
+    others = [one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None]
+    if by_training := [one.name for one in others]:
         told.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
     return told
 

@@ -30,8 +30,6 @@ SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}", "\t": "\N{RIGHTWARDS AR
 
 @dataclass(frozen=True)
 class Look:
-    """How one SAE is drawn."""
-
     colour: str
     line: str
     mark: str
@@ -40,7 +38,6 @@ class Look:
 
     @property
     def strokes(self) -> dict[str, Any]:
-        """Arguments for drawing a line."""
         return {"color": self.colour, "linestyle": self.line, "linewidth": self.width}
 
 
@@ -66,19 +63,15 @@ def new_figure(
     rows = -(-panels // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=DPI, layout="constrained")
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(panels)]
-    return figure, [plainly(axis) for axis in axes]
-
-
-def plainly(axis: Axes) -> Axes:
-    """No box, a faint grid behind, and the full number at every tick: no offset next to the axis to add to it."""
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(_in_full)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(INK)
-    axis.tick_params(colors=INK, labelsize=8)
-    axis.set_axisbelow(True)
-    axis.grid(color=FAINT, linewidth=0.6)
-    return axis
+    for axis in axes:  # no box, a faint grid behind, and the full number at every tick: no offset to add to it
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(_in_full)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(INK)
+        axis.tick_params(colors=INK, labelsize=8)
+        axis.set_axisbelow(True)
+        axis.grid(color=FAINT, linewidth=0.6)
+    return figure, axes
 
 
 def _in_full(value: float, _: object) -> str:

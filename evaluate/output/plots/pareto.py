@@ -49,16 +49,8 @@ class Points:
 
 PANELS = (
     Points("Residual", "explained variance", lambda r: r.held_out("explained_variance")),
-    Points(
-        "Loss of the model",
-        "CE score (1 clean, 0 ablated)",
-        lambda r: r.held_out("ce_score"),
-    ),
-    Points(
-        "Predictions of the model",
-        "KL score (1 clean, 0 ablated)",
-        lambda r: r.held_out("kl_score"),
-    ),
+    Points("Loss of the model", "CE score (1 clean, 0 ablated)", lambda r: r.held_out("ce_score")),
+    Points("Predictions of the model", "KL score (1 clean, 0 ablated)", lambda r: r.held_out("kl_score")),
 )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..figures.panels import Bars, Lines, draw_panels, first_series, series_of
+from ..figures.panels import Bars, Lines, draw_panels, series_of
 from ..figures.records import Record
 
 PENALTIES = ("weight/l1", "weight/lp", "weight/l0", "weight/gate_l1")
 SCALES = ("short", "medium", "long")
 TIERS = (1, 2, 3)
-TERMS = {"guidance": "Guidance loss", "consistency": "Consistency loss", "composition": "Composition loss"}
 
 
 def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
@@ -23,34 +20,27 @@ def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
     return sorted(steps), [steps[step] for step in sorted(steps)]
 
 
-def trained(records: Sequence[Record]) -> list[Record]:
-    return [record for record in records if record.log or record.steps is not None]
-
-
 HYPERPARAMETERS = (
     Bars("Learning rate", "peak of its schedule", lambda r: max(r.series("lr")[1], default=None), "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", lambda r: r.setting("penalty")),
     Bars("Sparsity target", "active latents per token", lambda r: r.asked_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),
-    Lines("Sparsity penalty over training", "coefficient", first_series(PENALTIES)),
+    Lines("Sparsity penalty over training", "coefficient", series_of(PENALTIES)),
 )
 
 METRICS = (
     Lines("Reconstruction loss", "share of variance unexplained", series_of("loss/reconstruction")),
-    Lines("Sparsity loss", "mean per token, before its weight", first_series(("loss/l1", "loss/l0", "loss/sparsity"))),
+    Lines("Sparsity loss", "mean per token, before its weight", series_of(("loss/l1", "loss/l0", "loss/sparsity"))),
     Lines("Total loss", "weighted sum of all terms", series_of("loss")),
     *(
         Lines(f"Tier {tier} activity", "% of its latents active on a token", series_of(f"tiers/activity_{tier}", 100))
         for tier in TIERS
     ),
-    *(Lines(title, "mean, before its weight", series_of(f"loss/{term}")) for term, title in TERMS.items()),
+    Lines("Guidance loss", "mean, before its weight", series_of("loss/guidance")),
+    Lines("Consistency loss", "mean, before its weight", series_of("loss/consistency")),
+    Lines("Composition loss", "mean, before its weight", series_of("loss/composition")),
     *(
-        Lines(
-            f"Composition of tier {tier}",
-            "R² by the tier below",
-            series_of(f"composition/r2_{tier}"),
-            (-0.03, 1.03),
-        )
+        Lines(f"Composition of tier {tier}", "R² by the tier below", series_of(f"composition/r2_{tier}"), (-0.03, 1.03))
         for tier in TIERS[1:]
     ),
     Lines("Moves between tiers", "latents moved so far", series_of("tiers/moves")),
@@ -75,5 +65,7 @@ PROGRESS = (
 PLOTS = {
     "hyperparameters": lambda records: draw_panels(HYPERPARAMETERS, records, "Hyperparameters"),
     "training_metrics": lambda records: draw_panels(METRICS, records, "Training"),
-    "training_progression": lambda records: draw_panels(PROGRESS, trained(records), "Progress of training"),
+    "training_progression": lambda records: draw_panels(
+        PROGRESS, [record for record in records if record.log or record.steps is not None], "Progress of training"
+    ),
 }

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: its curves, numbers and plots, and what its latents fire on.
+"""A run as one HTML page that needs nothing else: its origin, curves, numbers, plots, and what its latents fire on.
 
 The page requests nothing from anywhere, and its policy forbids browsers to: images are inside it, and only its own
 script may run, by its digest. While a run trains, its page also loads `live.js` next to it, the same data updated.
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ....cache_schema.sites import RESID
 from ....train.disk.atomic_files import replace_file
-from ....train.run.run_folder import RunFolder
+from ....train.run.run_folder import RunFolder, without_password
 from ..figures.records import Record, script_json, web_file
 from .markup import Html, element, image, joined, text
-from .numbers import numbers_table
-from .origin import origins
-from .training_curves import course_of, training_data
+from .numbers_and_curves import course_of, numbers_table, training_data
 
 BROWSER = "browser/index.html"
 LIVE = "live.js"
@@ -47,7 +46,7 @@ def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> 
 
 
 def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has_browser: bool = False) -> Html:
-    """The whole document; plots by their paths relative to it."""
+    """The whole document; pictures are plots by their paths relative to it."""
     link = element("p", element("a", "all latents, to browse and search", href=BROWSER)) if has_browser else Html("")
     numbers, *below = [
         element("section", card, class_="card") if card else card
@@ -87,6 +86,58 @@ def _policy(script: str, data: Mapping[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     beside = " 'self' file:" if data["course"] else ""
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{beside}"
+
+
+def origins(records: Sequence[Record]) -> Html:
+    """Where the numbers come from: a line for each run, which opens to the rest."""
+    runs = dict.fromkeys(record.run for record in records)
+    return joined([_origin(run, [one for one in records if one.run == run], len(runs) > 1) for run in runs])
+
+
+def _origin(run: str, records: Sequence[Record], is_named: bool) -> Html:
+    asked = records[0].asked
+    cache, course, made = (_part(asked, name) for name in ("cache", "course", "provenance"))
+    places = {(str(one.settings.get("layer")), str(one.settings.get("hook", RESID))) for one in records}
+    layer, hook = next(iter(places))
+    tokens, steps = course.get("tokens"), asked.get("total_steps")
+    line = [
+        _together(cache.get("model"), cache.get("model_revision")),
+        f"layer {layer} ({hook})" if len(places) == 1 and layer != "None" else "",
+        f"text {cache['corpus']}" if cache.get("corpus") else "",
+        f"{tokens:,} tokens in {steps:,} steps" if isinstance(tokens, int) and isinstance(steps, int) else "",
+    ]
+    facts = {
+        "store": _together(without_password(str(cache.get("url") or "")), cache.get("cache_id")),
+        "trained": made.get("date"),
+        "command": made.get("command"),
+        "code": _code(made),
+        "computed on": _part(made, "hardware").get("device"),
+    }
+    shown = {name: value for name, value in facts.items() if value}
+    told = ", ".join(filter(None, line))
+    if not (told or shown):
+        return Html("")
+    rows = [part for name, value in shown.items() for part in (element("dt", name), element("dd", value))]
+    summary = element("summary", ": ".join(filter(None, [run, told])) if is_named or not told else told)
+    return element("details", summary, element("dl", *rows), class_="origin")
+
+
+def _part(asked: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = asked.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _code(made: Mapping[str, Any]) -> str:
+    packages, git = _part(made, "packages"), _part(made, "git")
+    version = f"saemill {packages['saemill']}" if packages.get("saemill") else ""
+    commit = f"{str(git['commit'])[:9]}{', changed' if git.get('is_dirty') else ''}" if git.get("commit") else None
+    torch = f"torch {packages['torch']}" if packages.get("torch") else ""
+    return ", ".join(filter(None, [_together(version, commit), torch]))
+
+
+def _together(name: Any, more: Any) -> str:
+    """`name (more)`"""
+    return f"{name} ({more})" if name and more else str(name or "")
 
 
 CURVES = ("hyperparameters", "training_metrics", "training_progression")

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.evaluate.evals.core import clean_pass
+from saemill.evaluate.evals.core import clean_and_spliced_losses
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.choose_rows import Block
-from saemill.evaluate.evals.core.clean_pass import Baselines, elsewhere, files_of
-from saemill.evaluate.evals.core.spliced_ce_and_kl import mean_residual
+from saemill.evaluate.evals.core.clean_and_spliced_losses import Baselines, elsewhere, files_of, mean_residual
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 
@@ -154,7 +153,7 @@ def test_places_of_before_are_found(asked):
 
 def test_a_change_of_format_leaves_what_is_kept(asked, monkeypatch):
     before = asked.place
-    monkeypatch.setattr(clean_pass, "FORMAT", clean_pass.FORMAT + 1)
+    monkeypatch.setattr(clean_and_spliced_losses, "FORMAT", clean_and_spliced_losses.FORMAT + 1)
     assert asked.place != before
 
 
@@ -229,7 +228,7 @@ def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_context, buil
     context.use(language_model(fresh.model, torch.bfloat16))
     run(context, builder.subject(builder.make_sae()))
     assert not kept(fresh)
-    assert clean_pass.FORMAT == 1
+    assert clean_and_spliced_losses.FORMAT == 1
 
 
 def core_batches(context, layer):

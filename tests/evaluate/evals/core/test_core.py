@@ -13,8 +13,8 @@ from saemill.evaluate.context.write_and_read_results import without_nan
 from saemill.evaluate.errors import DataMissing, SettingInvalid
 from saemill.evaluate.evals.core import choose_rows
 from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.evals.core.clean_and_spliced_losses import LossSums
 from saemill.evaluate.evals.core.saebench_keys import against, loss_statistics, official_losses
-from saemill.evaluate.evals.core.spliced_ce_and_kl import LossSums
 from saemill.evaluate.model.batches import store_batches
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder

@@ -1,21 +1,22 @@
-"""The table of a run: one line for each SAE, one column for each number that was measured.
+"""The table of a run, one line for each SAE, one column for each number that was measured; and what its page's script
+draws: curves of all that was logged, which SAEs differ by seed, and how far a run is.
 
 An evaluation without a column here gets one for each metric of its summary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ... import evals
 from ...context.write_and_read_results import REACH, heading, reach_of
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import Column, Record, held_out, measured
-from ..figures.records import notes as notes_on
+from ..figures.records import SEED, Column, Record, held_out, measured, notes, thinned
 from .markup import Html, element, joined
-
-MISSING = "\N{EN DASH}"
-
 
 COLUMNS = (
     Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
@@ -58,10 +59,13 @@ def numbers_table(records: Sequence[Record]) -> Html:
         element("th", column.heading, Html("<br>"), element("span", column.meaning, class_="faint"))
         for column in columns
     ]
-    rows = [element("tr", element("td", record.name, *variant(record)), *cells(record, columns)) for record in records]
+    rows = [
+        element("tr", element("td", record.name, *variant(record)), *(cell(record, column) for column in columns))
+        for record in records
+    ]
     head = element("tr", element("th", "SAE"), *headings)
     table = element("table", element("thead", head), element("tbody", joined(rows)))
-    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *notes(records, columns)])
+    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *remarks(records, columns)])
 
 
 def variant(record: Record) -> list[Html]:
@@ -70,9 +74,9 @@ def variant(record: Record) -> list[Html]:
     return [] if is_named else [element("small", record.variant)]
 
 
-def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
+def remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     """What the numbers were measured on, and what they leave out."""
-    told = notes_on(records, [column.evaluation for column in columns if column.evaluation])
+    told = notes(records, [column.evaluation for column in columns if column.evaluation])
     if any(reach(column, one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
     massive = [
@@ -91,11 +95,60 @@ def reach(column: Column, record: Record) -> float | None:
     return reach_of(record.documents[column.evaluation], evals.load(column.evaluation).intervals, column.metric)
 
 
-def cells(record: Record, columns: Sequence[Column]) -> list[Html]:
-    return [element("td", *_cell(column.value(record), column.form, reach(column, record))) for column in columns]
-
-
-def _cell(value: float | None, form: str, reach: float | None) -> list[str]:
+def cell(record: Record, column: Column) -> Html:
+    value, found = column.value(record), reach(column, record)
     if value is None:
-        return [MISSING]
-    return [f"{value:{form}}"] + ([] if reach is None else [element("small", f"{REACH} {reach:.2g}")])
+        return element("td", "\N{EN DASH}")
+    beside = [] if found is None else [element("small", f"{REACH} {found:.2g}")]
+    return element("td", f"{value:{column.form}}", *beside)
+
+
+DIGITS = 5
+
+
+def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The data for the script; `course` is the progress of a run that has not ended."""
+    first: dict[str, str] = {}  # the name of each group, by what its SAEs have in common
+    saes = []
+    for record in records:
+        settings = {key: value for key, value in record.settings.items() if key != "seed"}
+        common = json.dumps([record.run, record.variant, settings], sort_keys=True, default=str)
+        group = first.setdefault(common, SEED.sub("", record.name) or record.name)
+        saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record)})
+    names = list(first.values())
+    for sae, record in zip(saes, records, strict=True):
+        if names.count(sae["group"]) > 1:  # others have the same name, but other settings
+            sae["group"] = record.name
+    return {"saes": saes, "course": course}
+
+
+def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, Any]:
+    """The progress of a run, and how often that is written."""
+    ends = [record.log[-1] for record in records if record.log]
+    last = max(ends, key=lambda line: line.get("step", 0), default={"step": -1})
+    speed = {"tokens_per_second": _rounded(last.get("tokens_per_second")) or 0.0}
+    step = last.get("step", 0) + 1
+    return {"step": step, "steps": steps, **speed, "written": time.time(), "pause": pause}
+
+
+def _curves(record: Record) -> dict[str, Any]:
+    log = thinned(record.log)
+    values = {name: [_rounded(line.get(name)) for line in log] for name in sorted(record.logged - {"sae", "step"})}
+    return {
+        "steps": [line["step"] for line in log],
+        "curves": {name: found for name, found in values.items() if any(value is not None for value in found)},
+    }
+
+
+def _worth(record: Record) -> dict[str, float | None]:
+    """Held-out numbers or, while the run trains, those last logged."""
+    return {
+        name: _rounded(record.outcome.get(name, record.last(name) if record.steps is None else None))
+        for name in ("l0", "explained_variance")
+    }
+
+
+def _rounded(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,118 @@
+"""Heat maps, a panel per SAE: latents on the first tokens of a test window, what they are made of, who follows whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..figures.records import Record
+from ..figures.style import INK, caption, new_figure, shown
+
+BLUES: Any = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "interpolation": "nearest"}
+MOST_PATTERNS, MOST_COMPOSITIONS, MOST_MATRICES = 6, 4, 9  # SAEs in one figure: more would be too small to read
+LATENTS = 16  # of each whose composition is drawn
+LEAST, LIMIT = 1 / 16, 3.0  # multiple of the base rate that is drawn as nothing; the scale's ends, in doublings
+
+
+def draw_each(
+    records: Sequence[Record],
+    draw: Callable[[Axes, Record], None],
+    title: str,
+    width: float,
+    height: float,
+    columns: int = 1,
+) -> Figure | None:
+    if not records:
+        return None
+    figure, axes = new_figure(len(records), columns, width, height)
+    for axis, record in zip(axes, records, strict=True):
+        draw(axis, record)
+        axis.grid(visible=False)
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def pattern_of(record: Record) -> dict[str, list]:
+    return dict(record.unstructured("browser").get("pattern") or {})
+
+
+def draw_activations(records: Sequence[Record]) -> Figure | None:
+    seen = [record for record in records if pattern_of(record).get("latents")][:MOST_PATTERNS]
+    return draw_each(seen, draw_pattern, "Activation patterns", 9.5, 4.4)
+
+
+def draw_pattern(axis: Axes, record: Record) -> None:
+    """The strongest latents down, tokens across, dark where active."""
+    pattern = pattern_of(record)
+    image = axis.imshow(pattern["activations"], **BLUES)
+    tokens, latents = [shown(token) for token in pattern["tokens"]], pattern["latents"]
+    axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7, parse_math=False)
+    axis.set_yticks(range(len(latents)), [str(latent) for latent in latents], fontsize=7)
+    caption(axis, record.name, "token", "latent")
+    bar = axis.figure.colorbar(image, ax=axis, pad=0.01, fraction=0.03)
+    bar.set_label("activation", fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=7, colors=INK)
+
+
+def compositions_of(record: Record) -> list[dict[str, Any]]:
+    """Latents and their parts, the best explained first."""
+    found = record.unstructured("tiers").get("compositions") or []
+    return sorted((dict(one) for one in found if one.get("parts")), key=lambda one: -one["r_squared"])[:LATENTS]
+
+
+def draw_compositions(records: Sequence[Record]) -> Figure | None:
+    seen = [record for record in records if compositions_of(record)][:MOST_COMPOSITIONS]
+    return draw_each(seen, draw_composition, "What latents are composed of", 7.5, 4.4)
+
+
+def draw_composition(axis: Axes, record: Record) -> None:
+    """A row per latent, with the numbers of its parts by descending weight; dark where a part is heavy."""
+    latents = compositions_of(record)
+    most = max(len(one["parts"]) for one in latents)
+    weights = [[part["weight"] for part in one["parts"]] + [0.0] * (most - len(one["parts"])) for one in latents]
+    axis.imshow(weights, **BLUES)
+    middle = max(max(row) for row in weights) / 2
+    for row, one in enumerate(latents):
+        for column, part in enumerate(one["parts"]):
+            colour = "white" if part["weight"] > middle else INK
+            axis.text(column, row, str(part["latent"]), ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(most), [str(rank + 1) for rank in range(most)], fontsize=7)
+    names = [f"{one['latent']} (tier {one['tier']}, R² {one['r_squared']:.2f})" for one in latents]
+    axis.set_yticks(range(len(latents)), names, fontsize=7)
+    caption(axis, record.name, "part of the tier below, by weight", "latent")
+
+
+def draw_transitions(records: Sequence[Record]) -> Figure | None:
+    seen = [record for record in records if record.unstructured("temporal").get("transitions")][:MOST_MATRICES]
+    columns = 2 if len(seen) in (2, 4) else 3
+    figure = draw_each(seen, draw_matrix, "Transitions of the most frequent latents", 4.6, 4.2, columns)
+    if figure is not None:
+        bar = figure.colorbar(figure.axes[0].images[0], ax=figure.axes, shrink=0.6, pad=0.02)
+        bar.set_label("doublings over the column's base rate", fontsize=8, color=INK)
+        bar.ax.tick_params(labelsize=7, colors=INK)
+    return figure
+
+
+def draw_matrix(axis: Axes, record: Record) -> None:
+    """log2 of P(column on next token | row) over P(column)."""
+    found = record.unstructured("temporal")
+    lift = [
+        [math.log2(max(value / max(rate, 1e-12), LEAST)) for value, rate in zip(row, found["base_rates"], strict=True)]
+        for row in found["transitions"]
+    ]
+    axis.imshow(lift, cmap="PuOr_r", vmin=-LIMIT, vmax=LIMIT, interpolation="nearest")
+    labels = [str(latent) for latent in found["frequent_latents"]]
+    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+    axis.set_yticks(range(len(labels)), labels, fontsize=6)
+    caption(axis, record.name, "latent on the next token", "latent on a token")
+
+
+PLOTS = {
+    "activation_patterns": draw_activations,
+    "composition_patterns": draw_compositions,
+    "transition_matrix": draw_transitions,
+}

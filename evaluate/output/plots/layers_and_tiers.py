@@ -1,0 +1,129 @@
+"""By layer, what attention says about codes and how much it counts in the guidance; by tier, how active latents are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..figures.panels import STEP, Lines, looks_of, series_of
+from ..figures.records import Record
+from ..figures.style import INK, LINES, caption, new_figure, shades
+
+CONTRIBUTION, WEIGHT, SHARE = "attention/contribution_", "mixing/weight_", "share_"
+MEASURED = (  # by the evaluation `attention`, a number for each layer: its name, title, unit and factor
+    (SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
+    ("similarity_gain_", "How much more alike attended tokens are", "cosine above the row's mean", 1.0),
+)
+MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
+MOST_TIERS = 8  # of an SAE
+
+
+def measured_layers(record: Record) -> list[int]:
+    """The layers that the evaluation `attention` saw."""
+    names = record.documents.get("attention", {}).get("eval_result_metrics", {}).get("contribution", {})
+    return sorted(int(name.removeprefix(SHARE)) for name in names if name.startswith(SHARE))
+
+
+def draw_contribution(records: Sequence[Record]) -> Figure | None:
+    """Of each layer: explained similarity, a group of bars per SAE; its part in training, a panel per SAE."""
+    measured = [record for record in records if measured_layers(record)]
+    logged = [record for record in records if record.numbered(CONTRIBUTION)]
+    panels = len(MEASURED) * bool(measured) + len(logged)
+    if not panels:
+        return None
+    layers = sorted({layer for r in records for layer in (*measured_layers(r), *r.numbered(CONTRIBUTION))})
+    width = max(5.0, 1.2 + 0.9 * len(measured))
+    figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=width, height=3.6)
+    for axis, (metric, title, unit, factor) in zip(axes, MEASURED if measured else (), strict=False):
+        parts = {
+            f"layer {layer}": [record.metric("attention", f"contribution.{metric}{layer}") for record in measured]
+            for layer in layers
+        }
+        draw_parts(axis, measured, parts, factor)
+        caption(axis, "", "", unit)
+        axis.set_title(title, fontsize=10, color=INK, pad=24)  # above the legend
+    for axis, record in zip(axes[panels - len(logged) :], logged, strict=True):
+        draw_layers(axis, record, CONTRIBUTION, layers, "share of guided similarity (sum 1)")
+    figure.suptitle("Contribution by layer", fontsize=12, color=INK)
+    return figure
+
+
+def draw_mixing(records: Sequence[Record]) -> Figure | None:
+    """How much each layer's attention counts in the guidance, over training; a panel per SAE."""
+    mixed = [record for record in records if record.numbered(WEIGHT)]
+    if not mixed:
+        return None
+    layers = sorted({layer for record in mixed for layer in record.numbered(WEIGHT)})
+    temperature = Lines("Temperature", "softmax temperature", series_of("mixing/temperature"))
+    has_temperature = temperature.finds(mixed)
+    figure, axes = new_figure(len(mixed) + has_temperature)
+    for record, axis in zip(mixed, axes, strict=False):
+        axis.set_ylim(-0.02, 1.02)
+        draw_layers(axis, record, WEIGHT, layers, "mixing weight (sum 1)")
+    if has_temperature:
+        temperature.draw(axes[-1], mixed, looks_of(records))
+        for text in axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False).get_texts():
+            text.set_parse_math(False)
+    figure.suptitle("Mixing of attention layers", fontsize=12, color=INK)
+    return figure
+
+
+def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], y: str) -> None:
+    """What an SAE logged about each layer, over training. A layer looks the same wherever it is among these layers."""
+    colours = dict(zip(layers, shades(len(layers)), strict=True))
+    for layer, name in record.numbered(prefix).items():
+        line = LINES[layers.index(layer) % len(LINES)]
+        axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
+    caption(axis, record.name, STEP, y)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def tier_activity(record: Record, tier: int, is_measured: bool) -> float | None:
+    """Mean share of a tier's latents that are active on a token: as measured, or as training last logged it."""
+    if is_measured:
+        return record.metric("tiers", f"tier_activity.active_share_{tier}")
+    return record.last(f"tiers/activity_{tier}")
+
+
+def draw_tiers(records: Sequence[Record]) -> Figure | None:
+    """At the end: for SAEs that were measured on the test split, if there are any; otherwise for all, in the last
+    logged batch."""
+    is_measured = any(tier_activity(record, 1, True) is not None for record in records)
+    shown = [record for record in records if tier_activity(record, 1, is_measured) is not None]
+    if not shown:
+        return None
+    found = {tier: [tier_activity(record, tier, is_measured) for record in shown] for tier in range(1, MOST_TIERS + 1)}
+    parts = {f"tier {tier}": values for tier, values in found.items() if any(value is not None for value in values)}
+    figure, (axis,) = new_figure(1, width=max(5.0, 1.0 + 0.9 * len(shown)), height=3.6)
+    draw_parts(axis, shown, parts, 100)
+    figure.suptitle("Activity of tiers", fontsize=12, color=INK)
+    text = "test split" if is_measured else "last logged batch"
+    caption(axis, "", "", f"% of the tier's latents active on a token\n({text})")
+    return figure
+
+
+def draw_parts(
+    axis: Axes, records: Sequence[Record], parts: Mapping[str, Sequence[float | None]], factor: float
+) -> None:
+    """Upright bars side by side: a group for each SAE, a bar for each part."""
+    names, width = [record.name for record in records], 0.8 / max(len(parts), 1)
+    for place, ((part, values), colour) in enumerate(zip(parts.items(), shades(len(parts)), strict=True)):
+        at = [i + (place - (len(parts) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
+        heights = [factor * value for value in values if value is not None]
+        bars = axis.bar(at, heights, width=0.92 * width, color=colour, label=part)
+        if len(parts) * len(names) <= MOST_LABELLED:
+            axis.bar_label(bars, [f"{height:.2g}" for height in heights], padding=2, fontsize=7, color=INK)
+    is_crowded = len(names) > 4 or max(map(len, names)) > 12
+    turned = {"rotation": 35, "ha": "right"} if is_crowded else {}
+    axis.set_xticks(range(len(names)), names, fontsize=8, parse_math=False, **turned)
+    axis.grid(visible=False, axis="x")
+    axis.legend(fontsize=8, frameon=False, ncols=min(len(parts), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+PLOTS = {
+    "layer_contribution": draw_contribution,
+    "mixing_weights": draw_mixing,
+    "tier_activity_comparison": draw_tiers,
+}
