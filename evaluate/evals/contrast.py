@@ -25,10 +25,18 @@ from scipy.sparse import csc_matrix
 from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import data_revision, find_source, load_all, said_of
 from .probing.features import Features
 from .probing.pooling import pool_task
-from .probing.settings import LEAST, DataSettings, filled, of_data
+from .probing.source_and_settings import (
+    LEAST,
+    DataSettings,
+    data_revision,
+    filled,
+    find_source,
+    load_all,
+    of_data,
+    said_of,
+)
 
 MOST_TEXTS = 400  # of one contrast, by default: the hub's data have thousands
 AT_ONCE = 1024  # features, at most what 16 bits can number
@@ -60,7 +68,7 @@ class Effects:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     source = find_source(context, config.data)
-    config = filled(config, source, source.probing, MOST_TEXTS)
+    config = filled(config, source, MOST_TEXTS)
     assert config.context_length is not None
     length, sizes, seed = config.context_length, config.sizes, config.random_seed
     subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)

@@ -20,12 +20,11 @@ import torch
 
 from ..context.usable_saes import official_config, require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all, said_of
 from .probing.draw_classes import Task
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.pooling import Pool, pool_task
-from .probing.settings import of_data
+from .probing.source_and_settings import DataChoice, Source, data_revision, find_source, load_all, of_data, said_of
 
 ALL_K = (1, 2, 5, 10, 20, 50, 100)
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class

@@ -2,7 +2,7 @@
 
 The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on 113 binary data sets:
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
-2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`sae_probes_regression`).
+2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`probing/sae_probes.py`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
 Every draw has its own seed, so that neither SAEs nor values of k affect one another. A prompt
 that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.
@@ -25,12 +25,11 @@ from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing import sae_probes_data, stdlib_tasks
-from .probing.choose_source import DataChoice, Source, find_source, load_all
-from .probing.sae_probes_data import BinarySet
-from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
-from .probing.scr_and_tpp_formulas import mean_scores
-from .probing.settings import of_data
+from .probing import sae_probes, stdlib_texts
+from .probing.draw_classes import BinarySet
+from .probing.sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
+from .probing.scr_and_tpp import mean_scores
+from .probing.source_and_settings import DataChoice, Source, find_source, load_all, of_data
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]
@@ -81,15 +80,15 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 def data_revision(context: Context, config: Config) -> Revision | None:
     """The revision of this Python's text, or the version of the package that contains the prompts."""
     source = find_source(context, config.data)
-    return source.revision(()) if source.name == "stdlib" else sae_probes_data.revision()
+    return source.revision(()) if source.name == "stdlib" else sae_probes.revision()
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
     """The requested data sets, and why the rest is missing."""
     if source.name == "stdlib":
-        names = config.dataset_names or stdlib_tasks.BINARY_NAMES
-        return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
-    return load_all(config.dataset_names or sae_probes_data.names(), lambda name: [sae_probes_data.load(name)])
+        names = config.dataset_names or stdlib_texts.BINARY_NAMES
+        return load_all(names, lambda name: [stdlib_texts.load_binary(name, config.random_seed)])
+    return load_all(config.dataset_names or sae_probes.names(), lambda name: [sae_probes.load(name)])
 
 
 def said_of_sets(source: Source, sets: Sequence[BinarySet]) -> str:

@@ -39,6 +39,15 @@ class Task:
         assert list(self.train) == list(self.test), "train and test have the same classes in the same order"
 
 
+@dataclass(frozen=True, eq=False)
+class BinarySet:
+    """Prompts, and 0 or 1 for each."""
+
+    name: str
+    prompts: Sequence[str]
+    labels: np.ndarray  # int64
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of text with two labels."""

@@ -10,8 +10,7 @@ from saemill.evaluate.evals.probing.ablation import Ablatable, effects, top_effe
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
 from saemill.evaluate.evals.probing.features import Draw, Features, Memo, seeded
 from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
-from saemill.evaluate.evals.probing.scr_and_tpp import Setup, perturb
-from saemill.evaluate.evals.probing.scr_and_tpp_formulas import mean_scores, scr_scores, tpp_scores
+from saemill.evaluate.evals.probing.scr_and_tpp import Setup, mean_scores, perturb, scr_scores, tpp_scores
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 

@@ -15,9 +15,8 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
-from saemill.evaluate.evals.probing import saebench_texts, stdlib_tasks
-from saemill.evaluate.evals.probing.choose_source import HUB
-from saemill.evaluate.evals.probing.settings import Settings
+from saemill.evaluate.evals.probing import saebench_texts, stdlib_texts
+from saemill.evaluate.evals.probing.source_and_settings import HUB, Settings
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.evaluate.run.run_evals import run_evals
@@ -152,7 +151,7 @@ def test_missing_data_is_told_and_the_rest_is_evaluated(run, monkeypatch):
     def load(name, *sizes):
         if name != saebench_texts.NEWS:
             raise DataMissing(f"{name}: log in")
-        return stdlib_tasks.load_task("stdlib/kind", *sizes)
+        return stdlib_texts.load_task("stdlib/kind", *sizes)
 
     monkeypatch.setattr(sparse_probing, "find_source", lambda *_: dataclasses.replace(HUB, load_task=load))
     config = sparse_probing.Config(data="hub", probe_train_set_size=40, probe_test_set_size=20, k_values=(1,))

@@ -1,5 +1,9 @@
-"""Logistic regressions whose regularisation is chosen on a part of the training rows, as sae-probes does.
+"""The data sets of the package `sae-probes`, prompts with one of two labels, and its probes of them.
 
+Its wheel carries the data as compressed tables. They are read where the package is installed; none of its code
+is imported, and none of its dependencies are needed.
+
+Probes are logistic regressions whose regularisation is chosen on a part of the training rows, as sae-probes does:
 1. Train and test rows are drawn from one generator, half of each label.
 2. For ten strengths of regularisation a probe is fitted on a part of the training rows and judged by its
    area under the curve on the rest: the last rows, or six folds where there are few.
@@ -8,18 +12,88 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.metadata
+import importlib.util
+import io
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
+from ...errors import DataMissing
 from ...model.logistic_regression import fitted
+from .draw_classes import BinarySet
+
+PACKAGE = "sae_probes"
+INDEX = "probing_datasets_MASTER.csv.zst"
+FOLDER = "cleaned_data"
+BINARY = "Binary Classification"
+INSTALL = "pip install --no-deps sae-probes"
+
+
+def names() -> tuple[str, ...]:
+    """Every binary data set of the collection, in its own order."""
+    rows = _read(data_folder() / INDEX)
+    return tuple(Path(row["Dataset save name"]).name.split(".")[0] for row in rows if row["Data type"] == BINARY)
+
+
+def load(name: str) -> BinarySet:
+    """One data set by its numbered name."""
+    rows = _read(data_folder() / FOLDER / f"{name}.csv.zst")
+    return BinarySet(name, [row["prompt"] for row in rows], as_labels([row["target"] for row in rows]))
+
+
+def as_labels(targets: Sequence[str]) -> np.ndarray:
+    """0 for the first of the two values in their order, 1 for the other."""
+    values, labels = np.unique(np.array(targets), return_inverse=True)
+    if len(values) != 2:
+        raise DataMissing(f"expected two labels, found {len(values)}: the data set is not a binary one")
+    return labels
+
+
+def revision() -> dict[str, str] | None:
+    """The version of the package; None if unknown."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return {"sae-probes": importlib.metadata.version("sae-probes")}
+    return None
+
+
+def data_folder() -> Path:
+    """Where the package keeps its data, found without importing it."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = [Path(folder) / "data" for folder in (spec.submodule_search_locations or () if spec else ())]
+    for folder in folders:
+        if (folder / INDEX).is_file():
+            return folder
+    raise DataMissing(
+        f"the data sets of sae-probes are not installed: `{INSTALL}` installs them. "
+        "`--set sparse_probing_sae_probes.data=stdlib` probes with text of this Python instead"
+    )
+
+
+@lru_cache(maxsize=2)  # the index and one data set
+def _read(file: Path) -> list[Mapping[str, str]]:
+    csv.field_size_limit(sys.maxsize)  # prompts may be longer than the default
+    try:
+        with pyarrow.input_stream(str(file), compression="zstd") as stream:
+            return list(csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8", newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataMissing(
+            f"{file.name} of sae-probes cannot be read ({error}): install it again, `{INSTALL}`"
+        ) from error
+
 
 Penalty = Literal["l1", "l2"]
 

@@ -1,23 +1,28 @@
-"""Where probing data come from: the hub, by their real names, or text of this Python's library.
+"""Where probing data come from, and the settings of evaluations on them: which texts, and how probes are trained.
 
-`auto` takes the hub's, except for the pocket model, which knows only Python's library.
+Data are the hub's, by their real names, or text of this Python's library. `auto` takes the hub's, except for the pocket
+model, which knows only Python's library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from ....cache_schema.numbers_in_words import counted
 from ...context.context import Context
 from ...context.evaluation_data_sets import Revision
 from ...errors import DataMissing
-from . import saebench_texts, stdlib_snippets, stdlib_tasks
+from . import saebench_texts, stdlib_texts
 from .draw_classes import Table, Task
+from .fit_probes import Training
 
 T = TypeVar("T")
+S = TypeVar("S", bound="DataSettings")
 DataName = Literal["auto", "hub", "stdlib"]
+LEAST = {"train_set_size": 4, "test_set_size": 4, "context_length": 2}
+"""A text of each class with each value of the other label, and a token after BOS."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,9 @@ class Source:
     revision: Callable[[Sequence[str]], Revision | None]
     """The revision of some data sets."""
 
-    def pairs_of(self, name: str) -> Pairs:
-        if name not in self.pairs:
-            raise DataMissing(f"{name} has no two labels to confound: choose from {', '.join(self.pairs)}")
-        return self.pairs[name]
+    def of(self, settings: DataChoice) -> tuple[str, ...]:
+        """The data sets that such settings mean if they name none."""
+        return self.perturbed if isinstance(settings, Settings) else self.probing
 
 
 _BIOS, _AMAZON = f"{saebench_texts.BIOS}_class_set1", saebench_texts.AMAZON
@@ -104,21 +108,21 @@ HUB = Source(
 
 STDLIB = Source(
     name="stdlib",
-    probing=stdlib_tasks.NAMES,
-    perturbed=(stdlib_tasks.LIBRARY,),
+    probing=stdlib_texts.NAMES,
+    perturbed=(stdlib_texts.LIBRARY,),
     pairs={
-        stdlib_tasks.LIBRARY: Pairs(
+        stdlib_texts.LIBRARY: Pairs(
             (("asyncio", "email"), ("email", "xml")),
-            stdlib_snippets.KINDS,
-            {name: name for name in stdlib_snippets.LIBRARIES},
+            stdlib_texts.KINDS,
+            {name: name for name in stdlib_texts.LIBRARIES},
         )
     },
-    load_task=stdlib_tasks.load_task,
-    load_table=lambda _name, is_test: stdlib_tasks.load_table(is_test),
+    load_task=stdlib_texts.load_task,
+    load_table=lambda _name, is_test: stdlib_texts.load_table(is_test),
     train_size=320,
     test_size=160,
     context=48,
-    revision=lambda _: stdlib_snippets.revision(),
+    revision=lambda _: stdlib_texts.revision(),
 )
 
 
@@ -138,16 +142,68 @@ class DataChoice:
     llm_batch_size: int = 32
 
 
+@dataclass(frozen=True)
+class DataSettings(DataChoice):
+    """Which texts, and how many."""
+
+    train_set_size: int | None = None
+    """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
+    test_set_size: int | None = None
+    """The same for tests; None: 1000 and 160."""
+    context_length: int | None = None
+    """None: 128 tokens of the hub's data, 48 of this Python's text."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        assert self.train_set_size is not None and self.test_set_size is not None, "filled in first"
+        return self.train_set_size, self.test_set_size
+
+
+@dataclass(frozen=True)
+class Settings(DataSettings):
+    """The settings of scr and tpp; the defaults are SAEBench's."""
+
+    probe_train_batch_size: int = 16
+    """Decides how much of a spurious correlation a probe learns: results with another value do not compare."""
+    probe_epochs: int = 20
+    probe_lr: float = 1e-3
+    probe_l1_penalty: float = 1e-3
+    early_stopping_patience: int = 20
+    n_values: tuple[int, ...] = (2, 5, 10, 20, 50, 100, 500)
+
+    @property
+    def training(self) -> Training:
+        return Training(
+            self.probe_train_batch_size,
+            self.probe_epochs,
+            self.probe_lr,
+            self.early_stopping_patience,
+            self.probe_l1_penalty,
+        )
+
+
+def filled(settings: S, source: Source, most: int | None = None) -> S:
+    """The settings, completed with what the data decide; by default at most `most` texts."""
+    train_size, test_size = (min(size, most or size) for size in (source.train_size, source.test_size))
+    return replace(
+        settings,
+        data=source.name,
+        dataset_names=settings.dataset_names or source.of(settings),
+        train_set_size=settings.train_set_size or train_size,
+        test_set_size=settings.test_set_size or test_size,
+        context_length=settings.context_length or source.context,
+    )
+
+
+def of_data(source: Source, revision: Revision | None) -> dict[str, Any]:
+    """Our own entries of a result's settings: which data, and in which precision the SAEs computed."""
+    return {"data": source.name, "data_revision": revision, "sae_dtype": "float32"}
+
+
 def data_revision(context: Context, settings: DataChoice) -> Revision | None:
     """The revision of the data that the settings mean, as an evaluation's `data_revision`."""
     source = find_source(context, settings.data)
-    return source.revision(settings.dataset_names or source.probing)
-
-
-def revision_of_perturbed(context: Context, settings: DataChoice) -> Revision | None:
-    """The same for scr and tpp."""
-    source = find_source(context, settings.data)
-    return source.revision(settings.dataset_names or source.perturbed)
+    return source.revision(settings.dataset_names or source.of(settings))
 
 
 def said_of(source: Source, tasks: Sequence[Task]) -> str:
