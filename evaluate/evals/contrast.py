@@ -134,7 +134,6 @@ def _effects(matrix: csc_matrix, sizes: Sequence[int]) -> np.ndarray:
 
 
 def joined(parts: Sequence[Effects]) -> Effects:
-    """The contrasts of all data sets."""
     return Effects(
         tuple(contrast for part in parts for contrast in part.contrasts),
         np.concatenate([part.train for part in parts]),

@@ -209,11 +209,7 @@ def order_probes(
     bucket = equal_shares(context, config.ranges).to(positions_WP.device)[positions_WP]
     tasks = {
         "range": (rows_WPF, bucket, train, test),
-        "first": (
-            *came_first(rows_WPF, positions_WP),
-            in_pairs(train, documents_WP),
-            in_pairs(test, documents_WP),
-        ),
+        "first": (*came_first(rows_WPF, positions_WP), in_pairs(train, documents_WP), in_pairs(test, documents_WP)),
     }
     found: dict[str, float] = {}
     for name, (rows, labels, seen, unseen) in tasks.items():

@@ -72,9 +72,14 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
     data = of_data(source, data_revision(context, config))
     settings = official_config(context, replace(config, dataset_names=names), **fixed, **data)
+    used, kind = (
+        sum(min(len(data.prompts), MOST_ROWS) for data in sets),
+        "stdlib" if source.name == "stdlib" else "sae-probes",
+    )
+    text = f"{kind} prompts, {used:,} of two classes in {counted(len(sets), 'task')}"
     for subject in subjects:
         result = make_result(subject, settings, found[subject], baselines[subject.layers], missing)
-        yield replace(result, measured_on=said_of_sets(source, sets))
+        yield replace(result, measured_on=text)
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
@@ -89,13 +94,6 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
         names = config.dataset_names or stdlib_texts.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_texts.load_binary(name, config.random_seed)])
     return load_all(config.dataset_names or sae_probes.names(), lambda name: [sae_probes.load(name)])
-
-
-def said_of_sets(source: Source, sets: Sequence[BinarySet]) -> str:
-    """How many prompts were used, in words."""
-    prompts = sum(min(len(data.prompts), MOST_ROWS) for data in sets)
-    name = source.name if source.name == "stdlib" else "sae-probes"
-    return f"{name} prompts, {prompts:,} of two classes in {counted(len(sets), 'task')}"
 
 
 def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:
@@ -119,7 +117,10 @@ def make_result(
     missing: str | None,
 ) -> Result:
     """Means over data sets."""
-    by_set = {name: _flat(by_k) for name, by_k in found.items()}
+    by_set = {
+        name: {key: value for k, scores in by_k.items() for key, value in _named(f"sae_top_{k}", scores).items()}
+        for name, by_k in found.items()
+    }
     baselines = {name: _named("llm", scores) for name, scores in of_model.items()}
     means = mean_scores(by_set)
     ks = next(iter(found.values()))
@@ -148,10 +149,6 @@ def make_result(
 def _scores(rows: np.ndarray, data: BinarySet, split: Split, penalty: Penalty, seed: int) -> Scores:
     train, test = split.train, split.test
     return tuned_scores(rows[train], data.labels[train], rows[test], data.labels[test], penalty, seed)
-
-
-def _flat(by_k: ByK) -> dict[str, float]:
-    return {key: value for k, scores in by_k.items() for key, value in _named(f"sae_top_{k}", scores).items()}
 
 
 def _named(prefix: str, scores: Scores) -> dict[str, float]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -21,12 +21,11 @@ from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .measure_absorption import LetterResult, Sparse, mean_metrics, measure_letters
+from .measure_absorption import Sparse, mean_metrics, measure_letters
 from .probe import Training
 from .task import (
     FIRST_LETTER,
     WORD_SHAPES,
-    ClassProbe,
     Task,
     WordClasses,
     alphabetic_words,
@@ -146,20 +145,15 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
         details=[result.to_json() for result in results],
         extra={
             "eval_type_id": OFFICIAL_ID if is_official else "absorption_word_shape",
-            "absorption": our_details(task, probe, results),
+            "absorption": {  # what SAEBench's document leaves out, and that the seed was applied
+                "is_random_seed_applied": True,
+                "words": words,
+                "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
+                "split_latents": {result.letter: list(result.latents) for result in results},
+            },
         },
         measured_on=f"the model's vocabulary, {counted(words, 'word')}; {classes}",
     )
-
-
-def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
-    """What SAEBench's document leaves out: which latents, which classes, and that the seed was applied."""
-    return {
-        "is_random_seed_applied": True,
-        "words": len(task.train.words) + len(task.test.words),
-        "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
-        "split_latents": {result.letter: list(result.latents) for result in results},
-    }
 
 
 def _too_few(subject: LoadedSae, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:

@@ -28,24 +28,17 @@ MIN_SHARE = 0.4
 MAX_ABSORBERS = 3
 
 
-@dataclass(frozen=True, eq=False)
-class Absorption:
-    """For each word how much is absorbed, and whether one latent absorbed all of it."""
-
-    fraction: Tensor  # float64 [B], 0 to 1
-    full: Tensor  # bool [B]
-
-
-def absorption(acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]) -> Absorption:
-    """Absorption of the feature `direction_D` whose own latents are `own`, word by word."""
+def absorption(
+    acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """How much of the feature `direction_D` whose own latents are `own` is absorbed, for each word (float64 [B], 0 to
+    1), and whether one latent absorbed all of it (bool [B])."""
     direction_D = functional.normalize(direction_D, dim=0)
     cosines_F = functional.cosine_similarity(direction_D, W_dec_FD, dim=-1)
     parts_BF = acts_BF * cosines_F
     whole_B = (x_BD @ direction_D).double()
-    return Absorption(
-        fraction=_fractions(parts_BF, whole_B, cosines_F, own),
-        full=_is_full(acts_BF, parts_BF, whole_B, cosines_F, own),
-    )
+    is_full = _is_full(acts_BF, parts_BF, whole_B, cosines_F, own)
+    return _fractions(parts_BF, whole_B, cosines_F, own), is_full
 
 
 def _fractions(parts_BF: Tensor, whole_B: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
@@ -98,8 +91,6 @@ class LetterResult:
 
 @dataclass(frozen=True)
 class Sparse:
-    """Settings of the k-sparse probes."""
-
     training: Training
     max_k: int
     jump: float
@@ -166,5 +157,6 @@ def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], 
     x_BD = again.x[subject.layer][places]
     with torch.no_grad():
         W_dec = subject.sae.W_dec
-        each = absorption(again.acts_of(subject, places) * row_lengths(W_dec), x_BD, W_dec, direction, own)
-    return LetterResult(task.classes.names[letter], own, len(found), float(each.fraction.sum()), int(each.full.sum()))
+        acts_BF = again.acts_of(subject, places) * row_lengths(W_dec)
+        fraction, full = absorption(acts_BF, x_BD, W_dec, direction, own)
+    return LetterResult(task.classes.names[letter], own, len(found), float(fraction.sum()), int(full.sum()))

@@ -64,11 +64,16 @@ def fit_probe(
     optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
     weights = _positive_weights(targets_NL)
     for epoch in range(training.epochs):
-        optimizer.param_groups[0]["lr"] = _lr(training, epoch)
+        optimizer.param_groups[0]["lr"] = training.lr * (training.end_lr / training.lr) ** (epoch / training.epochs)
         order = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
         for rows in order.split(training.batch_size):
             x = x_ND[rows] if encode is None else encode(x_ND[rows])
-            _step(optimizer, parameters, x, targets_NL[rows], weights, training.l1_decay)
+            scores = functional.linear(x, *parameters)
+            loss = functional.binary_cross_entropy_with_logits(scores, targets_NL[rows], pos_weight=weights)
+            loss = loss + training.l1_decay * parameters[0].abs().sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return Probe(*(parameter.detach() for parameter in parameters))
 
 
@@ -85,21 +90,6 @@ def _positive_weights(targets_NL: Tensor) -> Tensor:
     positives = targets_NL.sum(0)
     ratio = (len(targets_NL) - positives) / positives
     return torch.where(positives > 0, ratio, torch.ones_like(ratio))
-
-
-def _lr(training: Training, epoch: int) -> float:
-    return training.lr * (training.end_lr / training.lr) ** (epoch / training.epochs)
-
-
-def _step(
-    optimizer: torch.optim.Optimizer, parameters: list[Tensor], x: Tensor, targets: Tensor, weights: Tensor, l1: float
-) -> None:
-    scores = functional.linear(x, *parameters)
-    loss = functional.binary_cross_entropy_with_logits(scores, targets, pos_weight=weights)
-    loss = loss + l1 * parameters[0].abs().sum(-1).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def ranked_latents(sparse_probe: Probe, max_k: int) -> Tensor:

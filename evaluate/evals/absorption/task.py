@@ -136,8 +136,6 @@ def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """One half of the words, and what was read of them."""
-
     words: Sequence[str]
     labels: Tensor  # int64 [N], on the model's device
     reading: Reading
@@ -189,7 +187,11 @@ def make_task(
     prompts = [_prompts(half, half, classes, draw) for half in halves]
     advance = stage("words", sum(map(len, prompts)))
     train, test = (
-        Half(half, _labels(half, classes, reader), reader.read(make_spots(asked, classes, reader.model), advance))
+        Half(
+            half,
+            torch.tensor([classes.class_of(word) for word in half], device=reader.model.device),
+            reader.read(make_spots(asked, classes, reader.model), advance),
+        )
         for half, asked in zip(halves, prompts, strict=True)
     )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
@@ -230,10 +232,6 @@ def require_template(template: str) -> None:
 
 def _prompts(words: Sequence[str], examples: Sequence[str], classes: WordClasses, draw: random.Random) -> list[str]:
     return [make_prompt(word, examples, classes, draw) for word in words]
-
-
-def _labels(words: Sequence[str], classes: WordClasses, reader: Reader) -> Tensor:
-    return torch.tensor([classes.class_of(word) for word in words], device=reader.model.device)
 
 
 def _fit(layer: int, train: Half, test: Half, num_classes: int, seed: int) -> ClassProbe:

@@ -140,7 +140,6 @@ def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[L
 
 
 def share_out(context: Context, config: Config) -> dict[str, int]:
-    """How many windows of which split are read."""
     require_some(config.windows)
     left, found = config.windows, dict[str, int]()
     for split in dict.fromkeys(config.splits):  # one that is named twice is read once

@@ -41,10 +41,6 @@ class Batch:
         window, position = windows.keep.cpu().numpy().nonzero()
         return Batch(first, (window + first).astype(np.int32), position.astype(np.uint16), is_sampled)
 
-    def only(self, chosen: np.ndarray) -> Batch:
-        """Some of the tokens."""
-        return replace(self, window=self.window[chosen], position=self.position[chosen])
-
 
 class Seen:
     """The sums and the kept firings of one SAE."""
@@ -73,7 +69,8 @@ class Seen:
             self._together.append(where_it_fires(fires.indices, fires.indptr, self.width))
             self._together_entries += fires.nnz
         if not ordinary.all():
-            by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
+            by_token = by_token[np.flatnonzero(ordinary)]
+            batch = replace(batch, window=batch.window[ordinary], position=batch.position[ordinary])
             self.massive += int((~ordinary).sum())
         self.tokens += by_token.shape[0]
         if self._beginning is None:

@@ -31,7 +31,7 @@ from .top_firings import SAMPLE, TOP, Firings, largest, ranges
 
 FILE_LATENTS = 32
 PLACES_LATENTS = 1 << 14
-RANDOM = 8  # besides TOP, SAMPLE and LOW: one of a few of the sample, chosen at random
+RANDOM = 8  # besides TOP, SAMPLE and LOW: one of a few of the sample, chosen at random, so that they stand for all
 
 SHOWN_RANDOM = 5
 LISTED = 3  # promoted tokens in the list
@@ -67,7 +67,9 @@ class Shown:
     def kept(self) -> tuple[Firings, np.ndarray]:
         """The examples, by latent and the highest first, and why each is kept."""
         kept, reasons = self.seen.keeper.finish()
-        return kept, with_random(kept, reasons)
+        sampled = np.flatnonzero(reasons & SAMPLE)
+        reasons[sampled[largest(kept.latent[sampled], kept.priority[sampled], SHOWN_RANDOM)]] |= RANDOM
+        return kept, reasons
 
     @cached_property
     def items(self) -> np.ndarray:
@@ -89,7 +91,6 @@ class Shown:
 
 
 def summary_of(shown: Shown) -> dict[str, Any]:
-    """What the overview shows."""
     alive = shown.density[shown.density > 0]
     counts, _ = np.histogram(np.log10(np.maximum(alive, 1e-6)), DENSITY_EDGES)
     subject = shown.subject
@@ -144,15 +145,6 @@ def write_latents(
 def parts_of(width: int, size: int) -> list[slice]:
     """The latents, in slices of `size`."""
     return [slice(first, min(first + size, width)) for first in range(0, width, size)]
-
-
-def with_random(kept: Firings, reasons: np.ndarray) -> np.ndarray:
-    """Mark a few of each latent's sample: they are chosen at random, so they stand for all."""
-    sampled = np.flatnonzero(reasons & SAMPLE)
-    chosen = sampled[largest(kept.latent[sampled], kept.priority[sampled], SHOWN_RANDOM)]
-    found = reasons.copy()
-    found[chosen] |= RANDOM
-    return found
 
 
 def firings_value(firings: Firings, highest: np.ndarray) -> dict[str, np.ndarray]:
@@ -277,10 +269,7 @@ def promoted(
 
 
 def write_columns(
-    folder: Folder,
-    shown: Shown,
-    tokens: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    peak_tokens: np.ndarray,
+    folder: Folder, shown: Shown, tokens: Mapping[str, tuple[np.ndarray, np.ndarray]], peak_tokens: np.ndarray
 ) -> None:
     """What the list sorts and searches by."""
     seen = shown.seen

@@ -46,15 +46,8 @@ class Firings:
 
     def part(self, rows: slice | np.ndarray, entries: slice | np.ndarray) -> Firings:
         """Some of them, with the entries that are theirs."""
-        return Firings(
-            self.latent[rows],
-            self.window[rows],
-            self.at[rows],
-            self.peak[rows],
-            self.count[rows],
-            self.position[entries],
-            self.value[entries],
-        )
+        of_rows = [array[rows] for array in (self.latent, self.window, self.at, self.peak, self.count)]
+        return Firings(*of_rows, *(array[entries] for array in (self.position, self.value)))
 
     @staticmethod
     def joined(parts: list[Firings]) -> Firings:

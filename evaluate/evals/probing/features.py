@@ -10,7 +10,7 @@ Work that depends on random draws alone is done once for all SAEs whose generato
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -50,9 +50,6 @@ class Draw:
     rows: np.ndarray  # int64, of a feature matrix
     labels: np.ndarray  # int32, 1 for the class itself
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
 
 @dataclass(frozen=True, eq=False)
 class Features:
@@ -67,9 +64,7 @@ class Features:
     def of(classes: Mapping[str, Tensor]) -> Features:
         """From one dense matrix for each class."""
         parts = [csc_matrix(part.float().numpy()) for part in classes.values()]
-        sizes = {name: len(part) for name, part in classes.items()}
-        dtype = next(iter(classes.values())).dtype
-        return Features(csc_matrix(vstack(parts)), spans_of(sizes), dtype)
+        return Features(csc_matrix(vstack(parts)), spans_of(classes), next(iter(classes.values())).dtype)
 
     @property
     def width(self) -> int:
@@ -90,10 +85,10 @@ class Features:
         return torch.from_numpy(self.matrix[draw.rows].toarray()).to(self.dtype)
 
 
-def spans_of(sizes: Mapping[str, int]) -> dict[str, range]:
+def spans_of(classes: Mapping[str, Sized]) -> dict[str, range]:
     """The rows of each class when classes follow one another."""
-    ends = np.cumsum([0, *sizes.values()])
-    return {name: range(int(ends[i]), int(ends[i + 1])) for i, name in enumerate(sizes)}
+    ends = np.cumsum([0, *map(len, classes.values())]).tolist()
+    return {name: range(*ends[i : i + 2]) for i, name in enumerate(classes)}
 
 
 def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None) -> Draw:

@@ -67,7 +67,8 @@ def train_probe(
 ) -> tuple[LinearProbe, float]:
     """The probe at the epoch that is best on the judging rows, and its accuracy there."""
     x_BF, labels_B = train
-    probe = _moved(fresh_probe(x_BF.shape[1], x_BF.dtype, generator), x_BF.device)
+    fresh = fresh_probe(x_BF.shape[1], x_BF.dtype, generator)
+    probe = LinearProbe(fresh.weight.to(x_BF.device).requires_grad_(), fresh.bias.to(x_BF.device).requires_grad_())
     optimizer = torch.optim.AdamW([probe.weight, probe.bias], lr=training.lr)
     best, best_accuracy, waited = probe, 0.0, 0
     for _ in range(training.epochs):
@@ -105,14 +106,13 @@ def train_on(
     x_BF, labels_B = rows_of(train, train_draw, device)
     if not validated:
         return train_probe((x_BF, labels_B), rows_of(test, test_draw, device), training, generator)
-    held_out = len(train_draw) // HELD_OUT
+    held_out = len(train_draw.rows) // HELD_OUT
     judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
     probe, _ = train_probe(rest, judge, training, generator)
     return probe, probe.accuracy(*rows_of(test, test_draw, device))
 
 
 def rows_of(features: Features, draw: Draw, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Dense rows and their labels on a device."""
     return features.dense(draw).to(device), torch.from_numpy(draw.labels).to(device)
 
 
@@ -136,10 +136,6 @@ def probe_every_class(
 def _loss(probe: LinearProbe, x_BF: Tensor, labels_B: Tensor, l1_penalty: float) -> Tensor:
     loss = functional.binary_cross_entropy_with_logits(probe.logits(x_BF), labels_B.to(x_BF.dtype))
     return loss + l1_penalty * probe.weight.abs().sum() if l1_penalty else loss
-
-
-def _moved(probe: LinearProbe, device: torch.device) -> LinearProbe:
-    return LinearProbe(probe.weight.to(device).requires_grad_(), probe.bias.to(device).requires_grad_())
 
 
 def _copied(probe: LinearProbe) -> LinearProbe:

@@ -41,8 +41,6 @@ class Piece:
 
 @dataclass(eq=False)
 class Pool:
-    """Pooled features of texts."""
-
     rows: Mapping[str, int]  # by text
     whole: Piece
     dtype: torch.dtype  # of the model
@@ -63,8 +61,7 @@ class Pool:
 
     def _features(self, matrix: csr_matrix, classes: Classes, dtype: torch.dtype) -> Features:
         rows = [self.rows[text] for texts in classes.values() for text in texts]
-        sizes = {name: len(texts) for name, texts in classes.items()}
-        return Features(csc_matrix(matrix[rows]), spans_of(sizes), dtype)
+        return Features(csc_matrix(matrix[rows]), spans_of(classes), dtype)
 
 
 def pool_task(
@@ -88,7 +85,6 @@ def pool_task(
 
 
 def make_pool(texts: Sequence[str], pieces: Sequence[Piece], dtype: torch.dtype) -> Pool:
-    """The pool of texts that were read piece by piece."""
     first = pieces[0]
     whole = Piece(
         model={layers: stacked([piece.model[layers] for piece in pieces]) for layers in first.model},

@@ -38,20 +38,19 @@ from .draw_classes import BinarySet
 
 PACKAGE = "sae_probes"
 INDEX = "probing_datasets_MASTER.csv.zst"
-FOLDER = "cleaned_data"
-BINARY = "Binary Classification"
 INSTALL = "pip install --no-deps sae-probes"
 
 
 def names() -> tuple[str, ...]:
     """Every binary data set of the collection, in its own order."""
     rows = _read(data_folder() / INDEX)
-    return tuple(Path(row["Dataset save name"]).name.split(".")[0] for row in rows if row["Data type"] == BINARY)
+    return tuple(
+        Path(row["Dataset save name"]).name.split(".")[0] for row in rows if row["Data type"] == "Binary Classification"
+    )
 
 
 def load(name: str) -> BinarySet:
-    """One data set by its numbered name."""
-    rows = _read(data_folder() / FOLDER / f"{name}.csv.zst")
+    rows = _read(data_folder() / "cleaned_data" / f"{name}.csv.zst")
     return BinarySet(name, [row["prompt"] for row in rows], as_labels([row["target"] for row in rows]))
 
 
@@ -64,7 +63,6 @@ def as_labels(targets: Sequence[str]) -> np.ndarray:
 
 
 def revision() -> dict[str, str] | None:
-    """The version of the package; None if unknown."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return {"sae-probes": importlib.metadata.version("sae-probes")}
     return None
@@ -166,17 +164,11 @@ def _halves(
 
 
 def _mean_auc(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Penalty, seed: int) -> float:
-    return float(
-        np.mean(
-            [
-                roc_auc_score(
-                    labels[held_out],
-                    _fitted(rows[fit], labels[fit], strength, penalty, seed).predict_proba(rows[held_out])[:, 1],
-                )
-                for fit, held_out in _folds(rows, labels, seed)
-            ]
-        )
-    )
+    found = []
+    for fit, held_out in _folds(rows, labels, seed):
+        probe = _fitted(rows[fit], labels[fit], strength, penalty, seed)
+        found.append(roc_auc_score(labels[held_out], probe.predict_proba(rows[held_out])[:, 1]))
+    return float(np.mean(found))
 
 
 def _folds(rows: np.ndarray, labels: np.ndarray, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:

@@ -67,8 +67,6 @@ class Probed:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What came out for one SAE and one task."""
-
     clean: Accuracies
     ablated: Ablated
 

@@ -112,7 +112,6 @@ Groups = dict[str, list[str]]
 
 
 def first(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
-    """Which of two pieces came first."""
     pairs = list(
         zip(_pieces(snippets, "code", count, rng, 60), _pieces(snippets, "prose", count, rng, 60), strict=True)
     )
@@ -123,13 +122,11 @@ def first(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups
 
 
 def reordered(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
-    """The same words, as written or shuffled."""
     written = [" ".join(text.split()) for text in _drawn(snippets, "prose", count, rng)]
     return {"as_written": written, "shuffled": [_shuffled(text, rng) for text in written]}
 
 
 def position(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
-    """Where the prose is among the pieces of code."""
     codes = [(code[:36], code[36:]) for code in _pieces(snippets, "code", count, rng, 72)]
     parts = list(zip(_pieces(snippets, "prose", count, rng, 45), codes, strict=True))
     return {
@@ -169,7 +166,6 @@ BINARY_ROWS = 400
 
 
 def load_table(is_test: bool) -> Table:
-    """Snippets with their library and their kind."""
     chosen = _part(is_test)
     return Table(*zip(*((s.text, s.library, s.kind) for s in chosen), strict=True))
 
@@ -178,8 +174,7 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     """One data set, drawn as SAEBench draws its own: sizes are of one binary probe."""
     if name not in NAMES:
         raise DataMissing(f"there is no data set {name!r} made from installed text: choose from {', '.join(NAMES)}")
-    train, test = (_draw(name, is_test, size, seed) for is_test, size in ((False, train_size), (True, test_size)))
-    return Task(name, train, test)
+    return Task(name, _draw(name, False, train_size, seed), _draw(name, True, test_size, seed))
 
 
 def load_binary(name: str, seed: int) -> BinarySet:

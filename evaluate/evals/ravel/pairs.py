@@ -10,6 +10,7 @@ SAEBench's keys. Scores by what each pair was made for are our own (`by_kind`).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,11 +81,7 @@ class Scores:
         return (self.cause + self.isolation) / 2
 
     def to_json(self) -> dict[str, float]:
-        return {
-            "cause_score": self.cause,
-            "isolation_score": self.isolation,
-            "disentangle_score": self.disentangle,
-        }
+        return {"cause_score": self.cause, "isolation_score": self.isolation, "disentangle_score": self.disentangle}
 
 
 def by_first_token(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
@@ -105,9 +102,4 @@ def _scores(pairs: Sequence[Pair], completions: Sequence[str], is_cause: Callabl
     right: dict[bool, list[bool]] = {True: [], False: []}
     for pair, completion in zip(pairs, completions, strict=True):
         right[is_cause(pair)].append(is_right(pair.base.text, pair.label, completion))
-    return Scores(_mean(right[True]), _mean(right[False]))
-
-
-def _mean(right: Sequence[bool]) -> float:
-    """NaN for none, which results have as -1."""
-    return fmean(right) if right else float("nan")
+    return Scores(*(fmean(found) if found else math.nan for found in right.values()))  # results have NaN as -1

@@ -49,10 +49,6 @@ class Prompt:
     first_token: int = -1  # of the model's own completion
     completion: str = ""
 
-    @property
-    def is_answered(self) -> bool:
-        return is_right(self.text, self.label, self.completion)
-
 
 def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encode, bos: int) -> list[Prompt]:
     """All prompts, in the order of the data: by entity, then attribute, then template.
@@ -99,7 +95,7 @@ def answered_prompts(
         replace(prompt, first_token=token, completion=completion)
         for prompt, token, completion in zip(prompts, first_tokens, completions, strict=True)
     )
-    known = [prompt for prompt in answered if prompt.is_answered]
+    known = [one for one in answered if is_right(one.text, one.label, one.completion)]
     counts = Counter(prompt.entity for prompt in known)  # keeps the order of first appearance
     kept = set(sorted(counts, key=counts.__getitem__, reverse=True)[:top_entities])
     return [prompt for prompt in known if prompt.entity in kept]

@@ -21,8 +21,7 @@ from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
-from .model_passes import SharedPasses, remembered_questions
-from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
+from .interventions import Outcome, Setting, SharedPasses, Sweep, make_settings, remembered_questions, unlearning_score
 from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
 
 WMDP, STDLIB = "wmdp", "stdlib"
@@ -150,7 +149,6 @@ def make_result(
         subject,
         settings_by_saebench(config, material),
         {"unlearning": {"unlearning_score": score}},
-        unstructured=None,
         extra={
             "unlearning": {
                 "data": material.name,

@@ -99,7 +99,6 @@ def letters_chosen(letter_tokens: Tensor, dtype: torch.dtype) -> Choose:
 
 
 def most_likely(logits_NV: Tensor) -> Tensor:
-    """The next token, greedily."""
     return logits_NV.argmax(-1)
 
 

@@ -31,7 +31,7 @@ from ...context.evaluation_data_sets import load_rows
 from ...errors import DataMissing, NotApplicable, SettingInvalid
 from ...model.prefix_suffix import LanguageModel, load_language_model
 from .exams import ChoicePaper, Paper, Question, TextPaper
-from .sweep import Sweep
+from .interventions import Sweep
 
 CHUNKS = 20
 """The joined text is cut into this many strings before it is tokenised, wherever the cut falls."""
@@ -124,30 +124,24 @@ def load_topic(model: LanguageModel, model_name: str, topic: str, seed: int) -> 
 
 
 def make_material(
-    model: LanguageModel,
-    model_name: str,
-    inside: Sequence[str],
-    outside: Sequence[str],
-    topic: str,
-    seed: int,
+    model: LanguageModel, model_name: str, inside: Sequence[str], outside: Sequence[str], topic: str, seed: int
 ) -> Material:
-    """Material from two lists of texts."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     drawn = [sampled_texts(texts, TEXTS, draw) for texts in (inside, outside)]
     length = min(MAX_LENGTH, model.facts.max_context)
-    forget, retain = ([_rows(model, part, length, generator) for part in _set_aside(texts)] for texts in drawn)
+    forget, retain = (
+        [
+            _rows(model, part, length, generator)
+            for part in ([text for at, text in enumerate(texts) if at % EXAM_SHARE], texts[::EXAM_SHARE])
+        ]
+        for texts in drawn
+    )
     papers = [
         TextPaper(name, rows[:EXAM_ROWS], model.special, BATCH_ROWS)
         for name, rows in ((topic, forget[1]), (f"not {topic}", retain[1]))
     ]
     rows = (forget[0][:TEXT_ROWS], retain[0][:TEXT_ROWS])
     return Material(f"stdlib: {topic}", model_name, model, *rows, papers[:1], papers[1:], SWEEP)
-
-
-def _set_aside(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Texts for choosing latents, and texts for the exam."""
-    chosen = [text for number, text in enumerate(texts) if number % EXAM_SHARE]
-    return chosen, list(texts[::EXAM_SHARE])
 
 
 def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: torch.Generator) -> Tensor:
@@ -157,7 +151,6 @@ def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: to
 
 WIKITEXT = "Salesforce/wikitext"
 FORGET_EXAM = "wmdp-bio"
-FORGET_SUBJECT = "biology"
 BESIDE = "college_biology"
 """Close to the topic: as in SAEBench, it does not have to be retained."""
 MIN_CHARACTERS = 50
@@ -220,7 +213,7 @@ def home_of(name: str) -> str:
 def read_questions(name: str) -> list[Question]:
     """The test questions of WMDP, or of a subject of MMLU."""
     rows = load_rows(home_of(name), name, "test")
-    subject = FORGET_SUBJECT if name == FORGET_EXAM else name.replace("_", " ")
+    subject = "biology" if name == FORGET_EXAM else name.replace("_", " ")
     return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
 
 

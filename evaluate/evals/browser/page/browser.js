@@ -59,10 +59,7 @@ const starts = (counts) => {
 
 // Alone, a token's spaces are seen: one in front stays one, more are counted.
 const spaced = (text) => (text.trim() === "" && text.length < 3 ? text.replaceAll(" ", "\u2423") : text.replace(/ {2,}/g, (run_) => `\u2423\u00d7${run_.length}`)) || "\u2205";
-function chip(token) {
-  const text = token < 0 ? "" : texts[token];
-  return h("bdi", { class: "token" }, token < 0 ? "\u2013" : spaced(brief(text, 40)));
-}
+const chip = (token) => h("bdi", { class: "token" }, token < 0 ? "\u2013" : spaced(brief(texts[token], 40)));
 
 // ---------------------------------------------------------------- what there is
 
@@ -423,7 +420,6 @@ async function allTexts() {
   if (!joined) {
     const total = Object.values(run.windows).reduce((a, b) => a + b, 0);
     const found = [];
-    lower ??= texts.map((text) => text.toLowerCase());
     for (let file = 0; file * run.text_windows < total; file++) {
       const { tokens } = await load(`text/${file}`);
       const begins = new Uint32Array(tokens.length), parts = new Array(tokens.length);

@@ -20,7 +20,7 @@ from saemill.evaluate.evals.probing.fit_probes import sparse_accuracy, top_featu
 def test_a_draw_is_a_class_and_as_many_of_the_others(num_classes, size, seed):
     spans = spans_of({str(i): size for i in range(num_classes)})
     draw = draw_probe(spans, "1", seeded(seed))
-    assert len(draw) == 2 * size
+    assert len(draw.rows) == 2 * size
     assert sorted(draw.rows[draw.labels == 1]) == list(spans["1"])
     negatives = draw.rows[draw.labels == 0]
     assert len(set(negatives)) == size
