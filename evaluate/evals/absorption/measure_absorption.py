@@ -18,14 +18,12 @@ from torch.nn import functional
 
 from ....train.disk.plain_form import row_lengths
 from ...context.loaded_sae import LoadedSae
-from .probe import Training, choose_latents, fit_probe, ranked_latents
-from .task import Task
+from .task_and_probes import Task, Training, choose_latents, fit_probe
 
 SILENT = 1e-8
 MIN_COSINE_FULL = 0.025
 MIN_COSINE_FRACTION = 0.1
 MIN_SHARE = 0.4
-MAX_ABSORBERS = 3
 
 
 def absorption(
@@ -42,21 +40,17 @@ def absorption(
 
 
 def _fractions(parts_BF: Tensor, whole_B: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
-    """The share of the absorbers in what they and the letter's own latents carry, where they matter at all."""
+    """The share of the absorbers in what they and the letter's own latents carry, where they matter at all. They are
+    the three largest parts of other latents that point along the probe."""
     own_B = parts_BF[:, list(own)].sum(1).double()
-    absorbed_B = _absorbed(parts_BF, cosines_F, own)
+    may_absorb_F = cosines_F >= MIN_COSINE_FRACTION
+    may_absorb_F[list(own)] = False
+    candidates_BF = torch.where(may_absorb_F, parts_BF, 0.0).clamp(min=0)
+    absorbed_B = candidates_BF.topk(min(3, parts_BF.shape[1]), dim=1).values.sum(1).double()
     counts = (own_B < whole_B) & (absorbed_B / whole_B >= MIN_SHARE)
     taken_B = torch.minimum(absorbed_B, whole_B - own_B)
     fraction_B = torch.where(own_B <= 0, 1.0, (taken_B / (taken_B + own_B)).clamp(0, 1))
     return torch.where(counts, fraction_B, 0.0)
-
-
-def _absorbed(parts_BF: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
-    """The sum of the three largest parts of other latents that point along the probe."""
-    may_absorb_F = cosines_F >= MIN_COSINE_FRACTION
-    may_absorb_F[list(own)] = False
-    candidates_BF = torch.where(may_absorb_F, parts_BF, 0.0).clamp(min=0)
-    return candidates_BF.topk(min(MAX_ABSORBERS, parts_BF.shape[1]), dim=1).values.sum(1).double()
 
 
 def _is_full(acts_BF: Tensor, parts_BF: Tensor, whole_B: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
@@ -123,7 +117,7 @@ def letter_latents(
         encode=lambda numbers: train.reading.acts_of(subject, numbers.view(-1).long()) * lengths,
         width=subject.width,
     )
-    ranked = ranked_latents(probe, min(sparse.max_k, subject.width))
+    ranked = probe.weights.topk(min(sparse.max_k, subject.width), dim=1).indices  # not the largest in size
     latents, halves = ranked[list(letters)].unique(), (task.train, task.test)
     columns = [(half.reading.columns_of(subject, latents) * lengths[latents]).cpu().numpy() for half in halves]
 
