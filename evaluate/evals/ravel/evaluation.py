@@ -24,17 +24,23 @@ from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
-from .prompts import (
+from .prompts_and_pairs import (
     ATTRIBUTES,
     DATASET,
     ENTITY_CLASS,
     EntityClass,
+    Pair,
     Prompt,
+    Scores,
     answered_prompts,
+    by_first_token,
+    by_kind,
+    draw_pairs,
     load_facts,
     load_identifiers,
     make_prompts,
+    mean_scores,
+    require_labels,
 )
 from .swapper import Swapper, complete
 

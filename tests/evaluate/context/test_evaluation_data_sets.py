@@ -13,7 +13,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.evaluation_data_sets import data_meant, downloaded_commit
 from saemill.evaluate.evals import load
 from saemill.evaluate.evals.probing import sae_probes, saebench_texts
-from saemill.evaluate.evals.ravel.prompts import load_facts
+from saemill.evaluate.evals.ravel.prompts_and_pairs import load_facts
 from saemill.evaluate.run.run_evals import settings_of
 from saemill.harvest.corpus.hugging_face import CONVERSION, Repository
 
