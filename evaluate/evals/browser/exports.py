@@ -24,10 +24,9 @@ import numpy as np
 
 from ....cache_schema.numbers_in_words import say_size
 from ...errors import SettingInvalid
-from .firing_counts import lower_edges
+from .firings import SAMPLE, TOP, lower_edges
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
-from .top_firings import SAMPLE, TOP
 
 BATCH = 128  # latents of a file
 BUCKETS = 4  # of a sample, from the highest quarter to the lowest
@@ -40,8 +39,6 @@ UNUSED = (
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """One SAE with everything that its export contains."""
-
     shown: Shown
     tokens: np.ndarray  # [W, T]
     texts: Mapping[int, str]

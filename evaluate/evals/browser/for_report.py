@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..measures.token_text import Vocabulary
-from .firing_counts import Seen
-from .top_firings import TOP, Firings
+from .firings import TOP, Firings, Seen
 
 LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5
 BEFORE, AFTER = 16, 8  # tokens of a context

@@ -80,20 +80,13 @@ async function columnsOf(sae) {
 
 // ---------------------------------------------------------------- text
 
-async function textOf(window_) {
-  const file = Math.floor(window_ / run.text_windows);
-  const part = await load(`text/${file}`);
-  const start = (window_ - file * run.text_windows) * run.context;
-  return { tokens: part.tokens.subarray(start, start + run.context), marks: part.marks.subarray(start, start + run.context) };
+async function arraysOf(window_, name, windows, size) {
+  const file = Math.floor(window_ / windows), start = (window_ - file * windows) * size;
+  const part = await load(`${name}/${file}`);
+  return Object.fromEntries(Object.entries(part).map(([key, array]) => [key, array.subarray(start, start + size)]));
 }
-
-async function attentionOf(window_) {
-  const file = Math.floor(window_ / run.attention_windows);
-  const part = await load(`attention/${file}`);
-  const size = run.context * run.attention_layers.length * run.attended;
-  const start = (window_ - file * run.attention_windows) * size;
-  return { positions: part.positions.subarray(start, start + size), weights: part.weights.subarray(start, start + size) };
-}
+const textOf = (window_) => arraysOf(window_, "text", run.text_windows, run.context);
+const attentionOf = (window_) => arraysOf(window_, "attention", run.attention_windows, run.context * run.attention_layers.length * run.attended);
 function attendedFrom(attention, at, layer) {
   // Earlier positions and weights; layer null: the strongest of all layers.
   const { attention_layers: layers, attended: keys, levels } = run;
