@@ -29,8 +29,6 @@ ALL_ORDERS = tuple(permutations(range(len(LETTERS))))
 AS_WRITTEN = (0, 1, 2, 3)
 TEMPLATE = "<bos><start_of_turn>user\n{body}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
 INTRODUCTION = "The following are multiple choice questions (with answers) about {subject}.\n"
-SPELLINGS = ("", " ")
-"""An answer is a letter alone, or one after a space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +132,6 @@ class Question:
     answer: int
 
     def prompt(self, order: Sequence[int] = AS_WRITTEN) -> str:
-        """The prompt with the choices in this order."""
         listed = "".join(f"\n{letter}. {self.choices[i]}" for letter, i in zip(LETTERS, order, strict=True))
         return TEMPLATE.format(body=INTRODUCTION.format(subject=self.subject) + self.text + listed)
 
@@ -191,8 +188,8 @@ Paper = ChoicePaper | TextPaper
 
 
 def letter_tokens(model: LanguageModel) -> Tensor:
-    """int64 [spellings, letters]: each must be one token."""
-    spelled = [[f"{before}{letter}" for letter in LETTERS] for before in SPELLINGS]
+    """int64 [spellings, letters]: a letter alone, or one after a space; each must be one token."""
+    spelled = [[f"{before}{letter}" for letter in LETTERS] for before in ("", " ")]
     ids = [model.tokenizer.encode(letters) for letters in spelled]
     if any(len(token) != 1 for letters in ids for token in letters):
         raise DataMissing(

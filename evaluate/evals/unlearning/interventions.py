@@ -36,9 +36,6 @@ from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .exams import ChoicePaper, Choose, Exam, Paper, Sheet
 
-MIN_RETAINED = 0.99
-"""Settings that keep less of the retained knowledge do not count."""
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -71,6 +68,10 @@ class Outcome:
     setting: Setting
     right: Mapping[str, tuple[int, int]]
 
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: right / asked for name, (right, asked) in self.right.items() if asked}
+
     def accuracy(self, exams: Sequence[str]) -> float:
         """Pooled over exams: every question weighs the same."""
         right, asked = (sum(numbers) for numbers in zip(*(self.right[exam] for exam in exams), strict=True))
@@ -91,9 +92,7 @@ def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> l
 
 def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain: Sequence[str]) -> float:
     """1 minus the lowest accuracy on the topic among settings that keep at least 99 % of the rest; 0 if none does."""
-    return 1.0 - min(
-        outcome.accuracy(forget) if outcome.accuracy(retain) >= MIN_RETAINED else 1.0 for outcome in outcomes
-    )
+    return 1.0 - min(outcome.accuracy(forget) if outcome.accuracy(retain) >= 0.99 else 1.0 for outcome in outcomes)
 
 
 def topic_latents(forget_F: np.ndarray, retain_F: np.ndarray, retain_threshold: float) -> np.ndarray:
@@ -116,8 +115,6 @@ Answered = tuple[LoadedSae, str, tuple[object, ...]]
 
 @dataclass(frozen=True, eq=False)
 class FiringCounts(Sums):
-    """Counts over some batches of a text."""
-
     fired: Tensor  # int64 [F]
     tokens: int
 

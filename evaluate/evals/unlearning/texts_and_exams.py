@@ -94,10 +94,6 @@ class Material:
     def papers(self) -> tuple[Paper, ...]:
         return (*self.forget, *self.retain, *self.beside)
 
-    @property
-    def longest_row(self) -> int:
-        return max(self.forget_rows.shape[1], self.retain_rows.shape[1])
-
 
 TEXT_ROWS, EXAM_ROWS = 48, 24
 MAX_LENGTH = 128
@@ -154,7 +150,6 @@ FORGET_EXAM = "wmdp-bio"
 BESIDE = "college_biology"
 """Close to the topic: as in SAEBench, it does not have to be retained."""
 MIN_CHARACTERS = 50
-REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 
 
 def load_wmdp(
@@ -188,8 +183,9 @@ def read_corpus(file: Path) -> list[str]:
     """The texts of the forget corpus: a JSON object with `text` on each line."""
     if not file.is_file():
         raise DataMissing(
-            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl with the form that {REQUEST_FORM} "
-            "names, and give its path with --set unlearning.forget_corpus=FILE"
+            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl with the form that "
+            "https://huggingface.co/datasets/cais/wmdp-corpora names, and give its path with --set "
+            "unlearning.forget_corpus=FILE"
         )
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # splitlines also cuts where a text has U+2028
