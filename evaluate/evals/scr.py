@@ -23,18 +23,14 @@ def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:
     if name not in source.pairs:
         raise DataMissing(f"{name} has no two labels to confound: choose from {', '.join(source.pairs)}")
     pairs = source.pairs[name]
-    tables = [
-        (source.load_table(name, is_test), size) for is_test, size in zip((False, True), settings.sizes, strict=True)
-    ]
+    parts = [(source.load_table(name, part == 1), size // 4) for part, size in enumerate(settings.sizes)]
 
-    def task(positive: str, negative: str) -> Task:
-        concepts = pairs.values[positive], pairs.values[negative]
-        train, test = (
-            spurious(table, concepts, pairs.column2, size // 4, settings.random_seed) for table, size in tables
-        )
-        return Task(f"{name}_scr_{positive}_{negative}", train, test)
+    def task(pair: Mapping[str, object]) -> Task:
+        one, other = pair.values()
+        drawn = (spurious(table, (one, other), pairs.column2, count, settings.random_seed) for table, count in parts)
+        return Task(f"{name}_scr_{'_'.join(pair)}", *drawn)
 
-    return [task(*pair) for pair in pairs.column1]
+    return [task(pair) for pair in pairs.column1]
 
 
 def make_result(

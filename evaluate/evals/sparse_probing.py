@@ -21,9 +21,8 @@ import torch
 from ..context.usable_saes import official_config, require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.draw_classes import Task
-from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
-from .probing.pooling import Pool, pool_task
+from .probing.pooled_features import Features, Memo, Pool, draw_probe, pool_task, seeded
 from .probing.source_and_settings import DataChoice, Source, data_revision, find_source, load_all, of_data, said_of
 
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class
@@ -72,7 +71,6 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def filled(config: Config, source: Source) -> Config:
-    """The settings, completed with what the data decide."""
     return replace(
         config,
         data=source.name,

@@ -60,13 +60,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for data in sets:
         split = split_rows(data.labels, config.random_seed)
         prompts = data.prompts[:MOST_ROWS]
-        read = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
+        resid, latents = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
         if config.include_llm_baseline:
-            for layers, resid in read.resid.items():
-                baselines[layers][data.name] = _scores(resid, data, split, "l2", config.random_seed)
+            for layers, rows in resid.items():
+                baselines[layers][data.name] = _scores(rows, data, split, "l2", config.random_seed)
         with context.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
-                found[subject][data.name] = score_latents(read, subject, data, split, config)
+                found[subject][data.name] = score_latents(latents[subject], data, split, config)
                 advance(1)
     names = tuple(data.name for data in sets)
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
@@ -96,9 +96,8 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
     return load_all(config.dataset_names or sae_probes.names(), lambda name: [sae_probes.load(name)])
 
 
-def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:
+def score_latents(latents: csr_matrix, data: BinarySet, split: Split, config: Config) -> ByK:
     """Probes on the k latents that rank first, for each k."""
-    latents = read.latents[subject]
     ranked = rank_latents(latents[split.train], data.labels[split.train])
 
     def at(k: int) -> Scores:
@@ -155,18 +154,11 @@ def _named(prefix: str, scores: Scores) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in asdict(scores).items()}
 
 
-@dataclass(frozen=True, eq=False)
-class LastTokens:
-    """What was read at each prompt's last token, in the prompts' order."""
-
-    resid: Mapping[tuple[int, ...], np.ndarray]  # float32 [N, D], by layers
-    latents: Mapping[LoadedSae, csr_matrix]  # float32 [N, F]
-
-
 def read_prompts(
     context: Context, subjects: Sequence[LoadedSae], title: str, prompts: Sequence[str], length: int, batch_size: int
-) -> LastTokens:
-    """Run the model on prompts of similar length together, and put its activations back into their order."""
+) -> tuple[dict[tuple[int, ...], np.ndarray], dict[LoadedSae, csr_matrix]]:
+    """Residuals [N, D] by layers and latents [N, F] at each prompt's last token, in the prompts' order; the model runs
+    on those of similar length together."""
     rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
     dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
@@ -175,10 +167,9 @@ def read_prompts(
     with context.watch.stage(title, len(rows), "prompts") as advance:
         read = reader.read([Spot(rows[row], -1) for row in order], advance)
     back = np.argsort(order)
-    return LastTokens(
-        {subject.layers: read.x_of(subject.layers).cpu().numpy()[back] for subject in subjects},
-        {subject: stacked([to_sparse(acts) for acts in read.all_acts_of(subject)])[back] for subject in subjects},
-    )
+    resid = {subject.layers: read.x_of(subject.layers).cpu().numpy()[back] for subject in subjects}
+    latents = {subject: stacked([to_sparse(acts) for acts in read.all_acts_of(subject)])[back] for subject in subjects}
+    return resid, latents
 
 
 def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:

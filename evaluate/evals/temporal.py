@@ -28,7 +28,6 @@ from .measures.assignment import Assignment, groups_of
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
 """First and last lag of each scale, in tokens."""
 ALL = "all"
-CHOOSING = 16  # windows by which the latents of the transition matrix are chosen
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows collects about one SAE."""
-
     groups: Assignment
     frequent: Tensor  # the latents of the transition matrix
     consistency: dict[str, Consistency] = field(default_factory=dict)
@@ -85,7 +82,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Config) -> dict[LoadedSae, Tensor]:
-    count, title = min(config.windows, CHOOSING), "temporal: latents"
+    count, title = min(config.windows, 16), "temporal: latents"
     fired = sums_of_codes(context, subjects, title, count, config.batch_windows, lambda acts: (acts > 0).sum(0))
     return {
         subject: fired_F.topk(min(config.most_frequent, len(fired_F))).indices

@@ -73,8 +73,6 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows collects about one SAE."""
-
     tiers: Assignment
     by_few: Tensor  # [F], R^2 of each latent's row by few of the tier below; NaN if there is none below
     activity: Activity = field(init=False)

@@ -29,8 +29,6 @@ OPPOSITES = {
 
 @dataclass(frozen=True)
 class Task:
-    """Texts by class, to train probes on and to test them."""
-
     name: str
     train: Classes
     test: Classes
@@ -41,8 +39,6 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class BinarySet:
-    """Prompts, and 0 or 1 for each."""
-
     name: str
     prompts: Sequence[str]
     labels: np.ndarray  # int64
@@ -50,8 +46,6 @@ class BinarySet:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text with two labels."""
-
     text: Sequence[str]
     column1: Sequence[Hashable]
     column2: Sequence[Hashable]
@@ -97,11 +91,9 @@ def spurious(
     pos_pos, pos_neg = (table.rows(value1, pair2[0]) for value1 in pair1)
     neg_pos, neg_neg = (table.rows(value1, pair2[1]) for value1 in pair1)
     double = 2 * per_quadrant + 1  # the confounded groups take twice a quadrant, and SAEBench wants one text more
-    for found, wanted in ((pos_pos, double), (neg_neg, double), (pos_neg, per_quadrant), (neg_pos, per_quadrant)):
-        if len(found) < wanted:
-            raise DataMissing(
-                f"expected at least {wanted} texts of a quadrant, found {len(found)}: ask for smaller sets"
-            )
+    for one, wanted in ((pos_pos, double), (neg_neg, double), (pos_neg, per_quadrant), (neg_pos, per_quadrant)):
+        if len(one) < wanted:
+            raise DataMissing(f"expected at least {wanted} texts of a quadrant, found {len(one)}: ask for smaller sets")
     first = slice(0, per_quadrant)
     groups = {
         "male / female": pos_pos[first] + pos_neg[first],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...model.logistic_regression import fitted
-from .features import Draw, Features, draw_probe
+from .pooled_features import Draw, Features, draw_probe
 
 HELD_OUT = 5  # one row in so many judges the epochs of a validated probe
 

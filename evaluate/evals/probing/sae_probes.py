@@ -98,14 +98,11 @@ Penalty = Literal["l1", "l2"]
 STRENGTHS = np.logspace(5, -5, 10)
 MAX_ITERATIONS = 1000
 MOST_ROWS, MOST_TRAIN, LEAST_TEST = 5000, 1024, 100
-FEW_ROWS, FOLDS = 128, 6
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of a data set."""
-
     train: np.ndarray  # int64
     test: np.ndarray
 
@@ -173,8 +170,8 @@ def _mean_auc(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Pe
 
 def _folds(rows: np.ndarray, labels: np.ndarray, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Rows to fit on, and rows to judge by."""
-    if len(rows) < FEW_ROWS:
-        return StratifiedKFold(n_splits=FOLDS, shuffle=True, random_state=seed).split(rows, labels)
+    if len(rows) < 128:
+        return StratifiedKFold(n_splits=6, shuffle=True, random_state=seed).split(rows, labels)
     first = len(rows) - min(int(0.2 * len(rows)), 100)
     return [(np.arange(first), np.arange(first, len(rows)))]
 

@@ -47,7 +47,6 @@ NAMES = tuple(CLASSES)
 SPEECHES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 """The pair of languages from which each language is read."""
 LICENSE_CHARACTERS = 150  # of a source file: mostly its licence
-FILE_CHARACTERS = 128 * 3  # a shorter rest is left out
 
 
 COLUMNS = {BIOS: ("hard_text", "profession", "gender"), AMAZON: ("text", "category", "rating")}
@@ -159,7 +158,7 @@ def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, li
     for row in rows:
         if row["language"] not in found:
             continue
-        if len(row["code"]) > LICENSE_CHARACTERS + FILE_CHARACTERS:
+        if len(row["code"]) > LICENSE_CHARACTERS + 128 * 3:  # a shorter rest is left out
             found[row["language"]].append(row["code"][LICENSE_CHARACTERS:])
         if all(len(files) > count for files in found.values()):
             break

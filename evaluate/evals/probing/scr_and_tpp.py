@@ -11,23 +11,26 @@ SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone; one generat
 
 `corrected` repeats 2 to 4 without what is wrong there: probes are picked by held-out training rows, clean and
 ablated accuracies are of the same rows, and padding contributes nothing.
+
+N texts, P probes, D residual width, F latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ...context.usable_saes import official_config, split_fitting
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .ablation import Ablatable, Kind, Logits, effects, top_effects
 from .draw_classes import OPPOSITES, Task
-from .features import Draw, Features, Memo, draw_probe, seeded
 from .fit_probes import LinearProbe, Training, probe_every_class
-from .pooling import Pool, pool_task
+from .pooled_features import Draw, Features, Memo, Pool, draw_probe, pool_task, seeded
 from .source_and_settings import LEAST, Settings, Source, data_revision, filled, find_source, load_all, of_data, said_of
 
 BOTH_WAYS = OPPOSITES | {negative: name for name, negative in OPPOSITES.items()}
@@ -38,6 +41,72 @@ Accuracies = Mapping[str, float]
 Ablated = Mapping[str, Mapping[int, Accuracies]]
 """`Ablated[class][n][probe]` is the accuracy of a probe when the n strongest latents of a class are off."""
 NewGenerator = Callable[[], torch.Generator]
+Kind = Literal["absolute", "positive"]
+"""scr takes the size of an effect; tpp takes effects of latents that fire more on the class, with their sign."""
+
+
+@torch.no_grad()
+def effects(latents: Features, draw: Draw, probe: LinearProbe, W_dec: Tensor, kind: Kind) -> Tensor:
+    """float32 [F], from training texts: how much more a latent fires on the class, times how far its decoder row moves
+    the probe."""
+    difference_F = latents.mean(draw.rows[draw.labels == 1]) - latents.mean(draw.rows[draw.labels == 0])
+    direction_F = (probe.weight.cpu().float() @ W_dec.cpu().float().T).squeeze(0)
+    if kind == "absolute":
+        return (difference_F * direction_F).abs()
+    return difference_F.clamp(min=0) * direction_F
+
+
+def top_effects(effects_F: Tensor, count: int) -> np.ndarray:
+    """The latents with the largest effects; fewer if fewer have any."""
+    available = min(count, int((effects_F != 0).sum()), len(effects_F))
+    return torch.topk(effects_F, available).indices.numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """What every probe says about every test text."""
+
+    table: np.ndarray  # float64 [N, P]
+    probes: Sequence[str]
+    spans: Mapping[str, range]
+
+    def accuracy(self, probe: str, draw: Draw) -> float:
+        says_yes = self.table[draw.rows, self.probes.index(probe)] > 0
+        return float((says_yes == draw.labels).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Ablatable:
+    """Test texts whose latents can be switched off, and the probes that read them."""
+
+    resid: Features
+    latents: Features  # of the same texts
+    W_dec: Tensor  # [F, D]
+    probes: Mapping[str, LinearProbe]
+
+    def logits(self, off: np.ndarray | None = None) -> Logits:
+        """What the probes say when the latents `off` are switched off: x' = decode(acts without) + (x - decode(acts)).
+
+        The decoder is linear, so that is x minus what the chosen latents write; a probe is linear too, so its logit of
+        a text's mean falls by the text's mean activations times the probe's logits of the decoder rows. No text is
+        encoded twice and no ablated activation is ever made, whatever the number of latents, classes and probes.
+        """
+        table = self._untouched
+        if off is not None:
+            W_dec = self.W_dec[torch.from_numpy(off)].double().cpu().numpy()
+            table = table - self.latents.matrix[:, off] @ (W_dec @ self._weights)
+        return Logits(table, list(self.probes), self.resid.spans)
+
+    @cached_property
+    def _untouched(self) -> np.ndarray:
+        """float64 [N, P]: what the probes say about the texts as they are."""
+        biases = torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
+        return self.resid.matrix @ self._weights + biases
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """float64 [D, P]"""
+        return torch.cat([probe.weight for probe in self.probes.values()]).double().cpu().numpy().T
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ LEAST = {"train_set_size": 4, "test_set_size": 4, "context_length": 2}
 class Pairs:
     """What spurious-correlation removal confounds: pairs of values of column 1, and the two of column 2."""
 
-    column1: tuple[tuple[str, str], ...]
+    column1: tuple[dict[str, object], ...]
+    """What stands there, by name: two of each."""
     column2: tuple[object, object]
-    values: dict[str, object]
-    """What stands in column 1 for each name."""
 
 
 @dataclass(frozen=True)
@@ -41,61 +40,41 @@ class Source:
 
     name: Literal["hub", "stdlib"]
     probing: tuple[str, ...]
-    perturbed: tuple[str, ...]
-    """The data sets of scr and tpp."""
     pairs: dict[str, Pairs]
+    """Of the data sets of scr and tpp."""
     load_task: Callable[[str, int, int, int], Task]
     load_table: Callable[[str, bool], Table]
     train_size: int
     test_size: int
     context: int
     revision: Callable[[Sequence[str]], Revision | None]
-    """The revision of some data sets."""
 
     def of(self, settings: DataChoice) -> tuple[str, ...]:
         """The data sets that such settings mean if they name none."""
-        return self.perturbed if isinstance(settings, Settings) else self.probing
+        return tuple(self.pairs) if isinstance(settings, Settings) else self.probing
 
-
-_BIOS, _AMAZON = f"{saebench_texts.BIOS}_class_set1", saebench_texts.AMAZON
 
 HUB = Source(
     name="hub",
     probing=saebench_texts.NAMES,
-    perturbed=(_BIOS, _AMAZON),
     pairs={
-        _BIOS: Pairs(
-            (("professor", "nurse"), ("architect", "journalist"), ("surgeon", "psychologist"), ("attorney", "teacher")),
-            (0, 1),  # male, female
-            {
-                "architect": 1,
-                "attorney": 2,
-                "journalist": 11,
-                "nurse": 13,
-                "professor": 21,
-                "psychologist": 22,
-                "surgeon": 25,
-                "teacher": 26,
-            },
-        ),
-        _AMAZON: Pairs(
+        f"{saebench_texts.BIOS}_class_set1": Pairs(
             (
-                ("Books", "CDs_and_Vinyl"),
-                ("Software", "Electronics"),
-                ("Pet_Supplies", "Office_Products"),
-                ("Industrial_and_Scientific", "Toys_and_Games"),
+                {"professor": 21, "nurse": 13},
+                {"architect": 1, "journalist": 11},
+                {"surgeon": 25, "psychologist": 22},
+                {"attorney": 2, "teacher": 26},
+            ),
+            (0, 1),  # male, female
+        ),
+        saebench_texts.AMAZON: Pairs(
+            (
+                {"Books": 24, "CDs_and_Vinyl": 26},
+                {"Software": 30, "Electronics": 6},
+                {"Pet_Supplies": 18, "Office_Products": 11},
+                {"Industrial_and_Scientific": 3, "Toys_and_Games": 1},
             ),
             (1.0, 5.0),
-            {
-                "Books": 24,
-                "CDs_and_Vinyl": 26,
-                "Electronics": 6,
-                "Industrial_and_Scientific": 3,
-                "Office_Products": 11,
-                "Pet_Supplies": 18,
-                "Software": 30,
-                "Toys_and_Games": 1,
-            },
         ),
     },
     load_task=saebench_texts.load_task,
@@ -109,12 +88,9 @@ HUB = Source(
 STDLIB = Source(
     name="stdlib",
     probing=stdlib_texts.NAMES,
-    perturbed=(stdlib_texts.LIBRARY,),
     pairs={
         stdlib_texts.LIBRARY: Pairs(
-            (("asyncio", "email"), ("email", "xml")),
-            stdlib_texts.KINDS,
-            {name: name for name in stdlib_texts.LIBRARIES},
+            ({"asyncio": "asyncio", "email": "email"}, {"email": "email", "xml": "xml"}), stdlib_texts.KINDS
         )
     },
     load_task=stdlib_texts.load_task,
@@ -127,7 +103,6 @@ STDLIB = Source(
 
 
 def find_source(context: Context, wanted: DataName) -> Source:
-    """The data that a setting means."""
     return STDLIB if context.takes_library(wanted) else HUB
 
 
@@ -144,8 +119,6 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class DataSettings(DataChoice):
-    """Which texts, and how many."""
-
     train_set_size: int | None = None
     """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
     test_set_size: int | None = None

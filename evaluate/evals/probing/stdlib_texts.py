@@ -21,7 +21,7 @@ import ast
 import io
 import random
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -34,7 +34,6 @@ from .draw_classes import BinarySet, Classes, Table, Task, balanced, by_class
 
 LIBRARIES = ("asyncio", "email", "importlib", "unittest", "xml")
 SNIPPET_CHARACTERS = 140
-TEST_SHARE = 0.35
 
 Kind = Literal["code", "prose"]
 KINDS: tuple[Kind, Kind] = ("code", "prose")
@@ -55,7 +54,7 @@ def snippets() -> tuple[Snippet, ...]:
     for name, text in _documents():
         for kind, lines in split_lines(text).items():
             cut = list(cut_snippets(lines))
-            first_test = len(cut) - int(TEST_SHARE * len(cut))
+            first_test = len(cut) - int(0.35 * len(cut))
             for number, piece in enumerate(cut):
                 found.setdefault(piece, Snippet(name.split("/")[0], kind, piece, number >= first_test))
     return tuple(found.values())
@@ -69,9 +68,13 @@ def revision() -> str:
 
 def split_lines(text: str) -> dict[Kind, list[str]]:
     """The lines of a module by kind: prose without its quotation marks or hashes, nothing blank."""
-    prose = {
-        number for start, stop in (*_docstring_spans(text), *_comment_spans(text)) for number in range(start, stop)
-    }
+    prose = set[int]()
+    for node in ast.walk(ast.parse(text)):  # strings that stand alone as a statement
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):  # lines that are a comment and nothing else
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
+            prose.add(token.start[0])
     numbered = list(enumerate(text.splitlines(), 1))
     bare = [line.strip().strip("\"'#").strip() for number, line in numbered if number in prose]
     return {
@@ -94,27 +97,12 @@ def _documents() -> list[tuple[str, str]]:
     return [(name, text) for name, text in stdlib_documents() if name.split("/")[0] in LIBRARIES and ":" not in name]
 
 
-def _docstring_spans(text: str) -> Iterator[tuple[int, int]]:
-    """First line and the one after the last of every string that stands alone as a statement."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.lineno, (node.end_lineno or node.lineno) + 1
-
-
-def _comment_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Every line that is a comment and nothing else."""
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
-            yield token.start[0], token.start[0] + 1
-
-
 Groups = dict[str, list[str]]
 
 
 def first(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
-    pairs = list(
-        zip(_pieces(snippets, "code", count, rng, 60), _pieces(snippets, "prose", count, rng, 60), strict=True)
-    )
+    codes, proses = (_pieces(snippets, kind, count, rng, 60) for kind in KINDS)
+    pairs = list(zip(codes, proses, strict=True))
     return {
         "code_first": [f"{code}\n{prose}" for code, prose in pairs],
         "prose_first": [f"{prose}\n{code}" for code, prose in pairs],
@@ -136,11 +124,7 @@ def position(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Gro
     }
 
 
-TASKS: dict[str, Callable[[Sequence[Snippet], int, random.Random], Groups]] = {
-    "first": first,
-    "reordered": reordered,
-    "position": position,
-}
+TASKS = {"first": first, "reordered": reordered, "position": position}
 
 
 def _drawn(snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random) -> list[str]:

@@ -179,12 +179,12 @@ def test_prompts_are_read_at_their_last_token(context, builder):
     rows = token_rows(context.model, prompts, 8)
     ids = context.model.tokenizer.encode(prompts)
     assert rows == [[2, *ids[0]], [2, *ids[1]], [2, *ids[2][-7:]]]
-    found = read_prompts(context, [subject], "prompts", prompts, 8, batch_size=2)
+    residuals, latents = read_prompts(context, [subject], "prompts", prompts, 8, batch_size=2)
     for number, row in enumerate(rows):
         resid = context.model.resid(torch.tensor([row]), [builder.LAYER])[builder.LAYER][0, -1].float()
-        np.testing.assert_allclose(found.resid[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
-        acts = subject.sae.encode(torch.from_numpy(found.resid[subject.layers][number]))
-        np.testing.assert_allclose(found.latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
+        np.testing.assert_allclose(residuals[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
+        acts = subject.sae.encode(torch.from_numpy(residuals[subject.layers][number]))
+        np.testing.assert_allclose(latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("needs", "rows"), [((), [3]), (("position",), [2, 1])])

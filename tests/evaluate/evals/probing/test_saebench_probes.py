@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from saemill.evaluate.evals.probing.features import Features, seeded
 from saemill.evaluate.evals.probing.fit_probes import (
     FULL_WIDTH,
     Training,
@@ -15,6 +14,9 @@ from saemill.evaluate.evals.probing.fit_probes import (
     train_on,
     train_probe,
 )
+from saemill.evaluate.evals.probing.pooled_features import Features, seeded
+
+from .conftest import features_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,7 +35,7 @@ def classes_of(seed: int, shift: float, rows: int = 60, width: int = 8) -> Featu
     found = {name: torch.randn(rows, width, generator=generator) for name in "abc"}
     for column, x in enumerate(found.values()):
         x[:, column] += shift
-    return Features.of(found)
+    return features_of(found)
 
 
 def test_classes_far_apart_are_told_apart():
