@@ -87,35 +87,6 @@ def train_probe(
     return _copied(best), best_accuracy
 
 
-def train_on(
-    train: Features,
-    test: Features,
-    name: str,
-    training: Training,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    opposite: str | None = None,
-    validated: bool = False,
-) -> tuple[LinearProbe, float]:
-    """The probe of a class and its test accuracy: rows are drawn, then the test rows judge every epoch.
-
-    So does SAEBench. Validated, a part of the training rows judges the epochs, and test rows are seen once.
-    """
-    train_draw = draw_probe(train.spans, name, generator, opposite)
-    test_draw = draw_probe(test.spans, name, generator, opposite)
-    x_BF, labels_B = rows_of(train, train_draw, device)
-    if not validated:
-        return train_probe((x_BF, labels_B), rows_of(test, test_draw, device), training, generator)
-    held_out = len(train_draw.rows) // HELD_OUT
-    judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
-    probe, _ = train_probe(rest, judge, training, generator)
-    return probe, probe.accuracy(*rows_of(test, test_draw, device))
-
-
-def rows_of(features: Features, draw: Draw, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    return features.dense(draw).to(device), torch.from_numpy(draw.labels).to(device)
-
-
 def probe_every_class(
     train: Features,
     test: Features,
@@ -125,12 +96,26 @@ def probe_every_class(
     opposites: Mapping[str, str] | None = None,
     validated: bool = False,
 ) -> tuple[dict[str, LinearProbe], dict[str, float]]:
-    """Probes and test accuracies of all classes, in their order."""
-    trained = {
-        name: train_on(train, test, name, training, generator, device, (opposites or {}).get(name), validated)
-        for name in train.spans
-    }
-    return {name: probe for name, (probe, _) in trained.items()}, {name: value for name, (_, value) in trained.items()}
+    """Probes and test accuracies of all classes, in their order: rows are drawn, then the test rows judge every epoch.
+
+    So does SAEBench. Validated, a part of the training rows judges the epochs, and test rows are seen once.
+    """
+
+    def rows_of(features: Features, name: str) -> tuple[Tensor, Tensor]:
+        draw = draw_probe(features.spans, name, generator, (opposites or {}).get(name))
+        return features.dense(draw).to(device), torch.from_numpy(draw.labels).to(device)
+
+    probes, accuracies = dict[str, LinearProbe](), dict[str, float]()
+    for name in train.spans:
+        (x_BF, labels_B), tested = rows_of(train, name), rows_of(test, name)
+        if validated:
+            held_out = len(x_BF) // HELD_OUT
+            judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
+            probes[name], _ = train_probe(rest, judge, training, generator)
+            accuracies[name] = probes[name].accuracy(*tested)
+        else:
+            probes[name], accuracies[name] = train_probe((x_BF, labels_B), tested, training, generator)
+    return probes, accuracies
 
 
 def _loss(probe: LinearProbe, x_BF: Tensor, labels_B: Tensor, l1_penalty: float) -> Tensor:
