@@ -94,11 +94,11 @@ def measure_letters(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> list[LetterResult]:
     """One result for each letter with words that the probe found."""
-    latents = letter_latents(task, subject, letters, sparse, generator)
+    latents, right = letter_latents(task, subject, letters, sparse, generator), task.probes[subject.layer].found
     return [
         _measure(task, subject, letter, latents[letter], found)
         for letter in letters
-        if len(found := task.found_words(subject.layer, letter))
+        if len(found := (right & (task.test.labels == letter)).nonzero().view(-1))
     ]
 
 

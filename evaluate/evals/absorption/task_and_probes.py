@@ -270,10 +270,6 @@ class Task:
     again: dict[int, Reading]
     """By layer, the test words that its probe found, read in new prompts; none if it found none."""
 
-    def found_words(self, layer: int, number: int) -> Tensor:
-        """Which test words of a class the layer's probe found."""
-        return (self.probes[layer].found & (self.test.labels == number)).nonzero().view(-1)
-
 
 def make_task(
     reader: Reader,

@@ -46,11 +46,6 @@ class Firings:
     position: np.ndarray  # uint16 [E]
     value: np.ndarray  # float32 [E]
 
-    @staticmethod
-    def none() -> Firings:
-        kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.uint16, np.float32)
-        return Firings(*(np.empty(0, kind) for kind in kinds))
-
     def take(self, chosen: np.ndarray) -> Firings:
         starts = np.cumsum(self.count) - self.count
         return self.part(chosen, ranges(starts[chosen], self.count[chosen]))
@@ -58,10 +53,6 @@ class Firings:
     def part(self, rows: slice | np.ndarray, entries: slice | np.ndarray) -> Firings:
         of_rows = [array[rows] for array in (self.latent, self.window, self.at, self.peak, self.count)]
         return Firings(*of_rows, *(array[entries] for array in (self.position, self.value)))
-
-    @staticmethod
-    def joined(parts: list[Firings]) -> Firings:
-        return Firings(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Firings)))
 
     @property
     def priority(self) -> np.ndarray:
@@ -75,7 +66,8 @@ class Keeper:
     def __init__(self, width: int, config: Config) -> None:
         self._config = config
         self._width = width
-        self._hold(Firings.none(), np.zeros(0, np.uint8))
+        kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.uint16, np.float32)
+        self._hold(Firings(*(np.empty(0, kind) for kind in kinds)), np.zeros(0, np.uint8))
 
     def add(self, firings: Firings) -> None:
         latent, peak = firings.latent, firings.peak
@@ -116,7 +108,8 @@ class Keeper:
 
     @property
     def _everything(self) -> Firings:
-        return Firings.joined([self._kept, *self._waiting])
+        parts = [self._kept, *self._waiting]
+        return Firings(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Firings)))
 
     def _hold(self, kept: Firings, reasons: np.ndarray) -> None:
         """Hold only these, and the bounds beyond which others are kept too."""

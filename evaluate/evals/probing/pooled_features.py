@@ -104,19 +104,18 @@ def spans_of(classes: Mapping[str, Sized]) -> dict[str, range]:
 def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None) -> Draw:
     """The class `name` against as many rows drawn from the other classes, or from `opposite` alone."""
     positive = torch.tensor(spans[name])
-    negative = torch.tensor(spans[opposite]) if opposite else _of_each_other(spans, name, generator)
+    if opposite:
+        negative = torch.tensor(spans[opposite])
+    else:  # as many of each other class
+        others = [torch.tensor(span) for other, span in spans.items() if other != name]
+        share = math.ceil(len(positive) / len(others))
+        negative = torch.cat([rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in others])
     negative = negative[torch.randperm(len(negative), generator=generator)[: len(positive)]]
     assert len(negative) == len(positive), "as many negatives as positives"
     rows = torch.cat([positive, negative])
     labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).int()
     order = torch.randperm(len(rows), generator=generator)
     return Draw(rows[order].numpy(), labels[order].numpy())
-
-
-def _of_each_other(spans: Mapping[str, range], name: str, generator: torch.Generator) -> Tensor:
-    others = [torch.tensor(span) for other, span in spans.items() if other != name]
-    share = math.ceil(len(spans[name]) / len(others))
-    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in others])
 
 
 @dataclass(frozen=True, eq=False)

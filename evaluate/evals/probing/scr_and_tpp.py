@@ -121,9 +121,9 @@ class Setup:
     seed: int
 
     @property
-    def opposites(self) -> Mapping[str, str] | None:
+    def opposites(self) -> Mapping[str, str]:
         """Where negatives come from, if not from all other classes."""
-        return BOTH_WAYS if self.kind == "absolute" else None
+        return BOTH_WAYS if self.kind == "absolute" else {}
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def probe_model(
 
 def switch_off(latents: Features, tests: Ablatable, setup: Setup, new_generator: NewGenerator) -> Ablated:
     """Accuracies of all probes with each class's strongest latents off."""
-    generator, opposites = new_generator(), setup.opposites or {}
-    draws = {name: draw_probe(latents.spans, name, generator, opposites.get(name)) for name in setup.classes}
+    generator = new_generator()
+    draws = {name: draw_probe(latents.spans, name, generator, setup.opposites.get(name)) for name in setup.classes}
     found = {name: effects(latents, draws[name], tests.probes[name], tests.W_dec, setup.kind) for name in draws}
     return {
         name: {n: accuracies(tests.logits(top_effects(of, n)), setup, new_generator()) for n in setup.n_values}
@@ -196,10 +196,10 @@ def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict
     """Each class's probe on its own data; for scr also on the others'."""
 
     def draw(data: str) -> Draw:
-        return draw_probe(logits.spans, data, generator, (setup.opposites or {}).get(data))
+        return draw_probe(logits.spans, data, generator, setup.opposites.get(data))
 
     found = {name: logits.accuracy(name, draw(name)) for name in setup.classes}
-    if setup.opposites is None:
+    if not setup.opposites:
         return found
     for data in setup.classes:
         rows = draw(data)

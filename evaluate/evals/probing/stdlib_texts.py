@@ -110,7 +110,7 @@ def first(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups
 
 
 def reordered(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
-    written = [" ".join(text.split()) for text in _drawn(snippets, "prose", count, rng)]
+    written = [" ".join(text.split()) for text in _pieces(snippets, "prose", count, rng)]
     return {"as_written": written, "shuffled": [_shuffled(text, rng) for text in written]}
 
 
@@ -127,13 +127,12 @@ def position(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Gro
 TASKS = {"first": first, "reordered": reordered, "position": position}
 
 
-def _drawn(snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random) -> list[str]:
-    return rng.sample([snippet.text for snippet in snippets if snippet.kind == kind], count)
-
-
-def _pieces(snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random, characters: int) -> list[str]:
-    """The beginnings of drawn snippets: short enough that no class is cut at the end more than another."""
-    return [text[:characters] for text in _drawn(snippets, kind, count, rng)]
+def _pieces(
+    snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random, characters: int | None = None
+) -> list[str]:
+    """Drawn snippets, or beginnings of them: short enough that no class is cut at the end more than another."""
+    texts = [snippet.text for snippet in snippets if snippet.kind == kind]
+    return [text[:characters] for text in rng.sample(texts, count)]
 
 
 def _shuffled(text: str, rng: random.Random) -> str:

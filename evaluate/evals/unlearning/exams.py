@@ -52,13 +52,8 @@ class Sheet:
         inside = (self.rows >= start) & (self.rows < stop)
         return Sheet(self.tokens[start:stop], self.rows[inside] - start, self.positions[inside], self.answers[inside])
 
-    def asked(self, hidden: Tensor) -> Tensor:
-        """The hidden states [N, D] of [W, T, D] at the questions."""
-        return hidden[self.rows, self.positions]
-
     def to(self, device: torch.device | str) -> Sheet:
-        parts = (self.tokens, self.rows, self.positions, self.answers)
-        return Sheet(*(part.to(device) for part in parts))
+        return Sheet(*(part.to(device) for part in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)

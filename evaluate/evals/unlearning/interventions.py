@@ -210,7 +210,7 @@ def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor
 
 def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:
     """bool [N]: the model's choice at each question is the right one."""
-    asked = sheet.asked(hidden_WTD).split(CHUNK)
+    asked = hidden_WTD[sheet.rows, sheet.positions].split(CHUNK)
     chosen = torch.cat([choose(model.head(rows)) for rows in asked])
     return chosen == sheet.answers
 

@@ -167,11 +167,8 @@ def load_wmdp(
     model = load_instructed(context, model_name)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     long_enough = [text for text in retain_texts if len(text) > MIN_CHARACTERS]
-    rows = [
-        joined_rows(texts, model.tokenizer, eos_text(model), model.bos, model.pad, length)
-        for texts in (sampled_texts(forget_texts, size, draw), long_enough)
-    ]
-    forget_rows, retain_rows = (shuffled_rows(each, size, generator) for each in rows)
+    both = sampled_texts(forget_texts, size, draw), long_enough
+    forget_rows, retain_rows = (_rows(model, texts, length, generator)[:size] for texts in both)
     papers = [ChoicePaper(name, asked, model, batch) for name, asked in questions.items()]
     forget = [paper for paper in papers if paper.name == FORGET_EXAM]
     beside = [paper for paper in papers if paper.name == BESIDE]

@@ -79,8 +79,8 @@ def test_at_a_token_of_a_prompt(context, subject, stored):
 
 def test_at_the_last_token_of_a_prompt(context, subject, stored):
     tokens, acts = stored
-    found = read_prompts(context, [subject], "t", written(tokens), tokens.shape[1], batch_size=4)
-    close(found.latents[subject].toarray(), acts[:, -1])
+    _, latents = read_prompts(context, [subject], "t", written(tokens), tokens.shape[1], batch_size=4)
+    close(latents[subject].toarray(), acts[:, -1])
 
 
 def test_averaged_over_a_text(context, subject, stored):
