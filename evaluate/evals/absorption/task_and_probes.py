@@ -160,15 +160,14 @@ class WordClasses:
 
 def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> list[str]:
     """The text of every alphabetic token, in the order given; `to_text` is the tokenizer's decoder of one token."""
-    words = (word_of(token, to_text) for token in tokens)
-    return [word for word in words if (letters := word.removeprefix(" ")).isascii() and letters.isalpha()]
-
-
-def word_of(token: str, to_text: Callable[[str], str]) -> str:
-    """A token as it reads, with its leading space: some decoders drop that of a first token."""
-    text = to_text(token)
-    has_space = token.startswith("\N{LOWER ONE EIGHTH BLOCK}")  # as SentencePiece writes it
-    return f" {text}" if has_space and not text.startswith(" ") else text
+    words = []
+    for token in tokens:
+        text = to_text(token)
+        if token.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):  # SentencePiece's space
+            text = f" {text}"  # some decoders drop that of a first token
+        if (letters := text.removeprefix(" ")).isascii() and letters.isalpha():
+            words.append(text)
+    return words
 
 
 def first_letter(word: str) -> str:
