@@ -29,7 +29,6 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Evaluation[Any]:
-    """The evaluation of this name."""
     require_known(name, names(), "evaluation", UnknownEval)
     from .evaluation_contract import Evaluation  # late: names alone must not wait for torch
 

@@ -28,7 +28,6 @@ from ..model.batches import Windows
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, Traced, attention_divergence, choose_pairs, explain, trace_pairs
 
-ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"
 TOP_LAYER = "attention fidelity is about the layer above the SAE's, and the model has none above it"
 
 
@@ -45,8 +44,6 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows collects about one SAE."""
-
     explained: Explained
     divergence: dict[str, float] = field(default_factory=dict)  # sums over rows, by what replaced the residual
     agreement: dict[str, float] = field(default_factory=dict)
@@ -112,7 +109,7 @@ def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[Loa
     never = {}
     for subject in subjects:
         if not subject.is_single_layer:
-            never[subject] = ONE_LAYER
+            never[subject] = "attention fidelity is about SAEs that read and write one layer"
         elif depth is not None and subject.layer + 1 >= depth:
             never[subject] = TOP_LAYER
         elif subject.layer + 1 not in stored:

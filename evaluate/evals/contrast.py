@@ -3,7 +3,7 @@
 CE-Bench's kind of interpretability: no language model explains a latent or guesses at its firing, and no probe is
 trained.
 1. A contrast is two classes of a data set: texts of two libraries, of two professions, code and prose.
-2. A text has one value for each latent, the mean over its tokens (`probing/pooling.py`).
+2. A text has one value for each latent, the mean over its tokens (`probing/pooled_features.py`).
 3. The effect of a latent at a contrast is 2 AUC - 1 over the texts of both sides: 1 if every text of the first has more
    of the latent than every one of the second, 0 if it makes no difference. Ranks have no scale, so SAEs are comparable.
 4. Training texts choose each latent's own contrast and its direction; test texts give the number. A latent that
@@ -25,12 +25,18 @@ from scipy.sparse import csc_matrix
 from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import data_revision, find_source, load_all, said_of
-from .probing.features import Features
-from .probing.pooling import pool_task
-from .probing.settings import LEAST, DataSettings, filled, of_data
+from .probing.pooled_features import Features, pool_task
+from .probing.source_and_settings import (
+    LEAST,
+    DataSettings,
+    data_revision,
+    filled,
+    find_source,
+    load_all,
+    of_data,
+    said_of,
+)
 
-MOST_TEXTS = 400  # of one contrast, by default: the hub's data have thousands
 AT_ONCE = 1024  # features, at most what 16 bits can number
 NO_LATENTS = "no latent is in as many training texts as one must be to be measured (contrast.least_texts)"
 NO_OTHERS = "every two contrasts share a class: independence is not known"
@@ -60,7 +66,7 @@ class Effects:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     source = find_source(context, config.data)
-    config = filled(config, source, source.probing, MOST_TEXTS)
+    config = filled(config, source, most=400)  # the hub's data have thousands
     assert config.context_length is not None
     length, sizes, seed = config.context_length, config.sizes, config.random_seed
     subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)
@@ -126,7 +132,6 @@ def _effects(matrix: csc_matrix, sizes: Sequence[int]) -> np.ndarray:
 
 
 def joined(parts: Sequence[Effects]) -> Effects:
-    """The contrasts of all data sets."""
     return Effects(
         tuple(contrast for part in parts for contrast in part.contrasts),
         np.concatenate([part.train for part in parts]),
@@ -151,9 +156,8 @@ def make_result(
         for row, ((name, one, other), latent) in enumerate(zip(latents.contrasts, best, strict=True))
     ]
     remark = None if "independence" in own else NO_OTHERS if own["measured_share"] else NO_LATENTS
-    return Result(
-        subject, settings, {"contrast": own, "residual": residual}, details=details, missing=missing, remark=remark
-    )
+    metrics = {"contrast": own, "residual": residual}
+    return Result(subject, settings, metrics, details=details, missing=missing, remark=remark)
 
 
 def summarise(found: Effects, config: Config) -> dict[str, float]:

@@ -24,9 +24,6 @@ from ...train.run.find_and_load_sae import list_saes, read_folder
 from .core.saebench_keys import max_cosine
 from .evaluation_contract import Context, Evaluation, LoadedSae, Needs, Result
 
-ALONE = "an SAE of one latent has no pair of latents to compare"
-ONE_SEED = "its run has no SAE that differs by its seed alone"
-
 
 @dataclass(frozen=True)
 class Config:
@@ -43,10 +40,12 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         rows_FD = subject.sae.W_dec.detach().float()
         metrics = {"decoder_cosine": within(rows_FD, config)} if len(rows_FD) > 1 else {}
         others, remarks = other_seeds(subject)
+        if len(rows_FD) < 2:
+            remarks.append("an SAE of one latent has no pair of latents to compare")
         if others:
             metrics["across_seeds"] = across(rows_FD, others, config)
-        remarks += [] if len(rows_FD) > 1 else [ALONE]
-        remarks += [] if others else [ONE_SEED]
+        else:
+            remarks.append("its run has no SAE that differs by its seed alone")
         yield Result(subject, to_json(config), metrics, remark="; ".join(remarks) or None, measured_on="weights alone")
 
 

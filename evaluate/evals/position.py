@@ -70,9 +70,7 @@ class Sample:
     positions: list[Tensor] = field(default_factory=list)  # [w, P] of each batch
     kept: list[Tensor] = field(default_factory=list)  # bool [w, P], neither special nor massive
     documents: list[Tensor] = field(default_factory=list)  # [w, P]
-    rows: dict[LoadedSae | tuple[int, ...], list[Tensor]] = field(
-        default_factory=dict
-    )  # codes, and residuals by layers
+    rows: dict[LoadedSae | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes; residuals by layers
 
     def begin(self, batch: Windows, rows_WT: Tensor, layers: Iterable[tuple[int, ...]]) -> None:
         """Draw from the rows of the next batch that count."""
@@ -209,11 +207,7 @@ def order_probes(
     bucket = equal_shares(context, config.ranges).to(positions_WP.device)[positions_WP]
     tasks = {
         "range": (rows_WPF, bucket, train, test),
-        "first": (
-            *came_first(rows_WPF, positions_WP),
-            in_pairs(train, documents_WP),
-            in_pairs(test, documents_WP),
-        ),
+        "first": (*came_first(rows_WPF, positions_WP), in_pairs(train, documents_WP), in_pairs(test, documents_WP)),
     }
     found: dict[str, float] = {}
     for name, (rows, labels, seen, unseen) in tasks.items():

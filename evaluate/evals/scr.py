@@ -8,46 +8,29 @@ what `corrected` leaves out of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-from .evaluation_contract import Context, LoadedSae, Result
-from .probing.choose_source import Source, load_all, said_of
-from .probing.draw_classes import OPPOSITES, Task, spurious
-from .probing.scr_and_tpp import Outcome, evaluation_of, perturb_all
-from .probing.scr_and_tpp_formulas import mean_scores, scr_scores
-from .probing.settings import Settings, config_of_round
-
-
-def free_probes(
-    context: Context, subjects: Sequence[LoadedSae], source: Source, settings: Settings
-) -> Iterator[Result]:
-    """Every pair of concepts, for every SAE."""
-    tasks, missing = load_all(settings.dataset_names, lambda name: load_pairs(source, name, settings))
-    used = [name for name in settings.dataset_names if any(task.name.startswith(f"{name}_scr_") for task in tasks)]
-    pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
-    config_json = config_of_round(settings, context, source, "absolute", used, pairs)
-    text = said_of(source, tasks)
-    for subject, outcomes in perturb_all(context, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
-        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=text)
+from ..errors import DataMissing
+from .evaluation_contract import LoadedSae, Result
+from .probing.draw_classes import Task, spurious
+from .probing.scr_and_tpp import Outcome, evaluation_of, mean_scores, scr_scores
+from .probing.source_and_settings import Settings, Source
 
 
 def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:
     """One task for each pair of concepts."""
-    pairs = source.pairs_of(name)
-    tables = [
-        (source.load_table(name, is_test), size) for is_test, size in zip((False, True), settings.sizes, strict=True)
-    ]
+    if name not in source.pairs:
+        raise DataMissing(f"{name} has no two labels to confound: choose from {', '.join(source.pairs)}")
+    pairs = source.pairs[name]
+    parts = [(source.load_table(name, part == 1), size // 4) for part, size in enumerate(settings.sizes)]
 
-    def task(positive: str, negative: str) -> Task:
-        concepts = pairs.values[positive], pairs.values[negative]
-        train, test = (
-            spurious(table, concepts, pairs.column2, size // 4, settings.random_seed) for table, size in tables
-        )
-        return Task(f"{name}_scr_{positive}_{negative}", train, test)
+    def task(pair: Mapping[str, object]) -> Task:
+        one, other = pair.values()
+        drawn = (spurious(table, (one, other), pairs.column2, count, settings.random_seed) for table, count in parts)
+        return Task(f"{name}_scr_{'_'.join(pair)}", *drawn)
 
-    return [task(*pair) for pair in pairs.column1]
+    return [task(pair) for pair in pairs.column1]
 
 
 def make_result(
@@ -66,4 +49,6 @@ def make_result(
     )
 
 
-EVALUATION = evaluation_of(free_probes, ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50"))
+EVALUATION = evaluation_of(
+    "absolute", load_pairs, make_result, ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50")
+)

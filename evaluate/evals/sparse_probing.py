@@ -20,14 +20,11 @@ import torch
 
 from ..context.usable_saes import official_config, require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing.choose_source import DataChoice, Source, data_revision, find_source, load_all, said_of
 from .probing.draw_classes import Task
-from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
-from .probing.pooling import Pool, pool_task
-from .probing.settings import of_data
+from .probing.pooled_features import Features, Memo, Pool, draw_probe, pool_task, seeded
+from .probing.source_and_settings import DataChoice, Source, data_revision, find_source, load_all, of_data, said_of
 
-ALL_K = (1, 2, 5, 10, 20, 50, 100)
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class
 
 
@@ -39,21 +36,22 @@ class Config(DataChoice):
     """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
-    k_values: tuple[int, ...] = ALL_K
+    k_values: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """SAEBench's default is 1, 2, 5; every further k changes all draws after it."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     source = find_source(context, config.data)
     config = filled(config, source)
-    assert config.context_length is not None
-    length = config.context_length
+    train_size, test_size, length = config.probe_train_set_size, config.probe_test_set_size, config.context_length
+    assert train_size is not None and test_size is not None and length is not None
+    seed = config.random_seed
     subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)
     yield from failures
     if not subjects:
         return
-    tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
-    generators = {subject: seeded(config.random_seed) for subject in subjects}
+    tasks, missing = load_all(config.dataset_names, lambda name: [source.load_task(name, train_size, test_size, seed)])
+    generators = {subject: seeded(seed) for subject in subjects}
     found: dict[LoadedSae, dict[str, Accuracies]] = {subject: {} for subject in subjects}  # by data set
     for task in tasks:
         pool = pool_task(context, subjects, task, length, config.llm_batch_size)
@@ -73,7 +71,6 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def filled(config: Config, source: Source) -> Config:
-    """The settings, completed with what the data decide."""
     return replace(
         config,
         data=source.name,
@@ -115,7 +112,11 @@ def probe_features(
     _, full = probe_every_class(train, test, FULL_WIDTH, generator, device)
     found = {f"{name}_test_accuracy": full}
     for k in k_values:
-        found[f"{name}_top_{k}_test_accuracy"] = sparse_accuracies(train, test, k, generator)
+        accuracies = found[f"{name}_top_{k}_test_accuracy"] = {}
+        for label in train.spans:
+            train_draw = draw_probe(train.spans, label, generator)
+            test_draw = draw_probe(test.spans, label, generator)
+            accuracies[label] = sparse_accuracy(train, train_draw, test, test_draw, k)
     return found
 
 
@@ -126,16 +127,6 @@ def probe_validated(
     train, test = features
     _, accuracies = probe_every_class(train, test, FULL_WIDTH, generator, device, validated=True)
     return {f"{name}_validated_test_accuracy": accuracies}
-
-
-def sparse_accuracies(train: Features, test: Features, k: int, generator: torch.Generator) -> dict[str, float]:
-    """The accuracy of each class's probe."""
-
-    def one(name: str) -> float:
-        train_draw = draw_probe(train.spans, name, generator)
-        return sparse_accuracy(train, train_draw, test, draw_probe(test.spans, name, generator), k)
-
-    return {name: one(name) for name in train.spans}
 
 
 def make_result(
@@ -155,11 +146,6 @@ def make_result(
         extra={"validated": {key.replace("_validated", ""): value for key, value in validated.items()}},
         missing=missing,
     )
-
-
-def _load(source: Source, name: str, config: Config) -> Task:
-    assert config.probe_train_set_size is not None and config.probe_test_set_size is not None
-    return source.load_task(name, config.probe_train_set_size, config.probe_test_set_size, config.random_seed)
 
 
 def _mean(values: Mapping[str, float]) -> float:

@@ -2,7 +2,7 @@
 
 The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on 113 binary data sets:
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
-2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`sae_probes_regression`).
+2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`probing/sae_probes.py`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
 Every draw has its own seed, so that neither SAEs nor values of k affect one another. A prompt
 that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.
@@ -25,12 +25,11 @@ from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, official_config, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .probing import sae_probes_data, stdlib_tasks
-from .probing.choose_source import DataChoice, Source, find_source, load_all
-from .probing.sae_probes_data import BinarySet
-from .probing.sae_probes_regression import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
-from .probing.scr_and_tpp_formulas import mean_scores
-from .probing.settings import of_data
+from .probing import sae_probes, stdlib_texts
+from .probing.draw_classes import BinarySet
+from .probing.sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
+from .probing.scr_and_tpp import mean_scores
+from .probing.source_and_settings import DataChoice, Source, find_source, load_all, of_data
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]
@@ -61,47 +60,44 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for data in sets:
         split = split_rows(data.labels, config.random_seed)
         prompts = data.prompts[:MOST_ROWS]
-        read = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
+        resid, latents = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
         if config.include_llm_baseline:
-            for layers, resid in read.resid.items():
-                baselines[layers][data.name] = _scores(resid, data, split, "l2", config.random_seed)
+            for layers, rows in resid.items():
+                baselines[layers][data.name] = _scores(rows, data, split, "l2", config.random_seed)
         with context.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
-                found[subject][data.name] = score_latents(read, subject, data, split, config)
+                found[subject][data.name] = score_latents(latents[subject], data, split, config)
                 advance(1)
     names = tuple(data.name for data in sets)
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
     data = of_data(source, data_revision(context, config))
     settings = official_config(context, replace(config, dataset_names=names), **fixed, **data)
+    used, kind = (
+        sum(min(len(data.prompts), MOST_ROWS) for data in sets),
+        "stdlib" if source.name == "stdlib" else "sae-probes",
+    )
+    text = f"{kind} prompts, {used:,} of two classes in {counted(len(sets), 'task')}"
     for subject in subjects:
         result = make_result(subject, settings, found[subject], baselines[subject.layers], missing)
-        yield replace(result, measured_on=said_of_sets(source, sets))
+        yield replace(result, measured_on=text)
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
     """The revision of this Python's text, or the version of the package that contains the prompts."""
     source = find_source(context, config.data)
-    return source.revision(()) if source.name == "stdlib" else sae_probes_data.revision()
+    return source.revision(()) if source.name == "stdlib" else sae_probes.revision()
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
     """The requested data sets, and why the rest is missing."""
     if source.name == "stdlib":
-        names = config.dataset_names or stdlib_tasks.BINARY_NAMES
-        return load_all(names, lambda name: [stdlib_tasks.load_binary(name, config.random_seed)])
-    return load_all(config.dataset_names or sae_probes_data.names(), lambda name: [sae_probes_data.load(name)])
+        names = config.dataset_names or stdlib_texts.BINARY_NAMES
+        return load_all(names, lambda name: [stdlib_texts.load_binary(name, config.random_seed)])
+    return load_all(config.dataset_names or sae_probes.names(), lambda name: [sae_probes.load(name)])
 
 
-def said_of_sets(source: Source, sets: Sequence[BinarySet]) -> str:
-    """How many prompts were used, in words."""
-    prompts = sum(min(len(data.prompts), MOST_ROWS) for data in sets)
-    name = source.name if source.name == "stdlib" else "sae-probes"
-    return f"{name} prompts, {prompts:,} of two classes in {counted(len(sets), 'task')}"
-
-
-def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:
+def score_latents(latents: csr_matrix, data: BinarySet, split: Split, config: Config) -> ByK:
     """Probes on the k latents that rank first, for each k."""
-    latents = read.latents[subject]
     ranked = rank_latents(latents[split.train], data.labels[split.train])
 
     def at(k: int) -> Scores:
@@ -120,7 +116,10 @@ def make_result(
     missing: str | None,
 ) -> Result:
     """Means over data sets."""
-    by_set = {name: _flat(by_k) for name, by_k in found.items()}
+    by_set = {
+        name: {key: value for k, scores in by_k.items() for key, value in _named(f"sae_top_{k}", scores).items()}
+        for name, by_k in found.items()
+    }
     baselines = {name: _named("llm", scores) for name, scores in of_model.items()}
     means = mean_scores(by_set)
     ks = next(iter(found.values()))
@@ -151,26 +150,15 @@ def _scores(rows: np.ndarray, data: BinarySet, split: Split, penalty: Penalty, s
     return tuned_scores(rows[train], data.labels[train], rows[test], data.labels[test], penalty, seed)
 
 
-def _flat(by_k: ByK) -> dict[str, float]:
-    return {key: value for k, scores in by_k.items() for key, value in _named(f"sae_top_{k}", scores).items()}
-
-
 def _named(prefix: str, scores: Scores) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in asdict(scores).items()}
 
 
-@dataclass(frozen=True, eq=False)
-class LastTokens:
-    """What was read at each prompt's last token, in the prompts' order."""
-
-    resid: Mapping[tuple[int, ...], np.ndarray]  # float32 [N, D], by layers
-    latents: Mapping[LoadedSae, csr_matrix]  # float32 [N, F]
-
-
 def read_prompts(
     context: Context, subjects: Sequence[LoadedSae], title: str, prompts: Sequence[str], length: int, batch_size: int
-) -> LastTokens:
-    """Run the model on prompts of similar length together, and put its activations back into their order."""
+) -> tuple[dict[tuple[int, ...], np.ndarray], dict[LoadedSae, csr_matrix]]:
+    """Residuals [N, D] by layers and latents [N, F] at each prompt's last token, in the prompts' order; the model runs
+    on those of similar length together."""
     rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
     dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
@@ -179,10 +167,9 @@ def read_prompts(
     with context.watch.stage(title, len(rows), "prompts") as advance:
         read = reader.read([Spot(rows[row], -1) for row in order], advance)
     back = np.argsort(order)
-    return LastTokens(
-        {subject.layers: read.x_of(subject.layers).cpu().numpy()[back] for subject in subjects},
-        {subject: stacked([to_sparse(acts) for acts in read.all_acts_of(subject)])[back] for subject in subjects},
-    )
+    resid = {subject.layers: read.x_of(subject.layers).cpu().numpy()[back] for subject in subjects}
+    latents = {subject: stacked([to_sparse(acts) for acts in read.all_acts_of(subject)])[back] for subject in subjects}
+    return resid, latents
 
 
 def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:

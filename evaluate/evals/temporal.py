@@ -28,7 +28,6 @@ from .measures.assignment import Assignment, groups_of
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
 """First and last lag of each scale, in tokens."""
 ALL = "all"
-CHOOSING = 16  # windows by which the latents of the transition matrix are chosen
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows collects about one SAE."""
-
     groups: Assignment
     frequent: Tensor  # the latents of the transition matrix
     consistency: dict[str, Consistency] = field(default_factory=dict)
@@ -61,15 +58,12 @@ class Seen:
     def take(self, acts_WTF: Tensor, batch: Windows, rows_WT: Tensor) -> None:
         assert batch.documents is not None, "windows of a store have documents"
         segment = segments(rows_WT, batch.documents)
-        for name, members in {ALL: slice(None), **self._by_group()}.items():
+        of_scales = {scale: self.groups.members(number) for number, scale in enumerate(SCALES)}
+        for name, members in {ALL: slice(None), **of_scales}.items():
             found = consistency(acts_WTF[:, :, members], segment)
             self.consistency[name] = self.consistency[name] + found if name in self.consistency else found
         self.persistence += persistence(acts_WTF, segment)
         self.transition_counts += transitions(acts_WTF[:, :, self.frequent], segment)
-
-    def _by_group(self) -> dict[str, Any]:
-        """The latents that should be consistent at each scale."""
-        return {scale: self.groups.members(number) for number, scale in enumerate(SCALES)}
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -88,8 +82,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Config) -> dict[LoadedSae, Tensor]:
-    """The latents of the transition matrix."""
-    count, title = min(config.windows, CHOOSING), "temporal: latents"
+    count, title = min(config.windows, 16), "temporal: latents"
     fired = sums_of_codes(context, subjects, title, count, config.batch_windows, lambda acts: (acts > 0).sum(0))
     return {
         subject: fired_F.topk(min(config.most_frequent, len(fired_F))).indices
@@ -99,19 +92,12 @@ def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Con
 
 def consistency_scores(seen: Seen) -> dict[str, float]:
     """Scores by scale: of the whole code, and of the latents that belong to the scale."""
-    whole = seen.consistency[ALL].scores()
-    found = {
-        f"{name}_{scale}": value
-        for scale, values in whole.items()
-        for name, value in values.items()
-        if seen.consistency[ALL].pairs[list(SCALES).index(scale)] > 0
-    }
-    own = {
-        scale: seen.consistency[scale].scores()[scale]["tcs"]
-        for number, scale in enumerate(SCALES)
-        if seen.consistency[ALL].pairs[number] > 0
-    }
-    return found | {f"tcs_own_{scale}": value for scale, value in own.items()}
+    found, own = dict[str, float](), dict[str, float]()
+    for scale, pairs in zip(SCALES, seen.consistency[ALL].pairs.tolist(), strict=True):
+        if pairs:
+            found |= {f"{name}_{scale}": value for name, value in seen.consistency[ALL].scores()[scale].items()}
+            own[f"tcs_own_{scale}"] = seen.consistency[scale].scores()[scale]["tcs"]
+    return found | own
 
 
 def too_short(seen: Seen) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -72,8 +73,6 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows collects about one SAE."""
-
     tiers: Assignment
     by_few: Tensor  # [F], R^2 of each latent's row by few of the tier below; NaN if there is none below
     activity: Activity = field(init=False)
@@ -201,18 +200,16 @@ def trace(tracer: Tracer, subject: LoadedSae, acts_WTF: Tensor, seen: Seen) -> d
     kept |= {"without_uncomposed": seen.composed, "all": every_F}
     latents = torch.arange(len(every_F), device=every_F.device)
     kept |= {f"without_latent_{latent}": latents != latent for latent in seen.alone}
-    parts = {name: partial(_decoded, subject, acts_WTF, members) for name, members in kept.items()}
-    return {**tracer.given, **tracer.effects(parts)}
 
+    def decoded(members_F: Tensor) -> Tensor:
+        return subject.decode(acts_WTF * members_F)
 
-def _decoded(subject: LoadedSae, acts_WTF: Tensor, members_F: Tensor) -> Tensor:
-    return subject.decode(acts_WTF * members_F)
+    return {**tracer.given, **tracer.effects({name: partial(decoded, members) for name, members in kept.items()})}
 
 
 def measure(
     seen: Seen, composition: Mapping[str, float], effects: Mapping[str, Effect], config: Config
 ) -> dict[str, dict[str, Any]]:
-    """All numbers of one SAE."""
     activity = {
         f"{name}_{tier + 1}": value
         for tier in range(seen.tiers.count)
@@ -232,7 +229,7 @@ def information(dominant_NM: Tensor, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     tiers = dominant_NM.shape[1]
     found: dict[str, float] = {}
-    for first, second in ((a, b) for a in range(tiers) for b in range(a + 1, tiers)):
+    for first, second in combinations(range(tiers), 2):
         pair = dominant_NM[:, first], dominant_NM[:, second]
         found[f"nmi_{first + 1}_{second + 1}"] = normalised_mutual_information(*pair)
         found[f"adjusted_nmi_{first + 1}_{second + 1}"] = adjusted_mutual_information(*pair, generator)
@@ -273,9 +270,7 @@ def most_active(mass_F: Tensor, tiers: Assignment, count: int) -> tuple[int, ...
     for tier in range(tiers.count):
         mass = torch.where(tiers.members(tier), mass_F, 0.0)
         best = mass.topk(min(count, len(mass)))
-        found += [
-            latent for latent, value in zip(best.indices.tolist(), best.values.tolist(), strict=True) if value > 0
-        ]
+        found += best.indices[best.values > 0].tolist()
     return tuple(found)
 
 

@@ -7,28 +7,11 @@ has SAEBench's steps and says what `corrected` leaves out of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-from .evaluation_contract import Context, LoadedSae, Result
-from .probing.choose_source import Source, load_all, said_of
-from .probing.scr_and_tpp import Outcome, evaluation_of, perturb_all
-from .probing.scr_and_tpp_formulas import mean_scores, tpp_scores
-from .probing.settings import Settings, config_of_round
-
-
-def disturb_probes(
-    context: Context, subjects: Sequence[LoadedSae], source: Source, settings: Settings
-) -> Iterator[Result]:
-    """Every class of every data set, for every SAE."""
-    load = source.load_task
-    tasks, missing = load_all(settings.dataset_names, lambda name: [load(name, *settings.sizes, settings.random_seed)])
-    names = [task.name for task in tasks]
-    config_json = config_of_round(settings, context, source, "positive", names, {})
-    text = said_of(source, tasks)
-    for subject, outcomes in perturb_all(context, subjects, tasks, settings, "positive", lambda task: list(task.train)):
-        yield replace(make_result(subject, config_json, outcomes, missing), measured_on=text)
+from .evaluation_contract import LoadedSae, Result
+from .probing.scr_and_tpp import Outcome, evaluation_of, mean_scores, tpp_scores
 
 
 def make_result(
@@ -50,5 +33,8 @@ def make_result(
 
 
 EVALUATION = evaluation_of(
-    disturb_probes, ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric")
+    "positive",
+    lambda source, name, settings: [source.load_task(name, *settings.sizes, settings.random_seed)],
+    make_result,
+    ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),
 )

@@ -24,7 +24,7 @@ from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid, SettingInvalid
 from saemill.evaluate.evals.evaluation_contract import Evaluation
-from saemill.evaluate.evals.probing import stdlib_tasks
+from saemill.evaluate.evals.probing import stdlib_texts
 from saemill.evaluate.evals.unlearning import texts_and_exams
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.run.run_evals import run_evals
@@ -93,7 +93,7 @@ def pocket():
 def few_texts(monkeypatch):
     monkeypatch.setattr(texts_and_exams, "TEXT_ROWS", 12)
     monkeypatch.setattr(texts_and_exams, "EXAM_ROWS", 6)
-    monkeypatch.setattr(stdlib_tasks, "BINARY_ROWS", 140)
+    monkeypatch.setattr(stdlib_texts, "BINARY_ROWS", 140)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -21,13 +21,12 @@ from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .measure_absorption import LetterResult, Sparse, mean_metrics, measure_letters
-from .probe import Training
-from .task import (
+from .measure_absorption import Sparse, mean_metrics, measure_letters
+from .task_and_probes import (
     FIRST_LETTER,
     WORD_SHAPES,
-    ClassProbe,
     Task,
+    Training,
     WordClasses,
     alphabetic_words,
     longest_prompt,
@@ -36,7 +35,6 @@ from .task import (
     word_position,
 )
 
-OFFICIAL_ID = "absorption_first_letter"
 POCKET_WORDS, POCKET_CLASSES = 1000, 4
 """How many words are asked, to take about a minute, and how many of the shapes must be known."""
 
@@ -122,13 +120,13 @@ def vocabulary_words(model: LanguageModel) -> list[str]:
 
 def one_result(context: Context, task: Task, subject: LoadedSae, config: Config) -> Result | Failure:
     probe = task.probes[subject.layer]
-    known = probe.known(config.min_GT_probe_f1)
-    needed = config.min_feats_for_eval or (20 if task.classes.names == FIRST_LETTER.names else POCKET_CLASSES)
+    known, is_official = probe.known(config.min_GT_probe_f1), task.classes.names == FIRST_LETTER.names
+    needed = config.min_feats_for_eval or (20 if is_official else POCKET_CLASSES)
     if len(known) < needed:
         return Failure(subject, _too_few(subject, task, known, needed, config))
     generator = torch.Generator().manual_seed(config.random_seed)
     results = measure_letters(task, subject, known, config.sparse(context), generator)
-    is_official, words = task.classes.names == FIRST_LETTER.names, len(task.train.words) + len(task.test.words)
+    words = len(task.train.words) + len(task.test.words)
     classes = f"{len(known)} of {len(task.classes.names)} classes known"
     return Result(
         subject,
@@ -145,21 +143,16 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
         {"mean": mean_metrics(results)},
         details=[result.to_json() for result in results],
         extra={
-            "eval_type_id": OFFICIAL_ID if is_official else "absorption_word_shape",
-            "absorption": our_details(task, probe, results),
+            "eval_type_id": "absorption_first_letter" if is_official else "absorption_word_shape",
+            "absorption": {  # what SAEBench's document leaves out, and that the seed was applied
+                "is_random_seed_applied": True,
+                "words": words,
+                "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
+                "split_latents": {result.letter: list(result.latents) for result in results},
+            },
         },
         measured_on=f"the model's vocabulary, {counted(words, 'word')}; {classes}",
     )
-
-
-def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
-    """What SAEBench's document leaves out: which latents, which classes, and that the seed was applied."""
-    return {
-        "is_random_seed_applied": True,
-        "words": len(task.train.words) + len(task.test.words),
-        "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
-        "split_latents": {result.letter: list(result.latents) for result in results},
-    }
 
 
 def _too_few(subject: LoadedSae, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:

@@ -18,52 +18,39 @@ from torch.nn import functional
 
 from ....train.disk.plain_form import row_lengths
 from ...context.loaded_sae import LoadedSae
-from .probe import Training, choose_latents, fit_probe, ranked_latents
-from .task import Task
+from .task_and_probes import Task, Training, choose_latents, fit_probe
 
 SILENT = 1e-8
 MIN_COSINE_FULL = 0.025
 MIN_COSINE_FRACTION = 0.1
 MIN_SHARE = 0.4
-MAX_ABSORBERS = 3
 
 
-@dataclass(frozen=True, eq=False)
-class Absorption:
-    """For each word how much is absorbed, and whether one latent absorbed all of it."""
-
-    fraction: Tensor  # float64 [B], 0 to 1
-    full: Tensor  # bool [B]
-
-
-def absorption(acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]) -> Absorption:
-    """Absorption of the feature `direction_D` whose own latents are `own`, word by word."""
+def absorption(
+    acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """How much of the feature `direction_D` whose own latents are `own` is absorbed, for each word (float64 [B], 0 to
+    1), and whether one latent absorbed all of it (bool [B])."""
     direction_D = functional.normalize(direction_D, dim=0)
     cosines_F = functional.cosine_similarity(direction_D, W_dec_FD, dim=-1)
     parts_BF = acts_BF * cosines_F
     whole_B = (x_BD @ direction_D).double()
-    return Absorption(
-        fraction=_fractions(parts_BF, whole_B, cosines_F, own),
-        full=_is_full(acts_BF, parts_BF, whole_B, cosines_F, own),
-    )
+    is_full = _is_full(acts_BF, parts_BF, whole_B, cosines_F, own)
+    return _fractions(parts_BF, whole_B, cosines_F, own), is_full
 
 
 def _fractions(parts_BF: Tensor, whole_B: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
-    """The share of the absorbers in what they and the letter's own latents carry, where they matter at all."""
+    """The share of the absorbers in what they and the letter's own latents carry, where they matter at all. They are
+    the three largest parts of other latents that point along the probe."""
     own_B = parts_BF[:, list(own)].sum(1).double()
-    absorbed_B = _absorbed(parts_BF, cosines_F, own)
+    may_absorb_F = cosines_F >= MIN_COSINE_FRACTION
+    may_absorb_F[list(own)] = False
+    candidates_BF = torch.where(may_absorb_F, parts_BF, 0.0).clamp(min=0)
+    absorbed_B = candidates_BF.topk(min(3, parts_BF.shape[1]), dim=1).values.sum(1).double()
     counts = (own_B < whole_B) & (absorbed_B / whole_B >= MIN_SHARE)
     taken_B = torch.minimum(absorbed_B, whole_B - own_B)
     fraction_B = torch.where(own_B <= 0, 1.0, (taken_B / (taken_B + own_B)).clamp(0, 1))
     return torch.where(counts, fraction_B, 0.0)
-
-
-def _absorbed(parts_BF: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
-    """The sum of the three largest parts of other latents that point along the probe."""
-    may_absorb_F = cosines_F >= MIN_COSINE_FRACTION
-    may_absorb_F[list(own)] = False
-    candidates_BF = torch.where(may_absorb_F, parts_BF, 0.0).clamp(min=0)
-    return candidates_BF.topk(min(MAX_ABSORBERS, parts_BF.shape[1]), dim=1).values.sum(1).double()
 
 
 def _is_full(acts_BF: Tensor, parts_BF: Tensor, whole_B: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
@@ -98,8 +85,6 @@ class LetterResult:
 
 @dataclass(frozen=True)
 class Sparse:
-    """Settings of the k-sparse probes."""
-
     training: Training
     max_k: int
     jump: float
@@ -109,11 +94,11 @@ def measure_letters(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> list[LetterResult]:
     """One result for each letter with words that the probe found."""
-    latents = letter_latents(task, subject, letters, sparse, generator)
+    latents, right = letter_latents(task, subject, letters, sparse, generator), task.probes[subject.layer].found
     return [
         _measure(task, subject, letter, latents[letter], found)
         for letter in letters
-        if len(found := task.found_words(subject.layer, letter))
+        if len(found := (right & (task.test.labels == letter)).nonzero().view(-1))
     ]
 
 
@@ -132,7 +117,7 @@ def letter_latents(
         encode=lambda numbers: train.reading.acts_of(subject, numbers.view(-1).long()) * lengths,
         width=subject.width,
     )
-    ranked = ranked_latents(probe, min(sparse.max_k, subject.width))
+    ranked = probe.weights.topk(min(sparse.max_k, subject.width), dim=1).indices  # not the largest in size
     latents, halves = ranked[list(letters)].unique(), (task.train, task.test)
     columns = [(half.reading.columns_of(subject, latents) * lengths[latents]).cpu().numpy() for half in halves]
 
@@ -166,5 +151,6 @@ def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], 
     x_BD = again.x[subject.layer][places]
     with torch.no_grad():
         W_dec = subject.sae.W_dec
-        each = absorption(again.acts_of(subject, places) * row_lengths(W_dec), x_BD, W_dec, direction, own)
-    return LetterResult(task.classes.names[letter], own, len(found), float(each.fraction.sum()), int(each.full.sum()))
+        acts_BF = again.acts_of(subject, places) * row_lengths(W_dec)
+        fraction, full = absorption(acts_BF, x_BD, W_dec, direction, own)
+    return LetterResult(task.classes.names[letter], own, len(found), float(fraction.sum()), int(full.sum()))

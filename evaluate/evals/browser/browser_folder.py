@@ -51,8 +51,41 @@ class Folder:
 @contextmanager
 def making(home: Path, least_bytes: int, inputs: str, say: Callable[[str], None]) -> Iterator[Folder]:
     """Build the browser of a run; whatever happens, the run has the previous one or the complete new one."""
-    with _alone(home, say), _making(home, least_bytes, inputs) as folder:
-        yield folder
+    with _alone(home, say):
+        made_in, old = home / MAKING, home / OLD
+        folder = Folder(made_in, inputs)
+        try:
+            _put_back(home)  # a build was interrupted between its two last lines
+            shutil.rmtree(old, ignore_errors=True)
+            left = (file for file in made_in.rglob("*") if file.is_file() and folder.saved not in file.parents)
+            require_space(home, least_bytes - sum(file.stat().st_size for file in left))
+            _clear(folder, inputs)
+            (folder.path / "data").mkdir(parents=True, exist_ok=True)
+            yield folder
+            _require_there(home)
+            if (home / NAME).exists():
+                (home / NAME).rename(old)
+            folder.path.rename(home / NAME)
+        except (BrowserUnwritten, StoreError):
+            raise
+        except OSError as error:
+            _require_there(home)
+            goes_on = (
+                ". What was read is kept: the same command continues from there" if _goes_on(made_in, inputs) else ""
+            )
+            raise BrowserUnwritten(
+                f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {say_size(least_bytes)}"
+                f"{goes_on}"
+            ) from error
+        finally:
+            _put_back(home)
+            shutil.rmtree(old, ignore_errors=True)
+            is_gone = not (home / LOCK).exists()  # with its run
+            if is_gone or not _goes_on(made_in):  # a refused build leaves what one of other inputs saved
+                shutil.rmtree(made_in, ignore_errors=True)
+            if is_gone:
+                with suppress(OSError):  # only if nothing else is there
+                    home.rmdir()
 
 
 @contextmanager
@@ -77,42 +110,6 @@ def _alone(home: Path, say: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile finds it gone
-
-
-@contextmanager
-def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
-    made_in, old = home / MAKING, home / OLD
-    folder = Folder(made_in, inputs)
-    try:
-        _put_back(home)  # a build was interrupted between its two last lines
-        shutil.rmtree(old, ignore_errors=True)
-        left = (file for file in made_in.rglob("*") if file.is_file() and folder.saved not in file.parents)
-        require_space(home, least_bytes - sum(file.stat().st_size for file in left))
-        _clear(folder, inputs)
-        (folder.path / "data").mkdir(parents=True, exist_ok=True)
-        yield folder
-        _require_there(home)
-        if (home / NAME).exists():
-            (home / NAME).rename(old)
-        folder.path.rename(home / NAME)
-    except (BrowserUnwritten, StoreError):
-        raise
-    except OSError as error:
-        _require_there(home)
-        goes_on = ". What was read is kept: the same command continues from there" if _goes_on(made_in, inputs) else ""
-        raise BrowserUnwritten(
-            f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {say_size(least_bytes)}"
-            f"{goes_on}"
-        ) from error
-    finally:
-        _put_back(home)
-        shutil.rmtree(old, ignore_errors=True)
-        is_gone = not (home / LOCK).exists()  # with its run
-        if is_gone or not _goes_on(made_in):  # a refused build leaves what one of other inputs saved
-            shutil.rmtree(made_in, ignore_errors=True)
-        if is_gone:
-            with suppress(OSError):  # only if nothing else is there
-                home.rmdir()
 
 
 def _require_there(home: Path) -> None:

@@ -39,7 +39,7 @@ from ..measures.token_text import Vocabulary
 from .browser_folder import LATENT_BYTES, NAME, TEXT, Folder, making, read_data, require_space, unpacked, write_page
 from .config import Config
 from .exports import Exported, bytes_of, exports_in, keep_exports, require_known, tell_exports, write_exports
-from .firing_counts import lower_edges
+from .firings import lower_edges
 from .for_report import contexts, pattern
 from .latents import COMPARED, FILE_LATENTS, LIST_BYTES, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
@@ -140,7 +140,6 @@ def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[L
 
 
 def share_out(context: Context, config: Config) -> dict[str, int]:
-    """How many windows of which split are read."""
     require_some(config.windows)
     left, found = config.windows, dict[str, int]()
     for split in dict.fromkeys(config.splits):  # one that is named twice is read once

@@ -24,14 +24,12 @@ import numpy as np
 
 from ....cache_schema.numbers_in_words import say_size
 from ...errors import SettingInvalid
-from .firing_counts import lower_edges
+from .firings import SAMPLE, TOP, lower_edges
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
-from .top_firings import SAMPLE, TOP
 
 BATCH = 128  # latents of a file
 BUCKETS = 4  # of a sample, from the highest quarter to the lowest
-TOP_BIN = (-1.0, -1.0)  # lower end and share, where a group of examples is not an interval
 UNUSED = (
     *(f"neuron_alignment_{name}" for name in ("indices", "values", "l1")),
     *(f"correlated_{what}_{name}" for what in ("neurons", "features") for name in ("indices", "l1", "pearson")),
@@ -41,8 +39,6 @@ UNUSED = (
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """One SAE with everything that its export contains."""
-
     shown: Shown
     tokens: np.ndarray  # [W, T]
     texts: Mapping[int, str]
@@ -79,7 +75,6 @@ def bytes_of(exports: Sequence[str], examples: int, context: int) -> int:
 
 
 def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> None:
-    """Write every requested format, a batch of latents at a time."""
     for number, rows in enumerate(parts_of(exported.shown.subject.width, BATCH)):
         features = list(features_of(exported, rows))
         for name in exports:
@@ -166,7 +161,7 @@ def groups(items: np.ndarray, peak: np.ndarray, reasons: np.ndarray) -> Iterator
     """The strongest, then quarters of the sample: examples, their lower end, the share of firings they stand for."""
     top = items[reasons[items] & TOP > 0]
     if len(top):
-        yield top, *TOP_BIN
+        yield top, -1.0, -1.0  # not an interval
     sample = items[(reasons[items] & SAMPLE > 0) & (reasons[items] & (RANDOM | TOP) == 0)]
     for chosen in np.array_split(sample, BUCKETS):
         if len(chosen):
@@ -254,7 +249,6 @@ def facts_of(exported: Exported, now: str) -> dict[str, dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines, compressed if the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text, 5, mtime=0) if path.suffix == ".gz" else text)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..measures.token_text import Vocabulary
-from .firing_counts import Seen
-from .top_firings import TOP, Firings
+from .firings import TOP, Firings, Seen
 
 LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5
 BEFORE, AFTER = 16, 8  # tokens of a context
@@ -25,7 +24,10 @@ def contexts(
     """The strongest contexts of some latents, the rarest first."""
     listed = []
     top = np.flatnonzero(reasons & TOP)
-    for latent in spread_by_frequency(seen.fired):
+    order = np.argsort(seen.fired, kind="stable")
+    order = order[seen.fired[order] >= LEAST_FIRINGS]
+    chosen = order if len(order) <= LATENTS else order[np.linspace(0, len(order) - 1, LATENTS).astype(int)]
+    for latent in chosen.tolist():
         found = []
         for number in top[kept.latent[top] == latent][:CONTEXTS]:
             row, at = tokens_WT[kept.window[number]], int(kept.at[number])
@@ -34,14 +36,6 @@ def contexts(
             found.append({"activation": float(kept.peak[number]), **text})
         listed.append({"latent": latent, "fired_share": float(seen.fired[latent] / seen.tokens), "contexts": found})
     return listed
-
-
-def spread_by_frequency(fired_F: np.ndarray) -> list[int]:
-    """Latents that fired at least `LEAST_FIRINGS` times, evenly spaced in their order of frequency."""
-    order = np.argsort(fired_F, kind="stable")
-    order = order[fired_F[order] >= LEAST_FIRINGS]
-    chosen = order if len(order) <= LATENTS else order[np.linspace(0, len(order) - 1, LATENTS).astype(int)]
-    return chosen.tolist()
 
 
 def pattern(seen: Seen, tokens_WT: np.ndarray, words: Vocabulary) -> dict[str, Any]:

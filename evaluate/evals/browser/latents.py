@@ -25,16 +25,13 @@ from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_compositio
 from ..measures.token_text import Vocabulary
 from .browser_folder import Folder
 from .config import Config
-from .firing_counts import BINS, Seen
+from .firings import BINS, SAMPLE, TOP, Firings, Seen, largest, ranges
 from .related import Near, by_direction, by_firing
-from .top_firings import SAMPLE, TOP, Firings, largest, ranges
 
 FILE_LATENTS = 32
-PLACES_LATENTS = 1 << 14
-RANDOM = 8  # besides TOP, SAMPLE and LOW: one of a few of the sample, chosen at random
+RANDOM = 8  # besides TOP, SAMPLE and LOW: one of a few of the sample, chosen at random, so that they stand for all
 
 SHOWN_RANDOM = 5
-LISTED = 3  # promoted tokens in the list
 DENSE = 0.1  # fires on more than this share of tokens
 STEPS = 65_535  # in which activations are written, from zero to the latent's highest
 MARKS = {"tier": TIERS, "range": RANGES, "group": GROUPS}
@@ -42,14 +39,11 @@ COUNTERPARTS = 3
 COMPARED = 8  # other SAEs, at most, in which an SAE's counterparts are sought
 LIST_BYTES = 40  # on disk, about: a latent's counterparts in one of them, by one measure
 PARTS = 5
-HEAD_ROWS = 256
 DENSITY_EDGES = np.arange(-6, 0.01, 0.25)  # log10 of the share of tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """An SAE and what was seen of it."""
-
     folder: str
     subject: LoadedSae
     seen: Seen
@@ -67,7 +61,9 @@ class Shown:
     def kept(self) -> tuple[Firings, np.ndarray]:
         """The examples, by latent and the highest first, and why each is kept."""
         kept, reasons = self.seen.keeper.finish()
-        return kept, with_random(kept, reasons)
+        sampled = np.flatnonzero(reasons & SAMPLE)
+        reasons[sampled[largest(kept.latent[sampled], kept.priority[sampled], SHOWN_RANDOM)]] |= RANDOM
+        return kept, reasons
 
     @cached_property
     def items(self) -> np.ndarray:
@@ -89,7 +85,6 @@ class Shown:
 
 
 def summary_of(shown: Shown) -> dict[str, Any]:
-    """What the overview shows."""
     alive = shown.density[shown.density > 0]
     counts, _ = np.histogram(np.log10(np.maximum(alive, 1e-6)), DENSITY_EDGES)
     subject = shown.subject
@@ -120,7 +115,7 @@ def write_latents(
     write_columns(folder, shown, tokens, tokens_WT[kept.window, kept.at])
     starts, entries = shown.items, shown.entries
     counts = np.diff(starts).astype(np.uint16)
-    for number, rows in enumerate(parts_of(width, PLACES_LATENTS)):
+    for number, rows in enumerate(parts_of(width, 1 << 14)):  # as the page counts them
         items = slice(starts[rows.start], starts[rows.stop])
         places = {"window": kept.window[items].astype(np.uint32), "at": kept.at[items].astype(np.uint16)}
         folder.write(f"{shown.folder}/places/{number}", {"counts": counts[rows], **places})
@@ -142,17 +137,7 @@ def write_latents(
 
 
 def parts_of(width: int, size: int) -> list[slice]:
-    """The latents, in slices of `size`."""
     return [slice(first, min(first + size, width)) for first in range(0, width, size)]
-
-
-def with_random(kept: Firings, reasons: np.ndarray) -> np.ndarray:
-    """Mark a few of each latent's sample: they are chosen at random, so they stand for all."""
-    sampled = np.flatnonzero(reasons & SAMPLE)
-    chosen = sampled[largest(kept.latent[sampled], kept.priority[sampled], SHOWN_RANDOM)]
-    found = reasons.copy()
-    found[chosen] |= RANDOM
-    return found
 
 
 def firings_value(firings: Firings, highest: np.ndarray) -> dict[str, np.ndarray]:
@@ -268,7 +253,7 @@ def promoted(
             found += [tokens.cpu().numpy(), sign * values.cpu().numpy()]
         return found
 
-    size = PieceSize(HEAD_ROWS, "latents before the head", say)
+    size = PieceSize(256, "latents before the head", say)
     up, raised, down, lowered = map(np.concatenate, zip(*in_pieces(len(shown.rows), size, read), strict=True))
     return {
         "promoted": (words.meet(up), raised.astype(np.float32)),
@@ -277,10 +262,7 @@ def promoted(
 
 
 def write_columns(
-    folder: Folder,
-    shown: Shown,
-    tokens: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    peak_tokens: np.ndarray,
+    folder: Folder, shown: Shown, tokens: Mapping[str, tuple[np.ndarray, np.ndarray]], peak_tokens: np.ndarray
 ) -> None:
     """What the list sorts and searches by."""
     seen = shown.seen
@@ -293,7 +275,7 @@ def write_columns(
             "mean": (seen.mass / np.maximum(seen.fired, 1)).astype(np.float32),
             "highest": seen.highest,
             "token": top_tokens(kept, reasons, peak_tokens, shown.subject.width),
-            **({"promoted": tokens["promoted"][0][:, :LISTED]} if tokens else {}),
+            **({"promoted": tokens["promoted"][0][:, :3]} if tokens else {}),
             "part_tokens": seen.part_tokens.astype(np.uint32),
             "marks": {name: mark.cpu().numpy().astype(np.int32) for name, mark in marks.items() if mark is not None},
         },

@@ -19,8 +19,8 @@ SPARSITY = "l0"  # what the others are drawn against
 
 
 def write_numbers(browser: Path, records: Sequence[Record]) -> None:
-    """Write the numbers into a browser's folder."""
-    records = of_one_split(records)
+    if any("core" in one.documents for one in records):  # training's own numbers are of the validation split
+        records = [one if "core" in one.documents else replace(one, outcome={}) for one in records]
     value = {
         "columns": [[key, column.heading, column.meaning, key != SPARSITY] for key, column in COLUMNS.items()],
         "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
@@ -33,12 +33,6 @@ def refresh(home: Path, records: Sequence[Record]) -> None:
     """Update what a run's browser says about its SAEs, if it has a browser."""
     if (home / NAME / "data").is_dir():
         write_numbers(home / NAME, records)
-
-
-def of_one_split(records: Sequence[Record]) -> list[Record]:
-    """Leave out training's own numbers, which are of the validation split, if core has measured any SAE."""
-    is_measured = any("core" in one.documents for one in records)
-    return [replace(one, outcome={}) if is_measured and "core" not in one.documents else one for one in records]
 
 
 def numbers(record: Record) -> dict[str, dict[str, float | None]]:

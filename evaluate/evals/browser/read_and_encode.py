@@ -32,7 +32,7 @@ from ..evaluation_contract import Context, LoadedSae
 from ..measures.token_text import Vocabulary
 from .browser_folder import ATTENTION, TEXT, Folder, Pieces
 from .config import Config
-from .firing_counts import Batch, Seen
+from .firings import Batch, Seen
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 LEVELS = 255  # of a weight of attention
@@ -96,8 +96,6 @@ def side_by_side(device: torch.device, subjects: Sequence[LoadedSae]) -> Iterato
 
 
 class Gathering:
-    """Collects what is kept of the batches that were read."""
-
     def __init__(
         self,
         context: Context,

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....train.sae.kernels.bfloat16_then_float32 import Affine, largest_products
-from .firing_counts import Table
-from .top_firings import largest
+from .firings import Table, largest
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire: fewer may be chance
@@ -48,7 +47,10 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
 
 def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
     """The nearest by tokens on which both fire, over the geometric mean of those on which each does."""
-    rows, others = affordable(rows, others)
+    tokens = min(rows.shape[0], others.shape[0])  # both tables are of the same ones, the shorter of fewer
+    pairs = np.cumsum(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) * np.diff(others.indptr[: tokens + 1]))
+    tokens = int(np.searchsorted(pairs, PAIRS, side="right"))  # what the product of the two can afford
+    rows, others = rows[:tokens], others[:tokens]
     latents = np.full((rows.shape[1], count), -1, np.int32)
     scores = np.zeros((rows.shape[1], count), np.float32)
     own, their = (np.asarray(table.sum(axis=0)).ravel() for table in (rows, others))
@@ -65,11 +67,3 @@ def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
         rank = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
         latents[row + start, rank], scores[row + start, rank] = column[best], score[best]
     return Near(latents, scores)
-
-
-def affordable(rows: Table, others: Table) -> tuple[Table, Table]:
-    """As many tokens as the product of the two can afford; both hold the same ones, the shorter fewer of them."""
-    tokens = min(rows.shape[0], others.shape[0])
-    pairs = np.cumsum(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) * np.diff(others.indptr[: tokens + 1]))
-    tokens = int(np.searchsorted(pairs, PAIRS, side="right"))
-    return rows[:tokens], others[:tokens]

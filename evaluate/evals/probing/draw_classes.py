@@ -29,8 +29,6 @@ OPPOSITES = {
 
 @dataclass(frozen=True)
 class Task:
-    """Texts by class, to train probes on and to test them."""
-
     name: str
     train: Classes
     test: Classes
@@ -39,10 +37,15 @@ class Task:
         assert list(self.train) == list(self.test), "train and test have the same classes in the same order"
 
 
+@dataclass(frozen=True, eq=False)
+class BinarySet:
+    name: str
+    prompts: Sequence[str]
+    labels: np.ndarray  # int64
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows of text with two labels."""
-
     text: Sequence[str]
     column1: Sequence[Hashable]
     column2: Sequence[Hashable]
@@ -79,11 +82,7 @@ def by_class(
 
 
 def spurious(
-    table: Table,
-    pair1: tuple[Hashable, Hashable],
-    pair2: tuple[Hashable, Hashable],
-    per_quadrant: int,
-    seed: int,
+    table: Table, pair1: tuple[Hashable, Hashable], pair2: tuple[Hashable, Hashable], per_quadrant: int, seed: int
 ) -> dict[str, list[str]]:
     """The groups in which a concept (`pair1`) and an attribute (`pair2`) are balanced or fully confounded.
 
@@ -91,7 +90,10 @@ def spurious(
     """
     pos_pos, pos_neg = (table.rows(value1, pair2[0]) for value1 in pair1)
     neg_pos, neg_neg = (table.rows(value1, pair2[1]) for value1 in pair1)
-    _require(per_quadrant, pos_pos, pos_neg, neg_pos, neg_neg)
+    double = 2 * per_quadrant + 1  # the confounded groups take twice a quadrant, and SAEBench wants one text more
+    for one, wanted in ((pos_pos, double), (neg_neg, double), (pos_neg, per_quadrant), (neg_pos, per_quadrant)):
+        if len(one) < wanted:
+            raise DataMissing(f"expected at least {wanted} texts of a quadrant, found {len(one)}: ask for smaller sets")
     first = slice(0, per_quadrant)
     groups = {
         "male / female": pos_pos[first] + pos_neg[first],
@@ -105,14 +107,3 @@ def spurious(
     for group in groups.values():
         rng.shuffle(group)
     return groups
-
-
-def _require(per_quadrant: int, pos_pos: list[str], pos_neg: list[str], neg_pos: list[str], neg_neg: list[str]) -> None:
-    """The confounded groups take twice a quadrant, and SAEBench wants one text more than that."""
-    needed = ((pos_pos, 2 * per_quadrant + 1), (neg_neg, 2 * per_quadrant + 1))
-    needed += ((pos_neg, per_quadrant), (neg_pos, per_quadrant))
-    for found, wanted in needed:
-        if len(found) < wanted:
-            raise DataMissing(
-                f"expected at least {wanted} texts of a quadrant, found {len(found)}: ask for smaller sets"
-            )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...model.logistic_regression import fitted
-from .features import Draw, Features, draw_probe
+from .pooled_features import Draw, Features, draw_probe
 
 HELD_OUT = 5  # one row in so many judges the epochs of a validated probe
 
@@ -67,7 +67,8 @@ def train_probe(
 ) -> tuple[LinearProbe, float]:
     """The probe at the epoch that is best on the judging rows, and its accuracy there."""
     x_BF, labels_B = train
-    probe = _moved(fresh_probe(x_BF.shape[1], x_BF.dtype, generator), x_BF.device)
+    fresh = fresh_probe(x_BF.shape[1], x_BF.dtype, generator)
+    probe = LinearProbe(fresh.weight.to(x_BF.device).requires_grad_(), fresh.bias.to(x_BF.device).requires_grad_())
     optimizer = torch.optim.AdamW([probe.weight, probe.bias], lr=training.lr)
     best, best_accuracy, waited = probe, 0.0, 0
     for _ in range(training.epochs):
@@ -86,36 +87,6 @@ def train_probe(
     return _copied(best), best_accuracy
 
 
-def train_on(
-    train: Features,
-    test: Features,
-    name: str,
-    training: Training,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    opposite: str | None = None,
-    validated: bool = False,
-) -> tuple[LinearProbe, float]:
-    """The probe of a class and its test accuracy: rows are drawn, then the test rows judge every epoch.
-
-    So does SAEBench. Validated, a part of the training rows judges the epochs, and test rows are seen once.
-    """
-    train_draw = draw_probe(train.spans, name, generator, opposite)
-    test_draw = draw_probe(test.spans, name, generator, opposite)
-    x_BF, labels_B = rows_of(train, train_draw, device)
-    if not validated:
-        return train_probe((x_BF, labels_B), rows_of(test, test_draw, device), training, generator)
-    held_out = len(train_draw) // HELD_OUT
-    judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
-    probe, _ = train_probe(rest, judge, training, generator)
-    return probe, probe.accuracy(*rows_of(test, test_draw, device))
-
-
-def rows_of(features: Features, draw: Draw, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Dense rows and their labels on a device."""
-    return features.dense(draw).to(device), torch.from_numpy(draw.labels).to(device)
-
-
 def probe_every_class(
     train: Features,
     test: Features,
@@ -125,21 +96,31 @@ def probe_every_class(
     opposites: Mapping[str, str] | None = None,
     validated: bool = False,
 ) -> tuple[dict[str, LinearProbe], dict[str, float]]:
-    """Probes and test accuracies of all classes, in their order."""
-    trained = {
-        name: train_on(train, test, name, training, generator, device, (opposites or {}).get(name), validated)
-        for name in train.spans
-    }
-    return {name: probe for name, (probe, _) in trained.items()}, {name: value for name, (_, value) in trained.items()}
+    """Probes and test accuracies of all classes, in their order: rows are drawn, then the test rows judge every epoch.
+
+    So does SAEBench. Validated, a part of the training rows judges the epochs, and test rows are seen once.
+    """
+
+    def rows_of(features: Features, name: str) -> tuple[Tensor, Tensor]:
+        draw = draw_probe(features.spans, name, generator, (opposites or {}).get(name))
+        return features.dense(draw).to(device), torch.from_numpy(draw.labels).to(device)
+
+    probes, accuracies = dict[str, LinearProbe](), dict[str, float]()
+    for name in train.spans:
+        (x_BF, labels_B), tested = rows_of(train, name), rows_of(test, name)
+        if validated:
+            held_out = len(x_BF) // HELD_OUT
+            judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
+            probes[name], _ = train_probe(rest, judge, training, generator)
+            accuracies[name] = probes[name].accuracy(*tested)
+        else:
+            probes[name], accuracies[name] = train_probe((x_BF, labels_B), tested, training, generator)
+    return probes, accuracies
 
 
 def _loss(probe: LinearProbe, x_BF: Tensor, labels_B: Tensor, l1_penalty: float) -> Tensor:
     loss = functional.binary_cross_entropy_with_logits(probe.logits(x_BF), labels_B.to(x_BF.dtype))
     return loss + l1_penalty * probe.weight.abs().sum() if l1_penalty else loss
-
-
-def _moved(probe: LinearProbe, device: torch.device) -> LinearProbe:
-    return LinearProbe(probe.weight.to(device).requires_grad_(), probe.bias.to(device).requires_grad_())
 
 
 def _copied(probe: LinearProbe) -> LinearProbe:

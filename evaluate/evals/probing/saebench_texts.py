@@ -47,7 +47,6 @@ NAMES = tuple(CLASSES)
 SPEECHES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 """The pair of languages from which each language is read."""
 LICENSE_CHARACTERS = 150  # of a source file: mostly its licence
-FILE_CHARACTERS = 128 * 3  # a shorter rest is left out
 
 
 COLUMNS = {BIOS: ("hard_text", "profession", "gender"), AMAZON: ("text", "category", "rating")}
@@ -57,8 +56,7 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     """One data set; sizes are of one binary probe, half of it the class itself."""
     if name not in CLASSES:
         raise DataMissing(f"there is no probing data set {name!r}: choose from {', '.join(NAMES)}")
-    train, test = _draw(name, train_size, test_size, seed)
-    return Task(name, train, test)
+    return Task(name, *_draw(name, train_size, test_size, seed))
 
 
 def load_table(name: str, is_test: bool) -> Table:
@@ -103,9 +101,7 @@ def _draw(name: str, train_size: int, test_size: int, seed: int) -> tuple[Classe
         read = read_files if name == GITHUB else read_speeches
         found = reached(name, lambda: read((train_size + test_size) // 2))
         return split_shuffled(found, classes, train_size // 2, test_size // 2, seed)
-    sizes = ((False, train_size), (True, test_size))
-    train, test = (_draw_part(name, classes, is_test, size, seed) for is_test, size in sizes)
-    return train, test
+    return _draw_part(name, classes, False, train_size, seed), _draw_part(name, classes, True, test_size, seed)
 
 
 def _draw_part(name: str, classes: Sequence[Any], is_test: bool, size: int, seed: int) -> Classes:
@@ -136,7 +132,6 @@ def split_shuffled(
 
 
 def read_speeches(count: int) -> dict[str, list[str]]:
-    """The first count + 1 speeches of each language."""
     found: dict[str, list[str]] = {}
     for language, pair in SPEECHES.items():
         rows = load_dataset(EUROPARL, pair, split="train", revision=commit_of(EUROPARL), streaming=True)
@@ -163,7 +158,7 @@ def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, li
     for row in rows:
         if row["language"] not in found:
             continue
-        if len(row["code"]) > LICENSE_CHARACTERS + FILE_CHARACTERS:
+        if len(row["code"]) > LICENSE_CHARACTERS + 128 * 3:  # a shorter rest is left out
             found[row["language"]].append(row["code"][LICENSE_CHARACTERS:])
         if all(len(files) > count for files in found.values()):
             break

@@ -1,4 +1,4 @@
-"""What scr and tpp share: what switching a probe's latents off does to every probe.
+"""What scr and tpp share: what switching a probe's latents off does to every probe, and the scores made of that.
 
 For each data set the model reads the texts once, then every SAE is perturbed.
 
@@ -11,29 +11,102 @@ SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone; one generat
 
 `corrected` repeats 2 to 4 without what is wrong there: probes are picked by held-out training rows, clean and
 ablated accuracies are of the same rows, and padding contributes nothing.
+
+N texts, P probes, D residual width, F latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ...context.usable_saes import split_fitting
+from ...context.usable_saes import official_config, split_fitting
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .ablation import Ablatable, Kind, Logits, effects, top_effects
-from .choose_source import Source, find_source, revision_of_perturbed
 from .draw_classes import OPPOSITES, Task
-from .features import Draw, Features, Memo, draw_probe, seeded
 from .fit_probes import LinearProbe, Training, probe_every_class
-from .pooling import Pool, pool_task
-from .scr_and_tpp_formulas import Ablated, Accuracies, on_data
-from .settings import LEAST_PERTURBED, Settings, filled
+from .pooled_features import Draw, Features, Memo, Pool, draw_probe, pool_task, seeded
+from .source_and_settings import LEAST, Settings, Source, data_revision, filled, find_source, load_all, of_data, said_of
 
 BOTH_WAYS = OPPOSITES | {negative: name for name, negative in OPPOSITES.items()}
+CONCEPT, ATTRIBUTE, CONFOUNDED = "professor / nurse", "male / female", "male_professor / female_nurse"
+LEAST_ROOM = 0.001  # less than this between clean and confounded leaves nothing to remove
 
+Accuracies = Mapping[str, float]
+Ablated = Mapping[str, Mapping[int, Accuracies]]
+"""`Ablated[class][n][probe]` is the accuracy of a probe when the n strongest latents of a class are off."""
 NewGenerator = Callable[[], torch.Generator]
+Kind = Literal["absolute", "positive"]
+"""scr takes the size of an effect; tpp takes effects of latents that fire more on the class, with their sign."""
+
+
+@torch.no_grad()
+def effects(latents: Features, draw: Draw, probe: LinearProbe, W_dec: Tensor, kind: Kind) -> Tensor:
+    """float32 [F], from training texts: how much more a latent fires on the class, times how far its decoder row moves
+    the probe."""
+    difference_F = latents.mean(draw.rows[draw.labels == 1]) - latents.mean(draw.rows[draw.labels == 0])
+    direction_F = (probe.weight.cpu().float() @ W_dec.cpu().float().T).squeeze(0)
+    if kind == "absolute":
+        return (difference_F * direction_F).abs()
+    return difference_F.clamp(min=0) * direction_F
+
+
+def top_effects(effects_F: Tensor, count: int) -> np.ndarray:
+    """The latents with the largest effects; fewer if fewer have any."""
+    available = min(count, int((effects_F != 0).sum()), len(effects_F))
+    return torch.topk(effects_F, available).indices.numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """What every probe says about every test text."""
+
+    table: np.ndarray  # float64 [N, P]
+    probes: Sequence[str]
+    spans: Mapping[str, range]
+
+    def accuracy(self, probe: str, draw: Draw) -> float:
+        says_yes = self.table[draw.rows, self.probes.index(probe)] > 0
+        return float((says_yes == draw.labels).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Ablatable:
+    """Test texts whose latents can be switched off, and the probes that read them."""
+
+    resid: Features
+    latents: Features  # of the same texts
+    W_dec: Tensor  # [F, D]
+    probes: Mapping[str, LinearProbe]
+
+    def logits(self, off: np.ndarray | None = None) -> Logits:
+        """What the probes say when the latents `off` are switched off: x' = decode(acts without) + (x - decode(acts)).
+
+        The decoder is linear, so that is x minus what the chosen latents write; a probe is linear too, so its logit of
+        a text's mean falls by the text's mean activations times the probe's logits of the decoder rows. No text is
+        encoded twice and no ablated activation is ever made, whatever the number of latents, classes and probes.
+        """
+        table = self._untouched
+        if off is not None:
+            W_dec = self.W_dec[torch.from_numpy(off)].double().cpu().numpy()
+            table = table - self.latents.matrix[:, off] @ (W_dec @ self._weights)
+        return Logits(table, list(self.probes), self.resid.spans)
+
+    @cached_property
+    def _untouched(self) -> np.ndarray:
+        """float64 [N, P]: what the probes say about the texts as they are."""
+        biases = torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
+        return self.resid.matrix @ self._weights + biases
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """float64 [D, P]"""
+        return torch.cat([probe.weight for probe in self.probes.values()]).double().cpu().numpy().T
 
 
 @dataclass(frozen=True)
@@ -48,9 +121,9 @@ class Setup:
     seed: int
 
     @property
-    def opposites(self) -> Mapping[str, str] | None:
+    def opposites(self) -> Mapping[str, str]:
         """Where negatives come from, if not from all other classes."""
-        return BOTH_WAYS if self.kind == "absolute" else None
+        return BOTH_WAYS if self.kind == "absolute" else {}
 
 
 @dataclass(frozen=True)
@@ -63,8 +136,6 @@ class Probed:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What came out for one SAE and one task."""
-
     clean: Accuracies
     ablated: Ablated
 
@@ -112,8 +183,8 @@ def probe_model(
 
 def switch_off(latents: Features, tests: Ablatable, setup: Setup, new_generator: NewGenerator) -> Ablated:
     """Accuracies of all probes with each class's strongest latents off."""
-    generator, opposites = new_generator(), setup.opposites or {}
-    draws = {name: draw_probe(latents.spans, name, generator, opposites.get(name)) for name in setup.classes}
+    generator = new_generator()
+    draws = {name: draw_probe(latents.spans, name, generator, setup.opposites.get(name)) for name in setup.classes}
     found = {name: effects(latents, draws[name], tests.probes[name], tests.W_dec, setup.kind) for name in draws}
     return {
         name: {n: accuracies(tests.logits(top_effects(of, n)), setup, new_generator()) for n in setup.n_values}
@@ -125,10 +196,10 @@ def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict
     """Each class's probe on its own data; for scr also on the others'."""
 
     def draw(data: str) -> Draw:
-        return draw_probe(logits.spans, data, generator, (setup.opposites or {}).get(data))
+        return draw_probe(logits.spans, data, generator, setup.opposites.get(data))
 
     found = {name: logits.accuracy(name, draw(name)) for name in setup.classes}
-    if setup.opposites is None:
+    if not setup.opposites:
         return found
     for data in setup.classes:
         rows = draw(data)
@@ -136,41 +207,61 @@ def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict
     return found
 
 
-Measure = Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]]
-
-
-def evaluation_of(measure: Measure, summary: tuple[str, ...]) -> Evaluation[Settings]:
-    """scr or tpp: a Failure for each SAE that cannot be evaluated, then what `measure` yields for the others."""
+def evaluation_of(
+    kind: Kind,
+    load: Callable[[Source, str, Settings], list[Task]],
+    make_result: Callable[[LoadedSae, Mapping[str, Any], Mapping[str, Outcome], str | None], Result],
+    summary: tuple[str, ...],
+) -> Evaluation[Settings]:
+    """scr or tpp: a Failure for each SAE that cannot be evaluated, then the results of the others."""
 
     def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
         source = find_source(context, config.data)
-        config = filled(config, source, source.perturbed)
+        config = filled(config, source)
         assert config.context_length is not None
         length = config.context_length
-        able, unable = split_fitting(context, subjects, context.model, lambda: length)
-        yield from unable
-        if able:
-            yield from measure(context, able, source, config)
+        subjects, failures = split_fitting(context, subjects, context.model, lambda: length)
+        yield from failures
+        if not subjects:
+            return
+        tasks, missing = load_all(config.dataset_names, lambda name: load(source, name, config))
+        settings, text = official_settings(config, context, source, kind, tasks), said_of(source, tasks)
+        for subject, outcomes in perturb_all(context, subjects, tasks, config, kind).items():
+            yield replace(make_result(subject, settings, outcomes, missing), measured_on=text)
 
-    return Evaluation(
-        Settings, evaluate, Needs(model=True), summary, least=LEAST_PERTURBED, data_revision=revision_of_perturbed
+    least = LEAST | {"n_values": 1, "probe_train_batch_size": 1, "probe_epochs": 1}
+    return Evaluation(Settings, evaluate, Needs(model=True), summary, least=least, data_revision=data_revision)
+
+
+def official_settings(
+    config: Settings, context: Context, source: Source, kind: Kind, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """The settings as results give them, with the data sets that were used."""
+    loaded = {task.name.split("_scr_")[0] for task in tasks}
+    names = [name for name in config.dataset_names if name in loaded]
+    is_scr = kind == "absolute"
+    return official_config(
+        context,
+        replace(config, dataset_names=tuple(names)),
+        perform_scr=is_scr,
+        probe_test_batch_size=500,  # SAEBench's, of no effect: reported for its schema
+        sae_batch_size=125,
+        lower_vram_usage=False,
+        column1_vals_lookup={name: [list(pair) for pair in source.pairs[name].column1] for name in names if is_scr},
+        **of_data(source, source.revision(names)),
     )
 
 
 def perturb_all(
-    context: Context,
-    subjects: Sequence[LoadedSae],
-    tasks: Sequence[Task],
-    settings: Settings,
-    kind: Kind,
-    classes_of: Callable[[Task], Sequence[str]],
-) -> Iterator[tuple[LoadedSae, dict[str, Outcome]]]:
+    context: Context, subjects: Sequence[LoadedSae], tasks: Sequence[Task], settings: Settings, kind: Kind
+) -> dict[LoadedSae, dict[str, Outcome]]:
     """Outcomes by task, for every SAE; the model reads each task's texts once for all."""
     assert settings.context_length is not None
-    generators: dict[LoadedSae, torch.Generator] = {subject: seeded(settings.random_seed) for subject in subjects}
+    generators = {subject: seeded(settings.random_seed) for subject in subjects}
     outcomes: dict[LoadedSae, dict[str, Outcome]] = {subject: {} for subject in subjects}
     for task in tasks:
-        setup = Setup(kind, classes_of(task), settings.n_values, settings.training, settings.random_seed)
+        classes = list(OPPOSITES if kind == "absolute" else task.train)
+        setup = Setup(kind, classes, settings.n_values, settings.training, settings.random_seed)
         pool = pool_task(context, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
         of_model = {subject.layers: Memo[Probed]() for subject in subjects}
         with context.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
@@ -179,4 +270,49 @@ def perturb_all(
                     pool, subject, task, setup, generators[subject], of_model[subject.layers]
                 )
                 advance(1)
-    yield from outcomes.items()
+    return outcomes
+
+
+def on_data(probe: str, data: str) -> str:
+    """Key of the accuracy of one class's probe on another's data."""
+    return f"{probe} probe on {data} data"
+
+
+def tpp_scores(ablated: Ablated, clean: Accuracies) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Means over classes, and the scores of each class."""
+    by_class: dict[str, dict[str, float]] = {name: {} for name in clean}
+    for name, found in by_class.items():
+        for n, accuracies in ablated[name].items():
+            drops = {other: clean[other] - accuracies[other] for other in clean}
+            intended = drops.pop(name)
+            unintended = sum(drops.values()) / len(drops)
+            found[f"tpp_threshold_{n}_total_metric"] = intended - unintended
+            found[f"tpp_threshold_{n}_intended_diff_only"] = intended
+            found[f"tpp_threshold_{n}_unintended_diff_only"] = unintended
+    return mean_scores(by_class), by_class
+
+
+def scr_scores(ablated: Ablated, clean: Accuracies) -> dict[str, float]:
+    """How much of the way from confounded to clean the ablation leads, in both directions.
+
+    The metric is the direction in which the confounded probe did worse; if both are even there is none.
+    """
+    scores: dict[str, float] = {}
+    start = {data: clean[on_data(CONFOUNDED, data)] for data in (CONCEPT, ATTRIBUTE)}
+    for direction, off, data, other in ((1, ATTRIBUTE, CONCEPT, ATTRIBUTE), (2, CONCEPT, ATTRIBUTE, CONCEPT)):
+        room = clean[data] - start[data]
+        for n, accuracies in ablated[off].items():
+            moved = accuracies[on_data(CONFOUNDED, data)] - start[data]
+            scores[f"scr_dir{direction}_threshold_{n}"] = 0 if room < LEAST_ROOM else moved / room
+            if start[data] < start[other]:
+                scores[f"scr_metric_threshold_{n}"] = scores[f"scr_dir{direction}_threshold_{n}"]
+    return scores
+
+
+def mean_scores(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score over the parts that have it, in the order in which they first appear."""
+    values: dict[str, list[float]] = {}
+    for part in parts.values():
+        for key, value in part.items():
+            values.setdefault(key, []).append(value)
+    return {key: sum(found) / len(found) for key, found in values.items()}

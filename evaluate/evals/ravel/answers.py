@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-COORDINATES = ("coord", "latitude", "longitude")
-TOLERANCE_DEGREES = 2
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -58,7 +55,7 @@ def _near(answer: Answer) -> bool:
         expected = float(answer.lower_label.strip("-\N{MINUS SIGN}"))
     except ValueError:
         return False
-    return found is not None and abs(expected - float(found[0])) <= TOLERANCE_DEGREES
+    return found is not None and abs(expected - float(found[0])) <= 2
 
 
 def _names_the_union(answer: Answer) -> bool:
@@ -69,7 +66,7 @@ def _names_the_union(answer: Answer) -> bool:
 
 Applies = Callable[[Answer], bool]
 RULES: tuple[tuple[Applies, Applies], ...] = (
-    (lambda answer: any(word in answer.text for word in COORDINATES), _near),
+    (lambda answer: any(word in answer.text for word in ("coord", "latitude", "longitude")), _near),
     (lambda answer: "United States" in answer.label or "United Kingdom" in answer.label, _names_the_union),
     (lambda answer: "South Korea" in answer.label, lambda answer: answer.lower.startswith(("korea", "south korea"))),
     (
@@ -91,10 +88,6 @@ RULES: tuple[tuple[Applies, Applies], ...] = (
 )
 
 
-HALF_DAY_SECONDS = 12 * 3600
-DAY_HOURS = 24
-
-
 def is_offset_of(zone: str, answer: str, when: datetime | None = None) -> bool:
     """Whether an answer such as "-05:00" is the offset of a zone such as "America/New_York"."""
     expected = offset_of(zone, when or datetime.now())
@@ -113,8 +106,8 @@ def offset_of(zone: str, when: datetime) -> str | None:
     except (ZoneInfoNotFoundError, ValueError, OSError):
         return None
     seconds = 0 if offset is None else offset.seconds
-    sign = "+" if seconds < HALF_DAY_SECONDS else "-"
-    seconds = seconds if sign == "+" else DAY_HOURS * 3600 - seconds
+    sign = "+" if seconds < 12 * 3600 else "-"
+    seconds = seconds if sign == "+" else 24 * 3600 - seconds
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     shown_hours = "" if hours == 0 and seconds >= 1800 else str(hours)
     return f"{sign}{shown_hours}:{minutes:02d}"
@@ -135,4 +128,4 @@ def _within_an_hour(expected: str, answer: str) -> bool:
 def _wraps_to(expected: str, answer: str) -> bool:
     """An offset of more than eleven hours, counted the other way round."""
     found = re.search(r"[+\-](\d+)", answer)
-    return found is not None and int(found[1]) > 11 and str(DAY_HOURS - int(found[1])) in expected
+    return found is not None and int(found[1]) > 11 and str(24 - int(found[1])) in expected

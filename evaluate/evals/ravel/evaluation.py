@@ -23,19 +23,24 @@ from ...context.evaluation_data_sets import commits_of, library_revision
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
-from ...model.prefix_suffix import LanguageModel
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
-from .prompts import (
+from .prompts_and_pairs import (
     ATTRIBUTES,
     DATASET,
     ENTITY_CLASS,
     EntityClass,
+    Pair,
     Prompt,
+    Scores,
     answered_prompts,
+    by_first_token,
+    by_kind,
+    draw_pairs,
     load_facts,
     load_identifiers,
     make_prompts,
+    mean_scores,
+    require_labels,
 )
 from .swapper import Swapper, complete
 
@@ -94,9 +99,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     require_selectable(selection, entities)
-    fitting, failures = split_fitting(
-        context, subjects, context.model, lambda: longest_prompt(context.model, entities, selection)
-    )
+
+    def longest_prompt() -> int:
+        encode, bos = context.model.tokenizer.encode, context.model.bos
+        made = (make_prompts(each, selection[each.name], encode, bos) for each in entities)
+        return max((len(prompt.tokens) for prompts in made for prompt in prompts), default=0)
+
+    fitting, failures = split_fitting(context, subjects, context.model, longest_prompt)
     yield from failures
     if not fitting:
         return
@@ -145,14 +154,6 @@ def study(
         swap_attribute(context, swapper, entity_class.name, attribute, pairs, findings, config)
 
 
-def longest_prompt(
-    model: LanguageModel, entities: Sequence[EntityClass], selection: Mapping[str, Sequence[str]]
-) -> int:
-    """How many tokens a prompt has at most."""
-    made = (make_prompts(each, selection[each.name], model.tokenizer.encode, model.bos) for each in entities)
-    return max((len(prompt.tokens) for prompts in made for prompt in prompts), default=0)
-
-
 def known_prompts(
     context: Context, entity_class: EntityClass, attributes: Sequence[str], config: Config
 ) -> list[Prompt]:
@@ -183,7 +184,6 @@ def swap_attribute(
     findings: Mapping[LoadedSae, Findings],
     config: Config,
 ) -> None:
-    """Learn and judge the masks of one attribute."""
     cut = int(len(pairs) * config.train_test_split)
     epochs, lr, batch_size = config.num_epochs, config.learning_rate, config.llm_batch_size
     total = epochs * cut + len(pairs) - cut

@@ -10,7 +10,6 @@ at the end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,20 +22,15 @@ from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable
 from ...model.batches import make_rows
 from ...model.prefix_suffix import LanguageModel
-from .pairs import Pair
-from .prompts import Prompt
-
-FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 1e-4
+from .prompts_and_pairs import Pair, Prompt
 
 
 def temperatures(steps: int, dtype: torch.dtype) -> list[float]:
-    """One for each step; rounded to the model's dtype, as SAEBench does."""
-    first, last = (math.log10(value) for value in (FIRST_TEMPERATURE, LAST_TEMPERATURE))
-    return torch.logspace(first, last, steps, dtype=dtype).tolist()
+    """One for each step, from 1 to 1e-4; rounded to the model's dtype, as SAEBench does."""
+    return torch.logspace(0, -4, steps, dtype=dtype).tolist()
 
 
 def mixed(base_BF: Tensor, source_BF: Tensor, share_F: Tensor) -> Tensor:
-    """Codes with a share of the source's in each latent."""
     return (1 - share_F) * base_BF + share_F * source_BF
 
 
@@ -54,9 +48,9 @@ class LatentMask:
         targets_B: Tensor,
         temperature: float,
         predict: Callable[[Tensor], Tensor],
-    ) -> float:
+    ) -> None:
         """One step on codes at the entities of a batch, and the token that each pair should produce; `predict` maps
-        mixed codes [B, F] to logits [B, V]. Returns the loss."""
+        mixed codes [B, F] to logits [B, V]."""
         with torch.enable_grad():
             share_F = torch.sigmoid(self.values / temperature)
             logits_BV = predict(mixed(base_BF, source_BF, share_F))
@@ -64,7 +58,6 @@ class LatentMask:
             self._optimizer.zero_grad()
             loss.backward()
         self._optimizer.step()
-        return float(loss.detach())
 
     def chosen(self) -> Tensor:
         """float [F], 1 for latents that are swapped."""
@@ -76,8 +69,6 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Some pairs as the model reads them."""
-
     pairs: Sequence[Pair]
     tokens: Tensor  # int64 [W, T], the bases
     valid: Tensor  # bool [W, T]

@@ -11,18 +11,18 @@ library. The score is 0 if nothing was forgotten, and 1 if all of it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ....cache_schema.numbers_in_words import counted
+from ....cache_schema.strict_json import to_json
 from ...context.evaluation_data_sets import Revision, commits_of, library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
-from .model_passes import SharedPasses, remembered_questions
-from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
+from .interventions import Outcome, SharedPasses, Sweep, make_settings, remembered_questions, unlearning_score
 from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
 
 WMDP, STDLIB = "wmdp", "stdlib"
@@ -69,7 +69,8 @@ class Config:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     material = load_material(context, config)
-    fitting, failures = split_fitting(context, subjects, material.model, lambda: material.longest_row)
+    longest_row = max(material.forget_rows.shape[1], material.retain_rows.shape[1])
+    fitting, failures = split_fitting(context, subjects, material.model, lambda: longest_row)
     yield from failures
     exams = set_exams(material, config) if fitting else []
     fitting, failures = split_fitting(context, fitting, material.model, lambda: max(exam.longest for exam in exams))
@@ -77,7 +78,10 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     if not fitting:
         return
     passes = SharedPasses(material.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
-    settings = choose_settings(context, passes, material, config)
+    rows, sweep = (material.forget_rows, material.retain_rows), config.sweep(material.sweep)
+    with context.watch.stage("unlearning: firing", sum(each.numel() for each in rows)) as advance:
+        forget, retain = (passes.firing_shares(each, advance) for each in rows)
+    settings = {subject: make_settings(forget[subject], retain[subject], sweep) for subject in fitting}
     with context.watch.stage("unlearning: exams", sum(map(len, exams)), "questions") as advance:
         outcomes = passes.sit(exams, settings, advance)
     for subject in fitting:
@@ -128,49 +132,25 @@ def set_exams(material: Material, config: Config) -> list[Exam]:
     return exams
 
 
-def choose_settings(
-    context: Context, passes: SharedPasses, material: Material, config: Config
-) -> Mapping[LoadedSae, Sequence[Setting]]:
-    tokens = material.forget_rows.numel() + material.retain_rows.numel()
-    with context.watch.stage("unlearning: firing", tokens) as advance:
-        forget, retain = (passes.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows))
-    sweep = config.sweep(material.sweep)
-    return {subject: make_settings(forget[subject], retain[subject], sweep) for subject in passes.subjects}
-
-
 def make_result(
     subject: LoadedSae, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
 ) -> Result:
-    forget, retain = ([paper.name for paper in papers] for papers in (material.forget, material.retain))
     asked, rows = [exam.name for exam in exams if len(exam)], len(material.forget_rows) + len(material.retain_rows)
-    score = unlearning_score(
-        outcomes, [name for name in forget if name in asked], [name for name in retain if name in asked]
-    )
+    both = ([paper.name for paper in papers if paper.name in asked] for papers in (material.forget, material.retain))
+    score = unlearning_score(outcomes, *both)
     return Result(
         subject,
         settings_by_saebench(config, material),
         {"unlearning": {"unlearning_score": score}},
-        unstructured=None,
         extra={
             "unlearning": {
                 "data": material.name,
                 "questions": {exam.name: len(exam) for exam in exams},
-                "runs": [run_to_json(outcome) for outcome in outcomes],
+                "runs": [to_json(outcome.setting) | {"accuracy": outcome.shares} for outcome in outcomes],
             }
         },
         measured_on=f"{material.name}, {counted(rows, 'row')} of text and {counted(sum(map(len, exams)), 'question')}",
     )
-
-
-def run_to_json(outcome: Outcome) -> dict[str, Any]:
-    """One intervention, and the share of each exam that is still answered right."""
-    return {
-        "retain_threshold": outcome.setting.retain_threshold,
-        "num_latents": outcome.setting.num_latents,
-        "multiplier": outcome.setting.multiplier,
-        "latents": list(outcome.setting.latents),
-        "accuracy": {name: right / asked for name, (right, asked) in outcome.right.items() if asked},
-    }
 
 
 def settings_by_saebench(config: Config, material: Material) -> dict[str, Any]:

@@ -29,8 +29,6 @@ ALL_ORDERS = tuple(permutations(range(len(LETTERS))))
 AS_WRITTEN = (0, 1, 2, 3)
 TEMPLATE = "<bos><start_of_turn>user\n{body}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
 INTRODUCTION = "The following are multiple choice questions (with answers) about {subject}.\n"
-SPELLINGS = ("", " ")
-"""An answer is a letter alone, or one after a space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +52,8 @@ class Sheet:
         inside = (self.rows >= start) & (self.rows < stop)
         return Sheet(self.tokens[start:stop], self.rows[inside] - start, self.positions[inside], self.answers[inside])
 
-    def asked(self, hidden: Tensor) -> Tensor:
-        """The hidden states [N, D] of [W, T, D] at the questions."""
-        return hidden[self.rows, self.positions]
-
     def to(self, device: torch.device | str) -> Sheet:
-        parts = (self.tokens, self.rows, self.positions, self.answers)
-        return Sheet(*(part.to(device) for part in parts))
+        return Sheet(*(part.to(device) for part in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +92,6 @@ def letters_chosen(letter_tokens: Tensor, dtype: torch.dtype) -> Choose:
 
 
 def most_likely(logits_NV: Tensor) -> Tensor:
-    """The next token, greedily."""
     return logits_NV.argmax(-1)
 
 
@@ -135,7 +127,6 @@ class Question:
     answer: int
 
     def prompt(self, order: Sequence[int] = AS_WRITTEN) -> str:
-        """The prompt with the choices in this order."""
         listed = "".join(f"\n{letter}. {self.choices[i]}" for letter, i in zip(LETTERS, order, strict=True))
         return TEMPLATE.format(body=INTRODUCTION.format(subject=self.subject) + self.text + listed)
 
@@ -192,8 +183,8 @@ Paper = ChoicePaper | TextPaper
 
 
 def letter_tokens(model: LanguageModel) -> Tensor:
-    """int64 [spellings, letters]: each must be one token."""
-    spelled = [[f"{before}{letter}" for letter in LETTERS] for before in SPELLINGS]
+    """int64 [spellings, letters]: a letter alone, or one after a space; each must be one token."""
+    spelled = [[f"{before}{letter}" for letter in LETTERS] for before in ("", " ")]
     ids = [model.tokenizer.encode(letters) for letters in spelled]
     if any(len(token) != 1 for letters in ids for token in letters):
         raise DataMissing(

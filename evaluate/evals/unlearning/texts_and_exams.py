@@ -31,7 +31,7 @@ from ...context.evaluation_data_sets import load_rows
 from ...errors import DataMissing, NotApplicable, SettingInvalid
 from ...model.prefix_suffix import LanguageModel, load_language_model
 from .exams import ChoicePaper, Paper, Question, TextPaper
-from .sweep import Sweep
+from .interventions import Sweep
 
 CHUNKS = 20
 """The joined text is cut into this many strings before it is tokenised, wherever the cut falls."""
@@ -94,10 +94,6 @@ class Material:
     def papers(self) -> tuple[Paper, ...]:
         return (*self.forget, *self.retain, *self.beside)
 
-    @property
-    def longest_row(self) -> int:
-        return max(self.forget_rows.shape[1], self.retain_rows.shape[1])
-
 
 TEXT_ROWS, EXAM_ROWS = 48, 24
 MAX_LENGTH = 128
@@ -124,30 +120,24 @@ def load_topic(model: LanguageModel, model_name: str, topic: str, seed: int) -> 
 
 
 def make_material(
-    model: LanguageModel,
-    model_name: str,
-    inside: Sequence[str],
-    outside: Sequence[str],
-    topic: str,
-    seed: int,
+    model: LanguageModel, model_name: str, inside: Sequence[str], outside: Sequence[str], topic: str, seed: int
 ) -> Material:
-    """Material from two lists of texts."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     drawn = [sampled_texts(texts, TEXTS, draw) for texts in (inside, outside)]
     length = min(MAX_LENGTH, model.facts.max_context)
-    forget, retain = ([_rows(model, part, length, generator) for part in _set_aside(texts)] for texts in drawn)
+    forget, retain = (
+        [
+            _rows(model, part, length, generator)
+            for part in ([text for at, text in enumerate(texts) if at % EXAM_SHARE], texts[::EXAM_SHARE])
+        ]
+        for texts in drawn
+    )
     papers = [
         TextPaper(name, rows[:EXAM_ROWS], model.special, BATCH_ROWS)
         for name, rows in ((topic, forget[1]), (f"not {topic}", retain[1]))
     ]
     rows = (forget[0][:TEXT_ROWS], retain[0][:TEXT_ROWS])
     return Material(f"stdlib: {topic}", model_name, model, *rows, papers[:1], papers[1:], SWEEP)
-
-
-def _set_aside(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Texts for choosing latents, and texts for the exam."""
-    chosen = [text for number, text in enumerate(texts) if number % EXAM_SHARE]
-    return chosen, list(texts[::EXAM_SHARE])
 
 
 def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: torch.Generator) -> Tensor:
@@ -157,11 +147,9 @@ def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: to
 
 WIKITEXT = "Salesforce/wikitext"
 FORGET_EXAM = "wmdp-bio"
-FORGET_SUBJECT = "biology"
 BESIDE = "college_biology"
 """Close to the topic: as in SAEBench, it does not have to be retained."""
 MIN_CHARACTERS = 50
-REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 
 
 def load_wmdp(
@@ -179,11 +167,8 @@ def load_wmdp(
     model = load_instructed(context, model_name)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     long_enough = [text for text in retain_texts if len(text) > MIN_CHARACTERS]
-    rows = [
-        joined_rows(texts, model.tokenizer, eos_text(model), model.bos, model.pad, length)
-        for texts in (sampled_texts(forget_texts, size, draw), long_enough)
-    ]
-    forget_rows, retain_rows = (shuffled_rows(each, size, generator) for each in rows)
+    both = sampled_texts(forget_texts, size, draw), long_enough
+    forget_rows, retain_rows = (_rows(model, texts, length, generator)[:size] for texts in both)
     papers = [ChoicePaper(name, asked, model, batch) for name, asked in questions.items()]
     forget = [paper for paper in papers if paper.name == FORGET_EXAM]
     beside = [paper for paper in papers if paper.name == BESIDE]
@@ -195,8 +180,9 @@ def read_corpus(file: Path) -> list[str]:
     """The texts of the forget corpus: a JSON object with `text` on each line."""
     if not file.is_file():
         raise DataMissing(
-            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl with the form that {REQUEST_FORM} "
-            "names, and give its path with --set unlearning.forget_corpus=FILE"
+            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl with the form that "
+            "https://huggingface.co/datasets/cais/wmdp-corpora names, and give its path with --set "
+            "unlearning.forget_corpus=FILE"
         )
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # splitlines also cuts where a text has U+2028
@@ -220,7 +206,7 @@ def home_of(name: str) -> str:
 def read_questions(name: str) -> list[Question]:
     """The test questions of WMDP, or of a subject of MMLU."""
     rows = load_rows(home_of(name), name, "test")
-    subject = FORGET_SUBJECT if name == FORGET_EXAM else name.replace("_", " ")
+    subject = "biology" if name == FORGET_EXAM else name.replace("_", " ")
     return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
 
 

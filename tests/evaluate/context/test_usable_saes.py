@@ -14,7 +14,7 @@ from saemill.evaluate.context.prompt_positions import Reader, Spot
 from saemill.evaluate.context.usable_saes import attention_of, split_fitting
 from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.probing.draw_classes import Task
-from saemill.evaluate.evals.probing.pooling import pool_task
+from saemill.evaluate.evals.probing.pooled_features import pool_task
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
@@ -79,8 +79,8 @@ def test_at_a_token_of_a_prompt(context, subject, stored):
 
 def test_at_the_last_token_of_a_prompt(context, subject, stored):
     tokens, acts = stored
-    found = read_prompts(context, [subject], "t", written(tokens), tokens.shape[1], batch_size=4)
-    close(found.latents[subject].toarray(), acts[:, -1])
+    _, latents = read_prompts(context, [subject], "t", written(tokens), tokens.shape[1], batch_size=4)
+    close(latents[subject].toarray(), acts[:, -1])
 
 
 def test_averaged_over_a_text(context, subject, stored):

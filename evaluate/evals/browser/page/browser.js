@@ -59,10 +59,7 @@ const starts = (counts) => {
 
 // Alone, a token's spaces are seen: one in front stays one, more are counted.
 const spaced = (text) => (text.trim() === "" && text.length < 3 ? text.replaceAll(" ", "\u2423") : text.replace(/ {2,}/g, (run_) => `\u2423\u00d7${run_.length}`)) || "\u2205";
-function chip(token) {
-  const text = token < 0 ? "" : texts[token];
-  return h("bdi", { class: "token" }, token < 0 ? "\u2013" : spaced(brief(text, 40)));
-}
+const chip = (token) => h("bdi", { class: "token" }, token < 0 ? "\u2013" : spaced(brief(texts[token], 40)));
 
 // ---------------------------------------------------------------- what there is
 
@@ -83,20 +80,13 @@ async function columnsOf(sae) {
 
 // ---------------------------------------------------------------- text
 
-async function textOf(window_) {
-  const file = Math.floor(window_ / run.text_windows);
-  const part = await load(`text/${file}`);
-  const start = (window_ - file * run.text_windows) * run.context;
-  return { tokens: part.tokens.subarray(start, start + run.context), marks: part.marks.subarray(start, start + run.context) };
+async function arraysOf(window_, name, windows, size) {
+  const file = Math.floor(window_ / windows), start = (window_ - file * windows) * size;
+  const part = await load(`${name}/${file}`);
+  return Object.fromEntries(Object.entries(part).map(([key, array]) => [key, array.subarray(start, start + size)]));
 }
-
-async function attentionOf(window_) {
-  const file = Math.floor(window_ / run.attention_windows);
-  const part = await load(`attention/${file}`);
-  const size = run.context * run.attention_layers.length * run.attended;
-  const start = (window_ - file * run.attention_windows) * size;
-  return { positions: part.positions.subarray(start, start + size), weights: part.weights.subarray(start, start + size) };
-}
+const textOf = (window_) => arraysOf(window_, "text", run.text_windows, run.context);
+const attentionOf = (window_) => arraysOf(window_, "attention", run.attention_windows, run.context * run.attention_layers.length * run.attended);
 function attendedFrom(attention, at, layer) {
   // Earlier positions and weights; layer null: the strongest of all layers.
   const { attention_layers: layers, attended: keys, levels } = run;
@@ -423,7 +413,6 @@ async function allTexts() {
   if (!joined) {
     const total = Object.values(run.windows).reduce((a, b) => a + b, 0);
     const found = [];
-    lower ??= texts.map((text) => text.toLowerCase());
     for (let file = 0; file * run.text_windows < total; file++) {
       const { tokens } = await load(`text/${file}`);
       const begins = new Uint32Array(tokens.length), parts = new Array(tokens.length);

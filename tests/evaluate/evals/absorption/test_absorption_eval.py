@@ -16,21 +16,21 @@ from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.write_and_read_results import Failure, Result
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.absorption import evaluation as absorption
-from saemill.evaluate.evals.absorption import task
+from saemill.evaluate.evals.absorption import task_and_probes
 from saemill.evaluate.evals.absorption.measure_absorption import Sparse, mean_metrics, measure_letters
-from saemill.evaluate.evals.absorption.probe import Probe, Training
-from saemill.evaluate.evals.absorption.task import (
+from saemill.evaluate.evals.absorption.task_and_probes import (
     FIRST_LETTER,
     SHAPES,
     WORD_SHAPES,
     ClassProbe,
     Half,
+    Probe,
     Task,
+    Training,
     WordClasses,
     longest_prompt,
     make_prompt,
     make_spots,
-    shape_of,
     word_position,
 )
 from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
@@ -115,8 +115,9 @@ def test_a_class_that_training_words_do_not_tell_from_others_is_not_known(train,
     """Its latents could not be chosen: a regression needs words of both kinds."""
     reading = Reading({1: torch.eye(2).repeat(2, 1)}, {})
     halves = [Half(["w"] * 4, torch.tensor(labels), reading) for labels in (train, [0, 1, 0, 1])]
-    monkeypatch.setattr(task, "fit_probe", lambda *_: Probe(torch.eye(2), torch.full((2,), -0.5)))  # it knows both
-    assert task._fit(1, *halves, 2, 0).known(0.0) == ([0, 1] if len(set(train)) == 2 else [])
+    knows_both = Probe(torch.eye(2), torch.full((2,), -0.5))
+    monkeypatch.setattr(task_and_probes, "fit_probe", lambda *_: knows_both)
+    assert task_and_probes._fit(1, *halves, 2, 0).known(0.0) == ([0, 1] if len(set(train)) == 2 else [])
     with pytest.raises(SettingInvalid, match="min_GT_probe_f1: expected 0 or more"):
         absorption.EVALUATION.require(absorption.Config(min_GT_probe_f1=-0.1))
 
@@ -162,8 +163,9 @@ def test_words_of_the_vocabulary_are_whole_tokens_in_the_order_of_their_ids(tiny
 
 def test_shapes():
     words = ("x", "X", "XY", " word", " Word", " W", " WORD")
-    assert [shape_of(word) for word in words] == ["inside", "Inside", "INSIDE", "word", "Word", "Word", "WORD"]
-    assert [WORD_SHAPES.names[WORD_SHAPES.class_of(word)] for word in words] == [shape_of(word) for word in words]
+    answers = [WORD_SHAPES.answer(word) for word in words]
+    assert answers == ["inside", "Inside", "INSIDE", "word", "Word", "Word", "WORD"]
+    assert [WORD_SHAPES.names[WORD_SHAPES.class_of(word)] for word in words] == answers
     assert len(set(SHAPES)) == 6
 
 

@@ -16,8 +16,8 @@ W_DEC = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
 
 def planted(acts: list[float]) -> tuple[float, bool]:
     codes = torch.tensor([acts])
-    found = absorption(codes, codes @ W_DEC, W_DEC, DIRECTION, own=[0])
-    return found.fraction.item(), bool(found.full.item())
+    fraction, full = absorption(codes, codes @ W_DEC, W_DEC, DIRECTION, own=[0])
+    return fraction.item(), bool(full.item())
 
 
 def test_a_letter_carried_by_its_own_latent_is_not_absorbed():
@@ -40,8 +40,8 @@ def test_a_small_part_does_not_count():
 
 def test_a_residual_that_does_not_point_along_the_probe_is_not_absorbed():
     codes = torch.tensor([[0.0, 1.0, 0.0]])
-    found = absorption(codes, torch.tensor([[-1.0, 0.0, 0.0]]), W_DEC, DIRECTION, own=[0])
-    assert (found.fraction.item(), bool(found.full.item())) == (0.0, False)
+    fraction, full = absorption(codes, torch.tensor([[-1.0, 0.0, 0.0]]), W_DEC, DIRECTION, own=[0])
+    assert (fraction.item(), bool(full.item())) == (0.0, False)
 
 
 def slow(acts, x, W_dec, direction, own):
@@ -73,8 +73,8 @@ def test_all_words_at_once_are_what_each_is_alone(seed, own):
     acts = (torch.randn(20, 8, generator=generator) - 0.5).relu()
     x = acts @ W_dec + 0.1 * torch.randn(20, 4, generator=generator)
     direction = torch.randn(4, generator=generator)
-    found = absorption(acts, x, W_dec, direction, own)
+    fractions, are_full = absorption(acts, x, W_dec, direction, own)
     for i in range(20):
         fraction, full = slow(acts[i], x[i], W_dec, direction, own)
-        assert found.fraction[i].item() == pytest.approx(fraction, abs=1e-4)
-        assert bool(found.full[i]) == full
+        assert fractions[i].item() == pytest.approx(fraction, abs=1e-4)
+        assert bool(are_full[i]) == full

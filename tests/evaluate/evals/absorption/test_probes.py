@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.evaluate.evals.absorption import probe
-from saemill.evaluate.evals.absorption.probe import Probe, Training, choose_latents, f1_score, fit_probe, ranked_latents
-from saemill.evaluate.evals.absorption.task import (
+from saemill.evaluate.evals.absorption import task_and_probes
+from saemill.evaluate.evals.absorption.task_and_probes import (
     FIRST_LETTER,
+    Probe,
+    Training,
     alphabetic_words,
-    letter_index,
+    choose_latents,
+    f1_score,
+    fit_probe,
     make_prompt,
     split_words,
 )
@@ -29,7 +32,7 @@ def test_words_are_alphabetic_tokens_with_or_without_a_space():
         return token.replace("\u2581", " ").removeprefix(" ")
 
     assert alphabetic_words(tokens, to_text) == [" cat", "dog", "A"]
-    assert [letter_index(word) for word in (" cat", "Zoo", "a")] == [2, 25, 0]
+    assert [FIRST_LETTER.class_of(word) for word in (" cat", "Zoo", "a")] == [2, 25, 0]
 
 
 def test_a_prompt_has_ten_solved_examples_without_the_word_and_ends_in_it():
@@ -45,11 +48,11 @@ def test_a_prompt_has_ten_solved_examples_without_the_word_and_ends_in_it():
 
 
 def test_words_are_split_at_random_but_by_the_seed():
-    train, test = split_words(WORDS, 0.8, random.Random(3))
+    train, test = split_words(WORDS, random.Random(3))
     assert (len(train), len(test)) == (9, 3)
     assert sorted(train + test) == WORDS
-    assert split_words(WORDS, 0.8, random.Random(3)) == (train, test)
-    assert split_words(WORDS, 0.8, random.Random(4)) != (train, test)
+    assert split_words(WORDS, random.Random(3)) == (train, test)
+    assert split_words(WORDS, random.Random(4)) != (train, test)
 
 
 def planted_rows(letters: int = 4, rows: int = 200, width: int = 12):
@@ -84,7 +87,7 @@ def test_a_letter_without_words_does_not_spoil_the_others():
 
 
 def test_the_sparse_probe_ranks_the_planted_latents_first():
-    ranked = ranked_latents(fitted(l1_decay=0.01, weight_decay=1e-6), max_k=3)
+    ranked = fitted(l1_decay=0.01, weight_decay=1e-6).weights.topk(3, dim=1).indices
     assert set(ranked[0, :2].tolist()) == {0, 4}
     assert [int(ranked[letter, 0]) for letter in (1, 2, 3)] == [1, 2, 3]
 
@@ -99,8 +102,8 @@ def test_encoded_rows_are_what_the_probe_sees():
 
 @pytest.mark.parametrize(("letter", "ranking", "own"), [(0, (0, 4, 7), (0, 4)), (1, (1, 7, 8), (1,))])
 def test_a_split_letter_takes_two_latents_and_a_whole_one_takes_one(letter, ranking, own, monkeypatch):
-    tried, f1_of_first = [], probe._f1_of_first
-    monkeypatch.setattr(probe, "_f1_of_first", lambda k, *rest: tried.append(k) or f1_of_first(k, *rest))
+    tried, f1_of_first = [], task_and_probes._f1_of_first
+    monkeypatch.setattr(task_and_probes, "_f1_of_first", lambda k, *rest: tried.append(k) or f1_of_first(k, *rest))
     acts, labels = planted_rows()
     columns, truth = acts[:, list(ranking)].numpy(), (labels == letter).numpy()
     assert choose_latents(ranking, columns, truth, columns, truth, jump=0.03) == own

@@ -31,20 +31,30 @@ from saemill.evaluate.evals.browser import (
     browser_folder,
     evaluation,
     exports,
-    firing_counts,
+    firings,
     latents,
     read_and_encode,
-    top_firings,
 )
 from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked, write_data
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
+from saemill.evaluate.evals.browser.firings import (
+    BINS,
+    LOW,
+    SAMPLE,
+    TOP,
+    Batch,
+    Firings,
+    Keeper,
+    Seen,
+    bin_of,
+    largest,
+    lower_edges,
+)
 from saemill.evaluate.evals.browser.for_report import pattern
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS, Shown, most_alike
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.read_and_encode import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
-from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings, Keeper, largest
 from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
@@ -345,7 +355,7 @@ def seen_of(dense: np.ndarray, ordinary: np.ndarray, context: int = 16) -> Seen:
 
 def test_what_goes_on_samples_as_many_tokens_as_what_was_never_stopped(monkeypatch):
     """Where massive rows are left out of the sample."""
-    monkeypatch.setattr(firing_counts, "SAMPLE_ENTRIES", 150)
+    monkeypatch.setattr(firings, "SAMPLE_ENTRIES", 150)
     dense, ordinary = np.ones((16, 12), np.float32), np.arange(16) < 8  # 192 that fire, 96 of them kept
     whole, stopped = seen_of(dense, ordinary), Seen(12, 16, FEW)
     stopped.restore(whole.state())
@@ -440,7 +450,7 @@ def test_a_sample_is_even():
 
 
 def test_memory_grows_with_the_latents_and_not_with_the_text(monkeypatch):
-    monkeypatch.setattr(top_firings, "WAITING", 1 << 12)
+    monkeypatch.setattr(firings, "WAITING", 1 << 12)
     seen, tokens = Seen(64, 16, Config(top=3, sample=4, low=2)), np.arange(256)
     position = (tokens % 16).astype(np.uint16)
     generator, peaks = torch.Generator().manual_seed(0), []

@@ -19,7 +19,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.evals.browser import browser_folder, evaluation
 from saemill.evaluate.evals.browser.browser_folder import write_data, write_page
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.evals.browser.firing_counts import lower_edges
+from saemill.evaluate.evals.browser.firings import lower_edges
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csc_matrix, vstack
 from torch import Tensor
 
 from saemill.evaluate.context.loaded_sae import LoadedSae, Sizes
 from saemill.evaluate.evals.probing.draw_classes import Task
-from saemill.evaluate.evals.probing.pooling import Pool, make_pool, read_piece
+from saemill.evaluate.evals.probing.pooled_features import Features, Pool, make_pool, read_piece, spans_of
 from saemill.evaluate.model.batches import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -51,6 +53,12 @@ class Made:
         return make_pool(
             list(self.acts), [read_piece(part, [subject], leaky) for part in self.batches()], torch.float32
         )
+
+
+def features_of(classes: Mapping[str, Tensor]) -> Features:
+    """From one dense matrix for each class."""
+    parts = [csc_matrix(part.float().numpy()) for part in classes.values()]
+    return Features(csc_matrix(vstack(parts)), spans_of(classes), next(iter(classes.values())).dtype)
 
 
 def windows_of(x: Tensor) -> Windows:

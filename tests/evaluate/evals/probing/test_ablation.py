@@ -6,17 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.evaluate.evals.probing.ablation import Ablatable, effects, top_effects
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
-from saemill.evaluate.evals.probing.features import Draw, Features, Memo, seeded
 from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
-from saemill.evaluate.evals.probing.scr_and_tpp import Setup, perturb
-from saemill.evaluate.evals.probing.scr_and_tpp_formulas import mean_scores, scr_scores, tpp_scores
+from saemill.evaluate.evals.probing.pooled_features import Draw, Memo, seeded
+from saemill.evaluate.evals.probing.scr_and_tpp import (
+    Ablatable,
+    Setup,
+    effects,
+    mean_scores,
+    perturb,
+    scr_scores,
+    top_effects,
+    tpp_scores,
+)
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
 from ....golden import make_saebench_probes as maker
-from .conftest import make_subject, make_task
+from .conftest import features_of, make_subject, make_task
 
 PROBES = Training(batch_size=16, epochs=20, lr=1e-2, patience=20, l1_penalty=1e-3)
 
@@ -50,7 +57,7 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
 
 
 def test_nothing_off_is_the_probe_itself():
-    features = Features.of({"a": torch.randn(5, 6), "b": torch.randn(5, 6)})
+    features = features_of({"a": torch.randn(5, 6), "b": torch.randn(5, 6)})
     probe = fresh_probe(6, torch.float32, seeded(0))
     texts = Ablatable(features, features, torch.eye(6), {"a": probe})
     whole = torch.from_numpy(features.matrix.toarray())
@@ -74,7 +81,7 @@ def test_what_all_ablations_begin_with_is_computed_once(official):
 
 def test_effects_weigh_firing_by_direction():
     rows = torch.tensor([[2.0, 0, 1], [2.0, 0, 1], [0, 1.0, 1], [0, 1.0, 1]])
-    latents = Features.of({"a": rows[:2], "b": rows[2:]})
+    latents = features_of({"a": rows[:2], "b": rows[2:]})
     draw = Draw(np.arange(4), np.array([1, 1, 0, 0], dtype=np.int32))
     probe = fresh_probe(3, torch.float32, seeded(0))
     probe.weight.copy_(torch.tensor([[0.5, 3.0, 9.0]]))

@@ -1,4 +1,4 @@
-"""Where texts come from: stdlib_tasks text, the hub, the package sae-probes; and what is said when they do not."""
+"""Where texts come from: installed text, the hub, the package sae-probes; and what is said when they do not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing import sae_probes_data, saebench_texts, stdlib_snippets, stdlib_tasks
-from saemill.evaluate.evals.probing.choose_source import HUB, STDLIB, find_source, load_all
+from saemill.evaluate.evals.probing import sae_probes, saebench_texts, stdlib_texts
+from saemill.evaluate.evals.probing.source_and_settings import HUB, STDLIB, find_source, load_all
 
 MODULE = '''"""What the module is for, in a sentence that is long enough to count."""
 
@@ -30,7 +30,7 @@ def work(x):
 
 
 def test_lines_are_split_into_code_and_prose():
-    lines = stdlib_snippets.split_lines(MODULE)
+    lines = stdlib_texts.split_lines(MODULE)
     assert lines["prose"] == [
         "What the module is for, in a sentence that is long enough to count.",
         "a comment that says",
@@ -46,24 +46,24 @@ def test_lines_are_split_into_code_and_prose():
 
 
 def test_snippets_are_long_enough_and_a_remainder_is_left_out():
-    assert list(stdlib_snippets.cut_snippets(["abcd", "efgh", "ij", "kl"], 8)) == ["abcd\nefgh"]
+    assert list(stdlib_texts.cut_snippets(["abcd", "efgh", "ij", "kl"], 8)) == ["abcd\nefgh"]
 
 
-@pytest.mark.parametrize("name", stdlib_tasks.NAMES)
+@pytest.mark.parametrize("name", stdlib_texts.NAMES)
 def test_installed_data_sets_are_balanced_repeatable_and_split(name):
-    task = stdlib_tasks.load_task(name, STDLIB.train_size, STDLIB.test_size, 42)
-    again = stdlib_tasks.load_task(name, STDLIB.train_size, STDLIB.test_size, 42)
+    task = stdlib_texts.load_task(name, STDLIB.train_size, STDLIB.test_size, 42)
+    again = stdlib_texts.load_task(name, STDLIB.train_size, STDLIB.test_size, 42)
     assert task == again
-    assert task != stdlib_tasks.load_task(name, STDLIB.train_size, STDLIB.test_size, 43)
+    assert task != stdlib_texts.load_task(name, STDLIB.train_size, STDLIB.test_size, 43)
     for part, size in ((task.train, STDLIB.train_size), (task.test, STDLIB.test_size)):
         assert {len(texts) for texts in part.values()} == {size // 2}
     texts = [{text for each in part.values() for text in each} for part in (task.train, task.test)]
     assert not texts[0] & texts[1]
 
 
-@pytest.mark.parametrize("name", stdlib_tasks.TASKS)
+@pytest.mark.parametrize("name", stdlib_texts.TASKS)
 def test_order_tasks_hold_the_same_pieces_in_every_class(name):
-    task = stdlib_tasks.load_task(f"stdlib/{name}", 40, 20, 0)
+    task = stdlib_texts.load_task(f"stdlib/{name}", 40, 20, 0)
     for rows in zip(*task.train.values(), strict=True):
         characters = [Counter("".join(text.split())) for text in rows]
         assert all(counter == characters[0] for counter in characters)
@@ -71,19 +71,19 @@ def test_order_tasks_hold_the_same_pieces_in_every_class(name):
 
 
 def test_more_text_than_there_is_is_refused():
-    for name in stdlib_tasks.NAMES:
+    for name in stdlib_texts.NAMES:
         with pytest.raises(DataMissing, match=r"ask(ed)? for"):
-            stdlib_tasks.load_task(name, 10**6, 200, 0)
+            stdlib_texts.load_task(name, 10**6, 200, 0)
     with pytest.raises(DataMissing, match="stdlib/library"):
-        stdlib_tasks.load_task("stdlib/none", 40, 20, 0)
+        stdlib_texts.load_task("stdlib/none", 40, 20, 0)
 
 
 def test_binary_data_sets_have_two_labels_of_equal_number():
-    data = stdlib_tasks.load_binary("stdlib/first", 0)
-    assert len(data.prompts) == len(data.labels) == stdlib_tasks.BINARY_ROWS
+    data = stdlib_texts.load_binary("stdlib/first", 0)
+    assert len(data.prompts) == len(data.labels) == stdlib_texts.BINARY_ROWS
     assert data.labels.sum() == len(data.labels) // 2
     with pytest.raises(DataMissing, match="stdlib/kind"):
-        stdlib_tasks.load_binary("stdlib/position", 0)
+        stdlib_texts.load_binary("stdlib/position", 0)
 
 
 class Place:
@@ -183,17 +183,17 @@ def package(tmp_path, monkeypatch):
         {"Dataset save name": "cleaned_data/5_first.csv", "Data type": "Binary Classification"},
         {"Dataset save name": "cleaned_data/6_more.csv", "Data type": "Continuous Data"},
     ]
-    write_table(folder / "data" / sae_probes_data.INDEX, index)
+    write_table(folder / "data" / sae_probes.INDEX, index)
     rows = [{"prompt": 'a, "quoted"\nline', "target": "yes"}, {"prompt": "b", "target": "no"}]
     write_table(folder / "data" / "cleaned_data" / "5_first.csv.zst", rows)
     monkeypatch.syspath_prepend(str(tmp_path))
-    sae_probes_data._read.cache_clear()
+    sae_probes._read.cache_clear()
     return folder
 
 
 def test_the_collection_is_read_without_importing_its_package(package):
-    assert sae_probes_data.names() == ("5_first",)
-    data = sae_probes_data.load("5_first")
+    assert sae_probes.names() == ("5_first",)
+    data = sae_probes.load("5_first")
     assert list(data.prompts) == ['a, "quoted"\nline', "b"]
     assert data.labels.tolist() == [1, 0]
 
@@ -201,16 +201,16 @@ def test_the_collection_is_read_without_importing_its_package(package):
 def test_a_damaged_or_absent_collection_says_how_to_install_it(package, monkeypatch):
     (package / "data" / "cleaned_data" / "5_first.csv.zst").write_bytes(b"no zstd")
     with pytest.raises(DataMissing, match="pip install --no-deps sae-probes"):
-        sae_probes_data.load("5_first")
+        sae_probes.load("5_first")
     with pytest.raises(DataMissing, match="pip install"):
-        sae_probes_data.load("7_never")
-    monkeypatch.setattr(sae_probes_data, "PACKAGE", "no_such_package_at_all")
+        sae_probes.load("7_never")
+    monkeypatch.setattr(sae_probes, "PACKAGE", "no_such_package_at_all")
     with pytest.raises(
         DataMissing, match=r"pip install --no-deps sae-probes.*--set sparse_probing_sae_probes\.data=stdlib"
     ):
-        sae_probes_data.names()
+        sae_probes.names()
 
 
 def test_more_than_two_labels_are_refused():
     with pytest.raises(DataMissing, match="two labels"):
-        sae_probes_data.as_labels(["a", "b", "c"])
+        sae_probes.as_labels(["a", "b", "c"])

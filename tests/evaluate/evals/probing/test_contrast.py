@@ -11,7 +11,8 @@ from scipy.stats import mannwhitneyu
 
 from saemill.evaluate.evals import contrast
 from saemill.evaluate.evals.contrast import NO_LATENTS, Config, effects, effects_of, joined, make_result, summarise
-from saemill.evaluate.evals.probing.features import Features
+
+from .conftest import features_of
 
 CLASSES = ("a", "b", "c", "d")
 TEXTS = 40
@@ -20,7 +21,7 @@ TEXTS = 40
 def features(seed, planted):
     """`planted` gives the columns of class number n: [TEXTS, F]."""
     generator = np.random.default_rng(seed)
-    return Features.of({name: torch.tensor(planted(n, generator)) for n, name in enumerate(CLASSES)})
+    return features_of({name: torch.tensor(planted(n, generator)) for n, name in enumerate(CLASSES)})
 
 
 def of(planted):
@@ -75,12 +76,12 @@ def test_latents_of_few_texts_are_not_measured_and_none_at_all_is_no_error():
     silent = summarise(of(lambda n, g: np.zeros((TEXTS, 2))), Config())
     expected = {"best": 0.0, "measured_share": 0.0, "mean": np.nan, "strong_share": np.nan}
     assert silent == pytest.approx(expected, nan_ok=True)
-    two = effects_of("set", *(Features.of({name: torch.zeros(9, 1) for name in "ab"}),) * 2)
+    two = effects_of("set", *(features_of({name: torch.zeros(9, 1) for name in "ab"}),) * 2)
     assert make_result(None, {}, two, two, Config(), None).remark == NO_LATENTS
 
 
 def test_two_classes_have_no_contrast_apart():
-    part = Features.of({"a": torch.ones(9, 1), "b": torch.zeros(9, 1)})
+    part = features_of({"a": torch.ones(9, 1), "b": torch.zeros(9, 1)})
     assert "independence" not in summarise(effects_of("set", part, part), Config())
 
 

@@ -15,9 +15,8 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
-from saemill.evaluate.evals.probing import saebench_texts, stdlib_tasks
-from saemill.evaluate.evals.probing.choose_source import HUB
-from saemill.evaluate.evals.probing.settings import Settings
+from saemill.evaluate.evals.probing import saebench_texts, stdlib_texts
+from saemill.evaluate.evals.probing.source_and_settings import HUB, Settings
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.evaluate.run.run_evals import run_evals
@@ -152,7 +151,7 @@ def test_missing_data_is_told_and_the_rest_is_evaluated(run, monkeypatch):
     def load(name, *sizes):
         if name != saebench_texts.NEWS:
             raise DataMissing(f"{name}: log in")
-        return stdlib_tasks.load_task("stdlib/kind", *sizes)
+        return stdlib_texts.load_task("stdlib/kind", *sizes)
 
     monkeypatch.setattr(sparse_probing, "find_source", lambda *_: dataclasses.replace(HUB, load_task=load))
     config = sparse_probing.Config(data="hub", probe_train_set_size=40, probe_test_set_size=20, k_values=(1,))
@@ -180,12 +179,12 @@ def test_prompts_are_read_at_their_last_token(context, builder):
     rows = token_rows(context.model, prompts, 8)
     ids = context.model.tokenizer.encode(prompts)
     assert rows == [[2, *ids[0]], [2, *ids[1]], [2, *ids[2][-7:]]]
-    found = read_prompts(context, [subject], "prompts", prompts, 8, batch_size=2)
+    residuals, latents = read_prompts(context, [subject], "prompts", prompts, 8, batch_size=2)
     for number, row in enumerate(rows):
         resid = context.model.resid(torch.tensor([row]), [builder.LAYER])[builder.LAYER][0, -1].float()
-        np.testing.assert_allclose(found.resid[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
-        acts = subject.sae.encode(torch.from_numpy(found.resid[subject.layers][number]))
-        np.testing.assert_allclose(found.latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
+        np.testing.assert_allclose(residuals[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
+        acts = subject.sae.encode(torch.from_numpy(residuals[subject.layers][number]))
+        np.testing.assert_allclose(latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("needs", "rows"), [((), [3]), (("position",), [2, 1])])

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.probing import fit_probes
 from saemill.evaluate.evals.probing.draw_classes import Table, balanced, sample, spurious
-from saemill.evaluate.evals.probing.features import Draw, Features, Memo, draw_probe, seeded, spans_of
 from saemill.evaluate.evals.probing.fit_probes import sparse_accuracy, top_features
+from saemill.evaluate.evals.probing.pooled_features import Draw, Memo, draw_probe, seeded, spans_of
+
+from .conftest import features_of
 
 
 @given(num_classes=st.integers(2, 6), size=st.integers(1, 30), seed=st.integers(0, 9))
 def test_a_draw_is_a_class_and_as_many_of_the_others(num_classes, size, seed):
-    spans = spans_of({str(i): size for i in range(num_classes)})
+    spans = spans_of({str(i): range(size) for i in range(num_classes)})
     draw = draw_probe(spans, "1", seeded(seed))
-    assert len(draw) == 2 * size
+    assert len(draw.rows) == 2 * size
     assert sorted(draw.rows[draw.labels == 1]) == list(spans["1"])
     negatives = draw.rows[draw.labels == 0]
     assert len(set(negatives)) == size
@@ -30,13 +32,13 @@ def test_a_draw_is_a_class_and_as_many_of_the_others(num_classes, size, seed):
 
 
 def test_a_draw_from_the_opposite_takes_it_alone_and_whole():
-    spans = spans_of({"a": 5, "b": 5, "c": 5})
+    spans = spans_of({"a": range(5), "b": range(5), "c": range(5)})
     draw = draw_probe(spans, "a", seeded(0), opposite="c")
     assert sorted(draw.rows[draw.labels == 0]) == list(spans["c"])
 
 
 def test_negatives_are_drawn_anew_each_time():
-    spans, generator = spans_of({"a": 20, "b": 20, "c": 20}), seeded(0)
+    spans, generator = spans_of({name: range(20) for name in "abc"}), seeded(0)
     first, second = (draw_probe(spans, "a", generator) for _ in range(2))
     assert sorted(first.rows) != sorted(second.rows)
 
@@ -44,7 +46,7 @@ def test_negatives_are_drawn_anew_each_time():
 def some_features(dtype=torch.float32):
     torch.manual_seed(0)
     dense = {name: torch.relu(torch.randn(8, 12)).to(dtype) for name in "abc"}
-    return dense, Features.of(dense)
+    return dense, features_of(dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +74,7 @@ def test_the_top_features_have_the_largest_difference_of_means():
 def test_one_planted_feature_is_found_and_enough(monkeypatch):
     classes = {name: torch.rand(40, 30) for name in "abc"}
     classes["b"][:, 17] += 2
-    train = test = Features.of(classes)
+    train = test = features_of(classes)
     draws = [draw_probe(train.spans, "b", seeded(seed)) for seed in (0, 1)]
     assert list(top_features(train, draws[0], 1)) == [17]
     assert sparse_accuracy(train, draws[0], test, draws[1], 1) == 1.0

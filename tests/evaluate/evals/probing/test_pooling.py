@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saemill.evaluate.context.loaded_sae import batch_size_for
-from saemill.evaluate.evals.probing.pooling import (
+from saemill.evaluate.evals.probing.pooled_features import (
     make_pool,
     masked,
     mean_latents,

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from saemill.evaluate.evals.probing.features import Features, seeded
 from saemill.evaluate.evals.probing.fit_probes import (
     FULL_WIDTH,
     Training,
     fresh_probe,
     probe_every_class,
-    train_on,
     train_probe,
 )
+from saemill.evaluate.evals.probing.pooled_features import Features, seeded
+
+from .conftest import features_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,7 +34,7 @@ def classes_of(seed: int, shift: float, rows: int = 60, width: int = 8) -> Featu
     found = {name: torch.randn(rows, width, generator=generator) for name in "abc"}
     for column, x in enumerate(found.values()):
         x[:, column] += shift
-    return Features.of(found)
+    return features_of(found)
 
 
 def test_classes_far_apart_are_told_apart():
@@ -45,7 +46,8 @@ def test_the_best_epoch_on_test_rows_flatters_and_held_out_rows_do_not():
     """Where there is nothing to learn, the protocol's accuracy is still above chance."""
     train, test = classes_of(0, 0.0, rows=40), classes_of(1, 0.0, rows=40)
     flattered, honest = (
-        sum(train_on(train, test, "a", FULL_WIDTH, seeded(seed), validated=validated)[1] for seed in range(30)) / 30
+        sum(probe_every_class(train, test, FULL_WIDTH, seeded(seed), validated=validated)[1]["a"] for seed in range(30))
+        / 30
         for validated in (False, True)
     )
     assert flattered > honest + 0.02
@@ -54,9 +56,9 @@ def test_the_best_epoch_on_test_rows_flatters_and_held_out_rows_do_not():
 
 def test_a_validated_probe_does_not_depend_on_test_texts():
     train = classes_of(0, 1.0)
-    one, _ = train_on(train, classes_of(1, 1.0), "b", FULL_WIDTH, seeded(0), validated=True)
-    other, _ = train_on(train, classes_of(2, -3.0), "b", FULL_WIDTH, seeded(0), validated=True)
-    assert torch.equal(one.weight, other.weight)
+    one, _ = probe_every_class(train, classes_of(1, 1.0), FULL_WIDTH, seeded(0), validated=True)
+    other, _ = probe_every_class(train, classes_of(2, -3.0), FULL_WIDTH, seeded(0), validated=True)
+    assert all(torch.equal(one[name].weight, other[name].weight) for name in "abc")
 
 
 def test_the_probe_of_the_best_epoch_is_returned():

@@ -8,8 +8,17 @@ from dataclasses import replace
 import pytest
 
 from saemill.evaluate.errors import NotApplicable
-from saemill.evaluate.evals.ravel.pairs import Pair, by_first_token, by_kind, draw_pairs, require_labels
-from saemill.evaluate.evals.ravel.prompts import EntityClass, Prompt, answered_prompts, make_prompts
+from saemill.evaluate.evals.ravel.prompts_and_pairs import (
+    EntityClass,
+    Pair,
+    Prompt,
+    answered_prompts,
+    by_first_token,
+    by_kind,
+    draw_pairs,
+    make_prompts,
+    require_labels,
+)
 
 CITIES = EntityClass(
     name="city",

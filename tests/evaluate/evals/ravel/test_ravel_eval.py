@@ -14,7 +14,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.ravel import evaluation as ravel
-from saemill.evaluate.evals.ravel.prompts import EntityClass, count_identifiers, load_facts, make_prompts
+from saemill.evaluate.evals.ravel.prompts_and_pairs import EntityClass, count_identifiers, load_facts, make_prompts
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder

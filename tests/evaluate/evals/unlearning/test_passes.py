@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saemill.evaluate.evals.unlearning.model_passes import clamp_shift
+from saemill.evaluate.evals.unlearning.interventions import clamp_shift
 
 
 def as_the_protocol_writes_it(x, acts, W_dec, b_dec, latents, multiplier):

@@ -56,7 +56,7 @@ def test_prompts_are_padded_on_the_right_and_asked_at_their_end():
     assert first.positions.tolist() == [2, 0]
     assert last.answers.tolist() == [2]
     hidden = torch.arange(6).view(2, 3, 1)
-    assert first.asked(hidden).view(-1).tolist() == [2, 3]
+    assert hidden[first.rows, first.positions].view(-1).tolist() == [2, 3]
 
 
 def test_plain_text_asks_for_every_next_token_that_is_not_special():

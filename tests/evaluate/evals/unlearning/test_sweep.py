@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.evaluate.evals.unlearning.model_passes import FiringCounts
-from saemill.evaluate.evals.unlearning.sweep import (
+from saemill.evaluate.evals.unlearning.interventions import (
+    FiringCounts,
     Outcome,
     Setting,
     Sweep,

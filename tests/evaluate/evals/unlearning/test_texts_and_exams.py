@@ -14,7 +14,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import texts_and_exams
-from saemill.evaluate.evals.unlearning.sweep import Sweep
+from saemill.evaluate.evals.unlearning.interventions import Sweep
 from saemill.evaluate.evals.unlearning.texts_and_exams import EXAM_ROWS, load_topic, make_material
 from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER

@@ -16,10 +16,9 @@ from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.write_and_read_results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.evals.unlearning import model_passes, texts_and_exams
+from saemill.evaluate.evals.unlearning import interventions, texts_and_exams
 from saemill.evaluate.evals.unlearning.exams import ChoicePaper, Question, TextPaper
-from saemill.evaluate.evals.unlearning.model_passes import known_questions, remembered_questions
-from saemill.evaluate.evals.unlearning.sweep import Sweep
+from saemill.evaluate.evals.unlearning.interventions import Sweep, known_questions, remembered_questions
 from saemill.evaluate.evals.unlearning.texts_and_exams import Material
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
@@ -181,7 +180,7 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     paper = ChoicePaper("quiz", QUESTIONS, model, batch_size=5)
     assert known_questions(model, paper) == [0, 2]  # "bias" is right with the choices as they are written, but by luck
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
-    monkeypatch.setattr(model_passes, "known_questions", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(interventions, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     exam = paper.exam([0, 2])
     assert [len(sheet) for sheet in exam.sheets] == [2]

@@ -1,5 +1,6 @@
-"""Activations averaged over each text: the model reads every text once, and every SAE encodes that.
+"""Pooled features: activations averaged over each text, of the texts of some classes, and the rows that a probe sees.
 
+The model reads every text once, and every SAE encodes that:
 1. Special tokens (BOS, EOS, padding) are set to zero in the residual.
 2. A position is valid when its residual does not sum to zero; features are averaged over valid positions.
    A text without any has features of zero.
@@ -7,14 +8,21 @@
    number of valid ones: SAEBench's ablations never mask them again, so a latent that fires on
    a zero vector counts once for every padding token.
 
-W texts of a batch, T positions, D residual width, F latents.
+Few latents fire in a text, so the matrix is kept sparse by columns: a mean over rows reads what is not zero, and a
+probe of k latents takes k columns. Work that depends on random draws alone is done once for all SAEs whose generators
+have the same state (`Memo`).
+
+N rows, F features; W texts of a batch, T positions, D residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
@@ -24,10 +32,90 @@ from ...context.loaded_sae import LoadedSae, batch_size_for, layers_of, together
 from ...context.prompt_positions import stacked, to_sparse
 from ...context.usable_saes import attention_of
 from ...model.batches import Windows, make_rows, run_windows
-from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .draw_classes import Classes, Task
-from .features import Features, spans_of
+
+T = TypeVar("T")
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A separate generator: the stream that `torch.manual_seed` would give, without global state."""
+    return torch.Generator().manual_seed(seed)
+
+
+class Memo(Generic[T]):
+    """Remembers what was computed from a generator's state, by name, and the state that it left."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, bytes], tuple[T, Tensor]] = {}
+
+    def recall(self, what: str, generator: torch.Generator, compute: Callable[[], T]) -> T:
+        """What `compute` returns, with the generator as `compute` leaves it."""
+        key = what, generator.get_state().numpy().tobytes()
+        if key not in self._known:
+            self._known[key] = compute(), generator.get_state()
+        value, after = self._known[key]
+        generator.set_state(after)
+        return value
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The rows of one binary probe, shuffled."""
+
+    rows: np.ndarray  # int64, of a feature matrix
+    labels: np.ndarray  # int32, 1 for the class itself
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Feature vectors [N, F] of the texts of all classes, one class after the other."""
+
+    matrix: csc_matrix  # float32
+    spans: Mapping[str, range]
+    dtype: torch.dtype = torch.float32
+    """The dtype in which the values were computed and dense probes train."""
+
+    @property
+    def width(self) -> int:
+        return len(self.matrix.indptr) - 1
+
+    def mean(self, rows: np.ndarray) -> Tensor:
+        """[F] in `dtype`."""
+        weights = np.zeros(max(span.stop for span in self.spans.values()))
+        np.add.at(weights, rows, 1 / len(rows))
+        return torch.from_numpy(self.matrix.T @ weights).to(self.dtype)
+
+    def columns(self, draw: Draw, columns: np.ndarray) -> np.ndarray:
+        """float32 [rows, columns]."""
+        return self.matrix[:, columns].toarray()[draw.rows]
+
+    def dense(self, draw: Draw) -> Tensor:
+        """[rows, F] in `dtype`."""
+        return torch.from_numpy(self.matrix[draw.rows].toarray()).to(self.dtype)
+
+
+def spans_of(classes: Mapping[str, Sized]) -> dict[str, range]:
+    """The rows of each class when classes follow one another."""
+    ends = np.cumsum([0, *map(len, classes.values())]).tolist()
+    return {name: range(*ends[i : i + 2]) for i, name in enumerate(classes)}
+
+
+def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None) -> Draw:
+    """The class `name` against as many rows drawn from the other classes, or from `opposite` alone."""
+    positive = torch.tensor(spans[name])
+    if opposite:
+        negative = torch.tensor(spans[opposite])
+    else:  # as many of each other class
+        others = [torch.tensor(span) for other, span in spans.items() if other != name]
+        share = math.ceil(len(positive) / len(others))
+        negative = torch.cat([rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in others])
+    negative = negative[torch.randperm(len(negative), generator=generator)[: len(positive)]]
+    assert len(negative) == len(positive), "as many negatives as positives"
+    rows = torch.cat([positive, negative])
+    labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).int()
+    order = torch.randperm(len(rows), generator=generator)
+    return Draw(rows[order].numpy(), labels[order].numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +129,6 @@ class Piece:
 
 @dataclass(eq=False)
 class Pool:
-    """Pooled features of texts."""
-
     rows: Mapping[str, int]  # by text
     whole: Piece
     dtype: torch.dtype  # of the model
@@ -63,8 +149,7 @@ class Pool:
 
     def _features(self, matrix: csr_matrix, classes: Classes, dtype: torch.dtype) -> Features:
         rows = [self.rows[text] for texts in classes.values() for text in texts]
-        sizes = {name: len(texts) for name, texts in classes.items()}
-        return Features(csc_matrix(matrix[rows]), spans_of(sizes), dtype)
+        return Features(csc_matrix(matrix[rows]), spans_of(classes), dtype)
 
 
 def pool_task(
@@ -72,23 +157,23 @@ def pool_task(
 ) -> Pool:
     """Pool every text of a task, each once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
-    layers, attention = layers_of(subjects), attention_of(context, subjects)
+    layers, attention, model = layers_of(subjects), attention_of(context, subjects), context.model
+    special = torch.tensor([one for one in (model.bos, model.pad, model.eos) if one is not None], device=model.device)
     size = PieceSize(batch_size_for(subjects, length, batch_size), "texts", context.say, together(subjects))
 
     with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
 
         def read(start: int, stop: int) -> Piece:
-            rows = make_rows(context.model, texts[start:stop], length)
-            batch = run_windows(context.model, *rows, layers, attention)
-            piece = read_piece(without_special(context.model, batch), subjects, leaky)
+            rows = make_rows(model, texts[start:stop], length)
+            batch = run_windows(model, *rows, layers, attention)
+            piece = read_piece(masked(batch, ~torch.isin(batch.tokens, special)), subjects, leaky)
             advance(stop - start)
             return piece
 
-        return make_pool(texts, list(in_pieces(len(texts), size, read)), context.model.dtype)
+        return make_pool(texts, list(in_pieces(len(texts), size, read)), model.dtype)
 
 
 def make_pool(texts: Sequence[str], pieces: Sequence[Piece], dtype: torch.dtype) -> Pool:
-    """The pool of texts that were read piece by piece."""
     first = pieces[0]
     whole = Piece(
         model={layers: stacked([piece.model[layers] for piece in pieces]) for layers in first.model},
@@ -111,12 +196,6 @@ def read_piece(batch: Windows, subjects: Sequence[LoadedSae], leaky: bool) -> Pi
                 if leaky:
                     leaked[subject] = to_sparse(mean_latents(acts_WTF, valid_WT, torch.ones_like(valid_WT)))
     return Piece(model, latents, leaked)
-
-
-def without_special(model: LanguageModel, batch: Windows) -> Windows:
-    """The batch with residuals of BOS, EOS and padding set to zero."""
-    special = {model.bos, model.pad, *(() if model.eos is None else (model.eos,))}
-    return masked(batch, ~torch.isin(batch.tokens, torch.tensor(sorted(special), device=batch.tokens.device)))
 
 
 def masked(batch: Windows, keep: Tensor) -> Windows:

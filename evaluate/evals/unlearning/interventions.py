@@ -1,4 +1,6 @@
-"""The two passes over the model that all SAEs share: how latents fire, and how exams go under each intervention.
+"""Interventions: which latents belong to the topic, the sweep over settings, and how exams go under each.
+
+All SAEs share two passes over the model: how latents fire, and the exams.
 
 The intervention: firing latents of the topic are set to a negative value. SAEBench decodes codes twice, as they are
 (f) and clamped (f'), and keeps the error of the first: x' = decode(f') + x - decode(f). A decoder is linear, so this
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import product
 from operator import add
 from pathlib import Path
 
@@ -32,21 +35,86 @@ from ...model.batches import Sums, Windows, run_windows
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .exams import ChoicePaper, Choose, Exam, Paper, Sheet
-from .sweep import Outcome, Setting
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The interventions that are tried: every combination."""
+
+    retain_thresholds: tuple[float, ...] = (0.001, 0.01)
+    num_latents: tuple[int, ...] = (10, 20)
+    multipliers: tuple[float, ...] = (25, 50, 100, 200)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One intervention: these latents are clamped to -multiplier."""
+
+    retain_threshold: float
+    num_latents: int
+    multiplier: float
+    latents: tuple[int, ...]
+
+    @property
+    def essence(self) -> tuple[object, ...]:
+        """What it does, whatever chose it; without latents every multiplier does the same, nothing."""
+        return (self.latents, self.multiplier) if self.latents else ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Right answers under a setting, by exam: (right, asked)."""
+
+    setting: Setting
+    right: Mapping[str, tuple[int, int]]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: right / asked for name, (right, asked) in self.right.items() if asked}
+
+    def accuracy(self, exams: Sequence[str]) -> float:
+        """Pooled over exams: every question weighs the same."""
+        right, asked = (sum(numbers) for numbers in zip(*(self.right[exam] for exam in exams), strict=True))
+        return right / asked
+
+
+def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> list[Setting]:
+    """Every combination, in SAEBench's order. There may be fewer topic latents than requested, or none."""
+    settings = []
+    for threshold in sweep.retain_thresholds:
+        ranked = topic_latents(forget_F, retain_F, threshold).tolist()
+        settings += [
+            Setting(threshold, number, multiplier, tuple(ranked[:number]))
+            for number, multiplier in product(sweep.num_latents, sweep.multipliers)
+        ]
+    return settings
+
+
+def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain: Sequence[str]) -> float:
+    """1 minus the lowest accuracy on the topic among settings that keep at least 99 % of the rest; 0 if none does."""
+    return 1.0 - min(outcome.accuracy(forget) if outcome.accuracy(retain) >= 0.99 else 1.0 for outcome in outcomes)
+
+
+def topic_latents(forget_F: np.ndarray, retain_F: np.ndarray, retain_threshold: float) -> np.ndarray:
+    """Latents by descending share on the forget text, without those that fire on the retain text too.
+
+    Latents that fire on at least `retain_threshold` of the retain tokens, or never on the forget text,
+    are left out. Among equal shares the higher index comes first: an ascending stable sort, reversed.
+    """
+    scores = np.where(retain_F >= retain_threshold, 0.0, forget_F)
+    rising = scores.argsort(kind="stable")
+    return rising[::-1][: np.count_nonzero(scores)]
+
 
 CHUNK = 256
 """Questions whose logits are held at once."""
 Advance = Callable[[int], None]
-Essence = tuple[object, ...]
-"""What an intervention does, whatever chose it."""
-Answered = tuple[LoadedSae, str, Essence]
+Answered = tuple[LoadedSae, str, tuple[object, ...]]
 """Whose answers were right, in which exam, under which intervention."""
 
 
 @dataclass(frozen=True, eq=False)
 class FiringCounts(Sums):
-    """Counts over some batches of a text."""
-
     fired: Tensor  # int64 [F]
     tokens: int
 
@@ -76,8 +144,6 @@ class SharedPasses:
     say: Callable[[str], None] = lambda _: None
 
     def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[LoadedSae, np.ndarray]:
-        """For each SAE the share of tokens on which each latent fires."""
-
         def count(start: int, stop: int) -> list[FiringCounts]:
             tokens_WT = rows_WT[start:stop]
             batch = self._run(tokens_WT, torch.ones_like(tokens_WT, dtype=torch.bool))
@@ -102,7 +168,7 @@ class SharedPasses:
                 advance(len(sheet))
 
         def outcome(subject: LoadedSae, setting: Setting) -> Outcome:
-            of_exam = {exam.name: (right[subject, exam.name, _essence(setting)], len(exam)) for exam in exams}
+            of_exam = {exam.name: (right[subject, exam.name, setting.essence], len(exam)) for exam in exams}
             return Outcome(setting, of_exam)
 
         return {subject: [outcome(subject, setting) for setting in settings[subject]] for subject in self.subjects}
@@ -117,10 +183,12 @@ class SharedPasses:
         part, right = sheet.part(start, stop), dict[Answered, int]()
         if not len(part):
             return right
-        batch = self._run(part.tokens, valid_tokens(part))
+        last = part.tokens.new_zeros(len(part.tokens)).scatter_reduce_(0, part.rows, part.positions, "amax")
+        valid_WT = torch.arange(part.tokens.shape[1], device=last.device) <= last[:, None]  # no more is asked after it
+        batch = self._run(part.tokens, valid_WT)
         for subject in self.subjects:
             acts_WTF, resid_WTD = subject.encode(batch), batch.resid[subject.layer]
-            distinct = {_essence(setting): setting for setting in settings[subject]}  # many choose the same latents
+            distinct = {setting.essence: setting for setting in settings[subject]}  # many choose the same latents
             for essence, setting in distinct.items():
                 latents = list(setting.latents)
                 shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
@@ -129,11 +197,6 @@ class SharedPasses:
                 answers = right_answers(self.model, hidden_WTD, part, exam.choose)
                 right[subject, exam.name, essence] = int(answers.sum())
         return right
-
-
-def _essence(setting: Setting) -> Essence:
-    """What an intervention does; without latents every multiplier does the same, nothing."""
-    return (setting.latents, setting.multiplier) if setting.latents else ()
 
 
 def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor:
@@ -147,7 +210,7 @@ def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor
 
 def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:
     """bool [N]: the model's choice at each question is the right one."""
-    asked = sheet.asked(hidden_WTD).split(CHUNK)
+    asked = hidden_WTD[sheet.rows, sheet.positions].split(CHUNK)
     chosen = torch.cat([choose(model.head(rows)) for rows in asked])
     return chosen == sheet.answers
 
@@ -159,12 +222,6 @@ def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
     answers = [right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose).cpu() for sheet in sheets]
     right = torch.cat(answers)
     return right.view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
-
-
-def valid_tokens(sheet: Sheet) -> Tensor:
-    """bool [W, T]: positions up to the last question of each row; after it is padding, or nothing to ask."""
-    last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
-    return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
 
 
 def remembered_questions(model: LanguageModel, paper: Paper, folder: str | Path) -> list[int]:

@@ -1,12 +1,17 @@
-"""What one pass over windows collects about an SAE: how often, how strongly, where and with which its latents fire.
+"""What one pass over windows collects about an SAE: how often, how strongly, where and with which its latents fire, and
+the firings that are kept to show them by.
 
-F latents, B bins of activation, P parts of a window, E entries of a batch.
+A firing is a latent in a window: its peak there and all its activations. For each latent, the firings with
+the highest peaks, a uniform sample, and those just above the threshold are kept. They are chosen again when as many
+firings wait as are kept, so memory grows with the latents and not with the text.
+
+F latents, B bins of activation, P parts of a window, N firings, E activations of a batch or of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +21,6 @@ import torch
 from ....train.sae.kernels.codes import Codes
 from ...model.batches import Windows
 from .config import Config
-from .top_firings import Firings, Keeper
 
 Table = Any  # a sparse matrix of scipy, whose stubs lose its kind at every step
 BINS = 128  # of activation: four to an octave, from 2^LOWEST up
@@ -25,6 +29,135 @@ PARTS = 32  # of a window, at most
 SAMPLE_ENTRIES = 1 << 22
 BEGINNING = 48  # tokens of the first window, for a pattern
 SUMS = ("fired", "mass", "highest", "histogram", "by_part", "part_tokens")
+TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
+WAITING = 1 << 20  # least number of waiting firings before any are sorted out
+MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+@dataclass(frozen=True, eq=False)
+class Firings:
+    """Firings with their activations, one after another."""
+
+    latent: np.ndarray  # int32 [N]
+    window: np.ndarray  # int32 [N]
+    at: np.ndarray  # int32 [N], position of the peak
+    peak: np.ndarray  # float32 [N]
+    count: np.ndarray  # int32 [N], activations of each
+    position: np.ndarray  # uint16 [E]
+    value: np.ndarray  # float32 [E]
+
+    def take(self, chosen: np.ndarray) -> Firings:
+        starts = np.cumsum(self.count) - self.count
+        return self.part(chosen, ranges(starts[chosen], self.count[chosen]))
+
+    def part(self, rows: slice | np.ndarray, entries: slice | np.ndarray) -> Firings:
+        of_rows = [array[rows] for array in (self.latent, self.window, self.at, self.peak, self.count)]
+        return Firings(*of_rows, *(array[entries] for array in (self.position, self.value)))
+
+    @property
+    def priority(self) -> np.ndarray:
+        """A random number for each, the same whatever else is kept or read."""
+        return scatter((self.window.astype(np.uint64) << np.uint64(32)) | self.latent.astype(np.uint64))
+
+
+class Keeper:
+    """Keeps the firings of one SAE, for each latent as many as `config` says."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        self._config = config
+        self._width = width
+        kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.uint16, np.float32)
+        self._hold(Firings(*(np.empty(0, kind) for kind in kinds)), np.zeros(0, np.uint8))
+
+    def add(self, firings: Firings) -> None:
+        latent, peak = firings.latent, firings.peak
+        wanted = (peak > self._least_peak[latent]) | (peak < self._most_peak[latent])
+        wanted |= firings.priority > self._least_priority[latent]
+        chosen = np.flatnonzero(wanted)
+        self._waiting.append(firings.take(chosen))
+        self._waits += len(chosen)
+        if self._waits > max(len(self._kept.latent), WAITING):
+            self._settle()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Firings that are kept, with their reasons, followed by those that wait."""
+        return {**vars(self._everything), "reasons": self._reasons}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        everything, reasons = Firings(*(state[field.name] for field in fields(Firings))), state["reasons"]
+        kept, entries = len(reasons), int(everything.count[: len(reasons)].sum())
+        self._hold(everything.part(slice(kept), slice(entries)), reasons)
+        self._waiting = [everything.part(slice(kept, None), slice(entries, None))]
+        self._waits = len(everything.latent) - kept
+
+    def finish(self) -> tuple[Firings, np.ndarray]:
+        """What is kept, by latent and the highest peak first, and why: bits of TOP, SAMPLE, LOW."""
+        self._settle()
+        order = np.lexsort((-self._kept.peak, self._kept.latent))
+        return self._kept.take(order), self._reasons[order]
+
+    def _settle(self) -> None:
+        """Drop what is no longer among the best of its latent."""
+        everything, config = self._everything, self._config
+        latent, peak, priority = everything.latent, everything.peak, everything.priority
+        reasons = np.zeros(len(latent), np.uint8)
+        for bit, key, count in ((TOP, peak, config.top), (SAMPLE, priority, config.sample), (LOW, -peak, config.low)):
+            reasons[largest(latent, key, count)] |= bit
+        kept = np.flatnonzero(reasons)
+        self._hold(everything.take(kept), reasons[kept])
+
+    @property
+    def _everything(self) -> Firings:
+        parts = [self._kept, *self._waiting]
+        return Firings(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Firings)))
+
+    def _hold(self, kept: Firings, reasons: np.ndarray) -> None:
+        """Hold only these, and the bounds beyond which others are kept too."""
+        self._kept, self._reasons = kept, reasons
+        self._waiting: list[Firings] = []
+        self._waits = 0
+        latent, peak, priority, config, width = kept.latent, kept.peak, kept.priority, self._config, self._width
+        top, sample, low = (np.flatnonzero(reasons & reason) for reason in (TOP, SAMPLE, LOW))
+        self._least_peak = bound(latent[top], peak[top], width, config.top, np.minimum, -np.inf)
+        self._most_peak = bound(latent[low], peak[low], width, config.low, np.maximum, np.inf)
+        self._least_priority = bound(latent[sample], priority[sample], width, config.sample, np.minimum, -1.0)
+
+
+def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of the `count` entries with the largest keys of every group, group by group, the largest first."""
+    joined = ((group.astype(np.uint64) << np.uint64(32)) | ~ordered(key)).view(np.int64)
+    order = torch.from_numpy(joined).sort(stable=True).indices.numpy()  # in a quarter of numpy's time
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+    return order[rank < count]
+
+
+def ordered(key: np.ndarray) -> np.ndarray:
+    """float32 as the lower half of uint64 that sort the same; `~` of it is taken inside 32 bits."""
+    bits = key.astype(np.float32).view(np.int32)
+    rising = np.where(bits < 0, ~bits, bits | np.int32(-(2**31))).view(np.uint32)
+    return rising.astype(np.uint64) | np.uint64(0xFFFFFFFF00000000)
+
+
+def bound(group: np.ndarray, key: np.ndarray, groups: int, full: int, worst: np.ufunc, none: float) -> np.ndarray:
+    """float32 [groups]: the worst key of every group that is full; `none` for the others, which take anything."""
+    found = np.full(groups, -none, np.float32) if np.isinf(none) else np.full(groups, np.inf, np.float32)
+    worst.at(found, group, key)
+    return np.where(np.bincount(group, minlength=groups) < full, np.float32(none), found)
+
+
+def scatter(number: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1), evenly spread, from uint64 (splitmix64)."""
+    mixed = number + MIX[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * MIX[1]
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * MIX[2]
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64: the numbers start..start + count of each, one after another."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +173,6 @@ class Batch:
     def of(windows: Windows, first: int, is_sampled: bool) -> Batch:
         window, position = windows.keep.cpu().numpy().nonzero()
         return Batch(first, (window + first).astype(np.int32), position.astype(np.uint16), is_sampled)
-
-    def only(self, chosen: np.ndarray) -> Batch:
-        """Some of the tokens."""
-        return replace(self, window=self.window[chosen], position=self.position[chosen])
 
 
 class Seen:
@@ -73,7 +202,8 @@ class Seen:
             self._together.append(where_it_fires(fires.indices, fires.indptr, self.width))
             self._together_entries += fires.nnz
         if not ordinary.all():
-            by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
+            by_token = by_token[np.flatnonzero(ordinary)]
+            batch = replace(batch, window=batch.window[ordinary], position=batch.position[ordinary])
             self.massive += int((~ordinary).sum())
         self.tokens += by_token.shape[0]
         if self._beginning is None:
@@ -110,7 +240,6 @@ class Seen:
         )  # fmt: skip
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that is held, by name."""
         acts_TF, positions = self.beginning
         together = self.together
         return {

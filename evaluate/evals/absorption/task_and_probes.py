@@ -11,10 +11,22 @@ Words are tokens of the model's vocabulary made of ASCII letters, perhaps after 
 Classes are first letters, or shapes, which even the pocket model knows: small models do not learn how their
 tokens are spelled, but to predict what follows they must know whether a token begins a word, and whether it is a
 name, a constant or plain text.
+
+Probes are one-vs-rest and linear, all letters at once: binary cross-entropy with positives weighted by negatives /
+positives, Adam, and a learning rate that falls exponentially from epoch to epoch. With `l1_decay` the weights become
+sparse, for choosing latents. The latents of a letter:
+1. A probe with an L1 penalty is fitted on the latents, all letters at once.
+2. For each letter its latents are ranked by weight, the largest first; negative weights rank last.
+3. A logistic regression on the first k says how well k latents predict the letter, by F1 on the test words.
+4. k grows while F1 gains more than a threshold over the best so far: those latents are the letter's, and
+   more than one means that the feature was split.
+
+N rows, D width, L letters, F latents, K of them.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -23,20 +35,116 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable, SettingInvalid
+from ...model.logistic_regression import fitted
 from ...model.prefix_suffix import LanguageModel
-from .probe import Probe, Training, f1_score, fit_probe
 
 LETTERS = string.ascii_lowercase
-SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
 SHAPES = ("inside", "Inside", "INSIDE", "word", "Word", "WORD")
 """Lower case, capitalised and upper case; inside a word or name, and at the start of one."""
 NUM_EXAMPLES = 10
 MAX_DRAWS = 1000
 SEPARATOR = "\n"
-TRAIN_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a probe is fitted; the defaults are those of the ground-truth probe."""
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 1e-2
+    end_lr: float = 1e-5
+    weight_decay: float = 1e-4
+    l1_decay: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    weights: Tensor  # [L, D]
+    biases: Tensor  # [L]
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """[N, L]; above zero means yes."""
+        return functional.linear(x_ND, self.weights, self.biases)
+
+
+def fit_probe(
+    x_ND: Tensor,
+    labels_N: Tensor,
+    num_letters: int,
+    training: Training,
+    generator: torch.Generator,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    width: int | None = None,
+) -> Probe:
+    """Fit a probe on rows, or on what `encode` makes of each batch of rows (`width` wide)."""
+    targets_NL = functional.one_hot(labels_N, num_letters).to(x_ND.dtype)
+    parameters = _initial(width or x_ND.shape[1], num_letters, generator, x_ND)
+    optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    weights = _positive_weights(targets_NL)
+    for epoch in range(training.epochs):
+        optimizer.param_groups[0]["lr"] = training.lr * (training.end_lr / training.lr) ** (epoch / training.epochs)
+        order = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
+        for rows in order.split(training.batch_size):
+            x = x_ND[rows] if encode is None else encode(x_ND[rows])
+            scores = functional.linear(x, *parameters)
+            loss = functional.binary_cross_entropy_with_logits(scores, targets_NL[rows], pos_weight=weights)
+            loss = loss + training.l1_decay * parameters[0].abs().sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Probe(*(parameter.detach() for parameter in parameters))
+
+
+def _initial(width: int, num_letters: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:
+    """Uniform in +-1 / sqrt(width), as linear layers start."""
+    bound = 1 / math.sqrt(width)
+    shapes = ((num_letters, width), (num_letters,))
+    drawn = (torch.rand(shape, generator=generator) * 2 * bound - bound for shape in shapes)
+    return [values.to(like).requires_grad_() for values in drawn]
+
+
+def _positive_weights(targets_NL: Tensor) -> Tensor:
+    """negatives / positives; 1 for a letter without positives, where SAEBench's infinity would spoil all."""
+    positives = targets_NL.sum(0)
+    ratio = (len(targets_NL) - positives) / positives
+    return torch.where(positives > 0, ratio, torch.ones_like(ratio))
+
+
+def choose_latents(
+    ranked_K: Sequence[int],
+    train_NK: np.ndarray,
+    is_train: np.ndarray,
+    test_NK: np.ndarray,
+    is_test: np.ndarray,
+    jump: float,
+) -> tuple[int, ...]:
+    """The letter's latents; columns of the activations are those of `ranked_K`.
+
+    No k larger than the first that does not gain enough is tried, so none is fitted either.
+    """
+    best = -100.0
+    for k in range(1, len(ranked_K) + 1):
+        f1 = _f1_of_first(k, train_NK, is_train, test_NK, is_test)
+        if f1 <= best + jump:
+            return tuple(ranked_K[: k - 1])
+        best = f1
+    return tuple(ranked_K)
+
+
+def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
+    """Harmonic mean of precision and recall; 0 where nothing was found."""
+    hits = int((truth & claimed).sum())
+    return 2 * hits / (int(truth.sum()) + int(claimed.sum())) if hits else 0.0
+
+
+def _f1_of_first(k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray) -> float:
+    regression = fitted(train_NK[:, :k], is_train.astype(np.int64), max_iter=500, class_weight="balanced")
+    return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)
 
 
 @dataclass(frozen=True)
@@ -52,26 +160,23 @@ class WordClasses:
 
 def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> list[str]:
     """The text of every alphabetic token, in the order given; `to_text` is the tokenizer's decoder of one token."""
-    words = (word_of(token, to_text) for token in tokens)
-    return [word for word in words if (letters := word.removeprefix(" ")).isascii() and letters.isalpha()]
-
-
-def word_of(token: str, to_text: Callable[[str], str]) -> str:
-    """A token as it reads, with its leading space: some decoders drop that of a first token."""
-    text = to_text(token)
-    return f" {text}" if token.startswith(SPACE_MARK) and not text.startswith(" ") else text
-
-
-def letter_index(word: str) -> int:
-    """0 for a, 25 for z."""
-    return LETTERS.index(first_letter(word).lower())
+    words = []
+    for token in tokens:
+        text = to_text(token)
+        if token.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):  # SentencePiece's space
+            text = f" {text}"  # some decoders drop that of a first token
+        if (letters := text.removeprefix(" ")).isascii() and letters.isalpha():
+            words.append(text)
+    return words
 
 
 def first_letter(word: str) -> str:
     return word.strip()[0].upper()
 
 
-FIRST_LETTER = WordClasses(tuple(LETTERS), letter_index, first_letter, "{word} has the first letter:")
+FIRST_LETTER = WordClasses(
+    tuple(LETTERS), lambda word: LETTERS.index(first_letter(word).lower()), first_letter, "{word} has the first letter:"
+)
 
 
 def shape_index(word: str) -> int:
@@ -80,11 +185,7 @@ def shape_index(word: str) -> int:
     return case + 3 * word.startswith(" ")
 
 
-def shape_of(word: str) -> str:
-    return SHAPES[shape_index(word)]
-
-
-WORD_SHAPES = WordClasses(SHAPES, shape_index, shape_of, "{word} is:")
+WORD_SHAPES = WordClasses(SHAPES, shape_index, lambda word: SHAPES[shape_index(word)], "{word} is:")
 
 
 def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> str:
@@ -112,10 +213,10 @@ def word_position(model: LanguageModel, template: str) -> int:
     return len(word) - len(line) - 1
 
 
-def split_words(words: Sequence[str], train_share: float, draw: random.Random) -> tuple[list[str], list[str]]:
-    """Words for training and for testing, in random order."""
+def split_words(words: Sequence[str], draw: random.Random) -> tuple[list[str], list[str]]:
+    """Words for training, four of five, and for testing, in random order."""
     shuffled = draw.sample(list(words), len(words))
-    cut = int(len(shuffled) * train_share)
+    cut = int(len(shuffled) * 0.8)
     return shuffled[:cut], shuffled[cut:]
 
 
@@ -136,8 +237,6 @@ def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """One half of the words, and what was read of them."""
-
     words: Sequence[str]
     labels: Tensor  # int64 [N], on the model's device
     reading: Reading
@@ -170,10 +269,6 @@ class Task:
     again: dict[int, Reading]
     """By layer, the test words that its probe found, read in new prompts; none if it found none."""
 
-    def found_words(self, layer: int, number: int) -> Tensor:
-        """Which test words of a class the layer's probe found."""
-        return (self.probes[layer].found & (self.test.labels == number)).nonzero().view(-1)
-
 
 def make_task(
     reader: Reader,
@@ -184,12 +279,16 @@ def make_task(
 ) -> Task:
     """Read all words and fit the probes."""
     draw = random.Random(seed)
-    halves = split_words(words, TRAIN_SHARE, draw)
+    halves = split_words(words, draw)
     require_examples(halves, len(words))
     prompts = [_prompts(half, half, classes, draw) for half in halves]
     advance = stage("words", sum(map(len, prompts)))
     train, test = (
-        Half(half, _labels(half, classes, reader), reader.read(make_spots(asked, classes, reader.model), advance))
+        Half(
+            half,
+            torch.tensor([classes.class_of(word) for word in half], device=reader.model.device),
+            reader.read(make_spots(asked, classes, reader.model), advance),
+        )
         for half, asked in zip(halves, prompts, strict=True)
     )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
@@ -230,10 +329,6 @@ def require_template(template: str) -> None:
 
 def _prompts(words: Sequence[str], examples: Sequence[str], classes: WordClasses, draw: random.Random) -> list[str]:
     return [make_prompt(word, examples, classes, draw) for word in words]
-
-
-def _labels(words: Sequence[str], classes: WordClasses, reader: Reader) -> Tensor:
-    return torch.tensor([classes.class_of(word) for word in words], device=reader.model.device)
 
 
 def _fit(layer: int, train: Half, test: Half, num_classes: int, seed: int) -> ClassProbe:

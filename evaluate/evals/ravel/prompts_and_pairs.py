@@ -1,4 +1,4 @@
-"""Prompts about entities: every template of an attribute with every entity's name in it.
+"""Prompts about entities, every template of an attribute with every entity's name in it; and pairs of them.
 
 Entities are RAVEL's cities and Nobel laureates from the hub, or Python's identifiers.
 
@@ -9,17 +9,30 @@ nothing here has to be true of every model.
 
 The entity ends the prompt, because deep in a small model earlier tokens have no more to say: swapping whole residuals
 one token before the end changed one answer in fifty at layer 19 of the pocket model.
+
+Pairs of prompts: the entity of one passes an attribute to that of the other.
+
+Cause: the base asks for the attribute that is swapped, the source's label differs, and the answer must become the
+source's. Isolation: both ask for another attribute, and the base's own answer must stay.
+
+Scores say how often the right string came. SAEBench recognises a pair for isolation by its equal first tokens, so a
+cause pair whose two labels begin with the same token is counted there, with the source's label: that is kept under
+SAEBench's keys. Scores by what each pair was made for are our own (`by_kind`).
 """
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from ....harvest.corpus.stdlib import stdlib_documents
 from ...context.evaluation_data_sets import load_json
+from ...errors import NotApplicable
 from .answers import is_right
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
@@ -48,10 +61,6 @@ class Prompt:
     entity_position: int  # of the entity's last token, counted from the end: below zero
     first_token: int = -1  # of the model's own completion
     completion: str = ""
-
-    @property
-    def is_answered(self) -> bool:
-        return is_right(self.text, self.label, self.completion)
 
 
 def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encode, bos: int) -> list[Prompt]:
@@ -99,7 +108,7 @@ def answered_prompts(
         replace(prompt, first_token=token, completion=completion)
         for prompt, token, completion in zip(prompts, first_tokens, completions, strict=True)
     )
-    known = [prompt for prompt in answered if prompt.is_answered]
+    known = [one for one in answered if is_right(one.text, one.label, one.completion)]
     counts = Counter(prompt.entity for prompt in known)  # keeps the order of first appearance
     kept = set(sorted(counts, key=counts.__getitem__, reverse=True)[:top_entities])
     return [prompt for prompt in known if prompt.entity in kept]
@@ -109,7 +118,6 @@ DATASET = "adamkarvonen/ravel_prompts"
 
 
 def load_facts(names: Sequence[str]) -> list[EntityClass]:
-    """Entity classes in the requested order."""
     return [
         EntityClass(
             name=name,
@@ -130,9 +138,6 @@ FACTS = {
     "Value": re.compile(r"(?:= |return )([a-z_]{2,}\.)([A-Za-z_]+)"),
     "Statement": re.compile(r"^ +([a-z_]{2,}\.)([A-Za-z_]+)", re.MULTILINE),
 }
-MIN_COUNT = 5
-NUM_ENTITIES = 60
-"""Entities of each attribute."""
 
 
 def load_identifiers() -> list[EntityClass]:
@@ -150,12 +155,96 @@ def count_identifiers(texts: Iterable[str]) -> EntityClass:
 
 
 def _favourites(texts: Iterable[str], pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-    """The most frequent names, each with what most often follows it; the first seen on a tie."""
+    """The 60 most frequent names, each with what most often follows it, five times or more; the first seen on a tie."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for text in texts:
         for name, label in pattern.findall(text):
             counts[name][label] += 1
     common = {name: each.most_common(1)[0] for name, each in counts.items()}
-    known = [name for name, (_, count) in common.items() if count >= MIN_COUNT]
+    known = [name for name, (_, count) in common.items() if count >= 5]
     known.sort(key=lambda name: -counts[name].total())
-    return [(name, common[name][0]) for name in known[:NUM_ENTITIES]]
+    return [(name, common[name][0]) for name in known[:60]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    base: Prompt
+    source: Prompt
+    is_cause: bool
+
+    @property
+    def label(self) -> str:
+        """What the answer to the base must be once the source's latents are put in."""
+        return self.source.label if self.is_cause else self.base.label
+
+    @property
+    def target_token(self) -> int:
+        """The first token of that answer."""
+        return self.source.first_token if self.is_cause else self.base.first_token
+
+
+def require_labels(prompts: Sequence[Prompt], attributes: Sequence[str]) -> None:
+    """Require two labels of each attribute to draw pairs from."""
+    for attribute in attributes:
+        labels = {prompt.label for prompt in prompts if prompt.attribute == attribute}
+        if len(labels) < 2:
+            raise NotApplicable(
+                f"RAVEL: the model answers prompts about {attribute!r} with {len(labels)} different labels, "
+                "but swapping needs two. A larger model knows more"
+            )
+
+
+def draw_pairs(
+    prompts: Sequence[Prompt], cause: str, others: Sequence[str], number: int, draw: random.Random
+) -> list[Pair]:
+    """As many pairs for isolation as for cause, in random order; draws are made in SAEBench's order."""
+    cause_pairs = _pairs(prompts, cause, number, draw, is_cause=True)
+    isolation_pairs = [pair for other in others for pair in _pairs(prompts, other, number, draw, is_cause=False)]
+    draw.shuffle(isolation_pairs)
+    pairs = cause_pairs + isolation_pairs[: len(cause_pairs)]
+    draw.shuffle(pairs)
+    return pairs
+
+
+def _pairs(
+    prompts: Sequence[Prompt], attribute: str, number: int, draw: random.Random, *, is_cause: bool
+) -> list[Pair]:
+    """Bases drawn without repetition (all of them if there are fewer), each with any source of another label."""
+    asking = [prompt for prompt in prompts if prompt.attribute == attribute]
+    sources = {label: [one for one in asking if one.label != label] for label in {prompt.label for prompt in asking}}
+    bases = asking if len(asking) < number else draw.sample(asking, number)
+    return [Pair(base, draw.choice(sources[base.label]), is_cause) for base in bases]
+
+
+@dataclass(frozen=True)
+class Scores:
+    cause: float
+    isolation: float
+
+    @property
+    def disentangle(self) -> float:
+        return (self.cause + self.isolation) / 2
+
+    def to_json(self) -> dict[str, float]:
+        return {"cause_score": self.cause, "isolation_score": self.isolation, "disentangle_score": self.disentangle}
+
+
+def by_first_token(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
+    """Scores by SAEBench's rule."""
+    return _scores(pairs, completions, lambda pair: pair.target_token != pair.base.first_token)
+
+
+def by_kind(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
+    """Scores by what each pair was made for."""
+    return _scores(pairs, completions, lambda pair: pair.is_cause)
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    return Scores(fmean(each.cause for each in scores), fmean(each.isolation for each in scores))
+
+
+def _scores(pairs: Sequence[Pair], completions: Sequence[str], is_cause: Callable[[Pair], bool]) -> Scores:
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for pair, completion in zip(pairs, completions, strict=True):
+        right[is_cause(pair)].append(is_right(pair.base.text, pair.label, completion))
+    return Scores(*(fmean(found) if found else math.nan for found in right.values()))  # results have NaN as -1

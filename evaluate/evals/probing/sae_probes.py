@@ -1,5 +1,9 @@
-"""Logistic regressions whose regularisation is chosen on a part of the training rows, as sae-probes does.
+"""The data sets of the package `sae-probes`, prompts with one of two labels, and its probes of them.
 
+Its wheel carries the data as compressed tables. They are read where the package is installed; none of its code
+is imported, and none of its dependencies are needed.
+
+Probes are logistic regressions whose regularisation is chosen on a part of the training rows, as sae-probes does:
 1. Train and test rows are drawn from one generator, half of each label.
 2. For ten strengths of regularisation a probe is fitted on a part of the training rows and judged by its
    area under the curve on the rest: the last rows, or six folds where there are few.
@@ -8,32 +12,97 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.metadata
+import importlib.util
+import io
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
+from ...errors import DataMissing
 from ...model.logistic_regression import fitted
+from .draw_classes import BinarySet
+
+PACKAGE = "sae_probes"
+INDEX = "probing_datasets_MASTER.csv.zst"
+INSTALL = "pip install --no-deps sae-probes"
+
+
+def names() -> tuple[str, ...]:
+    """Every binary data set of the collection, in its own order."""
+    rows = _read(data_folder() / INDEX)
+    return tuple(
+        Path(row["Dataset save name"]).name.split(".")[0] for row in rows if row["Data type"] == "Binary Classification"
+    )
+
+
+def load(name: str) -> BinarySet:
+    rows = _read(data_folder() / "cleaned_data" / f"{name}.csv.zst")
+    return BinarySet(name, [row["prompt"] for row in rows], as_labels([row["target"] for row in rows]))
+
+
+def as_labels(targets: Sequence[str]) -> np.ndarray:
+    """0 for the first of the two values in their order, 1 for the other."""
+    values, labels = np.unique(np.array(targets), return_inverse=True)
+    if len(values) != 2:
+        raise DataMissing(f"expected two labels, found {len(values)}: the data set is not a binary one")
+    return labels
+
+
+def revision() -> dict[str, str] | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return {"sae-probes": importlib.metadata.version("sae-probes")}
+    return None
+
+
+def data_folder() -> Path:
+    """Where the package keeps its data, found without importing it."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = [Path(folder) / "data" for folder in (spec.submodule_search_locations or () if spec else ())]
+    for folder in folders:
+        if (folder / INDEX).is_file():
+            return folder
+    raise DataMissing(
+        f"the data sets of sae-probes are not installed: `{INSTALL}` installs them. "
+        "`--set sparse_probing_sae_probes.data=stdlib` probes with text of this Python instead"
+    )
+
+
+@lru_cache(maxsize=2)  # the index and one data set
+def _read(file: Path) -> list[Mapping[str, str]]:
+    csv.field_size_limit(sys.maxsize)  # prompts may be longer than the default
+    try:
+        with pyarrow.input_stream(str(file), compression="zstd") as stream:
+            return list(csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8", newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataMissing(
+            f"{file.name} of sae-probes cannot be read ({error}): install it again, `{INSTALL}`"
+        ) from error
+
 
 Penalty = Literal["l1", "l2"]
 
 STRENGTHS = np.logspace(5, -5, 10)
 MAX_ITERATIONS = 1000
 MOST_ROWS, MOST_TRAIN, LEAST_TEST = 5000, 1024, 100
-FEW_ROWS, FOLDS = 128, 6
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of a data set."""
-
     train: np.ndarray  # int64
     test: np.ndarray
 
@@ -92,23 +161,17 @@ def _halves(
 
 
 def _mean_auc(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Penalty, seed: int) -> float:
-    return float(
-        np.mean(
-            [
-                roc_auc_score(
-                    labels[held_out],
-                    _fitted(rows[fit], labels[fit], strength, penalty, seed).predict_proba(rows[held_out])[:, 1],
-                )
-                for fit, held_out in _folds(rows, labels, seed)
-            ]
-        )
-    )
+    found = []
+    for fit, held_out in _folds(rows, labels, seed):
+        probe = _fitted(rows[fit], labels[fit], strength, penalty, seed)
+        found.append(roc_auc_score(labels[held_out], probe.predict_proba(rows[held_out])[:, 1]))
+    return float(np.mean(found))
 
 
 def _folds(rows: np.ndarray, labels: np.ndarray, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Rows to fit on, and rows to judge by."""
-    if len(rows) < FEW_ROWS:
-        return StratifiedKFold(n_splits=FOLDS, shuffle=True, random_state=seed).split(rows, labels)
+    if len(rows) < 128:
+        return StratifiedKFold(n_splits=6, shuffle=True, random_state=seed).split(rows, labels)
     first = len(rows) - min(int(0.2 * len(rows)), 100)
     return [(np.arange(first), np.arange(first, len(rows)))]
 
