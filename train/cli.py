@@ -15,7 +15,7 @@ from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
 from .cli_support import tell_errors
-from .config.recipe_registry import studies
+from .config.recipe import studies
 from .errors import TrainingDiverged
 from .kit.variant_registry import names
 
@@ -194,7 +194,7 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
     if plots:
-        from .run.after_run import after_run
+        from .run.log_and_show_progress import after_run
 
         after_run(folder_of(outcome), console.print)
     console.print(f"next: sae-eval {evaluated_as(outcome)}")

@@ -16,7 +16,7 @@ from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
-from .config.recipe_registry import find_recipes, studies
+from .config.recipe import find_recipes, studies
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, RunInterrupted, StoppedElsewhere, resume_command
@@ -25,8 +25,8 @@ from .parallel.processes import SOLO, join
 from .run.checkpoints_and_signals import catch_signals
 from .run.fill_config_from_store import settle
 from .run.find_and_load_sae import find_sae
+from .run.log_and_show_progress import Output
 from .run.process import Process
-from .run.progress import Output
 from .run.results import Outcome, conclude
 from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run

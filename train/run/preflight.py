@@ -19,7 +19,7 @@ from ..data.scaling import Stats, bounds_of, stats_from_moments
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fill_config_from_store import Settled
 from .fits_in_memory import require_room
-from .progress import require_trackers
+from .log_and_show_progress import require_trackers
 
 ALIKE = 1e-12  # share of the mean square that rounding leaves as the variance of identical rows
 LEAST_HELD_OUT = 2  # tokens: one alone has no variance to explain

@@ -1,29 +1,89 @@
-"""The end of a finished run: held-out numbers, saved SAEs, result.json."""
+"""The end of a finished run: held-out numbers from one pass over text that its SAEs were not trained on, saved SAEs,
+result.json.
+
+B rows, D residual width, F latents.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...cache_schema.massive_activations import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, key_of
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
-from ..data.batch import Needs
+from ..data.batch import Batch, Needs
 from ..data.batch_stream import held_out
+from ..data.drawn_rows import Draw
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest, path_of
-from ..engine.fleet_of_saes import say_all_diverged, say_diverged
+from ..engine.fleet_of_saes import Fleet, say_all_diverged, say_diverged
+from ..engine.step import Trainee
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
+from ..parallel.sums_over_processes import ALONE
 from ..sae.kernels.dense_products import product_on
 from .preflight import held_out_rows
 from .run_folder import name_failure
 from .start_or_resume import Run
-from .validation import DIVERGED, HeldOut, validate
+
+DIVERGED = "what it rebuilds of held-out text is not finite: training diverged in the last steps"
+ROUNDING = 1e-12  # error of a difference of float64 sums, as a share of the squares
+
+
+@dataclass
+class Tally:
+    """Sums over tokens, in float64, from which the results are computed. `total` is the sum of all targets [D]."""
+
+    tokens: int = 0
+    active: float = 0.0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, target: Tensor, x_hat: Tensor, active: Tensor) -> None:
+        """`active` [B]: the number of active latents of each row."""
+        exact = target.double()
+        self.tokens += len(target)
+        self.active += float(active.sum())
+        self.squared_error += float((exact - x_hat.double()).square().sum())
+        self.squares += float(exact.square().sum())
+        self.total = self.total.to(target.device) + exact.sum(dim=0)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents of a token."""
+        return self.active / max(self.tokens, 1)
+
+    @property
+    def explained_variance(self) -> float | None:
+        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens; None if they are all alike, or there are none."""
+        variance = self.squares - float(self.total.square().sum()) / max(self.tokens, 1)
+        return 1.0 - self.squared_error / variance if variance > ROUNDING * self.squares else None
+
+
+@dataclass
+class HeldOut:
+    """Measurements of one SAE: on ordinary rows, and on all rows including massive ones."""
+
+    ordinary: Tally = field(default_factory=Tally)
+    every: Tally = field(default_factory=Tally)
+
+    def add(self, target: Tensor, x_hat: Tensor, active: Tensor, is_ordinary: Tensor) -> None:
+        self.every.add(target, x_hat, active)
+        self.ordinary.add(target[is_ordinary], x_hat[is_ordinary], active[is_ordinary])
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.every.squared_error)
 
 
 @dataclass(frozen=True)
@@ -127,6 +187,26 @@ def _measure(run: Run) -> dict[str, HeldOut]:
     needs, stats = run.fleet.needs.values(), run.fleet.stats
     batches = held_out(run.store, needs, stats, run.process.device, tokens=course.validation_tokens, batch_tokens=rows)
     return validate(run.fleet, batches)
+
+
+@torch.no_grad()
+def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
+    """Measure every SAE that has not diverged, using the codes that the saved SAE computes."""
+    found = {label: HeldOut() for label in fleet.training}
+    for draw in draws:
+        for label, trainee in fleet.training.items():
+            batch = draw.batch(fleet.needs[label])
+            active, x_hat = _reconstruct(trainee, batch)
+            target = batch.x if batch.target is None else batch.target
+            found[label].add(target, x_hat, active, draw.ordinary(fleet.needs[label]))
+    return found
+
+
+def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
+    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, ALONE)
+    acts = trainee.sae.encode(batch.x, side)
+    active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
+    return active, trainee.sae.skip(batch.x, trainee.sae.decode(acts))
 
 
 def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
