@@ -18,7 +18,6 @@ from ..errors import ConfigInvalid
 from ..file_registry import file_names, import_file, require_known
 
 PACKAGE = __name__.rsplit(".", 2)[0] + ".study_recipes"
-
 AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
 """What the studies recorded for every run, with 2,304 latents on gemma-2-2b, layer 19."""
 
@@ -27,6 +26,7 @@ DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304, "encoder_
 at the same precision, for which variants have different defaults."""
 PROBES = ("sparse_probing", "scr", "tpp", "decoder_cosine")
 """Evaluations that no variant is trained on."""
+HALF = "_half"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,6 @@ class Recipe:
     """The name of the file; the registry fills it in."""
 
 
-HALF = "_half"
-
-
 def half_of(recipe: Recipe) -> Recipe:
     """The base of a comparing run, alone and for half as long: it shows whether the run's budget matters."""
     about = f"the base of {recipe.name} alone, for half as long"
@@ -82,7 +79,6 @@ def studies() -> tuple[str, ...]:
 
 
 def runs_of(study: str) -> tuple[Recipe, ...]:
-    """The runs of a study."""
     require_known(study, studies(), "study", ConfigInvalid)
     runs: tuple[Recipe, ...] = import_file(PACKAGE, study).RUNS
     return tuple(replace(run, study=study, evals=("core", *own_evals(study), *run.evals)) for run in runs)
