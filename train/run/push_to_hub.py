@@ -30,17 +30,18 @@ from .find_and_load_sae import ask_hub, list_saes, no_sae
 from .init_from_trained_sae import source_of
 from .run_folder import is_run, places_of, run_names
 
-CARD = "README.md"
-PLOTS = "plots/"
 LONGEST, LONGEST_NAME = 300, 200  # characters of the Hub's message, and of a name in the card
-LIBRARY, TAGS = "saemill", ("sparse-autoencoder", "saemill")
 FORMAT = 1  # of results; they will state it once there is another
 GIVEN = {".gitattributes"}  # files that the Hub puts into a new repository
 
 
 def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool, licence: str | None) -> str:
     """Upload an SAE, or all SAEs of a run; return the URL of the commit."""
-    _require_names(repository, licence)
+    part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
+    if not re.fullmatch(rf"{part}/{part}", repository, re.ASCII) or re.search(r"--|\.\.", repository):
+        raise ConfigInvalid(f"expected --push-to-hub OWNER/NAME, found {repository!r}")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise ConfigInvalid(f"expected --license by its name on the Hub, like mit or cc-by-4.0, found {licence!r}")
     folders = _local_saes(name, runs)
     places = {"" if len(folders) == 1 else folder.name: folder for folder in folders}
     pictures = _pictures_of(folders)
@@ -53,14 +54,6 @@ def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool
     }
     parent = _require_room(repository, files, private)
     return _commit(repository, files, card, private, parent)
-
-
-def _require_names(repository: str, licence: str | None) -> None:
-    part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
-    if not re.fullmatch(rf"{part}/{part}", repository, re.ASCII) or re.search(r"--|\.\.", repository):
-        raise ConfigInvalid(f"expected --push-to-hub OWNER/NAME, found {repository!r}")
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-        raise ConfigInvalid(f"expected --license by its name on the Hub, like mit or cc-by-4.0, found {licence!r}")
 
 
 def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
@@ -86,7 +79,7 @@ def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
     if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # any folder may have an SAE in it
         return {}
     found = sorted((run / "plots").glob("*.png"))
-    return {f"{PLOTS}{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
+    return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
 def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
@@ -158,7 +151,7 @@ def _commit(repository: str, files: Mapping[str, Path], card: str, private: bool
     if not sys.stderr.isatty():
         disable_progress_bars()
     additions = [CommitOperationAdd(place, path) for place, path in files.items()]
-    additions.append(CommitOperationAdd(CARD, card.encode()))
+    additions.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi(library_name="saemill")
     try:
         if parent is None:
@@ -176,10 +169,8 @@ def _status(error: Exception) -> int | None:
 
 def _refusal(repository: str, error: Exception) -> NotPushed:
     """A one-line error. The repository is unchanged, except that it may now exist."""
-    if isinstance(error, RuntimeError) and isinstance(
-        error.__cause__, Exception
-    ):  # itself only "Error while uploading"
-        error = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # itself it says only "Error while uploading"
     reason = {
         401: "the token is not valid: run hf auth login",
         403: "the token may not write there: give it write access, or choose another owner",
@@ -224,16 +215,9 @@ def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
 def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
     """README.md of a repository; `pictures` are paths in it."""
     shown = [line for path in pictures for line in ("", f"![{Path(path).stem.replace('_', ' ')}]({path})")]
-    return "\n".join([*_header(licence), f"# {repository}", "", *_body(repository, saes), *shown, ""])
-
-
-def _header(licence: str | None) -> Iterator[str]:
-    yield "---"
-    yield f"library_name: {json.dumps(LIBRARY)}"
-    yield f"tags: {json.dumps(TAGS)}"
-    if licence is not None:
-        yield f"license: {json.dumps(licence)}"
-    yield "---"
+    header = ["---", 'library_name: "saemill"', 'tags: ["sparse-autoencoder", "saemill"]']
+    header += [] if licence is None else [f"license: {json.dumps(licence)}"]
+    return "\n".join([*header, "---", f"# {repository}", "", *_body(repository, saes), *shown, ""])
 
 
 def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
@@ -280,21 +264,23 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
 def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
     """Held-out numbers of the run, and those of the core evaluation with intervals."""
     for name, value, edges in (*_of_training(sae), *_of_core(sae)):
+        is_interval = isinstance(edges, list) and len(edges) == 2 and all(map(_is_number, edges))
         if _is_number(value):
-            yield name, _number(value), " to ".join(map(_number, edges)) if _is_interval(edges) else ""
+            yield name, _number(value), " to ".join(map(_number, edges)) if is_interval else ""
 
 
 def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     result = sae.result or sae.metadata
     if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, on unknown data
         return
-    massive = result.get("validation_massive")
-    where = "validation split"
-    yield f"L0, {where}", result.get("l0"), None
-    yield f"explained variance, {where}", result.get("explained_variance"), None
-    yield f"explained variance with massive rows, {where}", result.get("explained_variance_with_massive"), None
-    yield f"massive rows, {where}", massive, None
-    yield f"ordinary rows, {where}", result.get("validation_tokens"), None
+    named = {
+        "L0": "l0",
+        "explained variance": "explained_variance",
+        "explained variance with massive rows": "explained_variance_with_massive",
+        "massive rows": "validation_massive",
+        "ordinary rows": "validation_tokens",
+    }
+    yield from ((f"{name}, validation split", result.get(key), None) for name, key in named.items())
     yield "dead latents", result.get("dead_latents"), None
 
 
@@ -368,10 +354,6 @@ def _listed(values: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_interval(edges: Any) -> bool:
-    return isinstance(edges, list) and len(edges) == 2 and all(map(_is_number, edges))
 
 
 def _number(value: float) -> str:

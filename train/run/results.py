@@ -19,14 +19,12 @@ from ...cache_schema.massive_activations import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, key_of
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
-from ..data.batch import Batch, Needs
 from ..data.batch_stream import held_out
 from ..data.drawn_rows import Draw
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest, path_of
 from ..engine.fleet_of_saes import Fleet, say_all_diverged, say_diverged
-from ..engine.step import Trainee
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
 from ..parallel.sums_over_processes import ALONE
@@ -88,8 +86,6 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class SaeOutcome:
-    """One SAE, trained."""
-
     folder: str
     variant: str
     width: int
@@ -118,8 +114,6 @@ class SaeOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run."""
-
     run: str
     steps: int
     tokens: int
@@ -196,17 +190,13 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
     for draw in draws:
         for label, trainee in fleet.training.items():
             batch = draw.batch(fleet.needs[label])
-            active, x_hat = _reconstruct(trainee, batch)
+            side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, ALONE)
+            acts = trainee.sae.encode(batch.x, side)
+            active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
+            x_hat = trainee.sae.skip(batch.x, trainee.sae.decode(acts))
             target = batch.x if batch.target is None else batch.target
             found[label].add(target, x_hat, active, draw.ordinary(fleet.needs[label]))
     return found
-
-
-def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
-    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, ALONE)
-    acts = trainee.sae.encode(batch.x, side)
-    active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
-    return active, trainee.sae.skip(batch.x, trainee.sae.decode(acts))
 
 
 def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
@@ -222,7 +212,17 @@ def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
         outcome = _sae_outcome(run, member, measured[member.label])
         run.require_folder()
         with name_failure(run.folder.path, member.label):
-            _save_one(run, member, outcome)
+            trainee = run.fleet.trainees[member.label]
+            save_sae(
+                Path(outcome.folder),
+                trainee.sae,
+                trainee.assembly.input_stats,
+                metadata_of(run, member, outcome),
+                to_json(member.config),
+                member.variant,
+                trainee.assembly.target_stats,
+                trainee.assembly.knobs_at(run.total_steps),
+            )
         told[member.label] = to_json(outcome)
     return told
 
@@ -283,29 +283,21 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
     )
 
 
-def _save_one(run: Run, member: Member, outcome: SaeOutcome) -> None:
-    trainee = run.fleet.trainees[member.label]
-    save_sae(
-        Path(outcome.folder),
-        trainee.sae,
-        trainee.assembly.input_stats,
-        metadata_of(run, member, outcome),
-        to_json(member.config),
-        member.variant,
-        trainee.assembly.target_stats,
-        trainee.assembly.knobs_at(run.total_steps),
-    )
-
-
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
     """What the SAE was trained on, under the names that other tools expect."""
     manifest, needs = run.store.manifest, member.config.needs()
     taken = run.feed.plan.windows_taken() if needs.windows else 1.0
+    to_hook = needs.to_hook or needs.hook
+    hooks = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
+    if needs.targets is not None:
+        hooks["hook_name_out"] = f"blocks.{needs.targets[-1]}.{SAE_LENS_NAMES[to_hook]}"
+    if {needs.hook, to_hook} != {RESID}:
+        hooks |= {"hook": needs.hook, "target_hook": to_hook}
     return {
         "model_name": manifest.model.id,
         "model_revision": manifest.model.revision,
         "model_class_name": "HookedTransformer",
-        **_hooks_of(needs),
+        **hooks,
         "hook_head_index": None,
         "context_size": manifest.context,
         "prepend_bos": manifest.model.bos_token is not None,
@@ -323,14 +315,3 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "validation_massive": outcome.validation_massive,
         NORM_BOUNDS: {key_of(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
-
-
-def _hooks_of(needs: Needs) -> dict[str, str]:
-    """Where the SAE reads, and where it writes if that is elsewhere."""
-    to_hook = needs.to_hook or needs.hook
-    found = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
-    if needs.targets is not None:
-        found["hook_name_out"] = f"blocks.{needs.targets[-1]}.{SAE_LENS_NAMES[to_hook]}"
-    if {needs.hook, to_hook} != {RESID}:
-        found |= {"hook": needs.hook, "target_hook": to_hook}
-    return found
