@@ -17,7 +17,7 @@ import click
 from fitting import ROWS
 from quality import CONTESTANTS, last_scores, lines_of
 
-from saemill.studies.comparisons import half_width
+from saemill.studies.compare_and_decide import half_width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")

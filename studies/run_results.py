@@ -25,7 +25,7 @@ from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
 from ..train.run.run_folder import RunFolder, cache_of, is_run
-from .decision_rule import Families
+from .compare_and_decide import Families
 
 CORE = "core"
 LOGGED = "explained_variance"

@@ -18,8 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluate.output.figures.panels import STEP
 from ..evaluate.output.figures.style import INK, Look, caption, look, new_figure
 from ..evaluate.output.plots import KINDS, save
-from .comparisons import half_width
-from .decision_rule import Families, values_of
+from .compare_and_decide import Families, half_width, values_of
 
 SMOOTHED = 40  # points of a curve at most: each is the mean of the batches that it stands for
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]

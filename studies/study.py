@@ -37,12 +37,11 @@ from ..evaluate.run.command import errors_told, id_of_store, make_configs
 from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
 from ..train.cli_support import beginning_with
-from ..train.config.recipe import HALF, Recipe, half_of
-from ..train.config.recipe_registry import find_recipes, runs_of, studies
+from ..train.config.recipe import HALF, Recipe, find_recipes, half_of, runs_of, studies
 from ..train.disk.atomic_files import read_json, take_lock, write_json
 from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
 from ..train.run.run_folder import RunFolder, cache_of
-from .decision_rule import DECISIVE
+from .compare_and_decide import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
 from .tables import rows_of, write_tables
 

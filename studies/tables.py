@@ -15,8 +15,7 @@ from ..evaluate.context.write_and_read_results import heading, without_nan
 from ..evaluate.output.figures.records import SEED
 from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file
-from .comparisons import Difference, compare
-from .decision_rule import DECISIVE, Finding, is_baseline, judge, methods_of, why_outside
+from .compare_and_decide import DECISIVE, Difference, Finding, compare, is_baseline, judge, methods_of, why_outside
 from .run_results import Line, Results, families, titles_of
 
 MEASURES = (

@@ -73,7 +73,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "run",
         "cli",
     ),
-    "studies": ("__init__ comparisons", "decision_rule", "run_results seed_plots", "tables", "study"),
+    "studies": ("__init__ compare_and_decide", "run_results seed_plots", "tables", "study"),
     "api": ("__init__ notebook_html command_words", "run store table", "calls"),
 }
 BELOW_ITS_FOLDER = ("evals/evaluation_contract",)  # what folders inside a folder stand on

@@ -15,7 +15,7 @@ from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
 from .cli_support import tell_errors
-from .config.recipe_registry import studies
+from .config.recipe import studies
 from .errors import TrainingDiverged
 from .kit.variant_registry import names
 
@@ -194,14 +194,15 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
     if plots:
-        from .run.after_run import after_run
+        from .run.log_and_show_progress import after_run
 
         after_run(folder_of(outcome), console.print)
-    console.print(f"next: sae-eval {evaluated_as(outcome)}")
+    folder = folder_of(outcome)  # by its name, sae-eval finds a run in the default folder
+    name = outcome.run if folder == Path(cli_support.RUNS, outcome.run) else str(folder)
+    console.print(f"next: sae-eval {shlex.quote(name)}")
 
 
 def share(value: float | None) -> str:
-    """Format a share; `-` if it is unknown."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -220,14 +221,7 @@ def warnings_of(outcome: Outcome) -> list[str]:
 
 
 def folder_of(outcome: Outcome) -> Path:
-    """The run's folder."""
     return Path(next(iter(outcome.saes.values())).folder).parent
-
-
-def evaluated_as(outcome: Outcome) -> str:
-    """How the next command finds the run: by name in the default folder, otherwise by path."""
-    folder = folder_of(outcome)
-    return shlex.quote(outcome.run if folder == Path(cli_support.RUNS, outcome.run) else str(folder))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from ..cache_schema import StoreError
 from ..cache_schema.cli import tell_files
-from .config.recipe_registry import runs_of, studies
+from .config.recipe import runs_of, studies
 from .errors import RunInterrupted, TrainError
 from .kit.variant_registry import names
 from .run.run_folder import RUNS, run_names

@@ -26,7 +26,6 @@ from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_and_load_sae import find_sae, find_saes, read_folder
 from .run.push_to_hub import push
-from .sae.model import SparseAutoencoder
 
 ROWS = 256
 MOST = 1e-3  # largest difference in a row's reconstruction, as a share of the mean row's length
@@ -95,13 +94,9 @@ def main(
         said = f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})"
         proof = f"read back: {compared} by at most {difference:.2g} on {ROWS} random rows"
         document = {"read": read_from, "written": {"folder": str(target), "kind": kind}, "difference": difference}
-        tell(document, [said, proof, *next_step(kind, target)], is_json)
-
-
-def next_step(kind: str, target: Path) -> list[str]:
-    """How to make the file that dictionary_learning opens: a pickle, so it is not written here."""
-    said = f"next: run the two lines in {target / 'README.md'} to make ae.pt, the file that dictionary_learning opens"
-    return [said] if kind == "dictionary_learning" else []
+        made = f"next: run the two lines in {target / 'README.md'} to make ae.pt, the file that {kind} opens"
+        lines = [said, proof, *([made] if kind == "dictionary_learning" else [])]  # a pickle, so it is not written here
+        tell(document, lines, is_json)
 
 
 def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
@@ -137,19 +132,15 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
         require_places(sae.metadata)
     with _whole_or_gone(target) as beside:
         circuit_tracer.write(beside, saes)
-        x_hats = _outputs_of_set(saes, beside)
+        layers = sum(len(sae.metadata["layers"]) for sae in saes)
+        size = max(float(sae.b_dec.norm()) for sae in saes) or 1.0
+        width = saes[0].d_in * len(saes) // layers
+        x = size * torch.randn(ROWS, layers, width, generator=torch.Generator().manual_seed(0))
+        parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
+        own = [sae(rows.flatten(1)) for sae, rows in zip(parts, x.chunk(len(parts), 1), strict=True)]
+        x_hats = torch.cat(own, 1), circuit_tracer.reconstruct(beside, x).flatten(1)
         _require_alike(*x_hats, may_flip=True)
         return _largest(*x_hats)
-
-
-def _outputs_of_set(saes: Sequence[SparseAutoencoder], target: Path) -> tuple[Tensor, Tensor]:
-    layers = sum(len(sae.metadata["layers"]) for sae in saes)
-    x = torch.randn(ROWS, layers, saes[0].d_in * len(saes) // layers, generator=torch.Generator().manual_seed(0))
-    parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
-    size = max(float(sae.b_dec.norm()) for sae in saes) or 1.0
-    x_hat = circuit_tracer.reconstruct(target, size * x).flatten(1)
-    own = torch.cat([sae(rows.flatten(1)) for sae, rows in zip(parts, (size * x).chunk(len(parts), 1), strict=True)], 1)
-    return own, x_hat
 
 
 def _largest(a: Tensor, b: Tensor) -> float:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Any, cast
 
-import torch
 from rich.console import Console
 
 from ..cache_schema import Store, StoreMissing
@@ -16,7 +15,7 @@ from ..cache_schema.launch import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
-from .config.recipe_registry import find_recipes, studies
+from .config.recipe import find_recipes, studies
 from .config.run_config import Ask, Member
 from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, RunInterrupted, StoppedElsewhere, resume_command
@@ -25,13 +24,12 @@ from .parallel.processes import SOLO, join
 from .run.checkpoints_and_signals import catch_signals
 from .run.fill_config_from_store import settle
 from .run.find_and_load_sae import find_sae
+from .run.log_and_show_progress import Output
 from .run.process import Process
-from .run.progress import Output
 from .run.results import Outcome, conclude
 from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run
 from .sae.kernels.dense_products import Product, product_on
-from .sae.model import SparseAutoencoder
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
@@ -68,7 +66,11 @@ def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
     if words["resume"] is not None:
         others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
         others["--with-baselines"] = words["with_baselines"] or None
-        _require_alone(words["resume"], others | {f"--{name}": words[name] for name in _OPTIONS})
+        others |= {f"--{name}": words[name] for name in _OPTIONS}
+        if given := [option for option, value in others.items() if value not in (None, ())]:
+            raise ConfigInvalid(
+                f"--resume {words['resume']} keeps the settings of that run: leave out {', '.join(given)}"
+            )
         outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], process)]
     else:
         asks = asks_of(words)
@@ -143,7 +145,7 @@ def _introduce(run: Run, remark: str) -> None:
             "process": run.process.group.rank,
             "cut": sorted(trainee.assembly.cut_short(run.total_steps)),
             "lr": trainee.assembly.optim.lr,
-            "products": products_of(trainee.sae, run.process.device),
+            "products": (asked := trainee.sae.encoder_product, product_on(run.process.device, asked)),
         }
         for label, trainee in run.fleet.trainees.items()
     }
@@ -180,13 +182,8 @@ def _introduce(run: Run, remark: str) -> None:
             )
 
 
-def products_of(sae: SparseAutoencoder, device: torch.device) -> tuple[Product, Product]:
-    """The requested precision of the encoder's products, and the one used on this device."""
-    return sae.encoder_product, product_on(device, sae.encoder_product)
-
-
 def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[str]:
-    """Report products that this machine cannot compute as requested."""
+    """Report products that this machine cannot compute as requested; with each, the precision that it computes in."""
     for asked, given in sorted({pair for pair in products.values() if len(set(pair)) > 1}):
         labels = ", ".join(label for label, pair in products.items() if pair == (asked, given))
         yield f"{labels}: encoder_product={asked} is computed in {given}, as this machine has no fast {asked} products"
@@ -237,28 +234,17 @@ def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, An
 
 def _points(words: tuple[str, ...]) -> list[dict[str, Any]]:
     """The grid. A repeated key is refused, because only its last values would count."""
-    points = [_resolve_aliases(point) for point in parse_grid(words)]
+    points = [{_ALIASES.get(key, key): value for key, value in point.items()} for point in parse_grid(words)]
     given = [word.partition("=")[0].strip() for word in words]
     keys = [_ALIASES.get(key, key) for key in given]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
+    if twice := [key for key in keys if keys.count(key) > 1]:
         raise ConfigInvalid(
             f"expected {twice[0]} once in a grid, found it in several --grid options: give all its values in one"
         )
     return points
 
 
-def _resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {_ALIASES.get(key, key): value for key, value in settings.items()}
-
-
 def require_cache(cache: str | None) -> str:
     if cache is None:
         raise ConfigInvalid("expected --cache URL, the store to train on")
     return cache
-
-
-def _require_alone(resume: str, others: Mapping[str, Any]) -> None:
-    given = [option for option, value in others.items() if value not in (None, ())]
-    if given:
-        raise ConfigInvalid(f"--resume {resume} keeps the settings of that run: leave out {', '.join(given)}")

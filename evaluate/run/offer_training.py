@@ -15,7 +15,7 @@ import click
 
 from ...cache_schema import Store, StoreMissing
 from ...cache_schema.numbers_in_words import say_time
-from ...train.config.recipe_registry import find_recipes
+from ...train.config.recipe import find_recipes
 from ...train.config.run_config import Ask
 from ...train.dry_run import estimate_seconds
 from ...train.errors import TrainError

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
-from ...train.config.recipe_registry import runs_of, studies
+from ...train.config.recipe import runs_of, studies
 from ...train.disk.atomic_files import read_json
 from ...train.disk.hook_metadata import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs

@@ -19,7 +19,7 @@ from saemill.cache_schema import Store
 from saemill.train.config.run_config import Ask
 from saemill.train.parallel.processes import SOLO
 from saemill.train.run.fill_config_from_store import settle
-from saemill.train.run.log_metrics import Watch
+from saemill.train.run.log_and_show_progress import Watch
 from saemill.train.run.process import Process
 from saemill.train.run.start_or_resume import Run, begin_run
 from saemill.train.train_runs import train

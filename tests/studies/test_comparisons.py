@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saemill.studies.comparisons import Difference, compare, corrected
+from saemill.studies.compare_and_decide import Difference, compare, corrected
 
 
 def table(**labels):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from saemill.evaluate.output.figures.style import look
-from saemill.studies.comparisons import compare
-from saemill.studies.decision_rule import judge, own_controls
+from saemill.studies.compare_and_decide import compare, judge, own_controls
 from saemill.studies.seed_plots import draw_bands, draw_training, smoothed
 
 NOISE = (-0.02, 0.01, 0.0, 0.03, -0.01)

@@ -23,13 +23,12 @@ from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study, tables
-from saemill.studies.comparisons import Difference
+from saemill.studies.compare_and_decide import Difference
 from saemill.studies.run_results import Line, read_lines
 from saemill.studies.study import Course, call, training_words
 from saemill.studies.tables import MEASURES, seeded_rows, spread, write_tables
 from saemill.train.cli_support import tell_errors
-from saemill.train.config.recipe import Recipe
-from saemill.train.config.recipe_registry import find_recipes, own_evals, runs_of, studies
+from saemill.train.config.recipe import Recipe, find_recipes, own_evals, runs_of, studies
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, TrainingDiverged
 from saemill.train.run.run_folder import RunFolder
 

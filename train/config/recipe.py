@@ -1,16 +1,23 @@
-"""Recipes: runs with a name, as data.
+"""Recipes: runs with a name, as data, and the registry of the studies that they make up.
 
-A study is a file in `train/study_recipes/` with a tuple `RUNS` of these records. Settings are written as on
-the command line (`data.batch_tokens`, `course.epochs`, `optim.lr`, a variant's own names). The
-limits of the store apply to them, as to a variant's defaults, and the command line overrides them.
+Every file of `train/study_recipes/` is a study: `RUNS` is a tuple of these records, in order, and `EVALS` names the
+study's own evaluations. Settings are written as on the command line (`data.batch_tokens`, `course.epochs`, `optim.lr`,
+a variant's own names). The limits of the store apply to them, as to a variant's defaults, and the command line
+overrides them.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...cache_schema.strict_json import nearest
+from ..errors import ConfigInvalid
+from ..file_registry import file_names, import_file, require_known
+
+PACKAGE = __name__.rsplit(".", 2)[0] + ".study_recipes"
 AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
 """What the studies recorded for every run, with 2,304 latents on gemma-2-2b, layer 19."""
 
@@ -19,6 +26,7 @@ DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304, "encoder_
 at the same precision, for which variants have different defaults."""
 PROBES = ("sparse_probing", "scr", "tpp", "decoder_cosine")
 """Evaluations that no variant is trained on."""
+HALF = "_half"
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,6 @@ class Recipe:
     """The name of the file; the registry fills it in."""
 
 
-HALF = "_half"
-
-
 def half_of(recipe: Recipe) -> Recipe:
     """The base of a comparing run, alone and for half as long: it shows whether the run's budget matters."""
     about = f"the base of {recipe.name} alone, for half as long"
@@ -66,3 +71,32 @@ def half_of(recipe: Recipe) -> Recipe:
 def as_recorded(runs: Iterable[Recipe]) -> tuple[Recipe, ...]:
     """The same runs at the learning rate and penalty that the studies recorded, unless a run sets its own."""
     return tuple(replace(run, settings={**AS_RECORDED, **run.settings}) for run in runs)
+
+
+def studies() -> tuple[str, ...]:
+    """All studies, sorted."""
+    return file_names(importlib.import_module(PACKAGE).__path__)
+
+
+def runs_of(study: str) -> tuple[Recipe, ...]:
+    require_known(study, studies(), "study", ConfigInvalid)
+    runs: tuple[Recipe, ...] = import_file(PACKAGE, study).RUNS
+    return tuple(replace(run, study=study, evals=("core", *own_evals(study), *run.evals)) for run in runs)
+
+
+def own_evals(study: str) -> tuple[str, ...]:
+    """Evaluations that measure what the study's SAEs are trained on."""
+    return getattr(import_file(PACKAGE, study), "EVALS", ())
+
+
+def find_recipes(name: str) -> tuple[Recipe, ...]:
+    """The run that `study/run` names, or all runs of `study`. `study/run_half` is the base of a comparing run."""
+    study, _, run = name.partition("/")
+    runs = runs_of(study)
+    if not run:
+        return runs
+    found = tuple(recipe for recipe in runs if recipe.name == run)
+    found += tuple(half_of(recipe) for recipe in runs if recipe.against and recipe.name + HALF == run)
+    if not found:
+        raise ConfigInvalid(f"unknown run {run!r} of {study}{nearest(run, [recipe.name for recipe in runs])}")
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 from ...cache_schema.sites import RESID
@@ -30,7 +30,10 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
         needs = member.config.needs()
         alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
         alone |= needs.windows and not isinstance(member.config, Wrapping)  # neither is a base nor has one
-        if alone or (recipe is not None and not _is_compared_with(member, recipe)):
+        if recipe is not None and recipe.against:  # only the base of the recipe, with any seed
+            known = [sae.label for sae in recipe.saes if member.label.startswith(sae.label)]
+            alone |= max(known, key=len) != recipe.against[0]
+        if alone:
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):
             if baseline.config not in [other.config for other in made]:
@@ -43,12 +46,6 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
     return (*own, *made)
 
 
-def _is_compared_with(member: Member, recipe: Recipe) -> bool:
-    """Whether it is the base of the recipe, with any seed; always true if the recipe has no base."""
-    known = [sae.label for sae in recipe.saes if member.label.startswith(sae.label)]
-    return not recipe.against or max(known, key=len) == recipe.against[0]
-
-
 def _frozen(member: Member) -> Iterator[Member]:
     config_type: Any = variant_registry.config_type(FROZEN)
     known = {field.name for field in dataclasses.fields(config_type)} - {"base", "part", "cosine"}
@@ -57,20 +54,15 @@ def _frozen(member: Member) -> Iterator[Member]:
     settings = {key: value for key, value in values.items() if key in known}
     base = values.get("base", member.variant)
     if "base" not in values:  # the settings that a variant adds to its base are what is compared
-        _require_kept(member, values, settings)
+        plain = type(config)()
+        lost = [key for key, value in values.items() if key not in settings and value != getattr(plain, key)]
+        if lost:
+            raise ConfigInvalid(
+                f"--with-baselines: a frozen {member.variant} has no setting {', '.join(lost)}, so it would not be "
+                "comparable: leave that at its default"
+            )
     for part in get_args(variant_registry.module(FROZEN).Part):
         yield Member(f"{member.label}_frozen_{part}", FROZEN, config_type(base=base, part=part, **settings))
-
-
-def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    """Refuse settings that a baseline would lose."""
-    plain = type(member.config)()
-    lost = [key for key, value in values.items() if key not in kept and value != getattr(plain, key)]
-    if lost:
-        raise ConfigInvalid(
-            f"--with-baselines: a frozen {member.variant} has no setting {', '.join(lost)}, so it would not be "
-            "comparable: leave that at its default"
-        )
 
 
 def _components(member: Member, limits: Limits) -> Iterator[Member]:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Manifest, Request, Span, Store, shard_memory
+from ...cache_schema.counts_and_summary import trainable
 from ...cache_schema.massive_activations import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
-from ...cache_schema.counts_and_summary import trainable
 from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, owned, send_attention
 from .device_copies import take_device
 from .shuffle_order import BlockPlan, Plan

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, SAE_LENS_NAMES, Place, place_of, site_named
 from ..errors import SaeInvalid
 
-Places = tuple[Place, ...]
-
 HOW_TO_TELL = (
     'add where it reads and writes to the metadata of its cfg.json, such as {"layers": [5], "hook": "mlp_in", '
     f'"target_layers": [5], "target_hook": "mlp_out"}}, with hooks from {", ".join(HOOKS)}'
@@ -27,7 +25,7 @@ class Told(NamedTuple):
     target_hook: str
 
     @property
-    def places(self) -> tuple[Places, Places]:
+    def places(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
         sides = (self.layers, self.hook), (self.target_layers, self.target_hook)
         read, written = (tuple(place_of(hook, layer) for layer in layers) for layers, hook in sides)
         return read, written

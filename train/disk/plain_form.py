@@ -170,11 +170,7 @@ def _again(sae: SparseAutoencoder, plain: PlainSae) -> SparseAutoencoder:
 
 @torch.no_grad()
 def begin_as(
-    sae: SparseAutoencoder,
-    source: SparseAutoencoder,
-    stats: Stats,
-    target_stats: Stats,
-    latents: Latents = ALL_LATENTS,
+    sae: SparseAutoencoder, source: SparseAutoencoder, stats: Stats, target_stats: Stats, latents: Latents = ALL_LATENTS
 ) -> None:
     """Give an untrained SAE, or this process's part of it, the weights of a complete SAE in raw units: it then computes
     the same."""
@@ -184,8 +180,11 @@ def begin_as(
     lengths = _code_lengths(W_dec, source.gate)
     if isinstance(source.gate, TopK | AbsTopK):
         _require_near_one(torch.linalg.vector_norm(W_dec, dim=1) / lengths)
-    own_lengths, bias = latents.own(lengths), source.b_enc
-    bias = bias + source.W_enc @ (_raw_center(sae, source, scale) - (source.b_dec if source.centres_input else 0.0))
+    own_lengths = latents.own(lengths)
+    center = source.b_dec if sae.centres_input else torch.zeros_like(scale)  # what `sae` subtracts, in raw units
+    if sae.input_mean is not None:
+        center = sae.input_mean.to(scale) / scale
+    bias = source.b_enc + source.W_enc @ (center - (source.b_dec if source.centres_input else 0.0))
     values = {
         "W_enc": latents.own(source.W_enc) * own_lengths[:, None] / scale,
         "b_enc": latents.own(bias) * own_lengths,
@@ -197,13 +196,6 @@ def begin_as(
     for name, value in values.items():
         sae.get_parameter(name).copy_(value)
     _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc, latents)
-
-
-def _raw_center(sae: SparseAutoencoder, source: SparseAutoencoder, scale: Tensor) -> Tensor:
-    """What `sae` will subtract from its input, in raw units."""
-    if sae.input_mean is not None:
-        return sae.input_mean.to(scale) / scale
-    return source.b_dec if sae.centres_input else torch.zeros_like(scale)
 
 
 def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder, num_latents: int) -> None:
@@ -288,14 +280,14 @@ def centred(plain: PlainSae, wanted: bool) -> PlainSae:
     """The same SAE with or without the decoder bias subtracted from its input; the encoder's biases compensate."""
     if plain.centres_input == wanted:
         return plain
-    tensors = dict(plain.tensors)
+    tensors = plain.tensors
     shift = tensors["b_dec"] @ tensors["W_enc"] * (1.0 if wanted else -1.0)
     if plain.architecture == "gated":
-        tensors["b_gate"] = tensors["b_gate"] + shift
-        tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].exp()
+        b_mag = tensors["b_mag"] + shift * tensors["r_mag"].exp()
+        moved = {"b_gate": tensors["b_gate"] + shift, "b_mag": b_mag}
     else:
-        tensors["b_enc"] = tensors["b_enc"] + shift
-    return replace(plain, tensors=tensors, centres_input=wanted)
+        moved = {"b_enc": tensors["b_enc"] + shift}
+    return replace(plain, tensors=tensors | moved, centres_input=wanted)
 
 
 def make_plain(architecture: str, tensors: Mapping[str, Tensor], k: int | None, centres_input: bool) -> PlainSae:
@@ -304,7 +296,7 @@ def make_plain(architecture: str, tensors: Mapping[str, Tensor], k: int | None, 
 
 def whole_k(config: Mapping[str, Any], folder: Path) -> int:
     k = config.get("k")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if type(k) is not int or k < 1:
         raise SaeInvalid(f"{folder}: expected k of at least 1 in its configuration, found {k!r}")
     return k
 

@@ -27,7 +27,7 @@ from ...cache_schema.sites import RESID
 from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
-from .atomic_files import read_json, replace_written
+from .atomic_files import read_json, replace_file, replace_written
 from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
@@ -68,7 +68,16 @@ def save_sae(
         plain = plain_sae(sae, stats, target_stats)
         tensors, form = plain.tensors, _plain_form(plain, variant, metadata)
     else:
-        tensors, form = module_form(sae, stats, target_stats), _wrapped_form(sae, variant, knobs or {})
+        tensors = module_form(sae, stats, target_stats)
+        form = {
+            "architecture": f"saemill_{variant}",
+            "d_in": sae.d_in,
+            "d_sae": sae.num_latents,
+            "d_out": sae.d_out,
+            "apply_b_dec_to_input": sae.centres_input,
+            "needs_side": list(sae.needs_side),
+            "knobs": dict(knobs or {}),
+        }
     make_folder(folder)
     for left in folder.glob(".*.tmp"):  # left by a killed process: only one process at a time writes an SAE
         left.unlink(missing_ok=True)
@@ -77,9 +86,7 @@ def save_sae(
     extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
     if extras:
         replace_written(folder / EXTRAS, lambda path: save_file(extras, path))
-    replace_written(
-        folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    )
+    replace_file(folder / CONFIG, json.dumps(written, indent=1).encode() + b"\n")
 
 
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
@@ -172,7 +179,6 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read cfg.json of an SAE's folder."""
     path = folder / CONFIG
     if not path.is_file():
         raise SaeInvalid(f"{folder}: expected an SAE's folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
@@ -232,18 +238,6 @@ def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> d
     return form
 
 
-def _wrapped_form(sae: SparseAutoencoder, variant: str, knobs: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "architecture": f"saemill_{variant}",
-        "d_in": sae.d_in,
-        "d_sae": sae.num_latents,
-        "d_out": sae.d_out,
-        "apply_b_dec_to_input": sae.centres_input,
-        "needs_side": list(sae.needs_side),
-        "knobs": dict(knobs),
-    }
-
-
 def _config_of(
     form: Mapping[str, Any], variant: str, metadata: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -294,11 +288,6 @@ def _opened(path: Path, read: Callable[[], T]) -> T:
 
 def _fold_norms(plain: PlainSae) -> PlainSae:
     """The same SAE with codes in multiples of its decoder rows' lengths; almost zero for rows of zeros."""
-    tensors = dict(plain.tensors)
-    lengths = torch.linalg.vector_norm(tensors["W_dec"], dim=1).clamp_min(1e-30)
-    tensors["W_enc"] = tensors["W_enc"] * lengths
-    tensors["W_dec"] = tensors["W_dec"] / lengths[:, None]
-    for name in ("b_enc", "threshold"):
-        if name in tensors:
-            tensors[name] = tensors[name] * lengths
-    return replace(plain, tensors=tensors)
+    lengths = torch.linalg.vector_norm(plain.tensors["W_dec"], dim=1).clamp_min(1e-30)
+    scaled = {name: plain.tensors[name] * lengths for name in ("W_enc", "b_enc", "threshold") if name in plain.tensors}
+    return replace(plain, tensors=plain.tensors | scaled | {"W_dec": plain.tensors["W_dec"] / lengths[:, None]})

@@ -95,31 +95,19 @@ def base_needs(config: Wrapping) -> Needs:
 
 def _base_config(config: Wrapping, d_model: int | None) -> Variant:
     cls: Any = variant_registry.config_type(config.base)
-    known = {field.name for field in dataclasses.fields(cls)}
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(
         not foreign, f"base {config.base} has no setting {', '.join(foreign)}: leave it out, or choose another base"
     )
-    shared = {name: value for name, value in given.items() if name in known and value is not None}
-    return cls(**_bound_sparsity(cls, d_model) | _make_whole(cls, shared))
-
-
-def _make_whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Convert to whole numbers where the base has them: a mean `k` per token may be 32.5, a fixed one may not."""
-    whole = {field.name for field in dataclasses.fields(cls) if type(field.default) is int}
-    broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
-    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
-    return {
-        name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()
-    }
-
-
-def _bound_sparsity(cls: Any, d_model: int | None) -> dict[str, Any]:
-    """Limits for the base's default sparsity, where it is too large for the residual's width."""
-    if d_model is None:
-        return {}
-    limit = most_active(d_model)
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}
+    settings: dict[str, Any] = {}
+    if d_model is not None:  # the base's default sparsity may be too large for the residual's width
+        limit = most_active(d_model)
+        settings = {name: limit for name in ("k", "target_l0") if name in known and known[name] > limit}
+    for name, value in ((name, value) for name, value in given.items() if name in known and value is not None):
+        is_whole = type(known[name]) is int  # a mean `k` per token may be 32.5, a fixed one may not
+        require(not is_whole or value == int(value), f"{name}: expected a whole number for this base")
+        settings[name] = int(value) if is_whole and isinstance(value, float) else value
+    return cls(**settings)

@@ -16,7 +16,7 @@ from ..disk.write_and_load_checkpoints import Standing, Writer
 from ..engine.fleet_of_saes import Fleet
 from ..errors import RunInterrupted, resume_command
 from ..parallel.processes import SOLO
-from .log_metrics import Watch
+from .log_and_show_progress import Watch
 from .process import Process
 
 CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message

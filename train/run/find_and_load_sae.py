@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from posixpath import basename, dirname
 from threading import Thread
 from typing import Any
 
@@ -128,7 +129,8 @@ def _download(name: str, looked: str) -> Path:
     files, obstacle = _files_of(repository)
     if obstacle is None:
         inside = _only_folder(repository, inside, files)
-    wanted = [glob.escape(file) for file in files if _is_of(inside, file)]
+    of_saes, beside = (*FILES, EXTRAS), [file for file in files if dirname(file) == inside]
+    wanted = [glob.escape(file) for file in beside if file.endswith(".json") or basename(file) in of_saes]
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except Exception as error:
@@ -139,7 +141,7 @@ def _download(name: str, looked: str) -> Path:
 
 def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
     """The SAE folder that is named, or the only one below it."""
-    homes = {_folder_of(file) for file in files if file.rpartition("/")[2] in FILES}
+    homes = {dirname(file) for file in files if basename(file) in FILES}
     below = f"{inside}/" if inside else ""
     found = [inside] if inside in homes else sorted(one for one in homes if one.startswith(below))
     if len(found) == 1:
@@ -150,17 +152,6 @@ def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
     names = [f"{repository}/{one}" for one in found]
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     raise RunMissing(f"{asked} holds {len(names)} SAEs: choose one of {', '.join(names[:SHOWN])}{more}")
-
-
-def _folder_of(file: str) -> str:
-    """A file's folder in its repository; empty at the top."""
-    return file.rpartition("/")[0]
-
-
-def _is_of(folder: str, file: str) -> bool:
-    """Whether a file of a repository belongs to the SAE in this folder."""
-    name = file.rpartition("/")[2]
-    return _folder_of(file) == folder and (name.endswith(".json") or name in (*FILES, EXTRAS))
 
 
 def _files_of(repository: str) -> tuple[list[str], str | None]:

@@ -69,7 +69,8 @@ def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, te
     """Only the first process of a team copies a checkpoint to its host; where latents are split, each process copies
     its own and the first joins them. At the start each process makes a whole SAE and keeps its part."""
     host = torch.device("cpu")
-    own = sum(checkpoint_bytes(member, widths, parts) for member in members)
+    numbers = [size for member in members for size in _matrices(member, widths, parts)]
+    own = (COPIES - 1) * sum(1 << (4 * size - 1).bit_length() for size in numbers)  # weights and moments, which stay
     weights = [weight_bytes(member, widths) // COPIES for member in members]
     each, first = (own, sum(weights) * (COPIES - 1)) if parts > 1 else (0, own)
     of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights) if parts > 1 else 0
@@ -82,11 +83,6 @@ def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, te
             f"expected {needed / _GIB:.1f} GiB of host memory, {what}, found {free / _GIB:.1f} GiB free. Use a "
             "smaller --width, or fewer SAEs at once"
         )
-
-
-def checkpoint_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
-    """Page-locked memory that an SAE's weights and moments take on their way from a GPU to a file; it is kept."""
-    return (COPIES - 1) * sum(1 << (4 * numbers - 1).bit_length() for numbers in _matrices(member, widths, parts))
 
 
 def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
@@ -120,14 +116,11 @@ def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1
     that the auxiliary loss copies: at worst the encoder and decoder rows of all latents."""
     inputs, outputs = _widths(member, widths)
     latents = -(-member.config.width // parts)
-    copied = latents * (inputs + outputs) if _has_aux(member, widths) else 0
-    return batch_tokens * int(4 * member.config.step_tables() * latents + 4 * 4 * (inputs + outputs)) + 4 * copied
-
-
-def _has_aux(member: Member, widths: Widths) -> bool:
     assembly = build_shapes(member, widths)
     terms = () if assembly is None else assembly.terms
-    return any(isinstance(term.fn, AuxK) and term.weight != Constant(0.0) for term in terms)
+    has_aux = any(isinstance(term.fn, AuxK) and term.weight != Constant(0.0) for term in terms)
+    copied = latents * (inputs + outputs) if has_aux else 0
+    return batch_tokens * int(4 * member.config.step_tables() * latents + 4 * 4 * (inputs + outputs)) + 4 * copied
 
 
 def end_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:

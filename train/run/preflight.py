@@ -10,7 +10,7 @@ import torch
 from ...cache_schema import Manifest, Store
 from ...cache_schema.csr import index_dtype
 from ...cache_schema.massive_activations import count_ordinary, measure_massive, sample, sample_whole
-from ...cache_schema.requests_and_spans import Request, validate_request
+from ...cache_schema.requests_and_spans import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member, RunConfig
@@ -19,7 +19,7 @@ from ..data.scaling import Stats, bounds_of, stats_from_moments
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fill_config_from_store import Settled
 from .fits_in_memory import require_room
-from .progress import require_trackers
+from .log_and_show_progress import require_trackers
 
 ALIKE = 1e-12  # share of the mean square that rounding leaves as the variance of identical rows
 LEAST_HELD_OUT = 2  # tokens: one alone has no variance to explain
@@ -46,12 +46,6 @@ def check(
     places = [place_of(*site) for site in request.sites]
     multiple, is_whole = config.data.massive_norms, settled.samples_whole_shards
     stats = {place: layer_stats(store, place, multiple, samples_whole_shards=is_whole) for place in places}
-    _require_unlike(store, request)
-    _require_ordinary_held_out(settled, store, bounds_of(stats))
-    return stats
-
-
-def _require_unlike(store: Store, request: Request) -> None:
     for site in request.sites:
         moments = store.moments(site.layer, site.hook)
         if moments.total_variance <= ALIKE * moments.mean_square_norm:
@@ -59,6 +53,8 @@ def _require_unlike(store: Store, request: Request) -> None:
                 f"{say_place(place_of(*site))} of {store.url}: expected activations that differ, found "
                 f"{moments.count:,} rows that are all alike: nothing to train. Harvest or import another layer"
             )
+    _require_ordinary_held_out(settled, store, bounds_of(stats))
+    return stats
 
 
 def _require_held_out(settled: Settled, store: Store) -> None:

@@ -1,35 +1,47 @@
-"""Push SAEs to the Hugging Face Hub: the folders as they were saved, with a card, in one commit.
+"""Push SAEs to the Hugging Face Hub: the folders as they were saved, with a model card, in one commit.
 
 Whatever the Hub might refuse is checked before anything changes: the token, write access, existing content.
+
+The card says what they are, what they were trained on, how good they are, how to load them. Names in it come from
+models, corpora and folders that anybody may have named: none of them appears in the header, and in the text they are
+escaped, so none acts as Markdown.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
+import json
+import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..disk.atomic_files import read_json
 from ..disk.formats import kind_of
-from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
+from ..disk.sae_folder import CONFIG, EXTRAS, TENSORS, TRANSCODERS, WEIGHTS, read_config
 from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid, resume_command
 from .find_and_load_sae import ask_hub, list_saes, no_sae
-from .model_card import describe, write_card
+from .init_from_trained_sae import source_of
 from .run_folder import is_run, places_of, run_names
 
-CARD = "README.md"
-PLOTS = "plots/"
-LONGEST = 300  # characters of the Hub's message
+LONGEST, LONGEST_NAME = 300, 200  # characters of the Hub's message, and of a name in the card
+FORMAT = 1  # of results; they will state it once there is another
 GIVEN = {".gitattributes"}  # files that the Hub puts into a new repository
 
 
 def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool, licence: str | None) -> str:
     """Upload an SAE, or all SAEs of a run; return the URL of the commit."""
-    _require_names(repository, licence)
+    part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
+    if not re.fullmatch(rf"{part}/{part}", repository, re.ASCII) or re.search(r"--|\.\.", repository):
+        raise ConfigInvalid(f"expected --push-to-hub OWNER/NAME, found {repository!r}")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise ConfigInvalid(f"expected --license by its name on the Hub, like mit or cc-by-4.0, found {licence!r}")
     folders = _local_saes(name, runs)
     places = {"" if len(folders) == 1 else folder.name: folder for folder in folders}
     pictures = _pictures_of(folders)
@@ -42,14 +54,6 @@ def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool
     }
     parent = _require_room(repository, files, private)
     return _commit(repository, files, card, private, parent)
-
-
-def _require_names(repository: str, licence: str | None) -> None:
-    part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
-    if not re.fullmatch(rf"{part}/{part}", repository, re.ASCII) or re.search(r"--|\.\.", repository):
-        raise ConfigInvalid(f"expected --push-to-hub OWNER/NAME, found {repository!r}")
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-        raise ConfigInvalid(f"expected --license by its name on the Hub, like mit or cc-by-4.0, found {licence!r}")
 
 
 def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
@@ -75,7 +79,7 @@ def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
     if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # any folder may have an SAE in it
         return {}
     found = sorted((run / "plots").glob("*.png"))
-    return {f"{PLOTS}{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
+    return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
 def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
@@ -147,7 +151,7 @@ def _commit(repository: str, files: Mapping[str, Path], card: str, private: bool
     if not sys.stderr.isatty():
         disable_progress_bars()
     additions = [CommitOperationAdd(place, path) for place, path in files.items()]
-    additions.append(CommitOperationAdd(CARD, card.encode()))
+    additions.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi(library_name="saemill")
     try:
         if parent is None:
@@ -165,10 +169,8 @@ def _status(error: Exception) -> int | None:
 
 def _refusal(repository: str, error: Exception) -> NotPushed:
     """A one-line error. The repository is unchanged, except that it may now exist."""
-    if isinstance(error, RuntimeError) and isinstance(
-        error.__cause__, Exception
-    ):  # itself only "Error while uploading"
-        error = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # itself it says only "Error while uploading"
     reason = {
         401: "the token is not valid: run hf auth login",
         403: "the token may not write there: give it write access, or choose another owner",
@@ -177,3 +179,182 @@ def _refusal(repository: str, error: Exception) -> NotPushed:
     }.get(_status(error) or 0)
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:LONGEST] or type(error).__name__
     return NotPushed(f"nothing was pushed to {repository}: {reason or said}")
+
+
+@dataclass(frozen=True)
+class Described:
+    """One SAE, with everything on disk about it."""
+
+    place: str
+    """Its folder in the repository; empty if it is the only one."""
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    """Its entry in the run's result.json; empty if there is none."""
+    core: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return _object(self.config, "metadata")
+
+
+def describe(folder: Path, place: str) -> Described:
+    """What cfg.json, the run's result.json and its core evaluation say about an SAE."""
+    result, core = folder.parent / "result.json", f"evals/core/{folder.name}_eval_results.json"
+    saes = _object(read_json(result), "saes") if result.is_file() else {}
+    found = (read_json(home / core) for home in (folder.parent, folder) if (home / core).is_file())
+    own = next((one for one in found if _is_of(folder, one)), {})
+    return Described(place, read_config(folder), _object(saes, folder.name), own)
+
+
+def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
+    """Whether a result is for exactly these weights, and not in a later format."""
+    ours = _object(core, "saemill")
+    return ours.get("format", FORMAT) == FORMAT and ours.get("sha256") == source_of(folder).sha256
+
+
+def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
+    """README.md of a repository; `pictures` are paths in it."""
+    shown = [line for path in pictures for line in ("", f"![{Path(path).stem.replace('_', ' ')}]({path})")]
+    header = ["---", 'library_name: "saemill"', 'tags: ["sparse-autoencoder", "saemill"]']
+    header += [] if licence is None else [f"license: {json.dumps(licence)}"]
+    return "\n".join([*header, "---", f"# {repository}", "", *_body(repository, saes), *shown, ""])
+
+
+def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
+    count = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
+    is_ours = all("cache_id" in sae.metadata for sae in saes)  # other tools have no store
+    yield f"{count} of a language model's activations{', trained with saemill' * is_ours}."
+    for sae in saes:
+        yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
+        yield from _table(("", ""), [(name, plain(value)) for name, value in _facts(sae)])
+        measured = list(_measures(sae))
+        if measured:
+            yield ""
+            yield from _table(("measured", "value", "95 % interval"), measured)
+    yield from ("", "## Load", "", *_loading(repository, saes))
+
+
+def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
+    """What the SAE is, and what it was trained on."""
+    config, metadata = sae.config, sae.metadata
+    layers, rebuilt = metadata.get("layers"), metadata.get("target_layers")
+    details = _object(metadata, "training_architecture_details")
+    named = {
+        "variant": metadata.get("training_architecture", config.get("architecture")),
+        "base": details.get("base"),
+        "architecture": config.get("architecture"),
+        "layers": _listed(layers),
+        "reads": metadata.get("hook_name"),
+        "rebuilds layers": _listed(rebuilt) if rebuilt != layers else None,
+        "writes to": metadata.get("hook_name_out"),
+        "input width": config.get("d_in"),
+        "width": config.get("d_sae"),
+        "k": config.get("k", details.get("k")),
+        "model": metadata.get("model_name"),
+        "revision": metadata.get("model_revision"),
+        "corpus": metadata.get("dataset_path"),
+        "context": metadata.get("context_size"),
+        "training tokens": metadata.get("training_tokens"),
+        "store": metadata.get("cache_id"),
+        "seed": details.get("seed"),
+    }
+    yield from ((name, value) for name, value in named.items() if value not in (None, ""))
+
+
+def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
+    """Held-out numbers of the run, and those of the core evaluation with intervals."""
+    for name, value, edges in (*_of_training(sae), *_of_core(sae)):
+        is_interval = isinstance(edges, list) and len(edges) == 2 and all(map(_is_number, edges))
+        if _is_number(value):
+            yield name, _number(value), " to ".join(map(_number, edges)) if is_interval else ""
+
+
+def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+    result = sae.result or sae.metadata
+    if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, on unknown data
+        return
+    named = {
+        "L0": "l0",
+        "explained variance": "explained_variance",
+        "explained variance with massive rows": "explained_variance_with_massive",
+        "massive rows": "validation_massive",
+        "ordinary rows": "validation_tokens",
+    }
+    yield from ((f"{name}, validation split", result.get(key), None) for name, key in named.items())
+    yield "dead latents", result.get("dead_latents"), None
+
+
+def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+    core = sae.core
+    metrics, ours = _object(core, "eval_result_metrics"), _object(core, "saemill_metrics")
+    edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
+    losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
+    own = f", {_of_split(sae)}"
+    yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
+    yield f"explained variance with massive rows{own}", ours.get("explained_variance_with_massive"), None
+    yield f"massive rows{own}", massive.get("tokens"), None
+    yield f"L0{own}", _object(metrics, "sparsity").get("l0"), edges.get("l0") if not massive.get("tokens") else None
+    yield f"cross entropy without the SAE{own}", losses.get("ce_loss_without_sae"), None
+    yield f"cross entropy with the SAE{own}", losses.get("ce_loss_with_sae"), edges.get("ce_loss_with_sae")
+    yield f"cross entropy score{own}", losses.get("ce_loss_score"), edges.get("ce_loss_score")
+    yield f"KL divergence score{own}", losses.get("kl_div_score"), edges.get("kl_div_score")
+    if kept.get("tokens"):
+        yield f"cross entropy score, massive rows left as they are{own}", kept.get("ce_loss_score"), None
+
+
+def _of_split(sae: Described) -> str:
+    settings = _object(_object(sae.core, "saemill"), "settings")
+    split, own = _object(settings, "config").get("split", "test"), sae.metadata.get("cache_id")
+    store = settings.get("cache_id") or own
+    return f"{plain(split)} split" if own in (None, store) else f"{plain(split)} split of the store {plain(store)}"
+
+
+def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
+    """How to load them in this package, and in SAELens where it has the architecture."""
+    yield from ("```python", "from saemill.train import load_sae", "")
+    for sae in saes:
+        address = f"{repository}/{sae.place}" if sae.place else repository
+        yield f"sae = load_sae({json.dumps(address)})  # raw activations in"
+    yield "```"
+    known = [sae for sae in saes if sae.config.get("architecture") in (*TENSORS, *TRANSCODERS)]
+    others = [sae for sae in saes if sae not in known]
+    if known:
+        yield from ("", "In SAELens:", "", "```python")
+        yield from ("from huggingface_hub import snapshot_download", "from sae_lens import SAE", "")
+        yield f"folder = snapshot_download({json.dumps(repository)})"
+        for sae in known:
+            inside = f' + "/" + {json.dumps(sae.place)}' if sae.place else ""
+            yield f"sae = SAE.load_from_disk(folder{inside})"
+        yield "```"
+    if others:
+        names = ", ".join(plain(sae.place) for sae in others if sae.place) or "this one"
+        yield from ("", f"SAELens has no architecture for {names}.")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for row in (head, ["---"] * len(head), *rows):
+        yield f"| {' | '.join(row)} |"
+
+
+def plain(value: Any) -> str:
+    """Any text as one line of Markdown that shows it literally."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    cut = words if len(words) <= LONGEST_NAME else words[:LONGEST_NAME] + "…"
+    return html.escape(re.sub(r"([!-%'-+.:;=?@\[-`{-~])", r"\\\1", cut), quote=False)
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, list) else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

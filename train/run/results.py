@@ -1,35 +1,91 @@
-"""The end of a finished run: held-out numbers, saved SAEs, result.json."""
+"""The end of a finished run: held-out numbers from one pass over text that its SAEs were not trained on, saved SAEs,
+result.json.
+
+B rows, D residual width, F latents.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...cache_schema.massive_activations import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, key_of
 from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
-from ..data.batch import Needs
 from ..data.batch_stream import held_out
+from ..data.drawn_rows import Draw
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest, path_of
-from ..engine.fleet_of_saes import say_all_diverged, say_diverged
+from ..engine.fleet_of_saes import Fleet, say_all_diverged, say_diverged
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
+from ..parallel.sums_over_processes import ALONE
 from ..sae.kernels.dense_products import product_on
 from .preflight import held_out_rows
 from .run_folder import name_failure
 from .start_or_resume import Run
-from .validation import DIVERGED, HeldOut, validate
+
+DIVERGED = "what it rebuilds of held-out text is not finite: training diverged in the last steps"
+ROUNDING = 1e-12  # error of a difference of float64 sums, as a share of the squares
+
+
+@dataclass
+class Tally:
+    """Sums over tokens, in float64, from which the results are computed. `total` is the sum of all targets [D]."""
+
+    tokens: int = 0
+    active: float = 0.0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, target: Tensor, x_hat: Tensor, active: Tensor) -> None:
+        """`active` [B]: the number of active latents of each row."""
+        exact = target.double()
+        self.tokens += len(target)
+        self.active += float(active.sum())
+        self.squared_error += float((exact - x_hat.double()).square().sum())
+        self.squares += float(exact.square().sum())
+        self.total = self.total.to(target.device) + exact.sum(dim=0)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents of a token."""
+        return self.active / max(self.tokens, 1)
+
+    @property
+    def explained_variance(self) -> float | None:
+        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens; None if they are all alike, or there are none."""
+        variance = self.squares - float(self.total.square().sum()) / max(self.tokens, 1)
+        return 1.0 - self.squared_error / variance if variance > ROUNDING * self.squares else None
+
+
+@dataclass
+class HeldOut:
+    """Measurements of one SAE: on ordinary rows, and on all rows including massive ones."""
+
+    ordinary: Tally = field(default_factory=Tally)
+    every: Tally = field(default_factory=Tally)
+
+    def add(self, target: Tensor, x_hat: Tensor, active: Tensor, is_ordinary: Tensor) -> None:
+        self.every.add(target, x_hat, active)
+        self.ordinary.add(target[is_ordinary], x_hat[is_ordinary], active[is_ordinary])
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.every.squared_error)
 
 
 @dataclass(frozen=True)
 class SaeOutcome:
-    """One SAE, trained."""
-
     folder: str
     variant: str
     width: int
@@ -58,8 +114,6 @@ class SaeOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run."""
-
     run: str
     steps: int
     tokens: int
@@ -129,6 +183,22 @@ def _measure(run: Run) -> dict[str, HeldOut]:
     return validate(run.fleet, batches)
 
 
+@torch.no_grad()
+def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
+    """Measure every SAE that has not diverged, using the codes that the saved SAE computes."""
+    found = {label: HeldOut() for label in fleet.training}
+    for draw in draws:
+        for label, trainee in fleet.training.items():
+            batch = draw.batch(fleet.needs[label])
+            side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, ALONE)
+            acts = trainee.sae.encode(batch.x, side)
+            active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
+            x_hat = trainee.sae.skip(batch.x, trainee.sae.decode(acts))
+            target = batch.x if batch.target is None else batch.target
+            found[label].add(target, x_hat, active, draw.ordinary(fleet.needs[label]))
+    return found
+
+
 def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
     """Save the SAEs of this process; return what was found, as JSON, or a text for one that diverged in its last
     steps."""
@@ -142,7 +212,17 @@ def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
         outcome = _sae_outcome(run, member, measured[member.label])
         run.require_folder()
         with name_failure(run.folder.path, member.label):
-            _save_one(run, member, outcome)
+            trainee = run.fleet.trainees[member.label]
+            save_sae(
+                Path(outcome.folder),
+                trainee.sae,
+                trainee.assembly.input_stats,
+                metadata_of(run, member, outcome),
+                to_json(member.config),
+                member.variant,
+                trainee.assembly.target_stats,
+                trainee.assembly.knobs_at(run.total_steps),
+            )
         told[member.label] = to_json(outcome)
     return told
 
@@ -203,29 +283,21 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
     )
 
 
-def _save_one(run: Run, member: Member, outcome: SaeOutcome) -> None:
-    trainee = run.fleet.trainees[member.label]
-    save_sae(
-        Path(outcome.folder),
-        trainee.sae,
-        trainee.assembly.input_stats,
-        metadata_of(run, member, outcome),
-        to_json(member.config),
-        member.variant,
-        trainee.assembly.target_stats,
-        trainee.assembly.knobs_at(run.total_steps),
-    )
-
-
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
     """What the SAE was trained on, under the names that other tools expect."""
     manifest, needs = run.store.manifest, member.config.needs()
     taken = run.feed.plan.windows_taken() if needs.windows else 1.0
+    to_hook = needs.to_hook or needs.hook
+    hooks = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
+    if needs.targets is not None:
+        hooks["hook_name_out"] = f"blocks.{needs.targets[-1]}.{SAE_LENS_NAMES[to_hook]}"
+    if {needs.hook, to_hook} != {RESID}:
+        hooks |= {"hook": needs.hook, "target_hook": to_hook}
     return {
         "model_name": manifest.model.id,
         "model_revision": manifest.model.revision,
         "model_class_name": "HookedTransformer",
-        **_hooks_of(needs),
+        **hooks,
         "hook_head_index": None,
         "context_size": manifest.context,
         "prepend_bos": manifest.model.bos_token is not None,
@@ -243,14 +315,3 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "validation_massive": outcome.validation_massive,
         NORM_BOUNDS: {key_of(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
-
-
-def _hooks_of(needs: Needs) -> dict[str, str]:
-    """Where the SAE reads, and where it writes if that is elsewhere."""
-    to_hook = needs.to_hook or needs.hook
-    found = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
-    if needs.targets is not None:
-        found["hook_name_out"] = f"blocks.{needs.targets[-1]}.{SAE_LENS_NAMES[to_hook]}"
-    if {needs.hook, to_hook} != {RESID}:
-        found |= {"hook": needs.hook, "target_hook": to_hook}
-    return found

@@ -20,7 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,6 @@ _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
 
 class RunFolder:
-    """One run on disk."""
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = own_path(path)
 
@@ -54,16 +52,21 @@ class RunFolder:
         root = Path(root)
         with _name_refusal(root):
             make_folder(root)
-        if name is None:
-            numbers = itertools.count(1)
-            return cls(_make_first(root, (like if like and n == 1 else f"{like or 'run'}_{n}" for n in numbers)))
-        cls.require_free(root, name)
-        try:
-            with _name_refusal(root):
-                (root / name).mkdir()
-        except FileExistsError:
-            cls.require_free(root, name)  # another run may have just taken it
-        return cls(root / name)
+        if name is not None:
+            cls.require_free(root, name)
+            try:
+                with _name_refusal(root):
+                    (root / name).mkdir()
+            except FileExistsError:
+                cls.require_free(root, name)  # another run may have just taken it
+            return cls(root / name)
+        numbers = itertools.count(1)
+        while True:  # mkdir decides: two runs that start at once get different names
+            number = next(numbers)
+            path = root / (like if like and number == 1 else f"{like or 'run'}_{number}")
+            with suppress(FileExistsError), _name_refusal(root):
+                path.mkdir()
+                return cls(path)
 
     @classmethod
     def require_free(cls, root: str | os.PathLike[str], name: str) -> None:
@@ -73,14 +76,17 @@ class RunFolder:
                 f"--name: expected the name of a folder in {root}, of at most {LONGEST_NAME} bytes and without a /, "
                 f"found {name[:LONGEST_NAME]!r}: choose another"
             )
-        taken, remedy = cls(Path(root, name)), ""
-        if not os.path.lexists(Path(root, name)) or _was_left_empty(Path(root, name)):
+        path, taken, remedy = Path(root, name), cls(Path(root, name)), ""
+        if not os.path.lexists(path):
+            return
+        # A full disk leaves an empty folder behind; so does, for a moment, another start.
+        if path.is_dir() and not any(path.iterdir()) and time.time() - path.stat().st_mtime > LEFT_SECONDS:
             return
         if taken.is_finished:
             remedy = f", or evaluate it: {shlex.join(['sae-eval', str(taken.path)])}"
         elif is_run(taken.path):
             remedy = f", or resume it: {resume_command(taken.path)}"
-        raise RunTaken(f"{Path(root, name)} already exists: choose another --name{remedy}")
+        raise RunTaken(f"{path} already exists: choose another --name{remedy}")
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
@@ -131,7 +137,12 @@ class RunFolder:
         config = self.read_config()
         before = [config.get("provenance") or {}, *config.get("resumed", [])]
         self.write_config(config | {"resumed": [*before[1:], dict(here)]})
-        return other_than(before[-1], here)
+        old, new = flatten(before[-1]), flatten(here)
+        # Earlier runs did not record all of the hardware.
+        old = {key: value for key, value in new.items() if key.startswith("hardware.")} | old
+        keys = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
+        keys = [key for key in keys if key not in ("date", "command", RUN_ID)]
+        return [f"{key.rpartition('.')[2]} {new.get(key)} (before: {old.get(key)})" for key in keys]
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         with name_failure(self.path, "result.json"):
@@ -140,11 +151,6 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return (self.path / "result.json").exists()
-
-
-def _was_left_empty(path: Path) -> bool:
-    """Whether a full disk left the folder empty; not whether another start is making it at this moment."""
-    return path.is_dir() and not any(path.iterdir()) and time.time() - path.stat().st_mtime > LEFT_SECONDS
 
 
 class MetricsLog:
@@ -243,39 +249,23 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(root: str | os.PathLike[str]) -> list[str]:
-    """Names of the runs under a folder."""
     return sorted(path.parent.name for path in Path(root).glob("*/config.json") if is_run(path.parent))
 
 
 def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
     """Where a run comes from; never part of its identity."""
-    own = digest_of_own()
+    own, program = digest_of_own(), Path(sys.argv[0]).name
+    # The saemill command that was typed, which may have called others.
+    command = without_password(shlex.join([program, *sys.argv[1:]])) if program.startswith("sae-") else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _typed_command(),
+        "command": command,
         "git": _git_state(Path(__file__)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "hardware": dict(hardware),
         **({} if own is None else {EXTRA: own}),
     }
-
-
-def other_than(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What has changed since a run began, or was last resumed, in words."""
-    old, new = flatten(before), flatten(here)
-    old = {
-        key: value for key, value in new.items() if key.startswith("hardware.")
-    } | old  # not recorded by earlier runs
-    keys = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
-    keys = [key for key in keys if key not in ("date", "command", RUN_ID)]
-    return [f"{key.rpartition('.')[2]} {new.get(key)} (before: {old.get(key)})" for key in keys]
-
-
-def _typed_command() -> str | None:
-    """The saemill command that was typed, which may have called others; None if it was another program."""
-    name = Path(sys.argv[0]).name
-    return without_password(shlex.join([name, *sys.argv[1:]])) if name.startswith("sae-") else None
 
 
 def without_password(text: str) -> str:
@@ -292,18 +282,6 @@ def _name_refusal(root: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, FileExistsError) and Path(root).is_dir():
             raise
         raise ConfigInvalid(f"cannot keep runs in {os.fspath(root)} ({error.strerror}): choose another --out") from None
-
-
-def _make_first(root: Path, names: Iterator[str]) -> Path:
-    """The first folder that is free. mkdir decides: two runs that start at once get different names."""
-    while True:
-        path = root / next(names)
-        try:
-            with _name_refusal(path.parent):
-                path.mkdir()
-        except FileExistsError:
-            continue
-        return path
 
 
 def _version(package: str) -> str | None:

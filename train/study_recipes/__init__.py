@@ -1,1 +1,1 @@
-"""Studies, one file each; `config/recipe_registry.py` finds them."""
+"""Studies, one file each; `config/recipe.py` finds them."""

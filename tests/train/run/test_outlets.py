@@ -14,10 +14,9 @@ from saemill.train.data.device_copies import take_device
 from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import SOLO, choose_device, join
-from saemill.train.run.log_metrics import Watch
-from saemill.train.run.progress import Progress, Trackers, require_trackers
+from saemill.train.run.log_and_show_progress import Progress, Trackers, Watch, require_trackers
+from saemill.train.run.results import Tally
 from saemill.train.run.run_folder import MetricsLog
-from saemill.train.run.validation import Tally
 from saemill.train.train_runs import open_process
 
 NUMBERS = {"loss": 0.25, "l0": 31.7, "explained_variance": 0.81234, "dead_share": 0.015}
@@ -43,7 +42,7 @@ def test_a_log_gets_plain_lines_and_the_last_one_always():
 def test_numbers_are_asked_for_where_they_are_shown(monkeypatch):
     """Each time costs a wait for a GPU."""
     now = [0.0]
-    monkeypatch.setattr("saemill.train.run.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("saemill.train.run.log_and_show_progress.time.perf_counter", lambda: now[0])
     log = io.StringIO()
     plain = Progress(Console(file=log), ["a"], 100, 0)
     bars = Progress(Console(file=io.StringIO(), force_terminal=True), ["a"], 100, 0)
@@ -62,7 +61,7 @@ def test_numbers_are_asked_for_where_they_are_shown(monkeypatch):
 
 def test_the_clock_of_a_run_stops_with_its_last_step(monkeypatch):
     now = iter([0.0, 1.0, 5.0])
-    monkeypatch.setattr("saemill.train.run.log_metrics.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("saemill.train.run.log_and_show_progress.time.perf_counter", lambda: next(now))
     feed = SimpleNamespace(ideal_share=0.5, loader=SimpleNamespace(first_wait_seconds=0.5, waited_seconds=0.0))
     watch = Watch(None, None, None, feed, None, ["a"], 1, 10)
     watch.begin()

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from saemill.train import study_recipes
-from saemill.train.config import recipe_registry
 from saemill.train.config.parse_settings import parse_grid, parse_settings
-from saemill.train.config.recipe import Recipe, Sae
+from saemill.train.config.recipe import Recipe, Sae, find_recipes, runs_of, studies
 from saemill.train.config.run_config import Ask, DataConfig
 from saemill.train.errors import ConfigInvalid
 
@@ -57,7 +56,7 @@ def test_recipes_bow_to_the_store_and_to_the_command_line_which_bows_to_nobody()
 
 @pytest.mark.parametrize("word", ["alpha=0.3", "attention.alpha=0.3"])
 def test_a_setting_that_makes_a_control_of_a_recipe_its_treatment_is_refused(word):
-    (recipe,) = recipe_registry.find_recipes("attention/run_1")
+    (recipe,) = find_recipes("attention/run_1")
     for words, grid in (([word], ()), ([], [f"{word},0.5"])):
         with pytest.raises(ConfigInvalid, match="base.* and guided.* differ in alpha in the recipe, and would become"):
             members(recipe, words, grid)
@@ -118,10 +117,10 @@ def test_mistakes_are_named(probe, big, sae_train, tmp_path, words, said):
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("study", recipe_registry.studies())
+@pytest.mark.parametrize("study", studies())
 def test_every_recipe_can_be_asked_for(study):
     """Each SAE has a setting for all that its recipe says, and a label of its own that a folder can have."""
-    for recipe in recipe_registry.runs_of(study):
+    for recipe in runs_of(study):
         assert recipe.about and recipe.name.startswith(("run_", "headline", "decisive"))
         labels = [sae.label for sae in recipe.saes]
         assert len(set(labels)) == len(labels) and not any(set(label) & set("/ ") for label in labels)
@@ -136,8 +135,8 @@ def test_every_recipe_can_be_asked_for(study):
 
 
 def test_runs_have_distinct_names():
-    for study in recipe_registry.studies():
-        names = [recipe.name for recipe in recipe_registry.runs_of(study)]
+    for study in studies():
+        names = [recipe.name for recipe in runs_of(study)]
         assert len(set(names)) == len(names) > 0
     with pytest.raises(ConfigInvalid):
-        recipe_registry.find_recipes("nothing/run_1")
+        find_recipes("nothing/run_1")

@@ -35,7 +35,7 @@ from saemill.train.errors import ConfigInvalid, NothingToTrain, RunMissing, RunN
 from saemill.train.parallel.processes import SOLO
 from saemill.train.run import checkpoints_and_signals as checkpoints_module
 from saemill.train.run.fill_config_from_store import settle
-from saemill.train.run.log_metrics import Watch
+from saemill.train.run.log_and_show_progress import Watch
 from saemill.train.run.process import Process
 from saemill.train.run.run_folder import RunFolder, cache_of
 from saemill.train.run.start_or_resume import Run, begin_run, resume_run

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.train.config.recipe_registry import find_recipes
+from saemill.train.config.recipe import find_recipes
 from saemill.train.config.run_config import Ask
 from saemill.train.config.sanity_baselines import with_baselines
 from saemill.train.data.batch import Batch

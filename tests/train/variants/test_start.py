@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.train.config.recipe_registry import runs_of, studies
+from saemill.train.config.recipe import runs_of, studies
 from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats

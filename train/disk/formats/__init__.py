@@ -11,23 +11,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ...data.scaling import unit_stats
 from ...errors import SaeInvalid, TrainError
-from ..plain_form import Metadata, PlainSae
-from . import dictionary_learning, gemma_scope, sae_lens, sparsify
+from ..plain_form import Metadata, PlainSae, in_raw_units, sae_from_plain
+from ..sae_folder import load_plain_sae, save_sae
+from . import dictionary_learning, gemma_scope, sparsify
+
+
+def _write_own(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
+    sae = sae_from_plain(plain)
+    told = metadata.get("training_architecture_details")
+    details = told if isinstance(told, dict) else {}
+    variant = metadata.get("training_architecture", plain.architecture)
+    save_sae(folder, sae, unit_stats(sae.d_in), metadata, details, variant, unit_stats(sae.d_out))
+
+
+def _read_own(folder: Path) -> tuple[PlainSae, Metadata]:
+    sae = load_plain_sae(folder)
+    return in_raw_units(sae), dict(sae.metadata)
+
 
 READERS: dict[str, Callable[[Path], tuple[PlainSae, Metadata]]] = {
-    "sae_lens": sae_lens.read,
+    "sae_lens": _read_own,
     "sparsify": sparsify.read,
     "dictionary_learning": dictionary_learning.read,
     "gemma_scope": gemma_scope.read,
 }
 WRITERS: dict[str, Callable[[Path, PlainSae, Metadata], None]] = {
-    "sae_lens": sae_lens.write,
+    "sae_lens": _write_own,
     "sparsify": sparsify.write,
     "dictionary_learning": dictionary_learning.write,
 }
-
-
 FILES = {
     "sae_weights.safetensors": "sae_lens",
     "sae.safetensors": "sparsify",

@@ -7,7 +7,7 @@ plain tensors, which runs no code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,22 @@ _DICTIONARIES = {
     "topk": ("AutoEncoderTopK", "TopKTrainer"),
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
     "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
+}
+_LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
+_AFFINE = {**_LINEAR, "b_enc": "encoder.bias"}
+_TENSORS = {  # by our names, by architecture
+    "standard": {**_AFFINE, "b_dec": "bias"},
+    "topk": {**_AFFINE, "b_dec": "b_dec"},
+    "jumprelu": {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")},
+    "gated": {**_LINEAR, "b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"},
+}
+_FROM_DICTIONARY = {  # to the architecture that has its tensors
+    "AutoEncoder": "standard",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "topk",  # with a threshold too
+    "MatryoshkaBatchTopKSAE": "jumprelu",  # with the input centred, and one threshold for all
+    "JumpReluAutoEncoder": "jumprelu",
+    "GatedAutoEncoder": "gated",
 }
 _NAMES = {hook: "resid_post" if hook == RESID else hook for hook in HOOKS}  # before `_layer_5`
 
@@ -72,7 +88,7 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
         raise SaeInvalid(f"{folder}: expected a dict_class among {known}, found {kind!r}")
     found = _read_any(folder)
     try:
-        plain = _FROM_DICTIONARY[kind](found)
+        plain = _from_dictionary(kind, found)
     except KeyError as error:
         raise SaeInvalid(f"{folder}: the weights of a {kind} lack the tensor {error}") from None
     if plain.architecture == "topk":
@@ -97,67 +113,29 @@ def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
 
 
 def _to_dictionary(plain: PlainSae) -> dict[str, Tensor]:
-    """Tensors under dictionary_learning's names."""
-    tensors = plain.tensors
-    linear = {"encoder.weight": tensors["W_enc"].t(), "decoder.weight": tensors["W_dec"].t()}
-    match plain.architecture:
-        case "standard":
-            return {**linear, "encoder.bias": tensors["b_enc"], "bias": tensors["b_dec"]}
-        case "topk":
-            marks = {"k": torch.tensor(plain.k), "threshold": torch.tensor(-1.0)}
-            return {**linear, "encoder.bias": tensors["b_enc"], "b_dec": tensors["b_dec"], **marks}
-        case "gated":
-            biases = {"gate_bias": tensors["b_gate"], "mag_bias": tensors["b_mag"], "r_mag": tensors["r_mag"]}
-            return {**linear, "decoder_bias": tensors["b_dec"], **biases}
-        case _:
-            return dict(tensors)
+    """Tensors under dictionary_learning's names; those of linear modules are transposed."""
+    names, marks = _TENSORS[plain.architecture], {}
+    if plain.architecture == "topk":
+        marks = {"k": torch.tensor(plain.k), "threshold": torch.tensor(-1.0)}
+    return {theirs: _turned(theirs, plain.tensors[ours]) for ours, theirs in names.items()} | marks
 
 
-def _from_linear(architecture: str, bias: str) -> Callable[[Mapping[str, Tensor]], PlainSae]:
-    def convert(found: Mapping[str, Tensor]) -> PlainSae:
-        tensors = {"W_enc": found["encoder.weight"].t(), "W_dec": found["decoder.weight"].t(), "b_dec": found[bias]}
-        if architecture == "gated":
-            named = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
-            return make_plain("gated", tensors | {new: found[old] for new, old in named.items()}, None, True)
-        return make_plain(architecture, tensors | {"b_enc": found["encoder.bias"]}, None, True)
-
-    return convert
-
-
-def _from_batch_topk(found: Mapping[str, Tensor]) -> PlainSae:
-    plain = _from_linear("standard", "b_dec")(found)
-    return _with_threshold(plain, found["threshold"])
-
-
-def _from_matryoshka(found: Mapping[str, Tensor]) -> PlainSae:
-    tensors = {name: found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return _with_threshold(make_plain("standard", tensors, None, True), found["threshold"])
-
-
-def _from_jumprelu(found: Mapping[str, Tensor]) -> PlainSae:
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    return make_plain("jumprelu", {name: found[name] for name in names}, None, False)
-
-
-_FROM_DICTIONARY: dict[str, Callable[[Mapping[str, Tensor]], PlainSae]] = {
-    "AutoEncoder": _from_linear("standard", "bias"),
-    "AutoEncoderTopK": _from_linear("topk", "b_dec"),
-    "BatchTopKSAE": _from_batch_topk,
-    "MatryoshkaBatchTopKSAE": _from_matryoshka,
-    "JumpReluAutoEncoder": _from_jumprelu,
-    "GatedAutoEncoder": _from_linear("gated", "decoder_bias"),
-}
-
-
-def _with_threshold(plain: PlainSae, threshold: Tensor) -> PlainSae:
-    if float(threshold) < 0:
+def _from_dictionary(kind: str, found: Mapping[str, Tensor]) -> PlainSae:
+    names = _TENSORS[_FROM_DICTIONARY[kind]]
+    is_batch = "BatchTopK" in kind
+    tensors = {ours: _turned(theirs, found[theirs]) for ours, theirs in names.items()}
+    if not is_batch:
+        return make_plain(_FROM_DICTIONARY[kind], tensors, None, kind != "JumpReluAutoEncoder")
+    if float(found["threshold"]) < 0:
         raise SaeInvalid(
             "expected the learned threshold of a batch top-k SAE, found none: it was saved before step 1000"
         )
-    width = plain.tensors["b_enc"].numel()
-    return replace(
-        plain, architecture="jumprelu", tensors={**plain.tensors, "threshold": threshold.float().expand(width).clone()}
-    )
+    threshold = found["threshold"].float().expand(tensors["b_enc"].numel()).clone()
+    return make_plain("jumprelu", tensors | {"threshold": threshold}, None, True)
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    return tensor.t() if name.endswith(".weight") else tensor
 
 
 def _read_any(folder: Path) -> dict[str, Tensor]:

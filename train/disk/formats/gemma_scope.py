@@ -54,7 +54,15 @@ def _told_by_names(folder: Path) -> Metadata:
     named = REPOSITORY.fullmatch(of_cache if snapshots == "snapshots" else above)
     number = re.fullmatch(r"layer_(\d+)", layer)
     if named is None or number is None:
-        raise SaeInvalid(_ask(folder, named, layer))
+        if named is not None and layer == "embedding":
+            where = "reconstructs the embedding, before the first layer, where there is no hook: use one of a layer"
+            raise SaeInvalid(f"{folder} {where}")
+        raise SaeInvalid(
+            f"{folder}: expected the folder names of its repository, such as {EXAMPLE} (-res, -mlp, -att), which say "
+            "what it reconstructs: its files do not. Rename the folders, or write a "
+            f'{PLACE} next to {PARAMS}: {{"metadata": {{"layers": [20], "hook": "resid"}}}}, with its layer, and its '
+            f"hook from {', '.join(HOOKS)}"
+        )
     size, training, site = named.groups()
     at = int(number[1])
     if site not in SITES:
@@ -66,20 +74,6 @@ def _told_by_names(folder: Path) -> Metadata:
         )
     name = f"google/gemma-2-{size}{'-it' if training == 'it' else ''}"
     return {"model_name": name, **told_of(SITES[site], SITES[site], at)}
-
-
-def _ask(folder: Path, named: re.Match[str] | None, layer: str) -> str:
-    """The message that asks for layer and hook if names do not give them."""
-    if named is not None and layer == "embedding":
-        return (
-            f"{folder} reconstructs the embedding, before the first layer, where there is no hook: use one of a layer"
-        )
-    return (
-        f"{folder}: expected the folder names of its repository, such as {EXAMPLE} (-res, -mlp, -att), which say "
-        "what it reconstructs: its files do not. Rename the folders, or write a "
-        f'{PLACE} next to {PARAMS}: {{"metadata": {{"layers": [20], "hook": "resid"}}}}, with its layer, and its hook '
-        f"from {', '.join(HOOKS)}"
-    )
 
 
 def _told_by_file(path: Path) -> Metadata:
