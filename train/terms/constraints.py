@@ -123,11 +123,14 @@ class GradientNoise(Constraint):
         for parameter in sae.parameters():
             if parameter.grad is None:
                 continue
-            if reads_at_once(parameter):
-                noise = torch.randn(parameter.shape, generator=self.generator).to(parameter)
-            else:  # a GPU draws its own from a seed: copying a table there would make the host wait
-                seed = int(torch.randint(2**62, (), generator=self.generator))
-                own = torch.Generator(parameter.device).manual_seed(seed)
-                noise = torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)
+            noise = self._noise(parameter)
             size = parameter.grad.square().mean().sqrt()
             parameter.grad.add_(noise * size, alpha=self.scale)
+
+    def _noise(self, parameter: Tensor) -> Tensor:
+        """A GPU draws its own from a seed of the SAE's generator: copying a table there would make the host wait."""
+        if reads_at_once(parameter):
+            return torch.randn(parameter.shape, generator=self.generator).to(parameter)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        own = torch.Generator(parameter.device).manual_seed(seed)
+        return torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)
