@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saemill.train.engine.step import LatentCounters
+from saemill.train.engine.count_dead_latents import LatentCounters
 
 
 def test_counters_equal_a_plain_count(rng):
