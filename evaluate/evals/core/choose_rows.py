@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...context.context import Context
 from ...errors import NotApplicable, SettingInvalid
@@ -80,8 +81,10 @@ def read_block(
     )
     size = PieceSize(block.batch_windows, "windows", context.say)
     for batch in batches:
-        if context.from_tokens:
-            tokens = batch.tokens
-            pieces = list(in_pieces(len(batch), size, lambda a, b, t=tokens: context.model.resid(t[a:b], layers)))
-            batch = replace(batch, resid={layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers})
-        yield batch
+        yield replace(batch, resid=_resid_of(context, batch, layers, size)) if context.from_tokens else batch
+
+
+def _resid_of(context: Context, batch: Windows, layers: Sequence[int], size: PieceSize) -> dict[int, Tensor]:
+    """The residuals of a batch, computed from its tokens; its pieces are freed when it returns."""
+    pieces = list(in_pieces(len(batch), size, lambda a, b: context.model.resid(batch.tokens[a:b], layers)))
+    return {layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers}
