@@ -18,7 +18,7 @@ from ..harvest.progress import Watch
 from ..train.cli import folder_of, warnings_of
 from ..train.config.recipe import find_recipes
 from ..train.errors import ConfigInvalid
-from ..train.run.log_and_show_progress import after_run
+from ..train.run.after_run import after_run
 from ..train.train_runs import open_process, train_all
 from .command_words import words_of
 from .run import Run

@@ -132,11 +132,12 @@ def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
 def make_config(options: dict[str, Any]) -> HarvestConfig:
     """The configuration that the options of the command line ask for."""
     given = {one.name: options[one.name] for one in fields(HarvestConfig) if one.name in options}
+    given["corpus"] = _corpus(options)
     given["resid_layers"] = "none" if options["resid_layers"] is None else options["resid_layers"]
     given["leave_out"] = parse_sinks(options["leave_out"])
     given["tokens"] = None if options["tokens"] is None else parse_count(options["tokens"])
     given["worker"] = parse_worker(options["worker"])
-    return HarvestConfig(corpus=_corpus(options), **given)
+    return HarvestConfig(**given)
 
 
 def _corpus(options: dict[str, Any]) -> DatasetOptions | None:

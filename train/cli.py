@@ -194,7 +194,7 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
     if plots:
-        from .run.log_and_show_progress import after_run
+        from .run.after_run import after_run
 
         after_run(folder_of(outcome), console.print)
     folder = folder_of(outcome)  # by its name, sae-eval finds a run in the default folder

@@ -30,9 +30,9 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
         needs = member.config.needs()
         alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
         alone |= needs.windows and not isinstance(member.config, Wrapping)  # neither is a base nor has one
-        if recipe is not None and recipe.against:  # only the base of the recipe, with any seed
+        if not alone and recipe is not None and recipe.against:  # only the base of the recipe, with any seed
             known = [sae.label for sae in recipe.saes if member.label.startswith(sae.label)]
-            alone |= max(known, key=len) != recipe.against[0]
+            alone = max(known, key=len) != recipe.against[0]
         if alone:
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):

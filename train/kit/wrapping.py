@@ -106,8 +106,9 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
     if d_model is not None:  # the base's default sparsity may be too large for the residual's width
         limit = most_active(d_model)
         settings = {name: limit for name in ("k", "target_l0") if name in known and known[name] > limit}
-    for name, value in ((name, value) for name, value in given.items() if name in known and value is not None):
-        is_whole = type(known[name]) is int  # a mean `k` per token may be 32.5, a fixed one may not
-        require(not is_whole or value == int(value), f"{name}: expected a whole number for this base")
-        settings[name] = int(value) if is_whole and isinstance(value, float) else value
-    return cls(**settings)
+    settings |= {name: value for name, value in given.items() if name in known and value is not None}
+    # A mean `k` per token may be 32.5, a fixed one may not.
+    numbers = {name: value for name, value in settings.items() if type(known[name]) is int and type(value) is float}
+    broken = [name for name, value in numbers.items() if value != int(value)]
+    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    return cls(**settings | {name: int(value) for name, value in numbers.items()})

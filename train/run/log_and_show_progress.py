@@ -1,8 +1,7 @@
 """What a run reports while it trains: metrics.jsonl, and a live line per SAE on a terminal, elsewhere a plain line from
 time to time.
 
-Further logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested. Hooks
-that others register follow a run too, for example to plot it: training knows nothing about them.
+Further logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,16 +27,13 @@ from ..disk.write_and_load_checkpoints import Standing
 from ..engine.fleet_of_saes import say_diverged
 from ..engine.step import Report
 from ..errors import ConfigInvalid, TrackerMissing
+from .after_run import Onlookers
 from .process import Process
 from .run_folder import MetricsLog
 
-AFTER_RUN = "saemill.after_run"
-"""Entry points: functions (folder, function that prints a line, seconds until the next call)."""
-LEAST_SECONDS, SHARE = 5.0, 0.01  # between calls while a run trains, and the share of its time
 REFRESH_SECONDS = 0.5
 PLAIN_SECONDS = 30.0
 WIDE = 110  # columns
-Say = Callable[[str], None]
 
 
 class Watch:
@@ -279,35 +274,3 @@ def _open_tracker(name: str, folder: Path) -> Any:
     except Exception as error:  # another package may raise anything
         raise TrackerMissing(f"the tracker {name} could not be started: {first_line(error)}") from error
     return tracker
-
-
-def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
-    """Call every registered hook; the folder shows whether the run has ended."""
-    for entry in entry_points(group=AFTER_RUN):
-        entry.load()(folder, say, pause)
-
-
-class Onlookers:
-    """Calls the hooks while a run trains: every few seconds, using at most a hundredth of its time."""
-
-    def __init__(self, folder: Path, say: Say) -> None:
-        self._folder, self._say = folder, say
-        self._said: set[str] = set()
-        self._next, self._pause, self._looks = 0.0, LEAST_SECONDS, 0
-
-    def look(self) -> None:
-        """Called whenever the log has something new."""
-        started = time.perf_counter()
-        if started < self._next:
-            return
-        after_run(self._folder, self._say_once, self._pause)
-        ended = time.perf_counter()
-        self._looks += 1
-        if self._looks > 1:  # the first call spends its time on imports
-            self._pause = max(LEAST_SECONDS, (ended - started) / SHARE)
-        self._next = ended + self._pause
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._say(line)

@@ -28,11 +28,12 @@ from ..disk.write_and_load_checkpoints import Standing, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import ConfigInvalid, MemoryTooSmall, NothingToTrain
 from ..parallel.processes import SOLO, all_or_none
+from .after_run import Onlookers
 from .checkpoints_and_signals import Saver
 from .fill_config_from_store import Settled, settle_again
 from .fits_in_memory import weight_bytes
 from .init_from_trained_sae import begin_fleet_as, require_unchanged
-from .log_and_show_progress import Onlookers, Progress, Trackers, Watch
+from .log_and_show_progress import Progress, Trackers, Watch
 from .preflight import check
 from .process import Process
 from .run_folder import MetricsLog, RunFolder, provenance

@@ -20,7 +20,7 @@ from saemill.train.cli import count, warnings_of
 from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NothingToTrain, resume_command
-from saemill.train.run import log_and_show_progress as onlooking
+from saemill.train.run import after_run as onlooking
 from saemill.train.run import results, run_folder
 from saemill.train.run.checkpoints_and_signals import catch_signals
 from saemill.train.run.preflight import layer_stats

@@ -17,7 +17,7 @@ import torch
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.run import results
-from saemill.train.run.log_and_show_progress import Onlookers
+from saemill.train.run.after_run import Onlookers
 from saemill.train.run.run_folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]

@@ -114,8 +114,8 @@ def test_pca_rebuilds_as_principal_components_do(battery):
     torch.testing.assert_close(sae.decode(acts).square().sum(1), kept, rtol=1e-3, atol=1e-3)
 
 
-def test_of_a_run_that_compares_only_the_base_has_baselines():
-    """Others would be in no rule, and some of the literature's cannot be frozen."""
+def test_of_a_run_that_compares_only_the_base_has_baselines(battery):
+    """Others would be in no rule, and some of the literature's cannot be frozen. One without any may be there."""
     (recipe,) = find_recipes("temporal/decisive")
 
     def limits(_: Any) -> dict[str, float]:
@@ -124,3 +124,5 @@ def test_of_a_run_that_compares_only_the_base_has_baselines():
     made = Ask.of_recipe(recipe, {"k": 8}, [{"seed": 0}, {"seed": 1}]).members(limits)
     labels = [member.label for member in with_baselines(made, limits, recipe)][len(made) :]
     assert len(labels) == 7 and all(label.startswith(("base_seed", "pca_k8")) for label in labels)
+    stray = dataclasses.replace(made[0], label="stray", config=battery.config_of("pca", k=8))
+    assert [one.label for one in with_baselines([*made, stray], limits, recipe)][len(made) + 1 :] == labels
