@@ -267,14 +267,15 @@ def test_damage_is_named(write_store, tmp_path):
 def test_no_step_is_drawn_from_another_store_in_its_place(write_store, tmp_path):
     from saemill.cache_schema import StoreMismatch
 
-    write_store(tmp_path / "store")
+    write_store(tmp_path / "first")
     write_store(tmp_path / "other", layers=(3, 4, 5), seed=1)
+    (tmp_path / "store").symlink_to("first")
+    (tmp_path / "next").symlink_to("other")
     with Store.open(tmp_path / "store") as store:
         feed = make_feed(store)
         blocks = feed.plan.blocks(0)
         feed.draw(0)
-        (tmp_path / "store").rename(tmp_path / "first")
-        (tmp_path / "other").rename(tmp_path / "store")
+        (tmp_path / "next").replace(tmp_path / "store")  # in one operation: the next block is being read meanwhile
         with pytest.raises(StoreMismatch, match="was replaced while it was read"):
             for step in range(sum(block.steps for block in blocks)):
                 feed.draw(step)
