@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec, Request, ShardContent, Store
-from saemill.cache_schema.chunks import encode
+from saemill.cache_schema.encode_and_read_chunks import encode
 from saemill.cache_schema.info import count_links, links_per_row
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import is_special

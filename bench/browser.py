@@ -32,7 +32,7 @@ from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.model.batches import store_batches
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.atomic_files import write_json
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.sae.gates import JumpRelu, TopK
 from saemill.train.sae.model import SparseAutoencoder
 

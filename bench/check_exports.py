@@ -29,7 +29,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch, Needs
 from saemill.train.data.scaling import Stats
 from saemill.train.disk.plain_form import begin_as
-from saemill.train.disk.sae_folder import read_config, save_sae
+from saemill.train.disk.sae_lens_folder import read_config, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.export import export

@@ -34,7 +34,7 @@ from saemill.harvest.model.load_and_truncate import Wanted, load_model, read_fac
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.stats import measure
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.sae.gates import TopK
 from saemill.train.sae.model import SparseAutoencoder, tied_weights
 

@@ -34,8 +34,8 @@ from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.write_and_read_results import metric_of
 from saemill.evaluate.evals.core.evaluation import Config
+from saemill.evaluate.run.find_saes_to_evaluate import find_subjects
 from saemill.evaluate.run.run_evals import run_evals
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches_for_others import Batches
 from saemill.train.data.scaling import Stats

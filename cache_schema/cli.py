@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import StoreError
-from .import_from_others import ImportSettings, cuts_documents, import_store
-from .import_sources import NumpySource, SaelensSource, Source, VllmSource
+from .formats_to_import import NumpySource, SaelensSource, Source, VllmSource
+from .import_into_store import ImportSettings, cuts_documents, import_store
 from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest

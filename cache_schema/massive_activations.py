@@ -12,12 +12,13 @@ parts of shards, as the text of a store may be in the order of its sources. A me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from .counts_and_summary import trainable
 from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments
@@ -25,6 +26,7 @@ from .reader import Store
 from .requests_and_spans import Request, ShardArrays, Span
 from .sites import Place, Site, site_of
 from .stored_dtypes import FP8_VALUES
+from .token_counts_and_summary import trainable
 
 MULTIPLE = 10.0
 """The default multiple of the median norm."""
@@ -70,9 +72,10 @@ def default_multiple(manifest: Manifest) -> float | None:
     return None if manifest.corpus.settings.get(KEEP) else MULTIPLE
 
 
-def is_massive(norms: np.ndarray, bound: float) -> np.ndarray:
-    """bool, like `norms`. False for non-finite norms: they are damage of another kind, which this must not hide."""
-    return (norms > bound) & np.isfinite(norms)
+def is_massive(norms: Any, bound: Any) -> Any:
+    """bool, like `norms`, an array or a tensor. False for norms that are not finite: they are damage of another kind,
+    which results show and this must not hide."""
+    return (norms > bound) & (norms < math.inf)
 
 
 def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:

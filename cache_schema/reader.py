@@ -19,11 +19,10 @@ from itertools import islice
 import numpy as np
 import zarr
 
-from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_in_order, read_record
-from .counts_and_summary import Counts, SplitCounts, count_split, read_counts, read_summary
 from .csr import AttentionCsr
 from .disk_and_cloud_files import Files, LocalFiles, open_files
+from .encode_and_read_chunks import plan_reads, read_chunk, read_with_zarr
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .layout import (
     ATTENTION_PARTS,
@@ -40,6 +39,7 @@ from .moments import Moments, from_line, merge
 from .open_and_check_root import read_root, require_not_replaced
 from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
+from .token_counts_and_summary import Counts, SplitCounts, count_split, read_counts, read_summary
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
 GONE = (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import xxhash
 
-from .chunks import as_bytes
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
 from .csr import AttentionCsr, index_dtype
+from .encode_and_read_chunks import as_bytes
 from .errors import ShardInvalid
 from .layout import (
     ATTENTION_PARTS,

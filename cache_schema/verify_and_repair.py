@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
-from .counts_and_summary import count_all, read_counts, read_summary
 from .disk_and_cloud_files import open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
 from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, array_document_key, documents_of, moments_path
@@ -21,6 +20,7 @@ from .reader import Store, shard_memory
 from .requests_and_spans import Request, ShardArrays, Span
 from .shard_claims import open_claims
 from .shard_content import digests_by_path, totals_of
+from .token_counts_and_summary import count_all, read_counts, read_summary
 from .writer import derive_summary, refresh
 
 Memory = dict[Request, dict[str, np.ndarray]]  # reused for shard after shard

@@ -14,10 +14,9 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from .chunks import CHECKSUM_BYTES, encode
 from .commits import CommitRecord, DeviceRecord, Index, compact, find_committed, write_device, write_record
-from .counts_and_summary import LayerSummary, Summary, count_all, read_summary, summarise, write_counts
 from .disk_and_cloud_files import Files, LocalFiles, open_files, read_if_there
+from .encode_and_read_chunks import CHECKSUM_BYTES, encode
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
 from .layout import (
     BEGINNING,
@@ -40,6 +39,7 @@ from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_rec
 from .sites import RESID
 from .stored_dtypes import say_not_uint32
 from .strict_json import to_json
+from .token_counts_and_summary import LayerSummary, Summary, count_all, read_summary, summarise, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 REMOTE_WRITERS = 16  # an object store answers slowly but many at once

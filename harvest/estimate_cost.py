@@ -25,9 +25,9 @@ import torch
 from huggingface_hub import constants
 
 from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
-from ..cache_schema.chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at, on_one_disk
+from ..cache_schema.encode_and_read_chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.layout import arrays_of, is_line
 from ..cache_schema.manifest import seal
 from ..cache_schema.numbers_in_words import say_size, say_time

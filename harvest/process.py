@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..cache_schema.launch import count_processes, joining
+from ..cache_schema.launcher_environment import count_processes, joining
 from .config import Worker
 from .errors import SettingInvalid
 from .model.load_and_truncate import find_device

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import name_full_disk
-from ..cache_schema.launch import count_processes
+from ..cache_schema.launcher_environment import count_processes
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.write_and_read_results import RESULTS

@@ -25,10 +25,10 @@ import torch
 
 from saemill.cache_schema import StoreError
 from saemill.cache_schema.commits import read_index, read_record
-from saemill.cache_schema.counts_and_summary import read_summary
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.open_and_check_root import read_root
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
+from saemill.cache_schema.token_counts_and_summary import read_summary
 from saemill.evaluate.context.write_and_read_results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.evals.browser import evaluation as browser
@@ -39,7 +39,7 @@ from saemill.train.data.scaling import unit_stats
 from saemill.train.disk import write_and_load_checkpoints
 from saemill.train.disk.formats import WRITERS
 from saemill.train.disk.plain_form import plain_sae
-from saemill.train.disk.sae_folder import read_config, save_sae
+from saemill.train.disk.sae_lens_folder import read_config, save_sae
 from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.errors import TrainError
 from saemill.train.kit.variant_registry import config_type

@@ -32,7 +32,7 @@ from saemill.harvest.model import architectures
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.load_and_truncate import Wanted, truncate
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 

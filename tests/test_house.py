@@ -24,15 +24,15 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "numbers_in_words keep_freed_memory errors own_files sites splits stored_dtypes strict_json",
-        "csr disk_and_cloud_files launch manifest import_sources",
+        "numbers_in_words keep_freed_memory errors users_own_files sites splits stored_dtypes strict_json",
+        "csr disk_and_cloud_files launcher_environment manifest formats_to_import",
         "layout requests_and_spans",
-        "chunks commits moments shard_claims",
-        "counts_and_summary open_and_check_root",
+        "encode_and_read_chunks commits moments shard_claims",
+        "token_counts_and_summary open_and_check_root",
         "shard_content reader",
         "massive_activations",
         "info watch writer",
-        "__init__ import_from_others verify_and_repair",
+        "__init__ import_into_store verify_and_repair",
         "cli",
     ),
     "harvest": (
@@ -88,7 +88,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "cli_support config data disk dry_run errors file_registry kit run sae sae/kernels train_runs",
     },
     "studies": {
-        "cache_schema": "cli disk_and_cloud_files launch strict_json",
+        "cache_schema": "cli disk_and_cloud_files launcher_environment strict_json",
         "train": "cli cli_support config disk errors run",
         "evaluate": "cli context errors evals output/figures output/plots run",
     },

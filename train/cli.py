@@ -20,7 +20,7 @@ from .errors import TrainingDiverged
 from .kit.variant_registry import names
 
 if TYPE_CHECKING:
-    from .run.results import Outcome
+    from .run.validate_and_save_results import Outcome
 
 EXAMPLES = """\b
 Examples:

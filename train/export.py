@@ -22,7 +22,7 @@ from .disk.atomic_files import hidden_name_beside
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.hook_metadata import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
-from .disk.sae_folder import is_of_one_place
+from .disk.sae_lens_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_and_load_sae import find_sae, find_saes, read_folder
 from .run.push_to_hub import push

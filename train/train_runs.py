@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..cache_schema import Store, StoreMissing
 from ..cache_schema.disk_and_cloud_files import LocalFiles
-from ..cache_schema.launch import is_launched
+from ..cache_schema.launcher_environment import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
@@ -26,9 +26,9 @@ from .run.fill_config_from_store import settle
 from .run.find_and_load_sae import find_sae
 from .run.log_and_show_progress import Output
 from .run.process import Process
-from .run.results import Outcome, conclude
 from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run
+from .run.validate_and_save_results import Outcome, conclude
 from .sae.kernels.dense_products import Product, product_on
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}

@@ -20,7 +20,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.evals.browser import evaluation
 from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
+from saemill.evaluate.run.find_saes_to_evaluate import find_subjects
 from saemill.harvest.progress import Watch
 
 

@@ -19,7 +19,7 @@ from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.write_and_read_results import frame
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.run.saes_to_evaluate import find_subjects
+from saemill.evaluate.run.find_saes_to_evaluate import find_subjects
 from saemill.harvest.progress import Watch
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache_schema.massive_activations import is_massive
 from ...cache_schema.sites import RESID, key_of, place_of
-from ...train.disk.sae_folder import NORM_BOUNDS
+from ...train.disk.sae_lens_folder import NORM_BOUNDS
 from ...train.kit import variant_registry
 from ...train.run.init_from_trained_sae import source_of
 from ...train.sae.kernels.bfloat16_then_float32 import Affine
@@ -27,20 +28,6 @@ from ..model.batches import Windows
 from ..model.smaller_pieces import whole
 
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large an SAE is, as its files say before its weights are read."""
-
-    d_in: int
-    width: int
-    num_bytes: int  # of the weights in memory
-
-    @staticmethod
-    def of(sae: SparseAutoencoder) -> Sizes:
-        tables = (*sae.parameters(), *sae.buffers())
-        return Sizes(sae.d_in, sae.num_latents, sum(table.numel() * table.element_size() for table in tables))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +41,9 @@ class LoadedSae:
     run: str | None
     variant: str
     read: Callable[[], SparseAutoencoder]
-    sizes: Sizes
+    d_in: int
+    width: int
+    num_bytes: int  # of the weights in memory
     config: Mapping[str, Any]  # cfg.json
     layers: tuple[int, ...]
     target_layers: tuple[int, ...]
@@ -98,14 +87,6 @@ class LoadedSae:
     def sae(self) -> SparseAutoencoder:
         with torch.inference_mode(False):  # wherever it is used first, gradients may flow through it later
             return self.read()
-
-    @property
-    def d_in(self) -> int:
-        return self.sizes.d_in
-
-    @property
-    def width(self) -> int:
-        return self.sizes.width
 
     @cached_property
     def encoder(self) -> Affine:
@@ -192,12 +173,6 @@ class LoadedSae:
     def reconstruct(self, batch: Windows) -> tuple[Tensor, Tensor]:
         acts_WTF = self.encode(batch)
         return acts_WTF, self.sae.skip(batch.x(self.layers), self.decode(acts_WTF))
-
-
-def is_massive(norms: Tensor, bounds: Tensor | float) -> Tensor:
-    """bool, shaped like `norms`. A norm that is not finite does not count as massive: results show it, where leaving
-    it out would hide it."""
-    return (norms > bounds) & norms.isfinite()
 
 
 def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:

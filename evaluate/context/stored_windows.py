@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache_schema.massive_activations import is_massive
 from ...cache_schema.numbers_in_words import counted
 from ...cache_schema.sites import Place, key_of, say_place, site_of
 from ..errors import NotApplicable, SettingInvalid
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
-from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, is_massive, layers_of
+from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, layers_of
 
 
 @dataclass

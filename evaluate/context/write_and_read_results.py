@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ...cache_schema.sites import SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
-from ...train.disk.sae_folder import SAELENS_VERSION
+from ...train.disk.sae_lens_folder import SAELENS_VERSION
 from ...train.run.find_and_load_sae import list_saes
 from ...train.run.init_from_trained_sae import files_of, source_of
 from ...train.run.process import describe_hardware

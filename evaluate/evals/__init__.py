@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cache_schema.own_files import and_own
+from ...cache_schema.users_own_files import and_own
 from ...train.file_registry import file_names, import_file, require_known
 from ..errors import EvaluationInvalid, UnknownEval
 

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 from ...cache_schema.strict_json import to_json
-from ..context.usable_saes import require_reading, split_fitting
+from ..context.saes_usable_on_text import require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.pooled_features import Features, pool_task
 from .probing.source_and_settings import (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
 from ...train.disk.plain_form import without_signs
-from ...train.disk.sae_folder import read_config
+from ...train.disk.sae_lens_folder import read_config
 from ...train.errors import TrainError
 from ...train.run.find_and_load_sae import list_saes, read_folder
 from .core.saebench_keys import max_cosine

@@ -25,7 +25,7 @@ from ...cache_schema.sites import RESID, Place, Site, place_of, site_of
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
-from ...train.run.results import Tally
+from ...train.run.validate_and_save_results import Tally
 from ..context.stored_windows import TextCount, read_windows, say_if_fewer, tell_bounds, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..context.usable_saes import official_config, require_reading, split_fitting
+from ..context.saes_usable_on_text import official_config, require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.draw_classes import Task
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy

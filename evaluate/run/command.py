@@ -17,7 +17,7 @@ import torch
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.cli import print_json, tell_files
 from ...cache_schema.keep_freed_memory import keep_large_blocks
-from ...cache_schema.launch import count_processes
+from ...cache_schema.launcher_environment import count_processes
 from ...cache_schema.numbers_in_words import say_size
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
@@ -35,11 +35,11 @@ from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, Widt
 from ..evals.browser.browser_folder import LATENT_BYTES
 from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import room_for_weights, within
-from ..output.pictures import draw
+from ..output.draw_plots import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
+from .find_saes_to_evaluate import Problem, find_all
 from .offer_training import offer_training
 from .run_evals import Keep, kept_rows, run_evals
-from .saes_to_evaluate import Problem, find_all
 
 FAILED, NOT_RUN = 1, 3
 Complain = Callable[[str], None]
@@ -242,7 +242,7 @@ class Session:
         rows += (kept := kept_rows(context, fitting, self.configs, self.keep))
         stands = {(row.subject, row.eval_id) for row in kept}
         owed = [subject for subject in fitting if any((subject, name) not in stands for name in self.configs)]
-        groups = list(within(room_for_weights(context.device), owed, lambda subject: subject.sizes.num_bytes))
+        groups = list(within(room_for_weights(context.device), owed, lambda subject: subject.num_bytes))
         if len(groups) > 1 and BROWSER in self.configs:
             apart = "; ".join(", ".join(subject.name for subject in group) for group in groups)
             context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are sought only within {apart}")

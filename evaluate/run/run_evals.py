@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from ...cache_schema import StoreError
 from ...cache_schema.numbers_in_words import first_line
-from ...cache_schema.own_files import digest_of_own
 from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import to_json
+from ...cache_schema.users_own_files import digest_of_own
 from ...harvest.errors import HarvestError
 from ...train.errors import TrainError
 from .. import evals
@@ -178,30 +178,26 @@ class _Attempts:
         return None
 
     def _run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
-        rows, crash = self._attempt(subjects)
-        owed = [subject for subject in subjects if subject not in {row.subject for row in rows}]
-        if crash is None:
-            return rows + [self._not_run(subject, "the evaluation gave no result for it") for subject in owed]
-        if len(owed) == 1 and len(subjects) == 1:
-            return [self._failed(owed[0], crash)]
-        for subject in owed:
-            rows += self._run([subject])
-        return rows
-
-    def _attempt(self, subjects: Sequence[LoadedSae]) -> tuple[list[Row], Exception | None]:
-        """The rows so far, and the error that ended them early."""
+        """A row for each; where an error ends the evaluation of several, those without one are tried one by one."""
         rows: list[Row] = []
+        crash, reason = None, "the evaluation gave no result for it"
         try:
             self._evaluation.require(self._config)
             self._evaluation.needs.require(self._context)
             for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
-        except NotRun as reason:
-            done = {row.subject for row in rows}
-            rows += [self._not_run(subject, str(reason)) for subject in subjects if subject not in done]
+        except NotRun as error:
+            reason = str(error)
         except Exception as error:  # noqa: BLE001  whatever it is, the others must not lose their results
-            return rows, error
-        return rows, None
+            crash = error
+        owed = [subject for subject in subjects if subject not in {row.subject for row in rows}]
+        if crash is None:
+            return rows + [self._not_run(subject, reason) for subject in owed]
+        if len(owed) == 1 and len(subjects) == 1:
+            return [self._failed(owed[0], crash)]
+        for subject in owed:
+            rows += self._run([subject])
+        return rows
 
     def _take(self, item: Result | Failure) -> Row:
         if isinstance(item, Failure):

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from ...cache_schema.own_files import and_own
+from ...cache_schema.users_own_files import and_own
 from ..errors import SettingInvalid, SourceInvalid
 from .source import Corpus, DatasetOptions, Source
 

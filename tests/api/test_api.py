@@ -21,8 +21,8 @@ from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.api import store as store_module
 from saemill.api.command_words import words_of
 from saemill.cache_schema import StoreMissing, info
-from saemill.cache_schema.import_from_others import ImportSettings, import_store
-from saemill.cache_schema.import_sources import NumpySource
+from saemill.cache_schema.formats_to_import import NumpySource
+from saemill.cache_schema.import_into_store import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.evaluate.cli import main as sae_eval
 from saemill.evaluate.errors import TargetUnknown

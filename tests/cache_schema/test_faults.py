@@ -44,9 +44,9 @@ from saemill.cache_schema import (
     StoreWriter,
     verify_and_repair,
 )
-from saemill.cache_schema.chunks import decode, encode
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
+from saemill.cache_schema.encode_and_read_chunks import decode, encode
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path, record_key
 from saemill.cache_schema.manifest import FORMAT
 from saemill.cache_schema.requests_and_spans import spans_of

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from saemill.cache_schema import ImportInvalid, Request, Site, Store
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.import_sources import VllmSource
+from saemill.cache_schema.formats_to_import import VllmSource
 
 
 def write_requests(folder: Path, lengths: list[int], layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> list:

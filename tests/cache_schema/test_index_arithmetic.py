@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.cache_schema import Request, RequestInvalid, Span, Store
-from saemill.cache_schema.chunks import plan_reads
+from saemill.cache_schema.encode_and_read_chunks import plan_reads
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.requests_and_spans import spans_of
 

@@ -25,13 +25,13 @@ from saemill.cache_schema import (
     Store,
     StoreMismatch,
     StoreWriter,
-    chunks,
+    encode_and_read_chunks,
     strict_json,
 )
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
-from saemill.cache_schema.chunks import decode, encode, plan_reads, read_chunk
 from saemill.cache_schema.disk_and_cloud_files import open_files
+from saemill.cache_schema.encode_and_read_chunks import decode, encode, plan_reads, read_chunk
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.manifest import Codec, seal
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
@@ -243,7 +243,7 @@ def test_the_template_of_a_codec_is_read_by_zarr_and_by_us(synthetic, tmp_path, 
     settings = {**layouts.BLOSC, name: own}
     for module in (layouts, manifests):
         monkeypatch.setattr(module, "Codec", Literal[(*get_args(Codec), name)])
-    for module in (layouts, chunks):
+    for module in (layouts, encode_and_read_chunks):
         monkeypatch.setattr(module, "BLOSC", settings)
     monkeypatch.setattr(strict_json, "_hints_of", strict_json._hints_of.__wrapped__)  # of the list before, where kept
     corpus = synthetic.write_store(tmp_path, synthetic.make_manifest(codec=name))

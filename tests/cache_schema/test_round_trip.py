@@ -7,8 +7,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, ShardCorrupt, Span, Store, chunks, shard_memory, to_float32
-from saemill.cache_schema.chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, checksum_of, decode, encode
+from saemill.cache_schema import Request, ShardCorrupt, Span, Store, encode_and_read_chunks, shard_memory, to_float32
+from saemill.cache_schema.encode_and_read_chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, checksum_of, decode, encode
 from saemill.cache_schema.layout import ArrayLayout
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import measure
@@ -191,11 +191,11 @@ def test_a_part_of_a_chunk_is_that_part_of_the_whole_and_little_more_is_decompre
 
     class Blosc:
         @staticmethod
-        def decompress(frame, out, decompress=chunks.blosc.decompress):
+        def decompress(frame, out, decompress=encode_and_read_chunks.blosc.decompress):
             decompressed.append(out.nbytes)
             decompress(frame, out)
 
-    monkeypatch.setattr(chunks, "blosc", Blosc)
+    monkeypatch.setattr(encode_and_read_chunks, "blosc", Blosc)
     edge = 2**18  # values in a block of zstd
     ends = [
         (0, 0),
@@ -252,7 +252,7 @@ def test_of_a_shards_attention_only_the_part_of_a_span_is_decoded(synthetic, tmp
         decoded[layout.path.rpartition("/")[2]] = out.size
         decode(layout, stored, out, where, first)
 
-    monkeypatch.setattr(chunks, "decode", spy)
+    monkeypatch.setattr(encode_and_read_chunks, "decode", spy)
     with Store.open(tmp_path) as store:
         found = store.read(Request(attention_layers=(2,)), Span(1, 5, 7)).attention[2]
     expected = corpus.attention[2].slice(5, 7)

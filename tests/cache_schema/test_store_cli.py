@@ -22,13 +22,13 @@ from saemill.cache_schema import (
     Site,
     Store,
     StoreWriter,
-    import_from_others,
-    import_sources,
+    formats_to_import,
+    import_into_store,
     to_float32,
 )
 from saemill.cache_schema import verify_and_repair as verify_module
-from saemill.cache_schema.chunks import checksum_of
 from saemill.cache_schema.cli import main, open_console
+from saemill.cache_schema.encode_and_read_chunks import checksum_of
 from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.verify_and_repair import digest, repair, store_digest
 
@@ -361,10 +361,10 @@ def test_tokens_of_a_saelens_folder_are_read_without_its_activations(tmp_path: P
     """Those of all windows are read at once, and their activations may be larger than memory."""
     acts, tokens = np.zeros((64, 16, 1024), np.float32), np.arange(1024).reshape(64, 16)
     write_saelens(tmp_path / "cache", "blocks.12.hook_resid_post", acts, tokens)
-    import_sources.SaelensSource(tmp_path / "cache", None)  # imports what it takes
+    formats_to_import.SaelensSource(tmp_path / "cache", None)  # imports what it takes
     tracemalloc.start()
     try:
-        found = import_sources.SaelensSource(tmp_path / "cache", None).tokens
+        found = formats_to_import.SaelensSource(tmp_path / "cache", None).tokens
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -392,13 +392,13 @@ def test_import_of_a_saelens_folder_of_bfloat16_bits(tmp_path: Path) -> None:
     ],
 )
 def test_a_saelens_column_is_of_the_place_that_its_name_says(name: str, layer: int | None, site: Site) -> None:
-    assert import_sources._site_of(name, layer) == site
+    assert formats_to_import._site_of(name, layer) == site
 
 
 @pytest.mark.parametrize("name", ["blocks.12.hook_resid_mid", "model.layers.12.mlp", "acts", "layer2"])
 def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> None:
     with pytest.raises(ImportInvalid, match=f"the name '{name}' .* give --layer L"):
-        import_sources._site_of(name, None)
+        formats_to_import._site_of(name, None)
 
 
 @pytest.mark.parametrize(
@@ -410,13 +410,13 @@ def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> N
 )
 def test_a_layer_that_contradicts_a_saelens_column_is_refused(name: str, layer: int, said: str) -> None:
     with pytest.raises(ImportInvalid, match=f"{said} --layer {layer}"):
-        import_sources._site_of(name, layer)
+        formats_to_import._site_of(name, layer)
 
 
 @pytest.mark.parametrize("layer", [None, 0])
 def test_a_saelens_column_of_the_embedding_has_no_place(layer: int | None) -> None:
     with pytest.raises(ImportInvalid, match="hook_resid_pre is the embedding, before the first layer"):
-        import_sources._site_of("blocks.0.hook_resid_pre", layer)
+        formats_to_import._site_of("blocks.0.hook_resid_pre", layer)
 
 
 def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
@@ -512,7 +512,7 @@ def test_counts_that_are_none_are_damage_though_their_checksum_is_right(store: P
 @pytest.mark.parametrize("windows", [(970, 10, 10, 10), (97, 2, 1), (1, 1, 98), (50, 50), (100,)])
 def test_an_import_is_split_wherever_documents_allow_it(windows: tuple[int, ...]) -> None:
     source = SimpleNamespace(document_of=np.repeat(range(len(windows)), windows), windows=sum(windows))
-    splits = import_from_others._splits(source, import_from_others.ImportSettings("m"))
+    splits = import_into_store._splits(source, import_into_store.ImportSettings("m"))
     starts = [0, *np.cumsum(windows)]
     for begin, end in splits.values():
         assert begin < end and (len(windows) < 3 or {begin, end} <= set(starts))
@@ -612,8 +612,8 @@ def test_repair_mends_the_others_where_tokens_are_gone(store: Path) -> None:
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "zipped"
     source = importer_source(tmp_path)
-    settings = import_from_others.ImportSettings("somebody/model", special_tokens=(7,), codec="zstd")
-    import_from_others.import_store(str(other), source, settings, lambda *_: None)
+    settings = import_into_store.ImportSettings("somebody/model", special_tokens=(7,), codec="zstd")
+    import_into_store.import_store(str(other), source, settings, lambda *_: None)
     digests = {run("digest", url).output.strip() for url in (store, other)}
     with Store.open(store) as opened:
         records = [opened.record(shard) for shard in range(3)]
@@ -632,8 +632,8 @@ def test_digest_of_a_part_says_of_how_many_shards_it_is(store: Path) -> None:
 
 
 def test_the_fingerprint_of_an_import_is_of_its_values_and_not_of_its_shards(store: Path, tmp_path: Path) -> None:
-    settings = import_from_others.ImportSettings("somebody/model", special_tokens=(7,), shard_windows=100)
-    made = import_from_others.import_store(str(tmp_path / "s"), importer_source(tmp_path), settings, lambda *_: None)
+    settings = import_into_store.ImportSettings("somebody/model", special_tokens=(7,), shard_windows=100)
+    made = import_into_store.import_store(str(tmp_path / "s"), importer_source(tmp_path), settings, lambda *_: None)
     with Store.open(store) as opened:
         assert made.corpus.revision == opened.manifest.corpus.revision
 
@@ -654,8 +654,8 @@ def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the
     assert manifests[0].cache_id == manifests[1].cache_id
 
 
-def importer_source(folder: Path) -> import_from_others.Source:
-    from saemill.cache_schema.import_sources import NumpySource
+def importer_source(folder: Path) -> import_into_store.Source:
+    from saemill.cache_schema.formats_to_import import NumpySource
 
     return NumpySource({Site("resid", 4): folder / "resid.npy"}, folder / "tokens.npy")
 

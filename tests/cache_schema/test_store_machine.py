@@ -44,8 +44,8 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema import writer as writer_module
-from saemill.cache_schema.import_from_others import ImportSettings, import_store
-from saemill.cache_schema.import_sources import NumpySource
+from saemill.cache_schema.formats_to_import import NumpySource
+from saemill.cache_schema.import_into_store import ImportSettings, import_store
 from saemill.cache_schema.layout import INDEX, SUMMARY, arrays_of, record_key
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from saemill.cache_schema import ManifestInvalid, Request, Store, StoreWriter
-from saemill.cache_schema.counts_and_summary import pair_share
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
+from saemill.cache_schema.token_counts_and_summary import pair_share
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair
 
 COUNTS = "stats/counts.json"

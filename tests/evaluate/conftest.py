@@ -31,7 +31,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
-from saemill.evaluate.run.saes_to_evaluate import make_subject
+from saemill.evaluate.run.find_saes_to_evaluate import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model.load_and_truncate import Wanted, load_model
@@ -39,7 +39,7 @@ from saemill.harvest.progress import Watch
 from saemill.harvest.sparsify_attention import to_csr
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.atomic_files import write_json
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.model import SparseAutoencoder
 

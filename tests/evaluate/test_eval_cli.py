@@ -41,12 +41,12 @@ from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import ce_and_kl
 from saemill.evaluate.output.figures.records import read_documents
-from saemill.evaluate.run import command, saes_to_evaluate
+from saemill.evaluate.run import command, find_saes_to_evaluate
 from saemill.evaluate.run.console_table import require_comparable
+from saemill.evaluate.run.find_saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.evaluate.run.run_evals import settings_of
-from saemill.evaluate.run.saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.run.find_and_load_sae import find_sae
 from saemill.train.run.init_from_trained_sae import _digest_of
 from saemill.train.run.run_folder import RunFolder
@@ -529,7 +529,7 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
 def test_weights_are_read_for_what_is_measured_and_released_with_their_group(run_1, sae_eval, monkeypatch):
     """And files are hashed for that, or where their times show that they are others than were measured."""
     read, held, saes, before = [], [], set(), _digest_of.cache_info().misses
-    read_folder, run_evals = saes_to_evaluate.read_folder, command.run_evals
+    read_folder, run_evals = find_saes_to_evaluate.read_folder, command.run_evals
 
     def hashed():
         return _digest_of.cache_info().misses - before
@@ -540,7 +540,9 @@ def test_weights_are_read_for_what_is_measured_and_released_with_their_group(run
         held.append([subject.label for subject in saes if "sae" in vars(subject)])
         return rows
 
-    monkeypatch.setattr(saes_to_evaluate, "read_folder", lambda folder: read.append(folder.name) or read_folder(folder))
+    monkeypatch.setattr(
+        find_saes_to_evaluate, "read_folder", lambda folder: read.append(folder.name) or read_folder(folder)
+    )
     monkeypatch.setattr(command, "run_evals", measured)
     monkeypatch.setattr(command, "room_for_weights", lambda device: 5000)
     words = ("run_1", "--evals", "core,decoder_cosine")

@@ -24,12 +24,11 @@ from saemill.cache_schema import (
     from_float32,
 )
 from saemill.train.data.batch import AttentionRows, Batch, Needs
-from saemill.train.disk.sae_folder import CONFIG, WEIGHTS
+from saemill.train.disk.sae_lens_folder import CONFIG, WEIGHTS
 from saemill.train.engine.step import Report, Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
-from saemill.train.parallel.sums_over_processes import ALONE
 from saemill.train.sae.gates import AbsTopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
@@ -135,13 +134,13 @@ def attention_of(windows: int, generator: torch.Generator, context: int = SPAN +
 
 def view_of(trainee: Trainee, batch: Batch) -> View:
     """What the terms of its next step would see of this batch."""
-    side = trainee.assembly.side(batch.side, trainee.step_index, trainee.total_steps, ALONE)
+    side = Side(batch.side, trainee.assembly.knobs_at(trainee.step_index, trainee.total_steps))
     return trainee._view(batch, side)
 
 
 def side_for(assembly: Assembly, batch: Batch) -> Side:
     """What the module reads of a batch in the middle of a run."""
-    return assembly.side(batch.side, STEPS // 2, STEPS, ALONE)
+    return Side(batch.side, assembly.knobs_at(STEPS // 2, STEPS))
 
 
 def train(

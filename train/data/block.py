@@ -35,7 +35,6 @@ class Block:
     """The arrays of some windows, concatenated."""
 
     pieces: tuple[Span, ...]
-    tokens: np.ndarray  # uint32 [W, T]
     documents: np.ndarray  # uint32 [W, T]
     trains: np.ndarray  # bool [W, T]
     tokens_there: Tensor  # int32 [W, T], the same on the device
@@ -48,7 +47,7 @@ class Block:
 
     @property
     def context(self) -> int:
-        return self.tokens.shape[1]
+        return self.documents.shape[1]
 
     @cached_property
     def windows(self) -> np.ndarray:

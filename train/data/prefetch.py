@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Manifest, Request, Span, Store, shard_memory
-from ...cache_schema.counts_and_summary import trainable
 from ...cache_schema.massive_activations import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
+from ...cache_schema.token_counts_and_summary import trainable
 from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, owned, send_attention
 from .device_copies import take_device
 from .shuffle_order import BlockPlan, Plan
@@ -74,12 +74,11 @@ class Pool:
         attention = list(readers.map(self._load, pieces, starts[:-1]))
         self._store.require_not_replaced()
         windows = starts[-1]
-        tokens, (tokens_there, documents_there) = self._tokens[:windows], self._ids_there[:, :windows]
+        tokens_there, documents_there = self._ids_there[:, :windows]
         return Block(
             pieces=tuple(pieces),
-            tokens=tokens,
             documents=self._documents[:windows],
-            trains=trainable(self._store.manifest, tokens),
+            trains=trainable(self._store.manifest, self._tokens[:windows]),
             tokens_there=tokens_there,
             documents_there=documents_there,
             resid={layer: resid.flat() for layer, resid in self._resid.items()},

@@ -45,8 +45,8 @@ def fit_start(
     Parts that knobs switch on during the run count as in the first or the last step, whichever is more.
     """
     sae, target = assembly.sae, batch.x if batch.target is None else batch.target
-    sides = [assembly.side(batch.side, step, total_steps, ranks, latents) for step in (0, total_steps)]
-    sides = sides[:1] if sides[0].knobs == sides[1].knobs else sides
+    knobs = [assembly.knobs_at(step, total_steps) for step in (0, total_steps)]
+    sides = [Side(batch.side, at, ranks, latents) for at in (knobs[:1] if knobs[0] == knobs[1] else knobs)]
     if batch.target is not None:
         _point_rows(sae, batch.x, target, sides[0])
     if _explained(sae, batch.x, target, sides[-1]) < LEAST_SHARE:

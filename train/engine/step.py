@@ -1,6 +1,6 @@
 """One training step of one SAE, and all the state that it leaves behind.
 
-Everything after the view of the batch is in `_work`, which a GPU may have recorded and then replays (`replay.py`).
+Everything after the view of the batch is in `_work`, which a GPU may record and replay (`cuda_graph_replay.py`).
 
 On a GPU the host looks only every LOOK_EVERY steps, and no other step waits for the device. Between looks a loss that
 is not finite freezes the weights on the device, and the list of dead latents is that of the last look. These still
@@ -34,8 +34,8 @@ from ..sae.side_inputs import Side
 from ..sae.step_view import View
 from .adam import Adam
 from .count_dead_latents import LatentCounters
+from .cuda_graph_replay import Measured, Replays
 from .first_weights_from_data import fit_start
-from .replay import Measured, Replays
 from .terms_and_constraints import Assembly, cut, require_splittable, split_parameters, split_state
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait, and listing the dead latents another

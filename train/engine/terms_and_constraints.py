@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..errors import ConfigInvalid
-from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
-from ..parallel.sums_over_processes import BatchRanks
+from ..parallel.dictionary_over_processes import Latents
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
-from ..sae.side_inputs import Side
 from ..sae.step_view import Split, View, residual_of
 from .adam import Optim
 from .schedules import Constant, Product, Schedule, cut_short
@@ -136,21 +134,9 @@ class Assembly:
         schedules = [self.rate, *(term.weight for term in self.terms), *self.knobs.values()]
         return sorted({found for schedule in schedules for found in cut_short(schedule, total_steps)})
 
-    def side(
-        self,
-        batch_side: Mapping[str, Any],
-        step: int,
-        total_steps: int,
-        ranks: BatchRanks,
-        latents: Latents = ALL_LATENTS,
-    ) -> Side:
-        """Side inputs of a batch together with the knobs of a step."""
-        return Side(batch_side, self.knobs_at(step, total_steps), ranks, latents)
-
-    def knobs_at(self, step: int, total_steps: int | None = None) -> dict[str, float]:
-        """Every knob's value at a step; without a length, its value at the end of the run."""
-        length = step if total_steps is None else total_steps
-        return {name: schedule(step, length) for name, schedule in self.knobs.items()}
+    def knobs_at(self, step: int, total_steps: int) -> dict[str, float]:
+        """Every knob's value at a step."""
+        return {name: schedule(step, total_steps) for name, schedule in self.knobs.items()}
 
 
 def require_splittable(name: str, assembly: Assembly) -> None:

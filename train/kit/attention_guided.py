@@ -17,8 +17,8 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
+from ..sae.attention.attention_encoder import MIXING, TEMPERATURE, AttendedSae, Attention, Mixing, Noted
 from ..sae.attention.attention_links import LinkKind, require_head
-from ..sae.attention.reading import MIXING, TEMPERATURE, AttendedSae, Attention, Mixing, Noted
 from ..terms.attention_guidance import Consistency, Guidance, Objective
 from .check_variant_settings import read_with, require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...cache_schema import StoreError
-from ...cache_schema.launch import count_processes, is_launched, joining
+from ...cache_schema.launcher_environment import count_processes, is_launched, joining
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .sums_over_processes import Ranks
 

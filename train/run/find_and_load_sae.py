@@ -11,12 +11,12 @@ from threading import Thread
 from typing import Any
 
 from ...cache_schema.numbers_in_words import first_line
-from ...cache_schema.own_files import EXTRA as OWN_FILES
 from ...cache_schema.strict_json import StrictError
+from ...cache_schema.users_own_files import EXTRA as OWN_FILES
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
-from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS, read_sae
+from ..disk.sae_lens_folder import CONFIG, EXTRAS, WEIGHTS, read_sae
 from ..errors import RunMissing, SaeInvalid, resume_command
 from ..kit import variant_registry
 from ..sae.model import SparseAutoencoder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...cache_schema.launch import count_processes
+from ...cache_schema.launcher_environment import count_processes
 from ..config.run_config import Member
 from ..disk.module_form import built_of_shapes
 from ..engine.schedules import Constant

@@ -21,7 +21,7 @@ from ..config.run_config import Member
 from ..data.batch import Needs
 from ..disk.hook_metadata import places_told
 from ..disk.plain_form import begin_as
-from ..disk.sae_folder import WEIGHT_SUFFIXES
+from ..disk.sae_lens_folder import WEIGHT_SUFFIXES
 from ..engine.fleet_of_saes import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
 from ..kit.check_variant_settings import require

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..disk.atomic_files import read_json
 from ..disk.formats import kind_of
-from ..disk.sae_folder import CONFIG, EXTRAS, TENSORS, TRANSCODERS, WEIGHTS, read_config
+from ..disk.sae_lens_folder import CONFIG, EXTRAS, TENSORS, TRANSCODERS, WEIGHTS, read_config
 from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid, resume_command
 from .find_and_load_sae import ask_hub, list_saes, no_sae
 from .init_from_trained_sae import source_of

@@ -28,8 +28,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
-from ...cache_schema.own_files import EXTRA, digest_of_own
 from ...cache_schema.strict_json import flatten
+from ...cache_schema.users_own_files import EXTRA, digest_of_own
 from ..disk.atomic_files import encode_line, read_json, take_lock, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_command
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.device_copies import send
+from ..sae.attention.attention_encoder import Attention, has_links, link_weights, mixture, places_of
 from ..sae.attention.attention_links import Links
-from ..sae.attention.reading import Attention, has_links, link_weights, mixture, places_of
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_products_with_gradients import rows_of

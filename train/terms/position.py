@@ -15,7 +15,7 @@ from ..sae.extra_modules import Extra
 from ..sae.kernels.sparse_support import index_sum
 from ..sae.shapes.masks import FREE, HardMask, Mask, SoftMask, range_of
 from ..sae.shapes.range_encoders import Adapters
-from ..sae.shapes.shaped import ShapedAutoencoder
+from ..sae.shapes.shaped_sae import ShapedAutoencoder
 from ..sae.step_view import View
 
 DECAY = 0.99  # of the running mass

@@ -17,7 +17,7 @@ from ..engine.schedules import Constant, ExponentialApproach
 from ..engine.terms_and_constraints import Assembly
 from ..kit.attention_guided import Guided, build_guided, request_guided
 from ..kit.check_variant_settings import read_with, require, require_least, require_positive
-from ..sae.attention.reading import Mixing
+from ..sae.attention.attention_encoder import Mixing
 from ..terms.attention_guidance import Objective
 
 

@@ -35,7 +35,7 @@ from ..sae.shapes.masks import (
     spread_over_ranges,
 )
 from ..sae.shapes.range_encoders import ADAPTER, Adapters, FeatureAdapters, RangeEncoders
-from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise, orthogonal_rows
+from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise, orthogonal_rows
 from ..terms.position import l1_before_mask, record_of
 from ..terms.reconstruction_and_sparsity import l1
 

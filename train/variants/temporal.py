@@ -18,7 +18,7 @@ from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
-from ..sae.shapes.shaped import ShapedAutoencoder
+from ..sae.shapes.shaped_sae import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
 from ..terms.temporal import PIECE, PRUNE, SCALES, TEMPORAL, Adaptive, Consistency, Dynamics, Retire
 

@@ -21,7 +21,7 @@ from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import ends_of, is_rising, read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
-from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise
+from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
 from ..terms.constraints import TierGradients
 from ..terms.move_idle_latents import Moves, Structure
 from ..terms.reconstruction_and_sparsity import reconstruction

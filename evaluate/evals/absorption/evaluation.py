@@ -17,7 +17,7 @@ import torch
 
 from ....cache_schema.numbers_in_words import counted
 from ...context.prompt_positions import Reader
-from ...context.usable_saes import attention_of, official_config, split_fitting
+from ...context.saes_usable_on_text import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

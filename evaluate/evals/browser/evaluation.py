@@ -37,11 +37,11 @@ from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from ..measures.token_text import Vocabulary
 from .browser_folder import LATENT_BYTES, NAME, TEXT, Folder, making, read_data, require_space, unpacked, write_page
+from .collect_firings import lower_edges
 from .config import Config
 from .exports import Exported, bytes_of, exports_in, keep_exports, require_known, tell_exports, write_exports
-from .firings import lower_edges
-from .for_report import contexts, pattern
 from .latents import COMPARED, FILE_LATENTS, LIST_BYTES, Shown, neighbours, promoted, summary_of, write_latents
+from .latents_for_report import contexts, pattern
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from ....cache_schema.numbers_in_words import say_size
 from ...errors import SettingInvalid
-from .firings import SAMPLE, TOP, lower_edges
+from .collect_firings import SAMPLE, TOP, lower_edges
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
 

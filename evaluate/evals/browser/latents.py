@@ -24,8 +24,8 @@ from ...model.unembedding_head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from ..measures.token_text import Vocabulary
 from .browser_folder import Folder
+from .collect_firings import BINS, SAMPLE, TOP, Firings, Seen, largest, ranges
 from .config import Config
-from .firings import BINS, SAMPLE, TOP, Firings, Seen, largest, ranges
 from .related import Near, by_direction, by_firing
 
 FILE_LATENTS = 32

@@ -31,8 +31,8 @@ from ..core.encoding import encode_codes
 from ..evaluation_contract import Context, LoadedSae
 from ..measures.token_text import Vocabulary
 from .browser_folder import ATTENTION, TEXT, Folder, Pieces
+from .collect_firings import Batch, Seen
 from .config import Config
-from .firings import Batch, Seen
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 LEVELS = 255  # of a weight of attention

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....train.sae.kernels.bfloat16_then_float32 import Affine, largest_products
-from .firings import Table, largest
+from .collect_firings import Table, largest
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire: fewer may be chance

@@ -13,8 +13,8 @@ from typing import Any
 
 from ....cache_schema.numbers_in_words import counted
 from ...context.loaded_sae import layers_of
+from ...context.saes_usable_on_text import model_name_of
 from ...context.stored_windows import tell_bounds
-from ...context.usable_saes import model_name_of
 from ...context.write_and_read_results import INTERVALS
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ...model.batches import count_windows

@@ -30,7 +30,7 @@ from torch import Tensor
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, batch_size_for, layers_of, together
 from ...context.prompt_positions import stacked, to_sparse
-from ...context.usable_saes import attention_of
+from ...context.saes_usable_on_text import attention_of
 from ...model.batches import Windows, make_rows, run_windows
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .draw_classes import Classes, Task

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...context.usable_saes import official_config, split_fitting
+from ...context.saes_usable_on_text import official_config, split_fitting
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .draw_classes import OPPOSITES, Task
 from .fit_probes import LinearProbe, Training, probe_every_class

@@ -21,7 +21,7 @@ from ....cache_schema.numbers_in_words import counted
 from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.evaluation_data_sets import commits_of, library_revision
 from ...context.prompt_positions import Reader
-from ...context.usable_saes import attention_of, official_config, split_fitting
+from ...context.saes_usable_on_text import attention_of, official_config, split_fitting
 from ...errors import SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .prompts_and_pairs import (

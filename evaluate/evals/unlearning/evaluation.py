@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ....cache_schema.numbers_in_words import counted
 from ....cache_schema.strict_json import to_json
 from ...context.evaluation_data_sets import Revision, commits_of, library_revision
-from ...context.usable_saes import attention_of, model_name_of, split_fitting
+from ...context.saes_usable_on_text import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam

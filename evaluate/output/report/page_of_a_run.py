@@ -19,7 +19,7 @@ from ....train.disk.atomic_files import replace_file
 from ....train.run.run_folder import RunFolder, without_password
 from ..figures.records import Record, script_json, web_file
 from .markup import Html, element, image, joined, text
-from .numbers_and_curves import course_of, numbers_table, training_data
+from .table_and_curves import course_of, numbers_table, training_data
 
 BROWSER = "browser/index.html"
 LIVE = "live.js"

@@ -16,7 +16,7 @@ from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.evaluate.output.figures.records import read_documents
-from saemill.train.disk.sae_folder import NORM_BOUNDS
+from saemill.train.disk.sae_lens_folder import NORM_BOUNDS
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 

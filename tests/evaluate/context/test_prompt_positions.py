@@ -10,7 +10,7 @@ import torch
 from saemill.evaluate.context import prompt_positions
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reader, Spot
-from saemill.evaluate.context.usable_saes import split_fitting
+from saemill.evaluate.context.saes_usable_on_text import split_fitting
 from saemill.evaluate.errors import NotApplicable, WidthMismatch
 
 SPOTS = [Spot((2, 9, 4, 7), -1), Spot((2, 5), -1), Spot((2, 8, 8, 6, 3, 11), -4)]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from saemill.evaluate import evals
 from saemill.evaluate.context.write_and_read_results import heading
 from saemill.evaluate.output.figures.records import Record, read_records
-from saemill.evaluate.output.report import numbers_and_curves
+from saemill.evaluate.output.report import table_and_curves
 from saemill.evaluate.output.report.markup import Html, element, text
-from saemill.evaluate.output.report.numbers_and_curves import training_data
 from saemill.evaluate.output.report.page_of_a_run import page, write_live_page, write_page
+from saemill.evaluate.output.report.table_and_curves import training_data
 from saemill.train.run.run_folder import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"
@@ -333,7 +333,7 @@ def test_an_evaluation_without_a_column_of_its_own_has_those_of_its_summary():
     """One that somebody adds is on the page at once; one that is not installed here is left in its file."""
     for name in evals.names():
         summary = evals.load(name).summary
-        columns = numbers_and_curves.summary_columns([Record("a", "run", "a", documents={name: {}})])
+        columns = table_and_curves.summary_columns([Record("a", "run", "a", documents={name: {}})])
         assert len({column.heading for column in columns}) == len(columns)  # of contrast two are a mean
         for metric in summary:
             group, last = metric.rsplit(".", 1)
@@ -343,7 +343,7 @@ def test_an_evaluation_without_a_column_of_its_own_has_those_of_its_summary():
                 place = place.setdefault(part, {})
             place[last] = 0.4321
             words = read(page("run", [Record("a", "run", "a", documents={name: document, "gone": document})], {})).words
-            if name not in {column.evaluation for column in numbers_and_curves.COLUMNS}:
+            if name not in {column.evaluation for column in table_and_curves.COLUMNS}:
                 assert "0.4321" in words and heading(metric, summary) in words
 
 

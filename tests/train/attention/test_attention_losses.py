@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.parallel.sums_over_processes import share_batch
-from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing
+from saemill.train.sae.attention.attention_encoder import MIXING, TEMPERATURE, Attention, Mixing
 from saemill.train.sae.gates import JumpRelu, Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.side_inputs import Side

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from saemill.cache_schema.strict_json import from_json, to_json
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import read_sae, save_sae
+from saemill.train.disk.sae_lens_folder import read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
+from saemill.train.sae.attention.attention_encoder import AttendedSae, Attention, Mixing
 from saemill.train.sae.attention.attention_links import LinkKind
-from saemill.train.sae.attention.reading import AttendedSae, Attention, Mixing
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
@@ -154,7 +154,7 @@ def test_disk_and_back(battery, tmp_path):
     trainee, _ = battery.train(config, 3)
     assembly = trainee.assembly
     stats = dataclasses.replace(assembly.input_stats, scale=torch.full((battery.D,), 0.5))
-    knobs = assembly.knobs_at(battery.STEPS)
+    knobs = assembly.knobs_at(battery.STEPS, battery.STEPS)
     save_sae(tmp_path, trainee.sae, stats, {"layers": [19]}, to_json(config), "hierarchical", None, knobs)
     loaded = read_sae(tmp_path, lambda variant, raw, d, _: from_json(config_type(variant), raw).build(d).sae)
     assert loaded.needs_side == ("attention", "row_of")

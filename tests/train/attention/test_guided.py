@@ -15,7 +15,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
-from saemill.train.sae.attention.reading import mixing_of
+from saemill.train.sae.attention.attention_encoder import mixing_of
 
 BASES = ["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "p_anneal"]
 GUIDED = ["attention", "hierarchical"]

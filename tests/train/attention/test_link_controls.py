@@ -9,8 +9,8 @@ import torch
 
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
-from saemill.train.parallel.sums_over_processes import ALONE
 from saemill.train.sae.attention.attention_links import links_of, nearest_links, same_token_links
+from saemill.train.sae.side_inputs import Side
 
 ROWS = 96
 
@@ -20,7 +20,7 @@ def read(battery):
     """The links of one batch, its side inputs, and A^l [L, B, T] of any links."""
     config = battery.quick("attention", base="topk", links="same_token")
     batch = battery.batches(config, 1, rows=ROWS)[0]
-    side = config.build(battery.D).side(batch.side, 0, 1, ALONE)
+    side = Side(batch.side, config.build(battery.D).knobs_at(0, 1))
     links = links_of(batch.side["attention"], config.attention_layers, batch.side["row_of"], ROWS)
 
     def dense(links):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from saemill.train.sae.attention.attention_encoder import Mixing, link_weights, mixture, weights_by_row
 from saemill.train.sae.attention.attention_links import links_of
-from saemill.train.sae.attention.reading import Mixing, link_weights, mixture, weights_by_row
 
 
 def test_weights_are_a_softmax_that_temperature_flattens():

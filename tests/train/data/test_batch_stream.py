@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from saemill.cache_schema import AttentionCsr, Store, to_float32
-from saemill.cache_schema.counts_and_summary import pair_share
 from saemill.cache_schema.stored_dtypes import SmallDtype, to_codes
+from saemill.cache_schema.token_counts_and_summary import pair_share
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.batch_stream import Feed, held_out
 from saemill.train.data.scaling import stats_from_moments

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.cache_schema.counts_and_summary import pair_share
+from saemill.cache_schema.token_counts_and_summary import pair_share
 from saemill.train.data.shuffle_order import ShuffleQuality, count_pairs
 
 

@@ -13,7 +13,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats
 from saemill.train.disk.formats import circuit_tracer
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.export import export_set, main
 from saemill.train.kit.variant_registry import config_type

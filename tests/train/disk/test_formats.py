@@ -19,12 +19,12 @@ from saemill.train import load_sae
 from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.hook_metadata import places_told
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
-from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
+from saemill.train.disk.sae_lens_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, RunNotWritten, SaeInvalid
 from saemill.train.export import _largest, _outputs, _require_alike, export, main
 from saemill.train.run.find_and_load_sae import list_saes
 from saemill.train.sae.shapes.masks import HardMask
-from saemill.train.sae.shapes.shaped import ShapedAutoencoder
+from saemill.train.sae.shapes.shaped_sae import ShapedAutoencoder
 
 D, F = 6, 20
 

@@ -45,7 +45,7 @@ def sae_train(tmp_path):
 @pytest.fixture
 def rewind(monkeypatch):
     """Makes a finished run of this process one that was killed after the last checkpoint but one."""
-    monkeypatch.setattr("saemill.train.run.results.keep_newest", lambda *_: None)
+    monkeypatch.setattr("saemill.train.run.validate_and_save_results.keep_newest", lambda *_: None)
 
     def back(run):
         newest, _ = list_checkpoints(run / "checkpoints")

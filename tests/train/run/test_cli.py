@@ -21,11 +21,11 @@ from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NothingToTrain, resume_command
 from saemill.train.run import after_run as onlooking
-from saemill.train.run import results, run_folder
+from saemill.train.run import run_folder, validate_and_save_results
 from saemill.train.run.checkpoints_and_signals import catch_signals
 from saemill.train.run.preflight import layer_stats
-from saemill.train.run.results import Outcome, SaeOutcome
 from saemill.train.run.run_folder import RunFolder, is_run
+from saemill.train.run.validate_and_save_results import Outcome, SaeOutcome
 from saemill.train.sae.kernels import dense_products
 
 TOPK = ["--variant", "topk"]
@@ -233,7 +233,7 @@ def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
 
 def test_what_a_run_holds_of_the_store_is_gone_when_held_out_text_is_read(big, sae_train, quick, monkeypatch):
     """Both together may be more than there is."""
-    blocks, block, validate = [], Loader.block, results.validate
+    blocks, block, validate = [], Loader.block, validate_and_save_results.validate
 
     def remembered(loader, plan):
         found = block(loader, plan)
@@ -246,7 +246,7 @@ def test_what_a_run_holds_of_the_store_is_gone_when_held_out_text_is_read(big, s
         return validate(*given)
 
     monkeypatch.setattr(Loader, "block", remembered)
-    monkeypatch.setattr(results, "validate", measured)
+    monkeypatch.setattr(validate_and_save_results, "validate", measured)
     sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
 
 

@@ -13,7 +13,7 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall
 from saemill.train.run import fits_in_memory, preflight
-from saemill.train.run.results import Tally
+from saemill.train.run.validate_and_save_results import Tally
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from saemill import Store
 from saemill.cache_schema import CorpusSpec, HookSpec, Manifest, ModelSpec, Site
 from saemill.evaluate.cli import main as sae_eval
 from saemill.train import load_sae
-from saemill.train.disk.sae_folder import is_of_one_place, read_config
+from saemill.train.disk.sae_lens_folder import is_of_one_place, read_config
 from saemill.train.errors import StateInvalid
 from saemill.train.export import main as sae_export
 from saemill.train.kit import variant_registry

@@ -18,7 +18,7 @@ from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.formats import WRITERS
 from saemill.train.disk.plain_form import begin_as, centred, plain_sae
-from saemill.train.disk.sae_folder import load_plain_sae, save_sae
+from saemill.train.disk.sae_lens_folder import load_plain_sae, save_sae
 from saemill.train.errors import ConfigInvalid, SaeInvalid
 from saemill.train.run.find_and_load_sae import read_folder
 from saemill.train.run.init_from_trained_sae import require_model, require_unchanged, source_of

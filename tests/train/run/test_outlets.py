@@ -15,8 +15,8 @@ from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import SOLO, choose_device, join
 from saemill.train.run.log_and_show_progress import Progress, Trackers, Watch, require_trackers
-from saemill.train.run.results import Tally
 from saemill.train.run.run_folder import MetricsLog
+from saemill.train.run.validate_and_save_results import Tally
 from saemill.train.train_runs import open_process
 
 NUMBERS = {"loss": 0.25, "l0": 31.7, "explained_variance": 0.81234, "dead_share": 0.015}

@@ -25,7 +25,7 @@ from huggingface_hub.cli.hf import app as hf
 from saemill.evaluate.evals.browser.browser_folder import write_data, write_page
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import RunMissing
 from saemill.train.export import main

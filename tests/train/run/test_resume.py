@@ -16,7 +16,7 @@ import torch
 
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
-from saemill.train.run import results
+from saemill.train.run import validate_and_save_results as ending
 from saemill.train.run.after_run import Onlookers
 from saemill.train.run.run_folder import MetricsLog
 
@@ -266,7 +266,7 @@ def test_a_disk_without_locks_is_told_of(big, sae_train, quick, tmp_path, rewind
 
 
 @pytest.mark.parametrize("is_removed", [True, False])
-@pytest.mark.parametrize("place, name", [(Fleet, "step"), (results, "validate"), (results, "_outcome")])
+@pytest.mark.parametrize("place, name", [(Fleet, "step"), (ending, "validate"), (ending, "_outcome")])
 def test_a_run_whose_folder_is_removed_or_replaced_writes_nothing_there(
     big, sae_train, quick, tmp_path, monkeypatch, place, name, is_removed
 ):

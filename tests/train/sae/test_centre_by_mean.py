@@ -9,7 +9,7 @@ import torch
 
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import CONFIG, read_sae, save_sae
+from saemill.train.disk.sae_lens_folder import CONFIG, read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import read_settings
 from saemill.train.run.find_and_load_sae import rebuild

@@ -10,7 +10,7 @@ from saemill.train.errors import ConfigInvalid
 from saemill.train.sae.gates import AbsTopK, BatchTopK, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.shapes.masks import FREE, HardMask, PositionGate, SoftMask, range_of, spread_over_ranges
 from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
-from saemill.train.sae.shapes.shaped import PreNorm, ShapedAutoencoder, orthogonal_rows
+from saemill.train.sae.shapes.shaped_sae import PreNorm, ShapedAutoencoder, orthogonal_rows
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.position import mass_by_range, retention

@@ -10,10 +10,10 @@ import torch
 
 from saemill.cache_schema.strict_json import to_json
 from saemill.train import load_sae
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.sae.shapes.shaped import ShapedAutoencoder
+from saemill.train.sae.shapes.shaped_sae import ShapedAutoencoder
 from saemill.train.sae.side_inputs import Side
 
 BASES = ("standard", "topk", "batchtopk", "jumprelu", "gated", "p_anneal")

@@ -14,7 +14,7 @@ from saemill.cache_schema.strict_json import StrictError, flatten, from_json, to
 from saemill.train.config.parse_settings import with_settings
 from saemill.train.config.run_config import Ask
 from saemill.train.data.scaling import joined_stats, unit_stats
-from saemill.train.disk.sae_folder import read_sae, save_sae
+from saemill.train.disk.sae_lens_folder import read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.engine.terms_and_constraints import Assembly
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid

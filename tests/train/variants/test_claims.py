@@ -11,7 +11,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.train import load_sae
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.variants import ortsae, treesae

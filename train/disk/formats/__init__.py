@@ -14,7 +14,7 @@ from pathlib import Path
 from ...data.scaling import unit_stats
 from ...errors import SaeInvalid, TrainError
 from ..plain_form import Metadata, PlainSae, in_raw_units, sae_from_plain
-from ..sae_folder import load_plain_sae, save_sae
+from ..sae_lens_folder import load_plain_sae, save_sae
 from . import dictionary_learning, gemma_scope, sparsify
 
 

@@ -20,7 +20,7 @@ from ...errors import SaeInvalid
 from ..atomic_files import read_json, write_json
 from ..hook_metadata import told_of
 from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write_tensors
-from ..sae_folder import read_tensors
+from ..sae_lens_folder import read_tensors
 
 # What torch raises for anything but plain tensors.
 REFUSED = (torch.serialization.pickle.UnpicklingError,)  # pyright: ignore[reportPrivateImportUsage]

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import SaeInvalid
 from ..atomic_files import read_json, write_json
 from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write_tensors
-from ..sae_folder import is_of_one_place, read_tensors
+from ..sae_lens_folder import is_of_one_place, read_tensors
 
 NORMED = re.compile(r"(gemma-?[23]|olmo-?2|\bpocket)(?![a-z0-9])", re.IGNORECASE)
 """Models with a norm after the MLP, by name: an SAE's metadata says no more about its model."""

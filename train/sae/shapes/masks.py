@@ -21,7 +21,7 @@ from ..kernels.codes import Codes
 from ..kernels.hardware import numbers
 from ..kernels.sparse_products_with_gradients import affine, rows_of
 from ..side_inputs import Side
-from .shaped import Shape
+from .shaped_sae import Shape
 
 FREE = -1  # the range of a latent without one
 MaskKind = Literal["none", "hard", "soft", "static_slicing"]

@@ -17,7 +17,7 @@ from ..kernels.sparse_products_with_gradients import rows_of
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from .masks import range_of
-from .shaped import Shape
+from .shaped_sae import Shape
 
 ADAPTER = "adapter_coefficient"
 

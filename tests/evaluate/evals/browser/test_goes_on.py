@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 
 from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
-from saemill.evaluate.evals.browser import browser_folder, evaluation, firings, read_and_encode
+from saemill.evaluate.evals.browser import browser_folder, collect_firings, evaluation, read_and_encode
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.run.saes_to_evaluate import find_all
+from saemill.evaluate.run.find_saes_to_evaluate import find_all
 from saemill.train.run.init_from_trained_sae import source_of
 
 CONFIG = Config(windows=30, batch_windows=5, top=2, sample=3, low=1, promoted=4, together_tokens=120)
@@ -95,7 +95,7 @@ def bench(world, builder, open_context, monkeypatch):
     monkeypatch.setattr(read_and_encode, "SHARE", 0)
     monkeypatch.setattr(read_and_encode, "TEXT_TOKENS", 5 * builder.CONTEXT)
     monkeypatch.setattr(read_and_encode, "ATTENTION_TOKENS", 4 * builder.CONTEXT)
-    monkeypatch.setattr(firings, "WAITING", 40)
+    monkeypatch.setattr(collect_firings, "WAITING", 40)
     run = builder.run(world, "run_1", {"a": builder.make_sae(k=4, seed=1), "b": builder.make_sae(k=None, seed=2)})
     yield Bench(run, open_context, world, monkeypatch)
     torch.set_num_threads(threads)

@@ -29,15 +29,14 @@ from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import (
     browser_folder,
+    collect_firings,
     evaluation,
     exports,
-    firings,
     latents,
     read_and_encode,
 )
 from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked, write_data
-from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.evals.browser.firings import (
+from saemill.evaluate.evals.browser.collect_firings import (
     BINS,
     LOW,
     SAMPLE,
@@ -50,8 +49,9 @@ from saemill.evaluate.evals.browser.firings import (
     largest,
     lower_edges,
 )
-from saemill.evaluate.evals.browser.for_report import pattern
+from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS, Shown, most_alike
+from saemill.evaluate.evals.browser.latents_for_report import pattern
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.read_and_encode import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
@@ -60,7 +60,7 @@ from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.model.unembedding_head import head_of, load_head
 from saemill.evaluate.output.figures.records import Record
-from saemill.evaluate.run.saes_to_evaluate import find_all
+from saemill.evaluate.run.find_saes_to_evaluate import find_all
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
@@ -355,7 +355,7 @@ def seen_of(dense: np.ndarray, ordinary: np.ndarray, context: int = 16) -> Seen:
 
 def test_what_goes_on_samples_as_many_tokens_as_what_was_never_stopped(monkeypatch):
     """Where massive rows are left out of the sample."""
-    monkeypatch.setattr(firings, "SAMPLE_ENTRIES", 150)
+    monkeypatch.setattr(collect_firings, "SAMPLE_ENTRIES", 150)
     dense, ordinary = np.ones((16, 12), np.float32), np.arange(16) < 8  # 192 that fire, 96 of them kept
     whole, stopped = seen_of(dense, ordinary), Seen(12, 16, FEW)
     stopped.restore(whole.state())
@@ -450,7 +450,7 @@ def test_a_sample_is_even():
 
 
 def test_memory_grows_with_the_latents_and_not_with_the_text(monkeypatch):
-    monkeypatch.setattr(firings, "WAITING", 1 << 12)
+    monkeypatch.setattr(collect_firings, "WAITING", 1 << 12)
     seen, tokens = Seen(64, 16, Config(top=3, sample=4, low=2)), np.arange(256)
     position = (tokens % 16).astype(np.uint16)
     generator, peaks = torch.Generator().manual_seed(0), []

@@ -18,12 +18,12 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.evals.browser import browser_folder, evaluation
 from saemill.evaluate.evals.browser.browser_folder import write_data, write_page
+from saemill.evaluate.evals.browser.collect_firings import lower_edges
 from saemill.evaluate.evals.browser.config import Config
-from saemill.evaluate.evals.browser.firings import lower_edges
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
-from saemill.evaluate.run.saes_to_evaluate import find_all
+from saemill.evaluate.run.find_saes_to_evaluate import find_all
 from saemill.train.run.init_from_trained_sae import source_of
 
 SCRIPT = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"

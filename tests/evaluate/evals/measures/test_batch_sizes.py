@@ -11,9 +11,9 @@ from saemill.evaluate.evals import attention, temporal, tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core import sparsity_and_variance
 from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.run.saes_to_evaluate import make_subject
+from saemill.evaluate.run.find_saes_to_evaluate import make_subject
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.variants import attention as reading
 
 

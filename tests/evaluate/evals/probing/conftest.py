@@ -15,7 +15,7 @@ import torch
 from scipy.sparse import csc_matrix, vstack
 from torch import Tensor
 
-from saemill.evaluate.context.loaded_sae import LoadedSae, Sizes
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.evals.probing.draw_classes import Task
 from saemill.evaluate.evals.probing.pooled_features import Features, Pool, make_pool, read_piece, spans_of
 from saemill.evaluate.model.batches import Windows
@@ -80,8 +80,8 @@ def make_task(name: str, parts: dict[str, dict[str, np.ndarray]]) -> Made:
 
 
 def make_subject(sae: SparseAutoencoder, label: str = "sae") -> LoadedSae:
-    here = Path()
-    return LoadedSae(label, here, here, None, "standard", lambda: sae, Sizes.of(sae), {}, (LAYER,), (LAYER,))
+    here, sizes = Path(), (sae.d_in, sae.num_latents, 0)
+    return LoadedSae(label, here, here, None, "standard", lambda: sae, *sizes, {}, (LAYER,), (LAYER,))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from saemill.train.data import device_copies
 from saemill.train.data.batch import Batch
-from saemill.train.engine import replay, step
+from saemill.train.engine import cuda_graph_replay, step
 from saemill.train.engine.adam import Optim
 from saemill.train.engine.schedules import Constant
 from saemill.train.engine.step import Trainee
@@ -93,7 +93,7 @@ class TapedMemory:
 def taped(monkeypatch):
     """Steps of CPU tensors are looked at late and recorded on a tape."""
     monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
-    monkeypatch.setattr(replay, "memory_of", lambda device: TapedMemory())
+    monkeypatch.setattr(cuda_graph_replay, "memory_of", lambda device: TapedMemory())
     monkeypatch.setattr(device_copies, "is_recording", lambda: TapedMemory.is_on)
     monkeypatch.setattr(step, "is_recording", lambda: TapedMemory.is_on)
     monkeypatch.setattr(step, "LOOK_EVERY", 8)
@@ -173,7 +173,7 @@ def test_a_recording_that_could_not_begin_changes_nothing(taped, monkeypatch, er
     def memory_of(device: torch.device) -> Any:
         raise error("no room")
 
-    monkeypatch.setattr(replay, "memory_of", memory_of)
+    monkeypatch.setattr(cuda_graph_replay, "memory_of", memory_of)
     ours, plain = make_pair("ortsae", k=4, every_steps=1)
     with pytest.warns(UserWarning, match="ortsae: its steps are not recorded, which is slower: no room"):
         assert train_alike(ours, plain, batches(6)) == 0
@@ -219,13 +219,13 @@ class FullMemory:
 
 
 def test_memory_for_recordings_is_renewed(monkeypatch):
-    monkeypatch.setattr(replay, "Memory", FullMemory)
+    monkeypatch.setattr(cuda_graph_replay, "Memory", FullMemory)
     device = torch.device("cpu")
-    first = replay.memory_of(device)
-    assert replay.memory_of(device) is first
+    first = cuda_graph_replay.memory_of(device)
+    assert cuda_graph_replay.memory_of(device) is first
     first.is_used_up = True
-    second = replay.memory_of(device)
-    assert second is not first and replay.memory_of(device) is second
+    second = cuda_graph_replay.memory_of(device)
+    assert second is not first and cuda_graph_replay.memory_of(device) is second
 
 
 def test_weights_that_were_written_to_from_outside_are_not_replayed_over(taped):
@@ -266,18 +266,18 @@ def test_a_recording_that_hardly_serves_is_made_less_often(monkeypatch):
 
     def record(batch: Batch, work: Any, memory: Any) -> Any:
         made.append(1)
-        return replay.Recording(lambda: None, (batch.x.clone(),), ("loss",), torch.zeros(1))
+        return cuda_graph_replay.Recording(lambda: None, (batch.x.clone(),), ("loss",), torch.zeros(1))
 
-    monkeypatch.setattr(replay, "record", record)
-    monkeypatch.setattr(replay, "memory_of", lambda device: TapedMemory())
-    replays = replay.Replays("topk", True, lambda: None)
+    monkeypatch.setattr(cuda_graph_replay, "record", record)
+    monkeypatch.setattr(cuda_graph_replay, "memory_of", lambda device: TapedMemory())
+    replays = cuda_graph_replay.Replays("topk", True, lambda: None)
     batch, work = batches(1)[0], lambda batch: {"loss": batch.x.sum()}
     for index in range(80):
         replays.take(batch, index // 4, work)
-    assert len(made) == replay.KEPT
+    assert len(made) == cuda_graph_replay.KEPT
     replays.end()
     assert replays.take(batch, 0, work)["loss"] == batch.x.sum()
-    assert len(made) == replay.KEPT
+    assert len(made) == cuda_graph_replay.KEPT
 
 
 @pytest.mark.gpu

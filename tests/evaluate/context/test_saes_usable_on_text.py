@@ -11,7 +11,7 @@ from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reader, Spot
-from saemill.evaluate.context.usable_saes import attention_of, split_fitting
+from saemill.evaluate.context.saes_usable_on_text import attention_of, split_fitting
 from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.probing.draw_classes import Task
 from saemill.evaluate.evals.probing.pooled_features import pool_task

@@ -13,7 +13,7 @@ import numpy as np
 
 from .disk_and_cloud_files import LocalFiles, open_files, require_folder
 from .errors import ImportInvalid, StoreBusy
-from .import_sources import Source
+from .formats_to_import import Source
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_activations import KEEP
 from .moments import is_special, measure

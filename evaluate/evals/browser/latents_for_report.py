@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..measures.token_text import Vocabulary
-from .firings import TOP, Firings, Seen
+from .collect_firings import TOP, Firings, Seen
 
 LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5
 BEFORE, AFTER = 16, 8  # tokens of a context

@@ -21,12 +21,12 @@ from ...train.config.recipe import runs_of, studies
 from ...train.disk.atomic_files import read_json
 from ...train.disk.hook_metadata import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
-from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, metadata_of, read_config, read_shapes
+from ...train.disk.sae_lens_folder import CONFIG, WEIGHTS, as_said_since_6, metadata_of, read_config, read_shapes
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
 from ...train.run.find_and_load_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.run_folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
 from ...train.sae.model import SparseAutoencoder
-from ..context.loaded_sae import LoadedSae, Sizes
+from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 
 STORES = ("./store", "./demo/store")
@@ -103,9 +103,9 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
 
     def read() -> SparseAutoencoder:
         sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
-        if sizes and (sae.d_in, sae.num_latents) != (sizes.d_in, sizes.width):
+        if sizes and (sae.d_in, sae.num_latents) != sizes[:2]:
             raise SaeInvalid(
-                f"{folder}: expected {sizes.d_in} inputs and {sizes.width} latents, as its files told, found "
+                f"{folder}: expected {sizes[0]} inputs and {sizes[1]} latents, as its files told, found "
                 f"{sae.d_in} and {sae.num_latents}: it has changed since it was found, so evaluate it again"
             )
         return sae
@@ -114,7 +114,9 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
     sizes, metadata = _sizes_told(folder, config), metadata_of(config)
     if sizes is None:  # a folder of another tool, whose settings may be anywhere
         sae = read()
-        sizes, metadata = Sizes.of(sae), {**sae.metadata, **metadata}
+        tables = (*sae.parameters(), *sae.buffers())
+        sizes = sae.d_in, sae.num_latents, sum(table.numel() * table.element_size() for table in tables)
+        metadata = {**sae.metadata, **metadata}
     told = _told_of(metadata, folder, layer)
     if (told.hook, told.target_hook) != (RESID, RESID):
         metadata |= {"hook": told.hook, "target_hook": told.target_hook}
@@ -126,7 +128,9 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         run=run.name if run else None,
         variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
         read=read,
-        sizes=sizes,
+        d_in=sizes[0],
+        width=sizes[1],
+        num_bytes=sizes[2],
         config={**config, "metadata": metadata},
         layers=told.layers,
         target_layers=told.target_layers,
@@ -141,15 +145,16 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return as_said_since_6(config, folder) if config and (folder / WEIGHTS).is_file() else config
 
 
-def _sizes_told(folder: Path, config: Mapping[str, Any]) -> Sizes | None:
-    """The sizes that a folder in SAELens' layout tells; a signed SAE is evaluated with each latent twice."""
+def _sizes_told(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Inputs, latents and bytes in memory, where a folder in SAELens' layout tells them before its weights are read; a
+    signed SAE is evaluated with each latent twice."""
     if not config or not (folder / WEIGHTS).is_file():
         return None
     shapes = read_shapes(folder / WEIGHTS)
     match shapes.get("W_enc", (config.get("d_in"), config.get("d_sae"))):
         case (int(d_in), int(width)):
             is_signed = "abstopk" in (config.get("gate"), config.get("architecture"))
-            return Sizes(d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed))
+            return d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed)
         case _:
             return None
 

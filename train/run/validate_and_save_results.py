@@ -22,13 +22,13 @@ from ..config.run_config import Member
 from ..data.batch_stream import held_out
 from ..data.drawn_rows import Draw
 from ..data.scaling import bounds_of
-from ..disk.sae_folder import NORM_BOUNDS, save_sae
+from ..disk.sae_lens_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest, path_of
 from ..engine.fleet_of_saes import Fleet, say_all_diverged, say_diverged
 from ..errors import TrainingDiverged
 from ..parallel.processes import all_or_none
-from ..parallel.sums_over_processes import ALONE
 from ..sae.kernels.dense_products import product_on
+from ..sae.side_inputs import Side
 from .preflight import held_out_rows
 from .run_folder import name_failure
 from .start_or_resume import Run
@@ -190,7 +190,7 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
     for draw in draws:
         for label, trainee in fleet.training.items():
             batch = draw.batch(fleet.needs[label])
-            side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, ALONE)
+            side = Side(batch.side, trainee.assembly.knobs_at(trainee.total_steps, trainee.total_steps))
             acts = trainee.sae.encode(batch.x, side)
             active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
             x_hat = trainee.sae.skip(batch.x, trainee.sae.decode(acts))
@@ -221,7 +221,7 @@ def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
                 to_json(member.config),
                 member.variant,
                 trainee.assembly.target_stats,
-                trainee.assembly.knobs_at(run.total_steps),
+                trainee.assembly.knobs_at(run.total_steps, run.total_steps),
             )
         told[member.label] = to_json(outcome)
     return told

@@ -14,7 +14,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats, unit_stats
 from saemill.train.disk.plain_form import begin_as
-from saemill.train.disk.sae_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load_plain_sae, read_sae, save_sae
+from saemill.train.disk.sae_lens_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load_plain_sae, read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.kit.variant_registry import names
@@ -63,7 +63,7 @@ def save(folder: Path, variant: str, battery):
         to_json(config),
         variant,
         assembly.target_stats,
-        assembly.knobs_at(10),
+        assembly.knobs_at(10, 10),
     )
     return sae, assembly
 
