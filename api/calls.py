@@ -11,7 +11,7 @@ from typing import Any
 from ..cache_schema.cli import open_console
 from ..cache_schema.errors import StoreUnfinished
 from ..cache_schema.launcher_environment import count_processes
-from ..evaluate.output.draw_plots import draw
+from ..evaluate.output.pictures import draw
 from ..evaluate.run.command import measure
 from ..harvest.cli import make_config
 from ..harvest.progress import Watch

@@ -35,7 +35,7 @@ from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, Widt
 from ..evals.browser.browser_folder import LATENT_BYTES
 from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import room_for_weights, within
-from ..output.draw_plots import draw
+from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
 from .find_saes_to_evaluate import Problem, find_all
 from .offer_training import offer_training

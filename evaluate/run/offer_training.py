@@ -23,7 +23,7 @@ from ...train.run.fill_config_from_store import settle
 from ...train.run.run_folder import run_names
 from ...train.train_runs import open_process, start
 from ..errors import EvalError, TargetUnknown
-from ..output.draw_plots import after_run
+from ..output.pictures import after_run
 from .console_table import make_console
 from .find_saes_to_evaluate import FIRST, command_to_train, find_places, known_store, studies_with
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -435,11 +436,12 @@ def test_other_settings_on_one_path_are_refused_with_their_differences(synthetic
 def test_a_refused_create_leaves_nothing_open(synthetic, tmp_path):
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(tmp_path, manifest)
+    gc.collect()  # of tests before
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(StoreMismatch):
             StoreWriter.create(tmp_path, dataclasses.replace(manifest, codec="lz4"), corpus.tokens, corpus.documents)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_exactly_one_of_two_writers_gets_a_shard(synthetic, tmp_path):

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import threading
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -317,14 +316,15 @@ def test_who_waits_for_tokens_ends_soon_where_nobody_is_about_them(make_config: 
     assert folder.exists() == is_held
 
 
-def test_a_look_at_the_lock_does_not_hold_up_who_tokenises(tmp_path):
+def test_a_look_at_the_lock_does_not_hold_up_who_tokenises(tmp_path, monkeypatch):
     with create_or_resume_store.lock_spool(tmp_path):
         pass
     fd = os.open(tmp_path / "lock", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)
-    threading.Timer(0.02, os.close, [fd]).start()
+    waits = []
+    monkeypatch.setattr(create_or_resume_store.time, "sleep", lambda _: waits.append(os.close(fd)))
     with create_or_resume_store.lock_spool(tmp_path):
-        pass
+        assert len(waits) == 1
 
 
 def test_a_download_for_all_is_seen_by_those_who_wait(make_config: Make, model_folder, monkeypatch):

@@ -50,11 +50,21 @@ def straight(big, quick, tmp_path_factory):
     return out / "run"
 
 
+WAITING = """
+import time
+from saemill.train.cli import main
+from saemill.train.engine.fleet_of_saes import Fleet
+step = Fleet.step
+Fleet.step = lambda fleet, draw: step(fleet, draw) if fleet.steps_taken < 80 else time.sleep(600)
+main()
+"""
+
+
 @pytest.fixture(scope="module")
 def killed(big, spawn_in, quick, tmp_path_factory):
     """A run with two checkpoints that was killed without warning, at a random step."""
     out = tmp_path_factory.mktemp("killed")
-    process = spawn_in(out, *COURSE, *quick, "--cache", big["path"], "--name", "run")
+    process = spawn_in(out, *COURSE, *quick, "--cache", big["path"], "--name", "run", code=WAITING)
     wait_for_step(out / "run", random.randrange(30, 70), process)
     process.kill()
     process.wait()
@@ -114,12 +124,12 @@ def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, num
 
 
 TALKING = """
-import os, signal
+import os, signal, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 os.open(os.ttyname(1), os.O_RDWR) if os.isatty(1) else None  # the terminal of this session
 from saemill.train.cli import main
 from saemill.train.engine.fleet_of_saes import Fleet
-Fleet.take_news = lambda self: ["news"]  # a line in every step
+Fleet.take_news = lambda self: time.sleep(0.02) or ["news"]  # a line in every step, of which there are 200
 main()
 """
 

@@ -112,7 +112,7 @@ def site(world, new_builder):
 
 def wait(page, expression):
     """Until it is true. Playwright's own way evaluates a string inside the page, which the page's policy forbids."""
-    for _ in range(200):
+    for _ in range(1200):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(25)

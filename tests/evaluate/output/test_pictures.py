@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from saemill.evaluate.cli import main
 from saemill.evaluate.output import plots
-from saemill.evaluate.output.draw_plots import joint_name
+from saemill.evaluate.output.pictures import joint_name
 
 QUICK = ("--evals", "temporal", "--set", "temporal.windows=4", "--device", "cpu")
 
