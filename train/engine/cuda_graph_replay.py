@@ -168,10 +168,10 @@ class Memory:
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 told = work()
+                graph.capture_end()
             except BaseException:
                 self._end(graph)
                 raise
-            graph.capture_end()
         here.wait_stream(self._stream)
         self._made += 1
         return graph.replay, told

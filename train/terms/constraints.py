@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.device_copies import refuse_recording
 from ..engine.terms_and_constraints import Constraint
 from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
@@ -131,6 +132,7 @@ class GradientNoise(Constraint):
         """A GPU draws its own from a seed of the SAE's generator: copying a table there would make the host wait."""
         if reads_at_once(parameter):
             return torch.randn(parameter.shape, generator=self.generator).to(parameter)
+        refuse_recording("it draws a seed on the host")
         seed = int(torch.randint(2**62, (), generator=self.generator))
         own = torch.Generator(parameter.device).manual_seed(seed)
         return torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)

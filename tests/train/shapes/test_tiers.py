@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saemill.train.data import device_copies
 from saemill.train.engine.step import Trainee
 from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
+from saemill.train.sae.kernels import hardware
 from saemill.train.terms.constraints import GradientNoise, TierGradients
 from saemill.train.terms.move_idle_latents import Moves, Structure, changes, reallocated, weighted_loss
 from saemill.train.terms.tiers import (
@@ -267,6 +269,15 @@ def test_noise_is_in_proportion_to_the_gradient(sae, rng, shaping):
     GradientNoise(0.5, rng).before_step(sae)
     assert float((sae.W_dec.grad - 3.0).std()) == pytest.approx(1.5, rel=0.2)
     assert not sae.b_dec.grad.any()
+
+
+def test_noise_is_drawn_anew_in_every_step_so_its_step_is_not_recorded(sae, rng, monkeypatch):
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+    monkeypatch.setattr(device_copies, "is_recording", lambda: True)
+    sae.W_dec.grad, before = torch.full_like(sae.W_dec, 3.0), rng.get_state()
+    with pytest.raises(device_copies.NotRecordable):
+        GradientNoise(0.5, rng).before_step(sae)
+    assert torch.equal(rng.get_state(), before)
 
 
 def test_a_tier_that_is_still_off_takes_no_latents_and_none_of_the_auxiliary_loss(battery):
