@@ -59,11 +59,11 @@ QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 def sae_eval(builder):
     """Run the command without pictures: `sae_eval("run_1")` gives its output; `code` is the exit status to expect."""
 
-    def call(*words, code=0, options=QUICK):
+    def call(*words, code=0, options=QUICK, is_stdout=False):
         words = ["--runs", builder.root / "runs", "--device", "cpu", "--no-plots", *options, *words]
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == code, result.output + repr(result.exception)
-        return result.output
+        return result.stdout if is_stdout else result.output
 
     return call
 
@@ -163,10 +163,19 @@ def test_saes_of_a_run_that_are_not_there_are_told(run_1, sae_eval):
     (run_1 / "config.json").write_text(json.dumps(config))
     result = json.loads((run_1 / "result.json").read_text())
     (run_1 / "result.json").write_text(json.dumps(result | {"diverged": {"wild": "diverged at step 3"}}))
-    said = " ".join(sae_eval("run_1").split())
-    assert "not evaluated: gone of run_1: its folder is gone" in said
-    assert "not evaluated: wild of run_1: diverged at step 3" in said
-    assert "not evaluated" not in sae_eval("run_1/small")
+    gone, wild = "not evaluated: run_1/gone: its folder is gone", "not evaluated: run_1/wild: diverged at step 3"
+    quick = {"evals": "decoder_cosine", "device": "cpu", "plots": False}
+    said = " ".join(sae_eval("run_1", "--evals", "decoder_cosine", code=3, options=[]).split())
+    assert [said.count(one) for one in (gone, wild)] == [2, 2]  # above the table and below it
+    found = json.loads(sae_eval("run_1", "--evals", "decoder_cosine", "--json", code=3, options=[], is_stdout=True))
+    assert found["problems"] == [gone] and found["diverged"] == {"run_1/wild": "diverged at step 3"}
+    table = evaluate(run_1, **quick)
+    assert {gone, wild} <= set(table.notes) and gone in repr(table) and wild in table._repr_html_()
+    assert "not evaluated" not in sae_eval("run_1/small", "--evals", "decoder_cosine", options=[])
+    del config["saes"]["gone"]  # what diverged is no failure of the evaluation
+    (run_1 / "config.json").write_text(json.dumps(config))
+    found = json.loads(sae_eval("run_1", "--evals", "decoder_cosine", "--json", options=[], is_stdout=True))
+    assert found["problems"] == [] and "run_1/wild" in found["diverged"]
 
 
 def test_a_damaged_record_of_one_run_costs_the_others_nothing(run_1, world, builder, sae_eval):
