@@ -164,6 +164,21 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def tell_no_number(result: Result, summary: Sequence[str]) -> str | None:
+    """Which metrics of a summary were measured and gave no number, as a mean over nothing does."""
+    empty = [metric for metric in summary if _is_empty(result.metrics, metric) or _is_empty(result.extra, metric)]
+    names = ", ".join(short_name(metric, summary) for metric in empty)
+    return f"no number for {names}: nothing to divide by" if empty else None
+
+
+def _is_empty(place: Mapping[str, Any], path: str) -> bool:
+    """Whether there is something at a dotted path, and it is no number."""
+    group, _, name = path.rpartition(".")
+    entries = _at(place, group)
+    value = entries.get(name, 0) if isinstance(entries, Mapping) else 0
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def _at(place: Any, path: str) -> Any:
     """The value at a dotted path, or None."""
     for part in path.split("."):

@@ -41,6 +41,7 @@ from ..context.write_and_read_results import (
     result_path,
     settings_in,
     standing_result,
+    tell_no_number,
     write_result,
 )
 from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultInvalid, SaeGone
@@ -204,7 +205,8 @@ class _Attempts:
             if isinstance(item.error, NotRun):
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
-        item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
+        told = item.remark or (None if item.missing else tell_no_number(item, self._evaluation.summary))
+        item = replace(item, remark="; ".join(filter(None, (told, self._remark_of_store()))) or None)
         other = self._other_store(item.subject)
         item = replace(item, measured_on="; ".join(filter(None, (item.measured_on, other))) or None)
         before = None

@@ -831,6 +831,24 @@ def second_eval(monkeypatch):
     return second
 
 
+def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second_eval):
+    """A dash in the table, and done, was all; what an evaluation says itself is not added to."""
+    second_eval.summary = ("group.value", "group.share", "own.rate")
+    remarks = {"large": None, "small": "it has one latent"}
+
+    def evaluate(context, subjects, config):
+        for one in subjects:
+            metrics = {"group": {"value": math.nan, "share": 0.5}}
+            yield core.Result(one, {}, metrics, extra={"own": {"rate": None}}, remark=remarks[one.label])
+
+    second_eval.evaluate = evaluate
+    said = sae_eval("run_1", "--evals", "second", options=[])
+    assert "done: second of run_1/large: no number for value, rate: nothing to divide by" in said
+    assert "done: second of run_1/small: it has one latent\n" in said
+    found = results(run_1, "second")["large_eval_results.json"]
+    assert found["saemill"]["remark"].startswith("no number") and found["eval_result_metrics"]["group"]["value"] == -1
+
+
 @dataclass(frozen=True)
 class Remembering:
     """Settings of an evaluation that keeps what it found out in a folder of the machine, as ravel and unlearning do."""
