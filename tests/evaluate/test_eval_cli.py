@@ -1136,6 +1136,28 @@ def test_a_result_of_another_layer_is_no_result(told, make_world, sae_eval, way)
     assert found[2] not in results(words[0]).values()
 
 
+def test_a_result_of_another_layer_or_of_other_weights_is_kept_beside_the_new_one(told, sae_eval):
+    """Its settings are the same."""
+    folder = told(hook_name="")
+
+    def measure(layer):
+        said = sae_eval(folder, "--layer", layer, "--evals", "decoder_cosine", options=[])
+        return " ".join(said.split()), *results(folder, "decoder_cosine").values()
+
+    (_, first), (said, second) = measure(5), measure(6)
+    place = folder / "evals/decoder_cosine/topk_eval_results"
+    assert "done. Its result of layer 5 (blocks.5.hook_resid_post, resid) is now" in said
+    (aside,) = place.parent.glob(f"{place.name}.*.json")
+    assert json.loads(aside.read_text()) == first
+    said, third = measure(6)
+    assert "Its result" not in said
+    with (folder / "cfg.json").open("a") as file:
+        file.write("\n")
+    assert "done. Its result of other weights is now" in measure(6)[0]
+    asides = [json.loads(one.read_text()) for one in place.parent.glob(f"{place.name}.*.json")]
+    assert len(asides) == 2 and first in asides and third in asides and second != third
+
+
 def test_rows_of_other_lengths_are_evaluated_as_unit_rows(builder):
     sae = builder.make_sae(k=None)
     plain = make_subject(builder.save(builder.root / "plain", sae), None)
