@@ -70,10 +70,10 @@ def evaluate(*targets: Any, **words: Any) -> Table:
     the table.
     """
     read = words_of("evaluate", targets, words)
-    rows, _ = measure(read, _refuse)
+    rows, _, absent = measure(read, _refuse)
     if read["plots"]:
         draw(rows, read["compare"], Watch().say)
-    return Table(rows)
+    return Table(rows, absent)
 
 
 def _refuse(problem: Exception) -> None:

@@ -11,23 +11,25 @@ from rich.console import Console
 
 from ..evaluate.context.write_and_read_results import REACH, Row, heading
 from ..evaluate.run.console_table import PIPE_WIDTH, document_of, measured_on, print_results, shown_names
+from ..evaluate.run.find_saes_to_evaluate import Absent
 from . import notebook_html
 
 
 class Table:
     """What `sae-eval` prints. `pandas.DataFrame(table.rows)` is a frame."""
 
-    def __init__(self, results: Sequence[Row]) -> None:
+    def __init__(self, results: Sequence[Row], absent: Sequence[Absent] = ()) -> None:
         text = io.StringIO()
         console = Console(file=text, width=PIPE_WIDTH, markup=False, highlight=False, soft_wrap=True)
-        print_results(console, results)
+        print_results(console, results, absent)
         self._text = text.getvalue().rstrip()  # now: rows hold the weights of their SAEs
         good = [row for row in results if row.document is not None]
         self.results = [row.document for row in good]
         """Everything that was measured, as it is on disk, but for `eval_result_details`."""
         lines = measured_on(good, shown_names(row.subject for row in results))
         self._measured_on = [line for line in lines if not line.startswith(REACH)]  # no cell shows it
-        self._attempts = document_of(results, [])["results"]
+        self._attempts = document_of(results, [], [])["results"]
+        self._absent = [str(one) for one in absent]
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ class Table:
             f"{a['status']}: {a['evaluation']} of {a['sae']}: {a['reason']}" for a in self._attempts if a["reason"]
         ]
         warnings = [f"warning: {a['sae']} did not learn: {text}" for a in self._attempts for text in a["warnings"]]
-        return list(dict.fromkeys(missing + warnings))
+        return list(dict.fromkeys(missing + self._absent + warnings))
 
     def __repr__(self) -> str:
         return self._text

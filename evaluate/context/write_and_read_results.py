@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...cache_schema.sites import SAE_LENS_NAMES
+from ...cache_schema.sites import RESID, SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_lens_folder import SAELENS_VERSION
@@ -164,6 +164,21 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def tell_no_number(result: Result, summary: Sequence[str]) -> str | None:
+    """Which metrics of a summary were measured and gave no number, as a mean over nothing does."""
+    empty = [metric for metric in summary if _is_empty(result.metrics, metric) or _is_empty(result.extra, metric)]
+    names = ", ".join(short_name(metric, summary) for metric in empty)
+    return f"no number for {names}: nothing to divide by" if empty else None
+
+
+def _is_empty(place: Mapping[str, Any], path: str) -> bool:
+    """Whether there is something at a dotted path, and it is no number."""
+    group, _, name = path.rpartition(".")
+    entries = _at(place, group)
+    value = entries.get(name, 0) if isinstance(entries, Mapping) else 0
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def _at(place: Any, path: str) -> Any:
     """The value at a dotted path, or None."""
     for part in path.split("."):
@@ -216,13 +231,22 @@ def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str)
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it is still valid and of the layers and hooks that the SAE has now: an SAE that names none
-    has those it is given."""
+    """The result on disk, if it is of the weights, layers and hooks that the SAE has now."""
+    document, other = earlier_result(subject, eval_id)
+    return None if other else document
+
+
+def earlier_result(subject: LoadedSae, eval_id: str) -> tuple[dict[str, Any] | None, str]:
+    """The result on disk, and what it is of if not of the weights, layers and hooks that the SAE has now: an SAE that
+    names no place has the one it is given."""
     path = result_path(subject, eval_id)
     document = read_result(path) if path.is_file() else None
-    if document is None or not still_stands(document, path, subject.folder):
-        return None
-    return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
+    if document is None:
+        return None, ""
+    if not still_stands(document, path, subject.folder):
+        return document, "other weights"
+    layer, *_, name, hook, _ = found = places_in(document)
+    return document, "" if agree(found, _places_of(sae_config(subject))) else f"layer {layer} ({name}, {hook})"
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
@@ -286,13 +310,23 @@ def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any
     return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
 
 
-def _places_in(config: Any) -> list[Any]:
-    """Where an SAE reads and writes, by its configuration in a result."""
-    found = config if isinstance(config, Mapping) else {}
-    metadata = found.get("metadata")
+def places_in(document: Mapping[str, Any]) -> list[Any]:
+    """Where the SAE of a result reads and writes, as far as that says it; SAEBench's own count wherever the SAE is."""
+    config = document.get("sae_cfg_dict") if ours_in(document) else None
+    return _places_of(config if isinstance(config, Mapping) else {})
+
+
+def _places_of(config: Mapping[str, Any]) -> list[Any]:
+    metadata = config.get("metadata")
     told = metadata if isinstance(metadata, Mapping) else {}
-    names = ("layers", "target_layers", "hook", "target_hook")
-    return [found.get("hook_layer"), found.get("hook_name"), *(told.get(name) for name in names)]
+    hook = told.get("hook", RESID if config else None)  # the residual stream is not named there
+    layers = (config.get("hook_layer"), told.get("layers"), told.get("target_layers"))
+    return [*layers, config.get("hook_name"), hook, told.get("target_hook", hook)]
+
+
+def agree(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    """Whether both say the same wherever both say something: earlier results say less."""
+    return all(first == second for first, second in zip(one, other, strict=True) if None not in (first, second))
 
 
 def without_nan(value: Any, instead: Any) -> Any:

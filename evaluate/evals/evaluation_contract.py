@@ -14,7 +14,8 @@ There are four ways of having no number:
     Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
     Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
 A single number that does not exist, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
-metrics, details and `unstructured`, as SAEBench does (tables take -1 for no number), and as null in `extra`.
+metrics, details and `unstructured`, as SAEBench does (tables take -1 for no number), and as null in `extra`. If it is
+of the summary and the result says nothing, a remark is added that names it.
 
 Every result says what it was measured on (`measured_on`), in a short line: the split, tokens and windows of the store
 (`TextCount` of context/stored_windows.py counts them), the name and size of other data, or that it is of weights alone.

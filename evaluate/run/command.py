@@ -37,7 +37,7 @@ from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import room_for_weights, within
 from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
-from .find_saes_to_evaluate import Problem, find_all
+from .find_saes_to_evaluate import Absent, Problem, find_all
 from .offer_training import offer_training
 from .run_evals import Keep, kept_rows, run_evals
 
@@ -49,9 +49,11 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
     """Evaluate, print and draw; return the exit status: 0 all done, 1 something failed, 3 something was not run. A
     problem with one target does not stop the others."""
     with errors_told(complain):
-        rows, problems = measure(words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal())
+        rows, problems, absent = measure(
+            words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal()
+        )
         console = make_console(is_stderr=words["is_json"])
-        print_results(console, rows)
+        print_results(console, rows, absent)
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
         for problem in problems if rows else ():  # repeated: the first time was above the table
@@ -59,10 +61,11 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
         if not problems and (line := next_look(rows, words)):
             console.print(line)
         if words["is_json"]:
-            print_json(document_of(rows, problems))
+            print_json(document_of(rows, problems, absent))
         if problems or any(row.status == "failed" for row in rows):
             return FAILED
-        return 0 if all(row.is_good for row in rows) else NOT_RUN
+        is_whole = all(row.is_good for row in rows) and not any(one.is_lost for one in absent)
+        return 0 if is_whole else NOT_RUN
     return FAILED
 
 
@@ -103,7 +106,7 @@ def is_at_terminal() -> bool:
 
 def measure(
     words: Mapping[str, Any], refuse: Callable[[Problem], None], may_train: bool = False
-) -> tuple[list[Row], list[Problem]]:
+) -> tuple[list[Row], list[Problem], list[Absent]]:
     """Results of all targets that can be loaded, and the problems of the others. Each problem goes to `refuse` at once;
     if that raises, nothing is evaluated. With `may_train`, the user is asked whether to train a missing run."""
     if (launched := count_processes()) > 1:
@@ -115,16 +118,21 @@ def measure(
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
-    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"], Watch().say)
+    found: list[Absent] = []
+    runs, layer, cache = Path(words["runs"]), words["layer"], words["cache"]
+    subjects, problems = find_all(words["targets"], runs, layer, cache, found.append)
     for problem in problems:
         refuse(problem)
+    absent = list(dict.fromkeys(found))  # a run may be named twice
+    for one in absent:  # told again with the results
+        Watch().say(str(one))
     if words["compare"] and not words["cache"]:
         require_one_store(subjects)
     take_device(session.device)
     rows = session.run(subjects)
     if words["compare"]:
         require_comparable(rows)
-    return rows, problems
+    return rows, problems, absent
 
 
 def make_session(words: Mapping[str, Any]) -> Session:

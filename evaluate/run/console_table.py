@@ -24,6 +24,7 @@ from ..context.write_and_read_results import (
     settings_in,
 )
 from ..errors import Incomparable
+from .find_saes_to_evaluate import Absent
 
 MISSING = "-"
 PIPE_WIDTH = 160
@@ -46,7 +47,7 @@ def make_console(*, is_stderr: bool = False) -> Console:
     return console
 
 
-def print_results(console: Console, rows: Sequence[Row]) -> None:
+def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent] = ()) -> None:
     """Print the table, warnings about numbers that cannot be right, then everything that is not in it and why."""
     good = [row for row in rows if row.document is not None]
     names_of = shown_names(row.subject for row in rows)
@@ -63,6 +64,8 @@ def print_results(console: Console, rows: Sequence[Row]) -> None:
             concerned.setdefault((row.status, row.eval_id, row.reason), []).append(names_of[row.subject])
     for (status, eval_id, reason), names in concerned.items():
         console.print(f"{status}: {eval_id} of {', '.join(names)}: {reason}")
+    for one in absent:
+        console.print(str(one))
     for home in dict.fromkeys(row.subject.home for row in good):
         console.print(f"results: {home / 'evals'}")
 
@@ -74,9 +77,10 @@ def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
     return {one: one.name if times[one.name] == 1 else f"{one.name} ({one.folder})" for one in each}
 
 
-def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str, Any]:
+def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequence[Absent]) -> dict[str, Any]:
     """The same for scripts: the metrics of each evaluation's summary, the distance from each to the farther end of its
-    interval, and the text behind them; whole results are in the files."""
+    interval, and the text behind them; whole results are in the files. An SAE that diverged is not among the problems:
+    nothing is wrong with its evaluation."""
     names_of = shown_names(row.subject for row in rows)
     return {
         "results": [
@@ -93,7 +97,8 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str,
             }
             for row in rows
         ],
-        "problems": [str(problem) for problem in problems],
+        "problems": [*map(str, problems), *(str(one) for one in absent if one.is_lost)],
+        "diverged": {one.name: one.reason for one in absent if not one.is_lost},
     }
 
 

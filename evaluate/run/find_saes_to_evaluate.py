@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,19 @@ FIRST = ("--variant", "topk")  # what to train if there is no run yet
 Problem = EvalError | TrainError
 
 
+@dataclass(frozen=True)
+class Absent:
+    """An SAE of a run that is not there to be evaluated."""
+
+    name: str
+    reason: str
+    is_lost: bool
+    """Its folder is gone; otherwise it diverged, and there never was one."""
+
+    def __str__(self) -> str:
+        return f"not evaluated: {self.name}: {self.reason}"
+
+
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
     """All SAEs of all targets, each once; raises the error of the first that cannot be found."""
     subjects, problems = find_all(targets, runs, layer)
@@ -49,19 +62,19 @@ def find_all(
     runs: Path,
     layer: int | None = None,
     cache: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    tell: Callable[[Absent], object] = lambda _: None,
 ) -> tuple[list[LoadedSae], list[Problem]]:
     """All SAEs of all targets that can be found, and the problems of the others.
 
     `layer` is for SAEs that do not say theirs; `cache` is the store that a missing run would be trained on. SAEs of a
-    run that have no weights are reported by `say`.
+    run that have no weights are handed to `tell`.
     """
     found: dict[Path, LoadedSae] = {}
     homes: dict[Path, Path] = {}  # a run is the same by whatever path it was named
     problems: list[Problem] = []
     for target in targets:
         try:
-            places = find_places(target, runs, cache, say)
+            places = find_places(target, runs, cache, tell)
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
@@ -77,7 +90,7 @@ def find_all(
 
 
 def find_places(
-    target: str, runs: Path, cache: str | None = None, say: Callable[[str], None] = lambda _: None
+    target: str, runs: Path, cache: str | None = None, tell: Callable[[Absent], object] = lambda _: None
 ) -> list[tuple[Path, RunFolder | None]]:
     """The SAE folders that a target means, and the run that each belongs to."""
     found = (path for path in places_of(target, runs) if is_run(path) and list_saes(path) != [path])
@@ -88,7 +101,8 @@ def find_places(
         there = {folder.name for folder in folders}
         for label in run.read_config()["saes"]:
             if label not in there:
-                say(f"not evaluated: {label} of {run.name}: {diverged.get(label, 'its folder is gone')}")
+                reason = diverged.get(label, "its folder is gone")
+                tell(Absent(f"{run.name}/{label}", reason, is_lost=label not in diverged))
         return [(folder, run) for folder in folders]
     try:
         folder = find_sae(target, runs)

@@ -35,12 +35,15 @@ from ..context.write_and_read_results import (
     Row,
     deciding,
     describe_differences,
+    earlier_result,
     is_of_store_now_gone,
     is_whole,
     ours_in,
+    places_in,
     result_path,
     settings_in,
     standing_result,
+    tell_no_number,
     write_result,
 )
 from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultInvalid, SaeGone
@@ -204,22 +207,25 @@ class _Attempts:
             if isinstance(item.error, NotRun):
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
-        item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
+        told = item.remark or (None if item.missing else tell_no_number(item, self._evaluation.summary))
+        item = replace(item, remark="; ".join(filter(None, (told, self._remark_of_store()))) or None)
         other = self._other_store(item.subject)
         item = replace(item, measured_on="; ".join(filter(None, (item.measured_on, other))) or None)
-        before = None
+        before, of_other = None, ""
         with suppress(ResultInvalid):  # reported already
-            before = standing_result(item.subject, self._eval_id)
-        if before and item.missing and self._eval_id != BROWSER and is_whole(before, self._settings):
+            before, of_other = earlier_result(item.subject, self._eval_id)
+        if before and not of_other and item.missing and self._eval_id != BROWSER and is_whole(before, self._settings):
             reason = f"{item.missing}. The earlier, complete result with these settings is kept"
             return Row(item.subject, self._eval_id, "kept", reason, before)
         place, aside = result_path(item.subject, self._eval_id), None
-        replaced = ""
-        if before is not None and not self._completes(before):
-            replaced = describe_differences(before, _as_meant(settings_in(before), self._settings))
+        replaced = f"of {of_other}" if of_other else ""
+        if before and not (of_other or self._completes(before)):
+            differences = describe_differences(before, _as_meant(settings_in(before), self._settings))
+            replaced = f"with {differences}" if differences else ""
         try:
-            if before and replaced and self._eval_id != BROWSER:  # its store or its model may be gone
-                aside = place.with_suffix(f".{decided_by(**settings_in(before))}.json")
+            if before and replaced and self._eval_id != BROWSER:  # its store, its model or its weights may be gone
+                of = {"sha256": ours_in(before).get("sha256"), "places": places_in(before)}
+                aside = place.with_suffix(f".{decided_by(**settings_in(before), **of)}.json")
                 shutil.copyfile(place, aside)
             document = write_result(item, self._eval_id, self._settings)
         except SaeGone as error:
@@ -231,7 +237,7 @@ class _Attempts:
             said = f"its result could not be written to {place} ({error}): free some space, then --resume"
             return Row(item.subject, self._eval_id, "failed", said)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # from an earlier attempt
-        before_it = f". Its result with {replaced} is now {aside}" if aside else f", replacing one with {replaced}"
+        before_it = f". Its result {replaced} is now {aside}" if aside else f", replacing one {replaced}"
         self._context.say(f"{self._eval_id}: {item.subject.name} done{before_it if replaced else ''}")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)

@@ -59,11 +59,11 @@ QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 def sae_eval(builder):
     """Run the command without pictures: `sae_eval("run_1")` gives its output; `code` is the exit status to expect."""
 
-    def call(*words, code=0, options=QUICK):
+    def call(*words, code=0, options=QUICK, is_stdout=False):
         words = ["--runs", builder.root / "runs", "--device", "cpu", "--no-plots", *options, *words]
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == code, result.output + repr(result.exception)
-        return result.output
+        return result.stdout if is_stdout else result.output
 
     return call
 
@@ -163,10 +163,19 @@ def test_saes_of_a_run_that_are_not_there_are_told(run_1, sae_eval):
     (run_1 / "config.json").write_text(json.dumps(config))
     result = json.loads((run_1 / "result.json").read_text())
     (run_1 / "result.json").write_text(json.dumps(result | {"diverged": {"wild": "diverged at step 3"}}))
-    said = " ".join(sae_eval("run_1").split())
-    assert "not evaluated: gone of run_1: its folder is gone" in said
-    assert "not evaluated: wild of run_1: diverged at step 3" in said
-    assert "not evaluated" not in sae_eval("run_1/small")
+    gone, wild = "not evaluated: run_1/gone: its folder is gone", "not evaluated: run_1/wild: diverged at step 3"
+    quick = {"evals": "decoder_cosine", "device": "cpu", "plots": False}
+    said = " ".join(sae_eval("run_1", "--evals", "decoder_cosine", code=3, options=[]).split())
+    assert [said.count(one) for one in (gone, wild)] == [2, 2]  # above the table and below it
+    found = json.loads(sae_eval("run_1", "--evals", "decoder_cosine", "--json", code=3, options=[], is_stdout=True))
+    assert found["problems"] == [gone] and found["diverged"] == {"run_1/wild": "diverged at step 3"}
+    table = evaluate(run_1, **quick)
+    assert {gone, wild} <= set(table.notes) and gone in repr(table) and wild in table._repr_html_()
+    assert "not evaluated" not in sae_eval("run_1/small", "--evals", "decoder_cosine", options=[])
+    del config["saes"]["gone"]  # what diverged is no failure of the evaluation
+    (run_1 / "config.json").write_text(json.dumps(config))
+    found = json.loads(sae_eval("run_1", "--evals", "decoder_cosine", "--json", options=[], is_stdout=True))
+    assert found["problems"] == [] and "run_1/wild" in found["diverged"]
 
 
 def test_a_damaged_record_of_one_run_costs_the_others_nothing(run_1, world, builder, sae_eval):
@@ -822,6 +831,24 @@ def second_eval(monkeypatch):
     return second
 
 
+def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second_eval):
+    """A dash in the table, and done, was all; what an evaluation says itself is not added to."""
+    second_eval.summary = ("group.value", "group.share", "own.rate")
+    remarks = {"large": None, "small": "it has one latent"}
+
+    def evaluate(context, subjects, config):
+        for one in subjects:
+            metrics = {"group": {"value": math.nan, "share": 0.5}}
+            yield core.Result(one, {}, metrics, extra={"own": {"rate": None}}, remark=remarks[one.label])
+
+    second_eval.evaluate = evaluate
+    said = sae_eval("run_1", "--evals", "second", options=[])
+    assert "done: second of run_1/large: no number for value, rate: nothing to divide by" in said
+    assert "done: second of run_1/small: it has one latent\n" in said
+    found = results(run_1, "second")["large_eval_results.json"]
+    assert found["saemill"]["remark"].startswith("no number") and found["eval_result_metrics"]["group"]["value"] == -1
+
+
 @dataclass(frozen=True)
 class Remembering:
     """Settings of an evaluation that keeps what it found out in a folder of the machine, as ravel and unlearning do."""
@@ -1107,6 +1134,28 @@ def test_a_result_of_another_layer_is_no_result(told, make_world, sae_eval, way)
         file.write("\n")
     sae_eval(*words, 2)
     assert found[2] not in results(words[0]).values()
+
+
+def test_a_result_of_another_layer_or_of_other_weights_is_kept_beside_the_new_one(told, sae_eval):
+    """Its settings are the same."""
+    folder = told(hook_name="")
+
+    def measure(layer):
+        said = sae_eval(folder, "--layer", layer, "--evals", "decoder_cosine", options=[])
+        return " ".join(said.split()), *results(folder, "decoder_cosine").values()
+
+    (_, first), (said, second) = measure(5), measure(6)
+    place = folder / "evals/decoder_cosine/topk_eval_results"
+    assert "done. Its result of layer 5 (blocks.5.hook_resid_post, resid) is now" in said
+    (aside,) = place.parent.glob(f"{place.name}.*.json")
+    assert json.loads(aside.read_text()) == first
+    said, third = measure(6)
+    assert "Its result" not in said
+    with (folder / "cfg.json").open("a") as file:
+        file.write("\n")
+    assert "done. Its result of other weights is now" in measure(6)[0]
+    asides = [json.loads(one.read_text()) for one in place.parent.glob(f"{place.name}.*.json")]
+    assert len(asides) == 2 and first in asides and third in asides and second != third
 
 
 def test_rows_of_other_lengths_are_evaluated_as_unit_rows(builder):

@@ -18,10 +18,12 @@ from ....train.disk.atomic_files import read_json
 from ....train.run.run_folder import RunFolder
 from ...context.write_and_read_results import (
     RESULTS,
+    agree,
     differing,
     lines_of_each,
     metric_of,
     ours_in,
+    places_in,
     read_result,
     still_stands,
 )
@@ -204,8 +206,10 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
 def read_documents(
     folder: Path, say: Say, known: Documents, only_known: bool = False
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Results by label and evaluation that are still valid; one that cannot be read does not affect the others."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    """Results by label and evaluation that are of their SAE's weights and place now; one that cannot be read does not
+    affect the others."""
+    found: dict[str, dict[Path, Mapping[str, Any]]] = {}
+    left_out = list[Path]()
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
         if only_known and path.absolute() not in known:
             continue
@@ -215,16 +219,30 @@ def read_documents(
             say(f"left out of pages and plots: {error}")
             continue
         if still_stands(document, path):
-            found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = document
-    return {label: of_one_sae(documents) for label, documents in found.items()}
+            found.setdefault(path.name.removesuffix(RESULTS), {})[path] = document
+        else:
+            left_out.append(path)
+    shown = {label: of_one_sae(documents, known) for label, documents in found.items()}
+    left_out += [path for label, documents in found.items() for path in documents if path not in shown[label]]
+    if left_out:
+        each = ", ".join(f"{path.parent.name} of {path.name.removesuffix(RESULTS)}" for path in sorted(left_out))
+        say(f"left out of pages and plots, as of other weights, another layer or hook than the SAE has now: {each}")
+    return {
+        label: {path.parent.name: document for path, document in documents.items()}
+        for label, documents in shown.items()
+    }
 
 
-def of_one_sae(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Leave out results of other weights than the newest one's: for an SAE that is not on this machine, such as one of
-    the Hub, nothing else tells its revisions apart."""
-    told = {name: found for name, one in documents.items() if (found := ours_in(one).get("sha256"))}
-    newest = max(told, key=lambda name: documents[name].get("datetime_epoch_millis", 0), default="")
-    return {name: one for name, one in documents.items() if told.get(name) in (None, told.get(newest))}
+def of_one_sae(documents: Documents, known: Documents) -> dict[Path, Mapping[str, Any]]:
+    """Leave out results of other weights or another place than those in memory are of or, without any, the newest one:
+    nothing else tells the revisions of an SAE of the Hub apart, or the layers that `--layer` gave to one."""
+
+    def how_present(path: Path) -> tuple[bool, float]:
+        return path.absolute() in known, documents[path].get("datetime_epoch_millis", 0)
+
+    told = {path: [ours_in(one).get("sha256"), *places_in(one)] for path, one in documents.items()}
+    now = max((path for path in documents if ours_in(documents[path])), key=how_present, default=None)
+    return {path: one for path, one in documents.items() if now is None or agree(told[path], told[now])}
 
 
 def web_file(name: str) -> str:

@@ -85,6 +85,11 @@ def caption(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_ylabel(y, fontsize=9, color=INK, parse_math=False)
 
 
+def first_of(title: str, drawn: int, found: int, what: str = "SAEs") -> str:
+    """A title that says so if not all are drawn."""
+    return title if drawn == found else f"{title} (first {drawn} of {found} {what})"
+
+
 def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
     """A logarithmic axis with plain numbers."""
     side = axis.xaxis if which == "x" else axis.yaxis

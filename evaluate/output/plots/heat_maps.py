@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..figures.records import Record
-from ..figures.style import INK, caption, new_figure, shown
+from ..figures.style import INK, caption, first_of, new_figure, shown
 
 BLUES: Any = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "interpolation": "nearest"}
 MOST_PATTERNS, MOST_COMPOSITIONS, MOST_MATRICES = 6, 4, 9  # SAEs in one figure: more would be too small to read
@@ -22,17 +22,18 @@ def draw_each(
     records: Sequence[Record],
     draw: Callable[[Axes, Record], None],
     title: str,
+    most: int,
     width: float,
     height: float,
     columns: int = 1,
 ) -> Figure | None:
     if not records:
         return None
-    figure, axes = new_figure(len(records), columns, width, height)
-    for axis, record in zip(axes, records, strict=True):
+    figure, axes = new_figure(min(most, len(records)), columns, width, height)
+    for axis, record in zip(axes, records, strict=False):
         draw(axis, record)
         axis.grid(visible=False)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(first_of(title, len(axes), len(records)), fontsize=12, color=INK)
     return figure
 
 
@@ -41,8 +42,8 @@ def pattern_of(record: Record) -> dict[str, list]:
 
 
 def draw_activations(records: Sequence[Record]) -> Figure | None:
-    seen = [record for record in records if pattern_of(record).get("latents")][:MOST_PATTERNS]
-    return draw_each(seen, draw_pattern, "Activation patterns", 9.5, 4.4)
+    seen = [record for record in records if pattern_of(record).get("latents")]
+    return draw_each(seen, draw_pattern, "Activation patterns", MOST_PATTERNS, 9.5, 4.4)
 
 
 def draw_pattern(axis: Axes, record: Record) -> None:
@@ -65,8 +66,8 @@ def compositions_of(record: Record) -> list[dict[str, Any]]:
 
 
 def draw_compositions(records: Sequence[Record]) -> Figure | None:
-    seen = [record for record in records if compositions_of(record)][:MOST_COMPOSITIONS]
-    return draw_each(seen, draw_composition, "What latents are composed of", 7.5, 4.4)
+    seen = [record for record in records if compositions_of(record)]
+    return draw_each(seen, draw_composition, "What latents are composed of", MOST_COMPOSITIONS, 7.5, 4.4)
 
 
 def draw_composition(axis: Axes, record: Record) -> None:
@@ -87,9 +88,9 @@ def draw_composition(axis: Axes, record: Record) -> None:
 
 
 def draw_transitions(records: Sequence[Record]) -> Figure | None:
-    seen = [record for record in records if record.unstructured("temporal").get("transitions")][:MOST_MATRICES]
-    columns = 2 if len(seen) in (2, 4) else 3
-    figure = draw_each(seen, draw_matrix, "Transitions of the most frequent latents", 4.6, 4.2, columns)
+    seen = [record for record in records if record.unstructured("temporal").get("transitions")]
+    columns, title = 2 if len(seen) in (2, 4) else 3, "Transitions of the most frequent latents"
+    figure = draw_each(seen, draw_matrix, title, MOST_MATRICES, 4.6, 4.2, columns)
     if figure is not None:
         bar = figure.colorbar(figure.axes[0].images[0], ax=figure.axes, shrink=0.6, pad=0.02)
         bar.set_label("doublings over the column's base rate", fontsize=8, color=INK)

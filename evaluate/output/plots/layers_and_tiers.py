@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..figures.panels import STEP, Lines, looks_of, series_of
 from ..figures.records import Record
-from ..figures.style import INK, LINES, caption, new_figure, shades
+from ..figures.style import INK, LINES, caption, first_of, new_figure, shades
 
 CONTRIBUTION, WEIGHT, SHARE = "attention/contribution_", "mixing/weight_", "share_"
+ACTIVE, ACTIVITY = "active_share_", "tiers/activity_"  # of a tier: as measured, and as training logs it
 MEASURED = (  # by the evaluation `attention`, a number for each layer: its name, title, unit and factor
     (SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
     ("similarity_gain_", "How much more alike attended tokens are", "cosine above the row's mean", 1.0),
@@ -22,8 +24,13 @@ MOST_TIERS = 8  # of an SAE
 
 def measured_layers(record: Record) -> list[int]:
     """The layers that the evaluation `attention` saw."""
-    names = record.documents.get("attention", {}).get("eval_result_metrics", {}).get("contribution", {})
-    return sorted(int(name.removeprefix(SHARE)) for name in names if name.startswith(SHARE))
+    return _numbered(record, "attention", "contribution", SHARE)
+
+
+def _numbered(record: Record, evaluation: str, group: str, prefix: str) -> list[int]:
+    """The numbers after a prefix in the names of a result's metrics."""
+    names = record.documents.get(evaluation, {}).get("eval_result_metrics", {}).get(group, {})
+    return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))
 
 
 def draw_contribution(records: Sequence[Record]) -> Figure | None:
@@ -80,11 +87,15 @@ def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], 
     axis.legend(fontsize=8, frameon=False)
 
 
+def tiers_of(record: Record, is_measured: bool) -> list[int]:
+    return _numbered(record, "tiers", "tier_activity", ACTIVE) if is_measured else list(record.numbered(ACTIVITY))
+
+
 def tier_activity(record: Record, tier: int, is_measured: bool) -> float | None:
     """Mean share of a tier's latents that are active on a token: as measured, or as training last logged it."""
     if is_measured:
-        return record.metric("tiers", f"tier_activity.active_share_{tier}")
-    return record.last(f"tiers/activity_{tier}")
+        return record.metric("tiers", f"tier_activity.{ACTIVE}{tier}")
+    return record.last(f"{ACTIVITY}{tier}")
 
 
 def draw_tiers(records: Sequence[Record]) -> Figure | None:
@@ -94,11 +105,13 @@ def draw_tiers(records: Sequence[Record]) -> Figure | None:
     shown = [record for record in records if tier_activity(record, 1, is_measured) is not None]
     if not shown:
         return None
-    found = {tier: [tier_activity(record, tier, is_measured) for record in shown] for tier in range(1, MOST_TIERS + 1)}
+    tiers = sorted({tier for record in shown for tier in tiers_of(record, is_measured)})
+    found = {tier: [tier_activity(record, tier, is_measured) for record in shown] for tier in tiers}
     parts = {f"tier {tier}": values for tier, values in found.items() if any(value is not None for value in values)}
+    drawn = dict(islice(parts.items(), MOST_TIERS))
     figure, (axis,) = new_figure(1, width=max(5.0, 1.0 + 0.9 * len(shown)), height=3.6)
-    draw_parts(axis, shown, parts, 100)
-    figure.suptitle("Activity of tiers", fontsize=12, color=INK)
+    draw_parts(axis, shown, drawn, 100)
+    figure.suptitle(first_of("Activity of tiers", len(drawn), len(parts), "tiers"), fontsize=12, color=INK)
     text = "test split" if is_measured else "last logged batch"
     caption(axis, "", "", f"% of the tier's latents active on a token\n({text})")
     return figure

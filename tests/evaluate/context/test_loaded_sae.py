@@ -160,6 +160,36 @@ def test_results_of_another_revision_of_an_sae_that_is_not_here_are_left_out(bui
     assert set(read_documents(home / "evals", print, {})[home.name]) == {"tpp", "scr"}
 
 
+def test_results_of_another_layer_or_of_other_weights_are_left_out_of_pages_and_told(builder, tmp_path):
+    """Each `--layer` leaves results of an SAE that names none."""
+    subject, said, written = builder.subject(builder.make_sae()), [], {}
+    for layer, eval_id in ((5, "core"), (6, "tpp"), (6, "scr")):
+        one = replace(subject, home=tmp_path, config={}, layers=(layer,), target_layers=(layer,))
+        written[eval_id] = result_path(one, eval_id), write_result(Result(one, {}, {}), eval_id, {})
+        time.sleep(0.002)  # results say when they were made to a thousandth of a second
+    assert set(read_documents(tmp_path / "evals", said.append, {})["sae"]) == {"tpp", "scr"}
+    assert len(said) == 1 and said[0].endswith("another layer or hook than the SAE has now: core of sae")
+    asked = dict([written["core"]])
+    assert set(read_documents(tmp_path / "evals", print, asked)["sae"]) == {"core"}  # what was asked for just now
+    path, document = written["core"]
+    path.write_text(json.dumps({**document, "sae_cfg_dict": {}}))  # as one that says less
+    said.clear()
+    assert set(read_documents(tmp_path / "evals", said.append, {})["sae"]) == {"core", "tpp", "scr"} and not said
+    time.sleep(0.05)
+    builder.save(subject.folder, builder.make_sae(seed=9))
+    assert not read_documents(tmp_path / "evals", said.append, {})
+    assert len(said) == 1 and said[0].endswith(": core of sae, scr of sae, tpp of sae")
+
+
+def test_a_result_of_the_residual_is_none_of_another_hook(builder, tmp_path):
+    """Which earlier versions did not look for in an SAE from elsewhere."""
+    name = {"hook_name": f"blocks.{builder.LAYER}.attn.hook_z"}
+    subject = replace(builder.subject(builder.make_sae()), home=tmp_path, config={"metadata": name})
+    write_result(Result(subject, {}, {}), "core", {})
+    assert standing_result(subject, "core") is not None
+    assert standing_result(replace(subject, config={"metadata": name | {"hook": "z"}}), "core") is None
+
+
 def test_several_layers_lie_side_by_side(batch, builder):
     other = {builder.LAYER: batch.resid[builder.LAYER], 7: 2 * batch.resid[builder.LAYER]}
     x = replace(batch, resid=other).x((7, builder.LAYER))

@@ -288,6 +288,31 @@ def test_activity_of_tiers_mixes_no_texts(make_run):
         assert [label.get_text() for label in axis.get_xticklabels()] == names and text in axis.get_ylabel()
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("activation_patterns", 6), ("composition_patterns", 4), ("transition_matrix", 9)]
+)
+def test_a_figure_of_some_of_the_saes_says_so(name, most):
+    seen = [Record(f"sae_{n}", "run", "", documents=documents()) for n in range(most + 1)]
+    draw = all_plots()[name]
+    figure = draw(seen)
+    assert len(panels_of(figure)) == most
+    assert figure.get_suptitle().endswith(f" (first {most} of {most + 1} SAEs)")
+    assert "first" not in draw(seen[:most]).get_suptitle()
+
+
+@pytest.mark.parametrize("tiers", [8, 12])
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_figure_of_some_of_the_tiers_says_so(tiers, is_measured):
+    names = range(1, tiers + 1)
+    measured = {"tiers": result({"tier_activity": {f"active_share_{n}": 0.1 for n in names}})}
+    log = [{"step": 0, **{f"tiers/activity_{n}": 0.1 for n in names}}]
+    figure = all_plots()["tier_activity_comparison"](
+        [Record("a", "run", "a", documents=measured) if is_measured else Record("a", "run", "a", log=log)]
+    )
+    assert len(figure.axes[0].containers) == 8
+    assert figure.get_suptitle() == "Activity of tiers" + (" (first 8 of 12 tiers)" if tiers == 12 else "")
+
+
 def test_looks_differ_for_as_many_saes_as_anyone_compares():
     looks = [(look(place).colour, look(place).line) for place in range(4 * len(COLOURS))]
     assert len(set(looks)) == len(looks)
