@@ -7,6 +7,7 @@ sink. Links are counted over a few whole shards spread evenly over the store.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ from .moments import is_special
 from .numbers_in_words import counted, say_size
 from .reader import Store
 from .requests_and_spans import Request, Span
+from .sites import Place, key_of, place_of, say_place
 
 SHARDS = 4
 LINKS = ("links", "link_mass", "bos_mass", "self_mass")
@@ -32,11 +34,13 @@ BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto uses if the r
 
 def describe(store: Store) -> dict[str, Any]:
     """Plain JSON values, which `render` lays out. Links and massive rows are read from the store's shards."""
-    return {
-        **facts(store),
-        "attention_links": {layer: _links(store, layer) for layer in store.manifest.attention.layers},
-        "massive_rows": {layer: _massive_rows(store, layer) for layer in store.manifest.layers},
-    }
+    links = {layer: _links(store, layer) for layer in store.manifest.attention.layers}
+    places = [place_of(site.hook, site.layer) for site in store.manifest.sites]
+    massive = {place: _massive_rows(store, place) for place in places}
+    damaged = [f"attention of layer {layer}" for layer, found in links.items() if found is None]
+    damaged += [say_place(place) for place, found in massive.items() if found is None]
+    massive_rows = {key_of(place): found for place, found in massive.items()}
+    return {**facts(store), "attention_links": links, "massive_rows": massive_rows, "damaged": damaged}
 
 
 def facts(store: Store) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def _links(store: Store, layer: int) -> dict[str, float] | None:
         return None
 
 
-def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
+def _massive_rows(store: Store, layer: Place) -> dict[str, Any] | None:
     """None if the shards read are damaged; `verify` says how."""
     spans = sample_few(store.manifest, layer, store.committed)
     try:
@@ -120,7 +124,9 @@ def render(facts: dict[str, Any]) -> RenderableType:
     head = Table.grid(padding=(0, 2))
     for name, value in {"store": facts["url"], **describe_lines(facts)}.items():
         head.add_row(Text(name, "bold"), Text(value))  # names and paths are not markup
-    return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts))
+    remedy = f"are damaged: sae-store verify {shlex.quote(facts['url'])}"
+    damaged = [Text(f"{place}: the shards that were read {remedy}", "yellow") for place in facts["damaged"]]
+    return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts), *damaged)
 
 
 def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
@@ -176,21 +182,21 @@ def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
 
 def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
     """How many rows training leaves out, and norms with and without them."""
-    found = {layer: row for layer, row in facts["massive_rows"].items() if row is not None and row["tokens"]}
+    found = {place: row for place, row in facts["massive_rows"].items() if row is not None and row["tokens"]}
     if not found:
         return []
     first = next(iter(found.values()))
     title = f"Massive rows: norm beyond {first['multiple']:g} times the median" + (
         "" if first["left_out"] else " (they count: the import asked for it)"
     )
-    columns = ("layer", "median norm", "massive", "of tokens", "of squared norm", "RMS norm", "RMS norm without")
+    columns = ("place", "median norm", "massive", "of tokens", "of squared norm", "RMS norm", "RMS norm without")
     table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for layer, row in found.items():
+    for place, row in found.items():
         where = f" in {counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
         table.add_row(
-            str(layer),
+            place,
             f"{row['median_norm']:,.4g}",
             f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
             f"{row['tokens']:,}" + ("" if row["windows"] == facts["windows"] else where),

@@ -44,6 +44,10 @@ class Packer:
     packing: Packing = "concat"
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))  # in the unfinished row
     documents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
+    short: int = 0
+    """Under `documents`: how many filled no window."""
+    left_over: int = 0
+    """Under `documents`: tokens of these, and of the ends of others."""
 
     def __post_init__(self) -> None:
         if self.context < 2:
@@ -78,7 +82,10 @@ class Packer:
     def _rows_of_documents(self, tokens: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> Windows:
         """Rows of one document each."""
         payload = self.context - 1
-        rows = (np.diff(starts, append=len(tokens)) - 1) // payload
+        lengths = np.diff(starts, append=len(tokens)) - 1
+        rows = lengths // payload
+        self.short += int((rows == 0).sum())
+        self.left_over += int((lengths % payload).sum())
         row_in_document = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
         first = np.repeat(starts + 1, rows) + row_in_document * payload
         out = np.full((len(first), self.context), self.bos, np.uint32)

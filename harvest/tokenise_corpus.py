@@ -66,6 +66,7 @@ class Spool:
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
         self.empty = 0  # of these documents
+        self.counts_all = True  # that packers leave out; earlier versions did not count these
         self.has_text = False
         self.starts_anew = False  # although there are files, of other text or settings
         self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
@@ -91,10 +92,12 @@ class Spool:
             self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
             self.has_text = checkpoint["has_text"]
             self.empty = checkpoint.get("empty", 0)  # an earlier version did not count these
+            self.counts_all = checkpoint.get("counts_all", False)
             for split, array in self._keys():
                 os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
             for split, packer in self._packers.items():
                 packer.tokens, packer.documents = (np.array(row, np.uint32) for row in checkpoint["rows"][split])
+                packer.short, packer.left_over = checkpoint.get("left_out", {}).get(split, (0, 0))
             return checkpoint["corpus"]
 
     def append(self, split: str, texts: list[list[int]], numbers: list[int]) -> None:
@@ -118,11 +121,20 @@ class Spool:
             "counts": self.counts,
             "documents": self.documents,
             "empty": self.empty,
+            "left_out": {name: [packer.short, packer.left_over] for name, packer in self._packers.items()},
+            "counts_all": self.counts_all,
             "has_text": self.has_text,
             "rows": rows,
             "corpus": corpus_state,
         }
         LocalFiles(self.folder).replace(CHECKPOINT, json.dumps(document).encode())
+
+    def say_left_out(self) -> str:
+        """In words: the text that filled no window; empty under `concat`, which joins it to the next document's."""
+        packers, least = self._packers.values(), "" if self.counts_all else "at least "
+        short, tokens = sum(packer.short for packer in packers), sum(packer.left_over for packer in packers)
+        said = f"--packing documents left out {least}{counted(tokens, 'token')}: those of {counted(short, 'document')} "
+        return f"{said}shorter than a window of {self.job.context}, and the ends of others" if tokens else ""
 
     def join(self) -> PackedCorpus:
         """All splits in sequence, read from disk as needed."""
@@ -219,6 +231,8 @@ def spool_corpus(
         said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty or null"
         has_columns = "column" in corpus.settings
         say(f"warning: {said}" + (". If their text is in another column, name it with --column" if has_columns else ""))
+    if left_out := spool.say_left_out():
+        say(left_out)
     _require_text(spool, corpus)
     return spool, spool.join()
 

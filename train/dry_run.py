@@ -106,6 +106,7 @@ def document_of(estimates: list[Estimate]) -> dict[str, Any]:
                 "steps": one.settled.total_steps,
                 "tokens": one.settled.total_steps * one.settled.plan.batch_tokens,
                 "learning_rates": dict(one.rates),
+                "unread": list(one.settled.unread),
                 "seconds": one.seconds,
                 "weight_bytes": one.weight_bytes,
                 "memory_bytes": one.memory_bytes,
@@ -125,7 +126,7 @@ def render(estimate: Estimate) -> Table:
     rows = {
         "run": estimate.described["recipe"] or counted(len(saes), "SAE"),
         "store": f"{cache['url']} ({cache['model']} on {cache['corpus']})",
-        "SAEs": "\n".join(saes),
+        "SAEs": "\n".join([*saes, *settled.unread]),
         "text": settled.remark,
         "steps": f"{settled.total_steps:,} of {settled.plan.batch_tokens:,} tokens",
         "memory": f"{say_size(estimate.memory_bytes)} for weights, gradients and moments of all SAEs",

@@ -18,11 +18,11 @@ from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import FULL_DISK, sync
 from . import cli_support
 from .cli_support import tell_errors
-from .disk.atomic_files import hidden_name_beside
-from .disk.formats import WRITERS, circuit_tracer, kind_of, read
+from .disk.atomic_files import hidden_name_beside, replace_written
+from .disk.formats import FILES, WRITERS, circuit_tracer, kind_of, read
 from .disk.hook_metadata import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
-from .disk.sae_lens_folder import is_of_one_place
+from .disk.sae_lens_folder import EXTRAS, is_of_one_place, read_shapes
 from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_and_load_sae import find_sae, find_saes, read_folder
 from .run.push_to_hub import push
@@ -84,18 +84,21 @@ def main(
             return
         if kind is None or target is None:
             raise click.UsageError("expected --to KIND and --out FOLDER, or --push-to-hub OWNER/NAME")
+        folders = find_saes(source, runs) if kind == CIRCUIT_TRACER else [find_sae(source, runs)]
+        extras = [] if kind == "sae_lens" else sorted({name for folder in folders for name in names_of_extras(folder)})
         if kind == CIRCUIT_TRACER:
-            folders = find_saes(source, runs)
             difference, compared = export_set(folders, target), "reconstructions differ"
         else:
-            folders = [find_sae(source, runs)]
             difference, compared = export(folders[0], kind, target), "codes and reconstructions differ"
         read_from = [{"folder": str(folder), "kind": kind_of(folder)} for folder in folders]
         said = f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})"
         proof = f"read back: {compared} by at most {difference:.2g} on {ROWS} random rows"
         document = {"read": read_from, "written": {"folder": str(target), "kind": kind}, "difference": difference}
+        document["left_out"] = extras
+        left_out = f"left out: {', '.join(extras)} of {EXTRAS}, for which {kind} has no place"
         made = f"next: run the two lines in {target / 'README.md'} to make ae.pt, the file that {kind} opens"
-        lines = [said, proof, *([made] if kind == "dictionary_learning" else [])]  # a pickle, so it is not written here
+        lines = [said, proof, *([left_out] if extras else [])]
+        lines += [made] if kind == "dictionary_learning" else []  # a pickle, so it is not written here
         tell(document, lines, is_json)
 
 
@@ -118,9 +121,17 @@ def export(folder: Path, kind: str, target: Path) -> float:
     coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
     with _whole_or_gone(target) as beside:
         WRITERS[kind](beside, plain, metadata)
+        if kind == "sae_lens" and names_of_extras(folder):
+            replace_written(beside / EXTRAS, lambda path: shutil.copyfile(folder / EXTRAS, path))
         codes, x_hats = _outputs(plain, read(beside)[0], coded)
         _require_alike(*x_hats, may_flip=plain.architecture != "standard")
         return max(_largest(*codes), _largest(*x_hats))
+
+
+def names_of_extras(folder: Path) -> set[str]:
+    """What trained along with an SAE of this package and lies beside its weights, such as the tiers of its latents."""
+    has_any = kind_of(folder) == "sae_lens" and (folder / EXTRAS).is_file()
+    return {name.partition(".")[0] for name in read_shapes(folder / EXTRAS)} if has_any else set()
 
 
 @torch.no_grad()
@@ -205,7 +216,7 @@ def _move_up(folder: Path) -> None:
     _require_free(folder.parent)
     moved: list[Path] = []
     try:
-        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        for file in sorted(folder.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name in FILES)):
             place = folder.parent / file.name
             if not moved:
                 place.touch(exist_ok=False)  # fails if another export began to move its files

@@ -22,7 +22,7 @@ from .errors import ConfigInvalid, MemoryTooSmall, RunInterrupted, StoppedElsewh
 from .kit.variant_registry import names
 from .parallel.processes import SOLO, join
 from .run.checkpoints_and_signals import catch_signals
-from .run.fill_config_from_store import settle
+from .run.fill_config_from_store import Settled, settle
 from .run.find_and_load_sae import find_sae
 from .run.log_and_show_progress import Output
 from .run.process import Process
@@ -91,7 +91,7 @@ def start(ask: Ask, cache: str, out: str, name: str | None, process: Process) ->
     with Store.open(cache) as store:
         settled = settle(ask, store)
         with begin_run(settled, store, process, out, name) as run:
-            _introduce(run, settled.remark)
+            _introduce(run, settled)
             return train(run)
 
 
@@ -138,7 +138,7 @@ def _take_step(run: Run, step: int) -> None:
             run.process.console.print(said, style="yellow")
 
 
-def _introduce(run: Run, remark: str) -> None:
+def _introduce(run: Run, settled: Settled) -> None:
     """Print what is about to happen; a collective call."""
     own = {
         label: {
@@ -153,11 +153,13 @@ def _introduce(run: Run, remark: str) -> None:
     if not run.process.is_first:
         return
     steps = counted(run.total_steps, "step")
-    run.process.console.print(f"{run.folder.path}: {remark}, {steps} on {run.process.device}")
+    run.process.console.print(f"{run.folder.path}: {settled.remark}, {steps} on {run.process.device}")
     for member in run.config.members:
         rate, process = (told[member.label][name] for name in ("lr", "process"))
         where = f", in process {process}" if run.process.is_spread else ""
         run.process.console.print(f"  {member.label}: {settings_of(member, rate)}{where}")
+    for line in settled.unread:
+        run.process.console.print(line, style="yellow")
     windowed = any(needs.windows for needs in run.config.requests().values())
     if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
         run.process.console.print(

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,12 @@ class LocalCorpus(InOrder):
         """In words: which files of a folder are not read, which hidden ones are read, and what to do."""
         if self._path.is_file():
             return ""
-        files, not_entered = self._seen
+        files, no_files, not_entered = self._seen
         is_hidden = {file: any(part.startswith(".") for part in file.relative_to(self._path).parts) for file in files}
         others = Counter(file.suffix.lower() for file in files if not is_hidden[file] and not _is_read(file))
         hidden = [file for file in files if is_hidden[file]]
-        return ". ".join(filter(None, (self._say_others(others), not_entered, self._say_hidden(hidden))))
+        said = self._say_others(others), self._say_no_files(no_files), not_entered, self._say_hidden(hidden)
+        return ". ".join(filter(None, said))
 
     def _say_others(self, suffixes: Counter[str]) -> str:
         if not suffixes:
@@ -76,17 +77,22 @@ class LocalCorpus(InOrder):
         remedies = ". ".join(dict.fromkeys(NO_TEXT.get(suffix, NAME_REMEDY) for suffix in sorted(suffixes)))
         return f"{counted(suffixes.total(), 'file')} of {self._path} left alone ({kinds}). To have one read: {remedies}"
 
+    def _say_no_files(self, names: Sequence[Path]) -> str:
+        said = f"{counted(len(names), 'name')} of {self._path} left alone (links that lead nowhere, pipes and the like)"
+        return f"{said}: {some_of(list(map(str, names)))}. To have one read: put a file in its place" if names else ""
+
     def _say_hidden(self, files: Iterable[Path]) -> str:
         names = [f"{file.relative_to(self._path)}" for file in files if _is_read(file)]
         said = f"{counted(len(names), 'hidden file')} of {self._path} read as text ({some_of(names)})"
         return f"{said}. Move unintended files out of the folder" if names else ""
 
     @cached_property
-    def _seen(self) -> tuple[list[Path], str]:
-        """Files under a folder, in the order of their names; and, in words, folders that were not entered."""
+    def _seen(self) -> tuple[list[Path], list[Path], str]:
+        """Files under a folder, and names that lead to none, both in order; in words, folders that were not entered."""
         names, not_entered = names_under(self._path)
-        files = (name for name in names if name.is_file())
-        return sorted(files, key=lambda file: file.relative_to(self._path).as_posix()), not_entered
+        names.sort(key=lambda name: name.relative_to(self._path).as_posix())
+        files = [name for name in names if name.is_file()]
+        return files, sorted({*names} - {*files}), not_entered
 
     @property
     def revision(self) -> str:

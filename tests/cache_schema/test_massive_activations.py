@@ -1,14 +1,17 @@
 """Three of ten thousand rows, a hundred and fifty times as long as the others: found, counted, left out of moments."""
 
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from saemill.cache_schema import Span, Store, from_float32, layout, massive_activations, to_float32
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.info import describe
+from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.massive_activations import (
     count_ordinary,
     default_multiple,
@@ -16,6 +19,7 @@ from saemill.cache_schema.massive_activations import (
     measure_massive,
     row_norms,
 )
+from saemill.cache_schema.sites import key_of, place_of
 
 PLANTED = ((3, 7), (700, 0), (1249, 5))
 
@@ -74,6 +78,17 @@ def test_info_tells_both_numbers(imported):
     assert facts["rms_norm"] > 1.5 * facts["rms_norm_of_others"]
     said = CliRunner().invoke(main, ["info", str(url)], env={"COLUMNS": "200"}).output
     assert "norm beyond 10 times the median" in said and "3 (0.030%)" in said
+
+
+def test_info_counts_them_in_every_place_where_training_leaves_them_out():
+    with Store.open(Path(__file__).parent.parent / "golden/store_hooks") as store:
+        facts = describe(store)
+        places = [key_of(place_of(*site)) for site in store.manifest.sites]
+    assert list(facts["massive_rows"]) == places and {"1", "mlp_in/layer_0", "mlp_out/layer_1"} < {*places}
+    assert all(facts["massive_rows"][place]["tokens"] for place in places)
+    page = io.StringIO()
+    Console(file=page, width=200).print(render(facts))
+    assert "mlp_out/layer_1 " in page.getvalue().partition("Massive rows")[2]
 
 
 def test_info_reads_each_shard_of_a_layer_once(imported, monkeypatch):
@@ -138,7 +153,7 @@ def test_info_looks_at_a_part_of_a_large_store_and_says_so(imported, monkeypatch
             spans = massive_activations.sample_few(store.manifest, 4, store.committed)
             facts = describe(store)
         assert [span.shard for span in spans] == [0, 1, 3, 4]
-        row = facts["massive_rows"][4]
+        row = facts["massive_rows"]["4"]
         assert row["windows"] == min(windows, 3 * 256 + 226) and row["tokens"] == 8 * row["windows"]
         said = CliRunner().invoke(main, ["info", str(url)], env={"COLUMNS": "200"}).output
         assert told in said

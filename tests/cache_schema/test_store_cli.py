@@ -533,6 +533,22 @@ def test_links_say_in_how_many_shards_they_were_counted(synthetic, tmp_path: Pat
     assert "BOS and self in" not in " ".join(run("info", tmp_path).output.split())
 
 
+def test_info_names_what_it_could_not_measure_as_shards_are_damaged(synthetic, tmp_path: Path) -> None:
+    """Its rows would just be missing from the tables, as if a layer had none."""
+    manifest = synthetic.make_manifest()
+    synthetic.write_store(tmp_path, manifest)
+    assert json.loads(run("info", tmp_path, "--json").output)["damaged"] == []
+    layer = manifest.layers[0]
+    flip_byte(tmp_path, f"resid/layer_{layer}", "c.0.0.0")
+    facts, page = json.loads(run("info", tmp_path, "--json").output), run("info", tmp_path)
+    assert facts["damaged"] == [f"layer {layer}"] and facts["massive_rows"][str(layer)] is None
+    said = f"layer {layer}: the shards that were read are damaged: sae-store verify {tmp_path}"
+    assert page.exit_code == 0 and said.replace(" ", "") in "".join(page.output.split())
+    flip_byte(tmp_path, "tokens", "c.0.0")
+    found = json.loads(run("info", tmp_path, "--json").output)["damaged"]
+    assert found[0] == f"attention of layer {manifest.attention.layers[0]}" and f"layer {manifest.layers[-1]}" in found
+
+
 def test_names_in_a_strangers_index_are_no_markup(store: Path) -> None:
     index = store / "commits/index.json"
     found = json.loads(index.read_text())

@@ -78,7 +78,8 @@ def test_every_row_starts_with_bos_and_owners_never_fall(documents, context):
 
 @given(corpora, contexts, st.integers(1, 4))
 def test_rows_of_single_documents(documents, context, size):
-    rows, owners = pack_in_batches(documents, Packer(context, BOS, "documents"), size)
+    packer = Packer(context, BOS, "documents")
+    rows, owners = pack_in_batches(documents, packer, size)
     expected = []
     for number, document in enumerate(documents):
         text = document[1:] if document[:1] == [BOS] else document
@@ -86,6 +87,9 @@ def test_rows_of_single_documents(documents, context, size):
             expected.append((number, [BOS, *text[start : start + context - 1]]))
     assert rows.tolist() == [row for _, row in expected]
     assert owners.tolist() == [[number] * context for number, _ in expected]
+    filled = [text for text in documents if text]
+    assert packer.short == len(filled) - len({number for number, _ in expected})
+    assert packer.left_over == sum(len(text) - (text[0] == BOS) for text in filled) - len(expected) * (context - 1)
 
 
 def test_a_long_document_fills_its_rows_by_hand():

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -254,6 +254,33 @@ def test_documents_without_text_are_told(tmp_path, settings, more):
     spool_corpus(ListCorpus(texts, settings=settings), encoder, job, tmp_path, say=said.append)
     assert said == [f"warning: 400 of 800 documents read of list are empty or null{more}"]
     spool_corpus(ListCorpus(make_texts(400)), encoder, job, tmp_path / "full", say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("is_of_before", [False, True])
+def test_text_that_fills_no_window_of_one_document_is_told(tmp_path, is_of_before):
+    """A corpus of short documents may lose most of itself. What an earlier version left out nobody counted."""
+    texts = [f"{number}" + "a" * (number % (2 * CONTEXT)) for number in range(600)]
+    job, encoder, said = PackingJob(9000, CONTEXT, "documents"), cast(Any, BytesEncoder()), []
+    with pytest.raises(KeyboardInterrupt):
+        spool_corpus(ListCorpus(texts, 301), encoder, job, tmp_path)
+    counted = texts
+    if is_of_before:
+        kept = checkpoint_of(tmp_path)
+        counted = texts[kept["documents"] :]
+        kept = {name: kept[name] for name in kept if name not in ("left_out", "counts_all")}
+        (tmp_path / "checkpoint.json").write_text(json.dumps(kept))
+        with pytest.raises(KeyboardInterrupt):  # and again, from a checkpoint of this version
+            spool_corpus(ListCorpus(texts, 501), encoder, job, tmp_path)
+    spool_corpus(ListCorpus(texts), encoder, job, tmp_path, say=said.append)
+    short = sum(len(text) < CONTEXT - 1 for text in counted)
+    least, tokens = "at least " if is_of_before else "", sum(len(text) % (CONTEXT - 1) for text in counted)
+    assert said == [
+        f"--packing documents left out {least}{tokens:,} tokens: those of {short} documents shorter than a window of "
+        f"{CONTEXT}, and the ends of others"
+    ]
+    spool_corpus(ListCorpus(make_texts(400)), encoder, replace(job, packing="concat"), tmp_path / "2", say=said.append)
     assert len(said) == 1
 
 

@@ -227,6 +227,16 @@ class Ask:
         self._require_apart(made)
         return tuple(members.values())
 
+    def say_unread(self, members: Sequence[Member]) -> tuple[str, ...]:
+        """In words, for each setting that was given to all SAEs: the variants of these that do not read it."""
+        read: dict[str, set[str]] = {}
+        for member in members:
+            read.setdefault(member.variant, set()).update(_keys(member.config) - member.config.unread().keys())
+        keys = dict.fromkeys([*self.settings, *(key for point in self.grid for key in point)])
+        known = [key for key in keys if any(key in of for of in read.values())]
+        without = {key: [name for name, of in read.items() if key not in of] for key in known}
+        return tuple(f"{key} is not read by {', '.join(names)}" for key, names in without.items() if names)
+
     def _decides(self, key: str, said: str) -> bool:
         """Whether a key of the grid leaves no SAE that would read a setting."""
         variants = {sae.variant for sae in self.saes}

@@ -39,6 +39,8 @@ class Settled:
     total_steps: int
     remark: str = ""
     """How the length was chosen."""
+    unread: tuple[str, ...] = ()
+    """In words: settings given to all SAEs that some do not read."""
     recipe: Recipe | None = None
     init: Source | None = None
     """The trained SAE that all start from."""
@@ -78,6 +80,7 @@ def settle(ask: Ask, store: Store) -> Settled:
         return config.limits(manifest, tokens)
 
     asked = ask.members(limits, by_hook(manifest.sites))
+    unread = ask.say_unread(asked)
     asked = with_baselines(asked, limits, ask.recipe) if ask.baselines else asked
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
     init = None if ask.init is None else source_of(Path(ask.init))
@@ -86,7 +89,7 @@ def settle(ask: Ask, store: Store) -> Settled:
             raise ConfigInvalid(f"{key}: SAEs that start from --init take no other start: leave out one of the two")
         members = tuple(map(without_start, members))
     config = RunConfig(data, replace(ask.length(), tokens=tokens), members)
-    return Settled(config, plan, steps, remark, ask.recipe, init)
+    return Settled(config, plan, steps, remark, unread, ask.recipe, init)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:

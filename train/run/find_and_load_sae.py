@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from posixpath import basename, dirname
@@ -121,8 +122,8 @@ def _only_sae(folder: Path) -> Path:
 
 def _download(name: str, looked: str) -> Path:
     """Download the only SAE of a Hub repository, or of a folder in it, and no other file. If the Hub cannot be reached,
-    use the local cache."""
-    from huggingface_hub import snapshot_download
+    use the local cache, with a warning unless the user said to."""
+    from huggingface_hub import constants, snapshot_download
 
     owner, repository, *folder = name.rstrip("/").split("/")
     repository, inside = f"{owner}/{repository}", "/".join(folder)
@@ -136,6 +137,9 @@ def _download(name: str, looked: str) -> Path:
     except Exception as error:
         reason = obstacle or first_line(error)
         raise RunMissing(f"{looked}. Asked the Hugging Face Hub for {repository}: {reason}") from error
+    if obstacle is not None and not constants.HF_HUB_OFFLINE:
+        used = f"{repository}: commit {Path(root).name} of the local cache is used, which may not be the newest"
+        warnings.warn(f"{used}: the Hugging Face Hub could not be asked ({obstacle})", stacklevel=2)
     return Path(root, inside)
 
 

@@ -36,6 +36,7 @@ from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_
 RUNS = "runs"
 """Where runs are kept by default."""
 RUN_ID = "run_id"  # in the provenance of config.json
+LOST = "lost_bytes_of_metrics"  # in that of a resumption
 LEFT_SECONDS = 60.0
 LONGEST_NAME = 255  # bytes that a file system allows in a name
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
@@ -141,7 +142,7 @@ class RunFolder:
         # Earlier runs did not record all of the hardware.
         old = {key: value for key, value in new.items() if key.startswith("hardware.")} | old
         keys = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
-        keys = [key for key in keys if key not in ("date", "command", RUN_ID)]
+        keys = [key for key in keys if key not in ("date", "command", RUN_ID, LOST)]
         return [f"{key.rpartition('.')[2]} {new.get(key)} (before: {old.get(key)})" for key in keys]
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -158,6 +159,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.lost_bytes = 0  # of what a checkpoint counts on
         with self._name_failure():
             self._file = path.open("ab")
         self.is_locked = take_lock(self._file)
@@ -201,10 +203,12 @@ class MetricsLog:
 
         If the log is shorter because it was lost or partly copied, keep its whole lines instead of padding with zeros.
         """
+        kept = size
         if size > self._file.seek(0, os.SEEK_END):
-            size = self._path.read_bytes().rfind(b"\n") + 1
-        self._file.truncate(size)
-        self._file.seek(size)
+            kept = self._path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(kept)
+        self._file.seek(kept)
+        self.lost_bytes = size - kept
 
     def close(self) -> None:
         with self._name_failure():

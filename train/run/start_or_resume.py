@@ -36,7 +36,7 @@ from .init_from_trained_sae import begin_fleet_as, require_unchanged
 from .log_and_show_progress import Progress, Trackers, Watch
 from .preflight import check
 from .process import Process
-from .run_folder import MetricsLog, RunFolder, provenance
+from .run_folder import LOST, MetricsLog, RunFolder, provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +103,19 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
             begin_as_source(settled, fleet, store, process)
         with tell_memory(process), _open(settled, store, process, folder, fleet, log, standing) as run:
             with all_or_none(process.group):
-                if process.is_first and (others := folder.keep_resumption(provenance(process.hardware))):
-                    process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
+                if log is not None:
+                    _tell_resumption(folder, log.lost_bytes, process)
             yield run
+
+
+def _tell_resumption(folder: RunFolder, lost_bytes: int, process: Process) -> None:
+    """Keep in config.json where the run resumes, and print what is not as it was."""
+    here = provenance(process.hardware) | ({LOST: lost_bytes} if lost_bytes else {})
+    if others := folder.keep_resumption(here):
+        process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
+    if lost_bytes:
+        said = f"{folder.metrics} lacks its last {lost_bytes:,} bytes before the checkpoint: curves have a gap there"
+        process.console.print(said, style="yellow", markup=False)
 
 
 def _require_unfinished(folder: RunFolder) -> None:

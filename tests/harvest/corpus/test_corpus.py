@@ -160,6 +160,19 @@ def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
     assert left_alone_by(LocalCorpus(tmp_path / "README.md")) == left_alone_by(StdlibCorpus()) == ""
 
 
+def test_names_of_a_folder_that_lead_to_no_file_are_counted(tmp_path):
+    """Links into a disk that is not mounted may be most of a corpus."""
+    write(tmp_path / "b.txt", "text")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone/a.txt")
+    os.mkfifo(tmp_path / "c.txt")
+    assert read(tmp_path) == ["text"]
+    said = f"2 names of {tmp_path} left alone (links that lead nowhere, pipes and the like): {tmp_path}/a.txt, "
+    assert left_alone_by(LocalCorpus(tmp_path)) == said + f"{tmp_path}/c.txt. To have one read: put a file in its place"
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(CorpusEmpty, match="2 names of .* left alone"):
+        read(tmp_path)
+
+
 def test_hidden_files_are_read_as_they_always_were_and_told(tmp_path):
     """Half-written notebooks and what git keeps: nobody means these, and stores were begun with them."""
     for name in ("a.md", ".ipynb_checkpoints/a.md", ".git/x.txt", ".git/objects/b3", ".note.txt"):

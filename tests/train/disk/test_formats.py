@@ -612,6 +612,24 @@ def test_the_command(tmp_path):
     assert again.exit_code == 1 and "not an empty folder" in again.output
 
 
+def test_what_trained_along_goes_to_our_own_format_and_is_said_to_be_left_out_of_others(tmp_path):
+    """Without its tiers an SAE would be measured by equal shares, under the name of its variant."""
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3]})
+    extras = {"tiers.membership": torch.arange(F) % 3, "composition.C2": torch.ones(2, 3)}
+    save_file(extras, tmp_path / "a/extras.safetensors")
+
+    def export_to(kind, *options):
+        words = [str(tmp_path / "a"), "--to", kind, "--out", str(tmp_path / f"{kind}{len(options)}"), *options]
+        return CliRunner().invoke(main, words, catch_exceptions=False)
+
+    assert "left out" not in export_to("sae_lens").output
+    found = load_sae(tmp_path / "sae_lens0").extras_tensors
+    assert found.keys() == extras.keys() and all(torch.equal(found[name], extras[name]) for name in extras)
+    said = "left out: composition, tiers of extras.safetensors, for which sparsify has no place"
+    assert said in export_to("sparsify").output.splitlines()
+    assert json.loads(export_to("sparsify", "--json").stdout)["left_out"] == ["composition", "tiers"]
+
+
 def test_rows_that_are_not_of_length_one_are_no_difference(tmp_path):
     """Their lengths move into the codes, of which SAELens' form has no others."""
     plain = make_plain("standard")
@@ -754,6 +772,10 @@ def test_without_the_hub_the_answer_comes_at_once(tmp_path, monkeypatch):
         given = {True: tmp_path / "before"}  # by whether the cache alone was asked for
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **how: given[how["local_files_only"]])
         assert load_sae("owner/name", tmp_path).num_latents == F
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        said = r"owner/name: commit before of the local cache is used, .* \(no answer within 0.05 seconds\)"
+        with pytest.warns(UserWarning, match=said):
+            assert load_sae("owner/name", tmp_path).num_latents == F
         assert time.monotonic() - began < 20 and not asked
     finally:
         is_over.set()

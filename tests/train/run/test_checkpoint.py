@@ -164,6 +164,7 @@ def test_a_log_that_lost_its_end_keeps_whole_lines(tmp_path):
     path.write_bytes(b'{"step": 0}\n{"step": 1}\n{"st')
     log = MetricsLog(path)
     log.cut(1000)
+    assert log.lost_bytes == 1000 - 24
     log.write({"step": 2})
     assert (log.size, path.read_bytes()) == (36, b'{"step": 0}\n{"step": 1}\n{"step": 2}\n')
     log.cut(12)

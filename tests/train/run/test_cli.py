@@ -54,6 +54,13 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train,
     assert disk < found["disk_bytes"] < 4 * disk and found["seconds"] > 0
 
 
+def test_a_setting_that_some_saes_do_not_read_is_told_by_run_and_dry_run(big, sae_train, quick):
+    words = [*TOPK, "--variant", "jumprelu", *quick, "--cache", big["path"], "--tokens", 64, "--width", 64, "--k", 2]
+    said = "k is not read by jumprelu"
+    assert said in sae_train(*words, "--dry-run").output and said in sae_train(*words).output.splitlines()
+    assert json.loads(sae_train(*words, "--dry-run", "--json").stdout)["runs"][0]["unread"] == [said]
+
+
 @pytest.mark.parametrize("has_fast", [True, False])
 def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick, tmp_path, monkeypatch, has_fast):
     """config.json says what was asked for; other latents are chosen where it is not had."""

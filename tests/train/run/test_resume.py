@@ -99,6 +99,26 @@ def test_a_run_says_where_it_was_gone_on_with(stopped, sae_train):
     assert len(json.loads((stopped / "config.json").read_text())["resumed"]) == 2
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_log_that_lost_lines_is_told_and_recorded(stopped, sae_train, is_there):
+    """The curves of such a run have a gap, which no one could tell from the numbers."""
+    log = stopped / "metrics.jsonl"
+    state = json.loads((list_checkpoints(stopped / "checkpoints")[0] / "state.json").read_text())
+    size = state["standing"]["metrics_bytes"]
+    whole = log.read_bytes().index(b"\n") + 1
+    if is_there:
+        os.truncate(log, whole + 3)
+    else:
+        log.unlink()
+    lost = size - (whole if is_there else 0)
+    said = " ".join(sae_train("--resume", "run", "--device", "cpu").output.split())
+    assert f"metrics.jsonl lacks its last {lost:,} bytes before the checkpoint: curves have a gap there" in said
+    (resumed,) = json.loads((stopped / "config.json").read_text())["resumed"]
+    assert resumed["lost_bytes_of_metrics"] == lost and "lost_bytes" not in said
+    (stopped / "result.json").unlink()
+    assert "lost_bytes" not in sae_train("--resume", "run", "--device", "cpu").output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop(big, sae_train, quick, tmp_path, straight, same_bits, number, monkeypatch):
     """Ctrl-C, kill -TERM and a closed terminal save at the step they came in."""

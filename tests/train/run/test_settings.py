@@ -137,6 +137,27 @@ def test_a_setting_is_for_the_saes_that_read_it():
         members(["crosscoder.gate=relu", "crosscoder.k=48"], "topk", "crosscoder")
 
 
+@pytest.mark.parametrize(
+    ("words", "names", "grid", "said"),
+    [
+        (["k=32", "seed=1", "data.seed=2"], ["topk", "jumprelu", "gated"], (), ["k is not read by jumprelu, gated"]),
+        ([], ["topk", "jumprelu"], ["k=2,3"], ["k is not read by jumprelu"]),
+        (
+            ["optim.lr=1e-3", "layer=3"],
+            ["topk", "pca", "crosscoder"],
+            (),
+            [f"{key} is not read by {variant}" for key, variant in (("optim.lr", "pca"), ("layer", "crosscoder"))],
+        ),
+        (["topk.k=32"], ["topk", "jumprelu"], (), []),
+        (["k=32"], ["topk"], (), []),
+    ],
+)
+def test_a_setting_for_all_that_some_do_not_read_is_told(words, names, grid, said):
+    """They would train at their default, as if they had it."""
+    ask = Ask.of_variants(names, parse_settings(words), parse_grid(grid))
+    assert list(ask.say_unread(ask.members(lambda _: {}))) == said
+
+
 def test_limits_bound_defaults_and_not_wishes():
     (member,) = members(["k=50"], "topk", limits={"k": 8, "width": 256})
     assert (member.config.k, member.config.width) == (50, 256)
