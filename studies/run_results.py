@@ -21,7 +21,7 @@ from ..evaluate.context.write_and_read_results import (
     still_stands,
 )
 from ..evaluate.output.figures.records import SEED, read_log
-from ..evaluate.run.console_table import untrained_traits
+from ..evaluate.run.console_table import signs_of_no_learning
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
 from ..train.run.run_folder import RunFolder, cache_of, is_run
@@ -116,7 +116,7 @@ def read_lines(
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {column_of(eval_id, metric, eval_ids): value for metric, value in found.items()}
-            problems += untrained_traits(document)
+            problems += signs_of_no_learning(document)
             remarks += absences(eval_id, document, found)
             if eval_id == CORE:
                 model = model_of(document)

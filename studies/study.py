@@ -6,7 +6,7 @@
 4. Evaluation: core, the study's own measures, and what else a run asks for.
 5. table.md and table.json of all runs of the study that have ended, with the differences of SAEs from their base and
    controls, their intervals, and a correction for how many there are; a list of all problems, and a non-zero exit
-   if there are any: a run without steps, NaN, scores no better than those of an SAE that was never trained.
+   if there are any: a run without steps, NaN, scores that take no learning.
 
 The run `decisive`, five seeds at equal sparsity, is longer than all others together: `--only decisive` asks for it.
 """

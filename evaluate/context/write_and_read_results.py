@@ -221,7 +221,10 @@ def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) ->
 
 
 def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> tuple[float, float] | None:
-    """The interval of a metric; None if there is none, or if it is of other rows and does not contain the number."""
+    """The interval of a metric; None if there is none, or if it is of other rows: those of ours leave out massive ones,
+    which SAEBench's L0 counts."""
+    if metric == "sparsity.l0" and _at(document, "saemill_metrics.massive.tokens"):
+        return None
     found = _at(document, f"{intervals}.{metric.rsplit('.', 1)[-1]}") if intervals else None
     value = metric_of(document, metric)
     if value is None or not isinstance(found, list) or not all(isinstance(end, (int, float)) for end in found):

@@ -28,13 +28,13 @@ from .find_saes_to_evaluate import Absent
 
 MISSING = "-"
 PIPE_WIDTH = 160
-UNTRAINED = {  # gemma-2-2b, layer 19, core, no training step; the probing score of any k is of layer 5
+NOTHING_LEARNED = {  # what the mean explains, what zero ablation scores, what guessing does
     "sparsity.l0": 0.0,
-    "saemill_metrics.explained_variance": -0.785,
-    "model_performance_preservation.ce_loss_score": -0.586,
-    "model_behavior_preservation.kl_div_score": -0.528,
+    "saemill_metrics.explained_variance": 0.0,
+    "model_performance_preservation.ce_loss_score": 0.0,
+    "model_behavior_preservation.kl_div_score": 0.0,
     "misc_metrics.frac_alive": 0.0,
-    "sae.sae_top_5_test_accuracy": 0.5,  # of layer 5
+    "sae.sae_top_5_test_accuracy": 0.5,
 }
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
@@ -56,7 +56,7 @@ def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent
         for line in measured_on(good, names_of):
             console.print(line, style="dim")
     for row in good:
-        for trait in untrained_traits(row.document or {}):
+        for trait in signs_of_no_learning(row.document or {}):
             console.print(f"warning: {names_of[row.subject]} did not learn: {trait}")
     concerned: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
@@ -92,7 +92,7 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
                 "metrics": {metric: value for metric, (value, _) in numbers_of(row).items()},
                 "reach": {metric: reach for metric, (_, reach) in numbers_of(row).items()},
                 "measured_on": ours_in(row.document or {}).get("measured_on"),
-                "warnings": untrained_traits(row.document or {"eval_result_metrics": {}}),
+                "warnings": signs_of_no_learning(row.document or {"eval_result_metrics": {}}),
                 "file": None if row.document is None else str(row.path),
             }
             for row in rows
@@ -172,11 +172,11 @@ def _cell(value: float | None, reach: float | None) -> str:
     return f"{value:.4g}" if reach is None else f"{value:.4g} {REACH} {reach:.2g}"
 
 
-def untrained_traits(document: Mapping[str, Any]) -> list[str]:
-    """Metrics of a result that are no better than those of an SAE that was never trained."""
-    found = {metric: metric_of(document, metric) for metric in UNTRAINED}
+def signs_of_no_learning(document: Mapping[str, Any]) -> list[str]:
+    """Metrics of a result that are no better than those of an SAE that learned nothing."""
+    found = {metric: metric_of(document, metric) for metric in NOTHING_LEARNED}
     return [
-        f"{metric.rsplit('.', 1)[-1]} {value:.4g}, as if never trained ({UNTRAINED[metric]:g})"
+        f"{metric.rsplit('.', 1)[-1]} {value:.4g}, no better than {NOTHING_LEARNED[metric]:g}, which takes no learning"
         for metric, value in found.items()
-        if value is not None and value <= UNTRAINED[metric]
+        if value is not None and value <= NOTHING_LEARNED[metric]
     ]

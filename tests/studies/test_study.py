@@ -21,7 +21,7 @@ from saemill.cache_schema import Store, StoreUnreachable
 from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
-from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
+from saemill.evaluate.run.console_table import NOTHING_LEARNED, signs_of_no_learning
 from saemill.studies import study, tables
 from saemill.studies.compare_and_decide import Difference
 from saemill.studies.run_results import Line, read_lines
@@ -84,8 +84,9 @@ def test_a_run_that_learned_has_no_problems(tmp_path):
     ("change", "said"),
     [
         ({"steps": 0}, "no step"),
-        ({"l0": 0.0}, "l0 0, as if never trained"),
+        ({"l0": 0.0}, "l0 0, no better than 0, which takes no learning"),
         ({"explained_variance": -0.785}, "explained_variance -0.785"),
+        ({"explained_variance": 0.0}, "explained_variance 0, no better than 0"),
         ({"ce": -0.6}, "ce_loss_score -0.6"),
         ({"explained_variance": None}, "explained_variance is not a number"),
         ({"ce": -1}, "ce_loss_score is not a number"),
@@ -251,15 +252,15 @@ def test_a_table_says_what_it_is_of_and_that_a_result_is_of_a_part(tmp_path):
     assert f"- run_0: of the model smollm2, store id {CACHE_ID}" in (tmp_path / "table.md").read_text()
 
 
-def test_every_recorded_number_counts_as_untrained():
+def test_every_number_that_takes_no_learning_is_told():
     recorded = document(
-        *(UNTRAINED[name] for name in ("sparsity.l0", "saemill_metrics.explained_variance")),
-        ce=UNTRAINED["model_performance_preservation.ce_loss_score"],
-        kl=UNTRAINED["model_behavior_preservation.kl_div_score"],
+        *(NOTHING_LEARNED[name] for name in ("sparsity.l0", "saemill_metrics.explained_variance")),
+        ce=NOTHING_LEARNED["model_performance_preservation.ce_loss_score"],
+        kl=NOTHING_LEARNED["model_behavior_preservation.kl_div_score"],
         alive=0.0,
     )
-    assert len(untrained_traits(recorded)) == 5
-    assert untrained_traits(document()) == []
+    assert len(signs_of_no_learning(recorded)) == 5
+    assert signs_of_no_learning(document()) == []
 
 
 def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_ended(tmp_path):

@@ -34,9 +34,9 @@ class Spread:
 
 
 PANELS = (
-    Lines("Feature lifetime", "mean lifetime (tokens)", series_of("temporal/lifetime")),
+    Lines("Feature lifetime", "mean over stretches (tokens)", series_of("temporal/lifetime")),
     Lines("Feature sparsity", "L0 (active latents per token)", series_of("l0")),
-    Spread("Lifetime of latents, test text", "mean lifetime (tokens)", "lifetimes"),
+    Spread("Lifetime of latents, test text", "mean of a latent (tokens)", "lifetimes"),
     Spread("Stability of latents, test text", "P(on next | on) over base rate", "stabilities"),
 )
 

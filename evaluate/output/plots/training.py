@@ -29,8 +29,12 @@ HYPERPARAMETERS = (
 )
 
 METRICS = (
-    Lines("Reconstruction loss", "share of variance unexplained", series_of("loss/reconstruction")),
-    Lines("Sparsity loss", "mean per token, before its weight", series_of(("loss/l1", "loss/l0", "loss/sparsity"))),
+    Lines("Reconstruction loss", "unexplained variance; nested: of all sizes", series_of("loss/reconstruction")),
+    Lines(
+        "Sparsity loss",
+        "before its weight; jumprelu: from target",
+        series_of(("loss/l1", "loss/l0", "loss/sparsity")),
+    ),
     Lines("Total loss", "weighted sum of all terms", series_of("loss")),
     *(
         Lines(f"Tier {tier} activity", "% of its latents active on a token", series_of(f"tiers/activity_{tier}", 100))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate import evals
-from saemill.evaluate.context.write_and_read_results import heading
+from saemill.evaluate.context.write_and_read_results import INTERVALS, heading, interval_of
 from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.report import table_and_curves
 from saemill.evaluate.output.report.markup import Html, element, text
@@ -327,6 +327,14 @@ def test_the_page_says_what_its_numbers_are_of():
     assert {"./store (ab12)", "2026-11-28T09:00:00+00:00", "sae-train --variant topk <b>"} <= set(words)
     assert {"65,536", "32", "core: test split, 9 tokens.", "\N{PLUS-MINUS SIGN} 0.1"} <= set(words)
     assert "L0 and explained variance of b: validation split, measured by training." in words
+
+
+@pytest.mark.parametrize(("massive", "found"), [(0, (31.0, 33.0)), (7, None)])
+def test_an_interval_of_other_rows_is_not_shown(massive, found):
+    """SAEBench's L0 is of all tokens, our intervals are of those that are not massive."""
+    ours = {"confidence_95": {"l0": [31.0, 33.0]}, "massive": {"tokens": massive}}
+    document = {"eval_result_metrics": {"sparsity": {"l0": 32.0}}, "saemill_metrics": ours}
+    assert interval_of(document, INTERVALS, "sparsity.l0") == found
 
 
 def test_an_evaluation_without_a_column_of_its_own_has_those_of_its_summary():

@@ -274,7 +274,7 @@ function buildList(sae, found) {
   pool = [];
   detail = h("section", { class: "detail", id: "detail", tabindex: -1, "aria-label": "latent" });
   const head = (key, text, meaning) => h("button", { type: "button", "data-key": key, title: meaning, on: { click: () => sortBy(key) } }, text);
-  const filters = [["all", "all latents"], ["alive", "that fire"], ["dead", "dead"], ["dense", "dense"], ["sparse", "not dense"], ["starred", "starred"], ["labelled", "labelled"]];
+  const filters = [["all", "all latents"], ["alive", "that fire"], ["dead", "that never fired here"], ["dense", "dense"], ["sparse", "not dense"], ["starred", "starred"], ["labelled", "labelled"]];
   const marks = found.mark === null ? [] : [...new Set(found.marks[found.mark])].sort((a, b) => a - b);
   split = h("div", { class: `split ${found.mark ? "has-mark" : ""}`, "data-shows": "list", "data-sae": sae.label },
     h("section", { class: "list", "aria-label": `latents of ${sae.label}` },
@@ -364,7 +364,7 @@ function drawRows() {
     n.textContent = (note.star ? "\u2605 " : "") + latent;
     n.classList.toggle("starred", note.star);
     const why = hits?.why(latent);
-    t.replaceChildren(...[note.label ? h("span", { class: "own" }, brief(note.label, 60)) : found.fired[latent] ? chip(found.token[latent]) : "dead", why && h("span", { class: "why" }, why)].filter(Boolean));
+    t.replaceChildren(...[note.label ? h("span", { class: "own" }, brief(note.label, 60)) : found.fired[latent] ? chip(found.token[latent]) : "never fired here", why && h("span", { class: "why" }, why)].filter(Boolean));
     density.textContent = found.fired[latent] ? share(found.density[latent]) : "\u2013";
     density.style.setProperty("--p", found.fired[latent] ? Math.max(.02, 1 + Math.log10(found.density[latent]) / 6) : 0);
     mean.textContent = found.fired[latent] ? number(found.mean[latent]) : "\u2013";
@@ -501,7 +501,7 @@ function title(sae, latent, found) {
     on: { change: (event) => { setNote(sae.label, latent, { label: event.target.value.trim() }); drawRows(); } } });
   return h("div", { class: "top" }, h("a", { class: "back", href: link(sae.label) }, "\u2190 all latents"),
     h("h1", {}, `${latent} `, found.fired[latent] > 0 && h("span", {}, chip(found.token[latent]))),
-    found.fired[latent] === 0 && h("span", { class: "flag" }, "dead"), found.density[latent] > sae.dense && h("span", { class: "flag" }, "dense"),
+    found.fired[latent] === 0 && h("span", { class: "flag" }, "never fired here"), found.density[latent] > sae.dense && h("span", { class: "flag" }, "dense"),
     marks.map(([name, values]) => h("span", { class: "flag" }, markName(name, values[latent]))),
     h("div", { class: "row-of" }, own, star, h("button", { type: "button", title: "previous (k)", "aria-label": "previous latent", on: { click: () => step(-1) } }, "\u2191"), h("button", { type: "button", title: "next (j)", "aria-label": "next latent", on: { click: () => step(1) } }, "\u2193"),
       h("button", { type: "button", title: "copy a link to this latent", on: { click: copyLink } }, "link")));
