@@ -22,7 +22,7 @@ from ...train.disk.sae_lens_folder import read_config
 from ...train.errors import TrainError
 from ...train.run.find_and_load_sae import list_saes, read_folder
 from .core.saebench_keys import max_cosine
-from .evaluation_contract import Context, Evaluation, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, LoadedSae, Needs, Result, remark_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             metrics["across_seeds"] = across(rows_FD, others, config)
         else:
             remarks.append("its run has no SAE that differs by its seed alone")
-        yield Result(subject, to_json(config), metrics, remark="; ".join(remarks) or None, measured_on="weights alone")
+        yield Result(subject, to_json(config), metrics, remark=remark_of(*remarks), measured_on="weights alone")
 
 
 def within(rows_FD: Tensor, config: Config) -> dict[str, float]:

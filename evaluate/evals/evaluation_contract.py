@@ -13,6 +13,7 @@ There are four ways of having no number:
     yield Failure(sae, e)   this SAE cannot be evaluated, others can: `not run` for a NotRun error, else `failed`
     Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
     Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
+A remark also says where a number says less than it seems, such as a mean over fewer parts than there are.
 A single number that does not exist, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
 metrics, details and `unstructured`, as SAEBench does (tables take -1 for no number), and as null in `extra`. If it is
 of the summary and the result says nothing, a remark is added that names it.
@@ -27,17 +28,18 @@ context/stored_windows.py says which, `sums_of_codes` adds up over them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+from ...cache_schema.numbers_in_words import counted
 from ..context.context import Context
 from ..context.evaluation_data_sets import Revision
 from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import Failure, Result
 from ..errors import EvaluationInvalid, SettingInvalid
 
-__all__ = ["Context", "Evaluation", "Failure", "LoadedSae", "Needs", "Result"]
+__all__ = ["Context", "Evaluation", "Failure", "LoadedSae", "Needs", "Result", "beyond", "remark_of"]
 
 C = TypeVar("C")
 
@@ -108,3 +110,14 @@ class Evaluation(Generic[C]):
             for value in given if isinstance(given, tuple) else (given,):
                 if value is not None and value < bound:
                     raise SettingInvalid(f"{name}: expected {bound} or more, found {value}")
+
+
+def remark_of(*said: str | None) -> str | None:
+    """A result's remark, of all that there is to say."""
+    return "; ".join(filter(None, said)) or None
+
+
+def beyond(name: str, asked: Iterable[int], there: int, noun: str = "latent", whose: str = "the SAE") -> str | None:
+    """What a remark says of settings that ask for more than there is: all of it was taken."""
+    more = ", ".join(str(number) for number in asked if number > there)
+    return f"{name} {more}: {whose} has {counted(there, noun)}" if more else None

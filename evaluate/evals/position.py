@@ -24,7 +24,8 @@ from ..context.loaded_sae import layers_of
 from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer
 from ..errors import NotApplicable
 from ..model.batches import Windows
-from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..model.logistic_regression import unconverged
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, beyond, remark_of
 from .measures.assignment import Assignment, is_bound, ranges_of, saved
 from .measures.position import (
     Profile,
@@ -125,11 +126,14 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         places = layers_of([subject])
         ranges = assigned[subject] or Assignment(assign_ranges(before[subject], config.ranges), config.ranges, STATIC)
-        order = order_probes(samples[places], samples[places].of(subject), length, config, config.probe_k)
-        order |= resid[places, subject.layers]
+        order, converged = order_probes(samples[places], samples[places].of(subject), length, config, config.probe_k)
+        of_resid, also_converged = resid[places, subject.layers]
+        order |= of_resid
         metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
         said = {"ranges": ranges.source}
-        remark = UNPROBED if not order else UNPAIRED if "first_chance" not in order else None
+        absent = UNPROBED if not order else UNPAIRED if "first_chance" not in order else None
+        wide = beyond("k", config.probe_k, subject.width) if order else None
+        remark = remark_of(absent, wide, unconverged(converged + also_converged))
         text = f"{read[subject]}; ranges by the {chosen_on[subject]}" if subject in chosen_on else str(read[subject])
         yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark, measured_on=text)
 
@@ -201,24 +205,26 @@ def meant_mask(subject: LoadedSae, ranges: Assignment, context: int) -> Tensor:
 
 def order_probes(
     sample: Sample, rows_WPF: Tensor, context: int, config: Config, sizes: Sequence[int | None]
-) -> dict[str, float]:
-    """Test accuracy by number of columns (None: all, of the residual); no document is on both sides."""
+) -> tuple[dict[str, float], list[bool]]:
+    """Test accuracy by number of columns (None: all, of the residual), and whether each probe converged; no document is
+    on both sides."""
     positions_WP, documents_WP, (train, test) = torch.cat(sample.positions), torch.cat(sample.documents), sample.sides()
     bucket = equal_shares(context, config.ranges).to(positions_WP.device)[positions_WP]
     tasks = {
         "range": (rows_WPF, bucket, train, test),
         "first": (*came_first(rows_WPF, positions_WP), in_pairs(train, documents_WP), in_pairs(test, documents_WP)),
     }
-    found: dict[str, float] = {}
+    found, converged = dict[str, float](), list[bool]()
     for name, (rows, labels, seen, unseen) in tasks.items():
         if len(labels[seen].unique()) < 2 or not unseen.any():
             continue
         answers = labels[unseen]
         found[f"{name}_chance"] = float(torch.bincount(answers).max() / len(answers))
         for k in sizes:
-            score = accuracy(rows[seen], labels[seen], rows[unseen], answers, k)
+            score, is_done = accuracy(rows[seen], labels[seen], rows[unseen], answers, k)
             found[f"{name}_residual" if k is None else f"{name}_top_{k}"] = score
-    return found
+            converged.append(is_done)
+    return found, converged
 
 
 def came_first(acts_WPF: Tensor, positions_WP: Tensor) -> tuple[Tensor, Tensor]:

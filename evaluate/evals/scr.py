@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataMissing
-from .evaluation_contract import LoadedSae, Result
+from .evaluation_contract import LoadedSae, Result, remark_of
 from .probing.draw_classes import Task, spurious
-from .probing.scr_and_tpp import Outcome, evaluation_of, mean_scores, scr_scores
+from .probing.scr_and_tpp import Outcome, evaluation_of, mean_scores, scr_remark, scr_scores
 from .probing.source_and_settings import Settings, Source
 
 
@@ -39,6 +39,7 @@ def make_result(
     """Means over pairs."""
     official = {name: scr_scores(found.official.ablated, found.official.clean) for name, found in outcomes.items()}
     corrected = {name: scr_scores(found.corrected.ablated, found.corrected.clean) for name, found in outcomes.items()}
+    ours = scr_remark([found.corrected.clean for found in outcomes.values()])
     return Result(
         subject,
         config_json,
@@ -46,6 +47,9 @@ def make_result(
         details=[{"dataset_name": f"{name}_results", **found} for name, found in official.items()],
         extra={"corrected": mean_scores(corrected)},
         missing=missing,
+        remark=remark_of(
+            scr_remark([found.official.clean for found in outcomes.values()]), ours and f"corrected: {ours}"
+        ),
     )
 
 

@@ -13,19 +13,32 @@ same number with epochs picked by held-out training rows is under `validated`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..context.saes_usable_on_text import official_config, require_reading, split_fitting
-from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..model.logistic_regression import unconverged
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, beyond, remark_of
 from .probing.draw_classes import Task
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.pooled_features import Features, Memo, Pool, draw_probe, pool_task, seeded
 from .probing.source_and_settings import DataChoice, Source, data_revision, find_source, load_all, of_data, said_of
 
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What some probes of one data set score."""
+
+    accuracies: Accuracies
+    converged: list[bool] = field(default_factory=list)
+    """Of each probe on k features."""
+
+    def __or__(self, other: Probed) -> Probed:
+        return Probed(self.accuracies | other.accuracies, self.converged + other.converged)
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,10 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         return
     tasks, missing = load_all(config.dataset_names, lambda name: [source.load_task(name, train_size, test_size, seed)])
     generators = {subject: seeded(seed) for subject in subjects}
-    found: dict[LoadedSae, dict[str, Accuracies]] = {subject: {} for subject in subjects}  # by data set
+    found: dict[LoadedSae, dict[str, Probed]] = {subject: {} for subject in subjects}  # by data set
     for task in tasks:
         pool = pool_task(context, subjects, task, length, config.llm_batch_size)
-        of_model = {subject.layers: Memo[Accuracies]() for subject in subjects}
+        of_model = {subject.layers: Memo[Probed]() for subject in subjects}
         with context.watch.stage(f"{task.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
                 found[subject][task.name] = probe_subject(
@@ -67,7 +80,12 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **data)
     text = said_of(source, tasks)
     for subject in subjects:
-        yield replace(make_result(subject, settings, found[subject], missing), measured_on=text)
+        remark = remark_of(
+            beyond("k", config.k_values, subject.width),
+            beyond("k", config.k_values, subject.d_in, "channel", "the residual"),
+            unconverged([one for probed in found[subject].values() for one in probed.converged]),
+        )
+        yield replace(make_result(subject, settings, found[subject], missing), remark=remark, measured_on=text)
 
 
 def filled(config: Config, source: Source) -> Config:
@@ -87,9 +105,9 @@ def probe_subject(
     task: Task,
     config: Config,
     generator: torch.Generator,
-    of_model: Memo[Accuracies],
+    of_model: Memo[Probed],
     device: torch.device,
-) -> Accuracies:
+) -> Probed:
     """Every probe of one data set for one SAE, in SAEBench's order. SAEs share those of the model's own features as far
     as the draws agree."""
     residual = [pool.of_model(subject.layers, part) for part in (task.train, task.test)]
@@ -101,38 +119,41 @@ def probe_subject(
     own = seeded(config.random_seed)  # our own probes draw nothing from SAEBench's generator
     llm |= of_model.recall("validated", own, lambda: probe_validated("llm", residual, own, device))
     sae |= probe_validated("sae", latents, seeded(config.random_seed), device)
-    return {"sae_test_accuracy": sae.pop("sae_test_accuracy")} | llm | sae  # SAEBench's order of keys
+    first = "sae_test_accuracy"  # SAEBench's order of keys
+    return Probed({first: sae.accuracies[first]}) | llm | sae
 
 
 def probe_features(
     name: str, features: Sequence[Features], k_values: Sequence[int], generator: torch.Generator, device: torch.device
-) -> Accuracies:
+) -> Probed:
     """The full-width probes, then those on k features, of every class."""
     train, test = features
     _, full = probe_every_class(train, test, FULL_WIDTH, generator, device)
-    found = {f"{name}_test_accuracy": full}
+    found, converged = {f"{name}_test_accuracy": full}, list[bool]()
     for k in k_values:
         accuracies = found[f"{name}_top_{k}_test_accuracy"] = {}
         for label in train.spans:
             train_draw = draw_probe(train.spans, label, generator)
             test_draw = draw_probe(test.spans, label, generator)
-            accuracies[label] = sparse_accuracy(train, train_draw, test, test_draw, k)
-    return found
+            accuracies[label], is_done = sparse_accuracy(train, train_draw, test, test_draw, k)
+            converged.append(is_done)
+    return Probed(found, converged)
 
 
 def probe_validated(
     name: str, features: Sequence[Features], generator: torch.Generator, device: torch.device
-) -> Accuracies:
+) -> Probed:
     """The full-width probes at the epoch that held-out training rows pick."""
     train, test = features
     _, accuracies = probe_every_class(train, test, FULL_WIDTH, generator, device, validated=True)
-    return {f"{name}_validated_test_accuracy": accuracies}
+    return Probed({f"{name}_validated_test_accuracy": accuracies})
 
 
 def make_result(
-    subject: LoadedSae, settings: Mapping[str, Any], by_data_set: Mapping[str, Accuracies], missing: str | None
+    subject: LoadedSae, settings: Mapping[str, Any], probed: Mapping[str, Probed], missing: str | None
 ) -> Result:
     """Means over classes, then over data sets."""
+    by_data_set = {name: found.accuracies for name, found in probed.items()}
     means = {name: {key: _mean(values) for key, values in found.items()} for name, found in by_data_set.items()}
     overall = {key: _mean({name: found[key] for name, found in means.items()}) for key in next(iter(means.values()))}
     validated = {key: value for key, value in overall.items() if "validated" in key}

@@ -11,7 +11,7 @@ that is too long loses its beginning, never its last token. N prompts, D residua
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,8 +23,9 @@ from ..context.evaluation_data_sets import Revision
 from ..context.loaded_sae import batch_size_for
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.saes_usable_on_text import attention_of, official_config, require_reading, split_fitting
+from ..model.logistic_regression import unconverged
 from ..model.prefix_suffix import LanguageModel
-from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, beyond, remark_of
 from .probing import sae_probes_data_sets, stdlib_texts
 from .probing.draw_classes import BinarySet
 from .probing.sae_probes_data_sets import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
@@ -57,13 +58,15 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     sets, missing = loaded()
     found: dict[LoadedSae, dict[str, ByK]] = {subject: {} for subject in subjects}  # by data set
     baselines: dict[tuple[int, ...], dict[str, Scores]] = {subject.layers: {} for subject in subjects}
+    used = cut = 0
     for data in sets:
         split = split_rows(data.labels, config.random_seed)
-        prompts = data.prompts[:MOST_ROWS]
-        resid, latents = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
+        rows, shortened = token_rows(context.model, data.prompts[:MOST_ROWS], length)
+        used, cut = used + len(rows), cut + shortened
+        resid, latents = read_prompts(context, subjects, data.name, rows, config.llm_batch_size)
         if config.include_llm_baseline:
-            for layers, rows in resid.items():
-                baselines[layers][data.name] = _scores(rows, data, split, "l2", config.random_seed)
+            for layers, dense in resid.items():
+                baselines[layers][data.name] = _scores(dense, data, split, "l2", config.random_seed)
         with context.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
                 found[subject][data.name] = score_latents(latents[subject], data, split, config)
@@ -72,14 +75,15 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
     data = of_data(source, data_revision(context, config))
     settings = official_config(context, replace(config, dataset_names=names), **fixed, **data)
-    used, kind = (
-        sum(min(len(data.prompts), MOST_ROWS) for data in sets),
-        "stdlib" if source.name == "stdlib" else "sae-probes",
-    )
+    kind = "stdlib" if source.name == "stdlib" else "sae-probes"
     text = f"{kind} prompts, {used:,} of two classes in {counted(len(sets), 'task')}"
+    text += f", {counted(cut, 'prompt')} cut to {length:,} tokens" if cut else ""
     for subject in subjects:
         result = make_result(subject, settings, found[subject], baselines[subject.layers], missing)
-        yield replace(result, measured_on=text)
+        scores = [one for by_k in found[subject].values() for one in by_k.values()]
+        scores += baselines[subject.layers].values()
+        remark = remark_of(beyond("k", config.ks, subject.width), unconverged([one.has_converged for one in scores]))
+        yield replace(result, remark=remark, measured_on=text)
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
@@ -134,13 +138,13 @@ def make_result(
                 "dataset_name": name,
                 **baselines.get(name, {}),
                 **by_set[name],
-                "sae_metrics_by_k": {str(k): asdict(scores) for k, scores in by_k.items()},
+                "sae_metrics_by_k": {str(k): scores.to_json() for k, scores in by_k.items()},
             }
             for name, by_k in found.items()
         ],
         extra={
             "sae_metrics_by_k": {
-                str(k): {name: means[f"sae_top_{k}_{name}"] for name in asdict(scores)} for k, scores in ks.items()
+                str(k): {name: means[f"sae_top_{k}_{name}"] for name in scores.to_json()} for k, scores in ks.items()
             }
         },
         missing=missing,
@@ -153,15 +157,14 @@ def _scores(rows: np.ndarray, data: BinarySet, split: Split, penalty: Penalty, s
 
 
 def _named(prefix: str, scores: Scores) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in asdict(scores).items()}
+    return {f"{prefix}_{name}": value for name, value in scores.to_json().items()}
 
 
 def read_prompts(
-    context: Context, subjects: Sequence[LoadedSae], title: str, prompts: Sequence[str], length: int, batch_size: int
+    context: Context, subjects: Sequence[LoadedSae], title: str, rows: Sequence[Sequence[int]], batch_size: int
 ) -> tuple[dict[tuple[int, ...], np.ndarray], dict[LoadedSae, csr_matrix]]:
-    """Residuals [N, D] by layers and latents [N, F] at each prompt's last token, in the prompts' order; the model runs
+    """Residuals [N, D] by layers and latents [N, F] at the last token of each row, in the rows' order; the model runs
     on those of similar length together."""
-    rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
     dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
     size = batch_size_for(dense, max(map(len, rows)), batch_size) if dense else batch_size
@@ -174,14 +177,15 @@ def read_prompts(
     return resid, latents
 
 
-def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:
-    """BOS and the last tokens of each prompt, `context` in all."""
-    return [[model.bos, *ids[-(context - 1) :]] for ids in model.tokenizer.encode(prompts)]
+def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> tuple[list[list[int]], int]:
+    """BOS and the last tokens of each prompt, `context` in all; and how many prompts lost their beginning."""
+    encoded, room = model.tokenizer.encode(prompts), context - 1
+    return [[model.bos, *ids[-room:]] for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 
 def longest_prompt(model: LanguageModel, sets: Sequence[BinarySet], context: int) -> int:
     """The most tokens that are read of a prompt."""
-    return max(len(row) for data in sets for row in token_rows(model, data.prompts[:MOST_ROWS], context))
+    return max(len(row) for data in sets for row in token_rows(model, data.prompts[:MOST_ROWS], context)[0])
 
 
 EVALUATION = Evaluation(

@@ -55,6 +55,7 @@ SMALL = {
     "sparse_probing_sae_probes": {"dataset_names": ("stdlib/kind",), "ks": (1, 5)},
 }
 IN_SMALL = re.compile(r"_(t|u|l|k)(?=_|$)")  # of a documented name: numbers that settings decide
+REMARKED = ("scr", "tpp", "unlearning")  # so small, they say less than they seem, and say so
 MEASURED_ON = {
     "store": r" split, [\d,]+ tokens of ",
     "text": r", [\d,]+ ",
@@ -121,7 +122,8 @@ def run(stored, pocket, new_builder):
         else:
             with Store.open(stored.store) as store:
                 rows = run_evals(Context(store, watch=watch), subjects, {name: settings_of(name)})
-        assert [(row.status, row.reason) for row in rows] == [("done", "")] * len(seeds)
+        assert [row.status for row in rows] == ["done"] * len(seeds)
+        assert name in REMARKED or not any(row.reason for row in rows)
         return [json.loads(row.path.read_text(), parse_constant=pytest.fail) for row in rows]
 
     return documents

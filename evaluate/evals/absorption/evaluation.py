@@ -19,6 +19,7 @@ from ....cache_schema.numbers_in_words import counted
 from ...context.prompt_positions import Reader
 from ...context.saes_usable_on_text import attention_of, official_config, split_fitting
 from ...errors import NotApplicable
+from ...model.logistic_regression import unconverged
 from ...model.prefix_suffix import LanguageModel
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measure_absorption import Sparse, mean_metrics, measure_letters
@@ -151,6 +152,7 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
                 "split_latents": {result.letter: list(result.latents) for result in results},
             },
         },
+        remark=unconverged([one for result in results for one in result.converged]),
         measured_on=f"the model's vocabulary, {counted(words, 'word')}; {classes}",
     )
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ....train.disk.plain_form import row_lengths
 from ...context.loaded_sae import LoadedSae
-from .task_and_probes import Task, Training, choose_latents, fit_probe
+from .task_and_probes import Chosen, Task, Training, choose_latents, fit_probe
 
 SILENT = 1e-8
 MIN_COSINE_FULL = 0.025
@@ -70,6 +70,8 @@ class LetterResult:
     words: int
     fraction_sum: float
     full: int
+    converged: tuple[bool, ...] = ()
+    """Of the regressions that chose its latents."""
 
     def to_json(self) -> dict[str, Any]:
         """Under SAEBench's keys."""
@@ -104,7 +106,7 @@ def measure_letters(
 
 def letter_latents(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
-) -> dict[int, tuple[int, ...]]:
+) -> dict[int, Chosen]:
     """The latents that stand for each letter."""
     train, lengths = task.train, row_lengths(subject.sae.W_dec)
     rows = torch.arange(len(train.words), device=train.labels.device)
@@ -121,7 +123,7 @@ def letter_latents(
     latents, halves = ranked[list(letters)].unique(), (task.train, task.test)
     columns = [(half.reading.columns_of(subject, latents) * lengths[latents]).cpu().numpy() for half in halves]
 
-    def choose(letter: int) -> tuple[int, ...]:
+    def choose(letter: int) -> Chosen:
         places = torch.searchsorted(latents, ranked[letter]).cpu().numpy()
         (train_NK, is_train), (test_NK, is_test) = (
             (table[:, places], half.is_of(letter)) for table, half in zip(columns, halves, strict=True)
@@ -144,7 +146,8 @@ def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
     return means | deviations
 
 
-def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], found: Tensor) -> LetterResult:
+def _measure(task: Task, subject: LoadedSae, letter: int, chosen: Chosen, found: Tensor) -> LetterResult:
+    own, converged = chosen
     probe, again = task.probes[subject.layer], task.again[subject.layer]
     places = (probe.found.cumsum(0) - 1)[found]
     direction = probe.probe.weights[letter]
@@ -153,4 +156,5 @@ def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], 
         W_dec = subject.sae.W_dec
         acts_BF = again.acts_of(subject, places) * row_lengths(W_dec)
         fraction, full = absorption(acts_BF, x_BD, W_dec, direction, own)
-    return LetterResult(task.classes.names[letter], own, len(found), float(fraction.sum()), int(full.sum()))
+    name = task.classes.names[letter]
+    return LetterResult(name, own, len(found), float(fraction.sum()), int(full.sum()), converged)

@@ -39,7 +39,7 @@ from torch.nn import functional
 
 from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable, SettingInvalid
-from ...model.logistic_regression import fitted
+from ...model.logistic_regression import fitted, has_converged
 from ...model.prefix_suffix import LanguageModel
 
 LETTERS = string.ascii_lowercase
@@ -115,6 +115,10 @@ def _positive_weights(targets_NL: Tensor) -> Tensor:
     return torch.where(positives > 0, ratio, torch.ones_like(ratio))
 
 
+Chosen = tuple[tuple[int, ...], tuple[bool, ...]]
+"""A letter's latents, and whether each of the regressions that chose them converged."""
+
+
 def choose_latents(
     ranked_K: Sequence[int],
     train_NK: np.ndarray,
@@ -122,18 +126,19 @@ def choose_latents(
     test_NK: np.ndarray,
     is_test: np.ndarray,
     jump: float,
-) -> tuple[int, ...]:
+) -> Chosen:
     """The letter's latents; columns of the activations are those of `ranked_K`.
 
     No k larger than the first that does not gain enough is tried, so none is fitted either.
     """
-    best = -100.0
+    best, converged = -100.0, list[bool]()
     for k in range(1, len(ranked_K) + 1):
-        f1 = _f1_of_first(k, train_NK, is_train, test_NK, is_test)
+        f1, is_done = _f1_of_first(k, train_NK, is_train, test_NK, is_test)
+        converged.append(is_done)
         if f1 <= best + jump:
-            return tuple(ranked_K[: k - 1])
+            return tuple(ranked_K[: k - 1]), tuple(converged)
         best = f1
-    return tuple(ranked_K)
+    return tuple(ranked_K), tuple(converged)
 
 
 def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
@@ -142,9 +147,11 @@ def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
     return 2 * hits / (int(truth.sum()) + int(claimed.sum())) if hits else 0.0
 
 
-def _f1_of_first(k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray) -> float:
+def _f1_of_first(
+    k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray
+) -> tuple[float, bool]:
     regression = fitted(train_NK[:, :k], is_train.astype(np.int64), max_iter=500, class_weight="balanced")
-    return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)
+    return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0), has_converged(regression)
 
 
 @dataclass(frozen=True)

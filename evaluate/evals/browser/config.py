@@ -23,4 +23,5 @@ class Config:
     exports: tuple[str, ...] = ()
     """Formats of other tools to write too: saedashboard, neuronpedia."""
     together_tokens: int = 16_384
-    """Tokens, spread over the text, on which firing together is counted."""
+    """Tokens, spread over the text, on which firing together is counted; fewer where many latents fire on each, and the
+    page says how many."""

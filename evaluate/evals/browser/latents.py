@@ -168,7 +168,8 @@ def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
 def near_value(near: Near | list[tuple[LoadedSae, str, Near]], rows: slice) -> Any:
     if isinstance(near, list):  # of exactly these weights: others may get the same label
         return [{"label": of.label, "sha256": of.sha256, "by": by, **near_value(one, rows)} for of, by, one in near]
-    return {"latents": near.latents[rows], "scores": near.scores[rows]}
+    tokens = {} if near.tokens is None else {"tokens": near.tokens}
+    return {"latents": near.latents[rows], "scores": near.scores[rows], **tokens}
 
 
 def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[str, Any]:

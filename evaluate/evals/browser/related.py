@@ -26,6 +26,8 @@ class Near:
 
     latents: np.ndarray  # int32 [F, K]
     scores: np.ndarray  # float32 [F, K]
+    tokens: int | None = None
+    """On how many tokens firing together was counted."""
 
 
 @torch.inference_mode()
@@ -48,22 +50,23 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
 def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
     """The nearest by tokens on which both fire, over the geometric mean of those on which each does."""
     tokens = min(rows.shape[0], others.shape[0])  # both tables are of the same ones, the shorter of fewer
-    pairs = np.cumsum(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) * np.diff(others.indptr[: tokens + 1]))
-    tokens = int(np.searchsorted(pairs, PAIRS, side="right"))  # what the product of the two can afford
-    rows, others = rows[:tokens], others[:tokens]
+    pairs = int(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) @ np.diff(others.indptr[: tokens + 1]))
+    counted = tokens if pairs <= PAIRS else tokens * PAIRS // pairs  # about what the product of the two can afford
+    chosen = np.arange(counted) * tokens // max(counted, 1)  # spread over the text
+    rows, others = rows[chosen], others[chosen]
     latents = np.full((rows.shape[1], count), -1, np.int32)
     scores = np.zeros((rows.shape[1], count), np.float32)
     own, their = (np.asarray(table.sum(axis=0)).ravel() for table in (rows, others))
     turned = rows.T.tocsr()
     for start in range(0, rows.shape[1], BLOCK):
         together = (turned[start : start + BLOCK] @ others).tocoo()
-        chosen = together.data >= LEAST_TOGETHER
+        often = together.data >= LEAST_TOGETHER
         if is_same:
-            chosen &= together.row + start != together.col
-        row, column = together.row[chosen], together.col[chosen]
-        score = together.data[chosen] / np.sqrt(own[row + start] * their[column])
+            often &= together.row + start != together.col
+        row, column = together.row[often], together.col[often]
+        score = together.data[often] / np.sqrt(own[row + start] * their[column])
         best = largest(row, score, count)
         row, first = row[best], np.flatnonzero(np.diff(row[best], prepend=-1))
         rank = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
         latents[row + start, rank], scores[row + start, rank] = column[best], score[best]
-    return Near(latents, scores)
+    return Near(latents, scores, counted)

@@ -18,7 +18,7 @@ from ...context.stored_windows import tell_bounds
 from ...context.write_and_read_results import INTERVALS
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ...model.batches import count_windows
-from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, remark_of
 from .bootstrap import said
 from .choose_rows import Rows, choose_rows
 from .clean_and_spliced_losses import ABLATIONS, LossSums, measure_losses, splice_layer
@@ -65,8 +65,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         result = make_result(context, subject, config, rows, sparsity[subject], losses.get(subject))
         remark = reasons.get(subject)
-        remarks = filter(None, (remark, tell_bounds(context, subject, layers_of([subject]))))
-        yield replace(result, remark="; ".join(remarks) or None, missing=None if remark else missing)
+        remarks = remark_of(remark, tell_bounds(context, subject, layers_of([subject])))
+        yield replace(result, remark=remarks, missing=None if remark else missing)
 
 
 def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:

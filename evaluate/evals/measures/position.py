@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...model.batches import Sums
-from ...model.logistic_regression import fitted
+from ...model.logistic_regression import fitted, has_converged
 
 ANYWHERE = -1  # the range of a latent that no mask binds
 
@@ -97,12 +97,15 @@ def _correlation(first_TF: Tensor, second_TF: Tensor) -> Tensor:
 ITERATIONS = 200
 
 
-def accuracy(train_NF: Tensor, train_labels_N: Tensor, test_NF: Tensor, test_labels_N: Tensor, k: int | None) -> float:
-    """Share of test examples that a logistic regression on the k best latents (None: all) gets right."""
+def accuracy(
+    train_NF: Tensor, train_labels_N: Tensor, test_NF: Tensor, test_labels_N: Tensor, k: int | None
+) -> tuple[float, bool]:
+    """Share of test examples that a logistic regression on the k best latents (None: all) gets right, and whether it
+    converged."""
     chosen = slice(None) if k is None else best_latents(train_NF, train_labels_N, k)
     train, test = (_scaled(part[:, chosen], train_NF[:, chosen]) for part in (train_NF, test_NF))
     probe = fitted(train, train_labels_N.cpu().numpy(), max_iter=ITERATIONS)
-    return float(probe.score(test, test_labels_N.cpu().numpy()))
+    return float(probe.score(test, test_labels_N.cpu().numpy())), has_converged(probe)
 
 
 def best_latents(acts_NF: Tensor, labels_N: Tensor, k: int) -> Tensor:

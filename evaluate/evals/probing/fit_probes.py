@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...model.logistic_regression import fitted
+from ...model.logistic_regression import fitted, has_converged
 from .pooled_features import Draw, Features, draw_probe
 
 HELD_OUT = 5  # one row in so many judges the epochs of a validated probe
@@ -136,8 +136,9 @@ def top_features(train: Features, draw: Draw, k: int) -> np.ndarray:
     return np.sort(torch.argsort(difference, descending=True)[:k].numpy())
 
 
-def sparse_accuracy(train: Features, train_draw: Draw, test: Features, test_draw: Draw, k: int) -> float:
-    """Share of test rows that an L2-regularised logistic regression on k features gets right."""
+def sparse_accuracy(train: Features, train_draw: Draw, test: Features, test_draw: Draw, k: int) -> tuple[float, bool]:
+    """Share of test rows that an L2-regularised logistic regression on k features gets right, and whether it
+    converged."""
     chosen = top_features(train, train_draw, k)
     probe = fitted(train.columns(train_draw, chosen), train_draw.labels, C=1.0, max_iter=MAX_ITERATIONS)
-    return float(probe.score(test.columns(test_draw, chosen), test_draw.labels))
+    return float(probe.score(test.columns(test_draw, chosen), test_draw.labels)), has_converged(probe)

@@ -33,7 +33,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from ...errors import DataMissing
-from ...model.logistic_regression import fitted
+from ...model.logistic_regression import fitted, has_converged
 from .draw_classes import BinarySet
 
 PACKAGE = "sae_probes"
@@ -112,6 +112,12 @@ class Scores:
     test_accuracy: float
     test_auc: float
     test_f1: float
+    has_converged: bool
+    """Of the probe that is scored, not those that chose its strength."""
+
+    def to_json(self) -> dict[str, float]:
+        """Under SAEBench's keys."""
+        return {"test_accuracy": self.test_accuracy, "test_auc": self.test_auc, "test_f1": self.test_f1}
 
 
 def split_rows(labels: np.ndarray, seed: int) -> Split:
@@ -149,6 +155,7 @@ def tuned_scores(
         test_accuracy=float(np.mean(np.equal(said, test_labels))),
         test_auc=float(roc_auc_score(test_labels, probe.predict_proba(test)[:, 1])),
         test_f1=float(f1_score(test_labels, said, average="weighted")),
+        has_converged=has_converged(probe),
     )
 
 

@@ -17,7 +17,7 @@ N texts, P probes, D residual width, F latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....cache_schema.numbers_in_words import counted
 from ...context.saes_usable_on_text import official_config, split_fitting
-from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, beyond, remark_of
 from .draw_classes import OPPOSITES, Task
 from .fit_probes import LinearProbe, Training, probe_every_class
 from .pooled_features import Draw, Features, Memo, Pool, draw_probe, pool_task, seeded
@@ -227,7 +228,9 @@ def evaluation_of(
         tasks, missing = load_all(config.dataset_names, lambda name: load(source, name, config))
         settings, text = official_settings(config, context, source, kind, tasks), said_of(source, tasks)
         for subject, outcomes in perturb_all(context, subjects, tasks, config, kind).items():
-            yield replace(make_result(subject, settings, outcomes, missing), measured_on=text)
+            result = make_result(subject, settings, outcomes, missing)
+            remark = remark_of(result.remark, beyond("n", config.n_values, subject.width))
+            yield replace(result, remark=remark, measured_on=text)
 
     least = LEAST | {"n_values": 1, "probe_train_batch_size": 1, "probe_epochs": 1}
     return Evaluation(Settings, evaluate, Needs(model=True), summary, least=least, data_revision=data_revision)
@@ -298,7 +301,7 @@ def scr_scores(ablated: Ablated, clean: Accuracies) -> dict[str, float]:
     The metric is the direction in which the confounded probe did worse; if both are even there is none.
     """
     scores: dict[str, float] = {}
-    start = {data: clean[on_data(CONFOUNDED, data)] for data in (CONCEPT, ATTRIBUTE)}
+    start = before_ablation(clean)
     for direction, off, data, other in ((1, ATTRIBUTE, CONCEPT, ATTRIBUTE), (2, CONCEPT, ATTRIBUTE, CONCEPT)):
         room = clean[data] - start[data]
         for n, accuracies in ablated[off].items():
@@ -307,6 +310,26 @@ def scr_scores(ablated: Ablated, clean: Accuracies) -> dict[str, float]:
             if start[data] < start[other]:
                 scores[f"scr_metric_threshold_{n}"] = scores[f"scr_dir{direction}_threshold_{n}"]
     return scores
+
+
+def before_ablation(clean: Accuracies) -> dict[str, float]:
+    """What the confounded probe scores on each data."""
+    return {data: clean[on_data(CONFOUNDED, data)] for data in (CONCEPT, ATTRIBUTE)}
+
+
+def scr_remark(cleans: Collection[Accuracies]) -> str | None:
+    """How many pairs of concepts have a metric, and in how many of them there was nothing to remove."""
+    rooms = list[float]()
+    for clean in cleans:
+        start = before_ablation(clean)
+        if start[CONCEPT] != start[ATTRIBUTE]:
+            worse = min(start, key=start.__getitem__)
+            rooms.append(clean[worse] - start[worse])
+    empty = sum(room < LEAST_ROOM for room in rooms)
+    if len(rooms) == len(cleans) and not empty:
+        return None
+    as_zero = f", {empty} of them as 0 with nothing to remove" if empty else ""
+    return f"{len(rooms)} of {counted(len(cleans), 'pair')} counted{as_zero}"
 
 
 def mean_scores(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

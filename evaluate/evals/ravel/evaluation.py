@@ -118,13 +118,14 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
-    """Require that what was selected is in the data that are used."""
+    """Require that what was selected is in the data that are used, and two attributes: one is swapped, others stay."""
     known = {entity_class.name: tuple(entity_class.templates) for entity_class in entities}
     fits = selection.keys() == known.keys() and all(set(selection[name]) <= set(known[name]) for name in known)
-    if not fits or not all(selection.values()):
+    if not fits or any(len(set(attributes)) < 2 for attributes in selection.values()):
         raise SettingInvalid(
             f"ravel.entity_attribute_selection: expected of {listed(known)}, found {listed(selection)}. "
-            "Select from those, or use other data with ravel.data"
+            "Select from those, two attributes or more of each (isolation is measured on the others), or use other "
+            "data with ravel.data"
         )
 
 

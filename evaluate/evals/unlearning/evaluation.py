@@ -22,7 +22,7 @@ from ...context.saes_usable_on_text import attention_of, model_name_of, split_fi
 from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
-from .interventions import Outcome, SharedPasses, Sweep, make_settings, remembered_questions, unlearning_score
+from .interventions import Outcome, SharedPasses, Sweep, make_settings, remembered_questions, unlearning_score, why_zero
 from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
 
 WMDP, STDLIB = "wmdp", "stdlib"
@@ -136,12 +136,13 @@ def make_result(
     subject: LoadedSae, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
 ) -> Result:
     asked, rows = [exam.name for exam in exams if len(exam)], len(material.forget_rows) + len(material.retain_rows)
-    both = ([paper.name for paper in papers if paper.name in asked] for papers in (material.forget, material.retain))
-    score = unlearning_score(outcomes, *both)
+    forget, retain = (
+        [one.name for one in papers if one.name in asked] for papers in (material.forget, material.retain)
+    )
     return Result(
         subject,
         settings_by_saebench(config, material),
-        {"unlearning": {"unlearning_score": score}},
+        {"unlearning": {"unlearning_score": unlearning_score(outcomes, forget, retain)}},
         extra={
             "unlearning": {
                 "data": material.name,
@@ -149,6 +150,7 @@ def make_result(
                 "runs": [to_json(outcome.setting) | {"accuracy": outcome.shares} for outcome in outcomes],
             }
         },
+        remark=why_zero(outcomes, retain),
         measured_on=f"{material.name}, {counted(rows, 'row')} of text and {counted(sum(map(len, exams)), 'question')}",
     )
 

@@ -90,9 +90,23 @@ def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> l
     return settings
 
 
+KEPT = 0.99
+"""Of the rest, so that an intervention counts."""
+
+
 def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain: Sequence[str]) -> float:
     """1 minus the lowest accuracy on the topic among settings that keep at least 99 % of the rest; 0 if none does."""
-    return 1.0 - min(outcome.accuracy(forget) if outcome.accuracy(retain) >= 0.99 else 1.0 for outcome in outcomes)
+    return 1.0 - min(outcome.accuracy(forget) if outcome.accuracy(retain) >= KEPT else 1.0 for outcome in outcomes)
+
+
+def why_zero(outcomes: Sequence[Outcome], retain: Sequence[str]) -> str | None:
+    """Why the score is 0 whatever the interventions did to the topic, if it is."""
+    clamping = [outcome for outcome in outcomes if outcome.setting.latents]
+    if not clamping:
+        return "0 because no latent fires on the text to forget and rarely enough on the text to retain"
+    if all(outcome.accuracy(retain) < KEPT for outcome in clamping):
+        return f"0 because no intervention keeps {100 * KEPT:.0f} % of the rest"
+    return None
 
 
 def topic_latents(forget_F: np.ndarray, retain_F: np.ndarray, retain_threshold: float) -> np.ndarray:

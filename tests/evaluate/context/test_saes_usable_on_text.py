@@ -79,7 +79,7 @@ def test_at_a_token_of_a_prompt(context, subject, stored):
 
 def test_at_the_last_token_of_a_prompt(context, subject, stored):
     tokens, acts = stored
-    _, latents = read_prompts(context, [subject], "t", written(tokens), tokens.shape[1], batch_size=4)
+    _, latents = read_prompts(context, [subject], "t", tokens.tolist(), batch_size=4)
     close(latents[subject].toarray(), acts[:, -1])
 
 

@@ -466,7 +466,7 @@ async function latentData(sae, latent) {
       positions: data.positions.subarray(values[item], values[item + 1]), levels: data.levels.subarray(values[item], values[item + 1]) });
   }
   const slice = (array) => array.subarray(row * array.length / data.counts.length, (row + 1) * array.length / data.counts.length);
-  const near = (one) => one && { latents: slice(one.latents), scores: slice(one.scores) };
+  const near = (one) => one && { latents: slice(one.latents), scores: slice(one.scores), tokens: one.tokens };
   return {
     latent, examples, highest: found.highest[latent], fired: found.fired[latent],
     bins: { first: data.bins_first[row], counts: [...data.bins.subarray(bins[row], bins[row + 1])] },
@@ -562,10 +562,11 @@ function logits(sae, data) {
 
 function related(sae, data, found) {
   const entry = (target, columns_, latent, score) => [h("a", { href: link(target.label, latent) }, `${latent}`), columns_ ? h("span", {}, noteOf(target.label, latent).label || chip(columns_.token[latent])) : "", number(score, 2)];
+  const together = ({ tokens }) => `fires on the same tokens${tokens === undefined ? "" : ` (of ${whole(tokens)})`}`; // pages of before do not say
   const listed = (near, empty) => pairs([...near.latents].map((latent, place) => [latent, near.scores[place]]).filter(([latent]) => latent >= 0).map(([latent, score]) => entry(sae, found, latent, score)), empty);
   const groups = [];
   if (data.byDirection) groups.push(h("div", {}, h("h3", { title: "cosine of decoder rows" }, "writes in a similar direction (cosine)"), listed(data.byDirection, "none")));
-  groups.push(h("div", {}, h("h3", { title: "tokens on which both fire, over the geometric mean of those on which each does" }, "fires on the same tokens"), listed(data.byFiring, "none often enough to tell")));
+  groups.push(h("div", {}, h("h3", { title: "tokens on which both fire, over the geometric mean of those on which each does" }, together(data.byFiring)), listed(data.byFiring, "none often enough to tell")));
   if (data.madeOf) groups.push(h("div", {}, h("h3", {}, "made of, in the tier below"), listed(data.madeOf, "nothing below it")), h("div", {}, h("h3", {}, "part of, in the tier above"), listed(data.partOf, "nothing above it")));
   const box = h("section", { class: "card", id: "related" }, h("h2", {}, "Related latents"), h("div", { class: "three" }, groups));
   const labels = [...new Set(data.others.map((one) => one.label))];
@@ -580,7 +581,7 @@ function related(sae, data, found) {
       columnsOf(target).then((columns_) => {
         for (const one of data.others.filter((other) => other.label === label)) {
           const there = [...one.latents].map((latent, rank) => [latent, one.scores[rank]]).filter(([latent, score]) => latent >= 0 && score > 0);
-          if (there.length) place.append(h("p", { class: "small quiet tight" }, one.by === "direction" ? "cosine" : "fires on the same tokens"), pairs(there.map(([latent, score]) => entry(target, columns_, latent, score))));
+          if (there.length) place.append(h("p", { class: "small quiet tight" }, one.by === "direction" ? "cosine" : together(one)), pairs(there.map(([latent, score]) => entry(target, columns_, latent, score))));
         }
         if (place.children.length === 1) place.append(h("p", { class: "small quiet" }, "no counterpart"));
       });

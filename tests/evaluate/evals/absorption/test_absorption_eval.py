@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 from types import SimpleNamespace
 
@@ -197,6 +198,13 @@ def test_the_whole_evaluation_repeats_by_its_seed_and_leaks_none(tiny, builder):
     assert len(result.details) >= 1
     other = run(tiny, builder, random_seed=7, **KNOWN)
     assert other[0].extra["absorption"]["probe_f1"] != result.extra["absorption"]["probe_f1"]
+
+
+def test_regressions_that_ran_out_of_iterations_are_counted(tiny, builder, monkeypatch):
+    fitted = task_and_probes.fitted
+    monkeypatch.setattr(task_and_probes, "fitted", lambda *rows, **given: fitted(*rows, **given | {"max_iter": 1}))
+    for result in run(tiny, builder, **KNOWN):
+        assert re.fullmatch(r"([1-9]\d*) of \1 probes? had not converged", result.remark)
 
 
 def test_an_sae_is_asked_the_same_beside_an_sae_of_another_layer(tiny, builder):

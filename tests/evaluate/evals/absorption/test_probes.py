@@ -106,7 +106,7 @@ def test_a_split_letter_takes_two_latents_and_a_whole_one_takes_one(letter, rank
     monkeypatch.setattr(task_and_probes, "_f1_of_first", lambda k, *rest: tried.append(k) or f1_of_first(k, *rest))
     acts, labels = planted_rows()
     columns, truth = acts[:, list(ranking)].numpy(), (labels == letter).numpy()
-    assert choose_latents(ranking, columns, truth, columns, truth, jump=0.03) == own
+    assert choose_latents(ranking, columns, truth, columns, truth, jump=0.03) == (own, (True,) * len(tried))
     assert len(tried) == len(own) + 1  # the first k that gained nothing was the last that was looked at
 
 

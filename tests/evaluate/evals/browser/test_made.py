@@ -34,6 +34,7 @@ from saemill.evaluate.evals.browser import (
     exports,
     latents,
     read_and_encode,
+    related,
 )
 from saemill.evaluate.evals.browser.browser_folder import read_data, unpacked, write_data
 from saemill.evaluate.evals.browser.collect_firings import (
@@ -516,6 +517,16 @@ def test_neighbours_by_firing():
     assert near.scores == pytest.approx(np.sort(score, axis=1)[:, ::-1][:, :4], abs=1e-5)
     rows = np.arange(20)[:, None]
     assert score[rows, near.latents] == pytest.approx(near.scores, abs=1e-5)
+
+
+def test_where_many_fire_a_comparison_takes_tokens_from_all_over_the_text_and_says_how_many(monkeypatch):
+    """Latent 0 fires with latent 1 in the first half, and with latent 2 in the second."""
+    fires = scipy.sparse.csr_matrix(np.repeat([[1, 1, 0], [1, 0, 1]], 50, axis=0).astype(np.float32))
+    for pairs, tokens in ((400, 100), (200, 50)):
+        monkeypatch.setattr(related, "PAIRS", pairs)
+        near = by_firing(fires, fires, 2, is_same=True)
+        assert near.tokens == tokens and set(near.latents[0].tolist()) == {1, 2}
+        assert near.scores[0] == pytest.approx(0.5**0.5)
 
 
 def test_the_head_alone_says_what_the_whole_model_says(tmp_path):

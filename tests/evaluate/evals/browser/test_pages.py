@@ -373,6 +373,7 @@ def test_what_another_sae_or_the_model_would_say_is_shown_where_it_is_the_very_o
     page.wait_for_selector("#detail[data-latent='3']")
     assert "In the other SAEs" in page.locator("#related").text_content()
     assert "were not compared" not in page.locator("#related").text_content()
+    wait(page, "document.getElementById('related').textContent.split('fires on the same tokens (of ').length === 3")
     page.evaluate("run.saes[0].not_compared = 55; showSae('first', 3, null)")
     said = "Those most like this SAE in layer, variant and width; 55 more were not compared with it."
     assert said in page.locator("#related").text_content()

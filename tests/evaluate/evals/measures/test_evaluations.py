@@ -492,6 +492,16 @@ def test_no_document_is_on_both_sides_of_a_probe(length, windows, make_world, bu
     assert bool(result.metrics["order"]) == bool(windows) == (result.remark is None)
 
 
+def test_order_probes_say_of_how_many_latents_they_are_and_how_many_had_not_converged(
+    world, builder, open_context, monkeypatch
+):
+    context, subjects = open_context(world), [builder.subject(builder.make_sae(seed=n), f"sae_{n}") for n in (1, 2)]
+    monkeypatch.setattr("saemill.evaluate.evals.measures.position.ITERATIONS", 1)
+    config = replace(CONFIGS[position], probe_k=(2, 500))
+    for result in position.evaluate(context, subjects, config):  # of each SAE and of the residual that both read
+        assert result.remark == "k 500: the SAE has 24 latents; 6 of 6 probes had not converged"
+
+
 def test_pairs_of_an_order_probe_lie_in_one_document():
     kept = torch.tensor([[True, True, True, True, False, True]])  # pairs of places 0 and 3, 1 and 4, 2 and 5
     documents = torch.tensor([[7, 7, 7, 8, 7, 7]])

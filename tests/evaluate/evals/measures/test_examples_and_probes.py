@@ -31,12 +31,14 @@ def test_a_probe_finds_the_latent_that_knows():
     rows[:, 7] += 4 * (labels == 2)
     rows[:, 3] += 4 * (labels == 1)
     assert set(best_latents(rows, labels, 2).tolist()) == {3, 7}
-    assert accuracy(rows[:300], labels[:300], rows[300:], labels[300:], 2) > 0.9
+    found, has_converged = accuracy(rows[:300], labels[:300], rows[300:], labels[300:], 2)
+    assert found > 0.9 and has_converged
     shuffled = labels[torch.randperm(600, generator=generator)]
-    assert accuracy(rows[:300], shuffled[:300], rows[300:], shuffled[300:], 2) == pytest.approx(1 / 3, abs=0.1)
+    by_chance, _ = accuracy(rows[:300], shuffled[:300], rows[300:], shuffled[300:], 2)
+    assert by_chance == pytest.approx(1 / 3, abs=0.1)
 
 
 def test_a_latent_that_never_fires_harms_no_probe():
     labels = torch.arange(40) % 2
     rows = torch.stack([labels.float(), torch.zeros(40)], dim=1)
-    assert accuracy(rows, labels, rows, labels, None) == 1.0
+    assert accuracy(rows, labels, rows, labels, None)[0] == 1.0

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from saemill.evaluate.evals import scr
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
 from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
 from saemill.evaluate.evals.probing.pooled_features import Draw, Memo, seeded
 from saemill.evaluate.evals.probing.scr_and_tpp import (
     Ablatable,
+    Outcome,
+    Perturbed,
     Setup,
     effects,
     mean_scores,
@@ -156,6 +159,26 @@ def test_scr_has_no_metric_where_both_directions_are_even_and_none_to_gain():
     ablated = {name: {2: dict.fromkeys(clean, 0.85)} for name in ("male / female", "professor / nurse")}
     scores = scr_scores(ablated, clean)
     assert scores == {"scr_dir1_threshold_2": 0, "scr_dir2_threshold_2": pytest.approx(0.5)}
+
+
+def pair_of(*confounded: float) -> Perturbed:
+    """A pair of concepts, by what the confounded probe scores on the data of each, where the clean ones have 0.9."""
+    names, probe = ("professor / nurse", "male / female"), "male_professor / female_nurse probe on {} data"
+    clean = dict.fromkeys(names, 0.9) | dict(zip(map(probe.format, names), confounded, strict=True))
+    return Perturbed(clean, {name: {2: dict.fromkeys(clean, 0.9)} for name in names})
+
+
+def test_scr_says_of_how_many_pairs_its_mean_is_and_in_how_many_there_was_nothing_to_remove(official):
+    even, empty, full = pair_of(0.7, 0.7), pair_of(0.9, 0.95), pair_of(0.6, 0.8)
+    for pairs, mean, remark in (
+        ([(full, full), (full, full)], 1, None),
+        ([(even, full), (empty, full)], 0, "1 of 2 pairs counted, 1 of them as 0 with nothing to remove"),
+        ([(full, even)], 1, "corrected: 0 of 1 pair counted"),
+    ):
+        outcomes = {str(number): Outcome(*pair) for number, pair in enumerate(pairs)}
+        result = scr.make_result(official.subject, {}, outcomes, None)
+        assert result.metrics["scr_metrics"]["scr_metric_threshold_2"] == pytest.approx(mean)
+        assert result.remark == remark
 
 
 def test_means_are_over_the_parts_that_have_a_score():

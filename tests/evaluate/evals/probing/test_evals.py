@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import zlib
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
-from saemill.evaluate.evals.probing import saebench_texts, stdlib_texts
+from saemill.evaluate.evals.probing import fit_probes, sae_probes_data_sets, saebench_texts, stdlib_texts
 from saemill.evaluate.evals.probing.source_and_settings import HUB, Settings
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
@@ -97,6 +98,40 @@ def test_results_have_the_official_keys_and_say_which_data_they_are_of(run, offi
     assert one["eval_result_metrics"] != other["eval_result_metrics"]
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "remark"),
+    [
+        ("sparse_probing", "k_values", "k 500: the SAE has 24 latents; k 20, 500: the residual has 16 channels"),
+        ("scr", "n_values", "n 500: the SAE has 24 latents"),
+        ("tpp", "n_values", "n 500: the SAE has 24 latents"),
+        ("sparse_probing_sae_probes", "ks", "k 500: the SAE has 24 latents"),
+    ],
+)
+def test_more_latents_than_there_are_is_all_of_them_and_said(run, name, setting, remark):
+    rows = run(name, dataclasses.replace(SMALL[name], **{setting: (2, 20, 500)}))
+    assert all(row.status == "done" and remark in row.reason for row in rows)
+    assert not any("has 24 latents" in row.reason for row in run(name))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "probes"),
+    [(fit_probes, "sparse_probing", 2 * 2 * 4), (sae_probes_data_sets, "sparse_probing_sae_probes", 3)],
+)
+def test_probes_that_ran_out_of_iterations_are_counted_for_every_sae(run, monkeypatch, module, name, probes):
+    """Those of the model's own features too, which SAEs share."""
+    assert not any("converged" in row.reason for row in run(name))
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 1)
+    assert [row.reason for row in run(name)] == [f"{probes} of {probes} probes had not converged"] * 2
+
+
+def test_prompts_that_lose_their_beginning_are_counted(run, monkeypatch):
+    texts = [row.document["saemill"]["measured_on"] for row in run("sparse_probing_sae_probes")]
+    monkeypatch.setattr(sparse_probing_sae_probes, "MAX_TOKENS", 8)
+    cut = [row.document["saemill"]["measured_on"] for row in run("sparse_probing_sae_probes")]
+    assert all("cut" not in text for text in texts)
+    assert all(re.search(r" in 1 task, \d+ prompts cut to 8 tokens$", text) for text in cut)
+
+
 @pytest.mark.parametrize("module", [contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp])
 def test_saes_of_another_model_are_named_and_cost_no_text(module, context, builder, monkeypatch):
     """One of another width, one of a layer that the model lacks, of several layers one too many, and one that reads
@@ -176,10 +211,11 @@ def test_no_data_at_all_is_not_run(run, monkeypatch):
 def test_prompts_are_read_at_their_last_token(context, builder):
     prompts = ["one two three", "four", "a b c d e f g h i j k"]
     subject = builder.subject(builder.make_sae(), "sae")
-    rows = token_rows(context.model, prompts, 8)
+    rows, cut = token_rows(context.model, prompts, 8)
     ids = context.model.tokenizer.encode(prompts)
+    assert cut == 1 and token_rows(context.model, prompts, 12)[1] == 0  # BOS and eleven words
     assert rows == [[2, *ids[0]], [2, *ids[1]], [2, *ids[2][-7:]]]
-    residuals, latents = read_prompts(context, [subject], "prompts", prompts, 8, batch_size=2)
+    residuals, latents = read_prompts(context, [subject], "prompts", rows, batch_size=2)
     for number, row in enumerate(rows):
         resid = context.model.resid(torch.tensor([row]), [builder.LAYER])[builder.LAYER][0, -1].float()
         np.testing.assert_allclose(residuals[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
@@ -196,7 +232,7 @@ def test_prompts_are_read_by_few_only_where_their_whole_rows_are_encoded(needs, 
     monkeypatch.setattr(loaded_sae, "MOST_CODES", 2 * 5 * builder.F)
     read, resid = [], context.model.resid
     monkeypatch.setattr(context.model, "resid", lambda tokens, *rest: read.append(len(tokens)) or resid(tokens, *rest))
-    read_prompts(context, [subject], "prompts", prompts, 250, batch_size=3)
+    read_prompts(context, [subject], "prompts", token_rows(context.model, prompts, 250)[0], batch_size=3)
     assert read == rows
 
 

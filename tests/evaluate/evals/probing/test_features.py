@@ -77,9 +77,10 @@ def test_one_planted_feature_is_found_and_enough(monkeypatch):
     train = test = features_of(classes)
     draws = [draw_probe(train.spans, "b", seeded(seed)) for seed in (0, 1)]
     assert list(top_features(train, draws[0], 1)) == [17]
-    assert sparse_accuracy(train, draws[0], test, draws[1], 1) == 1.0
+    assert sparse_accuracy(train, draws[0], test, draws[1], 1) == (1.0, True)
     monkeypatch.setattr(fit_probes, "MAX_ITERATIONS", 2)  # stopped early, it is scored, and nothing warns
-    assert 0.5 < sparse_accuracy(train, draws[0], test, draws[1], 1) < 1.0
+    accuracy, has_converged = sparse_accuracy(train, draws[0], test, draws[1], 1)
+    assert 0.5 < accuracy < 1.0 and not has_converged
 
 
 @given(rows=st.integers(1, 60), count=st.integers(1, 60), seed=st.integers(0, 99))

@@ -133,12 +133,25 @@ def test_prompts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(cont
     assert result.subject is fits
 
 
-@pytest.mark.parametrize("selection", [{"city": ("Country",)}, {"thing": ("Colour", "Weight")}, {"thing": ()}])
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"city": ("Country",)},
+        {"thing": ("Colour", "Weight")},
+        {"thing": ()},
+        {"thing": ("Colour",)},
+        {"thing": ("Colour", "Colour")},
+    ],
+)
 @pytest.mark.parametrize("data", ["ravel", "stdlib"])
-def test_a_selection_that_the_data_do_not_have_is_named(context, builder, config, monkeypatch, selection, data):
+def test_a_selection_without_two_attributes_of_the_data_is_named(
+    context, builder, config, monkeypatch, selection, data
+):
+    """With one, nothing would be left that has to stay."""
+    monkeypatch.setattr(PlantedModel, "complete", lambda *_: pytest.fail("the model was asked"))
     monkeypatch.setattr(ravel, "load_identifiers", lambda: [THINGS])
     settings = dataclasses.replace(config(), entity_attribute_selection=selection, data=data)
-    with pytest.raises(SettingInvalid, match=r"expected of thing \(Colour, Size\), found"):
+    with pytest.raises(SettingInvalid, match=r"expected of thing \(Colour, Size\), found .* two attributes or more"):
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], settings))
 
 

@@ -16,6 +16,7 @@ from saemill.evaluate.evals.unlearning.interventions import (
     make_settings,
     topic_latents,
     unlearning_score,
+    why_zero,
 )
 
 SHARES = st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.002, 0.3]), min_size=1, max_size=30)
@@ -59,9 +60,9 @@ def test_every_combination_is_tried_in_order_and_short_rankings_are_taken_whole(
     ]
 
 
-def outcome(forget: int, *retain: tuple[int, int]) -> Outcome:
+def outcome(forget: int, *retain: tuple[int, int], latents: tuple[int, ...] = (3,)) -> Outcome:
     exams = {f"retain {i}": numbers for i, numbers in enumerate(retain)}
-    return Outcome(Setting(0.01, 10, 25, ()), {"forget": (forget, 100), **exams})
+    return Outcome(Setting(0.01, 10, 25, latents), {"forget": (forget, 100), **exams})
 
 
 def score(*outcomes: Outcome) -> float:
@@ -74,6 +75,22 @@ def test_the_score_pools_questions_not_exams():
     assert score(outcome(40, (97, 98), (1, 2))) == 0.0
 
 
+KEPT, SPOILT = ((100, 100), (100, 100)), ((90, 100), (90, 100))
+
+
 def test_the_best_setting_that_keeps_the_rest_wins():
-    kept, spoilt = ((100, 100), (100, 100)), ((90, 100), (90, 100))
-    assert score(outcome(70, *kept), outcome(55, *kept), outcome(0, *spoilt)) == pytest.approx(0.45)
+    assert score(outcome(70, *KEPT), outcome(55, *KEPT), outcome(0, *SPOILT)) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "why"),
+    [
+        ([outcome(0, *SPOILT), outcome(100, *KEPT, latents=())], "no intervention keeps 99 % of the rest"),
+        ([outcome(100, *KEPT, latents=())], "no latent fires on the text to forget and rarely enough"),
+        ([outcome(0, *SPOILT), outcome(100, *KEPT)], None),  # which forgot nothing
+    ],
+)
+def test_a_score_of_nothing_that_could_be_forgotten_says_so(outcomes, why):
+    assert score(*outcomes) == 0
+    said = why_zero(outcomes, ["retain 0", "retain 1"])
+    assert said is None if why is None else why in said

@@ -110,6 +110,7 @@ def test_a_topic_latent_unlearns_its_topic_and_dense_latents_unlearn_nothing(con
     topic, dense = unlearning.evaluate(context, subjects, unlearning.Config())
     assert topic.metrics == {"unlearning": {"unlearning_score": 1.0}}
     assert dense.metrics == {"unlearning": {"unlearning_score": 0.0}}
+    assert topic.remark is None and "no latent fires on the text to forget and rarely" in dense.remark
     (first, _) = topic.extra["unlearning"]["runs"]
     assert sorted(first["latents"]) == list(TOPIC)
     assert first["accuracy"] == {"topic": 0.0, "rest": 1.0, "near the topic": 0.0}  # the last decides nothing
