@@ -12,6 +12,7 @@ import json
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,14 +204,17 @@ def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return ours if isinstance(ours, Mapping) else {}
 
 
-def lines_of_each(results: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
-    """What text SAEs were measured on, with their names if it differs; from names of SAEs, evaluations, and results."""
+def lines_of_each(
+    results: Sequence[tuple[str, str, Mapping[str, Any]]], part: Literal["measured_on", "remark"] = "measured_on"
+) -> list[str]:
+    """What text SAEs were measured on, or remarks, with their names if it is not the same of all; from names of SAEs,
+    evaluations, and results."""
     names: dict[tuple[str, str], list[str]] = {}
     for name, eval_id, document in results:
-        if said := ours_in(document).get("measured_on"):
+        if said := ours_in(document).get(part):
             names.setdefault((eval_id, str(said)), []).append(name)
-    evaluations = [eval_id for eval_id, _ in names]
-    whose = (f" of {', '.join(names[said])}" if evaluations.count(said[0]) > 1 else "" for said in names)
+    times = Counter(eval_id for _, eval_id, _ in results)
+    whose = ("" if len(found) == times[eval_id] else f" of {', '.join(found)}" for (eval_id, _), found in names.items())
     return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
 
 

@@ -122,7 +122,7 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
 
 def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[str]:
     """Lines that say on what text the numbers were measured, and what a reach is."""
-    lines = lines_of_each((names_of[row.subject], row.eval_id, row.document or {}) for row in rows)
+    lines = lines_of_each([(names_of[row.subject], row.eval_id, row.document or {}) for row in rows])
     if any(reach is not None for row in rows for _, reach in numbers_of(row).values()):
         lines.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents")
     return lines

@@ -48,6 +48,7 @@ from ..context.write_and_read_results import (
 )
 from ..errors import EvalError, MemoryTooSmall, NotRun, ResultFromLater, ResultInvalid, SaeGone
 from ..evals.browser.browser_folder import NAME as BROWSER
+from ..evals.evaluation_contract import remark_of
 from ..model.smaller_pieces import NO_ROOM, is_out_of_memory
 
 BATCHES = ("batch_windows", "llm_batch_size")  # settings of how much is in memory at once
@@ -100,17 +101,18 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     if settings["cache_id"] not in (None, store) or (store and meant not in (None, store)):  # measured on another store
         return None
     is_gone = is_of_store_now_gone(document, settings) and context.dtype_name in (None, found.get("dtype"))
+    remark = ours_in(document).get("remark")
     if keep == "same" or is_gone:
         stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
-        reason = "its result was measured on a store, and none is read now" if is_gone else ""
-        return Row(subject, eval_id, "kept", reason, document) if stands else None
+        gone = "its result was measured on a store, and none is read now" if is_gone else None
+        return Row(subject, eval_id, "kept", remark_of(gone, remark) or "", document) if stands else None
     other, missing = describe_differences(document, settings), ours_in(document).get("missing")
     if missing and not other:
         return None  # an incomplete result is measured again, as by --resume
     reason = f"its result has {other}. Evaluate it again without --compare to get what was asked for" if other else ""
     if missing:
         return Row(subject, eval_id, "incomplete", f"{missing}; {reason}", document)
-    return Row(subject, eval_id, "kept", reason, document)
+    return Row(subject, eval_id, "kept", remark_of(reason, remark) or "", document)
 
 
 def _as_meant(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,9 +210,9 @@ class _Attempts:
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         told = item.remark or (None if item.missing else tell_no_number(item, self._evaluation.summary))
-        item = replace(item, remark="; ".join(filter(None, (told, self._remark_of_store()))) or None)
+        item = replace(item, remark=remark_of(told, self._remark_of_store()))
         other = self._other_store(item.subject)
-        item = replace(item, measured_on="; ".join(filter(None, (item.measured_on, other))) or None)
+        item = replace(item, measured_on=remark_of(item.measured_on, other))
         before, of_other = None, ""
         with suppress(ResultInvalid):  # reported already
             before, of_other = earlier_result(item.subject, self._eval_id)

@@ -87,6 +87,8 @@ def test_results_read_from_a_store_say_where_its_residuals_are_not_the_models_ow
     said = "the store keeps activations as int8: they are the model's own only nearly"
     output = sae_eval("run_1", *wanted)
     assert output.count(said) == 1 and "--from-tokens computes them anew" in output
+    kept = sae_eval("run_1", *wanted, "--resume")
+    assert f"kept: core of run_1/small: {said}" in kept  # a result that is kept says it too
     for eval_id in ("decoder_cosine", "replacement"):
         (document,) = results(run, eval_id).values()
         assert said not in (document["saemill"]["remark"] or "")

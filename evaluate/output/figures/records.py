@@ -174,9 +174,9 @@ def _records_of(
 
 
 def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
-    """What a table's numbers were measured on, and for which of these evaluations they do not compare."""
-    results = ((one.name, name, document) for one in records for name, document in one.documents.items())
-    told = [f"{line}." for line in lines_of_each(results)]
+    """What a table's numbers were measured on, remarks, and for which of these evaluations they do not compare."""
+    results = [(one.name, name, document) for one in records for name, document in one.documents.items()]
+    told = [f"{line}." for line in (*lines_of_each(results), *lines_of_each(results, "remark"))]
     for name in dict.fromkeys(evaluations):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
             told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")

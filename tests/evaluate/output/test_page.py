@@ -319,13 +319,20 @@ def test_the_page_says_what_its_numbers_are_of():
     }
     shared = {"variant": "topk", "settings": {"layer": 19, "width": 65536, "k": 32}, "asked": asked}
     interval = {"confidence_95": {"explained_variance": [0.5, 0.65]}, "explained_variance": 0.6}
-    core = {"eval_result_metrics": {}, "saemill_metrics": interval, "saemill": {"measured_on": "test split, 9 tokens"}}
+    ours = {"measured_on": "test split, 9 tokens", "remark": "less than it seems"}
+    core = {"eval_result_metrics": {}, "saemill_metrics": interval, "saemill": ours}
     first = Record("a", "run_1", "a", outcome={"l0": 32.0}, documents={"core": core}, **shared)
     second = Record("b", "run_1", "b", outcome={"l0": 31.0}, **shared)
     words = read(page("run_1", [first, second], {})).words
     assert "pocket (v1), layer 19 (resid), text stdlib, 180,224 tokens in 44 steps" in words
     assert {"./store (ab12)", "2026-11-28T09:00:00+00:00", "sae-train --variant topk <b>"} <= set(words)
-    assert {"65,536", "32", "core: test split, 9 tokens.", "\N{PLUS-MINUS SIGN} 0.1"} <= set(words)
+    assert {
+        "65,536",
+        "32",
+        "core: test split, 9 tokens.",
+        "core: less than it seems.",
+        "\N{PLUS-MINUS SIGN} 0.1",
+    } <= set(words)
     assert "L0 and explained variance of b: validation split, measured by training." in words
 
 
