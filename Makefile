@@ -75,8 +75,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: env ## the tests that a change must pass: under ten minutes on two cores
 	$(TEST)
 
-test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files instead of 20,000; a table sums up what was damaged
-	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -s -m slow --timeout 3600
+test-slow: env ## the tests that take longer, and those of random examples with other examples; FUZZ=1000000 damaged files instead of 20,000; a table sums up what was damaged
+	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -s -m "slow or hypothesis" --hypothesis-profile others --timeout 3600
 
 test-cluster: env ## the recipes of docs/cluster on a local Slurm from Debian's packages: run as root
 	command -v slurmctld munged slurmd > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..evaluate.context.write_and_read_results import REACH, Row, heading
 from ..evaluate.run.console_table import PIPE_WIDTH, document_of, measured_on, print_results, shown_names
-from ..evaluate.run.find_saes_to_evaluate import Absent
+from ..evaluate.run.find_saes_to_evaluate import Absent, say_absent
 from . import notebook_html
 
 
@@ -29,7 +29,7 @@ class Table:
         lines = measured_on(good, shown_names(row.subject for row in results))
         self._measured_on = [line for line in lines if not line.startswith(REACH)]  # no cell shows it
         self._attempts = document_of(results, [], [])["results"]
-        self._absent = [str(one) for one in absent]
+        self._absent = say_absent(absent)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ class Table:
         missing = [
             f"{a['status']}: {a['evaluation']} of {a['sae']}: {a['reason']}" for a in self._attempts if a["reason"]
         ]
-        warnings = [f"warning: {a['sae']} did not learn: {text}" for a in self._attempts for text in a["warnings"]]
+        warnings = [f"warning: {a['sae']}: {text}" for a in self._attempts for text in a["warnings"]]
         return list(dict.fromkeys(missing + self._absent + warnings))
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from .errors import ShardCorrupt
 from .manifest import PART
 from .massive_activations import MULTIPLE, default_multiple, measure_massive, sample_few, spread
 from .moments import is_special
-from .numbers_in_words import counted, say_size
+from .numbers_in_words import counted, say_size, some_of
 from .reader import Store
 from .requests_and_spans import Request, Span
 from .sites import Place, key_of, place_of, say_place
@@ -124,8 +124,9 @@ def render(facts: dict[str, Any]) -> RenderableType:
     head = Table.grid(padding=(0, 2))
     for name, value in {"store": facts["url"], **describe_lines(facts)}.items():
         head.add_row(Text(name, "bold"), Text(value))  # names and paths are not markup
-    remedy = f"are damaged: sae-store verify {shlex.quote(facts['url'])}"
-    damaged = [Text(f"{place}: the shards that were read {remedy}", "yellow") for place in facts["damaged"]]
+    verify = f"sae-store verify {shlex.quote(facts['url'])}"
+    said = f"not measured, as shards that were read are damaged: {some_of(facts['damaged'])}: {verify}"
+    damaged = [Text(said, "yellow")] if facts["damaged"] else []
     return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts), *damaged)
 
 

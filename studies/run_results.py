@@ -186,7 +186,8 @@ def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, floa
     ours = document.get("saemill", {})
     if not names and ours.get("missing"):
         return [f"{eval_id} is of a part of its data: {ours['missing']}"]
-    reason = ours.get("missing") or ours.get("remark") or "its result does not say why"
+    said = f"its result says: {ours['remark']}" if ours.get("remark") else "its result does not say why"
+    reason = ours.get("missing") or said
     return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
 
 

@@ -28,10 +28,11 @@ from saemill.harvest.corpus import sources
 
 from . import thread_ranks
 
-# On a busy machine an example takes what it takes. The same ones are drawn every time: what the long tests find, which
-# draw others, is no fault of the change that happens to be tested.
-settings.register_profile("at any speed", deadline=None, derandomize=True)
-settings.load_profile("at any speed")
+# On a busy machine an example takes what it takes. The same ones are drawn every time: what others find is no fault of
+# the change that happens to be tested. `make test-slow` draws others.
+settings.register_profile("the same", deadline=None, derandomize=True)
+settings.register_profile("others", deadline=None)
+settings.load_profile("the same")
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)  # tests read what commands say, whatever the terminal is that they are run in

@@ -541,7 +541,8 @@ def test_a_part_of_the_device_benchmark_that_is_too_late_costs_no_number(bench, 
     class WhenRecorded(threading.Timer):
         def run(self):
             while not (made.records.exists() and made.records.read_bytes().endswith(b"\n")):
-                time.sleep(0.01)
+                if self.finished.wait(0.01):
+                    return
             self.function()
 
     monkeypatch.setattr(run.threading, "Timer", WhenRecorded)

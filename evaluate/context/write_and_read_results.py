@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ...cache_schema.numbers_in_words import counted
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
@@ -32,6 +33,7 @@ from .loaded_sae import LoadedSae
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not name it until there is another
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
+MOST_REMARKS = 6  # in one place
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
 DETAILS = "eval_result_details"
@@ -169,7 +171,7 @@ def tell_no_number(result: Result, summary: Sequence[str]) -> str | None:
     """Which metrics of a summary were measured and gave no number, as a mean over nothing does."""
     empty = [metric for metric in summary if _is_empty(result.metrics, metric) or _is_empty(result.extra, metric)]
     names = ", ".join(short_name(metric, summary) for metric in empty)
-    return f"no number for {names}: nothing to divide by" if empty else None
+    return f"no number for {names}" if empty else None
 
 
 def _is_empty(place: Mapping[str, Any], path: str) -> bool:
@@ -208,14 +210,20 @@ def lines_of_each(
     results: Sequence[tuple[str, str, Mapping[str, Any]]], part: Literal["measured_on", "remark"] = "measured_on"
 ) -> list[str]:
     """What text SAEs were measured on, or remarks, with their names if it is not the same of all; from names of SAEs,
-    evaluations, and results."""
+    evaluations, and results. Those of earlier versions do not say the former."""
     names: dict[tuple[str, str], list[str]] = {}
     for name, eval_id, document in results:
         if said := ours_in(document).get(part):
             names.setdefault((eval_id, str(said)), []).append(name)
-    times = Counter(eval_id for _, eval_id, _ in results)
+    times = Counter(eval_id for _, eval_id, document in results if part == "remark" or ours_in(document).get(part))
     whose = ("" if len(found) == times[eval_id] else f" of {', '.join(found)}" for (eval_id, _), found in names.items())
     return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
+
+
+def few_of(lines: Sequence[str]) -> list[str]:
+    """The first remarks of many, such as those of 64 SAEs that differ in a count."""
+    left = len(lines) - MOST_REMARKS
+    return [*lines] if left <= 0 else [*lines[:MOST_REMARKS], f"{counted(left, 'more remark')} in the results' files"]
 
 
 def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> float | None:
@@ -253,7 +261,9 @@ def earlier_result(subject: LoadedSae, eval_id: str) -> tuple[dict[str, Any] | N
     if not still_stands(document, path, subject.folder):
         return document, "other weights"
     layer, *_, name, hook, _ = found = places_in(document)
-    return document, "" if agree(found, _places_of(sae_config(subject))) else f"layer {layer} ({name}, {hook})"
+    now = _places_of(sae_config(subject))
+    is_here = agree(found, now) if ours_in(document) else found == now
+    return document, "" if is_here else f"layer {layer} ({name}, {hook})"
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
@@ -318,8 +328,8 @@ def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any
 
 
 def places_in(document: Mapping[str, Any]) -> list[Any]:
-    """Where the SAE of a result reads and writes, as far as that says it; SAEBench's own count wherever the SAE is."""
-    config = document.get("sae_cfg_dict") if ours_in(document) else None
+    """Where the SAE of a result reads and writes, as far as that says it."""
+    config = document.get("sae_cfg_dict")
     return _places_of(config if isinstance(config, Mapping) else {})
 
 

@@ -133,7 +133,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         said = {"ranges": ranges.source}
         absent = UNPROBED if not order else UNPAIRED if "first_chance" not in order else None
         wide = beyond("k", config.probe_k, subject.width) if order else None
-        remark = remark_of(absent, wide, unconverged(converged + also_converged))
+        is_rare = not metrics["specialisation"]["measured"]
+        rare = f"no latent with a range fired {config.least_firings} times" if is_rare else None
+        remark = remark_of(absent, rare, wide, unconverged(converged + also_converged))
         text = f"{read[subject]}; ranges by the {chosen_on[subject]}" if subject in chosen_on else str(read[subject])
         yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark, measured_on=text)
 

@@ -2,7 +2,7 @@
 
 The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on 113 binary data sets:
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
-2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`sae_probes_data_sets.py`).
+2. Latents are ranked on the training rows; for each k a probe is tuned on k of them (`probing/sae_probes_package.py`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
 Every draw has its own seed, so that neither SAEs nor values of k affect one another. A prompt
 that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.
@@ -26,9 +26,9 @@ from ..context.saes_usable_on_text import attention_of, official_config, require
 from ..model.logistic_regression import unconverged
 from ..model.prefix_suffix import LanguageModel
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, beyond, remark_of
-from .probing import sae_probes_data_sets, stdlib_texts
+from .probing import sae_probes_package, stdlib_texts
 from .probing.draw_classes import BinarySet
-from .probing.sae_probes_data_sets import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
+from .probing.sae_probes_package import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scr_and_tpp import mean_scores
 from .probing.source_and_settings import DataChoice, Source, find_source, load_all, of_data
 
@@ -89,7 +89,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 def data_revision(context: Context, config: Config) -> Revision | None:
     """The revision of this Python's text, or the version of the package that contains the prompts."""
     source = find_source(context, config.data)
-    return source.revision(()) if source.name == "stdlib" else sae_probes_data_sets.revision()
+    return source.revision(()) if source.name == "stdlib" else sae_probes_package.revision()
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
@@ -97,9 +97,7 @@ def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | No
     if source.name == "stdlib":
         names = config.dataset_names or stdlib_texts.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_texts.load_binary(name, config.random_seed)])
-    return load_all(
-        config.dataset_names or sae_probes_data_sets.names(), lambda name: [sae_probes_data_sets.load(name)]
-    )
+    return load_all(config.dataset_names or sae_probes_package.names(), lambda name: [sae_probes_package.load(name)])
 
 
 def score_latents(latents: csr_matrix, data: BinarySet, split: Split, config: Config) -> ByK:

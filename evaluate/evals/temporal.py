@@ -22,7 +22,7 @@ from torch.nn import functional
 from ...cache_schema.strict_json import to_json
 from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer, sums_of_codes
 from ..model.batches import Sums, Windows
-from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, remark_of
 from .measures.assignment import Assignment, groups_of
 
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
@@ -77,7 +77,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             seen[subject].take(subject.encode(batch) * rows[:, :, None], batch, rows)
     for subject, one in seen.items():
         metrics = {"consistency": consistency_scores(one), "stability": stability(one, config)}
-        found, remark = patterns(one, config), too_short(one)
+        rare = None if metrics["stability"]["measured"] else f"no latent fired {config.least_firings} times"
+        found, remark = patterns(one, config), remark_of(too_short(one), rare)
         yield Result(subject, to_json(config), metrics, unstructured=found, remark=remark, measured_on=str(one.text))
 
 

@@ -37,7 +37,7 @@ from ..evals.browser.browser_folder import NAME as BROWSER
 from ..model.smaller_pieces import room_for_weights, within
 from ..output.pictures import draw
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
-from .find_saes_to_evaluate import Absent, Problem, find_all
+from .find_saes_to_evaluate import Absent, Problem, find_all, say_absent
 from .offer_training import offer_training
 from .run_evals import Keep, kept_rows, run_evals
 
@@ -124,8 +124,8 @@ def measure(
     for problem in problems:
         refuse(problem)
     absent = list(dict.fromkeys(found))  # a run may be named twice
-    for one in absent:  # told again with the results
-        Watch().say(str(one))
+    for line in say_absent(absent):  # told again with the results
+        Watch().say(line)
     if words["compare"] and not words["cache"]:
         require_one_store(subjects)
     take_device(session.device)

@@ -16,6 +16,7 @@ from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import (
     REACH,
     Row,
+    few_of,
     heading,
     lines_of_each,
     metric_of,
@@ -24,17 +25,18 @@ from ..context.write_and_read_results import (
     settings_in,
 )
 from ..errors import Incomparable
-from .find_saes_to_evaluate import Absent
+from .find_saes_to_evaluate import Absent, say_absent
 
 MISSING = "-"
 PIPE_WIDTH = 160
-NOTHING_LEARNED = {  # what the mean explains, what zero ablation scores, what guessing does
-    "sparsity.l0": 0.0,
-    "saemill_metrics.explained_variance": 0.0,
-    "model_performance_preservation.ce_loss_score": 0.0,
-    "model_behavior_preservation.kl_div_score": 0.0,
-    "misc_metrics.frac_alive": 0.0,
-    "sae.sae_top_5_test_accuracy": 0.5,
+WHOLE = ("done", "kept")  # what their reasons say is a remark
+NOTHING_LEARNED = {
+    "sparsity.l0": (0.0, "no latents"),
+    "saemill_metrics.explained_variance": (0.0, "the mean"),
+    "model_performance_preservation.ce_loss_score": (0.0, "zeros in its place"),
+    "model_behavior_preservation.kl_div_score": (0.0, "zeros in its place"),
+    "misc_metrics.frac_alive": (0.0, "no latents"),
+    "sae.sae_top_5_test_accuracy": (0.5, "guessing"),
 }
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
@@ -56,16 +58,19 @@ def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent
         for line in measured_on(good, names_of):
             console.print(line, style="dim")
     for row in good:
-        for trait in signs_of_no_learning(row.document or {}):
-            console.print(f"warning: {names_of[row.subject]} did not learn: {trait}")
+        if traits := signs_of_no_learning(row.document or {}):
+            console.print(f"warning: {names_of[row.subject]}: {'; '.join(traits)}")
     concerned: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row.reason:
             concerned.setdefault((row.status, row.eval_id, row.reason), []).append(names_of[row.subject])
-    for (status, eval_id, reason), names in concerned.items():
-        console.print(f"{status}: {eval_id} of {', '.join(names)}: {reason}")
-    for one in absent:
-        console.print(str(one))
+    told = {key: f"{key[0]}: {key[1]} of {', '.join(names)}: {key[2]}" for key, names in concerned.items()}
+    for line in (
+        *(line for key, line in told.items() if key[0] not in WHOLE),
+        *few_of([line for key, line in told.items() if key[0] in WHOLE]),
+        *say_absent(absent),
+    ):
+        console.print(line)
     for home in dict.fromkeys(row.subject.home for row in good):
         console.print(f"results: {home / 'evals'}")
 
@@ -79,8 +84,7 @@ def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
 
 def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequence[Absent]) -> dict[str, Any]:
     """The same for scripts: the metrics of each evaluation's summary, the distance from each to the farther end of its
-    interval, and the text behind them; whole results are in the files. An SAE that diverged is not among the problems:
-    nothing is wrong with its evaluation."""
+    interval, and the text behind them; whole results are in the files."""
     names_of = shown_names(row.subject for row in rows)
     return {
         "results": [
@@ -97,8 +101,8 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
             }
             for row in rows
         ],
-        "problems": [*map(str, problems), *(str(one) for one in absent if one.is_lost)],
-        "diverged": {one.name: one.reason for one in absent if not one.is_lost},
+        "problems": [*map(str, problems)],
+        "absent": {str(one.folder): one.reason for one in absent},
     }
 
 
@@ -173,10 +177,10 @@ def _cell(value: float | None, reach: float | None) -> str:
 
 
 def signs_of_no_learning(document: Mapping[str, Any]) -> list[str]:
-    """Metrics of a result that are no better than those of an SAE that learned nothing."""
+    """Metrics of a result that are no better than what takes no learning."""
     found = {metric: metric_of(document, metric) for metric in NOTHING_LEARNED}
     return [
-        f"{metric.rsplit('.', 1)[-1]} {value:.4g}, no better than {NOTHING_LEARNED[metric]:g}, which takes no learning"
-        for metric, value in found.items()
-        if value is not None and value <= NOTHING_LEARNED[metric]
+        f"{metric.rsplit('.', 1)[-1]} {value:.4g}, no better than {what} ({bound:g})"
+        for metric, (bound, what) in NOTHING_LEARNED.items()
+        if (value := found[metric]) is not None and value <= bound
     ]

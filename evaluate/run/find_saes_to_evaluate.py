@@ -40,13 +40,18 @@ Problem = EvalError | TrainError
 class Absent:
     """An SAE of a run that is not there to be evaluated."""
 
-    name: str
+    folder: Path
     reason: str
     is_lost: bool
     """Its folder is gone; otherwise it diverged, and there never was one."""
 
-    def __str__(self) -> str:
-        return f"not evaluated: {self.name}: {self.reason}"
+
+def say_absent(absent: Iterable[Absent]) -> list[str]:
+    """A line for each reason."""
+    folders: dict[str, list[str]] = {}
+    for one in absent:
+        folders.setdefault(one.reason, []).append(str(one.folder))
+    return [f"not evaluated: {', '.join(found)}: {reason}" for reason, found in folders.items()]
 
 
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
@@ -102,7 +107,7 @@ def find_places(
         for label in run.read_config()["saes"]:
             if label not in there:
                 reason = diverged.get(label, "its folder is gone")
-                tell(Absent(f"{run.name}/{label}", reason, is_lost=label not in diverged))
+                tell(Absent(path / label, reason, is_lost=label not in diverged))
         return [(folder, run) for folder in folders]
     try:
         folder = find_sae(target, runs)

@@ -209,8 +209,8 @@ class _Attempts:
             if isinstance(item.error, NotRun):
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
-        told = item.remark or (None if item.missing else tell_no_number(item, self._evaluation.summary))
-        item = replace(item, remark=remark_of(told, self._remark_of_store()))
+        empty = None if item.missing else tell_no_number(item, self._evaluation.summary)
+        item = replace(item, remark=remark_of(item.remark, empty, self._remark_of_store()))
         other = self._other_store(item.subject)
         item = replace(item, measured_on=remark_of(item.measured_on, other))
         before, of_other = None, ""

@@ -88,11 +88,13 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def _seen(self) -> tuple[list[Path], list[Path], str]:
-        """Files under a folder, and names that lead to none, both in order; in words, folders that were not entered."""
+        """Files under a folder, and names of text that lead to none, both in order; in words, folders that were not
+        entered."""
         names, not_entered = names_under(self._path)
         names.sort(key=lambda name: name.relative_to(self._path).as_posix())
         files = [name for name in names if name.is_file()]
-        return files, sorted({*names} - {*files}), not_entered
+        others = [name for name in names if not name.is_file() and _is_read(name) and not name.name.startswith(".")]
+        return files, others, not_entered
 
     @property
     def revision(self) -> str:

@@ -90,7 +90,7 @@ quick = settings(
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes and makes a mutation no clearer
 )
-long = settings(quick, max_examples=1000, derandomize=False)
+long = settings(quick, max_examples=1000)
 seeds = st.integers(0, 2**32 - 1)
 
 

@@ -97,13 +97,14 @@ def kill_at_random_times(nursery, synthetic, corpora, folder: Path, kills: int, 
     manifest, corpus = corpora[12]
     assert nursery.run(folder / "straight", 12) == 0
     expected = synthetic.tree_of(folder / "straight")
-    died = campaign = shards = 0
+    died = campaign = 0
     while died < kills:
         place = folder / f"campaign_{campaign}"
         campaign += 1
-        patience = 0.15
+        shards, patience = -1, 0.15
         while (now := require_whole_shards(synthetic, place, manifest, corpus)) < manifest.shards:
-            patience, shards = (0.15 if now > shards else patience * 1.1), now  # on a slow machine nothing may be done
+            patience *= 1.0 if now > shards else 1.1  # until a slow machine gets something done
+            shards = now
             writers = [nursery.ask(start=str(place), shards=12) for _ in range(rng.randint(1, 3))]
             time.sleep(rng.random() * patience)
             for pid in writers:

@@ -161,23 +161,27 @@ def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, m
 def test_saes_of_a_run_that_are_not_there_are_told(run_1, sae_eval):
     """A row less in the table is easily missed."""
     config = json.loads((run_1 / "config.json").read_text())
-    config["saes"] |= {"gone": {}, "wild": {}}
+    config["saes"] |= {"gone": {}, "lost": {}, "wild": {}}
     (run_1 / "config.json").write_text(json.dumps(config))
     result = json.loads((run_1 / "result.json").read_text())
     (run_1 / "result.json").write_text(json.dumps(result | {"diverged": {"wild": "diverged at step 3"}}))
-    gone, wild = "not evaluated: run_1/gone: its folder is gone", "not evaluated: run_1/wild: diverged at step 3"
+    at = run_1.parent
+    gone = f"not evaluated: {at}/run_1/gone, {at}/run_1/lost: its folder is gone"
+    wild = f"not evaluated: {at}/run_1/wild: diverged at step 3"
     quick = {"evals": "decoder_cosine", "device": "cpu", "plots": False}
     said = " ".join(sae_eval("run_1", "--evals", "decoder_cosine", code=3, options=[]).split())
     assert [said.count(one) for one in (gone, wild)] == [2, 2]  # above the table and below it
     found = json.loads(sae_eval("run_1", "--evals", "decoder_cosine", "--json", code=3, options=[], is_stdout=True))
-    assert found["problems"] == [gone] and found["diverged"] == {"run_1/wild": "diverged at step 3"}
+    reasons = {"gone": "its folder is gone", "lost": "its folder is gone", "wild": "diverged at step 3"}
+    absent = {f"{at}/run_1/{label}": reason for label, reason in reasons.items()}
+    assert found["problems"] == [] and found["absent"] == absent
     table = evaluate(run_1, **quick)
     assert {gone, wild} <= set(table.notes) and gone in repr(table) and wild in table._repr_html_()
     assert "not evaluated" not in sae_eval("run_1/small", "--evals", "decoder_cosine", options=[])
-    del config["saes"]["gone"]  # what diverged is no failure of the evaluation
+    del config["saes"]["gone"], config["saes"]["lost"]  # what diverged is no failure of the evaluation
     (run_1 / "config.json").write_text(json.dumps(config))
     found = json.loads(sae_eval("run_1", "--evals", "decoder_cosine", "--json", options=[], is_stdout=True))
-    assert found["problems"] == [] and "run_1/wild" in found["diverged"]
+    assert found["problems"] == [] and list(found["absent"]) == [f"{at}/run_1/wild"]
 
 
 def test_a_damaged_record_of_one_run_costs_the_others_nothing(run_1, world, builder, sae_eval):
@@ -834,7 +838,7 @@ def second_eval(monkeypatch):
 
 
 def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second_eval):
-    """A dash in the table, and done, was all; what an evaluation says itself is not added to."""
+    """A dash in the table, and done, was all."""
     second_eval.summary = ("group.value", "group.share", "own.rate")
     remarks = {"large": None, "small": "it has one latent"}
 
@@ -845,8 +849,8 @@ def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second
 
     second_eval.evaluate = evaluate
     said = sae_eval("run_1", "--evals", "second", options=[])
-    assert "done: second of run_1/large: no number for value, rate: nothing to divide by" in said
-    assert "done: second of run_1/small: it has one latent\n" in said
+    assert "done: second of run_1/large: no number for value, rate" in said
+    assert "done: second of run_1/small: it has one latent; no number for value, rate\n" in said
     found = results(run_1, "second")["large_eval_results.json"]
     assert found["saemill"]["remark"].startswith("no number") and found["eval_result_metrics"]["group"]["value"] == -1
 

@@ -84,9 +84,9 @@ def test_a_run_that_learned_has_no_problems(tmp_path):
     ("change", "said"),
     [
         ({"steps": 0}, "no step"),
-        ({"l0": 0.0}, "l0 0, no better than 0, which takes no learning"),
+        ({"l0": 0.0}, "l0 0, no better than no latents (0)"),
         ({"explained_variance": -0.785}, "explained_variance -0.785"),
-        ({"explained_variance": 0.0}, "explained_variance 0, no better than 0"),
+        ({"explained_variance": 0.0}, "explained_variance 0, no better than the mean (0)"),
         ({"ce": -0.6}, "ce_loss_score -0.6"),
         ({"explained_variance": None}, "explained_variance is not a number"),
         ({"ce": -1}, "ce_loss_score is not a number"),
@@ -126,7 +126,7 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     write_tables(results, tmp_path, Console(quiet=True))
     text = (tmp_path / "table.md").read_text()
     assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
-    assert f"- run_0: attention has no {', '.join(own)}: it has several layers" in text
+    assert f"- run_0: attention has no {', '.join(own)}: its result says: it has several layers" in text
     assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
 
 
@@ -254,9 +254,9 @@ def test_a_table_says_what_it_is_of_and_that_a_result_is_of_a_part(tmp_path):
 
 def test_every_number_that_takes_no_learning_is_told():
     recorded = document(
-        *(NOTHING_LEARNED[name] for name in ("sparsity.l0", "saemill_metrics.explained_variance")),
-        ce=NOTHING_LEARNED["model_performance_preservation.ce_loss_score"],
-        kl=NOTHING_LEARNED["model_behavior_preservation.kl_div_score"],
+        *(NOTHING_LEARNED[name][0] for name in ("sparsity.l0", "saemill_metrics.explained_variance")),
+        ce=NOTHING_LEARNED["model_performance_preservation.ce_loss_score"][0],
+        kl=NOTHING_LEARNED["model_behavior_preservation.kl_div_score"][0],
         alive=0.0,
     )
     assert len(signs_of_no_learning(recorded)) == 5

@@ -37,7 +37,7 @@ class Block:
     pieces: tuple[Span, ...]
     documents: np.ndarray  # uint32 [W, T]
     trains: np.ndarray  # bool [W, T]
-    tokens_there: Tensor  # int32 [W, T], the same on the device
+    tokens_there: Tensor  # int32 [W, T], on the device; documents too
     documents_there: Tensor
     resid: dict[Place, StoredRows]  # [at least W * T, D]
     attention: dict[int, Attention] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""SAEs on disk: a folder with cfg.json and sae_weights.safetensors.
+"""SAEs on disk, in our own format, which is SAELens': a folder with cfg.json and sae_weights.safetensors.
 
 `save_sae` writes the layout that SAELens opens directly (6.54), for every SAE that its architectures can
 express. Others, with several input layers, an unsupported target or inference of their own, have the same files with

@@ -12,7 +12,7 @@ from saemill.evaluate.context import evaluation_data_sets as data_sets
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.evaluation_data_sets import data_meant, downloaded_commit
 from saemill.evaluate.evals import load
-from saemill.evaluate.evals.probing import sae_probes_data_sets, saebench_texts
+from saemill.evaluate.evals.probing import sae_probes_package, saebench_texts
 from saemill.evaluate.evals.ravel.prompts_and_pairs import load_facts
 from saemill.evaluate.run.run_evals import settings_of
 from saemill.harvest.corpus.hugging_face import CONVERSION, Repository
@@ -131,7 +131,7 @@ def test_without_the_hub_it_is_the_commit_that_was_downloaded_last(monkeypatch, 
 
 def test_the_package_that_brings_prompts_is_named_by_its_version(monkeypatch):
     context, config = Context(None, model_name="elsewhere/model"), load("sparse_probing_sae_probes").config()
-    monkeypatch.setattr(sae_probes_data_sets.importlib.metadata, "version", lambda name: {"sae-probes": "0.4.2"}[name])
+    monkeypatch.setattr(sae_probes_package.importlib.metadata, "version", lambda name: {"sae-probes": "0.4.2"}[name])
     found = settings_of(context, "sparse_probing_sae_probes", config)["data_revision"]
     assert found == {"sae-probes": "0.4.2"} == json.loads(json.dumps(found))
 

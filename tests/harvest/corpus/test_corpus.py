@@ -165,6 +165,8 @@ def test_names_of_a_folder_that_lead_to_no_file_are_counted(tmp_path):
     write(tmp_path / "b.txt", "text")
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone/a.txt")
     os.mkfifo(tmp_path / "c.txt")
+    for name in (".#b.txt", "d.png"):  # what would not be read either, or is an editor's
+        (tmp_path / name).symlink_to(tmp_path / "gone")
     assert read(tmp_path) == ["text"]
     said = f"2 names of {tmp_path} left alone (links that lead nowhere, pipes and the like): {tmp_path}/a.txt, "
     assert left_alone_by(LocalCorpus(tmp_path)) == said + f"{tmp_path}/c.txt. To have one read: put a file in its place"

@@ -4,7 +4,9 @@ does the recorded operations again on the same tensors, with the numbers that th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +213,29 @@ def test_steps_are_replayed_however_often_latents_die(taped, monkeypatch, varian
             trainee.counters.tokens_since_fired[-2 - index // 16 :] = 10**7
         replayed += train_alike(ours, plain, stream[index : index + 16])
     assert replayed >= least
+
+
+class EndlessGraph:
+    """A recording that CUDA has given up by the time it is to end."""
+
+    def capture_begin(self, **words: Any) -> None: ...
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_recording_that_cannot_be_ended_is_cleaned_up(monkeypatch):
+    """Or the allocator goes on as if it were recorded, and so do the device's random numbers."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", EndlessGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    memory, ended = cuda_graph_replay.Memory.__new__(cuda_graph_replay.Memory), []
+    memory._device, memory._stream, memory._pool = torch.device("cpu"), stream, (0, 1)
+    monkeypatch.setattr(memory, "_end", ended.append)
+    with pytest.raises(RuntimeError, match="previous error"):
+        memory.record(lambda: torch.zeros(1))
+    assert [type(graph) for graph in ended] == [EndlessGraph]
 
 
 class FullMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -97,6 +98,8 @@ def test_an_sae_that_never_fires_has_numbers_or_none(module, world, builder, ope
     restored = [name for name in result.metrics.get("causal", {}) if name.startswith("restored_by_")]
     told = {name: value for group in result.metrics.values() for name, value in group.items() if name not in restored}
     assert all(math.isfinite(value) for value in told.values()), told
+    if module in (position, temporal):  # numbers that are absent have a reason
+        assert re.search(r"no latent (with a range )?fired \d+ times", result.remark)
 
 
 def lookup(metrics, path):

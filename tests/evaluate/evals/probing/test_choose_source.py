@@ -11,7 +11,7 @@ import pytest
 
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing import sae_probes_data_sets, saebench_texts, stdlib_texts
+from saemill.evaluate.evals.probing import sae_probes_package, saebench_texts, stdlib_texts
 from saemill.evaluate.evals.probing.source_and_settings import HUB, STDLIB, find_source, load_all
 
 MODULE = '''"""What the module is for, in a sentence that is long enough to count."""
@@ -183,17 +183,17 @@ def package(tmp_path, monkeypatch):
         {"Dataset save name": "cleaned_data/5_first.csv", "Data type": "Binary Classification"},
         {"Dataset save name": "cleaned_data/6_more.csv", "Data type": "Continuous Data"},
     ]
-    write_table(folder / "data" / sae_probes_data_sets.INDEX, index)
+    write_table(folder / "data" / sae_probes_package.INDEX, index)
     rows = [{"prompt": 'a, "quoted"\nline', "target": "yes"}, {"prompt": "b", "target": "no"}]
     write_table(folder / "data" / "cleaned_data" / "5_first.csv.zst", rows)
     monkeypatch.syspath_prepend(str(tmp_path))
-    sae_probes_data_sets._read.cache_clear()
+    sae_probes_package._read.cache_clear()
     return folder
 
 
 def test_the_collection_is_read_without_importing_its_package(package):
-    assert sae_probes_data_sets.names() == ("5_first",)
-    data = sae_probes_data_sets.load("5_first")
+    assert sae_probes_package.names() == ("5_first",)
+    data = sae_probes_package.load("5_first")
     assert list(data.prompts) == ['a, "quoted"\nline', "b"]
     assert data.labels.tolist() == [1, 0]
 
@@ -201,16 +201,16 @@ def test_the_collection_is_read_without_importing_its_package(package):
 def test_a_damaged_or_absent_collection_says_how_to_install_it(package, monkeypatch):
     (package / "data" / "cleaned_data" / "5_first.csv.zst").write_bytes(b"no zstd")
     with pytest.raises(DataMissing, match="pip install --no-deps sae-probes"):
-        sae_probes_data_sets.load("5_first")
+        sae_probes_package.load("5_first")
     with pytest.raises(DataMissing, match="pip install"):
-        sae_probes_data_sets.load("7_never")
-    monkeypatch.setattr(sae_probes_data_sets, "PACKAGE", "no_such_package_at_all")
+        sae_probes_package.load("7_never")
+    monkeypatch.setattr(sae_probes_package, "PACKAGE", "no_such_package_at_all")
     with pytest.raises(
         DataMissing, match=r"pip install --no-deps sae-probes.*--set sparse_probing_sae_probes\.data=stdlib"
     ):
-        sae_probes_data_sets.names()
+        sae_probes_package.names()
 
 
 def test_more_than_two_labels_are_refused():
     with pytest.raises(DataMissing, match="two labels"):
-        sae_probes_data_sets.as_labels(["a", "b", "c"])
+        sae_probes_package.as_labels(["a", "b", "c"])

@@ -16,7 +16,7 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
-from saemill.evaluate.evals.probing import fit_probes, sae_probes_data_sets, saebench_texts, stdlib_texts
+from saemill.evaluate.evals.probing import fit_probes, sae_probes_package, saebench_texts, stdlib_texts
 from saemill.evaluate.evals.probing.source_and_settings import HUB, Settings
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
@@ -115,7 +115,7 @@ def test_more_latents_than_there_are_is_all_of_them_and_said(run, name, setting,
 
 @pytest.mark.parametrize(
     ("module", "name", "probes"),
-    [(fit_probes, "sparse_probing", 2 * 2 * 4), (sae_probes_data_sets, "sparse_probing_sae_probes", 3)],
+    [(fit_probes, "sparse_probing", 2 * 2 * 4), (sae_probes_package, "sparse_probing_sae_probes", 3)],
 )
 def test_probes_that_ran_out_of_iterations_are_counted_for_every_sae(run, monkeypatch, module, name, probes):
     """Those of the model's own features too, which SAEs share."""

@@ -11,7 +11,7 @@ from saemill.evaluate.evals.probing import saebench_texts
 from saemill.evaluate.evals.probing.draw_classes import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.fit_probes import Training
 from saemill.evaluate.evals.probing.pooled_features import Memo, seeded
-from saemill.evaluate.evals.probing.sae_probes_data_sets import rank_latents, split_rows, tuned_scores
+from saemill.evaluate.evals.probing.sae_probes_package import rank_latents, split_rows, tuned_scores
 from saemill.evaluate.evals.probing.scr_and_tpp import Setup, perturb
 
 from ....golden import make_saebench_probes as maker
