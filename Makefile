@@ -29,9 +29,7 @@ REAL     ?= ./store_smollm2
 REAL_TEXT ?= docs:/usr/share/doc
 FUZZ     ?=
 
-# Threads that wait for each other spin, on a busy machine while others hold the core. This spin count costs nothing on
-# a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and saves a quarter next to one
-# busy process of two threads (16k tokens: 17 and 18 s, 23 and 25 without).
+# As saemill sets it itself (`__init__.py`), for what loads torch before saemill.
 export GOMP_SPINCOUNT ?= 10000
 
 # One worker per core with one thread each: the tests' tensors are too small to keep two threads busy together.
@@ -71,6 +69,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
+	@echo 'ready: source $(BIN)/activate'
 
 test: env ## the tests that a change must pass: under ten minutes on two cores
 	$(TEST)

@@ -13,6 +13,7 @@ store), `train` (store to SAE, never a language model), `evaluate` (SAE to numbe
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Store", "evaluate", "harvest", "load_sae", "train"]
 __version__ = "0.1.0"
+
+# Threads that wait for each other spin, on a busy machine while others hold the core. This spin count costs nothing on
+# a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and saves much beside other work.
+# torch's OpenMP reads it when it is loaded, which is after this.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _PLACES = {"Store": ".api.store", "load_sae": ".train.run.find_and_load_sae"}
 

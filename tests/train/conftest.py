@@ -50,7 +50,7 @@ def _global_random_state_stays() -> Iterator[None]:
     torch.manual_seed(1234)
     before = torch.get_rng_state()
     yield
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()), "drawn from torch's own generator, not from the assembly's"
 
 
 @pytest.fixture
