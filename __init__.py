@@ -30,7 +30,8 @@ __version__ = "0.1.0"
 # Threads that wait for each other spin, on a busy machine while others hold the core. This spin count costs nothing on
 # a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and saves much beside other work.
 # torch's OpenMP reads it when it is loaded, which is after this.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _PLACES = {"Store": ".api.store", "load_sae": ".train.run.find_and_load_sae"}
 

@@ -336,14 +336,16 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("given", [None, "7"])
-def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise(given):
+@pytest.mark.parametrize(
+    "given, found", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise(given, found):
     """The variable has to be there before torch is loaded, so it is set by what every command loads first."""
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
-    code = "import sys, saemill, os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
+    code = "import sys, saemill, os; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert said.stdout.split() == [given or "10000", "False"]
+    assert said.stdout.split() == [found, "False"]
 
 
 def test_importing_the_store_starts_nothing_and_brings_no_torch():

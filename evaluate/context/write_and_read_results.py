@@ -210,12 +210,12 @@ def lines_of_each(
     results: Sequence[tuple[str, str, Mapping[str, Any]]], part: Literal["measured_on", "remark"] = "measured_on"
 ) -> list[str]:
     """What text SAEs were measured on, or remarks, with their names if it is not the same of all; from names of SAEs,
-    evaluations, and results. Those of earlier versions do not say the former."""
+    evaluations, and results."""
     names: dict[tuple[str, str], list[str]] = {}
     for name, eval_id, document in results:
         if said := ours_in(document).get(part):
             names.setdefault((eval_id, str(said)), []).append(name)
-    times = Counter(eval_id for _, eval_id, document in results if part == "remark" or ours_in(document).get(part))
+    times = Counter(eval_id for _, eval_id, _ in results)
     whose = ("" if len(found) == times[eval_id] else f" of {', '.join(found)}" for (eval_id, _), found in names.items())
     return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
 
@@ -337,8 +337,8 @@ def _places_of(config: Mapping[str, Any]) -> list[Any]:
     metadata = config.get("metadata")
     told = metadata if isinstance(metadata, Mapping) else {}
     hook = told.get("hook", RESID if config else None)  # the residual stream is not named there
-    layers = (config.get("hook_layer"), told.get("layers"), told.get("target_layers"))
-    return [*layers, config.get("hook_name"), hook, told.get("target_hook", hook)]
+    layer, name = (config.get(key, told.get(key)) for key in ("hook_layer", "hook_name"))  # SAELens 6: in metadata
+    return [layer, told.get("layers"), told.get("target_layers"), name, hook, told.get("target_hook", hook)]
 
 
 def agree(one: Iterable[Any], other: Iterable[Any]) -> bool:

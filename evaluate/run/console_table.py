@@ -29,7 +29,6 @@ from .find_saes_to_evaluate import Absent, say_absent
 
 MISSING = "-"
 PIPE_WIDTH = 160
-WHOLE = ("done", "kept")  # what their reasons say is a remark
 NOTHING_LEARNED = {
     "sparsity.l0": (0.0, "no latents"),
     "saemill_metrics.explained_variance": (0.0, "the mean"),
@@ -65,9 +64,10 @@ def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent
         if row.reason:
             concerned.setdefault((row.status, row.eval_id, row.reason), []).append(names_of[row.subject])
     told = {key: f"{key[0]}: {key[1]} of {', '.join(names)}: {key[2]}" for key, names in concerned.items()}
+    in_files = {ours_in(row.document).get("remark") for row in good if row.document is not None}
     for line in (
-        *(line for key, line in told.items() if key[0] not in WHOLE),
-        *few_of([line for key, line in told.items() if key[0] in WHOLE]),
+        *(line for key, line in told.items() if key[2] not in in_files),
+        *few_of([line for key, line in told.items() if key[2] in in_files]),
         *say_absent(absent),
     ):
         console.print(line)

@@ -88,12 +88,13 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def _seen(self) -> tuple[list[Path], list[Path], str]:
-        """Files under a folder, and names of text that lead to none, both in order; in words, folders that were not
-        entered."""
+        """Files under a folder, and names of text or of folders that lead to none, both in order; in words, folders
+        that were not entered."""
         names, not_entered = names_under(self._path)
         names.sort(key=lambda name: name.relative_to(self._path).as_posix())
         files = [name for name in names if name.is_file()]
-        others = [name for name in names if not name.is_file() and _is_read(name) and not name.name.startswith(".")]
+        others = [name for name in names if not name.is_file() and (_is_read(name) or not name.suffix)]
+        others = [name for name in others if not name.name.startswith(".#")]  # Emacs' locks
         return files, others, not_entered
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from saemill import evaluate
@@ -42,7 +44,7 @@ from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import ce_and_kl
 from saemill.evaluate.output.figures.records import read_documents
 from saemill.evaluate.run import command, find_saes_to_evaluate
-from saemill.evaluate.run.console_table import require_comparable
+from saemill.evaluate.run.console_table import print_results, require_comparable
 from saemill.evaluate.run.find_saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.evaluate.run.run_evals import settings_of
 from saemill.train.data.scaling import unit_stats
@@ -835,6 +837,19 @@ def second_eval(monkeypatch):
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "load", lambda name: second if name == "second" else known(name))
     return second
+
+
+def test_only_remarks_that_are_in_files_are_few(builder):
+    """What a table's numbers are of, if not of what was asked for, is told of each."""
+    subject, rows = builder.subject(builder.make_sae()), []
+    for number in range(8):
+        one, remark = replace(subject, label=f"sae_{number}"), f"remark {number}"
+        rows.append(Row(one, "core", "done", remark, {"eval_result_metrics": {}, "saemill": {"remark": remark}}))
+        rows.append(Row(one, "tiers", "kept", f"its result has {number}", {"eval_result_metrics": {}, "saemill": {}}))
+    file = io.StringIO()
+    print_results(Console(file=file, width=200), rows)
+    said = file.getvalue()
+    assert (said.count("its result has"), said.count("done: core of"), said.count("2 more remarks")) == (8, 6, 1)
 
 
 def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second_eval):

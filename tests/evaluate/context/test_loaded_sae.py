@@ -181,6 +181,18 @@ def test_results_of_another_layer_or_of_other_weights_are_left_out_of_pages_and_
     assert len(said) == 1 and said[0].endswith(": core of sae, scr of sae, tpp of sae")
 
 
+@pytest.mark.parametrize(("layer", "stands"), [(1, True), (2, False)])
+def test_saebenchs_own_result_stands_for_an_sae_of_its_place(builder, golden, tmp_path, layer, stands):
+    """It names layer and hook as SAELens 6 does, in the metadata, and no weights."""
+    name = {"hook_name": f"blocks.{layer}.hook_resid_post"}
+    subject = builder.subject(builder.make_sae())
+    subject = replace(subject, home=tmp_path, config={"metadata": name}, layers=(layer,), target_layers=(layer,))
+    path = result_path(subject, "core")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(golden.output("topk")))
+    assert (standing_result(subject, "core") is not None) == stands
+
+
 def test_a_result_of_the_residual_is_none_of_another_hook(builder, tmp_path):
     """Which earlier versions did not look for in an SAE from elsewhere."""
     name = {"hook_name": f"blocks.{builder.LAYER}.attn.hook_z"}
