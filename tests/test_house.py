@@ -332,8 +332,9 @@ def test_text_is_never_in_the_encoding_of_the_locale():
     ]
 
 
-def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def run_python(code: str, environment: dict[str, str] | None = None) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 @pytest.mark.parametrize(
@@ -344,8 +345,7 @@ def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise(given, fo
     ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     code = "import sys, saemill, os; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert said.stdout.split() == [found, "False"]
+    assert run_python(code, environment).split() == [found, "False"]
 
 
 def test_importing_the_store_starts_nothing_and_brings_no_torch():

@@ -123,7 +123,7 @@ def measure(
     subjects, problems = find_all(words["targets"], runs, layer, cache, found.append)
     for problem in problems:
         refuse(problem)
-    absent = [*{one.folder.resolve(): one for one in reversed(found)}.values()][::-1]  # a run may be named twice
+    absent = list({one.folder.resolve(): one for one in found}.values())  # a run may be named twice
     for line in say_absent(absent):  # told again with the results
         Watch().say(line)
     if words["compare"] and not words["cache"]:

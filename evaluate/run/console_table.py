@@ -178,9 +178,8 @@ def _cell(value: float | None, reach: float | None) -> str:
 
 def signs_of_no_learning(document: Mapping[str, Any]) -> list[str]:
     """Metrics of a result that are no better than what takes no learning."""
-    found = {metric: metric_of(document, metric) for metric in NOTHING_LEARNED}
     return [
         f"{metric.rsplit('.', 1)[-1]} {value:.4g}, no better than {what} ({bound:g})"
         for metric, (bound, what) in NOTHING_LEARNED.items()
-        if (value := found[metric]) is not None and value <= bound
+        if (value := metric_of(document, metric)) is not None and value <= bound
     ]

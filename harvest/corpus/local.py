@@ -92,10 +92,13 @@ class LocalCorpus(InOrder):
         that were not entered."""
         names, not_entered = names_under(self._path)
         names.sort(key=lambda name: name.relative_to(self._path).as_posix())
-        files = [name for name in names if name.is_file()]
-        others = [name for name in names if not name.is_file() and (_is_read(name) or not name.suffix)]
-        others = [name for name in others if not name.name.startswith(".#")]  # Emacs' locks
-        return files, others, not_entered
+        files, no_files = list[Path](), list[Path]()
+        for name in names:
+            if name.is_file():
+                files.append(name)
+            elif (_is_read(name) or not name.suffix) and not name.name.startswith(".#"):  # these are Emacs' locks
+                no_files.append(name)
+        return files, no_files, not_entered
 
     @property
     def revision(self) -> str:
