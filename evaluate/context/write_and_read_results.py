@@ -261,7 +261,7 @@ def earlier_result(subject: LoadedSae, eval_id: str) -> tuple[dict[str, Any] | N
     if not still_stands(document, path, subject.folder):
         return document, "other weights"
     layer, *_, name, hook, _ = found = places_in(document)
-    now = _places_of(sae_config(subject))
+    now = place_now(subject)
     is_here = agree(found, now) if ours_in(document) else found == now
     return document, "" if is_here else f"layer {layer} ({name}, {hook})"
 
@@ -331,6 +331,11 @@ def places_in(document: Mapping[str, Any]) -> list[Any]:
     """Where the SAE of a result reads and writes, as far as that says it."""
     config = document.get("sae_cfg_dict")
     return _places_of(config if isinstance(config, Mapping) else {})
+
+
+def place_now(subject: LoadedSae) -> list[Any]:
+    """The same of an SAE, as its results will say it."""
+    return _places_of(sae_config(subject))
 
 
 def _places_of(config: Mapping[str, Any]) -> list[Any]:

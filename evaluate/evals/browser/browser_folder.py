@@ -176,6 +176,19 @@ def read_data(folder: Path, name: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def saes_in(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The SAEs that a browser's run.js lists, each in its own folder; none if it was not written here."""
+    saes = about.get("saes")
+    if not isinstance(saes, list) or not all(map(_has_folder, saes)):
+        return []
+    return saes if len({sae["label"] for sae in saes}) == len(saes) else []
+
+
+def _has_folder(sae: Any) -> bool:
+    label = sae.get("label") if isinstance(sae, dict) else None
+    return isinstance(label, str) and label == Path(label).name and sae.get("folder") == f"sae_{label}"
+
+
 def packed(array: Any) -> list[Any]:
     """An array as its kind and its bytes."""
     if not isinstance(array, np.ndarray):

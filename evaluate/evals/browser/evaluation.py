@@ -30,13 +30,25 @@ from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.loaded_sae import attention_layers_of, layers_of
 from ...context.stored_windows import TextCount, require_some
+from ...context.write_and_read_results import place_now
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SaeGone
 from ...model.batches import count_windows
 from ...model.unembedding_head import Head
 from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from ..measures.token_text import Vocabulary
-from .browser_folder import LATENT_BYTES, NAME, TEXT, Folder, making, read_data, require_space, unpacked, write_page
+from .browser_folder import (
+    LATENT_BYTES,
+    NAME,
+    TEXT,
+    Folder,
+    making,
+    read_data,
+    require_space,
+    saes_in,
+    unpacked,
+    write_page,
+)
 from .collect_firings import lower_edges
 from .config import Config
 from .exports import Exported, bytes_of, exports_in, keep_exports, require_known, tell_exports, write_exports
@@ -73,7 +85,9 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     )
     try:
         require_own_store_or_none(context, home, subjects)
-        records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
+        now = {subject.label: [subject.sha256, *place_now(subject)] for subject in subjects}
+        # Before all text is read: the log may be damaged.
+        records = read_records([RunFolder(home)], context.say, now=now)
         exported_before = exports_in(home / NAME)
         subjects[0].make_home()
         with making(home, size_of(context, subjects, sum(windows.values())), inputs, context.say) as folder:
@@ -96,7 +110,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             for one, (promotes, near) in exported.items():
                 write_exports(folder.path, config.exports, Exported(one, tokens, texts, promotes, near, *of))
             also = {"not_compared": max(0, len(shown) - 1 - COMPARED)}
-            own = [summary_of(one) | {"sha256": one.subject.sha256} | also for one in shown]
+            own = [summary_of(one) | also for one in shown]
             folder.write("run", about | {"saes": [*own, *kept]})
             write_numbers(folder.path, records)
             write_page(folder.path, about["build"])
@@ -205,19 +219,6 @@ def keep_others(
     keep_exports(home / NAME, folder.path, about["run"], [sae["label"] for sae in kept])
     words.meet(ids)
     return kept
-
-
-def saes_in(about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The SAEs that a browser's run.js lists, each in its own folder; none if it was not written here."""
-    saes = about.get("saes")
-    if not isinstance(saes, list) or not all(map(_has_folder, saes)):
-        return []
-    return saes if len({sae["label"] for sae in saes}) == len(saes) else []
-
-
-def _has_folder(sae: Any) -> bool:
-    label = sae.get("label") if isinstance(sae, dict) else None
-    return isinstance(label, str) and label == Path(label).name and sae.get("folder") == f"sae_{label}"
 
 
 def keep_marks(before: Path, folder: Folder) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ....harvest.progress import Watch
 from ...context.loaded_sae import LoadedSae
+from ...context.write_and_read_results import place_now
 from ...model.smaller_pieces import PieceSize, in_pieces
 from ...model.unembedding_head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
@@ -93,6 +94,8 @@ def summary_of(shown: Shown) -> dict[str, Any]:
         "label": subject.label,
         "variant": subject.variant,
         "width": subject.width,
+        "sha256": subject.sha256,
+        "place": place_now(subject),
         "target_layers": list(subject.target_layers),
         "tokens": shown.seen.tokens,
         **shown.shares,

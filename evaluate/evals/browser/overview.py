@@ -10,15 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from ....train.disk.atomic_files import replace_file
-from ...context.write_and_read_results import INTERVALS, interval_of
-from ...output.figures.records import COLUMNS, Record, notes, thinned
-from .browser_folder import NAME, as_data
+from ...context.write_and_read_results import INTERVALS, interval_of, places_in
+from ...output.figures.records import COLUMNS, Record, notes, thinned, those_of
+from .browser_folder import NAME, as_data, read_data, saes_in
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
 SPARSITY = "l0"  # what the others are drawn against
 
 
 def write_numbers(browser: Path, records: Sequence[Record]) -> None:
+    """Numbers of the weights and place that the browser shows, as far as it tells them."""
+    saes = saes_in(read_data(browser, "run") or {})
+    shown = {sae["label"]: [sae.get("sha256"), *sae.get("place", places_in({}))] for sae in saes}
+    records = [replace(one, documents=those_of(one.documents, shown.get(one.label))) for one in records]
     if any("core" in one.documents for one in records):  # training's own numbers are of the validation split
         records = [one if "core" in one.documents else replace(one, outcome={}) for one in records]
     value = {

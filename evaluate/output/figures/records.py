@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.run_folder import RunFolder
@@ -33,7 +33,9 @@ from ...errors import EvalError, ResultInvalid
 CURVE_POINTS = 200
 FILES = Path(__file__).parent / "web_files"  # the look and the charts that pages share
 Documents = Mapping[Path, Mapping[str, Any]]
+Now = Mapping[str, Sequence[Any]]
 Say = Callable[[str], object]
+T = TypeVar("T")
 SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
 CORE = {  # where core's results have what pages show; SAEBench's explained variance is a different one
     "l0": "sparsity.l0",
@@ -133,23 +135,29 @@ COLUMNS = {  # those that every table of SAEs has
 
 
 def read_records(
-    runs: Sequence[RunFolder], say: Say, known: Documents | None = None, only_known: bool = False
+    runs: Sequence[RunFolder],
+    say: Say,
+    known: Documents | None = None,
+    only_known: bool = False,
+    now: Now | None = None,
 ) -> list[Record]:
     """The SAEs of some runs in a fixed order; names include the run if there are several, and its path if several runs
     have the same name.
 
     `known` are results that are in memory already, by their path; with `only_known` no others are read, and SAEs
-    without any are left out: it has not been checked whether others compare.
+    without any are left out: it has not been checked whether others compare. `now` says of which weights and place
+    results are to be, for SAEs by their labels.
     """
     times = Counter(run.name for run in runs)
     names = [run.name if times[run.name] == 1 else str(run.path) for run in runs]
     pairs, known = zip(runs, names, strict=True), known or {}
-    found = [record for run, name in pairs for record in _records_of(run, name, len(runs) == 1, say, known, only_known)]
+    how = len(runs) == 1, say, known, only_known, now
+    found = [record for run, name in pairs for record in _records_of(run, name, *how)]
     return [record for record in found if record.documents or not only_known]
 
 
 def _records_of(
-    run: RunFolder, name: str, is_alone: bool, say: Say, known: Documents, only_known: bool
+    run: RunFolder, name: str, is_alone: bool, say: Say, known: Documents, only_known: bool, now: Now | None
 ) -> Iterator[Record]:
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
@@ -157,7 +165,7 @@ def _records_of(
     logs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for line in read_log(run.metrics):
         logs[str(line.get("sae"))].append(line)
-    documents = read_documents(run.path / "evals", say, known, only_known)
+    documents = read_documents(run.path / "evals", say, known, only_known, now)
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
         yield Record(
@@ -205,7 +213,7 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
 
 
 def read_documents(
-    folder: Path, say: Say, known: Documents, only_known: bool = False
+    folder: Path, say: Say, known: Documents, only_known: bool = False, now: Now | None = None
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Results by label and evaluation that are of their SAE's weights and place now; one that cannot be read does not
     affect the others."""
@@ -223,7 +231,7 @@ def read_documents(
             found.setdefault(path.name.removesuffix(RESULTS), {})[path] = document
         else:
             left_out.append(path)
-    shown = {label: of_one_sae(documents, known) for label, documents in found.items()}
+    shown = {label: of_one_sae(one, known, (now or {}).get(label)) for label, one in found.items()}
     left_out += [path for label, documents in found.items() for path in documents if path not in shown[label]]
     if left_out:
         each = ", ".join(f"{path.parent.name} of {path.name.removesuffix(RESULTS)}" for path in sorted(left_out))
@@ -234,16 +242,29 @@ def read_documents(
     }
 
 
-def of_one_sae(documents: Documents, known: Documents) -> dict[Path, Mapping[str, Any]]:
-    """Leave out results of other weights or another place than those in memory are of or, without any, the newest one:
-    nothing else tells the revisions of an SAE of the Hub apart, or the layers that `--layer` gave to one."""
+def of_one_sae(
+    documents: Documents, known: Documents, now: Sequence[Any] | None = None
+) -> dict[Path, Mapping[str, Any]]:
+    """Leave out results of other weights or another place than `now` or, without it, than those in memory are of or,
+    without any, the newest one: nothing else tells the revisions of an SAE of the Hub apart, or the layers that
+    `--layer` gave to one."""
 
     def how_present(path: Path) -> tuple[bool, float]:
         return path.absolute() in known, documents[path].get("datetime_epoch_millis", 0)
 
-    told = {path: [ours_in(one).get("sha256"), *places_in(one)] for path, one in documents.items()}
-    now = max((path for path in documents if ours_in(documents[path])), key=how_present, default=None)
-    return {path: one for path, one in documents.items() if now is None or agree(told[path], told[now])}
+    if now is None:
+        first = max((path for path in documents if ours_in(documents[path])), key=how_present, default=None)
+        now = first and weights_and_place(documents[first])
+    return those_of(documents, now)
+
+
+def those_of(documents: Mapping[T, Mapping[str, Any]], now: Sequence[Any] | None) -> dict[T, Mapping[str, Any]]:
+    """The results of these weights and this place, as far as they say theirs; all if none is told."""
+    return {key: one for key, one in documents.items() if now is None or agree(weights_and_place(one), now)}
+
+
+def weights_and_place(document: Mapping[str, Any]) -> list[Any]:
+    return [ours_in(document).get("sha256"), *places_in(document)]
 
 
 def web_file(name: str) -> str:

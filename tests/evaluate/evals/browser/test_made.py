@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import tracemalloc
 import weakref
 from dataclasses import replace
@@ -26,6 +27,7 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.stored_windows import ordinary_rows
+from saemill.evaluate.context.write_and_read_results import Result, write_result
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import (
     browser_folder,
@@ -60,17 +62,19 @@ from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.model.unembedding_head import head_of, load_head
-from saemill.evaluate.output.figures.records import Record
+from saemill.evaluate.output.figures.records import COLUMNS, Record, read_records
 from saemill.evaluate.run.find_saes_to_evaluate import find_all
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
+from saemill.train.run.run_folder import RunFolder
 from saemill.train.sae.kernels import bfloat16_then_float32
 from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
 FEW = Config(top=2, sample=2, low=2)
+PROBED = COLUMNS["probing"].metric.split(".")[1]
 KINDS = tuple(browser_folder.KINDS.values())
 SPLITS = ("test", "validation", "train")
 
@@ -921,3 +925,31 @@ def test_the_overview_has_what_was_measured(made):
     assert "core: these numbers do not compare, results differ in cache_id." in data_of(home, "numbers")["notes"]
     refresh(home.parent, [])  # no browser there: nothing happens
     assert json.dumps(sorted(path.name for path in home.parent.iterdir())) == '["run_1"]'
+
+
+def test_the_overview_has_numbers_of_the_layer_and_the_weights_that_it_shows_alone(make_world, builder, open_context):
+    """Where `--layer` names the layer of an SAE, each layer leaves results."""
+    sae, context = builder.subject(builder.make_sae()), open_context(make_world(layers=(1, 2)))
+    one, two = (replace(sae, config={}, layers=(layer,), target_layers=(layer,)) for layer in (1, 2))
+
+    def shown():
+        return {name: found["value"] for name, found in data_of(sae.home, "numbers")["saes"]["sae"]["numbers"].items()}
+
+    def drawn(subject, eval_id):
+        write_result(Result(subject, {}, {"sparsity": {"l0": 4.0}, "sae": {PROBED: 0.5}}), eval_id, {})
+        time.sleep(0.002)  # results say when they were made to a thousandth of a second
+        refresh(sae.home, read_records([RunFolder(sae.home)], print))
+        return shown()
+
+    make(context, [one], FEW)
+    assert drawn(one, "sparse_probing") == {"probing": 0.5}
+    assert drawn(two, "core") == {}  # the newest result is of another layer than the pages
+    make(context, [one], FEW)
+    assert shown() == {"probing": 0.5}
+    make(context, [two], FEW)
+    assert shown() == {"l0": 4.0}
+    time.sleep(0.05)  # longer than two times of files need to differ
+    builder.save(sae.folder, builder.make_sae(seed=9))
+    assert drawn(replace(two), "core") == {}
+    make(context, [replace(two)], FEW)
+    assert shown() == {"l0": 4.0}
