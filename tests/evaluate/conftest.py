@@ -138,11 +138,12 @@ def harvest_rows(
     model_id: str | None = None,
     attention_layers: tuple[int, ...] | None = None,
     massive: Sequence[tuple[int, int]] = (),
+    longer: float = 100.0,
     stored_as: str | None = None,
     has_tokens: bool = True,
 ) -> str:
     """A store of these rows; its model is known by its folder's path and by no revision. `massive` are (window,
-    position) of rows made a hundred times as long. Without tokens it says so, as one that was imported does."""
+    position) of rows made `longer` times as long. Without tokens it says so, as one that was imported does."""
     windows, context = tokens.shape
     attention_layers = (layers[-1], layers[-1] + 1) if attention_layers is None else attention_layers
     spec = AttentionSpec(layers=attention_layers, topk=4, mass=1.0)
@@ -171,7 +172,7 @@ def harvest_rows(
     plain = {layer: captured.acts[Site("resid", layer)].float().numpy() for layer in layers}
     for values in plain.values():
         for place in massive:
-            values[place] *= 100
+            values[place] *= longer
     resid = {Site("resid", layer): from_float32(values, dtype) for layer, values in plain.items()}
     attention = {layer: to_csr(layer, kept) for layer, kept in captured.attention.items()}
     return write_shards(path, manifest, rows, documents.astype(np.uint32), resid, attention)

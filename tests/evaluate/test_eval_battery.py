@@ -55,6 +55,9 @@ SMALL = {
     "sparse_probing_sae_probes": {"dataset_names": ("stdlib/kind",), "ks": (1, 5)},
 }
 IN_SMALL = re.compile(r"_(t|u|l|k)(?=_|$)")  # of a documented name: numbers that settings decide
+WITH_MASSIVE = ("core", "replacement")  # SAEBench's numbers count all rows; the model makes its own: tested apart
+# What a model makes of a window depends on all of its rows.
+UNTRACED, OF_MODEL = {name: {"trace_windows": 0} for name in ("attention", "tiers")}, {"attention": "fidelity"}
 REMARKED = ("scr", "tpp", "unlearning")  # so small, they say less than they seem, and say so
 MEASURED_ON = {
     "store": r" split, [\d,]+ tokens of ",
@@ -63,8 +66,8 @@ MEASURED_ON = {
 }  # as results say it
 
 
-def settings_of(name):
-    return evals.load(name).config(**SMALL.get(name, {}))
+def settings_of(name, **changes):
+    return evals.load(name).config(**SMALL.get(name, {}) | changes)
 
 
 def of_what(name):
@@ -78,10 +81,10 @@ def is_about_text(name):
 
 @pytest.fixture(scope="module")
 def stored(make_world):
-    """A store of windows of 24 tokens."""
+    """stored(**how): a store of windows of 24 tokens."""
     tokens = torch.randint(3, 50, (40, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 2
-    return make_world(tokens=tokens)
+    return cache(lambda **how: make_world(tokens=tokens, **how))
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +102,9 @@ def few_texts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(stored, pocket, new_builder):
-    """Evaluate SAEs by their seeds: run(name, seeds) gives their documents."""
+    """Evaluate SAEs by their seeds: run(name, seeds, config, **how the store is) gives their documents."""
 
-    def documents(name, seeds):
+    def documents(name, seeds, config=None, **how):
         builder, subjects = new_builder(), []
         layer, dtype = (19, torch.float32) if name in RUN_WHOLE else (3, torch.bfloat16)  # each the quicker way
         for seed in (0, 1):  # both lie side by side on disk, whoever is evaluated
@@ -114,14 +117,14 @@ def run(stored, pocket, new_builder):
                 extras = {"composition.C2": torch.ones(8, 8), "composition.C3": torch.ones(8, 8)}
                 subjects[-1].sae.extras_tensors = extras
         subjects = [subjects[seed] for seed in seeds]
-        watch = Watch(is_quiet=True)
+        watch, configs = Watch(is_quiet=True), {name: config or settings_of(name)}
         if is_about_text(name):
             context = Context(None, model_name="pocket", watch=watch)
             context.use(pocket(dtype))
-            rows = run_evals(context, subjects, {name: settings_of(name)})
+            rows = run_evals(context, subjects, configs)
         else:
-            with Store.open(stored.store) as store:
-                rows = run_evals(Context(store, watch=watch), subjects, {name: settings_of(name)})
+            with Store.open(stored(**how).store) as store:
+                rows = run_evals(Context(store, watch=watch), subjects, configs)
         assert [row.status for row in rows] == ["done"] * len(seeds)
         assert name in REMARKED or not any(row.reason for row in rows)
         return [json.loads(row.path.read_text(), parse_constant=pytest.fail) for row in rows]
@@ -168,6 +171,18 @@ def test_results_are_json_of_two_levels_the_same_alone_as_among_others_and_every
     rows = documented(name)
     assert not sorted(metric for metric in found if not any(row.fullmatch(metric) for row in rows.values()))
     assert not sorted(metric for metric, row in rows.items() if not any(map(row.fullmatch, found)))
+
+
+@pytest.mark.parametrize("name", [name for name in EVALS if of_what(name) == "store" and name not in WITH_MASSIVE])
+def test_massive_rows_change_no_number(name, run):
+    """Opposite ones are as long, and fire other latents."""
+    massive = tuple((window, position) for window in range(0, 40, 2) for position in (3, 8 + window // 4))
+    config = settings_of(name, **UNTRACED.get(name, {}))
+    (one,), (other,) = (run(name, (1,), config, massive=massive, longer=longer) for longer in (100.0, -100.0))
+    for document in (one, other):
+        document["eval_result_metrics"].pop(OF_MODEL.get(name), None)
+    assert numbers_of(one) == numbers_of(other)
+    assert "massive rows left out" in one["saemill"]["measured_on"]
 
 
 @pytest.mark.parametrize("name", EVALS)
