@@ -26,7 +26,7 @@ class Assignment:
 
     of_latent: Tensor  # int64 [F]
     count: int
-    source: str  # "saved", or how it was assigned
+    source: str  # "saved", with its mask or as "found in training", or how it was assigned
 
     def members(self, number: int) -> Tensor:
         """bool [F]."""
@@ -66,7 +66,10 @@ def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None
     if ranges is not None:
         known = saved(subject, "mask.num_ranges")
         highest = int(ranges.max()) + 1 if ranges.numel() else 0
-        return Assignment(ranges.long(), int(known) if known is not None else max(highest, 1), "saved")
+        told = subject.metadata.get("training_architecture_details", {})
+        is_found = "mask" in told and (told["mask"] not in ("hard", "soft") or told.get("scattered", False))
+        source = "saved, found in training" if is_found else "saved"
+        return Assignment(ranges.long(), int(known) if known is not None else max(highest, 1), source)
     centre = saved(subject, "mask.centre")
     if centre is None:
         return None

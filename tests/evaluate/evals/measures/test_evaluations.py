@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.sites import RESID, Site
+from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
 from saemill.evaluate.context.write_and_read_results import frame
 from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
@@ -24,6 +25,7 @@ from saemill.evaluate.evals.measures.tiers import Wording, tier_activity
 from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.train.sae.gates import AbsTopK, Relu
 from saemill.train.sae.model import SparseAutoencoder
+from saemill.train.variants.positional import Config as Positional
 
 CONFIGS = {
     tiers: tiers.Config(windows=12, trace_windows=8, batch_windows=5, fitted_rows=6),
@@ -522,6 +524,26 @@ def test_a_number_of_windows_that_is_none_is_the_settings_fault(module, world, b
     config, subject = replace(CONFIGS[module], windows=0), builder.subject(builder.make_sae())
     with pytest.raises(SettingInvalid, match="windows: expected at least 1 to be read, found 0"):
         list(module.evaluate(open_context(world), [subject], config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        ({}, "saved"),
+        ({"mask": "soft"}, "saved"),
+        ({"scattered": True}, "saved, found in training"),
+        ({"mask": "static_slicing"}, "saved, found in training"),
+        ({"mask": "none", "range_encoders": True}, "saved, found in training"),
+    ],
+)
+def test_ranges_say_whether_a_mask_had_them_or_training_found_them(settings, source, builder):
+    config = Positional(base="topk", k=2, width=builder.F, ranges=2, context=builder.CONTEXT, **settings)
+    extras = config.build(builder.D).extras
+    assert extras["mask"].measured == source.endswith("found in training")
+    subject = builder.subject(builder.make_sae(), config=to_json(config))
+    subject.sae.extras_tensors = {f"mask.{name}": value for name, value in extras["mask"].state_dict().items()}
+    found = ranges_of(subject, 2, builder.CONTEXT)
+    assert found is not None and found.source == source
 
 
 def test_fewer_than_no_windows_to_trace_are_none(world, builder, open_context):
