@@ -85,8 +85,7 @@ class LoadedSae:
 
     @cached_property
     def sae(self) -> SparseAutoencoder:
-        with torch.inference_mode(False):  # wherever it is used first, gradients may flow through it later
-            return self.read()
+        return self.read()
 
     @cached_property
     def encoder(self) -> Affine:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
 from ...train.config.recipe import runs_of, studies
@@ -77,6 +79,7 @@ def find_all(
     found: dict[Path, LoadedSae] = {}
     homes: dict[Path, Path] = {}  # a run is the same by whatever path it was named
     problems: list[Problem] = []
+    targets = list(targets)
     for target in targets:
         try:
             places = find_places(target, runs, cache, tell)
@@ -86,9 +89,10 @@ def find_all(
         home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_of_hub(target, runs) else None
         for folder, run in places:
             try:
-                subject = make_subject(folder, run, layer, home)
+                is_alone = len(targets) == len(places) == 1  # of several, not all may have room at once
+                subject = make_subject(folder, run, layer, home, keeps=is_alone)
                 first = homes.setdefault(subject.home.resolve(), subject.home)
-                found.setdefault(folder.resolve(), replace(subject, home=first))
+                found.setdefault(folder.resolve(), subject if first == subject.home else replace(subject, home=first))
             except (EvalError, TrainError) as error:
                 problems.append(error)
     return list(found.values()), problems
@@ -117,9 +121,13 @@ def find_places(
     return [(folder, RunFolder(parent) if is_run(parent) else None)]
 
 
-def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
-    """The SAE of a folder. A separate `home` for its results also gives it its name."""
+def make_subject(
+    folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None, keeps: bool = False
+) -> LoadedSae:
+    """The SAE of a folder. A separate `home` for its results also gives it its name. With `keeps`, weights that had to
+    be read stay in memory."""
 
+    @torch.inference_mode(False)  # wherever it is used first, gradients may flow through it later
     def read() -> SparseAutoencoder:
         sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
         if sizes and (sae.d_in, sae.num_latents) != sizes[:2]:
@@ -130,7 +138,7 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         return sae
 
     config = _config_of(folder)
-    sizes, metadata = _sizes_told(folder, config), metadata_of(config)
+    sizes, metadata, sae = _sizes_told(folder, config), metadata_of(config), None
     if sizes is None:  # a folder of another tool, whose settings may be anywhere
         sae = read()
         tables = (*sae.parameters(), *sae.buffers())
@@ -140,7 +148,7 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
     if (told.hook, told.target_hook) != (RESID, RESID):
         metadata |= {"hook": told.hook, "target_hook": told.target_hook}
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
-    return LoadedSae(
+    subject = LoadedSae(
         label=(home or folder.resolve()).name,
         folder=folder,
         home=home or (run.path if run else folder),
@@ -156,6 +164,9 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         cache_id=cache_id,
         cache_url=url,
     )
+    if sae is not None and keeps:
+        vars(subject).update(sae=sae, sha256=subject.sha256)  # before the files can change
+    return subject
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

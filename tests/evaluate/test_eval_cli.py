@@ -36,7 +36,7 @@ from saemill.evaluate.context.write_and_read_results import (
     standing_result,
     write_result,
 )
-from saemill.evaluate.errors import CacheIdMismatch, Incomparable, ModelMissing, WidthMismatch
+from saemill.evaluate.errors import CacheIdMismatch, Incomparable, ModelMissing, SaeGone, WidthMismatch
 from saemill.evaluate.evals import tiers
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
@@ -48,6 +48,8 @@ from saemill.evaluate.run.console_table import print_results, require_comparable
 from saemill.evaluate.run.find_saes_to_evaluate import find_places, find_subjects, make_subject
 from saemill.evaluate.run.run_evals import settings_of
 from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.formats import WRITERS
+from saemill.train.disk.plain_form import in_raw_units
 from saemill.train.disk.sae_lens_folder import save_sae
 from saemill.train.run.find_and_load_sae import find_sae
 from saemill.train.run.init_from_trained_sae import _digest_of
@@ -1177,6 +1179,26 @@ def test_a_result_of_another_layer_or_of_other_weights_is_kept_beside_the_new_on
     assert "done. Its result of other weights is now" in measure(6)[0]
     asides = [json.loads(one.read_text()) for one in place.parent.glob(f"{place.name}.*.json")]
     assert len(asides) == 2 and first in asides and third in asides and second != third
+
+
+def test_an_sae_of_another_tool_is_read_once_if_it_is_alone(builder, monkeypatch, tmp_path):
+    """What has no file of sizes is read to be found; of several, those in work alone are in memory."""
+    folders, read, read_folder = [tmp_path / name for name in "ab"], [], find_saes_to_evaluate.read_folder
+    for folder in folders:
+        WRITERS["dictionary_learning"](folder, in_raw_units(builder.make_sae()), {"layers": [builder.LAYER]})
+    monkeypatch.setattr(
+        find_saes_to_evaluate, "read_folder", lambda folder: read.append(folder.name) or read_folder(folder)
+    )
+    for names, times in ((folders[:1], 1), (folders, 2)):
+        with torch.inference_mode():
+            subjects = find_subjects(map(str, names), tmp_path)
+        assert not any(subject.sae.W_dec.is_inference() for subject in subjects)
+        assert read == [folder.name for folder in names] * times
+        read.clear()
+    (alone,) = find_subjects([str(folders[0])], tmp_path)
+    WRITERS["dictionary_learning"](alone.folder, in_raw_units(builder.make_sae(seed=9)), {"layers": [builder.LAYER]})
+    with pytest.raises(SaeGone, match="written anew while it was evaluated"):
+        alone.require_unchanged()
 
 
 def test_rows_of_other_lengths_are_evaluated_as_unit_rows(builder):
