@@ -24,7 +24,7 @@ from .errors import StoreError
 from .formats_to_import import NumpySource, SaelensSource, Source, VllmSource
 from .import_into_store import ImportSettings, cuts_documents, import_store
 from .info import describe, render
-from .layout import BEGINNING
+from .layout import BEGINNING, SHARD_TOKENS
 from .manifest import Codec, Manifest
 from .numbers_in_words import counted, numbered
 from .reader import GONE, Store
@@ -239,9 +239,8 @@ Examples:
 @click.option(
     "--shard-windows",
     type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    help="Windows per shard. Fewer need less memory and give the same store.",
+    help="Windows per shard. Fewer need less memory and give the same store.  "
+    f"[default: {SHARD_TOKENS:,} tokens, or as the store was begun]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(
