@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.shell_completion import add_completion_class
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,6 +29,7 @@ from .layout import BEGINNING, SHARD_TOKENS
 from .manifest import Codec, Manifest
 from .numbers_in_words import counted, numbered
 from .reader import GONE, Store
+from .shell_completion import Bash, Fish, Zsh
 from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
 from .strict_json import nearest, to_json
@@ -39,6 +41,8 @@ AGAIN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
 NPY = "A .npy file, or a folder of them,"
 
+for shell in (Bash, Fish, Zsh):  # of all commands: each imports this module
+    add_completion_class(shell)
 
 EXAMPLES = """\b
 Examples:
