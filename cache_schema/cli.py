@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.shell_completion import add_completion_class
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,10 +25,11 @@ from .errors import StoreError
 from .formats_to_import import NumpySource, SaelensSource, Source, VllmSource
 from .import_into_store import ImportSettings, cuts_documents, import_store
 from .info import describe, render
-from .layout import BEGINNING
+from .layout import BEGINNING, SHARD_TOKENS
 from .manifest import Codec, Manifest
 from .numbers_in_words import counted, numbered
 from .reader import GONE, Store
+from .shell_completion import Bash, Fish, Zsh
 from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
 from .strict_json import nearest, to_json
@@ -39,6 +41,8 @@ AGAIN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
 NPY = "A .npy file, or a folder of them,"
 
+for shell in (Bash, Fish, Zsh):  # of all commands: each imports this module
+    add_completion_class(shell)
 
 EXAMPLES = """\b
 Examples:
@@ -239,9 +243,8 @@ Examples:
 @click.option(
     "--shard-windows",
     type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    help="Windows per shard. Fewer need less memory and give the same store.",
+    help="Windows per shard. Fewer need less memory and give the same store.  "
+    f"[default: {SHARD_TOKENS:,} tokens, or as the store was begun]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(

@@ -7,16 +7,18 @@ position; windows that a source knows to be of one document are all in one split
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .disk_and_cloud_files import LocalFiles, open_files, require_folder
 from .errors import ImportInvalid, StoreBusy
 from .formats_to_import import Source
+from .layout import windows_of_a_shard
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_activations import KEEP
 from .moments import is_special, measure
+from .open_and_check_root import has_root, read_root
 from .shard_content import ShardContent, array_digest
 from .sites import RESID, Site, by_hook
 from .stored_dtypes import SmallDtype, to_float32
@@ -34,7 +36,8 @@ class ImportSettings:
     bos_token: int | None = None
     validation_share: float = 0.05
     test_share: float = 0.05
-    shard_windows: int = 256
+    shard_windows: int | None = None
+    """None: as many as fill `SHARD_TOKENS`; a store that is begun keeps its own."""
     codec: Codec = "raw"
     keep_massive: bool = False
     """Every row counts, however large its norm, unless a run asks otherwise."""
@@ -51,6 +54,8 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
             "special tokens and BOS cannot be found without tokens: give the tokens (--tokens FILE), or leave out "
             "--special-token and --bos-token, so that every row trains"
         )
+    if settings.shard_windows is None and has_root(files):
+        settings = replace(settings, shard_windows=read_root(files).manifest.shard_windows)
     shape = (source.windows, source.context)
     tokens = np.zeros(shape, np.uint32) if tokens is None else tokens
     documents = np.broadcast_to(source.document_of[:, None], shape)
@@ -99,7 +104,7 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
         windows=source.windows,
         splits=_splits(source, settings),
         attention=AttentionSpec(),
-        shard_windows=settings.shard_windows,
+        shard_windows=settings.shard_windows or windows_of_a_shard(source.context),
         codec=settings.codec,
         hooks={hook: HookSpec(layers, source.d_model) for hook, layers in hooks.items()},
         stored_as=settings.stored_as,

@@ -27,6 +27,7 @@ COUNTS = "stats/counts.json"
 BEGINNING = ("tokens", "documents")  # arrays that are complete before the first shard is written
 ATTENTION_PARTS = ("indptr", "indices", "data", "kept_mass")  # of a layer, as `AttentionCsr` has them
 MAX_CHUNK_BYTES = 2**31 - 17  # compressors take no more; a chunk read in part needs memory for all of it
+SHARD_TOKENS = 256 * 128  # of a new store: a shard lies in memory, and is lost if its writer dies
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
 # Moments of one shard and place form one float64 line: these columns, then norm_by_position [T], mean [D].
@@ -260,6 +261,11 @@ def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
             dims=("window", "head", "token"),
         ),
     ]
+
+
+def windows_of_a_shard(context: int) -> int:
+    """The default of a new store: a power of two, which chunks of any size divide."""
+    return 2 ** (max(1, SHARD_TOKENS // context).bit_length() - 1)
 
 
 def _chunk_windows(shard_windows: int, window_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
 from rich.filesize import decimal
@@ -34,6 +35,20 @@ def say_time(seconds: float) -> str:
         if seconds >= from_length:
             return f"{seconds / length:,.1f} {unit}"
     return counted(max(1, round(seconds)), "second")
+
+
+def say_busy() -> str:
+    """That this machine has been busy, so that a time measured on it may be too long; empty if it has not. To be asked
+    before measuring, which keeps it busy too."""
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except OSError:  # not every system tells
+        return ""
+    if load <= cores / 2:
+        return ""
+    on = f"load {load:.1f} on {counted(cores, 'core')}"
+    return f"other programs kept this machine busy in the last minute ({on}): once it is idle, this takes less"
 
 
 def first_line(error: BaseException) -> str:

@@ -67,9 +67,13 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or all known names if none is near."""
+    """` (did you mean 'x'?)`, or all known names if none is near. Of dotted names the last part may be near alone."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
+    if not close:
+        last = {one: one.rpartition(".")[2] for one in known}
+        parts = difflib.get_close_matches(name.rpartition(".")[2], set(last.values()), n=2)
+        close = [one for part in parts for one in known if last[one] == part][:2]
     if close:
         return " (did you mean " + " or ".join(repr(item) for item in close) + "?)"
     return f" (known: {', '.join(known)})" if known else ""

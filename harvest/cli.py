@@ -16,6 +16,7 @@ from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.cli import as_json, open_console, print_json, tell_files
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
+from ..cache_schema.layout import SHARD_TOKENS
 from ..cache_schema.manifest import Codec, Manifest
 from ..cache_schema.sites import HOOKS, RESID, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
@@ -96,7 +97,11 @@ Examples:
     help="Store activations in this type, one scale per token: half the bytes of bfloat16.  [default: as computed]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw")
-@click.option("--shard-windows", default=256, help="Windows per shard, the unit of work.")
+@click.option(
+    "--shard-windows",
+    type=int,
+    help=f"Windows per shard, the unit of work.  [default: {SHARD_TOKENS:,} tokens, or as the store was begun]",
+)
 @click.option(
     "--batch-windows", type=int, help="Windows per forward pass.  [default: 2,048 tokens, 512 for small models]"
 )

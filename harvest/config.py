@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cache_schema.cli import read_count
+from ..cache_schema.layout import windows_of_a_shard
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
@@ -24,6 +25,7 @@ Heads = Literal["mean", "all"]
 BATCH_TOKENS = 2048
 SMALL_BATCH_TOKENS = 512  # for models so narrow that their activations then stay in a CPU's cache
 SMALL_WIDTH = 512
+MOST_BATCH_WINDOWS = 256  # of a few tokens each
 ATTENTION_AROUND = "-2..+1"
 ANY_LAYER = 2**40  # stands for --resid-layers where only the hooks that use them matter
 
@@ -63,7 +65,8 @@ class HarvestConfig:
     dtype: Dtype = "bfloat16"
     stored_as: SmallDtype | None = None
     codec: Codec = "raw"
-    shard_windows: int = 256
+    shard_windows: int | None = None
+    """None: as many as fill `SHARD_TOKENS`, or a batch if that is more; a store that is begun keeps its own."""
     batch_windows: int | None = None
     device: str = "auto"
     worker: Worker = Worker()
@@ -85,7 +88,7 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingInvalid(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
-        if self.batch_windows is not None and self.batch_windows > self.shard_windows:
+        if self.batch_windows is not None and self.batch_windows > self.windows_per_shard:
             raise SettingInvalid(
                 f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}), as no "
                 "batch is larger than its shard. Lower it, leave it out, or give larger shards"
@@ -104,9 +107,13 @@ class HarvestConfig:
                 "for each of train, validation and test"
             )
 
+    @property
+    def windows_per_shard(self) -> int:
+        return self.shard_windows or max(windows_of_a_shard(self.context), self.batch_windows or 0)
+
     def windows_per_batch(self, d_model: int) -> int:
         tokens = SMALL_BATCH_TOKENS if d_model <= SMALL_WIDTH else BATCH_TOKENS
-        return self.batch_windows or max(1, min(tokens // self.context, self.shard_windows))
+        return self.batch_windows or max(1, min(tokens // self.context, self.shard_windows or MOST_BATCH_WINDOWS))
 
 
 def parse_count(text: str) -> int:

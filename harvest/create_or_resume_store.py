@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
@@ -124,8 +125,11 @@ def tell_shortage(asked: int, filled: int, context: int, test: int) -> str:
 
 
 def require_ours(plan: Plan, found: Manifest, url: str) -> None:
-    """Require an existing store to have the plan's settings and corpus."""
-    require_same(url, found, make_manifest(plan, _corpus_of_existing(plan, found), found.windows, found.splits))
+    """Require an existing store to have the plan's settings and corpus; shards of any size, if none was asked for."""
+    wanted = make_manifest(plan, _corpus_of_existing(plan, found), found.windows, found.splits)
+    if plan.config.shard_windows is None:
+        wanted = replace(wanted, shard_windows=found.shard_windows)
+    require_same(url, found, wanted)
 
 
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..cache_schema import Manifest, Store
 from ..cache_schema.disk_and_cloud_files import Files, open_files
-from ..cache_schema.numbers_in_words import counted, say_size, say_time
+from ..cache_schema.numbers_in_words import counted, say_busy, say_size, say_time
 from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
 from .corpus.source import Corpus, part_of
@@ -65,6 +65,7 @@ class Estimate:
     free_bytes: int | None  # None if the store is not on a disk of this machine
     to_download: int | None = None  # of weights; without them sizes of attention are upper bounds
     weights_beside: int = 0  # of these, what goes onto the store's disk
+    busy: str = ""  # in words, if the rate was measured on a busy machine
     speaks: bool = True  # whether this process reports: only the first of a launch does
 
     @property
@@ -97,7 +98,7 @@ class Estimate:
 
 def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
     """Time a few batches of the corpus and scale up to what is not harvested yet."""
-    files = open_files(config.out)
+    busy, files = say_busy(), open_files(config.out)
     require_place(files)
     with open_process(config.device, config.worker) as process:
         watch = watch or Watch(is_quiet=not process.speaks)
@@ -115,7 +116,7 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
             sizes = {path: most / work.manifest.tokens for path, most in bytes_by_array(work.manifest).items()}
             cost = Cost(sizes, tokens_per_second(plan, work.manifest, process.device))
     weights = weights_beside(plan.source, files) if work.shards else 0
-    return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights, process.speaks)
+    return Estimate(work, cost, files.free_bytes(), plan.source.to_download, weights, busy, process.speaks)
 
 
 def document_of(estimate: Estimate) -> dict[str, Any]:
@@ -134,6 +135,7 @@ def document_of(estimate: Estimate) -> dict[str, Any]:
         "bytes_to_download": estimate.to_download,
         "tokens_per_second": cost.tokens_per_second,
         "seconds": estimate.seconds,
+        "busy": estimate.busy,
     }
 
 
@@ -164,7 +166,7 @@ def render(estimate: Estimate) -> RenderableType:
         "needs": f"{say_size(estimate.needed_bytes)} free, with a reserve for records and file system",
         "free": free,
         "rate": f"{cost.tokens_per_second:,.0f} tokens/s on this device",
-        "time": f"{say_time(estimate.seconds)} for one process",
+        "time": f"{say_time(estimate.seconds)} for one process" + (f"; {estimate.busy}" if estimate.busy else ""),
     }
     for name, value in rows.items():
         facts.add_row(f"[bold]{name}[/bold]", value)

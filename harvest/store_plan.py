@@ -124,9 +124,9 @@ def require_known_tokens(packed: np.ndarray, facts: ModelFacts) -> None:
 
 def _require_chunks_that_fit(plan: Plan) -> None:
     """Refuse chunks that are too large now, not after the corpus has been tokenised and the model loaded."""
-    shards = -(-plan.windows // plan.config.shard_windows)
+    shards = -(-plan.windows // plan.config.windows_per_shard)
     if shards > MOST_SHARDS:
-        of = counted(plan.config.shard_windows, "window")
+        of = counted(plan.config.windows_per_shard, "window")
         raise SettingInvalid(
             f"--tokens {plan.tokens}: {shards:,} shards of {of}, but a store has at most {MOST_SHARDS:,}. Lower it, or "
             "raise --shard-windows"
@@ -187,7 +187,7 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
         windows=windows,
         splits=splits,
         attention=plan.attention_spec,
-        shard_windows=plan.config.shard_windows,
+        shard_windows=plan.config.windows_per_shard,
         codec=plan.config.codec,
         hooks={hook: HookSpec(layers, plan.facts.width_of(hook)) for hook, layers in plan.wanted.hooks.items()},
         stored_as=plan.config.stored_as,

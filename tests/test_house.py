@@ -26,7 +26,7 @@ ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
         "numbers_in_words keep_freed_memory errors users_own_files sites splits stored_dtypes strict_json",
-        "csr disk_and_cloud_files launcher_environment manifest formats_to_import",
+        "shell_completion csr disk_and_cloud_files launcher_environment manifest formats_to_import",
         "layout requests_and_spans",
         "encode_and_read_chunks commits moments shard_claims",
         "token_counts_and_summary open_and_check_root",

@@ -98,6 +98,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
 @click.option(
     "--init",
     metavar="SAE",
+    shell_complete=cli_support.runs,
     help="Start from a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify or Gemma Scope), or "
     "owner/name on the Hub.",
 )

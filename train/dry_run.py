@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from ..cache_schema import Store
-from ..cache_schema.numbers_in_words import counted, say_size, say_time
+from ..cache_schema.numbers_in_words import counted, say_busy, say_size, say_time
 from .data.batch_stream import Feed
 from .data.shuffle_order import Plan
 from .disk.write_and_load_checkpoints import KEPT
@@ -43,6 +43,8 @@ class Estimate:
     """Learning rate of each SAE; None where it is not known before values are there."""
     seconds: float
     where: str
+    busy: str
+    """In words, if these were measured on a busy machine."""
 
     @property
     def memory_bytes(self) -> int:
@@ -57,6 +59,7 @@ class Estimate:
 
 def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
     """Time a few steps of each requested run. Name, store, settings and memory are checked."""
+    busy = say_busy()
     if words["resume"] is not None:
         raise ConfigInvalid(f"--dry-run is for a new run: leave out either it or --resume {words['resume']}")
     if words["name"] is not None:
@@ -71,7 +74,7 @@ def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
             built = {member.label: build_shapes(member, width) for member in members}
             rates = {label: assembly.optim.lr if assembly else None for label, assembly in built.items()}
             described = settled.describe(store, process.hardware)
-            yield Estimate(settled, described, weights, rates, seconds, str(process.device))
+            yield Estimate(settled, described, weights, rates, seconds, str(process.device), busy)
 
 
 def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
@@ -108,6 +111,7 @@ def document_of(estimates: list[Estimate]) -> dict[str, Any]:
                 "learning_rates": dict(one.rates),
                 "unread": list(one.settled.unread),
                 "seconds": one.seconds,
+                "busy": one.busy,
                 "weight_bytes": one.weight_bytes,
                 "memory_bytes": one.memory_bytes,
                 "disk_bytes": one.disk_bytes,
@@ -131,7 +135,8 @@ def render(estimate: Estimate) -> Table:
         "steps": f"{settled.total_steps:,} of {settled.plan.batch_tokens:,} tokens",
         "memory": f"{say_size(estimate.memory_bytes)} for weights, gradients and moments of all SAEs",
         "disk": f"{say_size(estimate.disk_bytes)} at most, nearly all of it for checkpoints",
-        "time": f"about {say_time(estimate.seconds)}, estimated from a few steps on {estimate.where}",
+        "time": f"about {say_time(estimate.seconds)}, estimated from a few steps on {estimate.where}"
+        + (f"; {estimate.busy}" if estimate.busy else ""),
     }
     for name, value in rows.items():
         facts.add_row(f"[bold]{name}[/bold]", value)

@@ -20,6 +20,7 @@ from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ...cache_schema.launcher_environment import count_processes
 from ...cache_schema.numbers_in_words import say_size
 from ...cache_schema.sites import RESID
+from ...cache_schema.strict_json import flatten, nearest, to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.load_and_truncate import find_device
 from ...harvest.progress import Watch
@@ -152,13 +153,16 @@ def make_session(words: Mapping[str, Any]) -> Session:
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     names = evals.names() if wanted == evals.ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
+    defaults = {name: evals.load(name).config() for name in names}
     given: dict[str, dict[str, Any]] = {}
     for said, value in parse_settings(settings).items():
         head, key = split_key(said)
         if head not in names or not key:
-            raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}, found {said!r}")
+            like = f"{names[0]}.KEY=VALUE of {', '.join(names)}"
+            near = nearest(said, flatten(to_json(defaults)))
+            raise SettingInvalid(f"expected a setting like {like}, found {said!r}{near}")
         given.setdefault(head, {})[key] = value
-    configs = {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
+    configs = {name: with_settings(default, given.get(name, {}), name) for name, default in defaults.items()}
     for name, config in configs.items():
         evals.load(name).require(config)
     return configs

@@ -45,7 +45,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "acts.npy", rng.standard_normal((800, 8, 16)).astype(np.float32))
     np.save(folder / "tokens.npy", rng.integers(3, 50, (800, 8)))
     source = NumpySource({Site(RESID, 4): folder / "acts.npy"}, folder / "tokens.npy")
-    import_store(str(folder / "store"), source, ImportSettings(HOSTILE, (), None, 0.05, 0.05), lambda *_: None)
+    settings = ImportSettings(HOSTILE, (), None, 0.05, 0.05, shard_windows=256)
+    import_store(str(folder / "store"), source, settings, lambda *_: None)
     return folder / "store"
 
 

@@ -34,7 +34,8 @@ def imported(tmp_path, monkeypatch):
     np.save(tmp_path / "rows.npy", rows)
 
     def make(*options):
-        words = ["import", tmp_path / "store", "--resid", tmp_path / "rows.npy", "--layer", 4, "--model", "m", *options]
+        words = ["import", tmp_path / "store", "--resid", tmp_path / "rows.npy", "--layer", 4, "--model", "m"]
+        words += ["--shard-windows", 256, *options]
         result = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return tmp_path / "store", rows

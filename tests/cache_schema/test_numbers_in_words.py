@@ -2,7 +2,7 @@
 
 import pytest
 
-from saemill.cache_schema.numbers_in_words import counted, first_line, say_size, say_time
+from saemill.cache_schema.numbers_in_words import counted, first_line, say_busy, say_size, say_time
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 shards"), (1, "1 shard"), (2000, "2,000 shards")])
@@ -23,6 +23,13 @@ def test_of_one_there_is_no_plural(number, words):
 )
 def test_the_unit_is_one_that_fits(said, words):
     assert said == words
+
+
+def test_a_machine_is_busy_if_others_use_more_than_half_of_it(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for load, said in ((2.0, ""), (2.5, "load 2.5 on 4 cores")):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert said in say_busy() and bool(said) == bool(say_busy())
 
 
 @pytest.mark.parametrize(

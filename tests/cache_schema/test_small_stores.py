@@ -145,7 +145,7 @@ def test_massive_rows_are_found_as_in_the_exact_store(synthetic, tmp_path: Path)
 
 def test_import_keeps_half_the_bytes_and_says_so(tmp_path: Path, rng: np.random.Generator) -> None:
     np.save(tmp_path / "acts.npy", rng.standard_normal((40, 8, 64)).astype(np.float32))
-    words = ("--resid", tmp_path / "acts.npy", "--layer", 4, "--model", "somebody/model")
+    words = ("--resid", tmp_path / "acts.npy", "--layer", 4, "--model", "somebody/model", "--shard-windows", 256)
     run("import", tmp_path / "store", *words, "--stored-as", "int8")
     facts = json.loads(run("info", tmp_path / "store", "--json"))
     assert facts["stored_as"] == "int8" and facts["dtype"] == "float32"

@@ -51,7 +51,7 @@ def test_a_stop_has_the_status_of_one(monkeypatch, tmp_path):
 def import_files(folder: Path, store: Path) -> Result:
     """The .npy files of a folder, as `imported` has them."""
     files = ["--resid", folder / "resid.npy", "--tokens", folder / "tokens.npy", "--layer", 4]
-    return run("import", store, *files, "--model", "somebody/model", "--special-token", 7)
+    return run("import", store, *files, "--model", "somebody/model", "--special-token", 7, "--shard-windows", 256)
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +628,7 @@ def test_repair_mends_the_others_where_tokens_are_gone(store: Path) -> None:
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "zipped"
     source = importer_source(tmp_path)
-    settings = import_into_store.ImportSettings("somebody/model", special_tokens=(7,), codec="zstd")
+    settings = import_into_store.ImportSettings("somebody/model", special_tokens=(7,), shard_windows=256, codec="zstd")
     import_into_store.import_store(str(other), source, settings, lambda *_: None)
     digests = {run("digest", url).output.strip() for url in (store, other)}
     with Store.open(store) as opened:
@@ -660,7 +660,7 @@ def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the
     np.save(tmp_path / "resid.npy", bits)
     files = ("--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m")
     tracemalloc.start()
-    assert run("import", tmp_path / "256", *files).exit_code == 0
+    assert run("import", tmp_path / "256", *files, "--shard-windows", 256).exit_code == 0
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.5 * bits.nbytes
@@ -668,6 +668,18 @@ def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the
     manifests = [Store.open(tmp_path / windows).manifest for windows in ("256", "8")]
     assert [manifest.shards for manifest in manifests] == [1, 32]
     assert manifests[0].cache_id == manifests[1].cache_id
+
+
+def test_an_import_has_shards_of_as_many_tokens_unless_it_was_begun_with_others(tmp_path: Path) -> None:
+    np.save(tmp_path / "resid.npy", np.ones((40, 1), np.float32))
+    files = ("--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m", "--context")
+    for context, *begun in ((1,), (4,), (4, "--shard-windows", 2)):
+        store = tmp_path / f"store_{context}_{len(begun)}"
+        assert run("import", store, *files, context, *begun).exit_code == 0
+        assert run("import", store, *files, context).exit_code == 0
+        expected = 2 if begun else 32768 // context
+        assert Store.open(store).manifest.shard_windows == expected
+        assert "shard_windows" in run("import", store, *files, context, "--shard-windows", 3).output
 
 
 def importer_source(folder: Path) -> import_into_store.Source:

@@ -116,6 +116,14 @@ def test_nearest_names_neighbours_or_all():
     assert nearest("zzz", []) == ""
 
 
+def test_nearest_of_dotted_names_may_be_near_in_the_last_part_alone():
+    known = ["optim.lr", "optim.start", "core.ablations", "k", "seed", "data.seed"]
+    assert nearest("optim.lrr", known) == " (did you mean 'optim.lr' or 'optim.start'?)"
+    assert nearest("lrr", known) == " (did you mean 'optim.lr'?)"
+    assert nearest("ablation", known) == " (did you mean 'core.ablations'?)"
+    assert nearest("variant.kk", known) == " (did you mean 'k'?)"
+
+
 def manifest(**changes: Any) -> Manifest:
     plain = Manifest(
         model=ModelSpec("toy", 6, revision="a"),

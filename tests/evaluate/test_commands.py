@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from shutil import which
 from typing import Any
 from unittest.mock import Mock
 
 import click
 import pytest
-from click.shell_completion import ShellComplete
+from click.shell_completion import ShellComplete, get_completion_class
 from click.testing import CliRunner, Result
 
+from saemill.cache_schema.shell_completion import Bash, Fish, Zsh
 from saemill.evaluate.output import plots
 from saemill.evaluate.run import command, offer_training
 from saemill.studies import study
@@ -103,6 +105,7 @@ def test_help_has_examples_and_each_can_be_typed(name: str, command: click.Comma
         ("sae-train", ["--recipe"], "attention/run_4", {"attention/run_4"}),
         ("sae-train", ["--resume"], "mi", {"mine"}),
         ("sae-train", ["--out", "elsewhere", "--resume"], "", {"other"}),
+        ("sae-train", ["--init"], "mi", {"mine"}),
         ("sae-train", [], "--js", {"--json"}),
         ("sae-eval", ["--evals"], "core,sparse_probing_", {"core,sparse_probing_sae_probes"}),
         ("sae-eval", ["--evals"], "al", {"all"}),
@@ -121,6 +124,33 @@ def test_completion(
         (tmp_path / run / "config.json").write_text(config)
     found = ShellComplete(main_of(name), {}, name, "_X_COMPLETE").get_completions(words, incomplete)
     assert {item.value for item in found} == expected
+
+
+@pytest.mark.parametrize("shell", [Bash, Fish, Zsh])
+def test_a_value_after_an_equals_sign_is_completed(monkeypatch: pytest.MonkeyPatch, shell: type[ShellComplete]) -> None:
+    """bash takes it for a word of its own; the others replace the option too."""
+    is_bash = shell is Bash
+    monkeypatch.setenv("COMP_WORDS", "sae-eval --evals = core,tie" if is_bash else "sae-eval --evals=core,tie")
+    monkeypatch.setenv("COMP_CWORD", "--evals=core,tie" if shell is Fish else "3" if is_bash else "1")
+    found = get_completion_class(shell.name)
+    assert found is shell
+    completion = shell(main_of("sae-eval"), {}, "sae-eval", "_SAE_EVAL_COMPLETE")
+    (item,) = completion.get_completions(*completion.get_completion_args())
+    assert item.value == ("core,tiers" if is_bash else "--evals=core,tiers")
+
+
+@pytest.mark.skipif(which("fish") is None, reason="needs fish")
+def test_fish_completes_the_last_of_several_names(tmp_path: Path) -> None:
+    """What lies behind a comma was cut off."""
+    (tmp_path / "sae-eval").write_text(
+        f'#!/bin/sh\n{sys.executable} -c \'import sys; sys.argv[0] = "sae-eval"\n'
+        'from saemill.evaluate.cli import main; main()\' "$@"\n'
+    )
+    (tmp_path / "sae-eval").chmod(0o755)
+    load, complete = "env _SAE_EVAL_COMPLETE=fish_source sae-eval | source", "complete -C 'sae-eval --evals core,tie'"
+    paths = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["fish", "-c", f"{load}; {complete}"], env=paths, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "core,tiers\n", done.stderr
 
 
 def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(

@@ -1054,6 +1054,8 @@ def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval)
 def test_unknown_words(run_1, sae_eval):
     assert "unknown evaluation 'cor' (did you mean 'core'" in sae_eval("run_1", "--evals", "cor", code=1, options=[])
     assert "expected a setting like core.KEY=VALUE" in sae_eval("run_1", "--set", "corr.batch=1", code=1)
+    for wrong in ("cor.split", "splitt"):
+        assert f"found '{wrong}' (did you mean 'core.split'" in sae_eval("run_1", "--set", f"{wrong}=dev", code=1)
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
     assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)

@@ -88,6 +88,19 @@ def test_settings_out_of_range_name_their_option(changes):
         HarvestConfig(out="store", **changes)
 
 
+@pytest.mark.parametrize(
+    ("context", "windows"), [(2, 16384), (64, 512), (100, 256), (128, 256), (1024, 32), (32768, 1), (40000, 1)]
+)
+def test_a_shard_has_as_many_tokens_whatever_the_context(context, windows):
+    assert HarvestConfig("store", context=context).windows_per_shard == windows
+
+
+def test_a_batch_decides_bits_and_does_not_depend_on_how_large_shards_are_by_default():
+    for context, windows in ((2, 256), (128, 16), (4096, 1)):
+        assert HarvestConfig("store", context=context).windows_per_batch(2304) == windows
+    assert HarvestConfig("store", context=1024, batch_windows=64).windows_per_shard == 64
+
+
 @pytest.mark.parametrize("name", ["resid_layers", "attention_layers"])
 @pytest.mark.parametrize("text", ["all", ""])
 def test_layers_are_read_before_a_model_is_looked_for(name, text):

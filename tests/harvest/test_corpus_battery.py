@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from itertools import islice
@@ -15,22 +16,23 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from saemill.harvest import corpus
 from saemill.harvest.cli import main
-from saemill.harvest.corpus import hugging_face, open_corpus, source_of, sources
+from saemill.harvest.corpus import hugging_face, open_corpus, source_of, sources, stdlib
 from saemill.harvest.corpus.hugging_face import Repository
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, HarvestError, SourceInvalid
 
 TEXTS = [f"document {number}, with words" for number in range(12)]
+OTHERS = [*TEXTS[:-1], "document 11, with woods"]  # as many and as long
 HALF = '{"text": "half \\ud800 pair"}\n'
 
 
-def a_file(folder, monkeypatch):
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+def a_file(folder, monkeypatch, texts):
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return DatasetOptions(str(folder / "a.jsonl"))
 
 
-def a_folder_of_documentation(folder, monkeypatch):
-    for number, text in enumerate(TEXTS):
+def a_folder_of_documentation(folder, monkeypatch, texts):
+    for number, text in enumerate(texts):
         (folder / f"{number}.html").write_text(f"<title>x</title><p>{text} {'of a page ' * 30}")
     return DatasetOptions(f"docs:{folder}")
 
@@ -40,15 +42,24 @@ def a_folder_without_documentation(folder, monkeypatch):
     return DatasetOptions(f"docs:{folder}")
 
 
-def a_data_set(folder, monkeypatch):
-    """Of a hub that lies in a folder."""
-    pq.write_table(pa.table({"text": TEXTS}), folder / "a.parquet")
-    files = {"train": str(folder / "a.parquet")}
-    monkeypatch.setattr(hugging_face, "find_repository", lambda options: Repository(options.dataset, "c0ffee"))
+def a_data_set(folder, monkeypatch, texts):
+    """Of a hub that lies in a folder, and has a commit for each content."""
+    commit = hashlib.sha256("".join(texts).encode()).hexdigest()
+    pq.write_table(pa.table({"text": texts}), folder / f"{commit}.parquet")
+    files = {"train": str(folder / f"{commit}.parquet")}
+    monkeypatch.setattr(hugging_face, "find_repository", lambda options: Repository(options.dataset, commit))
     monkeypatch.setattr(
         hugging_face, "_load", lambda *_: load_dataset("parquet", data_files=files, split="train", streaming=True)
     )
     return DatasetOptions("owner/name")
+
+
+def a_library(folder, monkeypatch, texts):
+    """One of few files in place of the running Python's."""
+    for number, text in enumerate(texts):
+        (folder / f"module_{number}.py").write_text(f'"""{text}"""\n' * 3)
+    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda _: str(folder))
+    return DatasetOptions("stdlib")
 
 
 def a_file_that_is_not_text(folder, monkeypatch):
@@ -64,8 +75,8 @@ def a_data_set_that_is_not_there(folder, monkeypatch):
     return DatasetOptions("owner/nothing")
 
 
-EXAMPLES = {
-    "stdlib": lambda folder, monkeypatch: DatasetOptions("stdlib"),
+EXAMPLES = {  # the options of a corpus that these texts are written to
+    "stdlib": a_library,
     "local": a_file,
     "docs": a_folder_of_documentation,
     "hugging_face": a_data_set,
@@ -92,7 +103,7 @@ EACH = pytest.mark.parametrize("name", sources())
 @pytest.fixture
 def options(name, tmp_path, monkeypatch):
     assert name in EXAMPLES, f"add an example of harvest/corpus/{name}.py to EXAMPLES"
-    return EXAMPLES[name](tmp_path, monkeypatch)
+    return EXAMPLES[name](tmp_path, monkeypatch, TEXTS)
 
 
 @EACH
@@ -152,6 +163,17 @@ def test_it_describes_itself_for_the_manifest(name, options, tmp_path):
     assert found.id and found.revision and str(tmp_path) not in json.dumps(told)
     pinned = sources()[name].pinned
     assert pinned is None or (pinned(options), found.id) == (found.settings, options.dataset)
+
+
+@EACH
+def test_another_text_has_another_revision(name, options, tmp_path, monkeypatch):
+    """Even if only a letter differs: else a harvest would go on with the text of another store."""
+    before = open_corpus(options)
+    text, revision = list(before.documents()), before.revision
+    assert EXAMPLES[name](tmp_path, monkeypatch, OTHERS) == options
+    after = open_corpus(options)
+    assert list(after.documents()) != text, f"the example of harvest/corpus/{name}.py does not write its texts"
+    assert after.revision != revision
 
 
 @EACH

@@ -125,8 +125,12 @@ def test_make_passes_every_option_on():
     assert sorted(" ".join(words[1:]).replace(" --", "\n--").split("\n")) == sorted([*asked, "--dry-run"])
 
 
-def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_path):
+@pytest.mark.parametrize("load", [0.0, 999.0])
+def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_path, monkeypatch, load):
+    """Also whether its time is that of a busy machine."""
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
     result = type_("--dry-run")
+    assert ("kept this machine busy" in " ".join(result.output.split())) == (load > 0)
     assert result.exit_code == 0, result.output
     for words in ("4,000", "8 of 16 windows", "resid/layer_2", "kB", "tokens/s"):
         assert words in result.output

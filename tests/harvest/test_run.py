@@ -559,6 +559,15 @@ def test_no_batch_is_said_to_be_larger_than_its_shard(make_config: Make, monkeyp
         batch_of(replace(before, batch_windows=8))
 
 
+def test_a_store_keeps_its_size_of_shards_unless_another_is_asked_for(harvested: HarvestConfig):
+    shutil.rmtree(Path(harvested.out) / "commits")
+    harvest(replace(harvested, shard_windows=None))
+    with Store.open(harvested.out) as store:
+        assert store.committed.all() and store.manifest.shard_windows == 16
+    with pytest.raises(StoreMismatch, match="shard_windows: the store has 16, but 32 was asked for"):
+        harvest(replace(harvested, shard_windows=32))
+
+
 def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_file, monkeypatch):
     source = DatasetOptions("owner/name")
     corpus = HubCorpus(

@@ -310,7 +310,8 @@ class Ask:
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
                 here = OF_OTHERS.get(key.rpartition(".")[2])
-                hint = f" (here it is {here})" if here in everything | shared else nearest(key, everything | shared)
+                own = nearest(rest, by_variant[head]) if head in by_variant else nearest(key, everything | shared)
+                hint = f" (here it is {here})" if here in everything | shared else own
                 raise ConfigInvalid(f"unknown setting {key!r} of {', '.join(by_variant)}{hint}")
 
 

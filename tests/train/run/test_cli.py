@@ -35,11 +35,14 @@ CROSS = [*TOPK, "--variant", "crosscoder"]
 def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--width", 64, "--grid", "k=3,4"]
+    monkeypatch.setattr("os.getloadavg", lambda: (999.0, 0.0, 0.0))
     said = sae_train(*words, "--dry-run").output
+    assert "cpu; other programs kept this machine busy in the last minute (load 999.0 on" in " ".join(said.split())
     for fact in ("topk_k3", "width 64, k 4, ", "of 64 tokens", "from a few steps on cpu", big["path"]):
         assert fact in " ".join(said.split())
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     (found,) = json.loads(sae_train(*words, "--dry-run", "--json").stdout)["runs"]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and not found["busy"]
     trained = sae_train(*words).output
     for label, rate in found["learning_rates"].items():
         of_sae = f"{label}: layer 3, width 64, k {label[-1]}, seed 0, lr {rate:.3g}"
@@ -295,6 +298,9 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
         (["--variant", "topkk"], "did you mean 'topk'"),
         ([], "expected --variant NAME"),
         ([*TOPK, "--set", "kk=3"], "did you mean 'k'"),
+        ([*TOPK, "--set", "topk.kk=3"], "unknown setting 'topk.kk' of topk (did you mean 'k'"),
+        ([*TOPK, "--set", "lrr=3"], "unknown setting 'lrr' of topk (did you mean 'optim.lr'?)"),
+        ([*TOPK, "--set", "course.epoch=3"], "did you mean 'epochs'"),
         ([*TOPK, "--set", "optim.learning_rate=1e-3"], "'optim.learning_rate' of topk (here it is optim.lr)"),
         ([*TOPK, "--set", "train_batch_size_tokens=64"], "(here it is data.batch_tokens)"),
         ([*TOPK, "--set", "l1_penalty=5"], "(known: aux_k"),

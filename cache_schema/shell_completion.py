@@ -1,0 +1,30 @@
+"""Completion in a shell where click's own goes wrong: of `--option=value`, and in fish of values with commas."""
+
+from __future__ import annotations
+
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
+
+
+class Bash(BashComplete):
+    def get_completion_args(self) -> tuple[list[str], str]:
+        args, incomplete = super().get_completion_args()
+        return [word for word in args if word != "="], incomplete  # bash takes `--option=value` for three words
+
+
+class _WholeWord(ShellComplete):
+    """For a shell that replaces the whole word, the option included."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        found = super().get_completions(args, incomplete)
+        option, equals, _ = incomplete.partition("=")
+        if not equals or not option.startswith("-"):
+            return found
+        return [CompletionItem(f"{option}={item.value}") if item.type == "plain" else item for item in found]
+
+
+class Zsh(_WholeWord, ZshComplete):
+    pass
+
+
+class Fish(_WholeWord, FishComplete):
+    source_template = FishComplete.source_template.replace('string split ","', 'string split --max 1 ","')
