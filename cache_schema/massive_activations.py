@@ -124,10 +124,13 @@ def measure_massive(
 
 
 def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int, enough: int) -> int:
-    """How many tokens in the first windows of a split are neither special nor massive in any of these layers; counting
+    """How many tokens in the first windows of a split are neither special nor massive in any of these layers; reading
     stops once there are enough."""
     manifest, found = store.manifest, 0
-    for part in store.stream(Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))):
+    request = Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))
+    chunk = max(map(store.chunk_windows, request.sites), default=manifest.shard_windows)
+    spans = [part for span in store.spans(request) for part in span.cut(chunk, manifest.shard_windows)]
+    for part in store.stream(request, spans, in_flight=1):
         assert part.tokens is not None
         counts = trainable(manifest, part.tokens)
         for layer, bound in bounds.items():

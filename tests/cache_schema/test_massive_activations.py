@@ -71,6 +71,20 @@ def test_special_tokens_are_no_rows(imported, tmp_path):
     assert ordinary[0] == 7 and ordinary[1] >= 2
 
 
+def test_two_held_out_tokens_are_found_without_a_whole_shard(imported, monkeypatch):
+    """Two tokens were wanted of two layers, and 302 MB were read."""
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4 * 8 * 16 * 4)
+    url, _ = imported()
+    begin, seen = Store._begin, []
+    monkeypatch.setattr(
+        Store, "_begin", lambda store, asked, span, *more: seen.append(span) or begin(store, asked, span, *more)
+    )
+    with Store.open(url) as store:
+        assert count_ordinary(store, {4: 1e9}, "train", 500, enough=2) == 4 * 8
+        assert [(span.start, span.stop) for span in seen] == [(0, 4), (4, 8)]  # one, and the next meanwhile
+        assert count_ordinary(store, {4: 1e9}, "train", 500, enough=10**6) == 500 * 8
+
+
 def test_info_tells_both_numbers(imported):
     url, _ = imported()
     facts = json.loads(CliRunner().invoke(main, ["info", str(url), "--json"]).output)["massive_rows"]["4"]
