@@ -59,6 +59,18 @@ def test_massive_rows_are_counted_and_moments_are_of_the_others(imported):
     assert found.ordinary.total_variance == pytest.approx(np.square(others - others.mean(0)).sum(-1).mean(), rel=1e-5)
 
 
+def test_the_norm_of_a_row_is_computed_once(imported, monkeypatch):
+    """Though the mean of the others takes a second read: every start measures every layer."""
+    norms, counted = massive_activations.row_norms, []
+    monkeypatch.setattr(
+        massive_activations, "row_norms", lambda rows, *more: counted.append(rows[..., 0].size) or norms(rows, *more)
+    )
+    url, _ = imported()
+    with Store.open(url) as store:
+        measure_massive(store, 4, 10.0)
+    assert sum(counted) == 10_000
+
+
 def test_special_tokens_are_no_rows(imported, tmp_path):
     tokens = np.zeros((1250, 8), np.int64)
     tokens[:, 0] = 7
