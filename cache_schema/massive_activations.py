@@ -95,11 +95,13 @@ def measure_massive(
     takes a second read of everything."""
     manifest = store.manifest
     spans = sample(manifest, layer, store.committed) if spans is None else spans
-    norms = [_norms(part, site_of(layer))[counts_WT] for part, counts_WT in _read(store, layer, spans)]
-    seen = np.concatenate([np.zeros(0, np.float32), *norms])
+    # Of each span the norms and which of them count: few bytes beside the residuals.
+    norms = [(_norms(part, site_of(layer)), counts_WT) for part, counts_WT in _read(store, layer, spans)]
+    seen = np.concatenate([np.zeros(0, np.float32), *(norms_WT[counts_WT] for norms_WT, counts_WT in norms)])
     seen = seen[np.isfinite(seen)].astype(np.float64)
     median = float(np.median(seen)) if len(seen) else 0.0
     massive = is_massive(seen, multiple * median)
+    ordinary_WT = [counts_WT & (norms_WT <= multiple * median) for norms_WT, counts_WT in norms]
     ordinary, squares = seen[~massive], np.square(seen)
     count = max(len(ordinary), 1)
     return Massive(
@@ -114,7 +116,7 @@ def measure_massive(
         in_parts=any((span.start, span.stop) != manifest.shard_range(span.shard) for span in spans),
         ordinary=Moments(
             count=len(ordinary),
-            mean=_sum_of_ordinary(store, layer, spans, multiple * median) / count if with_mean else np.zeros(0),
+            mean=_sum_of(store, layer, spans, ordinary_WT) / count if with_mean else np.zeros(0),
             mean_norm=float(ordinary.sum()) / count,
             mean_square_norm=float(squares[~massive].sum()) / count,
             windows=0,
@@ -124,10 +126,13 @@ def measure_massive(
 
 
 def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int, enough: int) -> int:
-    """How many tokens in the first windows of a split are neither special nor massive in any of these layers; counting
+    """How many tokens in the first windows of a split are neither special nor massive in any of these layers; reading
     stops once there are enough."""
     manifest, found = store.manifest, 0
-    for part in store.stream(Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))):
+    request = Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))
+    chunk = max(map(store.chunk_windows, request.sites), default=manifest.shard_windows)
+    spans = [part for span in store.spans(request) for part in span.cut(chunk, manifest.shard_windows)]
+    for part in store.stream(request, spans, in_flight=1):
         assert part.tokens is not None
         counts = trainable(manifest, part.tokens)
         for layer, bound in bounds.items():
@@ -188,17 +193,16 @@ def _windows_in(size: int, manifest: Manifest, layer: Place) -> int:
     return size // (manifest.context * row.shape[-1] * row.dtype.itemsize)
 
 
-def _sum_of_ordinary(store: Store, layer: Place, spans: list[Span], bound: float) -> np.ndarray:
-    """float64 [D]"""
+def _sum_of(store: Store, layer: Place, spans: list[Span], counts: list[np.ndarray]) -> np.ndarray:
+    """float64 [D], of the rows of each span that count."""
     site = site_of(layer)
     total = np.zeros(store.manifest.width_of(site.hook))
-    for part, counts_WT in _read(store, layer, spans):
-        stored, scales = part.at(site), part.scales.get(site)
-        counts = (counts_WT & (_norms(part, site) <= bound)).ravel()
+    for (part, _), counts_WT in zip(_read(store, layer, spans), counts, strict=True):
+        stored, scales, counts_N = part.at(site), part.scales.get(site), counts_WT.ravel()
         for start, block in _float_blocks(stored.reshape(-1, stored.shape[-1]), part.dtype):
             if scales is not None:
                 block *= scales.ravel()[start : start + len(block), None]
-            total += block[counts[start : start + len(block)]].sum(axis=0, dtype=np.float64)
+            total += block[counts_N[start : start + len(block)]].sum(axis=0, dtype=np.float64)
     return total
 
 

@@ -33,7 +33,7 @@ from saemill.evaluate.context.write_and_read_results import describe_differences
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.evals.browser import evaluation as browser
 from saemill.evaluate.evals.browser.browser_folder import write_data
-from saemill.evaluate.output.figures.records import read_log
+from saemill.evaluate.output.figures.records import thinned_log
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk import write_and_load_checkpoints
@@ -176,7 +176,7 @@ def targets_in(home: Path) -> dict[str, Target]:
     found["browser"] = Target(shown, lambda: use_browser(home / "saes", shown, about, made))
     log = home / "run/metrics.jsonl"
     log.write_text('{"sae": "topk", "step": 0, "loss": 1.0}\n')
-    found["log"] = Target(log, lambda: read_log(log))
+    found["log"] = Target(log, lambda: thinned_log(log))
     return found
 
 

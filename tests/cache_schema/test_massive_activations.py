@@ -60,6 +60,18 @@ def test_massive_rows_are_counted_and_moments_are_of_the_others(imported):
     assert found.ordinary.total_variance == pytest.approx(np.square(others - others.mean(0)).sum(-1).mean(), rel=1e-5)
 
 
+def test_the_norm_of_a_row_is_computed_once(imported, monkeypatch):
+    """Though the mean of the others takes a second read: every start measures every layer."""
+    norms, counted = massive_activations.row_norms, []
+    monkeypatch.setattr(
+        massive_activations, "row_norms", lambda rows, *more: counted.append(rows[..., 0].size) or norms(rows, *more)
+    )
+    url, _ = imported()
+    with Store.open(url) as store:
+        measure_massive(store, 4, 10.0)
+    assert sum(counted) == 10_000
+
+
 def test_special_tokens_are_no_rows(imported, tmp_path):
     tokens = np.zeros((1250, 8), np.int64)
     tokens[:, 0] = 7
@@ -70,6 +82,20 @@ def test_special_tokens_are_no_rows(imported, tmp_path):
         ordinary = count_ordinary(store, {}, "validation", 1, enough=100), count_ordinary(store, {}, "train", 500, 2)
     assert (found.rows, found.massive) == (8_750, 2)
     assert ordinary[0] == 7 and ordinary[1] >= 2
+
+
+def test_two_held_out_tokens_are_found_without_a_whole_shard(imported, monkeypatch):
+    """Two tokens were wanted of two layers, and 302 MB were read."""
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4 * 8 * 16 * 4)
+    url, _ = imported()
+    begin, seen = Store._begin, []
+    monkeypatch.setattr(
+        Store, "_begin", lambda store, asked, span, *more: seen.append(span) or begin(store, asked, span, *more)
+    )
+    with Store.open(url) as store:
+        assert count_ordinary(store, {4: 1e9}, "train", 500, enough=2) == 4 * 8
+        assert [(span.start, span.stop) for span in seen] == [(0, 4), (4, 8)]  # one, and the next meanwhile
+        assert count_ordinary(store, {4: 1e9}, "train", 500, enough=10**6) == 500 * 8
 
 
 def test_info_tells_both_numbers(imported):

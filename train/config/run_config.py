@@ -78,6 +78,7 @@ class CourseConfig:
     epochs: int | None = None
     metrics_every_steps: int = 50
     checkpoint_every_seconds: float = 300.0
+    """More where training would stand still for more than a twentieth of the time."""
     checkpoint_every_steps: int | None = None
     """If set, checkpoint_every_seconds is ignored."""
     validation_tokens: int = 131_072

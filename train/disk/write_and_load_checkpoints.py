@@ -131,8 +131,12 @@ class Writer:
 
     def check(self) -> None:
         """Raise an error that has occurred so far, without waiting."""
-        if self._writing is not None and self._writing[1].done():
+        if not self.is_writing:
             self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing[1].done()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written."""

@@ -20,6 +20,7 @@ from .log_and_show_progress import Watch
 from .process import Process
 
 CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message
+SHARE = 20  # least time from one save by the clock to the next, in times that training stood still for the last one
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Saver:
         self._writer = Writer(folder, process.group.beside() if process.is_spread else SOLO)
         self._folder, self._course, self._run_id = folder, course, run_id
         self._fleet, self._watch, self._group, self._team = fleet, watch, process.group, process.team
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._pause = time.perf_counter(), course.checkpoint_every_seconds
 
     def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:
         """Called after each step: save if it is time; save and stop if a signal has come."""
@@ -87,6 +88,7 @@ class Saver:
 
     def save(self, steps: int) -> None:
         """Save in the background while the next steps run, unless they would change what is being written."""
+        began = time.perf_counter()
         self._writer.finish()  # before the new state takes the same memory again
         writes = self._team.rank == 0
         state = self._fleet.state() if writes or self._course.shard_width else {}  # a collective call with shard_width
@@ -99,6 +101,7 @@ class Saver:
             if self._fleet.lends_state:
                 self._writer.finish()
         self._saved_at = time.perf_counter()
+        self._pause = max(self._course.checkpoint_every_seconds, SHARE * (self._saved_at - began))
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -109,8 +112,10 @@ class Saver:
             return steps % self._course.checkpoint_every_steps == 0
         if self._group.size > 1 and steps % CLOCK_EVERY_STEPS:
             return False
-        late = time.perf_counter() - self._saved_at > self._course.checkpoint_every_seconds
-        return self._group.any(late)
+        now = time.perf_counter()
+        if self._writer.is_writing:  # the pause begins when it is written: another save would make training wait
+            self._saved_at = now
+        return not self._group.any(now - self._saved_at <= self._pause)
 
     def _standing(self, steps: int) -> Standing:
         watch = self._watch

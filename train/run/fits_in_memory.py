@@ -67,16 +67,17 @@ def require_room(
 
 def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, team: int) -> None:
     """Only the first process of a team copies a checkpoint to its host; where latents are split, each process copies
-    its own and the first joins them. At the start each process makes a whole SAE and keeps its part."""
+    its own and the first joins them. At the start each process makes a whole SAE before its GPU takes that, or its
+    part."""
     host = torch.device("cpu")
     numbers = [size for member in members for size in _matrices(member, widths, parts)]
     own = (COPIES - 1) * sum(1 << (4 * size - 1).bit_length() for size in numbers)  # weights and moments, which stay
     weights = [weight_bytes(member, widths) // COPIES for member in members]
     each, first = (own, sum(weights) * (COPIES - 1)) if parts > 1 else (0, own)
-    of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights) if parts > 1 else 0
+    of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights)
     what = "for copying checkpoints from a GPU (page-locked, where each table takes a power of two)"
     if to_begin > of_checkpoints:
-        what = "for each process to make a whole SAE before it keeps its part"
+        what = "for each process to make a whole SAE before its GPU takes that, or its part"
     needed, free = max(of_checkpoints, to_begin), free_bytes(host)
     if needed > free:
         raise MemoryTooSmall(

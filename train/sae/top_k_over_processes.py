@@ -98,8 +98,6 @@ def _first_of_batch(pre: Tensor, count: int) -> Tensor:
     flat = topk_batch(pre, min(count, pre.numel()))
     if flat.numel() < count or flat.numel() == pre.numel():
         return flat
-    lowest = pre.view(-1)[flat].amin()
-    is_tied = (pre == lowest).view(-1)
-    larger = (pre > lowest).view(-1)
-    wanted = count - larger.sum()
-    return (larger | (is_tied & (is_tied.cumsum(0) <= wanted))).nonzero().view(-1)
+    places = (pre >= pre.view(-1)[flat].amin()).view(-1).nonzero().view(-1)  # those, and others that equal the lowest
+    order = pre.view(-1)[places].sort(descending=True, stable=True).indices
+    return places[order[:count]].sort().values

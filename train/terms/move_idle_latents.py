@@ -166,12 +166,11 @@ def choose(change_FT: Tensor, membership: Tensor, room: Sequence[int], floor: Se
     tiers, sizes = len(room), torch.bincount(membership, minlength=len(room)).tolist()
     groups: list[tuple[float, Group]] = []
     taken: set[int] = set()
-    order = change_FT.flatten().argsort()
-    for place in order[: int((change_FT < 0).sum())].tolist():
-        latent, tier = divmod(place, tiers)
-        own = int(membership[latent])
+    places = change_FT.flatten().argsort()[: int((change_FT < 0).sum())]
+    columns = places // tiers, places % tiers, membership[places // tiers], change_FT.flatten()[places]
+    for latent, tier, own, change in zip(*(column.tolist() for column in columns), strict=True):
         if len(taken) < most and latent not in taken and sizes[tier] < room[tier] and sizes[own] > floor[own]:
-            groups.append((float(change_FT[latent, tier]), [(latent, tier)]))
+            groups.append((change, [(latent, tier)]))
             sizes[tier], sizes[own] = sizes[tier] + 1, sizes[own] - 1
             taken.add(latent)
     for one, other in combinations(range(tiers), 2):
@@ -183,12 +182,16 @@ def _exchanges(
     change_FT: Tensor, membership: Tensor, one: int, other: int, taken: set[int], most: int
 ) -> list[tuple[float, Group]]:
     """Pairs of latents from two tiers whose swap lowers the loss."""
-    firsts, seconds = (
-        [(float(change_FT[f, to]), f) for f in (membership == own).nonzero().view(-1).tolist() if f not in taken]
-        for own, to in ((one, other), (other, one))
-    )
+
+    def best(own: int, to: int) -> list[tuple[float, int]]:
+        latents = (membership == own).nonzero().view(-1)
+        changes = change_FT[latents, to]
+        order = changes.argsort(stable=True)[: 2 * most]  # more than are taken and may still be
+        pairs = zip(changes[order].tolist(), latents[order].tolist(), strict=True)
+        return [(change, latent) for change, latent in pairs if latent not in taken]
+
     found: list[tuple[float, Group]] = []
-    for (lost, first), (won, second) in zip(sorted(firsts), sorted(seconds), strict=False):
+    for (lost, first), (won, second) in zip(best(one, other), best(other, one), strict=False):
         if lost + won >= 0 or len(taken) + 2 > most:
             break
         found.append((lost + won, [(first, other), (second, one)]))

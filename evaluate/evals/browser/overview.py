@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ....train.disk.atomic_files import replace_file
 from ...context.write_and_read_results import INTERVALS, interval_of, places_in
-from ...output.figures.records import COLUMNS, Record, notes, thinned, those_of
+from ...output.figures.records import COLUMNS, Record, notes, those_of
 from .browser_folder import NAME, as_data, read_data, saes_in
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
@@ -51,6 +51,5 @@ def numbers(record: Record) -> dict[str, dict[str, float | None]]:
 
 
 def curves(record: Record) -> dict[str, tuple[list[float], list[float]]]:
-    """Logged numbers by step, thinned out."""
-    short = replace(record, log=thinned(record.log))
-    return {name: (steps, values) for name in CURVES for steps, values in [short.series(name)] if len(steps) > 1}
+    """Logged numbers by step."""
+    return {name: (steps, values) for name in CURVES for steps, values in [record.series(name)] if len(steps) > 1}

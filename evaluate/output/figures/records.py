@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.run_folder import RunFolder
@@ -55,7 +57,7 @@ class Record:
     label: str
     variant: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  # the variant's config
-    log: Sequence[Mapping[str, Any]] = ()  # its lines of metrics.jsonl
+    log: Sequence[Mapping[str, Any]] = ()  # its lines of metrics.jsonl, thinned
     outcome: Mapping[str, Any] = field(default_factory=dict)  # its part of result.json
     steps: int | None = None
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # results by evaluation
@@ -162,9 +164,7 @@ def _records_of(
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
     members, outcomes = config.get("saes", {}), result.get("saes", {})
-    logs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for line in read_log(run.metrics):
-        logs[str(line.get("sae"))].append(line)
+    logs = thinned_log(run.metrics)
     documents = read_documents(run.path / "evals", say, known, only_known, now)
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
@@ -195,19 +195,45 @@ def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
     return told
 
 
-def thinned(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """As many lines as a chart can show, evenly spaced, including the last."""
-    every = -(-len(log) // CURVE_POINTS) or 1
-    return [*log[:-1][::every], *log[-1:]]
-
-
-def read_log(path: Path) -> list[Mapping[str, Any]]:
-    """metrics.jsonl; an incomplete last line is one that a run is still writing."""
+def thinned_log(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """The lines of metrics.jsonl by SAE: of each as many as a chart can show, evenly spaced, with the last. Only these
+    are parsed, as a log may have millions; `read_log` parses all."""
     if not path.is_file():
-        return []
-    whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished, or nothing
+        return {}
+    places: dict[bytes, array[int]] = defaultdict(lambda: array("q"))
+    found, place = defaultdict(list), 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line != b"\n":
+                # Training writes the SAE first, then the step. A line that begins otherwise is read whatever it is.
+                places[line.partition(b'"step"')[0] if line.startswith(b'{"sae"') else line].append(place)
+            place += len(line)
+        for line in _parsed(path, _lines_at(file, sorted(chain.from_iterable(map(_thinned, places.values()))))):
+            found[str(line.get("sae"))].append(line)
+    return found
+
+
+def _thinned(places: array[int]) -> Iterator[int]:
+    every = -(-len(places) // CURVE_POINTS)
+    return chain(places[:-1:every], places[-1:])
+
+
+def _lines_at(file: IO[bytes], places: Iterable[int]) -> Iterator[bytes]:
+    for place in places:
+        file.seek(place)
+        yield file.readline()
+
+
+def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Every line of metrics.jsonl, one at a time; an incomplete last line is one that a run is still writing."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from _parsed(path, (line for line in file if line.endswith(b"\n") and line != b"\n"))
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
     try:
-        return [line for line in map(json.loads, filter(None, whole)) if isinstance(line, Mapping)]
+        yield from (line for line in map(json.loads, lines) if isinstance(line, Mapping))
     except (ValueError, RecursionError) as error:
         raise ResultInvalid(f"{path} is damaged ({error}): remove the line, or copy the file again") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 from ... import evals
 from ...context.write_and_read_results import REACH, heading, reach_of
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import SEED, Column, Record, held_out, measured, notes, thinned
+from ..figures.records import SEED, Column, Record, held_out, measured, notes
 from .markup import Html, element, joined
 
 COLUMNS = (
@@ -132,7 +132,7 @@ def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, 
 
 
 def _curves(record: Record) -> dict[str, Any]:
-    log = thinned(record.log)
+    log = record.log
     values = {name: [_rounded(line.get(name)) for line in log] for name in sorted(record.logged - {"sae", "step"})}
     return {
         "steps": [line["step"] for line in log],

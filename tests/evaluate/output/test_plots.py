@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from saemill.evaluate.output import plots
 from saemill.evaluate.output.figures import records
-from saemill.evaluate.output.figures.records import Record, read_log, read_records
+from saemill.evaluate.output.figures.records import CURVE_POINTS, Record, read_log, read_records, thinned_log
 from saemill.evaluate.output.figures.style import COLOURS, look, new_figure, shades, shown
 from saemill.evaluate.output.plots import all_plots, make_plots, pareto
 from saemill.train.disk.atomic_files import write_json
@@ -184,19 +184,24 @@ def test_panels_are_those_that_the_sae_has_data_for(make_run):
     assert "Tier 1 activity" not in {axis.get_title() for axis in temporal.axes}
 
 
-def test_a_log_is_gone_through_once_however_many_saes_it_is_of(make_run, monkeypatch):
-    """A fleet of 64 has 640,000 lines, and a page of a run that trains is made again and again."""
-    run, looked = make_run(), []
-
-    class Line(dict):
-        def get(self, name, *otherwise):
-            looked.append(name)
-            return super().get(name, *otherwise)
-
-    monkeypatch.setattr(records, "read_log", lambda path: [Line(one) for one in read_log(path)])
-    found = {record.label: record.log for record in read_records([run], print)}
-    assert len(looked) == sum(map(len, found.values())) == STEPS * len(found)
-    assert found == {label: [line(label, step) for step in range(STEPS)] for label in found}
+def test_of_a_long_log_few_lines_are_parsed(make_run, monkeypatch):
+    """A fleet of 64 has a million lines, and a page of a run that trains is made again and again. Each SAE has its
+    first line, its last, and as many between as a chart shows, also where it diverged or a label is hard to tell."""
+    labels, steps, parsed = ["topk", "step", 'a"step"'], 1001, []
+    run = make_run(labels=("topk",), logged=False)
+    lines = [json.dumps(line(label, step)) for step in range(steps) for label in labels if label != "step" or step < 9]
+    other = '{"step": 1, "sae": "topk", "loss": 7.0}'
+    run.metrics.write_text("\n".join([*lines[:9], other, *lines[9:], '{"sae": "topk", "st']))
+    loads = json.loads
+    monkeypatch.setattr(records.json, "loads", lambda text: parsed.append(text) or loads(text))
+    found = thinned_log(run.metrics)
+    assert len(parsed) == sum(map(len, found.values())) < 3 * (CURVE_POINTS + 2)
+    assert found['a"step"'] == [line('a"step"', step) for step in (*range(0, 1000, 6), 1000)]
+    assert found["step"] == [line("step", step) for step in range(9)]
+    first, *rest = found["topk"]
+    assert first == line("topk", 0) and rest.pop(0) == json.loads(other)
+    assert rest == [line("topk", step) for step in (*range(6, 1000, 6), 1000)]
+    assert len(list(read_log(run.metrics))) == len(lines) + 1
 
 
 def test_several_runs_share_a_figure_and_names_say_which(make_run):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
@@ -15,7 +16,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.variant_registry import names
 from saemill.train.parallel.dictionary_over_processes import SomeLatents
-from saemill.train.parallel.sums_over_processes import share_batch
+from saemill.train.parallel.sums_over_processes import ONE_PROCESS, share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.top_k_over_processes import first_of_equals, lowest_of_batch, split_batch, split_topk
@@ -98,6 +99,24 @@ def test_no_process_gathers_the_candidates_of_a_batch(rng, threads):
     run(lambda at: gate.choose(shares[at], Side(ranks=share_batch(ranks[at], 64))))
     run(lambda at: split_batch(pre[:, latents[at].first : latents[at].stop].contiguous(), 64 * 128, latents[at]))
     assert sent and max(sent) <= 2**11 < 64 * 128 // 2
+
+
+@pytest.mark.parametrize("kind", ["smooth", "low"])
+def test_no_table_of_the_whole_batch_has_numbers_to_count_in(rng, kind):
+    """65,536 rows of 32,768 latents would be 17 GB of them in each step."""
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            made.append(found.nbytes if isinstance(found, torch.Tensor) and not func.is_view else 0)
+            return found
+
+    pre = torch.randn(512, 128, generator=rng)
+    pre = pre.bfloat16() if kind == "low" else pre
+    with Sizes():
+        split_batch(pre, 512 * 4, SomeLatents(ONE_PROCESS, 128))
+    assert max(made) == pre.numel(), "one byte for each entry: which are chosen"
 
 
 def test_a_process_with_none_to_choose_from_offers_none():

@@ -4,10 +4,12 @@ import errno
 import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from saemill.train.config.run_config import CourseConfig
 from saemill.train.disk import write_and_load_checkpoints
 from saemill.train.disk.write_and_load_checkpoints import (
     Standing,
@@ -17,6 +19,9 @@ from saemill.train.disk.write_and_load_checkpoints import (
     save_checkpoint,
 )
 from saemill.train.errors import CheckpointDamaged, RunNotWritten
+from saemill.train.parallel.processes import SOLO, Group
+from saemill.train.run import checkpoints_and_signals
+from saemill.train.run.checkpoints_and_signals import Caught, Saver
 from saemill.train.run.run_folder import MetricsLog
 
 
@@ -259,3 +264,64 @@ def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, monkey
     words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run"]
     result = sae_train(*words, "--set", "course.checkpoint_every_steps=3", code=1)
     assert "error: the checkpoint of step 3 could not be written" in result.output
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoints_and_signals, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def saver_of(monkeypatch, writer, group, lends_state=True) -> Saver:
+    monkeypatch.setattr(checkpoints_and_signals, "Writer", lambda *_: writer)
+    process = SimpleNamespace(group=group, team=group, is_spread=False)
+    fleet = SimpleNamespace(state=dict, lends_state=lends_state)
+    watch = SimpleNamespace(log=None, seconds=0.0, waited_seconds=0.0, quality=SimpleNamespace(same=0, pairs=0))
+    return Saver(None, CourseConfig(), fleet, watch, process, "run")
+
+
+@pytest.mark.parametrize(
+    ("stands_still", "in_background", "saved"),
+    [
+        (1, 0, [310, 621, 932]),  # every 300 seconds, as asked
+        (60, 0, [310, 1580, 2850]),  # on a CPU, with much to write: a twentieth of the time
+        (1, 900, [310, 1511, 2712]),  # on a GPU: none is begun that would wait for the one before
+    ],
+)
+def test_saves_by_the_clock_take_a_twentieth_of_the_time(monkeypatch, clock, stands_still, in_background, saved):
+    """A step takes ten seconds. A dictionary of 262,144 latents has 14 GB to save."""
+    begun, written = [], [0.0]
+
+    class Writing(SimpleNamespace):
+        is_writing = property(lambda _: clock[0] < written[0])
+
+        def begin(self, standing, state):
+            assert not self.is_writing
+            begun.append(clock[0])
+            clock[0] += stands_still
+            written[0] = clock[0] + in_background
+
+    writer = Writing(finish=lambda: None, check=lambda: None)
+    saver = saver_of(monkeypatch, writer, SOLO, lends_state=not in_background)
+    for step in range(1, 300):
+        clock[0] += 10
+        saver.save_if_due(step, 1000, Caught())
+    assert begun[: len(saved)] == saved
+
+
+def test_several_processes_save_when_all_are_ready(monkeypatch, clock):
+    """Only those that write know what that takes."""
+
+    class Two(Group):
+        size, others_wait = 2, True
+
+        def any(self, flag: bool) -> bool:
+            return flag or self.others_wait
+
+    group = Two()
+    saver = saver_of(monkeypatch, SimpleNamespace(is_writing=False), group)
+    clock[0] = 301.0
+    assert not saver._is_due(16)
+    group.others_wait = False
+    assert not saver._is_due(17) and saver._is_due(32)

@@ -13,7 +13,7 @@ from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels import hardware
 from saemill.train.terms.constraints import GradientNoise, TierGradients
-from saemill.train.terms.move_idle_latents import Moves, Structure, changes, reallocated, weighted_loss
+from saemill.train.terms.move_idle_latents import Moves, Structure, changes, choose, reallocated, weighted_loss
 from saemill.train.terms.tiers import (
     TIERS,
     Composition,
@@ -234,6 +234,28 @@ def test_living_latents_move_until_no_move_or_exchange_lowers_the_loss(sae, rng,
         assert all(low <= int(size) <= high for low, size, high in zip(floor, sizes, room, strict=True))
         losses.append(float(weighted_loss(view, membership, 3)))
     assert len(losses) > 2 and losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("most", [0, 1, 40, 400])
+def test_moves_are_chosen_without_a_look_at_each_latent_by_itself(rng, monkeypatch, most):
+    """At 262,144 latents that took two seconds. Sizes forbid all moves but exchanges of the two that are best for it;
+    some changes are equal."""
+    change_FT = torch.randint(-9, 20, (600, 3), generator=rng).float()
+    membership = torch.randint(0, 3, (600,), generator=rng)
+    sizes = torch.bincount(membership).tolist()
+    expected, taken = [], set()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        leaving = sorted((float(change_FT[f, other]), f) for f in range(600) if membership[f] == one and f not in taken)
+        coming = sorted((float(change_FT[f, one]), f) for f in range(600) if membership[f] == other and f not in taken)
+        for (lost, first), (won, second) in zip(leaving, coming, strict=False):
+            if lost + won < 0 and len(taken) + 2 <= most:
+                expected.append((lost + won, [(first, other), (second, one)]))
+                taken |= {first, second}
+    looks, look = [], torch.Tensor.__getitem__
+    monkeypatch.setattr(torch.Tensor, "__getitem__", lambda tensor, place: looks.append(0) or look(tensor, place))
+    found = choose(change_FT, membership, sizes, sizes, most)
+    assert found == [group for _, group in sorted(expected, key=lambda one: one[0])] and len(looks) < 50
+    assert len(found) == min(most // 2, len(expected)) and (most < 400 or len(found) > 50)
 
 
 def test_living_latents_move_in_training_and_losses_of_tiers_end_lower(battery):
