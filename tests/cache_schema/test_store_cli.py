@@ -655,6 +655,20 @@ def test_the_fingerprint_of_an_import_is_of_its_values_and_not_of_its_shards(sto
         assert made.corpus.revision == opened.manifest.corpus.revision
 
 
+def test_an_import_tells_how_far_it_has_read_its_source_before_it_writes(tmp_path: Path) -> None:
+    """Of a billion tokens of one layer that is 4.6 TB, again where it is resumed."""
+    files, told = {Site("resid", layer): tmp_path / f"{layer}.npy" for layer in (4, 5)}, []
+    for file in files.values():
+        np.save(file, np.zeros((300, 2, 4), np.float32))
+    source = formats_to_import.NumpySource(files, None)
+    settings = import_into_store.ImportSettings("m", shard_windows=256)
+    for _ in range(2):
+        import_into_store.import_store(
+            str(tmp_path / "s"), source, settings, lambda shard, shards: told.append("shard"), told.append
+        )
+    assert told == [4] * 4 + ["shard"] * 2 + [4] * 4
+
+
 def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the_same_store(tmp_path: Path) -> None:
     """Of bfloat16 bits, whose float32 values alone would be two."""
     bits = np.random.default_rng(0).integers(0x3C00, 0x4000, (256, 64, 64), np.uint16)
