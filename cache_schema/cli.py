@@ -19,7 +19,7 @@ from typing import Any, get_args
 import click
 from click.shell_completion import add_completion_class
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .errors import StoreError
 from .formats_to_import import NumpySource, SaelensSource, Source, VllmSource
@@ -262,8 +262,8 @@ def import_command(url: str, **options: Any) -> None:
     settings = ImportSettings(**{one.name: options.pop(one.name) for one in fields(ImportSettings)})
     with _report():
         source = _open_source(**options)
-        with _progress("importing", "shards") as advance:
-            manifest = import_store(url, source, settings, lambda _, total: advance(total))
+        with _progress(("reading", "parts"), ("importing", "shards")) as (read, write):
+            manifest = import_store(url, source, settings, lambda _, total: write(total), read)
     held = ", ".join(map(str, manifest.sites))
     click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
     sizes = {name: stop - start for name, (start, stop) in manifest.splits.items()}
@@ -341,7 +341,7 @@ def print_json(document: dict[str, Any]) -> None:
 def _find_damage(store: Store) -> list[Damage]:
     damage: list[Damage] = []
     total = store.manifest.shards
-    with _progress("reading", "shards") as advance:
+    with _progress(("reading", "shards")) as (advance,):
         for report in verify_shards(store):
             damage += report.damage
             advance(total)
@@ -402,12 +402,17 @@ def tell_files() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(verb: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; the yielded function takes the total and counts one more."""
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+def _progress(*bars: tuple[str, str]) -> Iterator[list[Callable[[int], None]]]:
+    """A progress bar on standard error for each verb and unit; each yielded function takes the total and counts one
+    more."""
+    verb, unit = TextColumn("{task.description}"), TextColumn("{task.fields[unit]}")
+    columns = (verb, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
+
+    def advance(task: TaskID) -> Callable[[int], None]:
+        return lambda total: progress.update(task, total=total, advance=1)
+
     with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(verb, total=None)
-        yield lambda total: progress.update(task, total=total, advance=1)
+        yield [advance(progress.add_task(verb, total=None, unit=unit)) for verb, unit in bars]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from .moments import is_special, measure
 from .open_and_check_root import has_root, read_root
 from .shard_content import ShardContent, array_digest
 from .sites import RESID, Site, by_hook
-from .stored_dtypes import SmallDtype, to_float32
+from .stored_dtypes import SmallDtype, all_finite
 from .writer import StoreWriter
 
 FINGERPRINT_WINDOWS = 256  # hashed at a time; part of every import's fingerprint, so it never changes
@@ -44,8 +44,15 @@ class ImportSettings:
     stored_as: SmallDtype | None = None
 
 
-def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
-    """Write the source as a store, or resume an earlier import of the same source where it stopped."""
+def import_store(
+    url: str,
+    source: Source,
+    settings: ImportSettings,
+    on_shard: Callable[[int, int], None],
+    on_read: Callable[[int], None] = lambda parts: None,
+) -> Manifest:
+    """Write the source as a store, or resume an earlier import of the same source where it stopped. `on_read` is called
+    for each part of the source that is read beforehand, to know which source it is, with how many there are."""
     if isinstance(files := open_files(url), LocalFiles):
         require_folder(files.root.absolute(), url)
     tokens = source.tokens
@@ -59,7 +66,7 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
     shape = (source.windows, source.context)
     tokens = np.zeros(shape, np.uint32) if tokens is None else tokens
     documents = np.broadcast_to(source.document_of[:, None], shape)
-    manifest = _manifest(source, settings, _fingerprint(source, tokens))
+    manifest = _manifest(source, settings, _fingerprint(source, tokens, on_read))
     with StoreWriter.create(url, manifest, tokens, documents) as writer:
         left = []
         for shard in writer.pending():
@@ -133,14 +140,14 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
     return {"train": (0, train), "validation": (train, seen), "test": (seen, windows)}
 
 
-def _fingerprint(source: Source, tokens: np.ndarray) -> str:
+def _fingerprint(source: Source, tokens: np.ndarray, on_read: Callable[[int], None]) -> str:
     """Imported values alone decide the stored bytes, so their digest stands for both model run and corpus."""
-    starts = range(0, source.windows, FINGERPRINT_WINDOWS)
-    parts = [
-        array_digest(_finite_acts(source, site, start, min(start + FINGERPRINT_WINDOWS, source.windows)))
-        for site in source.sites
-        for start in starts
-    ]
+    starts, parts = range(0, source.windows, FINGERPRINT_WINDOWS), list[str]()
+    for site in source.sites:
+        for start in starts:
+            stop = min(start + FINGERPRINT_WINDOWS, source.windows)
+            parts.append(array_digest(_finite_acts(source, site, start, stop)))
+            on_read(len(source.sites) * len(starts))
     own = np.array_equal(source.document_of, np.arange(source.windows))  # one document per window: nothing more to hash
     documents = [] if own else [source.document_of]
     return array_digest(tokens, np.frombuffer("".join(parts).encode(), np.uint8), *documents)
@@ -150,7 +157,7 @@ def _finite_acts(source: Source, site: Site, start: int, stop: int) -> np.ndarra
     """Activations of some windows; not finite is an error before anything is written, as a begun store is fixed."""
     values = source.acts(site, start, stop)
     for window, stored in enumerate(values, start):
-        if not np.isfinite(to_float32(stored, source.dtype)).all():
+        if not all_finite(stored, source.dtype):
             what = "residuals" if site.hook == RESID else site.hook
             raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
     return values

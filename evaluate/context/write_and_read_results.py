@@ -38,6 +38,7 @@ INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
 DETAILS = "eval_result_details"
 NO_DETAILS = f'\n  "{DETAILS}": []'
+DETAILS_BEGIN, DETAILS_END = f'\n  "{DETAILS}": [\n'.encode(), b"\n  ]"
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
@@ -141,7 +142,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """A document as it was written, but for its details: core's are one object for each latent, and nothing reads
     them."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(_cut_details(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
     ours: Any = found.get("saemill", {}) if isinstance(found, dict) else None  # SAEBench's own have none
@@ -151,6 +152,14 @@ def read_result(path: Path) -> dict[str, Any]:
     if ours.get("format", FORMAT) != FORMAT:
         raise ResultFromLater(f"{path} was written by a later saemill: update, or remove it and evaluate again")
     return _without_details(found)
+
+
+def _cut_details(text: bytes) -> bytes:
+    """A results file without what its details hold, if it has indents as ours and SAEBench's have: no string of JSON
+    has a line break in it, and what ends inside the details is further in."""
+    start = text.find(DETAILS_BEGIN)
+    end = text.find(DETAILS_END, start)
+    return text if -1 in (start, end) else text[: start + len(DETAILS_BEGIN)] + text[end:]
 
 
 def _without_details(document: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ of the same width are the baseline for both. F latents, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
 from ...train.disk.plain_form import without_signs
-from ...train.disk.sae_lens_folder import read_config
+from ...train.disk.sae_lens_folder import TENSORS, WEIGHTS, read_config, read_tensor
 from ...train.errors import TrainError
 from ...train.run.find_and_load_sae import list_saes, read_folder
 from .core.saebench_keys import max_cosine
@@ -39,11 +41,12 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         rows_FD = subject.sae.W_dec.detach().float()
         metrics = {"decoder_cosine": within(rows_FD, config)} if len(rows_FD) > 1 else {}
-        others, remarks = other_seeds(subject)
+        remarks = list[str]()
+        alike = across(rows_FD, other_seeds(subject, remarks), config)
         if len(rows_FD) < 2:
             remarks.append("an SAE of one latent has no pair of latents to compare")
-        if others:
-            metrics["across_seeds"] = across(rows_FD, others, config)
+        if alike:
+            metrics["across_seeds"] = alike
         else:
             remarks.append("its run has no SAE that differs by its seed alone")
         yield Result(subject, to_json(config), metrics, remark=remark_of(*remarks), measured_on="weights alone")
@@ -61,28 +64,40 @@ def within(rows_FD: Tensor, config: Config) -> dict[str, float]:
     }
 
 
-def across(rows_FD: Tensor, others: Sequence[Tensor], config: Config) -> dict[str, float]:
-    """Statistics over latents, each with the nearest of another seed's; means over the other seeds."""
-    nearest = [max_cosine(rows_FD, other).double() for other in others]
-    return {
-        "seeds": float(1 + len(others)),
-        "mean": fmean(float(nearest_F.mean()) for nearest_F in nearest),
-        "shared_share": fmean(float((nearest_F >= config.shared_threshold).double().mean()) for nearest_F in nearest),
-        "mean_chance": float(max_cosine(rows_FD, _random_like(others[0], config)).double().mean()),
-    }
+def across(rows_FD: Tensor, others: Iterable[Tensor], config: Config) -> dict[str, float]:
+    """Statistics over latents, each with the nearest of another seed's; means over the other seeds. Empty without."""
+    means, shares, chance = list[float](), list[float](), math.nan
+    for other in others:
+        if not means:
+            chance = float(max_cosine(rows_FD, _random_like(other, config)).double().mean())
+        nearest_F = max_cosine(rows_FD, other).double()
+        means.append(float(nearest_F.mean()))
+        shares.append(float((nearest_F >= config.shared_threshold).double().mean()))
+        del other  # before the next one is read
+    if not means:
+        return {}
+    return {"seeds": float(1 + len(means)), "mean": fmean(means), "shared_share": fmean(shares), "mean_chance": chance}
 
 
-def other_seeds(subject: LoadedSae) -> tuple[list[Tensor], list[str]]:
-    """Decoder rows of the SAEs next to this one that were trained alike from another seed, and which of those next to
-    it cannot be read."""
-    own, found, remarks = _all_but_seed(subject.config), list[Tensor](), list[str]()
+def other_seeds(subject: LoadedSae, remarks: list[str]) -> Iterator[Tensor]:
+    """Decoder rows of the SAEs next to this one that were trained alike from another seed, one after the other; to
+    `remarks`, which of those next to it cannot be read."""
+    own = _all_but_seed(subject.config)
     for folder in list_saes(subject.folder.resolve().parent) if own is not None else ():
         try:
-            if folder != subject.folder.resolve() and _all_but_seed(read_config(folder)) == own:
-                found.append(without_signs(read_folder(folder)).W_dec.detach().to(subject.sae.W_dec))
+            if folder != subject.folder.resolve() and _all_but_seed(config := read_config(folder)) == own:
+                yield _decoder_of(folder, config).to(subject.sae.W_dec)
         except (TrainError, OSError) as error:
             remarks.append(f"without {folder.name}, which cannot be read: {error}")
-    return found, remarks
+
+
+def _decoder_of(folder: Path, config: Mapping[str, Any]) -> Tensor:
+    """Of an SAE whose file has its rows as evaluations use them, no other tensor is read."""
+    architecture = config.get("gate", config.get("architecture"))
+    is_as_told = architecture in TENSORS and not config.get("rescale_acts_by_decoder_norm")
+    if is_as_told and architecture != "abstopk":
+        return read_tensor(folder / WEIGHTS, "W_dec")
+    return without_signs(read_folder(folder)).W_dec.detach()
 
 
 def _all_but_seed(config: Mapping[str, Any]) -> tuple[Any, ...] | None:

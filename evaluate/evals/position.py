@@ -108,10 +108,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     length = context.manifest.context
     assigned = {subject: ranges_of(subject, config.ranges, length) for subject in subjects}
     plain = [subject for subject, ranges in assigned.items() if ranges is None]
-    before: dict[LoadedSae, Profile] = {}
+    before: dict[LoadedSae, Tensor] = {}
     chosen_on: dict[LoadedSae, TextCount] = {}
     try:
-        before, chosen_on = profiles(context, plain, "position: ranges", config, "validation") if plain else ({}, {})
+        seen, chosen_on = profiles(context, plain, "position: ranges", config, "validation") if plain else ({}, {})
+        before = {subject: assign_ranges(seen.pop(subject), config.ranges) for subject in plain}
     except NotApplicable as obstacle:  # affects only those that have no ranges yet
         yield from (Failure(subject, obstacle) for subject in plain)
         subjects = [subject for subject in subjects if subject not in plain]
@@ -125,7 +126,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     }
     for subject in subjects:
         places = layers_of([subject])
-        ranges = assigned[subject] or Assignment(assign_ranges(before[subject], config.ranges), config.ranges, STATIC)
+        ranges = assigned[subject] or Assignment(before[subject], config.ranges, STATIC)
         order, converged = order_probes(samples[places], samples[places].of(subject), length, config, config.probe_k)
         of_resid, also_converged = resid[places, subject.layers]
         order |= of_resid
@@ -169,8 +170,7 @@ def profiles(
         for subject in subjects:
             acts, places = subject.encode(batch), layers_of([subject])
             read[subject].add(batch, rows[places])
-            found = profile(acts, rows[places])
-            seen[subject] = seen[subject] + found if subject in seen else found
+            seen[subject] = profile(acts, rows[places], seen.get(subject))
             if samples is not None:
                 samples[places].take(subject, acts)
     return seen, read

@@ -30,6 +30,7 @@ from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.encode_and_read_chunks import checksum_of
 from saemill.cache_schema.info import BUNDLED, render
+from saemill.cache_schema.stored_dtypes import STORED_AS, all_finite
 from saemill.cache_schema.verify_and_repair import digest, repair, store_digest
 
 
@@ -654,6 +655,20 @@ def test_the_fingerprint_of_an_import_is_of_its_values_and_not_of_its_shards(sto
         assert made.corpus.revision == opened.manifest.corpus.revision
 
 
+def test_an_import_tells_how_far_it_has_read_its_source_before_it_writes(tmp_path: Path) -> None:
+    """Of a billion tokens of one layer that is 4.6 TB, again where it is resumed."""
+    files, told = {Site("resid", layer): tmp_path / f"{layer}.npy" for layer in (4, 5)}, []
+    for file in files.values():
+        np.save(file, np.zeros((300, 2, 4), np.float32))
+    source = formats_to_import.NumpySource(files, None)
+    settings = import_into_store.ImportSettings("m", shard_windows=256)
+    for _ in range(2):
+        import_into_store.import_store(
+            str(tmp_path / "s"), source, settings, lambda shard, shards: told.append("shard"), told.append
+        )
+    assert told == [4] * 4 + ["shard"] * 2 + [4] * 4
+
+
 def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the_same_store(tmp_path: Path) -> None:
     """Of bfloat16 bits, whose float32 values alone would be two."""
     bits = np.random.default_rng(0).integers(0x3C00, 0x4000, (256, 64, 64), np.uint16)
@@ -680,6 +695,20 @@ def test_an_import_has_shards_of_as_many_tokens_unless_it_was_begun_with_others(
         expected = 2 if begun else 32768 // context
         assert Store.open(store).manifest.shard_windows == expected
         assert "shard_windows" in run("import", store, *files, context, "--shard-windows", 3).output
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_import_finds_every_value_that_is_not_finite_without_a_copy_in_float32(dtype: str) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(STORED_AS[dtype])
+    is_finite = np.isfinite(to_float32(every, dtype))
+    assert all_finite(every[is_finite], dtype)
+    assert not any(all_finite(every[[at]], dtype) for at in np.flatnonzero(~is_finite))
+    values = np.zeros((1, 2**10, 2**10), STORED_AS[dtype])
+    tracemalloc.start()
+    import_into_store._finite_acts(SimpleNamespace(dtype=dtype, acts=lambda *_: values), Site("resid", 4), 0, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.6 * values.nbytes
 
 
 def importer_source(folder: Path) -> import_into_store.Source:

@@ -267,6 +267,16 @@ def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
     return found
 
 
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Read one tensor of a file in an SAE's folder, and nothing else of it."""
+
+    def read() -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    return _opened(path, read)
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors of a file in an SAE's folder, which is not read further than its table of contents."""
 

@@ -97,7 +97,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             require_space(home, bytes_of(config.exports, examples, context.manifest.context))
             exported = {}
             for one in shown:
-                near = neighbours(one, shown, config)
+                near = neighbours(one, shown, config, context.watch)
                 promotes = promoted(one, head, config.promoted, words, context.say)
                 write_latents(folder, one, near, promotes, tokens, context.watch)
                 if config.exports:  # all else is released: it grows with the fleet

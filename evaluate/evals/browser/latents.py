@@ -175,23 +175,26 @@ def near_value(near: Near | list[tuple[LoadedSae, str, Near]], rows: slice) -> A
     return {"latents": near.latents[rows], "scores": near.scores[rows], **tokens}
 
 
-def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[str, Any]:
+def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config, watch: Watch) -> dict[str, Any]:
     """Near latents of the same SAE, counterparts in the others, and what a hierarchy joins."""
-    rows, together = shown.rows, shown.seen.together
-    with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:  # it has one core, the other the rest
-        firing = worker.submit(by_firing, together, together, config.neighbours, is_same=True)
-        kept = worker.submit(lambda: shown.kept)  # written later, sorted out meanwhile
-        direction = by_direction(rows, rows, config.neighbours, is_same=True)
-        kept.result()
-    found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
-    others: list[tuple[LoadedSae, str, Near]] = []
-    for other in most_alike(shown, everyone):
-        if other.subject.target_layers == shown.subject.target_layers:
-            near = by_direction(rows, other.rows, COUNTERPARTS, is_same=False)
-            others.append((other.subject, "direction", near))
-        near = by_firing(together, other.seen.together, COUNTERPARTS, is_same=False)
-        others.append((other.subject, "firing", near))
-    return found | {"others": others} | hierarchy(shown)
+    rows, together, others = shown.rows, shown.seen.together, most_alike(shown, everyone)
+    writes_there = [other.subject.target_layers == shown.subject.target_layers for other in others]
+    counterparts: list[tuple[LoadedSae, str, Near]] = []
+    title, compared = f"browser, neighbours of {shown.subject.label}", len(rows) * (1 + sum(writes_there))
+    with watch.stage(title, compared, "latents") as advance:  # with all of a table each: of wide ones that takes long
+        with ThreadPoolExecutor(1, "saemill-browser") as worker:  # it has one core, the other the rest
+            firing = worker.submit(by_firing, together, together, config.neighbours, is_same=True)
+            kept = worker.submit(lambda: shown.kept)  # written later, sorted out meanwhile
+            direction = by_direction(rows, rows, config.neighbours, is_same=True, advance=advance)
+            kept.result()
+        found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
+        for other, is_there in zip(others, writes_there, strict=True):
+            if is_there:
+                near = by_direction(rows, other.rows, COUNTERPARTS, is_same=False, advance=advance)
+                counterparts.append((other.subject, "direction", near))
+            near = by_firing(together, other.seen.together, COUNTERPARTS, is_same=False)
+            counterparts.append((other.subject, "firing", near))
+    return found | {"others": counterparts} | hierarchy(shown)
 
 
 def most_alike(shown: Shown, everyone: Sequence[Shown]) -> list[Shown]:

@@ -5,6 +5,7 @@ F latents, D width, N tokens, K neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,11 @@ class Near:
 
 
 @torch.inference_mode()
-def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) -> Near:
-    """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour."""
+def by_direction(
+    rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool, advance: Callable[[int], object] = lambda rows: None
+) -> Near:
+    """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour. `advance` is told of
+    every few rows that are done."""
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
@@ -44,6 +48,7 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
         cosines, order = cosines.sort(dim=1, descending=True)
         latents[start : start + BLOCK] = found.gather(1, order)[:, :count].cpu().numpy()
         scores[start : start + BLOCK] = cosines[:, :count].cpu().numpy()
+        advance(len(found))
     return Near(latents, scores)
 
 

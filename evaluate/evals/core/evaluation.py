@@ -99,10 +99,13 @@ def missing_model(context: Context) -> str | None:
 def make_result(
     context: Context, subject: LoadedSae, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
 ) -> Result:
+    pairs = subject.width * (subject.width - 1)  # of both tables: those of a wide SAE take long on a CPU
+    with context.watch.stage(f"core, weights of {subject.label}", pairs, "pairs") as advance:
+        of_weights = weight_metrics(subject.sae, advance)
     latents = {  # of each latent [F], by SAEBench's names and in its order
         "feature_density": sparsity.firing.density,
         "consistent_activation_heuristic": sparsity.firing.tokens_per_window,
-        **weight_metrics(subject.sae),
+        **of_weights,
     }
     return Result(
         subject,

@@ -9,7 +9,7 @@ latents: blocks above the diagonal give the maxima of their rows and of their co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,27 +149,30 @@ def loss_statistics() -> dict[str, Statistic]:
 
 
 BLOCK = 1024
+Advance = Callable[[int], object]  # is told of work that was done
 
 
 @torch.inference_mode()
-def weight_metrics(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """Measures of weights by SAEBench's names and in its order, each [F] on the CPU."""
+def weight_metrics(sae: SparseAutoencoder, advance: Advance = lambda pairs: None) -> dict[str, Tensor]:
+    """Measures of weights by SAEBench's names and in its order, each [F] on the CPU; of F (F - 1) pairs in all."""
     comparable = sae.W_enc.shape == sae.W_dec.shape
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {
         "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: of the magnitudes
         "encoder_norm": sae.W_enc.norm(dim=1),
         "encoder_decoder_cosine_sim": cosine,
-        "max_decoder_cosine_sim": max_cosine(sae.W_dec),
-        "max_encoder_cosine_sim": max_cosine(sae.W_enc),
+        "max_decoder_cosine_sim": max_cosine(sae.W_dec, advance=advance),
+        "max_encoder_cosine_sim": max_cosine(sae.W_enc, advance=advance),
     }
     return {name: values.float().cpu() for name, values in found.items()}
 
 
-def max_cosine(rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK) -> Tensor:
+def max_cosine(
+    rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK, advance: Advance = lambda pairs: None
+) -> Tensor:
     """The largest cosine of each row with one of the others, or with another one of its own: [F].
 
-    -inf where there is no other.
+    -inf where there is no other. Of its own `advance` is told how many pairs more are done.
     """
     unit = functional.normalize(rows_FD, dim=1)
     if others_FD is not None:
@@ -186,4 +189,6 @@ def max_cosine(rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BL
                 cosines.fill_diagonal_(-torch.inf)
             best[rows] = torch.maximum(best[rows], cosines.amax(dim=1))
             best[columns] = torch.maximum(best[columns], cosines.amax(dim=0))
+        count = min(block, len(unit) - first)
+        advance(count * (len(unit) - first) - count * (count + 1) // 2)
     return best

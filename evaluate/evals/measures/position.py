@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...model.batches import Sums
 from ...model.logistic_regression import fitted, has_converged
 
 ANYWHERE = -1  # the range of a latent that no mask binds
@@ -25,26 +24,29 @@ def equal_shares(length: int, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Profile(Sums):
-    """Activation by position; those of two batches add up."""
+class Profile:
+    """Activation by position."""
 
-    mass: Tensor  # float64, sum of activations
-    fired: Tensor  # float64, number of firings
-    tokens: Tensor  # float64, tokens that took part
+    mass: Tensor  # float64 [T, F], sum of activations
+    firings: Tensor  # int64 [F]
+    tokens: Tensor  # float64 [T], tokens that took part
 
     @property
     def mean(self) -> Tensor:
         """Mean activation at each position; 0 where no token took part."""
         return self.mass / self.tokens.clamp_min(1)[:, None]
 
-    @property
-    def firings(self) -> Tensor:
-        return self.fired.sum(0)
 
-
-def profile(acts_WTF: Tensor, keep_WT: Tensor) -> Profile:
+def profile(acts_WTF: Tensor, keep_WT: Tensor, before: Profile | None = None) -> Profile:
+    """Of a batch; or that of those before it, with this one added in place: that of a wide SAE takes gigabytes."""
     acts = torch.where(keep_WT[:, :, None], acts_WTF, 0.0)
-    return Profile(acts.sum(0).double(), (acts > 0).sum(0).double(), keep_WT.sum(0).double())
+    mass, firings, tokens = acts.sum(0), (acts > 0).sum((0, 1)), keep_WT.sum(0)
+    if before is None:
+        return Profile(mass.double(), firings, tokens.double())
+    before.mass.add_(mass)
+    before.firings.add_(firings)
+    before.tokens.add_(tokens)
+    return before
 
 
 def assign_ranges(seen: Profile, ranges: int) -> Tensor:

@@ -66,6 +66,7 @@ const chip = (token) => h("bdi", { class: "token" }, token < 0 ? "\u2013" : spac
 let run, texts, lower, numbers;
 const columns = new Map(); // by folder
 const LIST_ROW = 34;
+let MOST_HIGH = 15e6; // pixels of a list: Firefox ends one at 17.9 million, Chromium at 33.6
 const state = { sae: null, sort: "number", way: 1, filter: "all", mark: "all", query: "", order: null, latent: null, layer: null, hits: null };
 
 async function columnsOf(sae) {
@@ -320,7 +321,7 @@ async function arrange() {
     if (button.dataset.key === state.sort && !(hits && state.sort === "number")) button.dataset.way = state.way > 0 ? "up" : "down"; else delete button.dataset.way;
   }
   $("found").textContent = hits ? `${whole(chosen.length)} found${hits.said}${state.sort === "number" && chosen.length > 1 ? "; best first" : ""}` : chosen.length === sae.width ? "" : `${whole(chosen.length)} of ${whole(sae.width)}`;
-  inner.style.height = `${chosen.length * LIST_ROW}px`;
+  inner.style.height = `${Math.min(MOST_HIGH, chosen.length * LIST_ROW)}px`;
   rows.scrollTop = 0;
   drawRows();
   revealSelected();
@@ -341,10 +342,16 @@ function tokenRanks() {
   return ranks;
 }
 
+function pace() {
+  // Pixels of the list for each that is scrolled: more than one where it is longer than it may be high.
+  const long = state.order.length * LIST_ROW, seen = rows.clientHeight;
+  return long > MOST_HIGH ? (long - seen) / (MOST_HIGH - seen) : 1;
+}
+
 function drawRows() {
   if (!rows?.isConnected || !state.order) return;
-  const { sae, order, hits } = state, found = columns.get(sae.folder);
-  const first = Math.max(0, Math.floor(rows.scrollTop / LIST_ROW) - 6), count = Math.min(order.length - first, Math.ceil(rows.clientHeight / LIST_ROW) + 12);
+  const { sae, order, hits } = state, found = columns.get(sae.folder), top = rows.scrollTop * pace();
+  const first = Math.max(0, Math.floor(top / LIST_ROW) - 6), count = Math.min(order.length - first, Math.ceil(rows.clientHeight / LIST_ROW) + 12);
   while (pool.length < count) {
     const row = h("a", { class: "r", role: "option", tabindex: -1 }, ["n", "t", "v spark", "v", "v"].slice(0, found.mark ? 5 : 4).map((name) => h("span", { class: name })));
     pool.push(row);
@@ -354,7 +361,7 @@ function drawRows() {
     row.hidden = place >= count;
     if (row.hidden) return;
     const latent = order[first + place], note = noteOf(sae.label, latent), [n, t, density, mean, mark] = row.children;
-    row.style.transform = `translateY(${(first + place) * LIST_ROW}px)`;
+    row.style.transform = `translateY(${(first + place) * LIST_ROW - top + rows.scrollTop}px)`;
     row.href = link(sae.label, latent);
     row.id = `row-${latent}`;
     row.classList.toggle("dead", found.fired[latent] === 0);
@@ -376,8 +383,8 @@ function drawRows() {
 function revealSelected() {
   const place = state.order?.indexOf(state.latent) ?? -1;
   if (place < 0 || !rows?.isConnected) return;
-  const top = place * LIST_ROW;
-  if (top < rows.scrollTop || top + LIST_ROW > rows.scrollTop + rows.clientHeight) rows.scrollTop = Math.max(0, top - rows.clientHeight / 2);
+  const top = place * LIST_ROW, from = rows.scrollTop * pace();
+  if (top < from || top + LIST_ROW > from + rows.clientHeight) rows.scrollTop = Math.max(0, top - rows.clientHeight / 2) / pace();
   drawRows();
 }
 

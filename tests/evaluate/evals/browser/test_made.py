@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -431,6 +432,16 @@ def test_a_large_fleet_is_compared_in_part_and_its_lists_are_not_kept(world, bui
         listed = data_of(home, "sae_a/latents/0")["others"]
         assert list(dict.fromkeys(one["label"] for one in listed)) == others
     assert needed[0] - needed[1] == 2 * latents.LIST_BYTES * (24 + 24 + 16)
+
+
+def test_how_far_neighbours_have_come_is_told(builder):
+    """Of 262,144 latents each table that a decoder is compared with takes a core more than an hour."""
+    told, parts = [], []
+    seen = seen_of(np.ones((4, builder.F), np.float32), np.ones(4, bool))
+    shown = [Shown("", builder.subject(builder.make_sae(seed=n), name), seen) for n, name in enumerate("abc")]
+    watch = SimpleNamespace(stage=lambda *about: told.append(about) or nullcontext(parts.append))
+    latents.neighbours(shown[0], shown, CONFIG, cast(Watch, watch))
+    assert told == [("browser, neighbours of a", 3 * builder.F, "latents")] and parts == [builder.F] * 3
 
 
 def test_what_is_left_out_fires_beside_nothing():

@@ -644,6 +644,28 @@ def test_latents_are_shown_to_the_last(tmp_path, open_page, width):
     assert page.locator("#detail").get_attribute("data-latent") == str(width - 100)
 
 
+def test_a_list_longer_than_a_page_may_be_high_is_shown_to_the_last(tmp_path, open_page):
+    """Firefox ends at 526,000 latents, Chromium at 987,000."""
+    write_wide(tmp_path / "browser", 8192)
+    page = open_page(tmp_path, "#/sae/wide")
+    page.wait_for_selector(".r")
+    page.evaluate("MOST_HIGH = 30_000; arrange()")
+    assert page.evaluate("rows.scrollHeight") == 30_000
+    seen = (
+        "[...document.querySelectorAll('.r')].filter((row) => { const at = row.getBoundingClientRect(), box ="
+        " rows.getBoundingClientRect(); return !row.hidden && at.top >= box.top - 1 && at.bottom <= box.bottom + 1; })"
+        ".map((row) => Number(row.id.slice(4))).sort((a, b) => a - b)"
+    )
+    for share, latent in ((0, 0), (0.5, 4096), (1, 8191)):
+        page.evaluate(f"rows.scrollTop = {share} * (rows.scrollHeight - rows.clientHeight)")
+        wait(page, f"document.getElementById('row-{latent}')")
+        found = page.evaluate(seen)
+        assert latent in found and found == list(range(found[0], found[0] + len(found)))
+    page.evaluate("showSae('wide', 7000, null).then(revealSelected)")
+    wait(page, "document.querySelector('#row-7000[aria-selected=true]')")
+    assert 7000 in page.evaluate(seen)
+
+
 @pytest.mark.slow
 def test_65k_latents_are_painted_in_a_second_and_each_in_a_tenth(tmp_path, open_page):
     """On a quiet machine: the best of three."""

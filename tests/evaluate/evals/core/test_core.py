@@ -91,6 +91,15 @@ def test_zero_ablation_leaves_a_gemma_with_every_token_equally_likely(world, ope
     )
 
 
+def test_weights_are_a_stage_of_their_own(world, open_context, builder, monkeypatch):
+    """On a CPU they can take longer than all text."""
+    context, stages = open_context(world), []
+    stage = context.watch.stage
+    monkeypatch.setattr(context.watch, "stage", lambda *about: stages.append(about) or stage(*about))
+    run(context, [builder.subject(builder.make_sae())])
+    assert stages[-1] == ("core, weights of sae", builder.F * (builder.F - 1), "pairs")
+
+
 def test_several_saes_get_the_numbers_they_get_alone(world, open_context, builder):
     subjects = [builder.subject(builder.make_sae(seed=seed), f"sae{seed}") for seed in range(3)]
     together = run(open_context(world), subjects)

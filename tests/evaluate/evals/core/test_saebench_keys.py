@@ -155,6 +155,16 @@ def test_the_nearest_other_row(block):
     torch.testing.assert_close(max_cosine(rows, block=block), cosines.amax(1))
 
 
+@pytest.mark.parametrize("block", [3, 5, 100])
+def test_how_far_the_cosines_of_weights_have_come_is_told(builder, block):
+    """Those of 262,144 latents take a core an hour."""
+    of_one, of_both = [], []
+    max_cosine(builder.make_sae(width=10).W_dec, block=block, advance=of_one.append)
+    assert sum(of_one) == 10 * 9 / 2 and len(of_one) == math.ceil(10 / block)
+    weight_metrics(builder.make_sae(width=10), of_both.append)
+    assert sum(of_both) == 10 * 9
+
+
 def test_a_lone_latent_has_no_neighbour(builder):
     found = weight_metrics(builder.make_sae(width=1, k=1))
     assert found["max_decoder_cosine_sim"].tolist() == [-math.inf]

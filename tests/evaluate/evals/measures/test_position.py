@@ -97,3 +97,15 @@ def test_special_tokens_have_no_profile():
     seen = position.profile(codes, keep)
     assert seen.tokens.tolist() == [0.0] + [2.0] * (CONTEXT - 1)
     assert float(seen.mass[0, 0]) == 0.0
+
+
+def test_batches_add_up_in_one_table():
+    """Of 262,144 latents in windows of 1,024 tokens it takes 2 GB; there were six of them."""
+    codes = torch.randint(0, 4, (6, CONTEXT, 8), generator=torch.Generator().manual_seed(0)).float()
+    keep = torch.rand(6, CONTEXT, generator=torch.Generator().manual_seed(1)) < 0.8
+    whole, first = position.profile(codes, keep), position.profile(codes[:4], keep[:4])
+    table = first.mass.data_ptr()
+    both = position.profile(codes[4:], keep[4:], first)
+    assert both.mass.data_ptr() == table and both.mass.equal(whole.mass)
+    assert both.firings.equal(((codes > 0) & keep[:, :, None]).sum((0, 1))) and both.firings.shape == (8,)
+    assert both.tokens.tolist() == keep.sum(0).tolist()
