@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -174,10 +173,8 @@ class _Attempts:
         """Have the weights on the device; the row of an SAE that cannot be read, or does not fit there."""
         device = self._context.device
         try:
-            with ThreadPoolExecutor(1, "saemill-digest") as beside:  # to hash is no quicker than to read
-                digest = beside.submit(lambda: subject.sha256)
-                subject.to(device)
-                digest.result()  # of what was read, even if the files change before a result is written
+            subject.to(device)
+            subject.sha256  # noqa: B018  of what was read, even if the files change before a result is written
         except Exception as error:  # noqa: BLE001  whatever it is, the others must not lose their results
             subject.release()
             if is_out_of_memory(error):

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-import threading
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from traceback import walk_stack
@@ -26,7 +25,6 @@ from saemill.cache_schema.cli import main as store_main
 from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
-from saemill.evaluate.context import loaded_sae
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.write_and_read_results import (
@@ -1036,15 +1034,6 @@ def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
     second_eval.evaluate = evaluate
     sae_eval("run_1", "--evals", "second", code=1, options=[])
     assert set(results(run_1, "second")) == {"large_eval_results.json"}
-
-
-def test_weights_are_hashed_while_they_are_read(run_1, sae_eval, second_eval, monkeypatch):
-    """Those of 100 SAEs of 65,536 latents take more than a minute."""
-    begun, source_of, to, waited = threading.Event(), loaded_sae.source_of, LoadedSae.to, []
-    monkeypatch.setattr(loaded_sae, "source_of", lambda folder: begun.set() or source_of(folder))
-    monkeypatch.setattr(LoadedSae, "to", lambda self, device: waited.append(begun.wait(5)) or to(self, device))
-    sae_eval("run_1/small", "--evals", "second", options=[])
-    assert waited == [True]
 
 
 def test_a_disk_that_takes_no_result_costs_the_measuring_once(run_1, sae_eval, second_eval):
