@@ -19,7 +19,7 @@ from .massive_activations import KEEP
 from .moments import is_special, measure
 from .shard_content import ShardContent, array_digest
 from .sites import RESID, Site, by_hook
-from .stored_dtypes import SmallDtype, to_float32
+from .stored_dtypes import SmallDtype, all_finite
 from .writer import StoreWriter
 
 FINGERPRINT_WINDOWS = 256  # hashed at a time; part of every import's fingerprint, so it never changes
@@ -145,7 +145,7 @@ def _finite_acts(source: Source, site: Site, start: int, stop: int) -> np.ndarra
     """Activations of some windows; not finite is an error before anything is written, as a begun store is fixed."""
     values = source.acts(site, start, stop)
     for window, stored in enumerate(values, start):
-        if not np.isfinite(to_float32(stored, source.dtype)).all():
+        if not all_finite(stored, source.dtype):
             what = "residuals" if site.hook == RESID else site.hook
             raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
     return values

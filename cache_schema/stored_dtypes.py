@@ -29,6 +29,7 @@ UNWRITTEN = {
     "int8": -128,
     "fp8": 0x7F,
 }
+EXPONENT = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 LARGEST: dict[SmallDtype, float] = {"int8": 127.0, "fp8": 448.0}  # the value of the largest code
 ROUND_VALUES = 2**16  # at a time, so that they stay in the processor's cache
 LEAST_SCALE = np.finfo(np.float32).tiny  # rows that would need a smaller scale become zeros
@@ -50,6 +51,15 @@ def to_float32(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None)
         return (stored.astype(np.uint32) << 16).view(np.float32)
     values = FP8_VALUES[stored] if dtype == "fp8" else stored.astype(np.float32)
     return values if scales is None else np.multiply(values, scales[..., None], out=values)
+
+
+def all_finite(stored: np.ndarray, dtype: str) -> bool:
+    """Whether stored activations are finite. Of 16 bits the exponent's are looked at, which takes no copy in float32:
+    they are all set in NaN and infinity alone."""
+    if dtype not in EXPONENT:
+        return bool(np.isfinite(stored).all())
+    exponent = EXPONENT[dtype]
+    return not ((stored.view(np.uint16) & exponent) == exponent).any()
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -33,6 +33,7 @@ from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.commits import CommitRecord
 from saemill.cache_schema.encode_and_read_chunks import checksum_of
 from saemill.cache_schema.info import BUNDLED, render
+from saemill.cache_schema.stored_dtypes import STORED_AS, all_finite
 from saemill.cache_schema.verify_and_repair import digest, repair, store_digest
 
 
@@ -686,6 +687,20 @@ def test_an_import_holds_less_than_a_shard_and_a_half_and_smaller_shards_are_the
     manifests = [Store.open(tmp_path / windows).manifest for windows in ("256", "8")]
     assert [manifest.shards for manifest in manifests] == [1, 32]
     assert manifests[0].cache_id == manifests[1].cache_id
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_import_finds_every_value_that_is_not_finite_without_a_copy_in_float32(dtype: str) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(STORED_AS[dtype])
+    is_finite = np.isfinite(to_float32(every, dtype))
+    assert all_finite(every[is_finite], dtype)
+    assert not any(all_finite(every[[at]], dtype) for at in np.flatnonzero(~is_finite))
+    values = np.zeros((1, 2**10, 2**10), STORED_AS[dtype])
+    tracemalloc.start()
+    import_into_store._finite_acts(SimpleNamespace(dtype=dtype, acts=lambda *_: values), Site("resid", 4), 0, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.6 * values.nbytes
 
 
 def importer_source(folder: Path) -> import_into_store.Source:
