@@ -6,7 +6,8 @@ document. jsonl and parquet files hold one document per row. A folder's files ar
 other files in it are left alone. Hidden files are read like all others, as stores that were begun with them must find
 the same text. Both are counted for the user.
 
-The identity is a hash of the bytes, never the path.
+The identity is a hash of the bytes, never the path. That of a large corpus is kept beside the user's models, under a
+hash of its files' paths, sizes, inodes and times, so that not every worker reads all of it at every start.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.numbers_in_words import counted, some_of
+from huggingface_hub import constants
+
+from ...cache_schema.numbers_in_words import counted, say_size, some_of
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
 from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text, names_under
 
@@ -37,6 +43,8 @@ NO_TEXT: dict[str, str] = {
 }
 NAME_REMEDY = f"If it holds text, rename it to one of {', '.join(TEXT_SUFFIXES)}"
 PARQUET_ROWS = 256
+LARGE_BYTES, LARGE_FILES = 1 << 30, 10_000  # from either of them on, a corpus's digest is kept
+TICK_SECONDS = 2.0  # no file system's times are coarser
 
 
 class LocalCorpus(InOrder):
@@ -104,8 +112,53 @@ class LocalCorpus(InOrder):
     def revision(self) -> str:
         return self._digest
 
+    @property
+    def to_hash(self) -> str:
+        """In words: what will be read for the revision, if that takes long; else empty."""
+        size = self._stamp[1]
+        if not self._is_large or self._kept_digest():
+            return ""
+        read = f"{say_size(size)} of {self._path}, {counted(len(self.files), 'file')}"
+        return f"reading {read}, for the corpus's digest, kept until a file changes"
+
     @cached_property
     def _digest(self) -> str:
+        """The hash of all files; of a large corpus as it was kept, or kept from now on.
+
+        It is read after the tick of the clock in which its stamp was taken, so a write that it may have missed, wholly
+        or in part, gives the files another stamp. That takes no other clock than this process's own.
+        """
+        if not self._is_large:
+            return self._hash_files()
+        if kept := self._kept_digest():
+            return kept
+        time.sleep(TICK_SECONDS)
+        digest = self._hash_files()
+        with suppress(OSError):  # a full disk, or a home that cannot be written to: it is computed again next time
+            self._keeping.parent.mkdir(parents=True, exist_ok=True)
+            self._keeping.write_text(digest, encoding="utf-8")
+        return digest
+
+    @cached_property
+    def _stamp(self) -> tuple[str, int]:
+        return _stamp_of(self.files)
+
+    @property
+    def _is_large(self) -> bool:
+        return self._stamp[1] >= LARGE_BYTES or len(self.files) >= LARGE_FILES
+
+    @property
+    def _keeping(self) -> Path:
+        return Path(constants.HF_HOME) / "saemill" / "corpora" / self._stamp[0]
+
+    def _kept_digest(self) -> str | None:
+        """The digest that was kept for the files as they are now, if it was written whole."""
+        with suppress(OSError, ValueError):
+            if re.fullmatch("sha256:[0-9a-f]{64}", kept := self._keeping.read_text(encoding="utf-8")):
+                return kept
+        return None
+
+    def _hash_files(self) -> str:
         """A hash over the hashes of all files, in order; if text is mixed with rows, with the kind of each."""
         total = hashlib.sha256()
         is_mixed = len(set(map(_has_rows, self.files))) > 1
@@ -133,6 +186,18 @@ class LocalCorpus(InOrder):
                 yield from _blocks_of_text(file)
             else:
                 yield _decoded(file.read_bytes(), f"{file}")
+
+
+def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:
+    """A hash of what shows whether files were changed or replaced, and their bytes. The time of the last change is one
+    of it, as nobody can set it back."""
+    total, size = hashlib.sha256(), 0
+    for file in files:
+        found = os.stat(file)
+        size += found.st_size
+        shown = (os.path.abspath(file), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+        total.update(f"{shown}\n".encode())
+    return total.hexdigest(), size
 
 
 def _is_read(file: Path) -> bool:

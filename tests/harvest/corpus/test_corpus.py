@@ -7,14 +7,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
-from saemill.harvest.corpus import open_corpus
+from saemill.harvest.corpus import local, open_corpus
 from saemill.harvest.corpus.docs import DocsCorpus
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions, left_alone_by
@@ -90,6 +95,81 @@ def test_a_folder_of_text_and_rows_says_which_file_is_which(tmp_path):
     assert (rows.id, rows.settings) == (mixed.id, mixed.settings) and rows.revision != mixed.revision
     one = hashlib.sha256(row.encode()).digest()
     assert rows.revision == f"sha256:{hashlib.sha256(one + one).hexdigest()}"
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch) -> list[Path]:
+    """The files that were read for a digest; every corpus is a large one, and clocks tick quickly."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(local, "LARGE_FILES", 1)
+    monkeypatch.setattr(local, "TICK_SECONDS", 0.1)
+    read, hash_files = list[Path](), LocalCorpus._hash_files
+
+    def hash_and_count(corpus: LocalCorpus) -> str:
+        read.extend(corpus.files)
+        return hash_files(corpus)
+
+    monkeypatch.setattr(LocalCorpus, "_hash_files", hash_and_count)
+    return read
+
+
+def test_a_large_corpus_is_read_for_its_digest_once_while_its_files_stay_as_they_are(tmp_path, hashed, monkeypatch):
+    """Every worker asks for it at every start: that of 200 GB is minutes, of sixty workers on one disk hours."""
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    one, two = write(folder / "a.txt", "one"), write(folder / "sub" / "b.txt", "two")
+    told = LocalCorpus(folder).to_hash
+    assert told == f"reading 6 bytes of {folder}, 2 files, for the corpus's digest, kept until a file changes"
+    first = LocalCorpus(folder).revision
+    assert LocalCorpus(folder).revision == first and hashed == [one, two] and not LocalCorpus(folder).to_hash
+    monkeypatch.chdir(tmp_path)
+    assert LocalCorpus(Path("texts")).revision == first and len(hashed) == 2
+    elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))  # with its files' times
+    assert LocalCorpus(elsewhere).revision == first and len(hashed) == 4
+    for kept in (tmp_path / "home/saemill/corpora").iterdir():
+        kept.write_text("sha256:0")  # as a disk that was full may leave it
+    assert LocalCorpus(folder).revision == first and len(hashed) == 6
+    monkeypatch.setattr(local, "LARGE_FILES", 3)
+    shutil.rmtree(tmp_path / "home")
+    assert LocalCorpus(folder).revision == first and not (tmp_path / "home").exists()
+
+
+def test_text_that_changed_is_read_whatever_its_size_and_the_time_of_writing_say(tmp_path, hashed):
+    path = write(tmp_path / "a.txt", "one")
+    first, times = LocalCorpus(path).revision, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    os.utime(write(path, "two"), ns=times)
+    second = LocalCorpus(path).revision
+    os.utime(write(tmp_path / "b.txt", "six"), ns=times)
+    os.replace(tmp_path / "b.txt", path)
+    assert len({first, second, LocalCorpus(path).revision}) == 3 == len(hashed)
+
+
+def test_text_written_while_it_is_read_is_read_again(tmp_path, hashed, monkeypatch):
+    """Also by a file system whose clock goes in seconds and is an hour slow."""
+    path, tick = write(tmp_path / "a.txt", "one"), int(local.TICK_SECONDS * 1e9)
+
+    def coarse(file: Path) -> Any:
+        found = os.stat(file)
+        times = {name: getattr(found, name) // tick * tick - 36 * 10**11 for name in ("st_mtime_ns", "st_ctime_ns")}
+        return SimpleNamespace(st_size=found.st_size, st_ino=found.st_ino, **times)
+
+    hash_files = LocalCorpus._hash_files
+
+    def hash_and_write(corpus: LocalCorpus) -> str:
+        digest = hash_files(corpus)
+        write(path, "two")
+        return digest
+
+    monkeypatch.setattr(local, "os", SimpleNamespace(stat=coarse, path=os.path))
+    while time.time_ns() % tick > tick // 10:
+        time.sleep(0.001)
+    write(path, "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalCorpus, "_hash_files", hash_and_write)
+        first = LocalCorpus(path).revision
+    assert (
+        LocalCorpus(path).revision == f"sha256:{hashlib.sha256(hashlib.sha256(b'two').digest()).hexdigest()}" != first
+    )
 
 
 def test_the_standard_library_is_a_corpus():
