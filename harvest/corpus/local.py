@@ -45,6 +45,7 @@ NAME_REMEDY = f"If it holds text, rename it to one of {', '.join(TEXT_SUFFIXES)}
 PARQUET_ROWS = 256
 LARGE_BYTES, LARGE_FILES = 1 << 30, 10_000  # from either of them on, a corpus's digest is kept
 TICK_SECONDS = 2.0  # no file system's times are coarser
+LARGEST_BYTES = 64 << 20  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
 
 
 class LocalCorpus(InOrder):
@@ -185,7 +186,7 @@ class LocalCorpus(InOrder):
             elif self._path.is_file():
                 yield from _blocks_of_text(file)
             else:
-                yield _decoded(file.read_bytes(), f"{file}")
+                yield _text_of(file)
 
 
 def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:
@@ -216,6 +217,12 @@ def _blocks_of_text(file: Path) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 block += line
+            if len(block) > LARGEST_BYTES:
+                raise _too_large(
+                    f"{file}, line {start}",
+                    "Blank lines separate the documents of a text file, and if there are none, each line is one. Put "
+                    "blank lines where documents end, or remove the few that make documents of many lines",
+                )
             if block and (whole_lines or not line.strip()):
                 yield _decoded(bytes(block), f"{file}, line {start}")
                 block.clear()
@@ -223,6 +230,19 @@ def _blocks_of_text(file: Path) -> Iterator[str]:
                 start = number + 1
     if block:
         yield _decoded(bytes(block), f"{file}, line {start}")
+
+
+def _text_of(file: Path) -> str:
+    if file.stat().st_size > LARGEST_BYTES:
+        raise _too_large(f"{file}", "In a folder each text file is one document: cut it into several files")
+    return _decoded(file.read_bytes(), f"{file}")
+
+
+def _too_large(where: str, remedy: str) -> DocumentInvalid:
+    return DocumentInvalid(
+        f"{where}: expected documents of at most {say_size(LARGEST_BYTES)}, found a larger one. {remedy}, or write "
+        ".jsonl, one JSON object per line"
+    )
 
 
 def _has_blank_line_inside(file: Path) -> bool:

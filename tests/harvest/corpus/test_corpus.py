@@ -200,6 +200,24 @@ def test_bad_documents_are_named(tmp_path, name, content, error, words):
         read(write(tmp_path / name, content))
 
 
+def test_a_blank_line_among_lines_that_are_documents_makes_no_giant(tmp_path, monkeypatch):
+    """Two documents of 100 MB, where there were 400,000, would take twelve gigabytes each in the tokenizer."""
+    monkeypatch.setattr(local, "LARGEST_BYTES", 400)
+    lines = [f"document {number:03}\n" for number in range(100)]
+    path = write(tmp_path / "a.txt", "".join(lines))
+    assert read(path) == lines
+    write(path, "".join(["one\n\n", *lines]))
+    with pytest.raises(DocumentInvalid, match=r"a\.txt, line 3: expected documents of at most 400 bytes.* Blank lines"):
+        read(path)
+    write(path, f"one\ntwo\n{'x' * 401}")
+    with pytest.raises(DocumentInvalid, match="line 3: "):
+        read(path)
+    with pytest.raises(DocumentInvalid, match=r"a\.txt: .* In a folder each text file is one"):
+        read(tmp_path)
+    write(path, "".join(f"{block * 399}\n\n" for block in "abc"))
+    assert [len(text) for text in read(path)] == [400] * 3
+
+
 def test_invalid_bytes_in_parquet_are_named(tmp_path):
     raw = pa.array([b"fine", b"bad \xff"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
