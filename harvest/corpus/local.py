@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from huggingface_hub import constants
 
 from ...cache_schema.numbers_in_words import counted, say_size, some_of
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
-from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text, names_under
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, cell_text, names_under
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -48,7 +49,7 @@ TICK_SECONDS = 2.0  # no file system's times are coarser
 LARGEST_BYTES = 64 << 20  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
 
 
-class LocalCorpus(InOrder):
+class LocalCorpus:
     """Documents of a file, or of all files under a folder."""
 
     id = "local"
@@ -56,6 +57,7 @@ class LocalCorpus(InOrder):
     def __init__(self, path: Path, column: str = "text") -> None:
         self._path = path
         self._column = column
+        self._read = self._file = self._before = 0  # documents yielded; in which file, and how many before that file
 
     @cached_property
     def files(self) -> list[Path]:
@@ -176,17 +178,37 @@ class LocalCorpus(InOrder):
         kind = "file" if self._path.is_file() else "folder"
         return {"kind": kind} | ({"column": self._column} if has_columns else {})
 
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        """All documents, or those after `state`. Files before the one it was taken in are not opened; a state of an
+        earlier version names none, and all are read again."""
+        read, self._file, self._before = ((state or {}).get(name, 0) for name in ("documents", "file", "before"))
+        self._read = read
+        for text in islice(self._texts(), read - self._before, None):
+            self._read += 1
+            yield text
+
+    def state(self) -> State:
+        return {"documents": self._read, "file": self._file, "before": self._before}
+
     def _texts(self) -> Iterator[str]:
-        for file in self.files:
-            suffix = file.suffix.lower()
-            if suffix in JSONL_SUFFIXES:
-                yield from _rows_of_jsonl(file, self._column)
-            elif suffix in PARQUET_SUFFIXES:
-                yield from _rows_of_parquet(file, self._column)
-            elif self._path.is_file():
-                yield from _blocks_of_text(file)
-            else:
-                yield _text_of(file)
+        """All texts from the present file on."""
+        count = self._before
+        for number in range(self._file, len(self.files)):
+            self._file, self._before = number, count
+            for text in self._texts_of(self.files[number]):
+                count += 1
+                yield text
+
+    def _texts_of(self, file: Path) -> Iterator[str]:
+        suffix = file.suffix.lower()
+        if suffix in JSONL_SUFFIXES:
+            yield from _rows_of_jsonl(file, self._column)
+        elif suffix in PARQUET_SUFFIXES:
+            yield from _rows_of_parquet(file, self._column)
+        elif self._path.is_file():
+            yield from _blocks_of_text(file)
+        else:
+            yield _text_of(file)
 
 
 def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:

@@ -53,6 +53,27 @@ def test_in_a_folder_each_text_file_is_a_document(tmp_path):
     assert read(tmp_path) == ["one\n\ntwo", "four", "five", "three"]
 
 
+def test_who_goes_on_opens_no_file_that_was_read(tmp_path):
+    """Of a million files on a shared disk that is a quarter of an hour."""
+    for number in range(9):
+        rows = "".join(f'{{"text": "{number} {row}"}}\n' for row in range(number % 4))
+        write(tmp_path / f"{number}.{'jsonl' if number % 3 else 'txt'}", rows if number % 3 else f"text {number}")
+    whole, corpus, states = read(tmp_path), LocalCorpus(tmp_path), list[dict[str, Any]]()
+    for _ in corpus.documents():
+        states.append(json.loads(json.dumps(corpus.state())))
+    assert len(whole) == 10 and [state["documents"] for state in states] == list(range(1, 11))
+    for state in states:
+        again = LocalCorpus(tmp_path)
+        assert list(again.documents(state)) == whole[state["documents"] :] and again.state()["documents"] == 10
+        assert list(again.documents({"documents": state["documents"]})) == whole[state["documents"] :]
+    for state, text in zip(states, whole, strict=True):
+        for file in sorted(tmp_path.iterdir()):
+            if text in file.read_text():
+                break
+            file.write_text("no JSON")
+        assert list(LocalCorpus(tmp_path).documents(state)) == whole[state["documents"] :]
+
+
 def test_rows_of_parquet(tmp_path):
     texts = [f"document {i}" for i in range(1000)]
     pq.write_table(pa.table({"body": texts, "n": range(1000)}), tmp_path / "a.parquet", row_group_size=100)
