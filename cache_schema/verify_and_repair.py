@@ -56,14 +56,17 @@ def verify_shards(store: Store) -> Iterator[ShardReport]:
 
 def digest(store: Store) -> str:
     """One hash of all that is committed, computed from the bytes on disk, not from what the records claim."""
-    records = []
+    return store_digest(store.manifest, _sound_records(store))
+
+
+def _sound_records(store: Store) -> Iterator[CommitRecord]:
+    """The record of each committed shard, one at a time, as those of a large store fill gigabytes."""
     memory: Memory = {}
     for shard in np.flatnonzero(store.committed).tolist():
         report = _verify_shard(store, shard, memory)
-        if report.damage:
+        if report.damage or report.record is None:
             raise ShardCorrupt(str(report.damage[0]))
-        records.append(report.record)
-    return store_digest(store.manifest, records)
+        yield report.record
 
 
 def store_digest(manifest: Manifest, records: Iterable[CommitRecord]) -> str:

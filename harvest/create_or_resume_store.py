@@ -27,7 +27,7 @@ from ..cache_schema.open_and_check_root import has_root
 from ..cache_schema.shard_claims import no_locks
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
-from .corpus.source import Corpus, part_of
+from .corpus.source import Corpus, part_of, revision_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
@@ -48,7 +48,7 @@ def go_on_with_store(plan: Plan, process: Process, files: Files, watch: Watch) -
     """A writer of a store whose tokens are written, if it is the plan's store."""
     writer = StoreWriter.open(plan.config.out)
     try:
-        require_ours(plan, writer.manifest, files.url)
+        require_ours(plan, writer.manifest, files.url, watch)
     except BaseException:
         writer.close()
         raise
@@ -91,7 +91,8 @@ def create_store(plan: Plan, corpus: Corpus, files: Files, watch: Watch) -> Stor
 
 
 def _tokenise(plan: Plan, corpus: Corpus, folder: Path, watch: Watch) -> StoreWriter:
-    spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
+    revision = revision_of(corpus, watch.say)
+    spec = corpus_spec(plan, corpus.id, revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
         watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}), which the store records")
     context, total = plan.config.context, plan.windows * plan.config.context
@@ -124,21 +125,21 @@ def tell_shortage(asked: int, filled: int, context: int, test: int) -> str:
     )
 
 
-def require_ours(plan: Plan, found: Manifest, url: str) -> None:
+def require_ours(plan: Plan, found: Manifest, url: str, watch: Watch) -> None:
     """Require an existing store to have the plan's settings and corpus; shards of any size, if none was asked for."""
-    wanted = make_manifest(plan, _corpus_of_existing(plan, found), found.windows, found.splits)
+    wanted = make_manifest(plan, _corpus_of_existing(plan, found, watch), found.windows, found.splits)
     if plan.config.shard_windows is None:
         wanted = replace(wanted, shard_windows=found.shard_windows)
     require_same(url, found, wanted)
 
 
-def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
+def _corpus_of_existing(plan: Plan, found: Manifest, watch: Watch) -> CorpusSpec:
     """The corpus that a store of ours must have. A remote one stays pinned without asking the network."""
     options, recorded, pinned = plan.corpus, found.corpus, source_of(plan.corpus).pinned
     if pinned and options.dataset == recorded.id and not _names_another_commit(options.revision, recorded.revision):
         return corpus_spec(plan, recorded.id, recorded.revision, settings_of_begun(pinned(options), found))
     corpus = open_corpus(options)
-    return corpus_spec(plan, corpus.id, corpus.revision, settings_of_begun(corpus.settings, found))
+    return corpus_spec(plan, corpus.id, revision_of(corpus, watch.say), settings_of_begun(corpus.settings, found))
 
 
 def _names_another_commit(revision: str | None, recorded: str | None) -> bool:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -180,7 +181,7 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
         needed = needed_bytes(sizes_of(cost, manifest, pending))
         require_space(writer.files.url, writer.files.free_bytes(), needed, is_begun=True)
-    sizes: list[int] = []
+    sizes: Counter[str] = Counter()
     elsewhere: list[int] = []
     written, undone, is_first_look = 0, len(shards), True
     while shards:
@@ -208,10 +209,10 @@ def _warn_of_others(writer: StoreWriter, harvester: Harvester, shards: Sequence[
         watch.say(said)
 
 
-def report_shard(stage: Stage, sizes: list[int], context: int, files: Files, record: CommitRecord) -> None:
-    """Report one more committed shard; `sizes` are those of the shards before it."""
+def report_shard(stage: Stage, sizes: Counter[str], context: int, files: Files, record: CommitRecord) -> None:
+    """Report one more committed shard; `sizes` holds the bytes of the shards before it."""
     start, stop = record.windows
-    sizes.append(sum(array.bytes for array in record.arrays.values()))
+    sizes["bytes"] += sum(array.bytes for array in record.arrays.values())
     free = files.free_bytes()
     disk = "" if free is None else f", {say_size(free)} free"
-    stage((stop - start) * context, f"{say_size(sum(sizes))} written{disk}")
+    stage((stop - start) * context, f"{say_size(sizes['bytes'])} written{disk}")

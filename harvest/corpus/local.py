@@ -6,7 +6,8 @@ document. jsonl and parquet files hold one document per row. A folder's files ar
 other files in it are left alone. Hidden files are read like all others, as stores that were begun with them must find
 the same text. Both are counted for the user.
 
-The identity is a hash of the bytes, never the path.
+The identity is a hash of the bytes, never the path. That of a large corpus is kept beside the user's models, under a
+hash of its files' paths, sizes, inodes and times, so that not every worker reads all of it at every start.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.numbers_in_words import counted, some_of
+from huggingface_hub import constants
+
+from ...cache_schema.numbers_in_words import counted, say_size, some_of
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
-from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text, names_under
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, cell_text, names_under
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -37,9 +44,12 @@ NO_TEXT: dict[str, str] = {
 }
 NAME_REMEDY = f"If it holds text, rename it to one of {', '.join(TEXT_SUFFIXES)}"
 PARQUET_ROWS = 256
+LARGE_BYTES, LARGE_FILES = 1 << 30, 10_000  # from either of them on, a corpus's digest is kept
+TICK_SECONDS = 2.0  # no file system's times are coarser
+LARGEST_BYTES = 64 << 20  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
 
 
-class LocalCorpus(InOrder):
+class LocalCorpus:
     """Documents of a file, or of all files under a folder."""
 
     id = "local"
@@ -47,6 +57,7 @@ class LocalCorpus(InOrder):
     def __init__(self, path: Path, column: str = "text") -> None:
         self._path = path
         self._column = column
+        self._read = self._file = self._before = 0  # documents yielded; in which file, and how many before that file
 
     @cached_property
     def files(self) -> list[Path]:
@@ -104,8 +115,53 @@ class LocalCorpus(InOrder):
     def revision(self) -> str:
         return self._digest
 
+    @property
+    def to_hash(self) -> str:
+        """In words: what will be read for the revision, if that takes long; else empty."""
+        size = self._stamp[1]
+        if not self._is_large or self._kept_digest():
+            return ""
+        read = f"{say_size(size)} of {self._path}, {counted(len(self.files), 'file')}"
+        return f"reading {read}, for the corpus's digest, kept until a file changes"
+
     @cached_property
     def _digest(self) -> str:
+        """The hash of all files; of a large corpus as it was kept, or kept from now on.
+
+        It is read after the tick of the clock in which its stamp was taken, so a write that it may have missed, wholly
+        or in part, gives the files another stamp. That takes no other clock than this process's own.
+        """
+        if not self._is_large:
+            return self._hash_files()
+        if kept := self._kept_digest():
+            return kept
+        time.sleep(TICK_SECONDS)
+        digest = self._hash_files()
+        with suppress(OSError):  # a full disk, or a home that cannot be written to: it is computed again next time
+            self._keeping.parent.mkdir(parents=True, exist_ok=True)
+            self._keeping.write_text(digest, encoding="utf-8")
+        return digest
+
+    @cached_property
+    def _stamp(self) -> tuple[str, int]:
+        return _stamp_of(self.files)
+
+    @property
+    def _is_large(self) -> bool:
+        return self._stamp[1] >= LARGE_BYTES or len(self.files) >= LARGE_FILES
+
+    @property
+    def _keeping(self) -> Path:
+        return Path(constants.HF_HOME) / "saemill" / "corpora" / self._stamp[0]
+
+    def _kept_digest(self) -> str | None:
+        """The digest that was kept for the files as they are now, if it was written whole."""
+        with suppress(OSError, ValueError):
+            if re.fullmatch("sha256:[0-9a-f]{64}", kept := self._keeping.read_text(encoding="utf-8")):
+                return kept
+        return None
+
+    def _hash_files(self) -> str:
         """A hash over the hashes of all files, in order; if text is mixed with rows, with the kind of each."""
         total = hashlib.sha256()
         is_mixed = len(set(map(_has_rows, self.files))) > 1
@@ -122,17 +178,49 @@ class LocalCorpus(InOrder):
         kind = "file" if self._path.is_file() else "folder"
         return {"kind": kind} | ({"column": self._column} if has_columns else {})
 
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        """All documents, or those after `state`. Files before the one it was taken in are not opened; a state of an
+        earlier version names none, and all are read again."""
+        read, self._file, self._before = ((state or {}).get(name, 0) for name in ("documents", "file", "before"))
+        self._read = read
+        for text in islice(self._texts(), read - self._before, None):
+            self._read += 1
+            yield text
+
+    def state(self) -> State:
+        return {"documents": self._read, "file": self._file, "before": self._before}
+
     def _texts(self) -> Iterator[str]:
-        for file in self.files:
-            suffix = file.suffix.lower()
-            if suffix in JSONL_SUFFIXES:
-                yield from _rows_of_jsonl(file, self._column)
-            elif suffix in PARQUET_SUFFIXES:
-                yield from _rows_of_parquet(file, self._column)
-            elif self._path.is_file():
-                yield from _blocks_of_text(file)
-            else:
-                yield _decoded(file.read_bytes(), f"{file}")
+        """All texts from the present file on."""
+        count = self._before
+        for number in range(self._file, len(self.files)):
+            self._file, self._before = number, count
+            for text in self._texts_of(self.files[number]):
+                count += 1
+                yield text
+
+    def _texts_of(self, file: Path) -> Iterator[str]:
+        suffix = file.suffix.lower()
+        if suffix in JSONL_SUFFIXES:
+            yield from _rows_of_jsonl(file, self._column)
+        elif suffix in PARQUET_SUFFIXES:
+            yield from _rows_of_parquet(file, self._column)
+        elif self._path.is_file():
+            yield from _blocks_of_text(file)
+        else:
+            yield _text_of(file)
+
+
+def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:
+    """A hash of what shows whether files were changed or replaced, and their bytes. The time of the last change is one
+    of it, as nobody can set it back."""
+    total, size = hashlib.sha256(), 0
+    for file in files:
+        found = os.stat(file)
+        size += found.st_size
+        shown = (os.path.abspath(file), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+        total.update(f"{shown}\n".encode())
+    return total.hexdigest(), size
 
 
 def _is_read(file: Path) -> bool:
@@ -151,6 +239,12 @@ def _blocks_of_text(file: Path) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 block += line
+            if len(block) > LARGEST_BYTES:
+                raise _too_large(
+                    f"{file}, line {start}",
+                    "Blank lines separate the documents of a text file, and if there are none, each line is one. Put "
+                    "blank lines where documents end, or remove the few that make documents of many lines",
+                )
             if block and (whole_lines or not line.strip()):
                 yield _decoded(bytes(block), f"{file}, line {start}")
                 block.clear()
@@ -158,6 +252,19 @@ def _blocks_of_text(file: Path) -> Iterator[str]:
                 start = number + 1
     if block:
         yield _decoded(bytes(block), f"{file}, line {start}")
+
+
+def _text_of(file: Path) -> str:
+    if file.stat().st_size > LARGEST_BYTES:
+        raise _too_large(f"{file}", "In a folder each text file is one document: cut it into several files")
+    return _decoded(file.read_bytes(), f"{file}")
+
+
+def _too_large(where: str, remedy: str) -> DocumentInvalid:
+    return DocumentInvalid(
+        f"{where}: expected documents of at most {say_size(LARGEST_BYTES)}, found a larger one. {remedy}, or write "
+        ".jsonl, one JSON object per line"
+    )
 
 
 def _has_blank_line_inside(file: Path) -> bool:

@@ -55,8 +55,9 @@ class Corpus(Protocol):
 
     `id`, `revision` and `settings` decide the text and name no path of this machine: they go into the manifest and
     the cache id, so two corpora that agree in them have the same documents. A corpus that can read only a part of what
-    its id names gives it in `part`, and stores record that. Files it skips that may hold text it reports in
-    `left_alone`, which is read before its documents and again after them, when it may report more.
+    its id names gives it in `part`, and stores record that. One whose `revision` reads for long says so in `to_hash`.
+    Files it skips that may hold text it reports in `left_alone`, which is read before its documents and again after
+    them, when it may report more.
     """
 
     @property
@@ -129,6 +130,13 @@ class Source:
 def part_of(corpus: Corpus) -> str | None:
     """The part that can be read of what the corpus's id names; None: all of it."""
     return getattr(corpus, "part", None)
+
+
+def revision_of(corpus: Corpus, say: Callable[[str], None]) -> str:
+    """The corpus's revision, with a message to `say` before it is read for long to find it."""
+    if to_hash := getattr(corpus, "to_hash", ""):
+        say(to_hash)
+    return corpus.revision
 
 
 def left_alone_by(corpus: Corpus) -> str:

@@ -5,9 +5,11 @@ import json
 import re
 import shutil
 import tracemalloc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main, open_console
+from saemill.cache_schema.commits import CommitRecord
 from saemill.cache_schema.encode_and_read_chunks import checksum_of
 from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.stored_dtypes import STORED_AS, all_finite
@@ -636,6 +639,21 @@ def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, t
         records = [opened.record(shard) for shard in range(3)]
         digests.add(store_digest(opened.manifest, records))
     assert len(digests) == 1
+
+
+def test_digest_keeps_no_record_of_the_shards_before(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of 30,000 shards with 158 arrays each are more than a gigabyte."""
+    read, records, alive = verify_module.read_record, list[weakref.ref[CommitRecord]](), list[int]()
+
+    def read_and_count(*args: Any) -> CommitRecord:
+        alive.append(sum(record() is not None for record in records))
+        records.append(weakref.ref(found := read(*args)))
+        return found
+
+    monkeypatch.setattr(verify_module, "read_record", read_and_count)
+    with Store.open(store) as opened:
+        digest(opened)
+    assert len(alive) == 3 and max(alive) <= 1
 
 
 def test_digest_of_a_part_says_of_how_many_shards_it_is(store: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 
 import pytest
 from rich.console import Console
@@ -21,7 +22,7 @@ def watched(is_terminal: bool, tmp_path) -> str:
     out = io.StringIO()
     watch = Watch(Console(file=out, force_terminal=is_terminal, width=200))
     with watch.stage("harvesting", 2560) as stage:
-        report_shard(stage, [], 128, LocalFiles(tmp_path), RECORD)
+        report_shard(stage, Counter(), 128, LocalFiles(tmp_path), RECORD)
     return out.getvalue()
 
 
@@ -29,6 +30,15 @@ def test_a_terminal_shows_rate_time_left_bytes_and_disk(tmp_path):
     shown = watched(True, tmp_path)
     for words in ("harvesting", "1,280 of 2,560 tokens", "/s", "3.00 GB written", "B free", "left"):
         assert words in shown
+
+
+def test_of_the_shards_before_only_the_sum_is_kept(tmp_path):
+    """A list of a million sizes, added up at every shard, is an hour."""
+    sizes, said = Counter[str](), list[str]()
+    for _ in range(3):
+        report_shard(lambda _, facts="": said.append(facts), sizes, 128, LocalFiles(tmp_path), RECORD)
+    assert sizes == {"bytes": 9 * 10**9}
+    assert [line.split(",")[0] for line in said] == ["3.00 GB written", "6.00 GB written", "9.00 GB written"]
 
 
 def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from datasets import load_dataset
+from huggingface_hub import constants
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -52,7 +53,7 @@ from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.cache_schema.verify_and_repair import repair, verify_shards
 from saemill.harvest import create_or_resume_store, estimate_cost, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
-from saemill.harvest.corpus import hugging_face
+from saemill.harvest.corpus import hugging_face, local
 from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
 from saemill.harvest.corpus.source import OPENWEBTEXT, DatasetOptions
 from saemill.harvest.dry_run import dry_run
@@ -654,14 +655,25 @@ def test_other_settings_are_refused_with_their_differences(harvested):
     assert digest_of(harvested.out) == before
 
 
-def test_a_changed_corpus_is_refused(make_config: Make, tmp_path):
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_changed_corpus_is_refused(make_config: Make, tmp_path, monkeypatch, capsys, is_large):
+    """A large one is read for its digest only if its file changed, and who starts the harvest is told."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(local, "LARGE_FILES", 1 if is_large else 2)
+    monkeypatch.setattr(local, "TICK_SECONDS", 0.1)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"text {i} " * 9 for i in range(200)))
     config = make_config(corpus=DatasetOptions(str(text)))
-    harvest(config)
-    text.write_text(text.read_text() + "more")
+    run.harvest(config)
+    with monkeypatch.context() as patched:
+        if is_large:
+            patched.setattr(local.LocalCorpus, "_hash_files", None)
+        run.harvest(config)
+        dry_run(config)
+    text.write_text(text.read_text().replace("text 7", "text 8"))
     with pytest.raises(StoreMismatch, match=r"corpus\.revision"):
-        harvest(config)
+        run.harvest(config)
+    assert capsys.readouterr().err.count("for the corpus's digest") == 2 * is_large
 
 
 def test_a_shard_held_by_another_writer_is_left_to_it(make_config: Make, monkeypatch):

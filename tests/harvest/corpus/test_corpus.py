@@ -7,14 +7,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
-from saemill.harvest.corpus import open_corpus
+from saemill.harvest.corpus import local, open_corpus
 from saemill.harvest.corpus.docs import DocsCorpus
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions, left_alone_by
@@ -46,6 +51,27 @@ def test_in_a_folder_each_text_file_is_a_document(tmp_path):
     write(tmp_path / "c.jsonl", '{"text": "four"}\n\n{"text": "five"}\n')
     write(tmp_path / "picture.png", b"\xff\xfe")
     assert read(tmp_path) == ["one\n\ntwo", "four", "five", "three"]
+
+
+def test_who_goes_on_opens_no_file_that_was_read(tmp_path):
+    """Of a million files on a shared disk that is a quarter of an hour."""
+    for number in range(9):
+        rows = "".join(f'{{"text": "{number} {row}"}}\n' for row in range(number % 4))
+        write(tmp_path / f"{number}.{'jsonl' if number % 3 else 'txt'}", rows if number % 3 else f"text {number}")
+    whole, corpus, states = read(tmp_path), LocalCorpus(tmp_path), list[dict[str, Any]]()
+    for _ in corpus.documents():
+        states.append(json.loads(json.dumps(corpus.state())))
+    assert len(whole) == 10 and [state["documents"] for state in states] == list(range(1, 11))
+    for state in states:
+        again = LocalCorpus(tmp_path)
+        assert list(again.documents(state)) == whole[state["documents"] :] and again.state()["documents"] == 10
+        assert list(again.documents({"documents": state["documents"]})) == whole[state["documents"] :]
+    for state, text in zip(states, whole, strict=True):
+        for file in sorted(tmp_path.iterdir()):
+            if text in file.read_text():
+                break
+            file.write_text("no JSON")
+        assert list(LocalCorpus(tmp_path).documents(state)) == whole[state["documents"] :]
 
 
 def test_rows_of_parquet(tmp_path):
@@ -92,6 +118,81 @@ def test_a_folder_of_text_and_rows_says_which_file_is_which(tmp_path):
     assert rows.revision == f"sha256:{hashlib.sha256(one + one).hexdigest()}"
 
 
+@pytest.fixture
+def hashed(tmp_path, monkeypatch) -> list[Path]:
+    """The files that were read for a digest; every corpus is a large one, and clocks tick quickly."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(local, "LARGE_FILES", 1)
+    monkeypatch.setattr(local, "TICK_SECONDS", 0.1)
+    read, hash_files = list[Path](), LocalCorpus._hash_files
+
+    def hash_and_count(corpus: LocalCorpus) -> str:
+        read.extend(corpus.files)
+        return hash_files(corpus)
+
+    monkeypatch.setattr(LocalCorpus, "_hash_files", hash_and_count)
+    return read
+
+
+def test_a_large_corpus_is_read_for_its_digest_once_while_its_files_stay_as_they_are(tmp_path, hashed, monkeypatch):
+    """Every worker asks for it at every start: that of 200 GB is minutes, of sixty workers on one disk hours."""
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    one, two = write(folder / "a.txt", "one"), write(folder / "sub" / "b.txt", "two")
+    told = LocalCorpus(folder).to_hash
+    assert told == f"reading 6 bytes of {folder}, 2 files, for the corpus's digest, kept until a file changes"
+    first = LocalCorpus(folder).revision
+    assert LocalCorpus(folder).revision == first and hashed == [one, two] and not LocalCorpus(folder).to_hash
+    monkeypatch.chdir(tmp_path)
+    assert LocalCorpus(Path("texts")).revision == first and len(hashed) == 2
+    elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))  # with its files' times
+    assert LocalCorpus(elsewhere).revision == first and len(hashed) == 4
+    for kept in (tmp_path / "home/saemill/corpora").iterdir():
+        kept.write_text("sha256:0")  # as a disk that was full may leave it
+    assert LocalCorpus(folder).revision == first and len(hashed) == 6
+    monkeypatch.setattr(local, "LARGE_FILES", 3)
+    shutil.rmtree(tmp_path / "home")
+    assert LocalCorpus(folder).revision == first and not (tmp_path / "home").exists()
+
+
+def test_text_that_changed_is_read_whatever_its_size_and_the_time_of_writing_say(tmp_path, hashed):
+    path = write(tmp_path / "a.txt", "one")
+    first, times = LocalCorpus(path).revision, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    os.utime(write(path, "two"), ns=times)
+    second = LocalCorpus(path).revision
+    os.utime(write(tmp_path / "b.txt", "six"), ns=times)
+    os.replace(tmp_path / "b.txt", path)
+    assert len({first, second, LocalCorpus(path).revision}) == 3 == len(hashed)
+
+
+def test_text_written_while_it_is_read_is_read_again(tmp_path, hashed, monkeypatch):
+    """Also by a file system whose clock goes in seconds and is an hour slow."""
+    path, tick = write(tmp_path / "a.txt", "one"), int(local.TICK_SECONDS * 1e9)
+
+    def coarse(file: Path) -> Any:
+        found = os.stat(file)
+        times = {name: getattr(found, name) // tick * tick - 36 * 10**11 for name in ("st_mtime_ns", "st_ctime_ns")}
+        return SimpleNamespace(st_size=found.st_size, st_ino=found.st_ino, **times)
+
+    hash_files = LocalCorpus._hash_files
+
+    def hash_and_write(corpus: LocalCorpus) -> str:
+        digest = hash_files(corpus)
+        write(path, "two")
+        return digest
+
+    monkeypatch.setattr(local, "os", SimpleNamespace(stat=coarse, path=os.path))
+    while time.time_ns() % tick > tick // 10:
+        time.sleep(0.001)
+    write(path, "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalCorpus, "_hash_files", hash_and_write)
+        first = LocalCorpus(path).revision
+    assert (
+        LocalCorpus(path).revision == f"sha256:{hashlib.sha256(hashlib.sha256(b'two').digest()).hexdigest()}" != first
+    )
+
+
 def test_the_standard_library_is_a_corpus():
     corpus = open_corpus(DatasetOptions("stdlib"))
     assert isinstance(corpus, StdlibCorpus)
@@ -118,6 +219,24 @@ def test_the_standard_library_is_a_corpus():
 def test_bad_documents_are_named(tmp_path, name, content, error, words):
     with pytest.raises(error, match=words):
         read(write(tmp_path / name, content))
+
+
+def test_a_blank_line_among_lines_that_are_documents_makes_no_giant(tmp_path, monkeypatch):
+    """Two documents of 100 MB, where there were 400,000, would take twelve gigabytes each in the tokenizer."""
+    monkeypatch.setattr(local, "LARGEST_BYTES", 400)
+    lines = [f"document {number:03}\n" for number in range(100)]
+    path = write(tmp_path / "a.txt", "".join(lines))
+    assert read(path) == lines
+    write(path, "".join(["one\n\n", *lines]))
+    with pytest.raises(DocumentInvalid, match=r"a\.txt, line 3: expected documents of at most 400 bytes.* Blank lines"):
+        read(path)
+    write(path, f"one\ntwo\n{'x' * 401}")
+    with pytest.raises(DocumentInvalid, match="line 3: "):
+        read(path)
+    with pytest.raises(DocumentInvalid, match=r"a\.txt: .* In a folder each text file is one"):
+        read(tmp_path)
+    write(path, "".join(f"{block * 399}\n\n" for block in "abc"))
+    assert [len(text) for text in read(path)] == [400] * 3
 
 
 def test_invalid_bytes_in_parquet_are_named(tmp_path):
