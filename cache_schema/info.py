@@ -50,6 +50,7 @@ def facts(store: Store) -> dict[str, Any]:
     indexed = index.mask(manifest.shards)
     windows = sum(stop - start for start, stop in map(manifest.shard_range, indexed.nonzero()[0].tolist()))
     tokens = windows * manifest.context
+    kept = {layer: index.attention[layer] for layer in manifest.attention.layers if layer in index.attention}
     devices = read_devices(store.files, np.flatnonzero(store.committed).tolist())
     return {
         "url": store.url,
@@ -73,10 +74,8 @@ def facts(store: Store) -> dict[str, Any]:
         "shards_indexed": int(indexed.sum()),
         "bytes": sum(index.bytes.values()),
         "bytes_per_token": {path: size / max(tokens, 1) for path, size in sorted(index.bytes.items())},
-        "attention_kept_mass": {layer: totals.kept_mass for layer, totals in sorted(index.attention.items())},
-        "attention_entries_per_row": {
-            layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
-        },
+        "attention_kept_mass": {layer: totals.kept_mass for layer, totals in kept.items()},
+        "attention_entries_per_row": {layer: totals.entries / max(totals.rows, 1) for layer, totals in kept.items()},
         "attention_left_out": list(manifest.attention.left_out),
         "computed_on": sorted(set(map(str, devices.values()))),  # by a sample of the shards
     }

@@ -101,6 +101,10 @@ def test_mutated_metadata_work_or_are_named(stores, kind, name, seed):
     fuzz(stores[kind], name, random.Random(seed))
 
 
+def test_attention_of_a_layer_that_the_store_lacks_is_not_shown(stores):
+    fuzz(stores["inline"], "commits/index.json", random.Random(93257))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "name"), CASES)

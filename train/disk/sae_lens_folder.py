@@ -186,7 +186,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except ConfigInvalid as error:
         raise SaeInvalid(f"{error}, or export the SAE again") from error
-    for name, kind in (("metadata", dict), ("knobs", dict), ("needs_side", list)):
+    kinds = {"architecture": str, "gate": str, "metadata": dict, "knobs": dict, "needs_side": list}
+    for name, kind in kinds.items():
         if not isinstance(config.get(name, kind()), kind):
             raise SaeInvalid(f"{path}: expected {name} as a {kind.__name__}, found {config[name]!r:.60}")
     return config

@@ -34,7 +34,17 @@ from saemill.train.sae.kernels.triton import row_update, sparse_products
 from .test_no_waits import CASES, warmed
 
 NAME = "fake"
-SOME = ("topk", "batchtopk", "jumprelu", "matryoshka", "hierarchical", "tiered topk", "positional", "temporal topk")
+SOME = (
+    "topk",
+    "batchtopk",
+    "jumprelu",
+    "matryoshka",
+    "hierarchical",
+    "tiered topk",
+    "positional",
+    "temporal topk",
+    "ortsae",
+)
 WANTED_BY = {"": (), "some": SOME, "all": tuple(CASES)}
 WANTED = WANTED_BY[os.environ.get("FAKE_GPU", "")]
 if WANTED:
@@ -52,6 +62,8 @@ class Card(FakeTensorMode):
         is_read = func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor)
         if is_read or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], FakeTensor):
+            args = (self.from_tensor(args[0]),)  # or torch would copy its numbers, for which there is no device
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
