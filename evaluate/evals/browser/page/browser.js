@@ -240,7 +240,7 @@ function densities() {
 
 let rows, inner, pool = [], split, detail, selecting = 0, visits = 0;
 
-async function showSae(label, latent, window_) {
+async function showSae(label, latent, place) {
   const sae = run.saes.find((one) => one.label === label);
   if (!sae) return showMissing(`There is no SAE ${label} in this run.`);
   const mine = visits;
@@ -265,7 +265,7 @@ async function showSae(label, latent, window_) {
     return;
   }
   if (!(latent >= 0 && latent < sae.width)) return detail.replaceChildren(h("div", { class: "latent" }, h("p", { class: "warn" }, `${label} has latents 0 to ${whole(sae.width - 1)}.`)));
-  await showLatent(sae, latent, window_, isNew);
+  await showLatent(sae, latent, place, isNew);
 }
 
 function buildList(sae, found) {
@@ -479,7 +479,7 @@ async function latentData(sae, latent) {
   };
 }
 
-async function showLatent(sae, latent, window_, isNew) {
+async function showLatent(sae, latent, place, isNew) {
   const mine = ++selecting;
   state.latent = latent;
   if (isNew) revealSelected(); else drawRows();
@@ -490,7 +490,7 @@ async function showLatent(sae, latent, window_, isNew) {
   detail.replaceChildren(h("article", { class: "latent" }, title(sae, latent, found), factsOf(sae, data, found), ...(data.fired ? body(sae, data, found) : [h("p", { class: "quiet" }, `It never fired on the ${whole(sae.tokens)} tokens that were read.`), related(sae, data, found), logits(sae, data)])));
   detail.scrollTop = 0;
   detail.dataset.latent = latent;
-  if (window_ !== null) openExample(window_);
+  if (place !== null) openExample(place);
   if (data.fired && run.attention_layers.length) addAttention(sae, data, mine);
 }
 
@@ -600,8 +600,8 @@ function examplesCard(sae, data) {
   const groups = [["Strongest", data.examples.filter((example) => example.reasons & TOP)]];
   const isFew = data.examples.every((example) => example.reasons & TOP);
   if (!isFew) {
-    ["highest quarter of its firings", "second quarter", "third quarter", "lowest quarter"].forEach((name, place) => groups.push([`Sampled from the ${name}`, quarter(place)]));
-    groups.push(["Random firings", sample.filter((example) => example.reasons & RANDOM)], ["Just above the threshold", data.examples.filter((example) => example.reasons & LOW).reverse()]);
+    ["highest quarter of its activations", "second quarter", "third quarter", "lowest quarter"].forEach((name, place) => groups.push([`Sampled from the ${name}`, quarter(place)]));
+    groups.push(["Random tokens on which it fires", sample.filter((example) => example.reasons & RANDOM)], ["Windows in which even its highest activation is low", data.examples.filter((example) => example.reasons & LOW).reverse()]);
   }
   shown = [];
   const box = h("section", { class: "card", id: "examples", on: { pointerover: hover, pointerout: leave, click: pick, keydown: exampleKeys, focusin: focusExample } },
@@ -651,11 +651,11 @@ function expand(example, isOpen) {
   drawExample(example);
   const where = example.line.children[2];
   where.hidden = !isOpen;
-  where.replaceChildren(h("span", {}, `window ${example.window}, position ${example.at}`), h("a", { href: link(state.sae.label, state.latent, example.window) }, "link to this example"));
+  where.replaceChildren(h("span", {}, `window ${example.window}, position ${example.at}`), h("a", { href: link(state.sae.label, state.latent, example.window, example.at) }, "link to this example"));
 }
 
-function openExample(window_) {
-  const example = shown.find((one) => one.window === window_);
+function openExample([window_, at]) {
+  const ofWindow = shown.filter((one) => one.window === window_), example = ofWindow.find((one) => one.at === at) ?? ofWindow[0];
   if (!example) return say(`this latent has no example in window ${window_}`);
   example.line.setAttribute("aria-current", "true");
   expand(example, true);
@@ -747,7 +747,7 @@ function look(example) {
 }
 function attentionSummary() {
   // Over distinct examples: the strongest ones would be counted twice where they were also sampled.
-  const seen = [...new Map(shown.map((example) => [example.window, example])).values()].filter((example) => example.attention);
+  const seen = [...new Map(shown.map((example) => [`${example.window} ${example.at}`, example])).values()].filter((example) => example.attention);
   const columns_ = run.attention_layers.filter((layer) => state.layer === null || state.layer === -1 || state.layer === layer).map((layer) => {
     const sums = new Map();
     let distance = 0, mass = 0;
@@ -818,7 +818,7 @@ async function route() {
   try {
     if (!parts.length) showOverview();
     else if (parts[0] === "notes") showNotes();
-    else if (parts[0] === "sae" && parts[1]) await showSae(parts[1], parts[2] === undefined ? null : /^\d+$/.test(parts[2]) ? Number(parts[2]) : -1, parts[3] !== undefined && /^\d+$/.test(parts[3]) ? Number(parts[3]) : null);
+    else if (parts[0] === "sae" && parts[1]) await showSae(parts[1], parts[2] === undefined ? null : /^\d+$/.test(parts[2]) ? Number(parts[2]) : -1, /^\d+$/.test(parts[3]) ? parts.slice(3).map(Number) : null);
     else showMissing(`There is no page ${parts.join("/")}.`);
   } catch (error) { if (mine === visits) showMissing(error.message); }
   $("sae").value = state.sae?.label ?? "";

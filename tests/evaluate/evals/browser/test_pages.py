@@ -317,13 +317,14 @@ def test_a_latent_shows_values_on_hover_and_more_text_on_a_click(site, open_page
     assert line.locator("[data-at]").count() == site.tokens.shape[1]
     assert line.get_attribute("aria-expanded") == "true"
     place = line.locator("a").get_attribute("href")
-    assert place == f"#/sae/first/{latent}/{window}"
+    assert place == f"#/sae/first/{latent}/{window}/{at}"
     page.mouse.move(0, 0)
     assert page.locator("#tip").is_hidden()
-    other = open_page(site.home, place)
-    assert other.locator(".ex[aria-current=true]").first.get_attribute("aria-expanded") == "true"
+    for shown in (place, place.rpartition("/")[0]):  # as links of before
+        other = open_page(site.home, shown)
+        assert other.locator(".ex[aria-current=true]").first.get_attribute("aria-expanded") == "true"
     headings = set(page.locator("#examples h3").all_inner_texts())
-    assert {"Strongest", "Random firings", "Just above the threshold"} <= headings
+    assert {"Strongest", "Sampled from the lowest quarter", "Random tokens on which it fires"} <= headings
     assert page.locator("svg[aria-label='histogram of activations'] rect").count() > 1
 
 
