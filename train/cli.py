@@ -180,7 +180,8 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
             cells.append(share(sae.explained_variance if every is None else every))
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
-    console.print(f"L0 and EV (explained variance) are measured on {outcome.say_held_out()}")
+    measured_on = f"{outcome.say_held_out()}; the progress has a batch's"
+    console.print(f"L0 and EV (explained variance) are measured on {measured_on}")
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
     console.print(

@@ -3,7 +3,7 @@
 
 W = 340; H = 170;
 const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
-const SAID = { l0: "L0", l1: "L1", lr: "Learning rate" };
+const SAID = { l0: "L0, training batch", explained_variance: "Explained variance, training batch", l1: "L1", lr: "Learning rate" };
 const capital = (words) => words.slice(0, 1).toUpperCase() + words.slice(1);
 let data, isApart = false, chosen = new Map(); // chosen steps, by chart
 const off = new Set();
@@ -125,7 +125,7 @@ function compared(shown) {
   W = innerWidth < 600 ? 340 : 620; H = 260;
   const chart = scatter(points, ["L0 (active latents per token)", "explained variance"]);
   W = 340; H = 170;
-  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : "Of the validation split, as training measured."));
+  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : data.is_measured ? "As core measured." : "Of the validation split, as training measured."));
 }
 
 beginTheme();

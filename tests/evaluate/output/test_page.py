@@ -153,6 +153,16 @@ def test_explained_variance_is_that_of_core_where_it_was_measured():
     assert "0.6543" in shown and "0.7123" not in shown
 
 
+def test_the_chart_is_of_core_where_it_measured_any_as_the_plots_are():
+    core = {"eval_result_metrics": {"sparsity": {"l0": 31.5}}, "saemill_metrics": {"explained_variance": 0.6543}}
+    ends = {"l0": 32.0, "explained_variance": 0.7123}
+    both = [Record(name, "run", name, outcome=ends, steps=9) for name in "ab"]
+    for records, found in ((both, [(32.0, 0.7123)] * 2), ([replace(both[0], documents={"core": core}), both[1]], None)):
+        data = training_data(records)
+        shown = [(sae["l0"], sae["explained_variance"]) for sae in data["saes"]]
+        assert shown == (found or [(31.5, 0.6543), (None, None)]) and data["is_measured"] == (found is None)
+
+
 def test_the_page_leads_to_the_browser_where_there_is_one():
     link = 'href="browser/index.html"'
     assert link in page("run", [record("a")], {}, has_browser=True)
@@ -278,7 +288,7 @@ def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
     assert page.locator("[data-keep=loss] .line").count() == 2
     assert page.evaluate("document.activeElement.dataset.keep") == "sae wide"  # kept over the drawing anew
     assert "loss/aux 0" in page.inner_text("#live")
-    assert page.locator("[data-keep=l0]").locator("xpath=ancestor::div/h3").inner_text() == "L0"
+    assert page.locator("[data-keep=l0]").locator("xpath=ancestor::div/h3").inner_text() == "L0, training batch"
 
 
 def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):

@@ -178,7 +178,7 @@ function showOverview() {
 
 function table() {
   const rows = run.saes.map((sae, place) => ({ sae, place, facts: facts(sae) }));
-  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents per token"]]), ["alive", "alive", "share of latents that fired at all"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of tokens`]]
+  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents per token"]]), ["alive", "alive", "share of latents that fired on the text read for these pages"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of its tokens`]]
     .filter(([key]) => rows.some((row) => row.facts[key]?.value !== undefined && row.facts[key]?.value !== null));
   const value = (row) => tableSort[0] === "sae" ? row.sae.label : row.facts[tableSort[0]]?.value ?? -Infinity;
   rows.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * tableSort[1]);
@@ -218,7 +218,7 @@ function curvesCard() {
   const draw = () => {
     chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
     const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), dash: dashOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training, step by step on its batch"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
       series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
   };
   draw();
@@ -281,7 +281,7 @@ function buildList(sae, found) {
       h("div", { class: "list-top" }, h("div", { class: "row-of between" },
         chooser("which latents", filters, state.filter, (key) => { state.filter = key; arrange(); }),
         found.mark && chooser(found.mark, [["all", `every ${found.mark}`], ...marks.map((mark) => [String(mark), markName(found.mark, mark)])], state.mark, (key) => { state.mark = key; arrange(); }),
-        h("span", { class: "small quiet" }, `${whole(sae.width)} latents, L0 ${number(sae.l0)}`)),
+        h("span", { class: "small quiet" }, `${whole(sae.width)} latents, L0 ${number(sae.l0)} on this text`)),
         h("p", { class: "found", id: "found", role: "status" })),
       h("div", { class: "heads" }, head("number", "latent", "by number"), head("token", "fires on", "the token of most of its strongest examples"), head("density", "density", "share of tokens on which it fires"), head("mean", "mean", "of its activations"), found.mark && head("mark", found.mark, found.mark)),
       rows),
