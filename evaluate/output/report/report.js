@@ -113,7 +113,7 @@ function seeds() {
 function legend(all) {
   const seen = (group) => `${brief(group.name, 40)}${group.members.length > 1 ? ` (${group.members.length} seeds: median and range)` : ""}`;
   const turn = (name) => { if (off.has(name)) off.delete(name); else if (off.size < all.length - 1) off.add(name); draw(data); };
-  return h("div", { class: "legend" }, all.map((group) => h("button", { type: "button", "data-keep": `sae ${group.name}`, "aria-pressed": !off.has(group.name), on: { click: () => turn(group.name) } }, h("span", { class: "dot", vars: { c: group.colour } }), seen(group))));
+  return h("div", { class: "legend" }, all.map((group) => h("button", { type: "button", "data-keep": `sae ${group.name}`, "aria-pressed": !off.has(group.name), on: { click: () => turn(group.name) } }, swatch(group.colour, group.dash), seen(group))));
 }
 
 function compared(shown) {

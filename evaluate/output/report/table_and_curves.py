@@ -27,7 +27,7 @@ COLUMNS = (
     held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
     SHARED["ce_score"],
     SHARED["kl_score"],
-    Column("dead", "share of latents, as training ended", lambda r: r.outcome.get("dead_share")),
+    Column("dead", "of latents, as training ended", lambda r: r.outcome.get("dead_share")),
     SHARED["probing"],
     measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
     measured("composed", "share of tier 2, of few", "tiers", "composition.coverage_few_2"),

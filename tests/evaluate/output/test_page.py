@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from saemill.evaluate import evals
 from saemill.evaluate.context.write_and_read_results import INTERVALS, few_of, heading, interval_of, lines_of_each
-from saemill.evaluate.output.figures.records import Record, read_records
+from saemill.evaluate.output.figures.records import Record, read_records, web_file
+from saemill.evaluate.output.figures.style import COLOURS, LINES
 from saemill.evaluate.output.report import table_and_curves
 from saemill.evaluate.output.report.markup import Html, element, text
 from saemill.evaluate.output.report.page_of_a_run import page, write_live_page, write_page
@@ -161,6 +162,13 @@ def test_the_chart_is_of_core_where_it_measured_any_as_the_plots_are():
         data = training_data(records)
         shown = [(sae["l0"], sae["explained_variance"]) for sae in data["saes"]]
         assert shown == (found or [(31.5, 0.6543), (None, None)]) and data["is_measured"] == (found is None)
+
+
+def test_an_sae_has_the_colour_that_the_plots_on_its_page_give_it():
+    charts = web_file("charts.js")
+    colours, dashes = (re.findall(rf"const {name} = \[(.*)\]", charts)[0] for name in ("COLOURS", "DASHES"))
+    assert json.loads(f"[{colours}]") == [*COLOURS[:-1], "var(--ink)"] and COLOURS[-1] == "#000000"
+    assert len(json.loads(f"[{dashes}]")) == len(LINES)
 
 
 def test_the_page_leads_to_the_browser_where_there_is_one():

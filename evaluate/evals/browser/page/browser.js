@@ -161,6 +161,12 @@ function facts(sae) {
 }
 
 let tableSort = ["l0", 1], chosenY, chosenCurve;
+// Of an SAE among all of its run, by which plots and pages colour it.
+function placeOf(sae) {
+  const names = Object.keys(numbers.saes ?? {}), place = names.indexOf(sae.label);
+  return place < 0 ? names.length + run.saes.indexOf(sae) : place;
+}
+
 function showOverview() {
   document.title = `${run.run}: latents`;
   state.sae = null;
@@ -177,7 +183,7 @@ function showOverview() {
 }
 
 function table() {
-  const rows = run.saes.map((sae, place) => ({ sae, place, facts: facts(sae) }));
+  const rows = run.saes.map((sae) => ({ sae, facts: facts(sae) }));
   const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents per token"]]), ["alive", "alive", "share of latents that fired on the text read for these pages"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of its tokens`]]
     .filter(([key]) => rows.some((row) => row.facts[key]?.value !== undefined && row.facts[key]?.value !== null));
   const value = (row) => tableSort[0] === "sae" ? row.sae.label : row.facts[tableSort[0]]?.value ?? -Infinity;
@@ -192,7 +198,7 @@ function table() {
   };
   const whole_ = h("section", { class: "card wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, swatch(colourOf(placeOf(row.sae)), dashOf(placeOf(row.sae))), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))),
     [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0: of the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
   return whole_;
 }
@@ -205,7 +211,7 @@ function charts() {
   const draw = () => {
     chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
     const [, name] = choices.find(([key]) => key === chosenY);
-    const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0?.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
+    const points = run.saes.map((sae) => ({ name: sae.label, colour: colourOf(placeOf(sae)), x: facts(sae).l0?.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
     box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); box.querySelector("select").focus(); })), points.length ? scatter(points, ["L0 (active latents per token)", name]) : h("p", { class: "quiet" }, "no numbers"));
   };
   draw();
@@ -217,8 +223,8 @@ function curvesCard() {
   const box = h("section", { class: "card" });
   const draw = () => {
     chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
-    const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), dash: dashOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training, step by step on its batch"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
+    const series = run.saes.map((sae) => ({ name: sae.label, colour: colourOf(placeOf(sae)), dash: dashOf(placeOf(sae)), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training batches"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
       series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
   };
   draw();

@@ -43,10 +43,12 @@ function brief(text, most = LONG) {
 
 // ---------------------------------------------------------------- charts
 
-const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8", "#7d8794", "#8f9a1f"];
+// Those of the plots, in their order; the ink stands for their black.
+const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "var(--ink)"];
 const colourOf = (place) => COLOURS[place % COLOURS.length];
-const DASHES = [null, "6 3", "2 3"]; // for lines, when all colours are taken
+const DASHES = [null, "6 3", "2 3", "6 3 2 3"]; // for lines, when all colours are taken
 const dashOf = (place) => DASHES[Math.floor(place / COLOURS.length) % DASHES.length];
+const swatch = (colour, dash) => s("svg", { class: "swatch", viewBox: "0 0 22 6", "aria-hidden": true }, s("line", { class: "line", vars: { c: colour }, "stroke-dasharray": dash, x1: 0, x2: 22, y1: 3, y2: 3 }));
 let W = innerWidth < 600 ? 340 : 520, H = 260;
 
 function bars(counts, options) {
