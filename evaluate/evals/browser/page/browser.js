@@ -289,7 +289,7 @@ function buildList(sae, found) {
         found.mark && chooser(found.mark, [["all", `every ${found.mark}`], ...marks.map((mark) => [String(mark), markName(found.mark, mark)])], state.mark, (key) => { state.mark = key; arrange(); }),
         h("span", { class: "small quiet" }, `${whole(sae.width)} latents, L0 ${number(sae.l0)} on this text`)),
         h("p", { class: "found", id: "found", role: "status" })),
-      h("div", { class: "heads" }, head("number", "latent", "by number"), head("token", "fires on", "the token of most of its strongest examples"), head("density", "density", "share of tokens on which it fires"), head("mean", "mean", "of its activations"), found.mark && head("mark", found.mark, found.mark)),
+      h("div", { class: "heads" }, head("number", "latent", "by number"), head("token", "fires on", "the token of most of its strongest examples"), head("density", "density, log bar", "share of tokens on which it fires; its bar is on a logarithmic scale from a millionth to all"), head("mean", "mean", "of its activations"), found.mark && head("mark", found.mark, found.mark)),
       rows),
     detail);
   $("main").replaceChildren(split);
@@ -546,7 +546,7 @@ function body(sae, data, found) {
   const marks = [0, .25, .5, .75, 1].map((part) => Math.round(part * bins.counts.length));
   const charts_ = h("div", { class: "pair" },
     h("section", { class: "card" }, h("h2", {}, "Activations"), bars(bins.counts, { log: true, label: "histogram of activations",
-      title: (place) => `${whole(bins.counts[place])} between ${number(edges[bins.first + place])} and ${number(edges[bins.first + place + 1] ?? Infinity)}`, top: `at most ${whole(Math.max(...bins.counts))} in a bar, log scale`,
+      title: (place) => `${whole(bins.counts[place])} between ${number(edges[bins.first + place])} and ${number(edges[bins.first + place + 1] ?? Infinity)}`, top: `at most ${whole(Math.max(...bins.counts))} in a bar; both scales are logarithmic`,
       ticks: [...new Set(marks)].map((place) => [place, number(edges[bins.first + place] ?? edges.at(-1), 2), place === 0 ? "start" : place === bins.counts.length ? "end" : "middle"]) })),
     h("section", { class: "card" }, h("h2", {}, "Position in the window"), bars(parts, { label: "density by position",
       title: (place) => `positions ${Math.ceil(place * each)} to ${Math.ceil((place + 1) * each) - 1}: fires on ${share(parts[place])} of tokens`, top: `up to ${share(Math.max(...parts))} of tokens`,

@@ -110,7 +110,7 @@ function frame(x, y, names, label) {
 
 function scatter(points, names) {
   const x = axis(points.map((point) => point.x), true), y = axis(points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]), false);
-  const { chart, px, py } = frame(x, y, names, `${names[1]} against ${names[0]}`);
+  const { chart, px, py } = frame(x, y, [`${names[0]}, log scale`, names[1]], `${names[1]} against ${names[0]}`);
   let last = -Infinity; // names of near points stand below each other; one that would stand far from its point is left to the pointer
   for (const point of [...points].sort((a, b) => b.y - a.y)) {
     let below = Math.max(py(point.y) + 4, last + 13);

@@ -140,7 +140,8 @@ def test_the_overview_sorts_and_draws(site, open_page):
     assert page.locator("#saes + p").inner_text() == f"core: {SCRIPT}."
     row = page.locator("#saes tbody tr").filter(has_text="second")
     assert row.locator("td").nth(2).inner_text() == "\u2013"  # its L0 was not measured on that text
-    assert page.locator("svg[aria-label^='explained variance against L0']").count() == 1
+    (fidelity,) = page.locator("svg[aria-label^='explained variance against L0']").all()
+    assert "L0 (active latents per token), log scale" in fidelity.text_content()
     assert page.locator("svg[aria-label='loss by step'] polyline").count() == 1
     assert page.locator("svg[aria-label^='densities of']").count() == 2
     places = "run.saes.map((sae) => `${sae.label} ${placeOf(sae)}`).sort()"
@@ -329,6 +330,7 @@ def test_a_latent_shows_values_on_hover_and_more_text_on_a_click(site, open_page
     headings = set(page.locator("#examples h3").all_inner_texts())
     assert {"Strongest", "Sampled from the lowest quarter", "Random tokens on which it fires"} <= headings
     assert page.locator("svg[aria-label='histogram of activations'] rect").count() > 1
+    assert "both scales are logarithmic" in page.locator("svg[aria-label='histogram of activations']").text_content()
 
 
 def test_what_another_sae_leaves_out_still_shows_where_this_one_fires(site, open_page):
