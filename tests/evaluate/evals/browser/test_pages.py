@@ -200,6 +200,18 @@ def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, ope
     assert far[0] == 7 and 1 <= far[1] < 10 and far[2] == 0  # names that are left out are the pointer's
 
 
+def test_an_axis_has_three_numbers_at_least_and_a_line_through_few_points_shows_them(site, open_page):
+    page = open_page(site.home)
+    for values in ([0.675, 0.74], [32, 51], [16, 64], [0, 43], [5, 5], [0.0004, 0.9]):
+        for is_log in ("false", "true"):
+            ticks = page.evaluate(f"axis({values}, {is_log}).ticks")
+            assert 3 <= len(ticks) < 14 and ticks == sorted(set(ticks)), (values, is_log)
+    for count, circles in ((1, 1), (2, 2), (9, 9), (10, 0)):
+        points = f"x: {list(range(count))}, y: {list(range(count))}"
+        chart = f"lines([{{ name: 'a', colour: 'red', {points} }}], ['step', 'y', ''])"
+        assert page.evaluate(f"{chart}.querySelectorAll('circle').length") == circles
+
+
 def test_the_list_sorts_filters_and_searches(site, open_page):
     page = open_page(site.home, "#/sae/first")
     fired = (site.acts > 0).sum((0, 1))
