@@ -56,7 +56,7 @@ function draw(fresh) {
   const focused = document.activeElement?.closest?.("[data-keep]")?.dataset.keep;
   chosen = new Map([...document.querySelectorAll("[data-keep][data-step]")].map((chart) => [chart.dataset.keep, Number(chart.dataset.step)]));
   const all = groups(), shown = all.filter((group) => !off.has(group.name));
-  $("live").replaceChildren(...[progress(), all.length && training(all, shown), compared(shown)].filter(Boolean));
+  $("live").replaceChildren(...[progress(), compared(shown), all.length && training(all, shown)].filter(Boolean));
   said();
   if (focused) [...document.querySelectorAll("[data-keep]")].find((one) => one.dataset.keep === focused)?.focus({ preventScroll: true });
 }

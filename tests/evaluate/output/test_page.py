@@ -399,6 +399,19 @@ def test_curves_that_the_page_draws_are_no_pictures_in_it(tmp_path):
     assert {"plots/pareto.png", "plots/training_metrics.png"} <= {a.get("href") for tag, a in reader.tags if tag == "a"}
 
 
+def test_plots_of_quality_come_first_and_those_of_single_latents_are_folded_up(tmp_path):
+    names = ("activation_patterns", "added", "hyperparameters", "pareto", "transition_matrix")
+    paths = {f"plots/{name}.png": tmp_path / f"{name}.png" for name in names}
+    for path in paths.values():
+        path.write_bytes(b"\x89PNG")
+    document = page("run", [replace(record("a"), documents={}), Record("b", "run", "b")], paths)
+    assert re.findall(r'alt="(\w+)"|(<details)', document) == [
+        ("pareto", ""), ("added", ""),
+        ("", "<details"), ("activation_patterns", ""), ("transition_matrix", ""),
+        ("", "<details"), ("hyperparameters", ""),
+    ]  # fmt: skip
+
+
 def test_results_of_other_settings_in_one_table_are_told():
     def measured(label, settings):
         core = {"eval_result_metrics": {"sparsity": {"l0": 32.0}}, "saemill": {"settings": settings}}
