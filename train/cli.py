@@ -189,8 +189,8 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
         f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of it waiting for data"
     )
     console.print(
-        f"shuffling: {outcome.same_document_share:.3%} of pairs in a batch share a document, "
-        f"{outcome.same_document_ideal:.3%} ideally (ratio {outcome.same_document_ratio:.2f})"
+        f"shuffling: {100 * outcome.same_document_share:.3g}% of pairs in a batch share a document, "
+        f"{100 * outcome.same_document_ideal:.3g}% ideally (ratio {outcome.same_document_ratio:.2f})"
     )
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")

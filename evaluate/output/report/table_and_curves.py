@@ -13,10 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ... import evals
-from ...context.write_and_read_results import REACH, heading, reach_of
+from ...context.write_and_read_results import REACH, heading, reach_of, rounded_to
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import SEED, Column, Record, held_out, measured, notes, thinned
+from ..figures.records import SEED, Column, Record, measured, notes, thinned
 from .markup import Html, element, joined
+
+
+def with_massive(record: Record) -> float | None:
+    """Explained variance of all rows, where some are massive."""
+    massive = record.metric("core", "saemill_metrics.massive.tokens") or record.outcome.get("validation_massive")
+    return record.held_out("explained_variance_with_massive") if massive else None
+
 
 COLUMNS = (
     Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
@@ -24,7 +31,7 @@ COLUMNS = (
     Column("penalty", "coefficient", lambda r: r.setting("penalty")),
     SHARED["l0"],
     SHARED["explained_variance"],
-    held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
+    Column("with massive rows", "the same of all rows", with_massive),
     SHARED["ce_score"],
     SHARED["kl_score"],
     Column("dead", "of latents, as training ended", lambda r: r.outcome.get("dead_share")),
@@ -99,8 +106,10 @@ def cell(record: Record, column: Column) -> Html:
     value, found = column.value(record), reach(column, record)
     if value is None:
         return element("td", "\N{EN DASH}")
-    beside = [] if found is None else [element("small", f"{REACH} {found:.2g}")]
-    return element("td", f"{value:{column.form}}", *beside)
+    if not found:
+        return element("td", f"{value:{column.form}}", *([] if found is None else [element("small", f"{REACH} 0")]))
+    number, distance = rounded_to(value, found)
+    return element("td", number, element("small", f"{REACH} {distance}"))
 
 
 DIGITS = 5

@@ -154,6 +154,30 @@ def test_explained_variance_is_that_of_core_where_it_was_measured():
     assert "0.6543" in shown and "0.7123" not in shown
 
 
+def test_explained_variance_with_massive_rows_is_shown_where_there_are_some():
+    for massive, is_shown in ((0, False), (7, True)):
+        ours = {"explained_variance": 0.5, "explained_variance_with_massive": 0.625, "massive": {"tokens": massive}}
+        core = {"eval_result_metrics": {}, "saemill_metrics": ours}
+        words = read(page("run", [Record("a", "run", "a", documents={"core": core})], {})).words
+        assert ("with massive rows" in words, "0.625" in words) == (is_shown, is_shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "shown"),
+    [
+        (0.00069443, [0.0003, 0.001], ["0.00069", "\N{PLUS-MINUS SIGN} 0.00039"]),
+        (50.5678, [49.5678, 51], ["50.6", "\N{PLUS-MINUS SIGN} 1.0"]),
+        (5123.4, [5000, 5200], ["5,123", "\N{PLUS-MINUS SIGN} 123"]),
+        (32.0, [32, 32], ["32", "\N{PLUS-MINUS SIGN} 0"]),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_leaves_it(value, interval, shown):
+    ours = {"explained_variance": value, "confidence_95": {"explained_variance": interval}}
+    core = {"eval_result_metrics": {}, "saemill_metrics": ours}
+    words = read(page("run", [Record("a", "run", "a", documents={"core": core})], {})).words
+    assert words[words.index(shown[0]) :][:2] == shown
+
+
 def test_the_chart_is_of_core_where_it_measured_any_as_the_plots_are():
     core = {"eval_result_metrics": {"sparsity": {"l0": 31.5}}, "saemill_metrics": {"explained_variance": 0.6543}}
     ends = {"l0": 32.0, "explained_variance": 0.7123}
@@ -281,6 +305,23 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     assert "Of the validation split, as training measured." in page.inner_text("body")
 
 
+def test_names_of_saes_stay_where_a_wide_table_is_moved(live, open_report):
+    live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
+    write_page(live.path, read_records([live], print), live.path)
+    page = open_report(live, viewport={"width": 380, "height": 800})
+    moved = page.evaluate(
+        """() => {
+          const table = document.querySelector(".wide");
+          const left = () => table.querySelector("td").getBoundingClientRect().left;
+          table.firstChild.style.width = "90rem";
+          const before = left();
+          table.scrollLeft = 500;
+          return [table.scrollLeft, left() - before];
+        }"""
+    )
+    assert moved == [500, 0]
+
+
 def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
     page = open_report(live, viewport={"width": 380, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
@@ -349,7 +390,7 @@ def test_the_page_says_what_its_numbers_are_of():
         "32",
         "core: test split, 9 tokens.",
         "core: less than it seems.",
-        "\N{PLUS-MINUS SIGN} 0.1",
+        "\N{PLUS-MINUS SIGN} 0.10",
     } <= set(words)
     assert "L0 and explained variance of b: validation split, measured by training." in words
 

@@ -196,9 +196,9 @@ function table() {
     const text = ["alive", "dense"].includes(key) && shown !== null ? share(shown) : key === "width" ? whole(shown) : number(shown, 4);
     return h("td", {}, text, fact?.low !== undefined && fact.low !== null && h("small", { title: "95 % of resamples of documents" }, `${number(fact.low, 3)} to ${number(fact.high, 3)}`));
   };
-  const whole_ = h("section", { class: "card wide" }, h("table", { id: "saes" },
+  const whole_ = h("section", { class: "card" }, h("div", { class: "wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, swatch(colourOf(placeOf(row.sae)), dashOf(placeOf(row.sae))), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, swatch(colourOf(placeOf(row.sae)), dashOf(placeOf(row.sae))), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key]))))))),
     [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0: of the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
   return whole_;
 }

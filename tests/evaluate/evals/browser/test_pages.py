@@ -137,7 +137,7 @@ def test_the_overview_sorts_and_draws(site, open_page):
     page.locator("#saes th button").first.click()
     assert names.all_inner_texts() == ["second", "first"]
     assert "0.4 to 0.6" in page.locator("#saes").inner_text()
-    assert page.locator("#saes + p").inner_text() == f"core: {SCRIPT}."
+    assert page.locator(".wide + p").inner_text() == f"core: {SCRIPT}."
     row = page.locator("#saes tbody tr").filter(has_text="second")
     assert row.locator("td").nth(2).inner_text() == "\u2013"  # its L0 was not measured on that text
     (fidelity,) = page.locator("svg[aria-label^='explained variance against L0']").all()
