@@ -181,7 +181,8 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
             cells.append(share(sae.explained_variance if every is None else every))
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
-    console.print(f"L0 and EV (explained variance) are measured on {outcome.say_held_out()}")
+    measured_on = f"{outcome.say_held_out()}; the progress has a batch's"
+    console.print(f"L0 and EV (explained variance) are measured on {measured_on}")
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
     console.print(
@@ -189,8 +190,8 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
         f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of it waiting for data"
     )
     console.print(
-        f"shuffling: {outcome.same_document_share:.3%} of pairs in a batch share a document, "
-        f"{outcome.same_document_ideal:.3%} ideally (ratio {outcome.same_document_ratio:.2f})"
+        f"shuffling: {100 * outcome.same_document_share:.3g}% of pairs in a batch share a document, "
+        f"{100 * outcome.same_document_ideal:.3g}% ideally (ratio {outcome.same_document_ratio:.2f})"
     )
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")

@@ -241,6 +241,12 @@ def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) ->
     return None if value is None or interval is None else max(interval[1] - value, value - interval[0])
 
 
+def rounded_to(value: float, reach: float) -> tuple[str, str]:
+    """A number and its reach, both to the second digit of the reach, beyond which neither says anything."""
+    places = max(0, 1 - int(f"{reach:.1e}".partition("e")[2]))
+    return f"{value:,.{places}f}", f"{reach:,.{places}f}"
+
+
 def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> tuple[float, float] | None:
     """The interval of a metric; None if there is none, or if it is of other rows: those of ours leave out massive ones,
     which SAEBench's L0 counts."""

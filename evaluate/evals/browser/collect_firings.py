@@ -1,9 +1,9 @@
 """What one pass over windows collects about an SAE: how often, how strongly, where and with which its latents fire, and
 the firings that are kept to show them by.
 
-A firing is a latent in a window: its peak there and all its activations. For each latent, the firings with
-the highest peaks, a uniform sample, and those just above the threshold are kept. They are chosen again when as many
-firings wait as are kept, so memory grows with the latents and not with the text.
+A firing is a latent in a window: its peak there and all its activations. For each latent, the firings with the highest
+peaks, those with the lowest, and a sample are kept: of tokens, at most one a window, each as likely as any other. They
+are chosen again when as many firings wait as are kept, so memory grows with the latents and not with the text.
 
 F latents, B bins of activation, P parts of a window, N firings, E activations of a batch or of these.
 """
@@ -54,10 +54,24 @@ class Firings:
         of_rows = [array[rows] for array in (self.latent, self.window, self.at, self.peak, self.count)]
         return Firings(*of_rows, *(array[entries] for array in (self.position, self.value)))
 
+    @staticmethod
+    def joined(parts: Sequence[Firings]) -> Firings:
+        return Firings(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Firings)))
+
     @property
     def priority(self) -> np.ndarray:
-        """A random number for each, the same whatever else is kept or read."""
-        return scatter((self.window.astype(np.uint64) << np.uint64(32)) | self.latent.astype(np.uint64))
+        """The highest of random numbers for all its activations, drawn as one: the logarithm of the highest of n even
+        numbers is as that of one, over n. The same whatever else is kept or read."""
+        return np.log(scatter(self._number) + np.float32(2.0**-25)) / self.count.astype(np.float32)
+
+    def drawn(self) -> Firings:
+        """The same, each at one of its activations instead of its peak, drawn evenly."""
+        place = np.cumsum(self.count) - self.count + (scatter(~self._number) * self.count).astype(np.int64)
+        return replace(self, at=self.position[place].astype(np.int32), peak=self.value[place])
+
+    @property
+    def _number(self) -> np.ndarray:
+        return (self.window.astype(np.uint64) << np.uint64(32)) | self.latent.astype(np.uint64)
 
 
 class Keeper:
@@ -91,10 +105,17 @@ class Keeper:
         self._waits = len(everything.latent) - kept
 
     def finish(self) -> tuple[Firings, np.ndarray]:
-        """What is kept, by latent and the highest peak first, and why: bits of TOP, SAMPLE, LOW."""
+        """What is kept, by latent and the highest first, and why: firings at their peaks, with bits of TOP and LOW, and
+        once more the SAMPLE, at what was drawn. A latent with less than a full TOP, which has all its windows, has no
+        sample."""
         self._settle()
-        order = np.lexsort((-self._kept.peak, self._kept.latent))
-        return self._kept.take(order), self._reasons[order]
+        at_peaks = np.flatnonzero(self._reasons & (TOP | LOW))
+        is_full = np.bincount(self._kept.latent[self._reasons & TOP > 0], minlength=self._width) >= self._config.top
+        sampled = np.flatnonzero((self._reasons & SAMPLE > 0) & is_full[self._kept.latent])
+        found = Firings.joined([self._kept.take(at_peaks), self._kept.take(sampled).drawn()])
+        reasons = np.concatenate([self._reasons[at_peaks] & (TOP | LOW), np.full(len(sampled), SAMPLE, np.uint8)])
+        order = np.lexsort((-found.peak, found.latent))
+        return found.take(order), reasons[order]
 
     def _settle(self) -> None:
         """Drop what is no longer among the best of its latent."""
@@ -108,8 +129,7 @@ class Keeper:
 
     @property
     def _everything(self) -> Firings:
-        parts = [self._kept, *self._waiting]
-        return Firings(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Firings)))
+        return Firings.joined([self._kept, *self._waiting])
 
     def _hold(self, kept: Firings, reasons: np.ndarray) -> None:
         """Hold only these, and the bounds beyond which others are kept too."""
@@ -120,7 +140,7 @@ class Keeper:
         top, sample, low = (np.flatnonzero(reasons & reason) for reason in (TOP, SAMPLE, LOW))
         self._least_peak = bound(latent[top], peak[top], width, config.top, np.minimum, -np.inf)
         self._most_peak = bound(latent[low], peak[low], width, config.low, np.maximum, np.inf)
-        self._least_priority = bound(latent[sample], priority[sample], width, config.sample, np.minimum, -1.0)
+        self._least_priority = bound(latent[sample], priority[sample], width, config.sample, np.minimum, -np.inf)
 
 
 def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
@@ -141,7 +161,7 @@ def ordered(key: np.ndarray) -> np.ndarray:
 
 def bound(group: np.ndarray, key: np.ndarray, groups: int, full: int, worst: np.ufunc, none: float) -> np.ndarray:
     """float32 [groups]: the worst key of every group that is full; `none` for the others, which take anything."""
-    found = np.full(groups, -none, np.float32) if np.isinf(none) else np.full(groups, np.inf, np.float32)
+    found = np.full(groups, -none, np.float32)
     worst.at(found, group, key)
     return np.where(np.bincount(group, minlength=groups) < full, np.float32(none), found)
 

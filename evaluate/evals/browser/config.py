@@ -12,9 +12,11 @@ class Config:
     splits: tuple[str, ...] = ("test", "validation", "train")
     batch_windows: int = 16
     top: int = 10
-    """Examples of a latent: those of its highest activations; below, a random sample, and those of the lowest."""
+    """Examples of a latent: the windows of its highest activations."""
     sample: int = 25
+    """Tokens drawn from all on which it fires, at most one a window."""
     low: int = 5
+    """Windows whose highest activation is lowest."""
     neighbours: int = 8
     promoted: int = 10
     """Promoted tokens, and as many suppressed ones."""

@@ -57,7 +57,7 @@ from .latents_for_report import contexts, pattern
 from .overview import write_numbers
 from .read_and_encode import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
 
-FORMAT = 1
+FORMAT = 2  # 1 had samples of windows, each by its strongest token
 SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can be shown side by side
 
 
@@ -206,7 +206,8 @@ def keep_others(
     same = [sae for sae in there if sae.get("sha256") == source_of(home / sae["label"]).sha256]
     leave_out([sae for sae in there if sae not in same], "whose weights have changed since")
     if _deciding(before) != _deciding(about):
-        leave_out(same, "read with other settings")
+        is_of_before = before.get("format") != FORMAT
+        leave_out(same, "made by another version of saemill" if is_of_before else "read with other settings")
         return []
     ids, data = stored(home / NAME, "words", "ids"), home / NAME / "data"
     kept = [sae for sae in same if ids is not None and (data / sae["folder"]).is_dir()]

@@ -158,11 +158,11 @@ def activations_of(exported: Exported, latent: int) -> list[dict[str, Any]]:
 
 
 def groups(items: np.ndarray, peak: np.ndarray, reasons: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
-    """The strongest, then quarters of the sample: examples, their lower end, the share of firings they stand for."""
+    """The strongest, then quarters of the sample: examples, their lower end, the share of activations they are of."""
     top = items[reasons[items] & TOP > 0]
     if len(top):
         yield top, -1.0, -1.0  # not an interval
-    sample = items[(reasons[items] & SAMPLE > 0) & (reasons[items] & (RANDOM | TOP) == 0)]
+    sample = items[reasons[items] & (SAMPLE | RANDOM) == SAMPLE]
     for chosen in np.array_split(sample, BUCKETS):
         if len(chosen):
             yield chosen, float(peak[chosen].min()), 1 / BUCKETS
@@ -204,7 +204,8 @@ def write_neuronpedia(folder: Path, exported: Exported, number: int, features: l
             }
         )
         for place, example in enumerate(examples):
-            values, at = example["values"], example["qualifying_token_index"]
+            values = example["values"]
+            highest = max(values)
             activations.append(
                 {
                     **own,
@@ -212,13 +213,13 @@ def write_neuronpedia(folder: Path, exported: Exported, number: int, features: l
                     "index": str(latent),
                     "tokens": example["tokens"],
                     "values": values,
-                    "maxValue": values[at],
-                    "maxValueTokenIndex": at,
+                    "maxValue": highest,
+                    "maxValueTokenIndex": values.index(highest),
                     "minValue": min(values),
                     "binMin": example["bin_min"],
                     "binMax": example["bin_max"],
                     "binContains": example["bin_contains"],
-                    "qualifyingTokenIndex": at,
+                    "qualifyingTokenIndex": example["qualifying_token_index"],
                 }
             )
     write_lines(path / "features" / f"batch-{number}.jsonl.gz", rows)

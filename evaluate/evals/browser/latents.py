@@ -30,7 +30,7 @@ from .config import Config
 from .related import Near, by_direction, by_firing
 
 FILE_LATENTS = 32
-RANDOM = 8  # besides TOP, SAMPLE and LOW: one of a few of the sample, chosen at random, so that they stand for all
+RANDOM = 8  # besides SAMPLE: one of a few of it, chosen at random, so that they stand for all
 
 SHOWN_RANDOM = 5
 DENSE = 0.1  # fires on more than this share of tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -140,22 +140,37 @@ def _together(name: Any, more: Any) -> str:
     return f"{name} ({more})" if name and more else str(name or "")
 
 
+FIRST = ("pareto",)
+LATENTS_APART = ("activation_patterns", "composition_patterns", "transition_matrix")
 CURVES = ("hyperparameters", "training_metrics", "training_progression")
 """Plots that the page's script draws, except the bars that they have for several SAEs."""
 
 
 def figures(pictures: Mapping[str, Path], is_alone: bool) -> Html:
-    """Every plot with its name and its files for papers; if there is only one SAE, only the files of what is drawn
-    above."""
-    left_out = CURVES if is_alone else ()
-    drawn = [
-        element("figure", image(path, path.stem), element("figcaption", _links(address, path)))
-        for address, path in pictures.items()
-        if path.stem not in left_out
-    ]
-    of_curves = [_links(*found) for found in pictures.items() if found[1].stem in left_out]
-    as_files = [element("p", "The curves above, for papers: ", joined(of_curves, between=", "))] if of_curves else []
-    return joined([element("h2", "Plots"), *drawn, *as_files]) if pictures else Html("")
+    """Every plot with its name and its files for papers, the quality of SAEs first; heat maps of single latents and
+    what is drawn above are folded up. If there is only one SAE, of what is drawn above only the files."""
+    if not pictures:
+        return Html("")
+    found = {path.stem: (address, path) for address, path in pictures.items()}
+
+    def drawn(names: Iterable[str]) -> list[Html]:
+        some = [found[name] for name in names if name in found]
+        return [
+            element("figure", image(path, path.stem), element("figcaption", _links(address, path)))
+            for address, path in some
+        ]
+
+    def folded(title: str, names: Sequence[str]) -> list[Html]:
+        some = drawn(names)
+        return [element("details", element("summary", title), *some)] if some else []
+
+    parts = drawn(name for name in dict.fromkeys((*FIRST, *found)) if name not in (*LATENTS_APART, *CURVES))
+    parts += folded("Single latents", LATENTS_APART)
+    if not is_alone:
+        parts += folded("Training and settings, with bars", CURVES)
+    elif files := [_links(*found[name]) for name in CURVES if name in found]:
+        parts.append(element("p", "The curves above, for papers: ", joined(files, between=", ")))
+    return joined([element("h2", "Plots"), *parts])
 
 
 def _links(address: str, path: Path) -> Html:

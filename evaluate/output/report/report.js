@@ -3,7 +3,7 @@
 
 W = 340; H = 170;
 const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
-const SAID = { l0: "L0", l1: "L1", lr: "Learning rate" };
+const SAID = { l0: "L0, training batch", explained_variance: "Explained variance, training batch", l1: "L1", lr: "Learning rate" };
 const capital = (words) => words.slice(0, 1).toUpperCase() + words.slice(1);
 let data, isApart = false, chosen = new Map(); // chosen steps, by chart
 const off = new Set();
@@ -56,7 +56,7 @@ function draw(fresh) {
   const focused = document.activeElement?.closest?.("[data-keep]")?.dataset.keep;
   chosen = new Map([...document.querySelectorAll("[data-keep][data-step]")].map((chart) => [chart.dataset.keep, Number(chart.dataset.step)]));
   const all = groups(), shown = all.filter((group) => !off.has(group.name));
-  $("live").replaceChildren(...[progress(), all.length && training(all, shown), compared(shown)].filter(Boolean));
+  $("live").replaceChildren(...[progress(), compared(shown), all.length && training(all, shown)].filter(Boolean));
   said();
   if (focused) [...document.querySelectorAll("[data-keep]")].find((one) => one.dataset.keep === focused)?.focus({ preventScroll: true });
 }
@@ -113,7 +113,7 @@ function seeds() {
 function legend(all) {
   const seen = (group) => `${brief(group.name, 40)}${group.members.length > 1 ? ` (${group.members.length} seeds: median and range)` : ""}`;
   const turn = (name) => { if (off.has(name)) off.delete(name); else if (off.size < all.length - 1) off.add(name); draw(data); };
-  return h("div", { class: "legend" }, all.map((group) => h("button", { type: "button", "data-keep": `sae ${group.name}`, "aria-pressed": !off.has(group.name), on: { click: () => turn(group.name) } }, h("span", { class: "dot", vars: { c: group.colour } }), seen(group))));
+  return h("div", { class: "legend" }, all.map((group) => h("button", { type: "button", "data-keep": `sae ${group.name}`, "aria-pressed": !off.has(group.name), on: { click: () => turn(group.name) } }, swatch(group.colour, group.dash), seen(group))));
 }
 
 function compared(shown) {
@@ -125,7 +125,7 @@ function compared(shown) {
   W = innerWidth < 600 ? 340 : 620; H = 260;
   const chart = scatter(points, ["L0 (active latents per token)", "explained variance"]);
   W = 340; H = 170;
-  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : "Of the validation split, as training measured."));
+  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : data.is_measured ? "As core measured." : "Of the validation split, as training measured."));
 }
 
 beginTheme();

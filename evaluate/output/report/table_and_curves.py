@@ -13,10 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ... import evals
-from ...context.write_and_read_results import REACH, heading, reach_of
+from ...context.write_and_read_results import REACH, heading, reach_of, rounded_to
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import SEED, Column, Record, held_out, measured, notes
+from ..figures.records import SEED, Column, Record, measured, notes
 from .markup import Html, element, joined
+
+
+def with_massive(record: Record) -> float | None:
+    """Explained variance of all rows, where some are massive."""
+    massive = record.metric("core", "saemill_metrics.massive.tokens") or record.outcome.get("validation_massive")
+    return record.held_out("explained_variance_with_massive") if massive else None
+
 
 COLUMNS = (
     Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
@@ -24,10 +31,10 @@ COLUMNS = (
     Column("penalty", "coefficient", lambda r: r.setting("penalty")),
     SHARED["l0"],
     SHARED["explained_variance"],
-    held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
+    Column("with massive rows", "the same of all rows", with_massive),
     SHARED["ce_score"],
     SHARED["kl_score"],
-    Column("dead", "share of latents", lambda r: r.outcome.get("dead_share")),
+    Column("dead", "of latents, as training ended", lambda r: r.outcome.get("dead_share")),
     SHARED["probing"],
     measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
     measured("composed", "share of tier 2, of few", "tiers", "composition.coverage_few_2"),
@@ -99,8 +106,10 @@ def cell(record: Record, column: Column) -> Html:
     value, found = column.value(record), reach(column, record)
     if value is None:
         return element("td", "\N{EN DASH}")
-    beside = [] if found is None else [element("small", f"{REACH} {found:.2g}")]
-    return element("td", f"{value:{column.form}}", *beside)
+    if not found:
+        return element("td", f"{value:{column.form}}", *([] if found is None else [element("small", f"{REACH} 0")]))
+    number, distance = rounded_to(value, found)
+    return element("td", number, element("small", f"{REACH} {distance}"))
 
 
 DIGITS = 5
@@ -108,18 +117,19 @@ DIGITS = 5
 
 def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The data for the script; `course` is the progress of a run that has not ended."""
+    is_measured = any("core" in record.documents for record in records)  # training's own numbers are of other text
     first: dict[str, str] = {}  # the name of each group, by what its SAEs have in common
     saes = []
     for record in records:
         settings = {key: value for key, value in record.settings.items() if key != "seed"}
         common = json.dumps([record.run, record.variant, settings], sort_keys=True, default=str)
         group = first.setdefault(common, SEED.sub("", record.name) or record.name)
-        saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record)})
+        saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record, is_measured)})
     names = list(first.values())
     for sae, record in zip(saes, records, strict=True):
         if names.count(sae["group"]) > 1:  # others have the same name, but other settings
             sae["group"] = record.name
-    return {"saes": saes, "course": course}
+    return {"saes": saes, "course": course, "is_measured": is_measured}
 
 
 def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, Any]:
@@ -140,11 +150,13 @@ def _curves(record: Record) -> dict[str, Any]:
     }
 
 
-def _worth(record: Record) -> dict[str, float | None]:
-    """Held-out numbers or, while the run trains, those last logged."""
+def _worth(record: Record, is_measured: bool) -> dict[str, float | None]:
+    """Core's numbers where it measured any SAE, or those that training held out or, while it lasts, last logged."""
+    names = ("l0", "explained_variance")
+    if is_measured:
+        return {name: _rounded(record.held_out(name) if "core" in record.documents else None) for name in names}
     return {
-        name: _rounded(record.outcome.get(name, record.last(name) if record.steps is None else None))
-        for name in ("l0", "explained_variance")
+        name: _rounded(record.outcome.get(name, record.last(name) if record.steps is None else None)) for name in names
     }
 
 

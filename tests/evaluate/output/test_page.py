@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from saemill.evaluate import evals
 from saemill.evaluate.context.write_and_read_results import INTERVALS, few_of, heading, interval_of, lines_of_each
-from saemill.evaluate.output.figures.records import Record, read_records
+from saemill.evaluate.output.figures.records import Record, read_records, web_file
+from saemill.evaluate.output.figures.style import COLOURS, LINES
 from saemill.evaluate.output.report import table_and_curves
 from saemill.evaluate.output.report.markup import Html, element, text
 from saemill.evaluate.output.report.page_of_a_run import page, write_live_page, write_page
@@ -153,6 +154,47 @@ def test_explained_variance_is_that_of_core_where_it_was_measured():
     assert "0.6543" in shown and "0.7123" not in shown
 
 
+def test_explained_variance_with_massive_rows_is_shown_where_there_are_some():
+    for massive, is_shown in ((0, False), (7, True)):
+        ours = {"explained_variance": 0.5, "explained_variance_with_massive": 0.625, "massive": {"tokens": massive}}
+        core = {"eval_result_metrics": {}, "saemill_metrics": ours}
+        words = read(page("run", [Record("a", "run", "a", documents={"core": core})], {})).words
+        assert ("with massive rows" in words, "0.625" in words) == (is_shown, is_shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "shown"),
+    [
+        (0.00069443, [0.0003, 0.001], ["0.00069", "\N{PLUS-MINUS SIGN} 0.00039"]),
+        (50.5678, [49.5678, 51], ["50.6", "\N{PLUS-MINUS SIGN} 1.0"]),
+        (5123.4, [5000, 5200], ["5,123", "\N{PLUS-MINUS SIGN} 123"]),
+        (32.0, [32, 32], ["32", "\N{PLUS-MINUS SIGN} 0"]),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_leaves_it(value, interval, shown):
+    ours = {"explained_variance": value, "confidence_95": {"explained_variance": interval}}
+    core = {"eval_result_metrics": {}, "saemill_metrics": ours}
+    words = read(page("run", [Record("a", "run", "a", documents={"core": core})], {})).words
+    assert words[words.index(shown[0]) :][:2] == shown
+
+
+def test_the_chart_is_of_core_where_it_measured_any_as_the_plots_are():
+    core = {"eval_result_metrics": {"sparsity": {"l0": 31.5}}, "saemill_metrics": {"explained_variance": 0.6543}}
+    ends = {"l0": 32.0, "explained_variance": 0.7123}
+    both = [Record(name, "run", name, outcome=ends, steps=9) for name in "ab"]
+    for records, found in ((both, [(32.0, 0.7123)] * 2), ([replace(both[0], documents={"core": core}), both[1]], None)):
+        data = training_data(records)
+        shown = [(sae["l0"], sae["explained_variance"]) for sae in data["saes"]]
+        assert shown == (found or [(31.5, 0.6543), (None, None)]) and data["is_measured"] == (found is None)
+
+
+def test_an_sae_has_the_colour_that_the_plots_on_its_page_give_it():
+    charts = web_file("charts.js")
+    colours, dashes = (re.findall(rf"const {name} = \[(.*)\]", charts)[0] for name in ("COLOURS", "DASHES"))
+    assert json.loads(f"[{colours}]") == [*COLOURS[:-1], "var(--ink)"] and COLOURS[-1] == "#000000"
+    assert len(json.loads(f"[{dashes}]")) == len(LINES)
+
+
 def test_the_page_leads_to_the_browser_where_there_is_one():
     link = 'href="browser/index.html"'
     assert link in page("run", [record("a")], {}, has_browser=True)
@@ -263,6 +305,23 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     assert "Of the validation split, as training measured." in page.inner_text("body")
 
 
+def test_names_of_saes_stay_where_a_wide_table_is_moved(live, open_report):
+    live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
+    write_page(live.path, read_records([live], print), live.path)
+    page = open_report(live, viewport={"width": 380, "height": 800})
+    moved = page.evaluate(
+        """() => {
+          const table = document.querySelector(".wide");
+          const left = () => table.querySelector("td").getBoundingClientRect().left;
+          table.firstChild.style.width = "90rem";
+          const before = left();
+          table.scrollLeft = 500;
+          return [table.scrollLeft, left() - before];
+        }"""
+    )
+    assert moved == [500, 0]
+
+
 def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
     page = open_report(live, viewport={"width": 380, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
@@ -278,7 +337,7 @@ def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
     assert page.locator("[data-keep=loss] .line").count() == 2
     assert page.evaluate("document.activeElement.dataset.keep") == "sae wide"  # kept over the drawing anew
     assert "loss/aux 0" in page.inner_text("#live")
-    assert page.locator("[data-keep=l0]").locator("xpath=ancestor::div/h3").inner_text() == "L0"
+    assert page.locator("[data-keep=l0]").locator("xpath=ancestor::div/h3").inner_text() == "L0, training batch"
 
 
 def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):
@@ -331,7 +390,7 @@ def test_the_page_says_what_its_numbers_are_of():
         "32",
         "core: test split, 9 tokens.",
         "core: less than it seems.",
-        "\N{PLUS-MINUS SIGN} 0.1",
+        "\N{PLUS-MINUS SIGN} 0.10",
     } <= set(words)
     assert "L0 and explained variance of b: validation split, measured by training." in words
 
@@ -379,6 +438,19 @@ def test_curves_that_the_page_draws_are_no_pictures_in_it(tmp_path):
     of_two = read(page("run", [record("a"), record("b")], paths))
     assert [tag for tag, _ in of_two.tags].count("img") == 2  # these have bars as well
     assert {"plots/pareto.png", "plots/training_metrics.png"} <= {a.get("href") for tag, a in reader.tags if tag == "a"}
+
+
+def test_plots_of_quality_come_first_and_those_of_single_latents_are_folded_up(tmp_path):
+    names = ("activation_patterns", "added", "hyperparameters", "pareto", "transition_matrix")
+    paths = {f"plots/{name}.png": tmp_path / f"{name}.png" for name in names}
+    for path in paths.values():
+        path.write_bytes(b"\x89PNG")
+    document = page("run", [replace(record("a"), documents={}), Record("b", "run", "b")], paths)
+    assert re.findall(r'alt="(\w+)"|(<details)', document) == [
+        ("pareto", ""), ("added", ""),
+        ("", "<details"), ("activation_patterns", ""), ("transition_matrix", ""),
+        ("", "<details"), ("hyperparameters", ""),
+    ]  # fmt: skip
 
 
 def test_results_of_other_settings_in_one_table_are_told():

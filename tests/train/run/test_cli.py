@@ -113,6 +113,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         ", k 3, seed 0, lr 0.0",
         "L0 and EV (explained variance) are measured on the store's validation split, ",
         f" {outcome['saes']['topk']['validation_tokens']:,} tokens of it",
+        "the progress has a batch's",
         "dead",
         "waiting for data",
         "share a document",

@@ -162,6 +162,12 @@ function facts(sae) {
 }
 
 let tableSort = ["l0", 1], chosenY, chosenCurve;
+// Of an SAE among all of its run, by which plots and pages colour it.
+function placeOf(sae) {
+  const names = Object.keys(numbers.saes ?? {}), place = names.indexOf(sae.label);
+  return place < 0 ? names.length + run.saes.indexOf(sae) : place;
+}
+
 function showOverview() {
   document.title = `${run.run}: latents`;
   state.sae = null;
@@ -178,8 +184,8 @@ function showOverview() {
 }
 
 function table() {
-  const rows = run.saes.map((sae, place) => ({ sae, place, facts: facts(sae) }));
-  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents per token"]]), ["alive", "alive", "share of latents that fired at all"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of tokens`]]
+  const rows = run.saes.map((sae) => ({ sae, facts: facts(sae) }));
+  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents per token"]]), ["alive", "alive", "share of latents that fired on the text read for these pages"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of its tokens`]]
     .filter(([key]) => rows.some((row) => row.facts[key]?.value !== undefined && row.facts[key]?.value !== null));
   const value = (row) => tableSort[0] === "sae" ? row.sae.label : row.facts[tableSort[0]]?.value ?? -Infinity;
   rows.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * tableSort[1]);
@@ -191,9 +197,9 @@ function table() {
     const text = ["alive", "dense"].includes(key) && shown !== null ? share(shown) : key === "width" ? whole(shown) : number(shown, 4);
     return h("td", {}, text, fact?.low !== undefined && fact.low !== null && h("small", { title: "95 % of resamples of documents" }, `${number(fact.low, 3)} to ${number(fact.high, 3)}`));
   };
-  const whole_ = h("section", { class: "card wide" }, h("table", { id: "saes" },
+  const whole_ = h("section", { class: "card" }, h("div", { class: "wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, swatch(colourOf(placeOf(row.sae)), dashOf(placeOf(row.sae))), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key]))))))),
     [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0: of the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
   return whole_;
 }
@@ -206,7 +212,7 @@ function charts() {
   const draw = () => {
     chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
     const [, name] = choices.find(([key]) => key === chosenY);
-    const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0?.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
+    const points = run.saes.map((sae) => ({ name: sae.label, colour: colourOf(placeOf(sae)), x: facts(sae).l0?.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
     box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); box.querySelector("select").focus(); })), points.length ? scatter(points, ["L0 (active latents per token)", name]) : h("p", { class: "quiet" }, "no numbers"));
   };
   draw();
@@ -218,8 +224,8 @@ function curvesCard() {
   const box = h("section", { class: "card" });
   const draw = () => {
     chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
-    const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), dash: dashOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
+    const series = run.saes.map((sae) => ({ name: sae.label, colour: colourOf(placeOf(sae)), dash: dashOf(placeOf(sae)), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training batches"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
       series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
   };
   draw();
@@ -241,7 +247,7 @@ function densities() {
 
 let rows, inner, pool = [], split, detail, selecting = 0, visits = 0;
 
-async function showSae(label, latent, window_) {
+async function showSae(label, latent, place) {
   const sae = run.saes.find((one) => one.label === label);
   if (!sae) return showMissing(`There is no SAE ${label} in this run.`);
   const mine = visits;
@@ -266,7 +272,7 @@ async function showSae(label, latent, window_) {
     return;
   }
   if (!(latent >= 0 && latent < sae.width)) return detail.replaceChildren(h("div", { class: "latent" }, h("p", { class: "warn" }, `${label} has latents 0 to ${whole(sae.width - 1)}.`)));
-  await showLatent(sae, latent, window_, isNew);
+  await showLatent(sae, latent, place, isNew);
 }
 
 function buildList(sae, found) {
@@ -282,9 +288,9 @@ function buildList(sae, found) {
       h("div", { class: "list-top" }, h("div", { class: "row-of between" },
         chooser("which latents", filters, state.filter, (key) => { state.filter = key; arrange(); }),
         found.mark && chooser(found.mark, [["all", `every ${found.mark}`], ...marks.map((mark) => [String(mark), markName(found.mark, mark)])], state.mark, (key) => { state.mark = key; arrange(); }),
-        h("span", { class: "small quiet" }, `${whole(sae.width)} latents, L0 ${number(sae.l0)}`)),
+        h("span", { class: "small quiet" }, `${whole(sae.width)} latents, L0 ${number(sae.l0)} on this text`)),
         h("p", { class: "found", id: "found", role: "status" })),
-      h("div", { class: "heads" }, head("number", "latent", "by number"), head("token", "fires on", "the token of most of its strongest examples"), head("density", "density", "share of tokens on which it fires"), head("mean", "mean", "of its activations"), found.mark && head("mark", found.mark, found.mark)),
+      h("div", { class: "heads" }, head("number", "latent", "by number"), head("token", "fires on", "the token of most of its strongest examples"), head("density", "density, log bar", "share of tokens on which it fires; its bar is on a logarithmic scale from a millionth to all"), head("mean", "mean", "of its activations"), found.mark && head("mark", found.mark, found.mark)),
       rows),
     detail);
   $("main").replaceChildren(split);
@@ -486,7 +492,7 @@ async function latentData(sae, latent) {
   };
 }
 
-async function showLatent(sae, latent, window_, isNew) {
+async function showLatent(sae, latent, place, isNew) {
   const mine = ++selecting;
   state.latent = latent;
   if (isNew) revealSelected(); else drawRows();
@@ -497,7 +503,7 @@ async function showLatent(sae, latent, window_, isNew) {
   detail.replaceChildren(h("article", { class: "latent" }, title(sae, latent, found), factsOf(sae, data, found), ...(data.fired ? body(sae, data, found) : [h("p", { class: "quiet" }, `It never fired on the ${whole(sae.tokens)} tokens that were read.`), related(sae, data, found), logits(sae, data)])));
   detail.scrollTop = 0;
   detail.dataset.latent = latent;
-  if (window_ !== null) openExample(window_);
+  if (place !== null) openExample(place);
   if (data.fired && run.attention_layers.length) addAttention(sae, data, mine);
 }
 
@@ -547,7 +553,7 @@ function body(sae, data, found) {
   const marks = [0, .25, .5, .75, 1].map((part) => Math.round(part * bins.counts.length));
   const charts_ = h("div", { class: "pair" },
     h("section", { class: "card" }, h("h2", {}, "Activations"), bars(bins.counts, { log: true, label: "histogram of activations",
-      title: (place) => `${whole(bins.counts[place])} between ${number(edges[bins.first + place])} and ${number(edges[bins.first + place + 1] ?? Infinity)}`, top: `at most ${whole(Math.max(...bins.counts))} in a bar, log scale`,
+      title: (place) => `${whole(bins.counts[place])} between ${number(edges[bins.first + place])} and ${number(edges[bins.first + place + 1] ?? Infinity)}`, top: `at most ${whole(Math.max(...bins.counts))} in a bar; both scales are logarithmic`,
       ticks: [...new Set(marks)].map((place) => [place, number(edges[bins.first + place] ?? edges.at(-1), 2), place === 0 ? "start" : place === bins.counts.length ? "end" : "middle"]) })),
     h("section", { class: "card" }, h("h2", {}, "Position in the window"), bars(parts, { label: "density by position",
       title: (place) => `positions ${Math.ceil(place * each)} to ${Math.ceil((place + 1) * each) - 1}: fires on ${share(parts[place])} of tokens`, top: `up to ${share(Math.max(...parts))} of tokens`,
@@ -607,8 +613,8 @@ function examplesCard(sae, data) {
   const groups = [["Strongest", data.examples.filter((example) => example.reasons & TOP)]];
   const isFew = data.examples.every((example) => example.reasons & TOP);
   if (!isFew) {
-    ["highest quarter of its firings", "second quarter", "third quarter", "lowest quarter"].forEach((name, place) => groups.push([`Sampled from the ${name}`, quarter(place)]));
-    groups.push(["Random firings", sample.filter((example) => example.reasons & RANDOM)], ["Just above the threshold", data.examples.filter((example) => example.reasons & LOW).reverse()]);
+    ["highest quarter of its activations", "second quarter", "third quarter", "lowest quarter"].forEach((name, place) => groups.push([`Sampled from the ${name}`, quarter(place)]));
+    groups.push(["Random tokens on which it fires", sample.filter((example) => example.reasons & RANDOM)], ["Windows in which even its highest activation is low", data.examples.filter((example) => example.reasons & LOW).reverse()]);
   }
   shown = [];
   const box = h("section", { class: "card", id: "examples", on: { pointerover: hover, pointerout: leave, click: pick, keydown: exampleKeys, focusin: focusExample } },
@@ -658,11 +664,11 @@ function expand(example, isOpen) {
   drawExample(example);
   const where = example.line.children[2];
   where.hidden = !isOpen;
-  where.replaceChildren(h("span", {}, `window ${example.window}, position ${example.at}`), h("a", { href: link(state.sae.label, state.latent, example.window) }, "link to this example"));
+  where.replaceChildren(h("span", {}, `window ${example.window}, position ${example.at}`), h("a", { href: link(state.sae.label, state.latent, example.window, example.at) }, "link to this example"));
 }
 
-function openExample(window_) {
-  const example = shown.find((one) => one.window === window_);
+function openExample([window_, at]) {
+  const ofWindow = shown.filter((one) => one.window === window_), example = ofWindow.find((one) => one.at === at) ?? ofWindow[0];
   if (!example) return say(`this latent has no example in window ${window_}`);
   example.line.setAttribute("aria-current", "true");
   expand(example, true);
@@ -754,7 +760,7 @@ function look(example) {
 }
 function attentionSummary() {
   // Over distinct examples: the strongest ones would be counted twice where they were also sampled.
-  const seen = [...new Map(shown.map((example) => [example.window, example])).values()].filter((example) => example.attention);
+  const seen = [...new Map(shown.map((example) => [`${example.window} ${example.at}`, example])).values()].filter((example) => example.attention);
   const columns_ = run.attention_layers.filter((layer) => state.layer === null || state.layer === -1 || state.layer === layer).map((layer) => {
     const sums = new Map();
     let distance = 0, mass = 0;
@@ -825,7 +831,7 @@ async function route() {
   try {
     if (!parts.length) showOverview();
     else if (parts[0] === "notes") showNotes();
-    else if (parts[0] === "sae" && parts[1]) await showSae(parts[1], parts[2] === undefined ? null : /^\d+$/.test(parts[2]) ? Number(parts[2]) : -1, parts[3] !== undefined && /^\d+$/.test(parts[3]) ? Number(parts[3]) : null);
+    else if (parts[0] === "sae" && parts[1]) await showSae(parts[1], parts[2] === undefined ? null : /^\d+$/.test(parts[2]) ? Number(parts[2]) : -1, /^\d+$/.test(parts[3]) ? parts.slice(3).map(Number) : null);
     else showMissing(`There is no page ${parts.join("/")}.`);
   } catch (error) { if (mine === visits) showMissing(error.message); }
   $("sae").value = state.sae?.label ?? "";

@@ -43,10 +43,12 @@ function brief(text, most = LONG) {
 
 // ---------------------------------------------------------------- charts
 
-const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8", "#7d8794", "#8f9a1f"];
+// Those of the plots, in their order; the ink stands for their black.
+const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "var(--ink)"];
 const colourOf = (place) => COLOURS[place % COLOURS.length];
-const DASHES = [null, "6 3", "2 3"]; // for lines, when all colours are taken
+const DASHES = [null, "6 3", "2 3", "6 3 2 3"]; // for lines, when all colours are taken
 const dashOf = (place) => DASHES[Math.floor(place / COLOURS.length) % DASHES.length];
+const swatch = (colour, dash) => s("svg", { class: "swatch", viewBox: "0 0 22 6", "aria-hidden": true }, s("line", { class: "line", vars: { c: colour }, "stroke-dasharray": dash, x1: 0, x2: 22, y1: 3, y2: 3 }));
 let W = innerWidth < 600 ? 340 : 520, H = 260;
 
 function bars(counts, options) {
@@ -67,11 +69,14 @@ function bars(counts, options) {
   return chart;
 }
 
+const LEAST_TICKS = 3;
 function even(low, high) {
-  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough)), ticks = [];
-  const step = [1, 2, 5, 10].map((one) => one * unit).find((one) => one >= rough);
-  for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
-  return ticks;
+  const unit = 10 ** Math.floor(Math.log10((high - low) / 4)), ticksAt = (step) => {
+    const ticks = [];
+    for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
+    return ticks;
+  };
+  return [10, 5, 2, 1].map((one) => ticksAt(one * unit)).find((ticks) => ticks.length >= LEAST_TICKS);
 }
 
 function axis(values, log) {
@@ -87,7 +92,7 @@ function axis(values, log) {
       const value = one * 10 ** power;
       if (scale(value) >= 0 && scale(value) <= 1) ticks.push(value);
     }
-    if (ticks.length < 2) return { scale, ticks: even(10 ** low, 10 ** high) };
+    if (ticks.length < LEAST_TICKS) return { scale, ticks: even(10 ** low, 10 ** high) };
   } else ticks.push(...even(low, high));
   return { scale, ticks };
 }
@@ -108,7 +113,7 @@ function frame(x, y, names, label) {
 
 function scatter(points, names) {
   const x = axis(points.map((point) => point.x), true), y = axis(points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]), false);
-  const { chart, px, py } = frame(x, y, names, `${names[1]} against ${names[0]}`);
+  const { chart, px, py } = frame(x, y, [`${names[0]}, log scale`, names[1]], `${names[1]} against ${names[0]}`);
   let last = -Infinity; // names of near points stand below each other; one that would stand far from its point is left to the pointer
   for (const point of [...points].sort((a, b) => b.y - a.y)) {
     let below = Math.max(py(point.y) + 4, last + 13);
@@ -128,6 +133,7 @@ function scatter(points, names) {
   return chart;
 }
 
+const FEWEST_OF_CURVE = 10; // points: a line through fewer would pass for what was measured between them
 // Each of `series` has a name, a colour, x and y; of several seeds y is the median, low and high the range. `chosen` is
 // the step that is read at first, if any.
 function lines(series, names, chosen) {
@@ -142,9 +148,9 @@ function lines(series, names, chosen) {
   }
   for (const one of series) {
     const points = one.x.map((value, place) => [value, one.y[place]]).filter(([, value]) => isDrawn(value));
-    const line = points.length === 1 ? s("circle", { class: "point", cx: px(points[0][0]), cy: py(points[0][1]), r: 4, vars: { c: one.colour } })
-      : s("polyline", { class: "line", vars: { c: one.colour }, "stroke-dasharray": one.dash, points: path(points) });
-    line.append(s("title", {}, one.name));
+    const line = s("g", { vars: { c: one.colour } }, s("title", {}, one.name));
+    if (points.length > 1) line.append(s("polyline", { class: "line", "stroke-dasharray": one.dash, points: path(points) }));
+    if (points.length < FEWEST_OF_CURVE) line.append(...points.map(([a, b]) => s("circle", { class: "point", cx: px(a), cy: py(b), r: 4 })));
     chart.append(line);
   }
   return readable(chart, series, px, names[0], chosen);

@@ -137,12 +137,16 @@ def test_the_overview_sorts_and_draws(site, open_page):
     page.locator("#saes th button").first.click()
     assert names.all_inner_texts() == ["second", "first"]
     assert "0.4 to 0.6" in page.locator("#saes").inner_text()
-    assert page.locator("#saes + p").inner_text() == f"core: {SCRIPT}."
+    assert page.locator(".wide + p").inner_text() == f"core: {SCRIPT}."
     row = page.locator("#saes tbody tr").filter(has_text="second")
     assert row.locator("td").nth(2).inner_text() == "\u2013"  # its L0 was not measured on that text
-    assert page.locator("svg[aria-label^='explained variance against L0']").count() == 1
+    (fidelity,) = page.locator("svg[aria-label^='explained variance against L0']").all()
+    assert "L0 (active latents per token), log scale" in fidelity.text_content()
     assert page.locator("svg[aria-label='loss by step'] polyline").count() == 1
     assert page.locator("svg[aria-label^='densities of']").count() == 2
+    places = "run.saes.map((sae) => `${sae.label} ${placeOf(sae)}`).sort()"
+    assert page.evaluate(places) == page.evaluate(f"{{ run.saes.reverse(); {places} }}") == ["first 0", "second 1"]
+    page.evaluate("run.saes.reverse()")
     names.first.click()
     page.wait_for_selector(".r")
     assert page.url.endswith("#/sae/second")
@@ -193,7 +197,19 @@ def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, ope
           return [colours.size, named.length, named.filter(isFar).length];
         }"""
     )
-    assert far[0] == 10 and 1 <= far[1] < 10 and far[2] == 0  # names that are left out are the pointer's
+    assert far[0] == 7 and 1 <= far[1] < 10 and far[2] == 0  # names that are left out are the pointer's
+
+
+def test_an_axis_has_three_numbers_at_least_and_a_line_through_few_points_shows_them(site, open_page):
+    page = open_page(site.home)
+    for values in ([0.675, 0.74], [32, 51], [16, 64], [0, 43], [5, 5], [0.0004, 0.9]):
+        for is_log in ("false", "true"):
+            ticks = page.evaluate(f"axis({values}, {is_log}).ticks")
+            assert 3 <= len(ticks) < 14 and ticks == sorted(set(ticks)), (values, is_log)
+    for count, circles in ((1, 1), (2, 2), (9, 9), (10, 0)):
+        points = f"x: {list(range(count))}, y: {list(range(count))}"
+        chart = f"lines([{{ name: 'a', colour: 'red', {points} }}], ['step', 'y', ''])"
+        assert page.evaluate(f"{chart}.querySelectorAll('circle').length") == circles
 
 
 def test_the_list_sorts_filters_and_searches(site, open_page):
@@ -317,14 +333,16 @@ def test_a_latent_shows_values_on_hover_and_more_text_on_a_click(site, open_page
     assert line.locator("[data-at]").count() == site.tokens.shape[1]
     assert line.get_attribute("aria-expanded") == "true"
     place = line.locator("a").get_attribute("href")
-    assert place == f"#/sae/first/{latent}/{window}"
+    assert place == f"#/sae/first/{latent}/{window}/{at}"
     page.mouse.move(0, 0)
     assert page.locator("#tip").is_hidden()
-    other = open_page(site.home, place)
-    assert other.locator(".ex[aria-current=true]").first.get_attribute("aria-expanded") == "true"
+    for shown in (place, place.rpartition("/")[0]):  # as links of before
+        other = open_page(site.home, shown)
+        assert other.locator(".ex[aria-current=true]").first.get_attribute("aria-expanded") == "true"
     headings = set(page.locator("#examples h3").all_inner_texts())
-    assert {"Strongest", "Random firings", "Just above the threshold"} <= headings
+    assert {"Strongest", "Sampled from the lowest quarter", "Random tokens on which it fires"} <= headings
     assert page.locator("svg[aria-label='histogram of activations'] rect").count() > 1
+    assert "both scales are logarithmic" in page.locator("svg[aria-label='histogram of activations']").text_content()
 
 
 def test_what_another_sae_leaves_out_still_shows_where_this_one_fires(site, open_page):
