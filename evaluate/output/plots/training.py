@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ....cache_schema.strict_json import from_json
+from ....train.engine.adam import Optim
 from ..figures.panels import Bars, Lines, draw_panels, series_of
 from ..figures.records import Record
 
@@ -20,8 +24,18 @@ def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
     return sorted(steps), [steps[step] for step in sorted(steps)]
 
 
+def peak_rate(record: Record) -> float | None:
+    """The first logged learning rate without the warm-up in it: a short run logs none at the peak."""
+    steps, rates = record.series("lr")
+    settings, total_steps = record.settings.get("optim"), record.asked.get("total_steps")
+    if not rates or settings is None or total_steps is None:
+        return max(rates, default=None)
+    share = replace(from_json(Optim, settings), lr=1.0).schedule()
+    return rates[0] / share(int(steps[0]), total_steps)
+
+
 HYPERPARAMETERS = (
-    Bars("Learning rate", "peak of its schedule", lambda r: max(r.series("lr")[1], default=None), "{:.2e}"),
+    Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", lambda r: r.setting("penalty")),
     Bars("Sparsity target", "active latents per token", lambda r: r.asked_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),

@@ -159,6 +159,17 @@ def test_one_sae_by_itself_has_no_bars_and_no_points(make_run):
     assert not {"Learning rate", "Final reconstruction", "Training steps completed", "Residual"} & set(titles)
 
 
+def test_the_learning_rate_of_a_run_too_short_to_log_its_peak_is_the_one_it_trained_with():
+    """44 steps of which two are logged, the first in the warm-up of four: the console said 0.0096."""
+    log = [{"step": 0, "lr": 0.00192}, {"step": 43, "lr": 0.0011}]
+    optim = {"lr": None, "warmup_steps": 1000, "warmup_max_fraction": 0.1, "decay_fraction": 0.2}
+    short = Record("a", "run", "a", settings={"optim": optim}, log=log, asked={"total_steps": 44})
+    figure = all_plots()["hyperparameters"]([short, replace(short, name="b", settings={})])
+    assert figure is not None
+    (axis,) = (axis for axis in figure.axes if axis.get_title() == "Learning rate")
+    assert [text.get_text() for text in axis.texts] == ["9.60e-03", "1.92e-03"]  # b: nothing known of its schedule
+
+
 def test_ticks_have_their_numbers_in_full():
     """16.001 is not 1e-3 beside an axis that says +1.6e1."""
     figure, (axis,) = new_figure(1)
