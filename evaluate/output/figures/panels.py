@@ -19,6 +19,7 @@ from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
 LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that fit into a figure, and inches for each further one
+FEWEST_OF_CURVE = 10  # points
 Looks = Mapping[str, Look]
 
 
@@ -47,14 +48,18 @@ class Lines:
         for record in records:
             steps, values = self.values(record)
             if values:
-                mark = "o" if len(values) == 1 else None
-                axis.plot(steps, values, **looks[record.name].strokes, marker=mark)
+                axis.plot(steps, values, **looks[record.name].strokes, marker=mark_of(values))
                 drawn += values
         if self.limits is not None:
             axis.set_ylim(*self.limits)
         elif is_wide(drawn):
             log_axis(axis, "y")
         caption(axis, self.title, STEP, self.y)
+
+
+def mark_of(values: Sequence[float]) -> str | None:
+    """Of each point where they are so few that the line between them would pass for a curve, or is none."""
+    return "o" if len(values) < FEWEST_OF_CURVE else None
 
 
 @dataclass(frozen=True)

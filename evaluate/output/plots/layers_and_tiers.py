@@ -8,7 +8,7 @@ from itertools import islice
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures.panels import STEP, Lines, looks_of, series_of
+from ..figures.panels import STEP, Lines, looks_of, mark_of, series_of
 from ..figures.records import Record
 from ..figures.style import INK, LINES, caption, first_of, new_figure, shades
 
@@ -82,7 +82,9 @@ def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], 
     colours = dict(zip(layers, shades(len(layers)), strict=True))
     for layer, name in record.numbered(prefix).items():
         line = LINES[layers.index(layer) % len(LINES)]
-        axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
+        steps, values = record.series(name)
+        style = {"color": colours[layer], "ls": line, "marker": mark_of(values)}
+        axis.plot(steps, values, **style, lw=1.8, label=f"layer {layer}")
     caption(axis, record.name, STEP, y)
     axis.legend(fontsize=8, frameon=False)
 

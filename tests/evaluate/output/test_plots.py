@@ -170,6 +170,16 @@ def test_the_learning_rate_of_a_run_too_short_to_log_its_peak_is_the_one_it_trai
     assert [text.get_text() for text in axis.texts] == ["9.60e-03", "1.92e-03"]  # b: nothing known of its schedule
 
 
+@pytest.mark.parametrize("name", ["training_metrics", "layer_contribution", "mixing_weights"])
+@pytest.mark.parametrize(("points", "mark"), [(1, "o"), (2, "o"), (50, "None")])
+def test_a_line_of_few_points_shows_them(name, points, mark):
+    """Of one there is no line at all, and of two a straight one that passed for a curve."""
+    values = dict.fromkeys(("loss", "attention/contribution_17", "mixing/weight_17"), 0.5)
+    log = [{"step": step, **values} for step in range(points)]
+    figure = all_plots()[name]([Record("a", "run", "a", log=log)])
+    assert figure is not None and {line.get_marker() for axis in figure.axes for line in axis.lines} == {mark}
+
+
 def test_ticks_have_their_numbers_in_full():
     """16.001 is not 1e-3 beside an axis that says +1.6e1."""
     figure, (axis,) = new_figure(1)
