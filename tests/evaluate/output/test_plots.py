@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from matplotlib import rcParams
@@ -264,6 +265,19 @@ def test_thirty_names_leave_the_panels_their_height(tmp_path):
     figure = pareto.draw(records)
     plots.save(figure, tmp_path / "pareto.png")
     assert all(axis.get_position().height * figure.get_figheight() > 1.5 for axis in figure.axes)
+
+
+def test_labels_of_square_panels_lie_beside_each_other_and_inside(tmp_path):
+    """Beside a colour bar, titles of the second row lay on the first row's labels, and the last were cut."""
+    size = 24
+    moves = {"frequent_latents": [*range(100, 100 + size)], "base_rates": [0.1] * size}
+    temporal = result({}, moves | {"transitions": [[0.1] * size] * size})
+    seen = [Record(f"sae_{n}", "run", "", documents={"temporal": temporal}) for n in range(5)]
+    figure = all_plots()["transition_matrix"](seen)
+    plots.save(figure, tmp_path / "transition_matrix.png")
+    boxes = [axis.get_tightbbox() for axis in panels_of(figure)]
+    assert not [(one, other) for one, other in combinations(boxes, 2) if one.overlaps(other)]
+    assert all(box.y0 >= 0 and box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
 
 
 def test_quality_against_sparsity_mixes_no_splits():
