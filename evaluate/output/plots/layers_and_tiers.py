@@ -18,6 +18,7 @@ MEASURED = (  # by the evaluation `attention`, a number for each layer: its name
     (SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
     ("similarity_gain_", "How much more alike attended tokens are", "cosine above the row's mean", 1.0),
 )
+EQUAL_SHARES = "equal shares"  # how the evaluation `tiers` says that an SAE has none of its own
 MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
 MOST_TIERS = 8  # of an SAE
 
@@ -48,7 +49,7 @@ def draw_contribution(records: Sequence[Record]) -> Figure | None:
             f"layer {layer}": [record.metric("attention", f"contribution.{metric}{layer}") for record in measured]
             for layer in layers
         }
-        draw_parts(axis, measured, parts, factor)
+        draw_parts(axis, [record.name for record in measured], parts, factor)
         caption(axis, "", "", unit)
         axis.set_title(title, fontsize=10, color=INK, pad=24)  # above the legend
     for axis, record in zip(axes[panels - len(logged) :], logged, strict=True):
@@ -112,18 +113,22 @@ def draw_tiers(records: Sequence[Record]) -> Figure | None:
     parts = {f"tier {tier}": values for tier, values in found.items() if any(value is not None for value in values)}
     drawn = dict(islice(parts.items(), MOST_TIERS))
     figure, (axis,) = new_figure(1, width=max(5.0, 1.0 + 0.9 * len(shown)), height=3.6)
-    draw_parts(axis, shown, drawn, 100)
+    draw_parts(axis, [f"{r.name}\n(no tiers)" if has_no_tiers(r) else r.name for r in shown], drawn, 100)
     figure.suptitle(first_of("Activity of tiers", len(drawn), len(parts), "tiers"), fontsize=12, color=INK)
     text = "test split" if is_measured else "last logged batch"
-    caption(axis, "", "", f"% of the tier's latents active on a token\n({text})")
+    instead = f"no tiers: {EQUAL_SHARES} of its latents instead" if any(map(has_no_tiers, shown)) else ""
+    caption(axis, "", instead, f"% of the tier's latents active on a token\n({text})")
     return figure
 
 
-def draw_parts(
-    axis: Axes, records: Sequence[Record], parts: Mapping[str, Sequence[float | None]], factor: float
-) -> None:
+def has_no_tiers(record: Record) -> bool:
+    """Whether the evaluation `tiers` gave it equal shares of its latents for them."""
+    return record.unstructured("tiers").get("tiers") == EQUAL_SHARES
+
+
+def draw_parts(axis: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float | None]], factor: float) -> None:
     """Upright bars side by side: a group for each SAE, a bar for each part."""
-    names, width = [record.name for record in records], 0.8 / max(len(parts), 1)
+    width = 0.8 / max(len(parts), 1)
     for place, ((part, values), colour) in enumerate(zip(parts.items(), shades(len(parts)), strict=True)):
         at = [i + (place - (len(parts) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
         heights = [factor * value for value in values if value is not None]

@@ -335,6 +335,28 @@ def test_a_figure_of_some_of_the_saes_says_so(name, most):
     assert "first" not in draw(seen[:most]).get_suptitle()
 
 
+def composed(name: str, weight: float, source: str) -> Record:
+    made = [{"latent": 9, "tier": 2, "r_squared": 0.5, "tokens": [], "parts": [{"latent": 1, "weight": weight}]}]
+    measured = result({"tier_activity": {"active_share_1": 0.1}}, {"tiers": source, "compositions": made})
+    return Record(name, "run", name, documents={"tiers": measured})
+
+
+def test_weights_of_parts_are_alike_in_all_panels():
+    """Each panel had a scale of its own: the SAE that was composed least was the darkest."""
+    figure = all_plots()["composition_patterns"]([composed("a", 0.3, "saved"), composed("b", 0.8, "saved")])
+    assert [axis.images[0].get_clim() for axis in panels_of(figure)] == [(0, 0.8), (0, 0.8)]
+    assert len(figure.axes) == 3  # and says what they mean
+
+
+def test_an_sae_without_tiers_is_not_shown_as_having_them():
+    seen = [composed("tiered", 0.3, "saved"), composed("plain", 0.3, "equal shares")]
+    titles = [axis.get_title() for axis in panels_of(all_plots()["composition_patterns"](seen))]
+    assert titles == ["tiered", "plain (no tiers: equal shares of its latents instead)"]
+    (axis,) = all_plots()["tier_activity_comparison"](seen).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["tiered", "plain\n(no tiers)"]
+    assert axis.get_xlabel() == "no tiers: equal shares of its latents instead"
+
+
 @pytest.mark.parametrize("tiers", [8, 12])
 @pytest.mark.parametrize("is_measured", [True, False])
 def test_a_figure_of_some_of_the_tiers_says_so(tiers, is_measured):
