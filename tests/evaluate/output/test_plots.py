@@ -290,6 +290,17 @@ def test_quality_against_sparsity_mixes_no_splits():
         assert [line.get_color() for line in axis.lines] == [look(place).colour for place in looks]
 
 
+def test_quality_against_sparsity_has_the_intervals_that_core_measured():
+    """Without them differences within the noise look like findings."""
+    ours = {"explained_variance": 0.8, "confidence_95": {"explained_variance": [0.7, 0.85], "ce_loss_score": None}}
+    core = documents()["core"] | {"saemill_metrics": ours}
+    figure = pareto.draw([Record(f"sae_{n}", "run", "", documents={"core": core}) for n in range(2)])
+    residual, loss = figure.axes
+    assert [tuple(line.get_ydata()) for line in residual.lines] == 2 * [(0.7, 0.85), (0.8,)]
+    assert [tuple(line.get_ydata()) for line in loss.lines] == 2 * [(0.9,)]
+    assert figure.get_suptitle() == "Quality against sparsity\n95 % intervals over documents"
+
+
 @pytest.mark.parametrize("panels", [1, 3])
 def test_quality_against_sparsity_says_which_settings_differ(panels):
     """Of results on two stores, say; and none of that where they are of one."""
