@@ -8,7 +8,7 @@ from itertools import islice
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures.panels import STEP, Lines, looks_of, mark_of, series_of
+from ..figures.panels import STEP, Lines, legend_of, looks_of, mark_of, series_of
 from ..figures.records import Record
 from ..figures.style import INK, LINES, caption, first_of, new_figure, shades
 
@@ -72,7 +72,7 @@ def draw_mixing(records: Sequence[Record]) -> Figure | None:
         draw_layers(axis, record, WEIGHT, layers, "mixing weight (sum 1)")
     if has_temperature:
         temperature.draw(axes[-1], mixed, looks_of(records))
-        for text in axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False).get_texts():
+        for text in axes[-1].legend(*legend_of(mixed, records, True), fontsize=8, frameon=False).get_texts():
             text.set_parse_math(False)
     figure.suptitle("Mixing of attention layers", fontsize=12, color=INK)
     return figure

@@ -241,6 +241,24 @@ def test_an_sae_has_one_colour_throughout(make_run):
             assert line_drawn.get_color() == look([r.name for r in records].index("tiered")).colour
 
 
+@pytest.mark.parametrize("name", ["pareto", "training_metrics", "mixing_weights"])
+def test_seeds_of_one_sae_look_alike_and_have_one_place_in_the_legend(name):
+    """Nine SAEs of a grid over k and the seed had nine looks."""
+    log = [{"step": 0, "loss": 1.0, "mixing/weight_17": 1.0, "mixing/temperature": 1.0}]
+    outcome = {"l0": 32.0, "explained_variance": 0.7}
+    seen = [
+        Record(f"topk_k{k}_seed{seed}", "run", "", "topk", {"k": k, "seed": seed}, log, outcome)
+        for k in (16, 32)
+        for seed in range(3)
+    ]
+    figure = all_plots()[name](seen)
+    (axis,) = (one for one in figure.axes if one.get_title() in ("Residual", "Total loss", "Temperature"))
+    assert [line.get_color() for line in axis.lines] == 3 * [look(0).colour] + 3 * [look(1).colour]
+    (legend,) = [*figure.legends, axis.get_legend()][:1]
+    assert [text.get_text() for text in legend.get_texts()] == ["topk_k16 (3 seeds)", "topk_k32 (3 seeds)"]
+    assert [handle.get_color() for handle in legend.get_lines()] == [look(0).colour, look(1).colour]
+
+
 @pytest.mark.parametrize(
     ("name", "prefix"), [("layer_contribution", "attention/contribution_"), ("mixing_weights", "mixing/weight_")]
 )
@@ -259,9 +277,9 @@ def test_a_layer_looks_alike_in_every_panel(name, prefix):
 
 
 def test_thirty_names_leave_the_panels_their_height(tmp_path):
-    """The legend of a run of six SAEs from five seeds took all of a figure of one panel."""
+    """Their legend took all of a figure of one panel."""
     outcomes = [{"l0": 32.0 + n, "explained_variance": 0.7} for n in range(30)]
-    records = [Record(f"guided_strongly_seed{n}", "run", "", outcome=one) for n, one in enumerate(outcomes)]
+    records = [Record(f"guided_strongly_k{n}", "run", "", outcome=one) for n, one in enumerate(outcomes)]
     figure = pareto.draw(records)
     plots.save(figure, tmp_path / "pareto.png")
     assert all(axis.get_position().height * figure.get_figheight() > 1.5 for axis in figure.axes)
