@@ -181,6 +181,15 @@ def test_a_line_of_few_points_shows_them(name, points, mark):
     assert figure is not None and {line.get_marker() for axis in figure.axes for line in axis.lines} == {mark}
 
 
+@pytest.mark.parametrize(("variants", "is_drawn"), [(["topk", "topk"], True), (["topk", "matryoshka"], False)])
+def test_losses_of_several_variants_are_not_set_side_by_side(variants, is_drawn):
+    """A sum over nested sizes and a single loss: 2.04 against 0.18 says nothing."""
+    log = [{"step": 0, "loss": 1.0}]
+    seen = [Record(f"sae_{n}", "run", "", variant, log=log, steps=1) for n, variant in enumerate(variants)]
+    figure = all_plots()["training_progression"](seen)
+    assert ("Final training loss" in {axis.get_title() for axis in figure.axes}) == is_drawn
+
+
 def test_ticks_have_their_numbers_in_full():
     """16.001 is not 1e-3 beside an axis that says +1.6e1."""
     figure, (axis,) = new_figure(1)
