@@ -21,6 +21,7 @@ MEASURED = (  # by the evaluation `attention`, a number for each layer: its name
 EQUAL_SHARES = "equal shares"  # how the evaluation `tiers` says that an SAE has none of its own
 MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
 MOST_TIERS = 8  # of an SAE
+MOST_BESIDE = 4  # SAEs with a group of bars each in a panel that others stand beside
 
 
 def measured_layers(record: Record) -> list[int]:
@@ -42,8 +43,11 @@ def draw_contribution(records: Sequence[Record]) -> Figure | None:
     if not panels:
         return None
     layers = sorted({layer for r in records for layer in (*measured_layers(r), *r.numbered(CONTRIBUTION))})
-    width = max(5.0, 1.2 + 0.9 * len(measured))
-    figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=width, height=3.6)
+    if len(measured) > MOST_BESIDE:  # beside each other, bars would make a figure too wide to read on a page
+        columns = 2 if len(measured) <= 2 * MOST_BESIDE else 3
+        figure, axes = new_figure(panels, columns, height=3.6, wide=len(MEASURED))
+    else:
+        figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=5.0, height=3.6)
     for axis, (metric, title, unit, factor) in zip(axes, MEASURED if measured else (), strict=False):
         parts = {
             f"layer {layer}": [record.metric("attention", f"contribution.{metric}{layer}") for record in measured]

@@ -268,6 +268,19 @@ def test_seeds_of_one_sae_look_alike_and_have_one_place_in_the_legend(name):
     assert [handle.get_color() for handle in legend.get_lines()] == [look(0).colour, look(1).colour]
 
 
+@pytest.mark.parametrize("saes", [1, 4, 5, 12, 30])
+def test_bars_of_many_saes_have_a_row_each_and_make_no_figure_too_wide_to_read(saes):
+    """Three panels of 12 SAEs were 4,320 pixels wide, their text 2 pixels high on a page."""
+    measured = result({"contribution": {"share_17": 0.1, "similarity_gain_17": 0.1}})
+    log = [{"step": step, "attention/contribution_17": 1.0} for step in (0, 1)]
+    seen = [Record(f"sae_{n}", "run", "", documents={"attention": measured}, log=log) for n in range(saes)]
+    figure = all_plots()["layer_contribution"](seen)
+    assert figure is not None and figure.get_figwidth() <= 15
+    figure.draw_without_rendering()
+    bars, lines = figure.axes[0].get_position(), figure.axes[2].get_position()
+    assert (bars.width > 1.5 * lines.width) == (saes > 4)
+
+
 @pytest.mark.parametrize(
     ("name", "prefix"), [("layer_contribution", "attention/contribution_"), ("mixing_weights", "mixing/weight_")]
 )
