@@ -20,7 +20,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -123,8 +123,9 @@ def address(name: str) -> str:
 
 
 def title_of(name: str, text: str) -> str:
-    found = re.search(r"^# (.+)$", text, re.MULTILINE)
-    return found.group(1) if found else name
+    """A page's heading; tables that a study has written have none."""
+    found, path = re.search(r"^# (.+)$", text, re.MULTILINE), PurePosixPath(name)
+    return found.group(1) if found else f"{path.stem}: {path.parent.name}".replace("_", " ")
 
 
 def tutorial_page() -> str:
@@ -284,7 +285,7 @@ def document(name: str, text: str, texts: Mapping[str, str]) -> str:
                 at = way(address(target) if target in texts else target)
                 one.attrSet(kind, f"{at}#{anchor}" if anchor else at)
     markdown = MarkdownIt("commonmark").enable("table")
-    body = markdown.renderer.render(tokens, markdown.options, {})
+    body = markdown.renderer.render(tokens, markdown.options, {}).replace(" ± ", "&nbsp;±&nbsp;")
     title = html.escape(title_of(name, text))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: saemill</title>\n'

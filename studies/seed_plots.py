@@ -1,35 +1,40 @@
 """Plots of a run of several seeds, as PNG and SVG: a seed is a point, and a band is what seeds leave uncertain.
 
 `RUN_measures`: a panel for each measure, a row for each SAE: its seeds, and the 95 % interval of their mean. The
-interval of the base runs through all rows, so that whatever lies outside it shows at a glance.
+interval of the base runs through all rows, so that whatever lies outside it shows at a glance. The axis is as wide as
+what is compared: a sanity baseline far off is an arrow with its mean.
 `RUN_training`: explained variance over training, the mean of an SAE's seeds in the band from its least to its most.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluate.output.figures.panels import STEP
+from ..evaluate.context.write_and_read_results import heading
+from ..evaluate.output.figures.panels import STEP, add_legend
 from ..evaluate.output.figures.style import INK, Look, caption, look, new_figure
 from ..evaluate.output.plots import KINDS, save
-from .compare_and_decide import Families, half_width, values_of
+from .compare_and_decide import Families, half_width, is_baseline, values_of
 
 SMOOTHED = 40  # points of a curve at most: each is the mean of the batches that it stands for
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 """Steps and values over training by SAE, a list for each seed."""
 
 
-def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves, out: Path) -> list[Path]:
-    """Draw both plots, as far as there are numbers for them."""
+def draw_bands(
+    run: str, title: str, values: Families, base: str, curves: Curves, out: Path, more_is_better: Collection[str] = ()
+) -> list[Path]:
+    """Draw both plots, as far as there are numbers for them; `more_is_better` are measures."""
     out.mkdir(parents=True, exist_ok=True)
     looks = {label: look(place) for place, label in enumerate(values)}
-    figures = {"measures": draw_measures(title, values, base, looks), "training": draw_training(title, curves, looks)}
+    measures = draw_measures(title, values, base, looks, more_is_better)
+    figures = {"measures": measures, "training": draw_training(title, curves, looks)}
     written = []
     for name, figure in figures.items():
         paths = [out / f"{run}_{name}.{kind}" for kind in KINDS]
@@ -41,25 +46,30 @@ def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves
     return written
 
 
-def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, Look]) -> Figure | None:
-    """A measure that is the same for all SAEs to four digits, such as L0 on a top-k base, has no panel."""
+def draw_measures(
+    title: str, values: Families, base: str, looks: Mapping[str, Look], more_is_better: Collection[str] = ()
+) -> Figure | None:
+    """A measure that one SAE alone has, such as growth, has no panel, nor one that is the same for all to four digits,
+    such as L0 on a top-k base."""
     columns = list(dict.fromkeys(name for seeds in values.values() for one in seeds.values() for name in one))
     numbers = {name: {label: values_of(seeds, name) for label, seeds in values.items()} for name in columns}
     told = {name: {f"{n:.4g}" for some in found.values() for n in some} for name, found in numbers.items()}
-    shown = {name: found for name, found in numbers.items() if len(told[name]) > 1}
+    has_several = {name: sum(map(bool, found.values())) > 1 for name, found in numbers.items()}
+    shown = {name: found for name, found in numbers.items() if len(told[name]) > 1 and has_several[name]}
     if not shown:
         return None
     figure, axes = new_figure(len(shown), height=max(2.4, 1.0 + 0.26 * len(values)))
     for axis, (name, found) in zip(axes, shown.items(), strict=True):
         if len(found.get(base, ())) > 1:
-            middle, half = statistics.fmean(found[base]), half_width(found[base])
-            axis.axvspan(middle - half, middle + half, color=looks[base].colour, alpha=0.15, lw=0)
+            axis.axvspan(*_interval(found[base]), color=looks[base].colour, alpha=0.15, lw=0)
+        _set_limits(axis, found)
         for row, (label, own) in enumerate(found.items()):
             _draw_row(axis, row, own, looks[label])
         axis.set_yticks(range(len(found)), list(found), fontsize=8, parse_math=False)
         axis.set_ylim(len(found) - 0.5, -0.5)
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        caption(axis, name, "seeds, and the 95 % interval of their mean", "")
+        better = "\nmore is better" if name in more_is_better else ""
+        caption(axis, heading(name), f"seeds, and the 95 % interval of their mean{better}", "")
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     return figure
 
@@ -83,8 +93,7 @@ def draw_training(title: str, curves: Curves, looks: Mapping[str, Look]) -> Figu
     if not axis.lines:
         return None
     caption(axis, f"{title}: mean over seeds, from the least to the most", STEP, "explained variance of a batch")
-    for text in axis.legend(fontsize=8, frameon=False, loc="lower right").get_texts():
-        text.set_parse_math(False)
+    add_legend(figure, axis.lines, [str(line.get_label()) for line in axis.lines])
     return figure
 
 
@@ -95,9 +104,31 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(statistics.fmean(step for step, _ in part), statistics.fmean(v for _, v in part)) for part in parts]
 
 
+def _set_limits(axis: Axes, found: Mapping[str, Sequence[float]]) -> None:
+    """Those of what is compared, with its intervals."""
+    compared = [own for label, own in found.items() if own and not is_baseline(label)]
+    ends = [end for own in compared for end in (min(own), max(own), *_interval(own))]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
+    if low < high:
+        axis.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+
+def _interval(own: Sequence[float]) -> tuple[float, float]:
+    middle, half = statistics.fmean(own), half_width(own) if len(own) > 1 else 0.0
+    return middle - half, middle + half
+
+
 def _draw_row(axis: Axes, row: int, own: Sequence[float], style: Look) -> None:
+    low, high = axis.get_xlim()
+    if own and not low <= (middle := statistics.fmean(own)) <= high:
+        is_left = middle < low
+        text = f"\N{LEFTWARDS ARROW} {middle:.3g}" if is_left else f"{middle:.3g} \N{RIGHTWARDS ARROW}"
+        side, inward = ("left", 4) if is_left else ("right", -4)
+        offset = {"xytext": (inward, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+        at_edge = low if is_left else high
+        axis.annotate(text, (at_edge, row), **offset, fontsize=8, color=style.colour)
+        return
     if len(own) > 1:
-        middle, half = statistics.fmean(own), half_width(own)
-        axis.plot([middle - half, middle + half], [row, row], color=style.colour, lw=6, alpha=0.35)
-        axis.plot([middle], [row], "|", color=style.colour, ms=14, mew=2)
+        axis.plot(_interval(own), [row, row], color=style.colour, lw=6, alpha=0.35)
+        axis.plot([statistics.fmean(own)], [row], "|", color=style.colour, ms=14, mew=2)
     axis.plot(own, [row] * len(own), style.mark, color=style.colour, ms=4, mec="white", mew=0.4)

@@ -43,7 +43,7 @@ from ..train.errors import NonFiniteLoss, TrainError, TrainingDiverged
 from ..train.run.run_folder import RunFolder, cache_of
 from .compare_and_decide import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines, titles_of
-from .tables import rows_of, write_tables
+from .tables import MEASURES, rows_of, write_tables
 
 LOCK = ".lock"  # in the study's folder
 AS_OFTEN = ("--epochs", "1000")
@@ -296,7 +296,8 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
                 curves.setdefault(line.family, []).append(points.get(line.label, []))
             title, titles = f"{recipe.study}: {recipe.name}", titles_of(recipe.evals)
             named = [replace(one, values={titles.get(n, n): v for n, v in one.values.items()}) for one in lines]
-            written = draw_bands(recipe.name, title, families(named), recipe.against[0], curves, out)
+            more = [titles.get(name, name) for name in MEASURES]
+            written = draw_bands(recipe.name, title, families(named), recipe.against[0], curves, out, more)
             console.print(f"plots: {', '.join(str(path) for path in written)}", markup=False, soft_wrap=True)
 
 

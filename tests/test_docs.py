@@ -192,6 +192,14 @@ def test_pages_take_the_place_of_pages_and_of_nothing_else(tmp_path, monkeypatch
         assert (folder / name).read_text() == "mine"
 
 
+def test_a_table_without_a_heading_has_a_name_in_the_menu_and_its_deviations_stay_with_their_means():
+    """The menu had five raw paths, and a cell `0.79 ± 0.019` took three lines."""
+    name, text = "docs/studies/decisive/attention_plan.md", "| SAE | dead |\n|---|--:|\n| base | 0.79 ± 0.019 |"
+    page = BUILD.document(name, text, {name: text})
+    assert "<title>attention plan: decisive: saemill" in page and ">attention plan: decisive</a>" in page
+    assert "0.79&nbsp;±&nbsp;0.019" in page
+
+
 class Addresses(HTMLParser):
     """What a page of the site leads to inside it."""
 

@@ -86,7 +86,7 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network progress sparsify_attention stats",
-        "train": "cli_support config data disk dry_run errors file_registry kit run sae sae/kernels train_runs",
+        "train": "cli_support config data disk dry_run engine errors file_registry kit run sae sae/kernels train_runs",
     },
     "studies": {
         "cache_schema": "cli disk_and_cloud_files launcher_environment strict_json",

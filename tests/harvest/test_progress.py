@@ -41,6 +41,22 @@ def test_of_the_shards_before_only_the_sum_is_kept(tmp_path):
     assert [line.split(",")[0] for line in said] == ["3.00 GB written", "6.00 GB written", "9.00 GB written"]
 
 
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_a_narrow_terminal_shows_the_time_left_and_as_many_facts_as_fit(width, monkeypatch):
+    """At 80 columns `GB free` was cut in its middle, and the time left fell off the end."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Watch(Console(file=out, force_terminal=True, width=width)).stage("harvesting", 99_968, stays=True) as stage:
+        now[0] = 42.0
+        stage(65_536, "26.17 MB written, 40.41 GB free")
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).split("\r")[-1]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in last and re.search(r" left (-|\d):..:..\s*$", last)
+    assert "harvesting" in last and "65,536 of 99,968 tokens, 1,560/s" in last
+    assert ("26.17 MB written" in last) == (width > 80)
+    assert ("GB free" in last) == (width in (100, 200))  # at 120 there is a bar
+
+
 def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch):
     assert watched(False, tmp_path) == ""
     monkeypatch.setattr(progress, "LOG_SECONDS", -1.0)

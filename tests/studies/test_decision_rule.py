@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from saemill.evaluate.output.figures.style import look
+from saemill.evaluate.output.plots import save
 from saemill.studies.compare_and_decide import compare, judge, own_controls
-from saemill.studies.seed_plots import draw_bands, draw_training, smoothed
+from saemill.studies.seed_plots import draw_bands, draw_measures, draw_training, smoothed
 
 NOISE = (-0.02, 0.01, 0.0, 0.03, -0.01)
 AGAINST = ("base", "control")
@@ -165,6 +166,31 @@ def test_pictures_have_every_seed_and_both_kinds(tmp_path):
     assert "<svg" in text and "<b>" not in text
     left = draw_bands("decisive", "a study", values, "base", {}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in left} and len(left) == 2
+
+
+def test_a_sanity_baseline_far_off_leaves_the_axis_to_what_is_compared():
+    """A frozen decoder at 0.25 made one tick of 0.809 against 0.797."""
+    means = {"base": 0.809, "guided": 0.797, "base_frozen_decoder": 0.25, "pca_k32_layer15": 0.9}
+    values = {label: {0: {"explained_variance": mean}} for label, mean in means.items()}
+    values["base"][0] |= {"growth": 0.01, "steps": 44}  # of the base alone: nothing to compare
+    figure = draw_measures("a study", values, "base", {label: look(0) for label in values}, ["explained_variance"])
+    assert figure is not None
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    assert 0.79 < low < 0.797 and 0.809 < high < 0.82
+    arrows = ["\N{LEFTWARDS ARROW} 0.25", "0.9 \N{RIGHTWARDS ARROW}"]
+    assert [text.get_text() for text in axis.texts] == arrows and len(axis.lines) == 2
+    assert axis.get_title() == "explained variance" and axis.get_xlabel().endswith("more is better")
+
+
+def test_the_legend_of_curves_lies_beside_them(tmp_path):
+    curves = {label: [[(step, 0.1 * step) for step in range(9)]] for label in ("base", "guided")}
+    figure = draw_training("a study", curves, {label: look(0) for label in curves})
+    assert figure is not None
+    save(figure, tmp_path / "training.png")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "guided"]
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
 
 
 @pytest.mark.parametrize("lengths", [(100, 60), (60, 100), (41, 40)])

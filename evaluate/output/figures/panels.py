@@ -5,6 +5,7 @@ A `Lines` or `Bars` knows which SAEs have its numbers; a panel without any is no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,10 +16,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .records import Record
+from .seeds import groups_of
 from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
 LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that fit into a figure, and inches for each further one
+FEWEST_OF_CURVE = 10  # points
 Looks = Mapping[str, Look]
 
 
@@ -47,14 +50,18 @@ class Lines:
         for record in records:
             steps, values = self.values(record)
             if values:
-                mark = "o" if len(values) == 1 else None
-                axis.plot(steps, values, **looks[record.name].strokes, marker=mark)
+                axis.plot(steps, values, **looks[record.name].strokes, marker=mark_of(values))
                 drawn += values
         if self.limits is not None:
             axis.set_ylim(*self.limits)
         elif is_wide(drawn):
             log_axis(axis, "y")
         caption(axis, self.title, STEP, self.y)
+
+
+def mark_of(values: Sequence[float]) -> str | None:
+    """Of each point where they are so few that the line between them would pass for a curve, or is none."""
+    return "o" if len(values) < FEWEST_OF_CURVE else None
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,8 @@ def draw_panels(
     drawn = [panel for panel in panels if panel.finds(records) and (len(records) > 1 or not isinstance(panel, Bars))]
     if not drawn:
         return None
-    looks = looks_of(among or records)
+    among = among or records
+    looks = looks_of(among)
     has_bars = any(isinstance(panel, Bars) for panel in drawn)
     tall = 1.2 + 0.24 * len(records) if has_bars else 0.0
     figure, axes = new_figure(len(drawn), columns=2 if len(drawn) in (2, 4) else 3, height=max(3.1, tall))
@@ -136,15 +144,23 @@ def draw_panels(
         panel.draw(axis, records, looks)
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     if not all(isinstance(panel, Bars) for panel in drawn):
-        add_legend(figure, [record.name for record in records], looks, any(isinstance(panel, Lines) for panel in drawn))
+        add_legend(figure, *legend_of(records, among, any(isinstance(panel, Lines) for panel in drawn)))
     return figure
 
 
-def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bool) -> None:
-    """One legend for the whole figure, below it: by lines if it has any, otherwise by marks."""
-    handles = [Line2D([], [], color=looks[name].colour, ls=looks[name].line, lw=2) for name in names]
+def legend_of(records: Sequence[Record], among: Sequence[Record], has_lines: bool) -> tuple[list[Line2D], list[str]]:
+    """Handles and names of these among all SAEs, one for all seeds of one: lines if it has any, otherwise marks."""
+    groups, looks = groups_of(among), looks_of(among)
+    shown = {groups[record.name]: looks[record.name] for record in records}
+    seeds = Counter(groups[record.name] for record in records)
+    handles = [Line2D([], [], color=one.colour, ls=one.line, lw=2) for one in shown.values()]
     if not has_lines:
-        handles = [Line2D([], [], color=looks[name].colour, ls="", marker=looks[name].mark, ms=8) for name in names]
+        handles = [Line2D([], [], color=one.colour, ls="", marker=one.mark, ms=8) for one in shown.values()]
+    return handles, [f"{name} ({seeds[name]} seeds)" if seeds[name] > 1 else name for name in shown]
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str]) -> None:
+    """One legend for the whole figure, below it."""
     columns = max(1, min(len(names), int(figure.get_figwidth() * 9 / max(len(name) + 4 for name in names))))
     further = max(0, -(-len(names) // columns) - LEGEND_LINES)  # thirty SAEs would leave no height for the panels
     figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * further)
@@ -154,5 +170,7 @@ def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bo
 
 
 def looks_of(records: Sequence[Record]) -> dict[str, Look]:
-    """The look of each SAE: by its place among all, whichever of them a panel shows."""
-    return {record.name: look(place) for place, record in enumerate(records)}
+    """The look of each SAE, one for all seeds of one: by its place among all, whichever of them a panel shows."""
+    groups = groups_of(records)
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups.values()))}
+    return {name: look(places[group]) for name, group in groups.items()}

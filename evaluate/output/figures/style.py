@@ -1,7 +1,7 @@
 """One look for all plots: colours that colour-blind readers can tell apart, and text that is only text.
 
-An SAE has one colour in every panel; from the eighth on, colours repeat with another line style,
-mark and hatching.
+An SAE has one colour in every panel, and so have all its seeds; from the eighth on, colours repeat
+with another line style, mark and hatching.
 Tiers and layers are ordered, so they have shades of one scale that no SAE has.
 """
 
@@ -56,13 +56,16 @@ def shades(count: int) -> list[str]:
 
 
 def new_figure(
-    panels: int, columns: int = 3, width: float = WIDTH, height: float = HEIGHT
+    panels: int, columns: int = 3, width: float = WIDTH, height: float = HEIGHT, wide: int = 0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with this many panels, `columns` in a row; none is left empty."""
-    columns = min(columns, panels)
-    rows = -(-panels // columns)
+    """A figure with this many panels, `columns` in a row; none is left empty. The first `wide` have a row each."""
+    columns = columns if wide else min(columns, panels)
+    rows = wide + -(-(panels - wide) // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=DPI, layout="constrained")
-    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(panels)]
+    grid = figure.add_gridspec(rows, columns)
+    places = [grid[row, :] for row in range(wide)]
+    places += [grid[wide + place // columns, place % columns] for place in range(panels - wide)]
+    axes = [figure.add_subplot(place) for place in places]
     for axis in axes:  # no box, a faint grid behind, and the full number at every tick: no offset to add to it
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(_in_full)

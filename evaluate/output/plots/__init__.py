@@ -53,6 +53,7 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
 def save(figure: Figure, path: Path) -> None:
     """Draw to one file for each format, each all or nothing, whatever else draws the same."""
     FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # beside square panels and a shared colour bar one pass of the layout is too few
     for kind, metadata in KINDS.items():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=kind, metadata=metadata)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ..figures.records import Record
 from ..figures.style import INK, caption, first_of, new_figure, shown
+from .layers_and_tiers import EQUAL_SHARES, has_no_tiers
 
 BLUES: Any = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "interpolation": "nearest"}
 MOST_PATTERNS, MOST_COMPOSITIONS, MOST_MATRICES = 6, 4, 9  # SAEs in one figure: more would be too small to read
@@ -67,33 +69,43 @@ def compositions_of(record: Record) -> list[dict[str, Any]]:
 
 def draw_compositions(records: Sequence[Record]) -> Figure | None:
     seen = [record for record in records if compositions_of(record)]
-    return draw_each(seen, draw_composition, "What latents are composed of", MOST_COMPOSITIONS, 7.5, 4.4)
+    parts = (part for record in seen[:MOST_COMPOSITIONS] for one in compositions_of(record) for part in one["parts"])
+    heaviest = max((part["weight"] for part in parts), default=0.0)
+    draw = partial(draw_composition, heaviest=heaviest)
+    figure = draw_each(seen, draw, "What latents are composed of", MOST_COMPOSITIONS, 7.5, 4.4)
+    return add_scale(figure, "weight of a part; the number in a cell is the part's")
 
 
-def draw_composition(axis: Axes, record: Record) -> None:
-    """A row per latent, with the numbers of its parts by descending weight; dark where a part is heavy."""
+def draw_composition(axis: Axes, record: Record, heaviest: float) -> None:
+    """A row per latent, with the numbers of its parts by descending weight; dark where a part is heavy, alike in all
+    panels."""
     latents = compositions_of(record)
     most = max(len(one["parts"]) for one in latents)
     weights = [[part["weight"] for part in one["parts"]] + [0.0] * (most - len(one["parts"])) for one in latents]
-    axis.imshow(weights, **BLUES)
-    middle = max(max(row) for row in weights) / 2
+    axis.imshow(weights, **BLUES, vmax=heaviest)
     for row, one in enumerate(latents):
         for column, part in enumerate(one["parts"]):
-            colour = "white" if part["weight"] > middle else INK
+            colour = "white" if part["weight"] > heaviest / 2 else INK
             axis.text(column, row, str(part["latent"]), ha="center", va="center", fontsize=7, color=colour)
     axis.set_xticks(range(most), [str(rank + 1) for rank in range(most)], fontsize=7)
     names = [f"{one['latent']} (tier {one['tier']}, R² {one['r_squared']:.2f})" for one in latents]
     axis.set_yticks(range(len(latents)), names, fontsize=7)
-    caption(axis, record.name, "part of the tier below, by weight", "latent")
+    title = f"{record.name} (no tiers: {EQUAL_SHARES} of its latents instead)" if has_no_tiers(record) else record.name
+    caption(axis, title, "part of the tier below, by weight", "latent")
 
 
 def draw_transitions(records: Sequence[Record]) -> Figure | None:
     seen = [record for record in records if record.unstructured("temporal").get("transitions")]
     columns, title = 2 if len(seen) in (2, 4) else 3, "Transitions of the most frequent latents"
     figure = draw_each(seen, draw_matrix, title, MOST_MATRICES, 4.6, 4.2, columns)
+    return add_scale(figure, "doublings over the column's base rate")
+
+
+def add_scale(figure: Figure | None, label: str) -> Figure | None:
+    """One colour bar for all panels."""
     if figure is not None:
-        bar = figure.colorbar(figure.axes[0].images[0], ax=figure.axes, shrink=0.6, pad=0.02)
-        bar.set_label("doublings over the column's base rate", fontsize=8, color=INK)
+        bar = figure.colorbar(figure.axes[0].images[0], ax=figure.axes, shrink=0.6, pad=0.02, aspect=30)
+        bar.set_label(label, fontsize=8, color=INK)
         bar.ax.tick_params(labelsize=7, colors=INK)
     return figure
 

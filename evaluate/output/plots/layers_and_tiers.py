@@ -8,7 +8,7 @@ from itertools import islice
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures.panels import STEP, Lines, looks_of, series_of
+from ..figures.panels import STEP, Lines, legend_of, looks_of, mark_of, series_of
 from ..figures.records import Record
 from ..figures.style import INK, LINES, caption, first_of, new_figure, shades
 
@@ -18,8 +18,10 @@ MEASURED = (  # by the evaluation `attention`, a number for each layer: its name
     (SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
     ("similarity_gain_", "How much more alike attended tokens are", "cosine above the row's mean", 1.0),
 )
+EQUAL_SHARES = "equal shares"  # how the evaluation `tiers` says that an SAE has none of its own
 MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
 MOST_TIERS = 8  # of an SAE
+MOST_BESIDE = 4  # SAEs with a group of bars each in a panel that others stand beside
 
 
 def measured_layers(record: Record) -> list[int]:
@@ -41,14 +43,17 @@ def draw_contribution(records: Sequence[Record]) -> Figure | None:
     if not panels:
         return None
     layers = sorted({layer for r in records for layer in (*measured_layers(r), *r.numbered(CONTRIBUTION))})
-    width = max(5.0, 1.2 + 0.9 * len(measured))
-    figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=width, height=3.6)
+    if len(measured) > MOST_BESIDE:  # beside each other, bars would make a figure too wide to read on a page
+        columns = 2 if len(measured) <= 2 * MOST_BESIDE else 3
+        figure, axes = new_figure(panels, columns, height=3.6, wide=len(MEASURED))
+    else:
+        figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=5.0, height=3.6)
     for axis, (metric, title, unit, factor) in zip(axes, MEASURED if measured else (), strict=False):
         parts = {
             f"layer {layer}": [record.metric("attention", f"contribution.{metric}{layer}") for record in measured]
             for layer in layers
         }
-        draw_parts(axis, measured, parts, factor)
+        draw_parts(axis, [record.name for record in measured], parts, factor)
         caption(axis, "", "", unit)
         axis.set_title(title, fontsize=10, color=INK, pad=24)  # above the legend
     for axis, record in zip(axes[panels - len(logged) :], logged, strict=True):
@@ -71,7 +76,7 @@ def draw_mixing(records: Sequence[Record]) -> Figure | None:
         draw_layers(axis, record, WEIGHT, layers, "mixing weight (sum 1)")
     if has_temperature:
         temperature.draw(axes[-1], mixed, looks_of(records))
-        for text in axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False).get_texts():
+        for text in axes[-1].legend(*legend_of(mixed, records, True), fontsize=8, frameon=False).get_texts():
             text.set_parse_math(False)
     figure.suptitle("Mixing of attention layers", fontsize=12, color=INK)
     return figure
@@ -82,7 +87,9 @@ def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], 
     colours = dict(zip(layers, shades(len(layers)), strict=True))
     for layer, name in record.numbered(prefix).items():
         line = LINES[layers.index(layer) % len(LINES)]
-        axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
+        steps, values = record.series(name)
+        style = {"color": colours[layer], "ls": line, "marker": mark_of(values)}
+        axis.plot(steps, values, **style, lw=1.8, label=f"layer {layer}")
     caption(axis, record.name, STEP, y)
     axis.legend(fontsize=8, frameon=False)
 
@@ -110,18 +117,22 @@ def draw_tiers(records: Sequence[Record]) -> Figure | None:
     parts = {f"tier {tier}": values for tier, values in found.items() if any(value is not None for value in values)}
     drawn = dict(islice(parts.items(), MOST_TIERS))
     figure, (axis,) = new_figure(1, width=max(5.0, 1.0 + 0.9 * len(shown)), height=3.6)
-    draw_parts(axis, shown, drawn, 100)
+    draw_parts(axis, [f"{r.name}\n(no tiers)" if has_no_tiers(r) else r.name for r in shown], drawn, 100)
     figure.suptitle(first_of("Activity of tiers", len(drawn), len(parts), "tiers"), fontsize=12, color=INK)
     text = "test split" if is_measured else "last logged batch"
-    caption(axis, "", "", f"% of the tier's latents active on a token\n({text})")
+    instead = f"no tiers: {EQUAL_SHARES} of its latents instead" if any(map(has_no_tiers, shown)) else ""
+    caption(axis, "", instead, f"% of the tier's latents active on a token\n({text})")
     return figure
 
 
-def draw_parts(
-    axis: Axes, records: Sequence[Record], parts: Mapping[str, Sequence[float | None]], factor: float
-) -> None:
+def has_no_tiers(record: Record) -> bool:
+    """Whether the evaluation `tiers` gave it equal shares of its latents for them."""
+    return record.unstructured("tiers").get("tiers") == EQUAL_SHARES
+
+
+def draw_parts(axis: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float | None]], factor: float) -> None:
     """Upright bars side by side: a group for each SAE, a bar for each part."""
-    names, width = [record.name for record in records], 0.8 / max(len(parts), 1)
+    width = 0.8 / max(len(parts), 1)
     for place, ((part, values), colour) in enumerate(zip(parts.items(), shades(len(parts)), strict=True)):
         at = [i + (place - (len(parts) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
         heights = [factor * value for value in values if value is not None]

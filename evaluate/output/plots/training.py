@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+from matplotlib.figure import Figure
+
+from ....cache_schema.strict_json import from_json
+from ....train.engine.adam import Optim
 from ..figures.panels import Bars, Lines, draw_panels, series_of
 from ..figures.records import Record
 
@@ -20,8 +27,18 @@ def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
     return sorted(steps), [steps[step] for step in sorted(steps)]
 
 
+def peak_rate(record: Record) -> float | None:
+    """The first logged learning rate without the warm-up in it: a short run logs none at the peak."""
+    steps, rates = record.series("lr")
+    settings, total_steps = record.settings.get("optim"), record.asked.get("total_steps")
+    if not rates or settings is None or total_steps is None:
+        return max(rates, default=None)
+    share = replace(from_json(Optim, settings), lr=1.0).schedule()
+    return rates[0] / share(int(steps[0]), total_steps)
+
+
 HYPERPARAMETERS = (
-    Bars("Learning rate", "peak of its schedule", lambda r: max(r.series("lr")[1], default=None), "{:.2e}"),
+    Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", lambda r: r.setting("penalty")),
     Bars("Sparsity target", "active latents per token", lambda r: r.asked_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),
@@ -58,18 +75,26 @@ METRICS = (
     ),
 )
 
+LOSS = Bars("Final training loss", "weighted sum of all terms", lambda r: r.last("loss"), may_be_log=True)
 PROGRESS = (
     Bars("Training steps completed", "steps", lambda r: None if r.steps is None else float(r.steps), "{:,.0f}"),
-    Bars("Final training loss", "weighted sum of all terms", lambda r: r.last("loss"), may_be_log=True),
+    LOSS,
     Lines("Mask coefficient", "0 no mask, 1 full mask", series_of("mask/coefficient"), (-0.03, 1.03)),
     Lines("Specialisation retention", "% of activation inside its range", series_of("mask/retention", 100), (0, 103)),
     Lines("Adapter gate", "mean gate", series_of("adapter/gate")),
 )
 
+
+def draw_progress(records: Sequence[Record]) -> Figure | None:
+    """Losses of several variants have other terms each, and are not set side by side."""
+    seen = [record for record in records if record.log or record.steps is not None]
+    is_one = len({record.variant for record in seen}) == 1
+    panels = [panel for panel in PROGRESS if is_one or panel is not LOSS]
+    return draw_panels(panels, seen, "Progress of training", records)
+
+
 PLOTS = {
     "hyperparameters": lambda records: draw_panels(HYPERPARAMETERS, records, "Hyperparameters"),
     "training_metrics": lambda records: draw_panels(METRICS, records, "Training"),
-    "training_progression": lambda records: draw_panels(
-        PROGRESS, [record for record in records if record.log or record.steps is not None], "Progress of training"
-    ),
+    "training_progression": draw_progress,
 }

@@ -6,7 +6,6 @@ An evaluation without a column here gets one for each metric of its summary.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 from ... import evals
 from ...context.write_and_read_results import REACH, heading, reach_of, rounded_to
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import SEED, Column, Record, measured, notes
+from ..figures.records import Column, Record, measured, notes
+from ..figures.seeds import groups_of
 from .markup import Html, element, joined
 
 
@@ -118,17 +118,8 @@ DIGITS = 5
 def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The data for the script; `course` is the progress of a run that has not ended."""
     is_measured = any("core" in record.documents for record in records)  # training's own numbers are of other text
-    first: dict[str, str] = {}  # the name of each group, by what its SAEs have in common
-    saes = []
-    for record in records:
-        settings = {key: value for key, value in record.settings.items() if key != "seed"}
-        common = json.dumps([record.run, record.variant, settings], sort_keys=True, default=str)
-        group = first.setdefault(common, SEED.sub("", record.name) or record.name)
-        saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record, is_measured)})
-    names = list(first.values())
-    for sae, record in zip(saes, records, strict=True):
-        if names.count(sae["group"]) > 1:  # others have the same name, but other settings
-            sae["group"] = record.name
+    groups = groups_of(records)
+    saes = [{"name": r.name, "group": groups[r.name], **_curves(r), **_worth(r, is_measured)} for r in records]
     return {"saes": saes, "course": course, "is_measured": is_measured}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from matplotlib import rcParams
@@ -159,6 +160,36 @@ def test_one_sae_by_itself_has_no_bars_and_no_points(make_run):
     assert not {"Learning rate", "Final reconstruction", "Training steps completed", "Residual"} & set(titles)
 
 
+def test_the_learning_rate_of_a_run_too_short_to_log_its_peak_is_the_one_it_trained_with():
+    """44 steps of which two are logged, the first in the warm-up of four: the console said 0.0096."""
+    log = [{"step": 0, "lr": 0.00192}, {"step": 43, "lr": 0.0011}]
+    optim = {"lr": None, "warmup_steps": 1000, "warmup_max_fraction": 0.1, "decay_fraction": 0.2}
+    short = Record("a", "run", "a", settings={"optim": optim}, log=log, asked={"total_steps": 44})
+    figure = all_plots()["hyperparameters"]([short, replace(short, name="b", settings={})])
+    assert figure is not None
+    (axis,) = (axis for axis in figure.axes if axis.get_title() == "Learning rate")
+    assert [text.get_text() for text in axis.texts] == ["9.60e-03", "1.92e-03"]  # b: nothing known of its schedule
+
+
+@pytest.mark.parametrize("name", ["training_metrics", "layer_contribution", "mixing_weights"])
+@pytest.mark.parametrize(("points", "mark"), [(1, "o"), (2, "o"), (50, "None")])
+def test_a_line_of_few_points_shows_them(name, points, mark):
+    """Of one there is no line at all, and of two a straight one that passed for a curve."""
+    values = dict.fromkeys(("loss", "attention/contribution_17", "mixing/weight_17"), 0.5)
+    log = [{"step": step, **values} for step in range(points)]
+    figure = all_plots()[name]([Record("a", "run", "a", log=log)])
+    assert figure is not None and {line.get_marker() for axis in figure.axes for line in axis.lines} == {mark}
+
+
+@pytest.mark.parametrize(("variants", "is_drawn"), [(["topk", "topk"], True), (["topk", "matryoshka"], False)])
+def test_losses_of_several_variants_are_not_set_side_by_side(variants, is_drawn):
+    """A sum over nested sizes and a single loss: 2.04 against 0.18 says nothing."""
+    log = [{"step": 0, "loss": 1.0}]
+    seen = [Record(f"sae_{n}", "run", "", variant, log=log, steps=1) for n, variant in enumerate(variants)]
+    figure = all_plots()["training_progression"](seen)
+    assert ("Final training loss" in {axis.get_title() for axis in figure.axes}) == is_drawn
+
+
 def test_ticks_have_their_numbers_in_full():
     """16.001 is not 1e-3 beside an axis that says +1.6e1."""
     figure, (axis,) = new_figure(1)
@@ -224,6 +255,37 @@ def test_an_sae_has_one_colour_throughout(make_run):
             assert line_drawn.get_color() == look([r.name for r in records].index("tiered")).colour
 
 
+@pytest.mark.parametrize("name", ["pareto", "training_metrics", "mixing_weights"])
+def test_seeds_of_one_sae_look_alike_and_have_one_place_in_the_legend(name):
+    """Nine SAEs of a grid over k and the seed had nine looks."""
+    log = [{"step": 0, "loss": 1.0, "mixing/weight_17": 1.0, "mixing/temperature": 1.0}]
+    outcome = {"l0": 32.0, "explained_variance": 0.7}
+    seen = [
+        Record(f"topk_k{k}_seed{seed}", "run", "", "topk", {"k": k, "seed": seed}, log, outcome)
+        for k in (16, 32)
+        for seed in range(3)
+    ]
+    figure = all_plots()[name](seen)
+    (axis,) = (one for one in figure.axes if one.get_title() in ("Residual", "Total loss", "Temperature"))
+    assert [line.get_color() for line in axis.lines] == 3 * [look(0).colour] + 3 * [look(1).colour]
+    (legend,) = [*figure.legends, axis.get_legend()][:1]
+    assert [text.get_text() for text in legend.get_texts()] == ["topk_k16 (3 seeds)", "topk_k32 (3 seeds)"]
+    assert [handle.get_color() for handle in legend.get_lines()] == [look(0).colour, look(1).colour]
+
+
+@pytest.mark.parametrize("saes", [1, 4, 5, 12, 30])
+def test_bars_of_many_saes_have_a_row_each_and_make_no_figure_too_wide_to_read(saes):
+    """Three panels of 12 SAEs were 4,320 pixels wide, their text 2 pixels high on a page."""
+    measured = result({"contribution": {"share_17": 0.1, "similarity_gain_17": 0.1}})
+    log = [{"step": step, "attention/contribution_17": 1.0} for step in (0, 1)]
+    seen = [Record(f"sae_{n}", "run", "", documents={"attention": measured}, log=log) for n in range(saes)]
+    figure = all_plots()["layer_contribution"](seen)
+    assert figure is not None and figure.get_figwidth() <= 15
+    figure.draw_without_rendering()
+    bars, lines = figure.axes[0].get_position(), figure.axes[2].get_position()
+    assert (bars.width > 1.5 * lines.width) == (saes > 4)
+
+
 @pytest.mark.parametrize(
     ("name", "prefix"), [("layer_contribution", "attention/contribution_"), ("mixing_weights", "mixing/weight_")]
 )
@@ -242,12 +304,25 @@ def test_a_layer_looks_alike_in_every_panel(name, prefix):
 
 
 def test_thirty_names_leave_the_panels_their_height(tmp_path):
-    """The legend of a run of six SAEs from five seeds took all of a figure of one panel."""
+    """Their legend took all of a figure of one panel."""
     outcomes = [{"l0": 32.0 + n, "explained_variance": 0.7} for n in range(30)]
-    records = [Record(f"guided_strongly_seed{n}", "run", "", outcome=one) for n, one in enumerate(outcomes)]
+    records = [Record(f"guided_strongly_k{n}", "run", "", outcome=one) for n, one in enumerate(outcomes)]
     figure = pareto.draw(records)
     plots.save(figure, tmp_path / "pareto.png")
     assert all(axis.get_position().height * figure.get_figheight() > 1.5 for axis in figure.axes)
+
+
+def test_labels_of_square_panels_lie_beside_each_other_and_inside(tmp_path):
+    """Beside a colour bar, titles of the second row lay on the first row's labels, and the last were cut."""
+    size = 24
+    moves = {"frequent_latents": [*range(100, 100 + size)], "base_rates": [0.1] * size}
+    temporal = result({}, moves | {"transitions": [[0.1] * size] * size})
+    seen = [Record(f"sae_{n}", "run", "", documents={"temporal": temporal}) for n in range(5)]
+    figure = all_plots()["transition_matrix"](seen)
+    plots.save(figure, tmp_path / "transition_matrix.png")
+    boxes = [axis.get_tightbbox() for axis in panels_of(figure)]
+    assert not [(one, other) for one, other in combinations(boxes, 2) if one.overlaps(other)]
+    assert all(box.y0 >= 0 and box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
 
 
 def test_quality_against_sparsity_mixes_no_splits():
@@ -258,6 +333,17 @@ def test_quality_against_sparsity_mixes_no_splits():
     for drawn, looks in ((records, [1, 2]), ([replace(one, documents={}) for one in records], [0, 1, 2])):
         axis = pareto.draw(drawn).axes[0]
         assert [line.get_color() for line in axis.lines] == [look(place).colour for place in looks]
+
+
+def test_quality_against_sparsity_has_the_intervals_that_core_measured():
+    """Without them differences within the noise look like findings."""
+    ours = {"explained_variance": 0.8, "confidence_95": {"explained_variance": [0.7, 0.85], "ce_loss_score": None}}
+    core = documents()["core"] | {"saemill_metrics": ours}
+    figure = pareto.draw([Record(f"sae_{n}", "run", "", documents={"core": core}) for n in range(2)])
+    residual, loss = figure.axes
+    assert [tuple(line.get_ydata()) for line in residual.lines] == 2 * [(0.7, 0.85), (0.8,)]
+    assert [tuple(line.get_ydata()) for line in loss.lines] == 2 * [(0.9,)]
+    assert figure.get_suptitle() == "Quality against sparsity\n95 % intervals over documents"
 
 
 @pytest.mark.parametrize("panels", [1, 3])
@@ -303,6 +389,28 @@ def test_a_figure_of_some_of_the_saes_says_so(name, most):
     assert len(panels_of(figure)) == most
     assert figure.get_suptitle().endswith(f" (first {most} of {most + 1} SAEs)")
     assert "first" not in draw(seen[:most]).get_suptitle()
+
+
+def composed(name: str, weight: float, source: str) -> Record:
+    made = [{"latent": 9, "tier": 2, "r_squared": 0.5, "tokens": [], "parts": [{"latent": 1, "weight": weight}]}]
+    measured = result({"tier_activity": {"active_share_1": 0.1}}, {"tiers": source, "compositions": made})
+    return Record(name, "run", name, documents={"tiers": measured})
+
+
+def test_weights_of_parts_are_alike_in_all_panels():
+    """Each panel had a scale of its own: the SAE that was composed least was the darkest."""
+    figure = all_plots()["composition_patterns"]([composed("a", 0.3, "saved"), composed("b", 0.8, "saved")])
+    assert [axis.images[0].get_clim() for axis in panels_of(figure)] == [(0, 0.8), (0, 0.8)]
+    assert len(figure.axes) == 3  # and says what they mean
+
+
+def test_an_sae_without_tiers_is_not_shown_as_having_them():
+    seen = [composed("tiered", 0.3, "saved"), composed("plain", 0.3, "equal shares")]
+    titles = [axis.get_title() for axis in panels_of(all_plots()["composition_patterns"](seen))]
+    assert titles == ["tiered", "plain (no tiers: equal shares of its latents instead)"]
+    (axis,) = all_plots()["tier_activity_comparison"](seen).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["tiered", "plain\n(no tiers)"]
+    assert axis.get_xlabel() == "no tiers: equal shares of its latents instead"
 
 
 @pytest.mark.parametrize("tiers", [8, 12])
