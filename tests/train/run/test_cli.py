@@ -121,6 +121,12 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     assert "held-out" in (run / "report.html").read_text()
 
 
+def test_a_run_without_plots_has_no_page(big, sae_train, quick, tmp_path):
+    sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 64, "--no-plots")
+    left = {path.name for path in (tmp_path / "runs/run_1").iterdir() if not path.name.startswith(".")}
+    assert left == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "topk"}
+
+
 def test_the_commit_of_a_project_in_which_the_code_is_installed_is_not_the_code_s(tmp_path):
     for name in ("its_own.py", "installed.py"):
         (tmp_path / name).touch()
