@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -136,6 +137,14 @@ def test_the_commit_of_a_project_in_which_the_code_is_installed_is_not_the_code_
     found = run_folder._git_state(tmp_path / "its_own.py")
     assert found is not None and len(found["commit"]) == 40 and found["is_dirty"]
     assert run_folder._git_state(tmp_path / "installed.py") is None
+
+
+def test_the_command_that_a_run_keeps_names_no_password(monkeypatch):
+    """Folders of runs are shared."""
+    words = ["sae-train", "--cache", "https://me:secret@host/store", "--set", "course.trackers=a@b"]
+    monkeypatch.setattr(sys, "argv", words)
+    kept = "sae-train --cache https://host/store --set course.trackers=a@b"
+    assert run_folder.provenance({})["command"] == kept
 
 
 def test_who_looks_on_costs_a_run_a_hundredth_of_its_time(monkeypatch, tmp_path):
