@@ -41,7 +41,8 @@ PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs
 
 def import_into(store: Path, folder: Path, **settings: Any) -> None:
     source = NumpySource({Site(RESID, 4): folder / "acts.npy"}, folder / "tokens.npy")
-    import_store(str(store), source, ImportSettings(HOSTILE, (), None, 0.05, 0.05, **settings), lambda *_: None)
+    settings |= {"validation_share": 0.05, "test_share": 0.05, "shard_windows": 256}
+    import_store(str(store), source, ImportSettings(HOSTILE, **settings), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
