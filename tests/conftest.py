@@ -13,6 +13,7 @@ os.environ.pop("TRANSFORMERS_OFFLINE", None)
 import gc
 import importlib
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -105,6 +106,14 @@ def copied(
     sources.cache_clear()
     for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def sigterm_is_harmless() -> Iterator[None]:
+    """Unless what is tested catches it, it does nothing: it would end the tests."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

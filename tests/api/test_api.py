@@ -20,7 +20,7 @@ import saemill
 from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.api import store as store_module
 from saemill.api.command_words import words_of
-from saemill.cache_schema import StoreMissing, info
+from saemill.cache_schema import RequestInvalid, StoreMissing, info
 from saemill.cache_schema.formats_to_import import NumpySource
 from saemill.cache_schema.import_into_store import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
@@ -29,12 +29,20 @@ from saemill.evaluate.errors import TargetUnknown
 from saemill.harvest.cli import main as sae_harvest
 from saemill.harvest.cli import make_config
 from saemill.train.cli import main as sae_train
+from saemill.train.data.batches_for_others import Batches
+from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.errors import ConfigInvalid, RunMissing
 
 HOSTILE = "<script>alert('model')</script>"
 QUICK: dict[str, Any] = {"set": {"data.batch_tokens": 256}, "width": 32, "device": "cpu", "plots": False}
 ROOT = Path(saemill.__file__).parent
 PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+
+
+def import_into(store: Path, folder: Path, **settings: Any) -> None:
+    source = NumpySource({Site(RESID, 4): folder / "acts.npy"}, folder / "tokens.npy")
+    settings |= {"validation_share": 0.05, "test_share": 0.05, "shard_windows": 256}
+    import_store(str(store), source, ImportSettings(HOSTILE, **settings), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +52,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     np.save(folder / "acts.npy", rng.standard_normal((800, 8, 16)).astype(np.float32))
     np.save(folder / "tokens.npy", rng.integers(3, 50, (800, 8)))
-    source = NumpySource({Site(RESID, 4): folder / "acts.npy"}, folder / "tokens.npy")
-    settings = ImportSettings(HOSTILE, (), None, 0.05, 0.05, shard_windows=256)
-    import_store(str(folder / "store"), source, settings, lambda *_: None)
+    import_into(folder / "store", folder)
     return folder / "store"
 
 
@@ -206,17 +212,50 @@ def test_they_show_themselves_and_names_are_text(run: Any, path: Path) -> None:
     assert "&lt;img src=x&gt;" in pages[1] and "&lt;img src=x&gt;" in pages[3]
 
 
-def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
+def test_batches_of_the_store_are_those_of_training(path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    trained, step = [], Fleet.step
+
+    def noting(fleet: Fleet, draw: Any) -> Any:
+        trained.append(draw.batch(fleet.needs["topk"]).x)
+        return step(fleet, draw)
+
+    monkeypatch.setattr(Fleet, "step", noting)
+    train(cache=path, variant="topk", k=2, tokens="1k", out=tmp_path, **QUICK)
     with Store(path) as store:
-        (x, *_) = batches = list(store.batches(layers=4, batch_tokens=256, device="cpu"))
-        assert x.shape == (256, 16) and x.dtype == torch.float32 and len(batches) == 720 * 8 // 256
-        assert next(store.batches(layers=(4,), batch_tokens=10, device="cpu")).shape == (10, 1, 16)
-        assert next(store.batches(layers=np.int64(4), batch_tokens=10, device="cpu")).shape == (10, 16)
-        assert next(store.batches(layers=np.array([4]), batch_tokens=10, device="cpu")).shape == (10, 1, 16)
-        norms = [x.norm(dim=1).mean() for x in store.batches(layers=4, batch_tokens=256, device="cpu", scaled=True)]
-        assert float(torch.stack(norms).mean()) == pytest.approx(4, rel=0.05)
+        batches = list(store.batches(layers=4, batch_tokens=256, device="cpu", scaled=True))
+        assert len(trained) == 3 and all(map(torch.equal, trained, batches))
+        assert float(torch.cat(batches).norm(dim=1).mean()) == pytest.approx(4, rel=0.05)
+        other = next(store.batches(layers=4, batch_tokens=256, device="cpu", scaled=True, seed=1))
+        assert not torch.equal(other, batches[0])
+
+
+def test_batches_of_the_store_are_as_asked(path: Path, tmp_path: Path) -> None:
+    rows = torch.from_numpy(np.load(path.parent / "acts.npy"))
+    with Store(path) as store:
+
+        def batches(layers: Any = 4, batch_tokens: int = 256, **words: Any) -> Batches:
+            return store.batches(layers, batch_tokens=batch_tokens, device="cpu", **words)
+
+        whole = list(batches(shuffle=False))
+        assert len(whole) == 720 * 8 // 256 and torch.equal(torch.cat(whole), rows.flatten(0, 1)[: 22 * 256])
+        held_out = batches(shuffle=False, split="validation")
+        assert torch.equal(next(held_out), rows[720:].flatten(0, 1)[:256]) and held_out.state_dict()["split"] != "train"
+        assert len(batches(epochs=2)) == 2 * len(whole)
+        shares = zip(*(batches(shuffle=False, rank=rank, size=2) for rank in range(2)), strict=True)
+        assert all(torch.equal(torch.cat(share), x) for share, x in zip(shares, whole, strict=True))
+        bounds = [batches(massive_norms=of).state_dict()["largest_norms"] for of in ("store's", 10, 20, None)]
+        median = bounds[0]["4"] / 10
+        assert bounds == [{"4": 10 * median}, {"4": 10 * median}, {"4": pytest.approx(20 * median)}, {}]
+        for layers, shape in ((np.int64(4), (10, 16)), ((4,), (10, 1, 16)), (np.array([4]), (10, 1, 16))):
+            assert next(batches(layers, 10)).shape == shape
         with pytest.raises(ConfigInvalid, match="expected a device like"):
             store.batches(layers=4, device="nonsense")
+        assert batches(exact=True)
+    import_into(tmp_path / "small", path.parent, stored_as="int8")
+    with Store(tmp_path / "small") as store:
+        assert batches()
+        with pytest.raises(RequestInvalid, match="keeps them as int8"):
+            batches(exact=True)
 
 
 @pytest.mark.parametrize(

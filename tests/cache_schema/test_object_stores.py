@@ -525,6 +525,7 @@ def clock(monkeypatch):
     """A clock that goes on only when a test moves it. Claims are renewed all the time."""
     clock = SimpleNamespace(now=time.time())
     monkeypatch.setattr(time, "time", lambda: clock.now)
+    assert claims_module.RENEW_SECONDS <= claims_module.LEASE_SECONDS / 4  # a network may fail at some of them
     monkeypatch.setattr(claims_module, "RENEW_SECONDS", 0.001)
     return clock
 

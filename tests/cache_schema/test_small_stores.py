@@ -75,6 +75,13 @@ def test_codes_of_fp8_are_the_nearest_there_are(rng: np.random.Generator) -> Non
     assert LARGEST["fp8"] == FP8_VALUES[126] and np.isnan(FP8_VALUES[127])
 
 
+def test_codes_of_int8_are_the_nearest_there_are() -> None:
+    """Of two as near, the even one."""
+    values = np.arange(-127, 127.1, 0.25, np.float32)
+    codes, scales = to_codes(values[None], "float32", "int8")
+    assert scales.tolist() == [1.0] and codes[0].tolist() == [round(value) for value in values.tolist()]
+
+
 @pytest.mark.parametrize("small", SMALL)
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
 def test_zarr_and_numpy_read_what_our_reader_reads(synthetic, tmp_path: Path, small: str, codec: str) -> None:

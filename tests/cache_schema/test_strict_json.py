@@ -169,3 +169,6 @@ def test_how_the_bytes_lie_does_not_change_the_cache_id(change):
 def test_the_cache_id_is_the_same_on_every_host():
     """A literal: a change of it would make every store there is unreadable."""
     assert seal(manifest()).cache_id == "353c78fdfc94d896dd178ad41bba0456"
+    assert (
+        seal(manifest(corpus=CorpusSpec("Zahlen/über\u2028\U0001f600"))).cache_id == "065f6a9fa53c1306c1691f86087fa5f7"
+    )

@@ -312,7 +312,9 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
         ([], "less than one batch"),  # the store has not even that
         (["--evals", "cor"], "unknown evaluation 'cor'"),
         (["--evals", "browser", "--set", "browser.top=-1"], "top: expected 0 or more, found -1"),
+        (["--set", "core.resamples=many"], "core.resamples: expected a whole number, found 'many'"),
         (["--massive-norms", "0.5"], "--massive-norms: expected a multiple"),
+        (["--massive-norms", "abc"], "--massive-norms: expected a multiple"),
         (["--device", "nope"], "--device nope"),
     ],
 )

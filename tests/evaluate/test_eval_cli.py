@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import signal
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from traceback import walk_stack
@@ -105,6 +106,15 @@ def test_results_read_from_a_store_say_where_its_residuals_are_not_the_models_ow
     losses = [found["eval_result_metrics"]["model_performance_preservation"] for found in (rounded, anew)]
     assert losses[0] != losses[1]
     assert losses[0]["ce_loss_without_sae"] == pytest.approx(losses[1]["ce_loss_without_sae"], rel=1e-2)
+
+
+@pytest.mark.usefixtures("sigterm_is_harmless")
+def test_a_stop_ends_the_command_with_a_status_of_its_own(sae_eval, monkeypatch):
+    """SIGTERM, as Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command, "run", lambda *_: signal.raise_signal(signal.SIGTERM) or 0)
+    assert sae_eval("run_1", code=130).startswith("stopped; finished results are saved, and --resume continues")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_all_saes_of_a_run(run_1, sae_eval):

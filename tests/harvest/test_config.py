@@ -1,12 +1,15 @@
 """The words of the command line, read."""
 
+from typing import Any
+
 import pytest
 
 from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_worker, read_layers
-from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.corpus.source import OPENWEBTEXT, DatasetOptions
 from saemill.harvest.errors import LayerOutOfRange, SettingInvalid
 from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted
-from saemill.harvest.store_plan import wanted_layers
+from saemill.harvest.model.resolve import Choice
+from saemill.harvest.store_plan import Plan, wanted_layers
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,22 @@ def test_counts(text, expected):
 def test_counts_that_are_none(text):
     with pytest.raises(SettingInvalid, match="--tokens: expected a whole number"):
         parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "tokens"),
+    [
+        ("google/gemma-2-2b", None, 10_000_000),
+        ("google/gemma-2-2b", "stdlib", 600_000),
+        ("smollm2", None, 600_000),
+        ("pocket", None, 600_000),
+        ("pocket", OPENWEBTEXT, 600_000),
+    ],
+)
+def test_default_tokens_suit_model_and_text(model, dataset, tokens):
+    config = HarvestConfig("store", corpus=dataset and DatasetOptions(dataset))
+    rest: Any = (None, None, None, None)
+    assert Plan(config, *rest, Choice(model)).tokens == tokens
 
 
 @pytest.mark.parametrize(

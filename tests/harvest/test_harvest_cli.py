@@ -350,12 +350,14 @@ def test_ctrl_c_where_the_store_is_out_of_reach(monkeypatch):
     assert cli._what_is_safe("s3://somewhere") == "What is committed is safe"
 
 
-def test_ctrl_c_says_what_is_safe(type_: Type, monkeypatch):
+@pytest.mark.usefixtures("sigterm_is_harmless")
+def test_a_stop_says_what_is_safe(type_: Type, monkeypatch):
+    """SIGTERM, as Ctrl-C."""
     compute, calls = shards.compute_shard, []
 
     def interrupted(*args):
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         calls.append(None)
         return compute(*args)
 

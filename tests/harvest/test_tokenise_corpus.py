@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from saemill.cache_schema import StoreUnreachable
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.splits import split_of
 from saemill.harvest import tokenise_corpus
 from saemill.harvest.errors import CorpusEmpty, DocumentInvalid, NetworkLost, SplitEmpty
@@ -88,9 +89,11 @@ def test_each_split_is_packed_by_itself_up_to_its_share(tmp_path):
         assert np.array_equal(packed.documents[start:stop], alone.documents[: stop - start])
 
 
-def test_no_document_is_in_two_splits(tmp_path):
-    packed = pack(ListCorpus(make_texts(800)), tmp_path)
-    owners = [set(packed.documents[start:stop].ravel().tolist()) for start, stop in packed.splits.values()]
+def test_no_text_is_in_two_splits(tmp_path):
+    """Nor where two documents have it."""
+    texts = [text for text in make_texts(400) for _ in range(2)]
+    packed = pack(ListCorpus(texts), tmp_path, windows=10_000)
+    owners = [{texts[number] for number in packed.documents[slice(*ends)].flat} for ends in packed.splits.values()]
     assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
 
 
@@ -216,6 +219,27 @@ def test_what_a_checkpoint_counts_and_is_not_there_is_tokenised_again(tmp_path):
         damage(again / name)
         assert np.array_equal(pack(ListCorpus(make_texts(200)), again, 400).tokens, straight.tokens)
         shutil.rmtree(again)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_power_cut_makes_no_zeros(tmp_path, monkeypatch):
+    """What is not flushed before the checkpoint that counts it may come back with its length and none of its bytes."""
+    straight = pack(ListCorpus(make_texts(100)), tmp_path / "straight", 200)
+    flushed, counted, replace_file = {}, {}, LocalFiles.replace
+
+    def replaced(files, key, data):
+        counted.update(flushed)
+        replace_file(files, key, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenise_corpus, "sync", lambda path: flushed.update({path.name: path.stat().st_size}))
+        patch.setattr(LocalFiles, "replace", replaced)
+        pack(ListCorpus(make_texts(100), 70), tmp_path / "stopped", 200)
+    for file in (tmp_path / "stopped").glob("*.u32"):
+        size = file.stat().st_size
+        os.truncate(file, counted.get(file.name, 0))
+        os.truncate(file, size)
+    assert np.array_equal(pack(ListCorpus(make_texts(100)), tmp_path / "stopped", 200).tokens, straight.tokens)
 
 
 @pytest.mark.usefixtures("small_batches")

@@ -369,9 +369,11 @@ def test_the_page_can_be_read_in_light_and_dark(live, open_report, contrasts, th
 
 
 def test_the_page_says_what_its_numbers_are_of():
-    """Model, text, store, length, date and command of a run; how much text core read; whose numbers are training's."""
+    """Model, text, store without a password, length, date and command of a run; how much text core read; whose numbers
+    are training's."""
     asked = {
-        "cache": {"url": "./store", "cache_id": "ab12", "model": "pocket", "model_revision": "v1", "corpus": "stdlib"},
+        "cache": {"url": "s3://me:word@b/s", "cache_id": "ab12", "model": "pocket", "corpus": "stdlib"}
+        | {"model_revision": "v1"},
         "course": {"tokens": 180_224},
         "total_steps": 44,
         "provenance": {"date": "2026-11-28T09:00:00+00:00", "command": "sae-train --variant topk <b>", "packages": {}},
@@ -384,7 +386,7 @@ def test_the_page_says_what_its_numbers_are_of():
     second = Record("b", "run_1", "b", outcome={"l0": 31.0}, **shared)
     words = read(page("run_1", [first, second], {})).words
     assert "pocket (v1), layer 19 (resid), text stdlib, 180,224 tokens in 44 steps" in words
-    assert {"./store (ab12)", "2026-11-28T09:00:00+00:00", "sae-train --variant topk <b>"} <= set(words)
+    assert {"s3://b/s (ab12)", "2026-11-28T09:00:00+00:00", "sae-train --variant topk <b>"} <= set(words)
     assert {
         "65,536",
         "32",

@@ -79,11 +79,13 @@ def test_an_export_that_does_not_rebuild_the_same_is_refused_and_gone(tmp_path, 
 
 
 def test_of_rows_whose_latents_are_near_a_tie_a_few_may_differ():
+    """One in ten."""
     x_hat = torch.ones(40, D)
-    found = x_hat.clone()
-    found[:3] *= 1.5
+    found, more = x_hat.clone(), x_hat.clone()
+    found[:4] *= 1.5
+    more[:5] *= 1.5
     _require_alike(x_hat, found, may_flip=True)
-    for other, may_flip in ((found, False), (1.01 * x_hat, True), (torch.nan * x_hat, True)):
+    for other, may_flip in ((found, False), (more, True), (1.01 * x_hat, True), (torch.nan * x_hat, True)):
         with pytest.raises(SaeInvalid, match="of 40 random rows"):
             _require_alike(x_hat, other, may_flip)
 

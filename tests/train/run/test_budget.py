@@ -13,9 +13,9 @@ from saemill.train.run.fill_config_from_store import settle_budget
 from saemill.train.run.preflight import _require_held_out
 
 
-def plan(windows=100, tokens=10, batch=50):
+def plan(windows=100, tokens=10, batch=50, pool=400):
     sizes = SplitSizes(0, 16, 20, 5, np.full(windows, tokens), 0.0, 0.0)
-    return Plan(sizes, batch_tokens=batch, pool_tokens=400, seed=0)
+    return Plan(sizes, batch_tokens=batch, pool_tokens=pool, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,12 @@ def plan(windows=100, tokens=10, batch=50):
 )
 def test_steps(tokens, epochs, steps):
     assert settle_budget(CourseConfig(tokens=tokens, epochs=epochs), plan(), "s")[0] == steps
+
+
+@pytest.mark.parametrize(("millions", "epochs"), [(0.25, 16), (0.5, 16), (1, 8), (3, 3), (8, 1), (9, 1)])
+def test_without_a_length_a_store_is_read_whole_until_it_is_eight_million_tokens(millions, epochs):
+    sizes = plan(tokens=int(10_000 * millions), batch=5000, pool=100_000)
+    assert settle_budget(CourseConfig(), sizes, "s")[0] == epochs * millions * 200
 
 
 def test_small_stores_are_read_again_and_it_is_said():

@@ -18,6 +18,7 @@ from saemill.train.disk.write_and_load_checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.errors import CheckpointDamaged, RunNotWritten
 from saemill.train.parallel.processes import SOLO, Group
 from saemill.train.run import checkpoints_and_signals
@@ -254,6 +255,21 @@ def test_an_error_of_a_run_does_not_hide_behind_its_checkpoint(writer, monkeypat
     monkeypatch.setattr(write_and_load_checkpoints, "sync", lambda path: 1 / 0)
     writer.begin(standing(10), state(10))
     writer.close()
+
+
+def test_a_run_with_default_settings_is_saved_by_the_clock(big, sae_train, quick, monkeypatch):
+    """Every five minutes, here of steps that take two."""
+    now, saved, step, begin = [0.0], [], Fleet.step, Writer.begin
+
+    def slow(fleet, draw):
+        now[0] += 120
+        return step(fleet, draw)
+
+    monkeypatch.setattr(checkpoints_and_signals, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Fleet, "step", slow)
+    monkeypatch.setattr(Writer, "begin", lambda writer, at, state: saved.append(at.step) or begin(writer, at, state))
+    sae_train("--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640)
+    assert saved == [3, 6, 9, 10]
 
 
 def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -125,6 +126,12 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     assert "held-out" in (run / "report.html").read_text()
 
 
+def test_a_run_without_plots_has_no_page(big, sae_train, quick, tmp_path):
+    sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 64, "--no-plots")
+    left = {path.name for path in (tmp_path / "runs/run_1").iterdir() if not path.name.startswith(".")}
+    assert left == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "topk"}
+
+
 def test_the_commit_of_a_project_in_which_the_code_is_installed_is_not_the_code_s(tmp_path):
     for name in ("its_own.py", "installed.py"):
         (tmp_path / name).touch()
@@ -134,6 +141,14 @@ def test_the_commit_of_a_project_in_which_the_code_is_installed_is_not_the_code_
     found = run_folder._git_state(tmp_path / "its_own.py")
     assert found is not None and len(found["commit"]) == 40 and found["is_dirty"]
     assert run_folder._git_state(tmp_path / "installed.py") is None
+
+
+def test_the_command_that_a_run_keeps_names_no_password(monkeypatch):
+    """Folders of runs are shared."""
+    words = ["sae-train", "--cache", "https://me:secret@host/store", "--set", "course.trackers=a@b"]
+    monkeypatch.setattr(sys, "argv", words)
+    kept = "sae-train --cache https://host/store --set course.trackers=a@b"
+    assert run_folder.provenance({})["command"] == kept
 
 
 def test_who_looks_on_costs_a_run_a_hundredth_of_its_time(monkeypatch, tmp_path):

@@ -8,8 +8,10 @@ from saemill.cache_schema.strict_json import flatten, to_json
 from saemill.train.config.parse_settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.config.recipe import Sae
 from saemill.train.config.run_config import OF_OTHERS, Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.engine.adam import Optim
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import variant_registry
+from saemill.train.kit.check_variant_settings import topk_optim
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,14 @@ def test_a_latent_is_dead_after_a_part_of_the_budget(variant, words, part):
     asked = Ask.of_variants([variant], parse_settings(words))
     (member,) = asked.members(lambda config: {"dead_after_tokens": 3_000_000 // config.dead_part()})
     assert member.config.dead_after_tokens == 3_000_000 // part
+
+
+@pytest.mark.parametrize(
+    ("width", "d_model", "rate"),
+    [(2**14, 2304, 4e-4), (2**16, 2304, 2e-4), (2**14, 576, 8e-4), (2304, 576, 2.133e-3)],
+)
+def test_the_default_rate_falls_with_the_root_of_both_widths(width, d_model, rate):
+    assert topk_optim(Optim(), width, d_model).lr == pytest.approx(rate, rel=1e-3)
 
 
 def test_a_variant_asked_for_twice_is_one():

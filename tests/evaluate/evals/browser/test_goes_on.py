@@ -230,6 +230,28 @@ def test_other_inputs_begin_anew(bench, builder, monkeypatch):
     assert bench.build(config=other, every=math.inf) == result and taken(bench.run) == files
 
 
+def test_all_that_may_compute_other_sums_is_among_the_inputs(bench, monkeypatch):
+    """saemill, torch, the number of threads, the processor."""
+    inputs = []
+
+    def making(home, size, decided, say):
+        inputs.append(decided)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "making", making)
+    for change in (
+        lambda: None,
+        lambda: monkeypatch.setattr(evaluation, "__version__", "0.0.9"),
+        lambda: monkeypatch.setattr(torch, "__version__", "0.0.9"),
+        lambda: torch.set_num_threads(1),
+        lambda: monkeypatch.setattr(evaluation, "has_fast_bfloat16", lambda _: "never"),
+    ):
+        change()
+        with pytest.raises(KeyboardInterrupt):
+            bench.build()
+    assert len({*inputs}) == 5
+
+
 def test_what_was_damaged_is_not_read(bench):
     """The save before is taken; where that is damaged too, it begins anew, says why, and can be stopped again."""
     whole = bench.build(every=math.inf)
