@@ -857,6 +857,32 @@ def test_only_remarks_that_are_in_files_are_few(builder):
     assert (said.count("its result has"), said.count("done: core of"), said.count("2 more remarks")) == (8, 6, 1)
 
 
+@pytest.mark.parametrize("width", [60, 80, 160, 500])
+def test_what_is_too_wide_for_a_terminal_is_a_table_for_each_evaluation(builder, width):
+    """Values broke in the middle, and names of evaluations too."""
+    at = {"explained_variance": [0.7249, 0.74]}
+    document = {
+        "eval_result_metrics": {
+            "sparsity": {"l0": 32.0},
+            "model_performance_preservation": {"ce_loss_score": 0.9327},
+            "sae": {f"sae_top_{k}_test_accuracy": k / 8 for k in (1, 5)},
+        },
+        "saemill_metrics": {"explained_variance": 0.7347, "confidence_95": at},
+    }
+    subjects = [replace(builder.subject(builder.make_sae()), label=label) for label in ("topk", "hierarchical" * 3)]
+    evaluations = ("core", "sparse_probing", "tiers")
+    rows = [Row(subject, eval_id, "done", "", document) for subject in subjects for eval_id in evaluations]
+    file = io.StringIO()
+    print_results(Console(file=file, width=width, soft_wrap=True), rows)
+    lines = [line.rstrip() for line in file.getvalue().splitlines() if not line.startswith(("results: ", "± is"))]
+    assert max(map(len, lines)) <= width
+    words = [[word.strip() for word in line.split("  ")] for line in lines]
+    assert sum("0.7347 ± 0.0098" in line for line in words) == 2
+    assert sum(line.count("0.625") for line in words) == sum(line.count("0.9327") for line in words) == 2
+    assert [line for line in lines if line in evaluations] == ([] if width == 500 else [*evaluations])
+    assert any("sparse_probing: sae top 5 test accuracy" in line for line in words) == (width == 500)
+
+
 def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second_eval):
     """A dash in the table, and done, was all."""
     second_eval.summary = ("group.value", "group.share", "own.rate")
