@@ -17,9 +17,9 @@ from saemill.harvest.run import report_shard
 RECORD = CommitRecord("id", 0, (0, 10), {"tokens": ArrayRecord("digest", 3 * 10**9)})
 
 
-def watched(is_terminal: bool, tmp_path) -> str:
+def watched(is_terminal: bool, tmp_path, width: int = 200) -> str:
     out = io.StringIO()
-    watch = Watch(Console(file=out, force_terminal=is_terminal, width=200))
+    watch = Watch(Console(file=out, force_terminal=is_terminal, width=width))
     with watch.stage("harvesting", 2560) as stage:
         report_shard(stage, [], 128, LocalFiles(tmp_path), RECORD)
     return out.getvalue()
@@ -29,6 +29,13 @@ def test_a_terminal_shows_rate_time_left_bytes_and_disk(tmp_path):
     shown = watched(True, tmp_path)
     for words in ("harvesting", "1,280 of 2,560 tokens", "/s", "3.00 GB written", "B free", "left"):
         assert words in shown
+
+
+@pytest.mark.parametrize(("width", "has_bar"), [(60, False), (80, False), (110, True), (150, True)])
+def test_the_time_left_is_whole_on_a_narrow_terminal_and_what_has_no_room_is_left_out(tmp_path, width, has_bar):
+    last = re.split(r"[\r\n]+", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", watched(True, tmp_path, width)).strip())[-1]
+    assert re.search(r" 50% 1,280 of 2,560 tokens.* left (\d:\d\d:\d\d|-:--:--)$", last), last
+    assert len(last) <= width and "…" not in last and ("━" in last) == has_bar and (" free" in last) == (width == 150)
 
 
 def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch):
