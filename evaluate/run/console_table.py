@@ -1,11 +1,13 @@
-"""What a person reads at the end: one table of the numbers that matter, and why others are missing."""
+"""What a person reads at the end: the numbers that matter in tables, and why others are missing."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +40,25 @@ NOTHING_LEARNED = {
     "sae.sae_top_5_test_accuracy": (0.5, "guessing"),
 }
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
+GAP = 2  # between columns
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of all SAEs."""
+
+    title: str
+    cells: Sequence[str]
+
+    @property
+    def width(self) -> int:
+        """With the gap before it; the title in one line."""
+        return max(self.least_width, GAP + len(self.title))
+
+    @property
+    def least_width(self) -> int:
+        """The same with the title's words below each other."""
+        return GAP + max(NUMBER_WIDTH, *map(len, (*self.title.split(), *self.cells)))
 
 
 def make_console(*, is_stderr: bool = False) -> Console:
@@ -49,11 +70,14 @@ def make_console(*, is_stderr: bool = False) -> Console:
 
 
 def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent] = ()) -> None:
-    """Print the table, warnings about numbers that cannot be right, then everything that is not in it and why."""
+    """Print the tables, warnings about numbers that cannot be right, then everything that is not in it and why."""
     good = [row for row in rows if row.document is not None]
     names_of = shown_names(row.subject for row in rows)
     if good:
-        console.print(make_table(good, names_of))
+        for title, table in make_tables(good, names_of, console.width):
+            if title:
+                console.print(title, style="bold")
+            console.print(table)
         for line in measured_on(good, names_of):
             console.print(line, style="dim")
     for row in good:
@@ -106,22 +130,41 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
     }
 
 
-def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
-    """One line for each SAE, one column for each metric in the evaluations' summaries."""
+def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: int) -> Iterator[tuple[str, Table]]:
+    """One line for each SAE, one column for each metric in the evaluations' summaries, in one table without a title. If
+    it would be wider than `width`, each evaluation has its own, or several, of which the first has its name."""
     found = {(row.subject, row.eval_id): numbers_of(row) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
-    eval_ids = list(dict.fromkeys(row.eval_id for row in rows))
-    columns = [(eval_id, metric) for eval_id in eval_ids for metric in evals.load(eval_id).summary]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("SAE", no_wrap=True)
-    for eval_id, metric in columns:
-        whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
-        title = whose + heading(metric, evals.load(eval_id).summary)
-        table.add_column(title, justify="right", min_width=NUMBER_WIDTH, overflow="fold")
-    for subject in subjects:
-        cells = (_cell(*found.get((subject, eval_id), {}).get(metric, (None, None))) for eval_id, metric in columns)
-        table.add_row(names_of[subject], *cells)
-    return table
+    columns: dict[str, list[Column]] = {}
+    for eval_id in dict.fromkeys(row.eval_id for row in rows):
+        summary = evals.load(eval_id).summary
+        cells = {m: [_cell(*found.get((one, eval_id), {}).get(m, (None, None))) for one in subjects] for m in summary}
+        columns[eval_id] = [Column(heading(metric, summary), values) for metric, values in cells.items()]
+    names = [names_of[subject] for subject in subjects]
+    room = width - min(max(map(cell_len, ("SAE", *names))), width // 2)
+    whose = {eval_id: f"{eval_id}: " if len(columns) > 1 else "" for eval_id in columns}
+    every = [Column(whose[eval_id] + one.title, one.cells) for eval_id, own in columns.items() for one in own]
+    for eval_id, own in ({"": every} if sum(one.least_width for one in every) <= room else columns).items():
+        for number, part in enumerate(_that_fit(own, room)):
+            is_roomy = sum(one.width for one in part) <= room
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            table.add_column("SAE", width=width - room, overflow="fold")
+            for one in part:
+                table.add_column(one.title, justify="right", width=(one.width if is_roomy else one.least_width) - GAP)
+            for name, *cells in zip(names, *(one.cells for one in part), strict=True):
+                table.add_row(name, *cells)
+            yield "" if number else eval_id, table
+
+
+def _that_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
+    """Columns side by side, as many as there is room for, then the next."""
+    parts: list[list[Column]] = []
+    for column in columns:
+        if parts and sum(one.least_width for one in (*parts[-1], column)) <= room:
+            parts[-1].append(column)
+        else:
+            parts.append([column])
+    return parts
 
 
 def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[str]:

@@ -40,6 +40,7 @@ from saemill.evaluate.context.write_and_read_results import (
 )
 from saemill.evaluate.errors import CacheIdMismatch, Incomparable, ModelMissing, SaeGone, WidthMismatch
 from saemill.evaluate.evals import tiers
+from saemill.evaluate.evals.core import bootstrap
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
@@ -154,18 +155,20 @@ def test_details_are_not_parsed_where_a_result_is_read(builder, tmp_path, monkey
     assert (b'"latent"' in parsed[0]) == (indent is None and bool(details))
 
 
-def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, sae_eval):
+def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, sae_eval, monkeypatch):
     """Four digits of 1,141 tokens in three documents look like much more."""
+    few = sae_eval("run_1/large")
+    assert "±" not in few and "documents (intervals need 10); CE and KL on " in few
+    monkeypatch.setattr(bootstrap, "FEWEST", 2)
     output = sae_eval("run_1/small")
-    (found,) = results(run_1).values()
-    ours = found["saemill_metrics"]
+    ours = results(run_1)["small_eval_results.json"]["saemill_metrics"]
     value, (low, high) = ours["explained_variance"], ours["confidence_95"]["explained_variance"]
     assert f"{value:.4g} ± {max(high - value, value - low):.2g}" in output
     tokens, documents = ours["massive"]["of_tokens"], ours["documents"]["sparsity"]
     assert f"core: test split, {tokens:,} tokens of {documents} documents; CE and KL on " in output
     assert f"{ours['documents']['losses']} documents" in output.split("CE and KL on ")[1].partition("\n")[0]
     assert "95 % interval over documents" in output
-    bare = sae_eval("run_1/large", "--set", "core.resamples=0")
+    bare = sae_eval("run_1/small", "--set", "core.resamples=0")
     assert "±" not in bare and "core: test split" in bare
 
 
@@ -878,6 +881,32 @@ def test_only_remarks_that_are_in_files_are_few(builder):
     print_results(Console(file=file, width=200), rows)
     said = file.getvalue()
     assert (said.count("its result has"), said.count("done: core of"), said.count("2 more remarks")) == (8, 6, 1)
+
+
+@pytest.mark.parametrize("width", [60, 80, 160, 500])
+def test_what_is_too_wide_for_a_terminal_is_a_table_for_each_evaluation(builder, width):
+    """Values broke in the middle, and names of evaluations too."""
+    at = {"explained_variance": [0.7249, 0.74]}
+    document = {
+        "eval_result_metrics": {
+            "sparsity": {"l0": 32.0},
+            "model_performance_preservation": {"ce_loss_score": 0.9327},
+            "sae": {f"sae_top_{k}_test_accuracy": k / 8 for k in (1, 5)},
+        },
+        "saemill_metrics": {"explained_variance": 0.7347, "confidence_95": at},
+    }
+    subjects = [replace(builder.subject(builder.make_sae()), label=label) for label in ("topk", "hierarchical" * 3)]
+    evaluations = ("core", "sparse_probing", "tiers")
+    rows = [Row(subject, eval_id, "done", "", document) for subject in subjects for eval_id in evaluations]
+    file = io.StringIO()
+    print_results(Console(file=file, width=width, soft_wrap=True), rows)
+    lines = [line.rstrip() for line in file.getvalue().splitlines() if not line.startswith(("results: ", "± is"))]
+    assert max(map(len, lines)) <= width
+    words = [[word.strip() for word in line.split("  ")] for line in lines]
+    assert sum("0.7347 ± 0.0098" in line for line in words) == 2
+    assert sum(line.count("0.625") for line in words) == sum(line.count("0.9327") for line in words) == 2
+    assert [line for line in lines if line in evaluations] == ([] if width == 500 else [*evaluations])
+    assert any("sparse_probing: sae top 5 test accuracy" in line for line in words) == (width == 500)
 
 
 def test_a_summary_without_a_number_says_of_which_metric(run_1, sae_eval, second_eval):

@@ -18,9 +18,9 @@ from saemill.harvest.run import report_shard
 RECORD = CommitRecord("id", 0, (0, 10), {"tokens": ArrayRecord("digest", 3 * 10**9)})
 
 
-def watched(is_terminal: bool, tmp_path) -> str:
+def watched(is_terminal: bool, tmp_path, width: int = 200) -> str:
     out = io.StringIO()
-    watch = Watch(Console(file=out, force_terminal=is_terminal, width=200))
+    watch = Watch(Console(file=out, force_terminal=is_terminal, width=width))
     with watch.stage("harvesting", 2560) as stage:
         report_shard(stage, Counter(), 128, LocalFiles(tmp_path), RECORD)
     return out.getvalue()
@@ -41,20 +41,11 @@ def test_of_the_shards_before_only_the_sum_is_kept(tmp_path):
     assert [line.split(",")[0] for line in said] == ["3.00 GB written", "6.00 GB written", "9.00 GB written"]
 
 
-@pytest.mark.parametrize("width", [80, 100, 120, 200])
-def test_a_narrow_terminal_shows_the_time_left_and_as_many_facts_as_fit(width, monkeypatch):
-    """At 80 columns `GB free` was cut in its middle, and the time left fell off the end."""
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    out = io.StringIO()
-    with Watch(Console(file=out, force_terminal=True, width=width)).stage("harvesting", 99_968, stays=True) as stage:
-        now[0] = 42.0
-        stage(65_536, "26.17 MB written, 40.41 GB free")
-    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).split("\r")[-1]
-    assert "\N{HORIZONTAL ELLIPSIS}" not in last and re.search(r" left (-|\d):..:..\s*$", last)
-    assert "harvesting" in last and "65,536 of 99,968 tokens, 1,560/s" in last
-    assert ("26.17 MB written" in last) == (width > 80)
-    assert ("GB free" in last) == (width in (100, 200))  # at 120 there is a bar
+@pytest.mark.parametrize(("width", "has_bar"), [(60, False), (80, False), (110, True), (150, True)])
+def test_the_time_left_is_whole_on_a_narrow_terminal_and_what_has_no_room_is_left_out(tmp_path, width, has_bar):
+    last = re.split(r"[\r\n]+", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", watched(True, tmp_path, width)).strip())[-1]
+    assert re.search(r" 50% 1,280 of 2,560 tokens.* left (\d:\d\d:\d\d|-:--:--)$", last), last
+    assert len(last) <= width and "…" not in last and ("━" in last) == has_bar and (" free" in last) == (width == 150)
 
 
 def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch):

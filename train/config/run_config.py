@@ -77,6 +77,7 @@ class CourseConfig:
     tokens: int | None = None
     epochs: int | None = None
     metrics_every_steps: int = 50
+    """A new run of fewer than 2,500 steps has by default a fiftieth of them, for curves of about 50 points."""
     checkpoint_every_seconds: float = 300.0
     """More where training would stand still for more than a twentieth of the time."""
     checkpoint_every_steps: int | None = None
@@ -192,9 +193,9 @@ class Ask:
             asked["massive_norms"] = None
         return with_settings(defaults, asked, "data")
 
-    def length(self) -> CourseConfig:
+    def length(self, defaults: CourseConfig) -> CourseConfig:
         """The requested course."""
-        return with_settings(CourseConfig(), self._of("course"), "course")
+        return with_settings(defaults, self._of("course"), "course")
 
     def members(self, limits: Limits, held: Held | None = None) -> tuple[Member, ...]:
         """The SAEs. `limits` of a config bound the variant's own defaults, never requested values; a layer that was not

@@ -26,6 +26,7 @@ from .run_folder import RunFolder, provenance
 DEFAULT_TOKENS = 8_000_000  # without --epochs, a smaller store is read several times
 MOST_EPOCHS = 16
 MOST_ASKED = 100_000  # epochs whose steps are counted one by one
+POINTS = 50  # of a short run's curves
 FORMAT = 1  # of config.json
 POOL_BYTES = 2 * 2**30  # of two-byte residuals, per layer and for each of two pools
 
@@ -73,8 +74,10 @@ def settle(ask: Ask, store: Store) -> Settled:
     manifest = store.manifest
     data = with_pool(ask.stream(DataConfig(massive_norms=default_multiple(manifest))), manifest)
     plan = make_plan(data, store)
-    steps, remark = settle_budget(ask.length(), plan, store.url)
+    steps, remark = settle_budget(ask.length(CourseConfig()), plan, store.url)
     tokens = steps * plan.batch_tokens
+    every = max(1, min(CourseConfig.metrics_every_steps, steps // POINTS))
+    course = replace(ask.length(CourseConfig(metrics_every_steps=every)), tokens=tokens)
 
     def limits(config: Variant) -> Mapping[str, float]:
         return config.limits(manifest, tokens)
@@ -88,7 +91,7 @@ def settle(ask: Ask, store: Store) -> Settled:
         for key in (key for words in (ask.settings, *ask.grid) for key in words if key.endswith("optim.start")):
             raise ConfigInvalid(f"{key}: SAEs that start from --init take no other start: leave out one of the two")
         members = tuple(map(without_start, members))
-    config = RunConfig(data, replace(ask.length(), tokens=tokens), members)
+    config = RunConfig(data, course, members)
     return Settled(config, plan, steps, remark, unread, ask.recipe, init)
 
 

@@ -33,6 +33,7 @@ from .run_folder import is_run, places_of, run_names
 LONGEST, LONGEST_NAME = 300, 200  # characters of the Hub's message, and of a name in the card
 FORMAT = 1  # of results; they will state it once there is another
 GIVEN = {".gitattributes"}  # files that the Hub puts into a new repository
+COMPARED = ("L0, ", "explained variance, ", "cross entropy score, ")  # the numbers in the table of several SAEs
 
 
 def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool, licence: str | None) -> str:
@@ -214,7 +215,10 @@ def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
 
 def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
     """README.md of a repository; `pictures` are paths in it."""
-    shown = [line for path in pictures for line in ("", f"![{Path(path).stem.replace('_', ' ')}]({path})")]
+    shown = ["", "## Plots"] if pictures else []
+    for path in pictures:
+        title = Path(path).stem.replace("_", " ")
+        shown += ["", f"### {title.capitalize()}", "", f"![{title}]({path})"]
     header = ["---", 'library_name: "saemill"', 'tags: ["sparse-autoencoder", "saemill"]']
     header += [] if licence is None else [f"license: {json.dumps(licence)}"]
     return "\n".join([*header, "---", f"# {repository}", "", *_body(repository, saes), *shown, ""])
@@ -224,14 +228,36 @@ def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     count = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
     is_ours = all("cache_id" in sae.metadata for sae in saes)  # other tools have no store
     yield f"{count} of a language model's activations{', trained with saemill' * is_ours}."
-    for sae in saes:
+    facts = [dict(_facts(sae)) for sae in saes]
+    common: dict[str, Any] = {}
+    if len(saes) > 1:
+        common = {name: value for name, value in facts[0].items() if all(one.get(name) == value for one in facts)}
+        yield from ("", *_compared(saes))
+        if common:
+            yield from ("", *_table(("all of them", ""), [(name, plain(value)) for name, value in common.items()]))
+    for sae, own in zip(saes, facts, strict=True):
         yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
-        yield from _table(("", ""), [(name, plain(value)) for name, value in _facts(sae)])
-        measured = list(_measures(sae))
-        if measured:
-            yield ""
+        if rows := [(name, plain(value)) for name, value in own.items() if name not in common]:
+            yield from (*_table(("", ""), rows), "")
+        if measured := list(_measures(sae)):
             yield from _table(("measured", "value", "95 % interval"), measured)
     yield from ("", "## Load", "", *_loading(repository, saes))
+
+
+def _compared(saes: Sequence[Described]) -> Iterator[str]:
+    """One line for each SAE, with the numbers of core if all have them, otherwise with those of training."""
+    numbers_of = _of_core if all(sae.core for sae in saes) else _of_training
+    found = [{name: _number(value) for name, value, _ in numbers_of(sae) if _is_number(value)} for sae in saes]
+    names = [name for name in dict.fromkeys(name for each in found for name in each) if name.startswith(COMPARED)]
+    rows = [
+        [plain(sae.place), plain(_variant(sae)), *(each.get(name, "") for name in names)]
+        for sae, each in zip(saes, found, strict=True)
+    ]
+    yield from _table(("SAE", "variant", *names), rows)
+
+
+def _variant(sae: Described) -> Any:
+    return sae.metadata.get("training_architecture", sae.config.get("architecture"))
 
 
 def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
@@ -240,7 +266,7 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
     layers, rebuilt = metadata.get("layers"), metadata.get("target_layers")
     details = _object(metadata, "training_architecture_details")
     named = {
-        "variant": metadata.get("training_architecture", config.get("architecture")),
+        "variant": _variant(sae),
         "base": details.get("base"),
         "architecture": config.get("architecture"),
         "layers": _listed(layers),
@@ -257,7 +283,10 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
         "training tokens": metadata.get("training_tokens"),
         "store": metadata.get("cache_id"),
         "seed": details.get("seed"),
+        "core measured on": _object(sae.core, "saemill").get("measured_on"),
     }
+    for name in ("k", "training tokens"):
+        named[name] = _number(named[name]) if _is_number(named[name]) else named[name]
     yield from ((name, value) for name, value in named.items() if value not in (None, ""))
 
 
@@ -273,13 +302,11 @@ def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     result = sae.result or sae.metadata
     if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, on unknown data
         return
-    named = {
-        "L0": "l0",
-        "explained variance": "explained_variance",
-        "explained variance with massive rows": "explained_variance_with_massive",
-        "massive rows": "validation_massive",
-        "ordinary rows": "validation_tokens",
-    }
+    named = {"L0": "l0", "explained variance": "explained_variance"}
+    if result.get("validation_massive"):
+        named["explained variance with massive rows"] = "explained_variance_with_massive"
+        named["massive rows"] = "validation_massive"
+    named["ordinary rows"] = "validation_tokens"
     yield from ((f"{name}, validation split", result.get(key), None) for name, key in named.items())
     yield "dead latents", result.get("dead_latents"), None
 
@@ -290,16 +317,17 @@ def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
     losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
     own = f", {_of_split(sae)}"
-    yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
-    yield f"explained variance with massive rows{own}", ours.get("explained_variance_with_massive"), None
-    yield f"massive rows{own}", massive.get("tokens"), None
     yield f"L0{own}", _object(metrics, "sparsity").get("l0"), edges.get("l0") if not massive.get("tokens") else None
+    yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
+    if massive.get("tokens"):
+        yield f"explained variance with massive rows{own}", ours.get("explained_variance_with_massive"), None
+        yield f"massive rows{own}", massive["tokens"], None
     yield f"cross entropy without the SAE{own}", losses.get("ce_loss_without_sae"), None
     yield f"cross entropy with the SAE{own}", losses.get("ce_loss_with_sae"), edges.get("ce_loss_with_sae")
     yield f"cross entropy score{own}", losses.get("ce_loss_score"), edges.get("ce_loss_score")
     yield f"KL divergence score{own}", losses.get("kl_div_score"), edges.get("kl_div_score")
     if kept.get("tokens"):
-        yield f"cross entropy score, massive rows left as they are{own}", kept.get("ce_loss_score"), None
+        yield f"cross entropy score with massive rows left as they are{own}", kept.get("ce_loss_score"), None
 
 
 def _of_split(sae: Described) -> str:
@@ -312,9 +340,7 @@ def _of_split(sae: Described) -> str:
 def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     """How to load them in this package, and in SAELens where it has the architecture."""
     yield from ("```python", "from saemill.train import load_sae", "")
-    for sae in saes:
-        address = f"{repository}/{sae.place}" if sae.place else repository
-        yield f"sae = load_sae({json.dumps(address)})  # raw activations in"
+    yield f"{_load_each(saes, 'load_sae', json.dumps(repository))}  # raw activations in"
     yield "```"
     known = [sae for sae in saes if sae.config.get("architecture") in (*TENSORS, *TRANSCODERS)]
     others = [sae for sae in saes if sae not in known]
@@ -322,13 +348,18 @@ def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
         yield from ("", "In SAELens:", "", "```python")
         yield from ("from huggingface_hub import snapshot_download", "from sae_lens import SAE", "")
         yield f"folder = snapshot_download({json.dumps(repository)})"
-        for sae in known:
-            inside = f' + "/" + {json.dumps(sae.place)}' if sae.place else ""
-            yield f"sae = SAE.load_from_disk(folder{inside})"
-        yield "```"
+        yield from (_load_each(known, "SAE.load_from_disk", "folder"), "```")
     if others:
         names = ", ".join(plain(sae.place) for sae in others if sae.place) or "this one"
         yield from ("", f"SAELens has no architecture for {names}.")
+
+
+def _load_each(saes: Sequence[Described], load: str, home: str) -> str:
+    """Code that loads one SAE, or several by name; `home` is code for where they are."""
+    if len(saes) > 1:
+        return f'saes = {{name: {load}({home} + "/" + name) for name in {json.dumps([sae.place for sae in saes])}}}'
+    inside = f' + "/" + {json.dumps(saes[0].place)}' if saes[0].place else ""
+    return f"sae = {load}({home}{inside})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

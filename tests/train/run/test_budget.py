@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saemill.train.config.run_config import CourseConfig
+from saemill.cache_schema import Store
+from saemill.train.config.run_config import Ask, CourseConfig
 from saemill.train.data.shuffle_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain
-from saemill.train.run.fill_config_from_store import settle_budget
+from saemill.train.run.fill_config_from_store import settle, settle_budget
 from saemill.train.run.preflight import _require_held_out
 
 
@@ -44,6 +45,23 @@ def test_small_stores_are_read_again_and_it_is_said():
     steps, remark = settle_budget(CourseConfig(), plan(), "s")
     assert steps == 16 * 1000 // 50
     assert "no --tokens or --epochs given: 16,000 tokens, 16 epochs of 1,000" in remark
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "every"),
+    [
+        ({"course.epochs": 40}, 4000, 50),
+        ({"course.epochs": 3}, 300, 6),
+        ({"course.tokens": 640}, 10, 1),
+        ({"course.epochs": 3, "course.metrics_every_steps": 50}, 300, 50),
+    ],
+)
+def test_a_short_run_has_curves_and_what_is_asked_for_stays(big, asked, steps, every):
+    """44 steps had two points, which no picture shows as a curve."""
+    asked = {"layer": 3, "data.batch_tokens": 64, "data.pool_tokens": 512, **asked}
+    with Store.open(big["path"]) as store:
+        settled = settle(Ask.of_variants(["topk"], asked), store)
+    assert (settled.total_steps, settled.config.course.metrics_every_steps) == (steps, every)
 
 
 def test_too_short_a_store_names_the_remedy():

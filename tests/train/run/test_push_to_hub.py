@@ -239,9 +239,10 @@ def run(tmp_path, battery, stats):
     return home
 
 
-def core_of(home, **changes):
+def core_of(home, name="topk", **changes):
     """Its result, of the weights that are there."""
-    return {**CORE, "saemill": {"sha256": source_of(home / "topk").sha256}, **changes}
+    ours = {"sha256": source_of(home / name).sha256, "measured_on": "test split, 9 tokens of 2 documents"}
+    return {**CORE, "saemill": ours, **changes}
 
 
 @pytest.fixture
@@ -293,8 +294,10 @@ def test_a_run_is_pushed_with_all_its_saes(hub, run, push):
     for name in ("topk", "batchtopk"):
         assert torch.equal(load_sae(f"me/saes/{name}", run.parent).W_enc, load_sae(run / name).W_enc)
     card = hub.files("me/saes")["README.md"].decode()
-    assert 'load_sae("me/saes/batchtopk")' in card and 'SAE.load_from_disk(folder + "/" + "topk")' in card
-    assert 'load_from_disk(folder + "/" + "positional")' not in card
+    lines = card.splitlines()
+    ours = 'saes = {name: load_sae("me/saes" + "/" + name) for name in ["batchtopk", "positional", "topk"]}'
+    assert f"{ours}  # raw activations in" in lines
+    assert 'saes = {name: SAE.load_from_disk(folder + "/" + name) for name in ["batchtopk", "topk"]}' in lines
     assert "SAELens has no architecture for positional." in card
 
 
@@ -346,8 +349,9 @@ def test_the_card_says_what_it_is_and_how_well_it_does(hub, push):
         "model": "lab/model",
         "revision": "abc",
         "corpus": "lab/corpus",
-        "training tokens": "123456",
+        "training tokens": "123,456",
         "store": "cafe",
+        "core measured on": "test split, 9 tokens of 2 documents",
         "L0, validation split": "8.25",
         "explained variance, validation split": "0.6543",
         "explained variance with massive rows, validation split": "0.9321",
@@ -359,6 +363,23 @@ def test_the_card_says_what_it_is_and_how_well_it_does(hub, push):
     }
     assert {name: rows.get(name) for name in said} == said
     assert "cross entropy with the SAE, test split" not in rows  # NaN is no number
+
+
+def test_the_card_of_several_compares_them_and_says_once_what_they_share(hub, run, push):
+    """A table of all, with the numbers of core where all have them; each SAE's own has what is its own."""
+    push("run_1")
+    lines = hub.files("me/saes")["README.md"].decode().splitlines()
+    assert "| SAE | variant | L0, validation split | explained variance, validation split |" in lines
+    assert {"| topk | topk | 8.25 | 0.6543 |", "| batchtopk | batchtopk |  |  |"} <= {*lines}
+    assert lines.count("| corpus | lab/corpus |") == lines.count("| training tokens | 123,456 |") == 1
+    assert lines.index("| all of them |  |") < lines.index("| corpus | lab/corpus |") < lines.index("## topk")
+    for name in ("topk", "batchtopk", "positional"):
+        (run / f"evals/core/{name}_eval_results.json").write_text(json.dumps(core_of(run, name)))
+    push("run_1")
+    lines = hub.files("me/saes")["README.md"].decode().splitlines()
+    titles = "L0, test split | explained variance, test split | cross entropy score, test split"
+    assert f"| SAE | variant | {titles} |" in lines and "| positional | positional | 31.5 | 0.7213 | 0.9581 |" in lines
+    assert lines.count("| core measured on | test split, 9 tokens of 2 documents |") == 1
 
 
 def test_without_a_licence_none_is_written_and_the_card_follows_new_results(hub, run, push):
@@ -376,6 +397,7 @@ def test_without_a_licence_none_is_written_and_the_card_follows_new_results(hub,
         push()
         card = hub.files("me/saes")["README.md"]
         assert said in card if said else b"test split" not in card
+        assert b"massive rows, test split" not in card  # there were none
 
 
 def test_plots_of_a_run_are_on_its_card(hub, run, push):

@@ -11,7 +11,7 @@ import torch
 from saemill.cache_schema import Store
 from saemill.evaluate.context.write_and_read_results import without_nan
 from saemill.evaluate.errors import DataMissing, SettingInvalid
-from saemill.evaluate.evals.core import choose_rows
+from saemill.evaluate.evals.core import bootstrap, choose_rows
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.clean_and_spliced_losses import LossSums
 from saemill.evaluate.evals.core.saebench_keys import against, loss_statistics, official_losses
@@ -70,8 +70,9 @@ def test_a_reconstruction_of_zeros_has_no_cosine(world, open_context, builder):
     assert without_nan(result.metrics, -1)["reconstruction_quality"]["cossim"] == -1
 
 
-def test_a_broken_sae_has_no_losses(world, open_context, builder):
+def test_a_broken_sae_has_no_losses(world, open_context, builder, monkeypatch):
     """One latent writes no numbers: where it fires there is no loss, and none is better than the clean model's."""
+    monkeypatch.setattr(bootstrap, "FEWEST", 2)
     sae = builder.make_sae()
     sae.W_dec.data[3] = torch.nan
     result = run(open_context(world), [builder.subject(sae)])["sae"]
@@ -181,7 +182,8 @@ def test_the_blocks_of_rows_follow_each_other(world, open_context, builder, monk
     assert result.eval_config["n_eval_reconstruction_batches"] == 1
 
 
-def test_confidence_intervals_hold_the_estimate(world, open_context, builder):
+def test_confidence_intervals_hold_the_estimate(world, open_context, builder, monkeypatch):
+    monkeypatch.setattr(bootstrap, "FEWEST", 2)
     result = run(open_context(world), [builder.subject(builder.make_sae())], core.Config(4, resamples=500))["sae"]
     ours = result.extra["saemill_metrics"]
     estimates = {

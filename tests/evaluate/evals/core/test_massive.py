@@ -5,7 +5,7 @@ import pytest
 from saemill.evaluate.errors import SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.browser import evaluation as browser
-from saemill.evaluate.evals.core import evaluation
+from saemill.evaluate.evals.core import bootstrap, evaluation
 from saemill.evaluate.run.command import parse_multiple
 from saemill.evaluate.run.run_evals import settings_of
 
@@ -25,7 +25,8 @@ def core_of(context, subject):
     return found
 
 
-def test_saebench_is_of_all_tokens_and_ours_is_without_massive_ones(spiked, world, open_context, builder):
+def test_saebench_is_of_all_tokens_and_ours_is_without_massive_ones(spiked, world, open_context, builder, monkeypatch):
+    monkeypatch.setattr(bootstrap, "FEWEST", 2)
     subject = builder.subject(builder.make_sae())
     found = core_of(open_context(spiked), subject)
     every = core_of(open_context(spiked, massive_norms=None), subject)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.core import encoding, saebench_keys
-from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resampled
+from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resampled, said
 from saemill.evaluate.evals.core.choose_rows import choose_rows
 from saemill.evaluate.evals.core.saebench_keys import max_cosine, weight_metrics
 from saemill.evaluate.evals.core.sparsity_and_variance import Firing, summarise_density
@@ -244,9 +244,6 @@ def test_sums_by_document_over_batches():
     assert table["a"].tolist() == [7.0, 3.0, 8.0]
     np.testing.assert_array_equal(table["b"], [1.0, 2.0, np.nan])
     assert DocumentSums().table() == {}
-    whole = {name: lambda sums, name=name: sums[name] for name in table}
-    found = intervals(table, whole)
-    assert found["b"] is None and found["a"] == intervals({"a": table["a"]}, whole | {"b": whole["a"]})["a"]
 
 
 def test_an_interval_is_as_wide_as_theory_says():
@@ -267,13 +264,23 @@ def test_long_documents_weigh_what_they_hold():
     assert ratios == {0.0, 1.0, round(10 / 11, 6)}
 
 
-def test_one_document_has_no_interval():
-    assert intervals({"a": np.ones(1)}, {"a": lambda s: s["a"]}) == {"a": None}
-    assert intervals({}, {"a": lambda s: s["a"]}) == {"a": None}
+def test_few_documents_have_no_interval():
+    """Of two, a resample is one of three: all intervals would be as wide as the two are apart."""
+    whole = {"a": lambda sums: sums["a"] / sums["tokens"]}
+    for documents in (0, 1, 2, 9, 10, 11):
+        table = {"a": np.arange(float(documents)), "tokens": np.ones(documents)}
+        assert (intervals(table, whole)["a"] is None) == (documents < 10) == (" (intervals need 10)" in said(table))
+    assert intervals({}, whole) == {"a": None}
+
+
+def test_what_is_not_a_number_has_no_interval():
+    table = {"a": np.arange(10.0), "b": np.array([np.nan, *np.ones(9)])}
+    found = intervals(table, {name: lambda sums, name=name: sums[name] for name in table})
+    assert found["b"] is None and found["a"] == intervals({"a": table["a"]}, {"a": lambda sums: sums["a"]})["a"]
 
 
 def test_intervals_are_the_same_every_time():
-    table = {"a": np.arange(9.0)}
+    table = {"a": np.arange(10.0)}
     assert intervals(table, {"a": lambda s: s["a"]}) == intervals(table, {"a": lambda s: s["a"]})
 
 
