@@ -38,8 +38,8 @@ def say_time(seconds: float) -> str:
 
 
 def say_busy() -> str:
-    """That this machine has been busy, so that a time measured on it may be too long; empty if it has not. To be asked
-    before measuring, which keeps it busy too."""
+    """That this machine has been busy, so that a time measured on it may be too long; empty if it has not. By whom, and
+    whether it still is, nobody tells. To be asked before measuring, which keeps it busy too."""
     cores = os.cpu_count() or 1
     try:
         load = os.getloadavg()[0]
@@ -48,7 +48,7 @@ def say_busy() -> str:
     if load <= cores / 2:
         return ""
     on = f"load {load:.1f} on {counted(cores, 'core')}"
-    return f"other programs kept this machine busy in the last minute ({on}): once it is idle, this takes less"
+    return f"this machine was busy in the last minute ({on}): if it still is, this takes less once it is idle"
 
 
 def first_line(error: BaseException) -> str:

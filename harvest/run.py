@@ -102,8 +102,12 @@ def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[St
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
     """Choose the model and check that it has what is wanted. This is decided once per store, the commit included."""
     files = open_files(config.out)
-    begun = choose_again(config.model, read_root(files).manifest.model) if has_root(files) else None
-    choice = begun or choose(config.model)
+    choice = None
+    if has_root(files):
+        manifest = read_root(files).manifest
+        choice = choose_again(config.model, manifest.model)
+        config = replace(config, shard_windows=config.shard_windows or manifest.shard_windows)
+    choice = choice or choose(config.model)
     watch.say(choice.banner)
     return make_plan(config, look(choice, watch.say), choice)
 

@@ -226,15 +226,6 @@ def test_mutated_files_are_read_or_refused_by_name(targets, tell):
     try_many(targets, tell, inputs=400, first=0)
 
 
-def test_an_architecture_that_is_no_name_is_refused(targets):
-    target = targets["topk, cfg.json"]
-    whole = target.file.read_bytes()
-    try:
-        assert not try_input(target, whole, "topk, cfg.json 617920634")
-    finally:
-        target.file.write_bytes(whole)
-
-
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.timeout(6 * 3600)

@@ -39,6 +39,7 @@ REACH = "\N{PLUS-MINUS SIGN}"
 DETAILS = "eval_result_details"
 NO_DETAILS = f'\n  "{DETAILS}": []'
 DETAILS_BEGIN, DETAILS_END = f'\n  "{DETAILS}": [\n'.encode(), b"\n  ]"
+MOST_PLACES = 6  # of a number and its interval
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
@@ -243,7 +244,7 @@ def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) ->
 
 def rounded_to(value: float, reach: float) -> tuple[str, str]:
     """A number and its reach, both to the second digit of the reach, beyond which neither says anything."""
-    places = max(0, 1 - int(f"{reach:.1e}".partition("e")[2]))
+    places = min(max(0, 1 - int(f"{reach:.1e}".partition("e")[2])), MOST_PLACES)
     return f"{value:,.{places}f}", f"{reach:,.{places}f}"
 
 

@@ -24,6 +24,7 @@ from ..context.write_and_read_results import (
     metric_of,
     ours_in,
     reach_of,
+    rounded_to,
     settings_in,
 )
 from ..errors import Incomparable
@@ -132,7 +133,7 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
 
 def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: int) -> Iterator[tuple[str, Table]]:
     """One line for each SAE, one column for each metric in the evaluations' summaries, in one table without a title. If
-    it would be wider than `width`, each evaluation has its own, or several, of which the first has its name."""
+    it would be wider than `width`, each of several evaluations has its own below its name, or more than one."""
     found = {(row.subject, row.eval_id): numbers_of(row) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
     columns: dict[str, list[Column]] = {}
@@ -153,7 +154,7 @@ def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: i
                 table.add_column(one.title, justify="right", width=(one.width if is_roomy else one.least_width) - GAP)
             for name, *cells in zip(names, *(one.cells for one in part), strict=True):
                 table.add_row(name, *cells)
-            yield "" if number else eval_id, table
+            yield "" if number or len(columns) == 1 else eval_id, table
 
 
 def _that_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
@@ -216,7 +217,7 @@ def require_comparable(rows: Sequence[Row]) -> None:
 def _cell(value: float | None, reach: float | None) -> str:
     if value is None:
         return MISSING
-    return f"{value:.4g}" if reach is None else f"{value:.4g} {REACH} {reach:.2g}"
+    return f"{value:.4g}" if reach is None else f" {REACH} ".join(rounded_to(value, reach))
 
 
 def signs_of_no_learning(document: Mapping[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ NAME_REMEDY = f"If it holds text, rename it to one of {', '.join(TEXT_SUFFIXES)}
 PARQUET_ROWS = 256
 LARGE_BYTES, LARGE_FILES = 1 << 30, 10_000  # from either of them on, a corpus's digest is kept
 TICK_SECONDS = 2.0  # no file system's times are coarser
-LARGEST_BYTES = 64 << 20  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
+LARGEST_BYTES = 64_000_000  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
 
 
 class LocalCorpus:
@@ -121,8 +121,7 @@ class LocalCorpus:
         size = self._stamp[1]
         if not self._is_large or self._kept_digest():
             return ""
-        read = f"{say_size(size)} of {self._path}, {counted(len(self.files), 'file')}"
-        return f"reading {read}, for the corpus's digest, kept until a file changes"
+        return f"reading {say_size(size)} of {self._path}, {counted(len(self.files), 'file')}, for the corpus's digest"
 
     @cached_property
     def _digest(self) -> str:
@@ -212,8 +211,8 @@ class LocalCorpus:
 
 
 def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:
-    """A hash of what shows whether files were changed or replaced, and their bytes. The time of the last change is one
-    of it, as nobody can set it back."""
+    """A hash of what shows whether files were changed or replaced, and their bytes. Among it is the time of the last
+    change, which programs cannot set."""
     total, size = hashlib.sha256(), 0
     for file in files:
         found = os.stat(file)
@@ -263,7 +262,7 @@ def _text_of(file: Path) -> str:
 def _too_large(where: str, remedy: str) -> DocumentInvalid:
     return DocumentInvalid(
         f"{where}: expected documents of at most {say_size(LARGEST_BYTES)}, found a larger one. {remedy}, or write "
-        ".jsonl, one JSON object per line"
+        ".jsonl with a line for each document"
     )
 
 

@@ -34,6 +34,7 @@ from saemill.evaluate.context.write_and_read_results import (
     frame,
     read_result,
     result_path,
+    rounded_to,
     sae_config,
     standing_result,
     write_result,
@@ -163,7 +164,7 @@ def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, s
     output = sae_eval("run_1/small")
     ours = results(run_1)["small_eval_results.json"]["saemill_metrics"]
     value, (low, high) = ours["explained_variance"], ours["confidence_95"]["explained_variance"]
-    assert f"{value:.4g} ± {max(high - value, value - low):.2g}" in output
+    assert " ± ".join(rounded_to(value, max(high - value, value - low))) in output
     tokens, documents = ours["massive"]["of_tokens"], ours["documents"]["sparsity"]
     assert f"core: test split, {tokens:,} tokens of {documents} documents; CE and KL on " in output
     assert f"{ours['documents']['losses']} documents" in output.split("CE and KL on ")[1].partition("\n")[0]

@@ -561,7 +561,9 @@ def test_no_batch_is_said_to_be_larger_than_its_shard(make_config: Make, monkeyp
 
 
 def test_a_store_keeps_its_size_of_shards_unless_another_is_asked_for(harvested: HarvestConfig):
+    """Also where the default's chunks would be too large."""
     shutil.rmtree(Path(harvested.out) / "commits")
+    assert run.decide(replace(harvested, shard_windows=None), Watch(is_quiet=True)).config.shard_windows == 16
     harvest(replace(harvested, shard_windows=None))
     with Store.open(harvested.out) as store:
         assert store.committed.all() and store.manifest.shard_windows == 16

@@ -79,7 +79,7 @@ class CourseConfig:
     metrics_every_steps: int = 50
     """A new run of fewer than 2,500 steps has by default a fiftieth of them, for curves of about 50 points."""
     checkpoint_every_seconds: float = 300.0
-    """More where training would stand still for more than a twentieth of the time."""
+    """Since the one before was written; more where training would stand still for more than a twentieth of the time."""
     checkpoint_every_steps: int | None = None
     """If set, checkpoint_every_seconds is ignored."""
     validation_tokens: int = 131_072

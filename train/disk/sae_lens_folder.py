@@ -178,6 +178,9 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
     return {"standard": kind, "jumprelu": f"jumprelu_{kind}"}.get(plain.architecture)
 
 
+KINDS = {"architecture": str | None, "gate": str | None, "metadata": dict, "knobs": dict, "needs_side": list}
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
@@ -186,10 +189,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except ConfigInvalid as error:
         raise SaeInvalid(f"{error}, or export the SAE again") from error
-    kinds = {"architecture": str, "gate": str, "metadata": dict, "knobs": dict, "needs_side": list}
-    for name, kind in kinds.items():
-        if not isinstance(config.get(name, kind()), kind):
-            raise SaeInvalid(f"{path}: expected {name} as a {kind.__name__}, found {config[name]!r:.60}")
+    for name, kind in KINDS.items():
+        if name in config and not isinstance(config[name], kind):
+            said = getattr(kind, "__name__", "str or null")
+            raise SaeInvalid(f"{path}: expected {name} as a {said}, found {config[name]!r:.60}")
     return config
 
 

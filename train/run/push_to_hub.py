@@ -231,6 +231,8 @@ def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     facts = [dict(_facts(sae)) for sae in saes]
     common: dict[str, Any] = {}
     if len(saes) > 1:
+        for one in facts:
+            one.pop("variant", None)  # it is in the table that compares them
         common = {name: value for name, value in facts[0].items() if all(one.get(name) == value for one in facts)}
         yield from ("", *_compared(saes))
         if common:

@@ -2,8 +2,9 @@
 the firings that are kept to show them by.
 
 A firing is a latent in a window: its peak there and all its activations. For each latent, the firings with the highest
-peaks, those with the lowest, and a sample are kept: of tokens, at most one a window, each as likely as any other. They
-are chosen again when as many firings wait as are kept, so memory grows with the latents and not with the text.
+peaks, those with the lowest, and a sample are kept: of tokens, at most one a window, each as likely as any other where
+windows are many more than the sample. They are chosen again when as many firings wait as are kept, so memory grows with
+the latents and not with the text.
 
 F latents, B bins of activation, P parts of a window, N firings, E activations of a batch or of these.
 """
@@ -40,8 +41,8 @@ class Firings:
 
     latent: np.ndarray  # int32 [N]
     window: np.ndarray  # int32 [N]
-    at: np.ndarray  # int32 [N], position of the peak
-    peak: np.ndarray  # float32 [N]
+    at: np.ndarray  # int32 [N], position of the peak, or of the activation that was drawn
+    peak: np.ndarray  # float32 [N], the activation there
     count: np.ndarray  # int32 [N], activations of each
     position: np.ndarray  # uint16 [E]
     value: np.ndarray  # float32 [E]

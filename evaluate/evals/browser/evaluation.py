@@ -250,8 +250,9 @@ def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_there(subject: LoadedSae) -> bool:
-    """Whether the SAE's pages exist: a browser can be removed, or be made without it."""
-    return any(sae["label"] == subject.label for sae in saes_in(read_data(subject.home / NAME, "run") or {}))
+    """Whether the SAE's pages exist: a browser can be removed, or be made without it or by another version."""
+    about = read_data(subject.home / NAME, "run") or {}
+    return about.get("format") == FORMAT and any(sae["label"] == subject.label for sae in saes_in(about))
 
 
 def describe(

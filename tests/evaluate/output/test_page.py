@@ -169,6 +169,7 @@ def test_explained_variance_with_massive_rows_is_shown_where_there_are_some():
         (50.5678, [49.5678, 51], ["50.6", "\N{PLUS-MINUS SIGN} 1.0"]),
         (5123.4, [5000, 5200], ["5,123", "\N{PLUS-MINUS SIGN} 123"]),
         (32.0, [32, 32], ["32", "\N{PLUS-MINUS SIGN} 0"]),
+        (0.5, [0.5, 0.5 + 1e-12], ["0.500000", "\N{PLUS-MINUS SIGN} 0.000000"]),
     ],
 )
 def test_a_number_has_the_digits_that_its_interval_leaves_it(value, interval, shown):

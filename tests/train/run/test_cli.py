@@ -38,7 +38,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(big, sae_train,
     words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--width", 64, "--grid", "k=3,4"]
     monkeypatch.setattr("os.getloadavg", lambda: (999.0, 0.0, 0.0))
     said = sae_train(*words, "--dry-run").output
-    assert "cpu; other programs kept this machine busy in the last minute (load 999.0 on" in " ".join(said.split())
+    assert "cpu; this machine was busy in the last minute (load 999.0 on" in " ".join(said.split())
     for fact in ("topk_k3", "width 64, k 4, ", "of 64 tokens", "from a few steps on cpu", big["path"]):
         assert fact in " ".join(said.split())
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))

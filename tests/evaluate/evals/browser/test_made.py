@@ -875,6 +875,7 @@ def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
     assert [line for line in said if line.startswith("browser: a left out, read with other settings")]
     assert a.home == home and evaluation.is_there(b) and not evaluation.is_there(a)
     write_data(home / "browser", "run", data_of(home, "run") | {"format": 1})
+    assert not evaluation.is_there(b)
     make(context, [a], Config(windows=5))
     assert "browser: b left out, made by another version of saemill: name them too to show them" in said
 
