@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluate.context.write_and_read_results import heading
 from ..evaluate.output.figures.panels import STEP, add_legend
 from ..evaluate.output.figures.style import INK, Look, caption, look, new_figure
 from ..evaluate.output.plots import KINDS, save
@@ -69,7 +68,8 @@ def draw_measures(
         axis.set_ylim(len(found) - 0.5, -0.5)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         better = "\nmore is better" if name in more_is_better else ""
-        caption(axis, heading(name), f"seeds, and the 95 % interval of their mean{better}", "")
+        words = name.replace(".", " ").replace("_", " ")
+        caption(axis, words, f"seeds, and the 95 % interval of their mean{better}", "")
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     return figure
 
@@ -105,12 +105,12 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _set_limits(axis: Axes, found: Mapping[str, Sequence[float]]) -> None:
-    """Those of what is compared, with its intervals."""
-    compared = [own for label, own in found.items() if own and not is_baseline(label)]
+    """Those of what is compared or, if only baselines have the measure, of these, with its intervals."""
+    compared = [own for label, own in found.items() if own and not is_baseline(label)] or filter(None, found.values())
     ends = [end for own in compared for end in (min(own), max(own), *_interval(own))]
-    low, high = min(ends, default=0.0), max(ends, default=0.0)
-    if low < high:
-        axis.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    low, high = min(ends), max(ends)
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 0.06
+    axis.set_xlim(low - room, high + room)
 
 
 def _interval(own: Sequence[float]) -> tuple[float, float]:

@@ -183,6 +183,28 @@ def test_a_sanity_baseline_far_off_leaves_the_axis_to_what_is_compared():
     assert axis.get_title() == "explained variance" and axis.get_xlabel().endswith("more is better")
 
 
+@pytest.mark.parametrize("others", [("guided", "pca_k32_layer15"), ("base_frozen_decoder", "pca_k32_layer15")])
+def test_an_axis_fits_its_values_where_nothing_compared_differs(others):
+    """It was 0 to 1, and numbers of 40 were arrows at its right edge."""
+    values = {label: {0: {"score": score}} for label, score in zip(others, (40.0, 44.0), strict=True)}
+    values = {"base": values.get("guided", {0: {}}), **values}
+    figure = draw_measures("a study", values, "base", {label: look(0) for label in values})
+    assert figure is not None
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    assert 36 < low < 40 < high < 48
+    assert [text.get_text() for text in axis.texts] == (["44 \N{RIGHTWARDS ARROW}"] if "guided" in others else [])
+
+
+def test_panels_of_one_metric_of_two_groups_are_told_apart():
+    """Both were titled "mean"."""
+    names = ("contrast: near.mean", "contrast: far.mean", "steps_of_it")
+    values = {label: {0: dict.fromkeys(names, value)} for label, value in (("base", 1.0), ("guided", 2.0))}
+    figure = draw_measures("a study", values, "base", {label: look(0) for label in values})
+    titles = ["contrast: near mean", "contrast: far mean", "steps of it"]
+    assert figure is not None and [axis.get_title() for axis in figure.axes] == titles
+
+
 def test_the_legend_of_curves_lies_beside_them(tmp_path):
     curves = {label: [[(step, 0.1 * step) for step in range(9)]] for label in ("base", "guided")}
     figure = draw_training("a study", curves, {label: look(0) for label in curves})

@@ -12,6 +12,7 @@ from pathlib import Path
 from ....train.disk.atomic_files import replace_file
 from ...context.write_and_read_results import INTERVALS, interval_of, places_in
 from ...output.figures.records import COLUMNS, Record, notes, those_of
+from ...output.figures.seeds import places_of
 from .browser_folder import NAME, as_data, read_data, saes_in
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
@@ -24,10 +25,13 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
     shown = {sae["label"]: [sae.get("sha256"), *sae.get("place", places_in({}))] for sae in saes}
     records = [replace(one, documents=those_of(one.documents, shown.get(one.label))) for one in records]
     if any("core" in one.documents for one in records):  # training's own numbers are of the validation split
-        records = [one if "core" in one.documents else replace(one, outcome={}) for one in records]
+        records = [replace(one, outcome={}) for one in records]
+    places = places_of(records)
     value = {
         "columns": [[key, column.heading, column.meaning, key != SPARSITY] for key, column in COLUMNS.items()],
-        "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
+        "saes": {
+            one.label: {"place": places[one.name], "numbers": numbers(one), "curves": curves(one)} for one in records
+        },
         "notes": notes(records, [column.evaluation for column in COLUMNS.values()]),
     }
     replace_file(browser / "data" / "numbers.js", as_data("numbers", value).encode())  # the page is there already

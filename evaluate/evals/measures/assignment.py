@@ -18,6 +18,7 @@ from ...context.loaded_sae import LoadedSae
 from .position import ANYWHERE, equal_shares
 
 TIERS, RANGES, GROUPS = "tiers.membership", "mask.range", "temporal.group"
+EQUAL_SHARES = "equal shares"  # the source of an assignment for an SAE that has none of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def _saved_or_equal(subject: LoadedSae, name: str, count: int, least: int) -> As
     membership = saved(subject, name)
     if membership is not None:
         return Assignment(membership.long(), max(least, int(membership.max()) + 1), "saved")
-    return Assignment(equal_shares(subject.width, count).to(subject.sae.W_dec.device), count, "equal shares")
+    return Assignment(equal_shares(subject.width, count).to(subject.sae.W_dec.device), count, EQUAL_SHARES)
 
 
 def every(members_F: Tensor, most: int) -> Tensor:

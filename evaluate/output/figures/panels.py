@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .records import Record
-from .seeds import groups_of
+from .seeds import groups_of, places_of
 from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
@@ -171,6 +171,4 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str]) 
 
 def looks_of(records: Sequence[Record]) -> dict[str, Look]:
     """The look of each SAE, one for all seeds of one: by its place among all, whichever of them a panel shows."""
-    groups = groups_of(records)
-    places = {group: place for place, group in enumerate(dict.fromkeys(groups.values()))}
-    return {name: look(places[group]) for name, group in groups.items()}
+    return {name: look(place) for name, place in places_of(records).items()}

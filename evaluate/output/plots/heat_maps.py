@@ -10,9 +10,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...evals.measures.assignment import EQUAL_SHARES
 from ..figures.records import Record
 from ..figures.style import INK, caption, first_of, new_figure, shown
-from .layers_and_tiers import EQUAL_SHARES, has_no_tiers
+from .layers_and_tiers import has_no_tiers
 
 BLUES: Any = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "interpolation": "nearest"}
 MOST_PATTERNS, MOST_COMPOSITIONS, MOST_MATRICES = 6, 4, 9  # SAEs in one figure: more would be too small to read

@@ -8,6 +8,7 @@ from itertools import islice
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...evals.measures.assignment import EQUAL_SHARES
 from ..figures.panels import STEP, Lines, legend_of, looks_of, mark_of, series_of
 from ..figures.records import Record
 from ..figures.style import INK, LINES, caption, first_of, new_figure, shades
@@ -18,7 +19,6 @@ MEASURED = (  # by the evaluation `attention`, a number for each layer: its name
     (SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
     ("similarity_gain_", "How much more alike attended tokens are", "cosine above the row's mean", 1.0),
 )
-EQUAL_SHARES = "equal shares"  # how the evaluation `tiers` says that an SAE has none of its own
 MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
 MOST_TIERS = 8  # of an SAE
 MOST_BESIDE = 4  # SAEs with a group of bars each in a panel that others stand beside
@@ -139,7 +139,7 @@ def draw_parts(axis: Axes, names: Sequence[str], parts: Mapping[str, Sequence[fl
         bars = axis.bar(at, heights, width=0.92 * width, color=colour, label=part)
         if len(parts) * len(names) <= MOST_LABELLED:
             axis.bar_label(bars, [f"{height:.2g}" for height in heights], padding=2, fontsize=7, color=INK)
-    is_crowded = len(names) > 4 or max(map(len, names)) > 12
+    is_crowded = len(names) > 4 or max(len(line) for name in names for line in name.split("\n")) > 12
     turned = {"rotation": 35, "ha": "right"} if is_crowded else {}
     axis.set_xticks(range(len(names)), names, fontsize=8, parse_math=False, **turned)
     axis.grid(visible=False, axis="x")

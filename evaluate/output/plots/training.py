@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from ....cache_schema.strict_json import from_json
+from ....cache_schema.strict_json import StrictError, from_json
 from ....train.engine.adam import Optim
 from ..figures.panels import Bars, Lines, draw_panels, series_of
 from ..figures.records import Record
@@ -33,7 +33,10 @@ def peak_rate(record: Record) -> float | None:
     settings, total_steps = record.settings.get("optim"), record.asked.get("total_steps")
     if not rates or settings is None or total_steps is None:
         return max(rates, default=None)
-    share = replace(from_json(Optim, settings), lr=1.0).schedule()
+    try:
+        share = replace(from_json(Optim, settings), lr=1.0).schedule()
+    except StrictError:  # settings of a later version, say
+        return max(rates)
     return rates[0] / share(int(steps[0]), total_steps)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ... import evals
 from ...context.write_and_read_results import REACH, heading, reach_of, rounded_to
 from ..figures.records import COLUMNS as SHARED
-from ..figures.records import Column, Record, measured, notes
+from ..figures.records import CORE, Column, Record, measured, notes
 from ..figures.seeds import groups_of
 from .markup import Html, element, joined
 
@@ -145,7 +145,7 @@ def _worth(record: Record, is_measured: bool) -> dict[str, float | None]:
     """Core's numbers where it measured any SAE, or those that training held out or, while it lasts, last logged."""
     names = ("l0", "explained_variance")
     if is_measured:
-        return {name: _rounded(record.held_out(name) if "core" in record.documents else None) for name in names}
+        return {name: _rounded(record.metric("core", CORE[name])) for name in names}
     return {
         name: _rounded(record.outcome.get(name, record.last(name) if record.steps is None else None)) for name in names
     }

@@ -187,6 +187,8 @@ def test_the_chart_is_of_core_where_it_measured_any_as_the_plots_are():
         data = training_data(records)
         shown = [(sae["l0"], sae["explained_variance"]) for sae in data["saes"]]
         assert shown == (found or [(31.5, 0.6543), (None, None)]) and data["is_measured"] == (found is None)
+    (half,) = training_data([replace(both[0], documents={"core": core | {"saemill_metrics": {}}})])["saes"]
+    assert (half["l0"], half["explained_variance"]) == (31.5, None)  # not one of core and the other of training
 
 
 def test_an_sae_has_the_colour_that_the_plots_on_its_page_give_it():

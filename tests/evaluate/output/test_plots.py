@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from saemill.evaluate.output import plots
 from saemill.evaluate.output.figures import records
 from saemill.evaluate.output.figures.records import CURVE_POINTS, Record, read_log, read_records, thinned_log
+from saemill.evaluate.output.figures.seeds import groups_of
 from saemill.evaluate.output.figures.style import COLOURS, look, new_figure, shades, shown
 from saemill.evaluate.output.plots import all_plots, make_plots, pareto
 from saemill.train.disk.atomic_files import write_json
@@ -165,10 +166,12 @@ def test_the_learning_rate_of_a_run_too_short_to_log_its_peak_is_the_one_it_trai
     log = [{"step": 0, "lr": 0.00192}, {"step": 43, "lr": 0.0011}]
     optim = {"lr": None, "warmup_steps": 1000, "warmup_max_fraction": 0.1, "decay_fraction": 0.2}
     short = Record("a", "run", "a", settings={"optim": optim}, log=log, asked={"total_steps": 44})
-    figure = all_plots()["hyperparameters"]([short, replace(short, name="b", settings={})])
+    others = {"b": {}, "c": {"optim": optim | {"later": 1}}, "d": {"optim": {"lr": -1.0}}}
+    figure = all_plots()["hyperparameters"]([short, *(replace(short, name=n, settings=s) for n, s in others.items())])
     assert figure is not None
     (axis,) = (axis for axis in figure.axes if axis.get_title() == "Learning rate")
-    assert [text.get_text() for text in axis.texts] == ["9.60e-03", "1.92e-03"]  # b: nothing known of its schedule
+    as_logged = ["1.92e-03"] * 3  # nothing is known of their schedules, or nothing that this version reads
+    assert [text.get_text() for text in axis.texts] == ["9.60e-03", *as_logged]
 
 
 @pytest.mark.parametrize("name", ["training_metrics", "layer_contribution", "mixing_weights"])
@@ -261,7 +264,7 @@ def test_seeds_of_one_sae_look_alike_and_have_one_place_in_the_legend(name):
     log = [{"step": 0, "loss": 1.0, "mixing/weight_17": 1.0, "mixing/temperature": 1.0}]
     outcome = {"l0": 32.0, "explained_variance": 0.7}
     seen = [
-        Record(f"topk_k{k}_seed{seed}", "run", "", "topk", {"k": k, "seed": seed}, log, outcome)
+        Record(label := f"topk_k{k}_seed{seed}", "run", label, "topk", {"k": k, "seed": seed}, log, outcome)
         for k in (16, 32)
         for seed in range(3)
     ]
@@ -271,6 +274,13 @@ def test_seeds_of_one_sae_look_alike_and_have_one_place_in_the_legend(name):
     (legend,) = [*figure.legends, axis.get_legend()][:1]
     assert [text.get_text() for text in legend.get_texts()] == ["topk_k16 (3 seeds)", "topk_k32 (3 seeds)"]
     assert [handle.get_color() for handle in legend.get_lines()] == [look(0).colour, look(1).colour]
+
+
+def test_saes_of_several_runs_are_no_seeds_of_one():
+    """Whose names differ as if they were; those within a run are still one."""
+    places = [("exp_seed0_b", "topk_seed0"), ("exp_seed0_b", "topk_seed1"), ("exp_seed1_b", "topk_seed0")]
+    groups = groups_of([Record(f"{run}/{label}", run, label) for run, label in places])
+    assert [*groups.values()] == ["exp_seed0_b/topk", "exp_seed0_b/topk", "exp_seed1_b/topk"]
 
 
 @pytest.mark.parametrize("saes", [1, 4, 5, 12, 30])
@@ -333,6 +343,9 @@ def test_quality_against_sparsity_mixes_no_splits():
     for drawn, looks in ((records, [1, 2]), ([replace(one, documents={}) for one in records], [0, 1, 2])):
         axis = pareto.draw(drawn).axes[0]
         assert [line.get_color() for line in axis.lines] == [look(place).colour for place in looks]
+    no_l0 = {"core": documents()["core"] | {"eval_result_metrics": {}, "saemill_metrics": {"explained_variance": 0.8}}}
+    half = replace(records[0], documents=no_l0)  # its point would be half of training's
+    assert len(pareto.draw([half, *records[1:]]).axes[0].lines) == 2
 
 
 def test_quality_against_sparsity_has_the_intervals_that_core_measured():
@@ -411,6 +424,7 @@ def test_an_sae_without_tiers_is_not_shown_as_having_them():
     (axis,) = all_plots()["tier_activity_comparison"](seen).axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["tiered", "plain\n(no tiers)"]
     assert axis.get_xlabel() == "no tiers: equal shares of its latents instead"
+    assert {label.get_rotation() for label in axis.get_xticklabels()} == {0.0}  # of two lines, neither of them long
 
 
 @pytest.mark.parametrize("tiers", [8, 12])

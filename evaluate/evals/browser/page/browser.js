@@ -164,8 +164,7 @@ function facts(sae) {
 let tableSort = ["l0", 1], chosenY, chosenCurve;
 // Of an SAE among all of its run, by which plots and pages colour it.
 function placeOf(sae) {
-  const names = Object.keys(numbers.saes ?? {}), place = names.indexOf(sae.label);
-  return place < 0 ? names.length + run.saes.indexOf(sae) : place;
+  return numbers.saes?.[sae.label]?.place ?? Object.keys(numbers.saes ?? {}).length + run.saes.indexOf(sae);
 }
 
 function showOverview() {

@@ -76,14 +76,15 @@ function even(low, high) {
     for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
     return ticks;
   };
-  return [10, 5, 2, 1].map((one) => ticksAt(one * unit)).find((ticks) => ticks.length >= LEAST_TICKS);
+  return [10, 5, 2, 1].map((one) => ticksAt(one * unit)).find((ticks) => ticks.length >= LEAST_TICKS) ?? []; // none where there is no value to draw
 }
 
 function axis(values, log) {
   const clean = values.filter((value) => value !== null && Number.isFinite(value) && (!log || value > 0));
   let low = Math.min(...clean), high = Math.max(...clean);
   if (log) { low = Math.log10(low); high = Math.log10(high); }
-  const pad = (high - low) * .12 || Math.abs(high) * .1 || .5;
+  const apart = high - low > 1e-9 * Math.abs(high) ? high - low : 0; // steps between doubles that are neighbours would get nowhere
+  const pad = apart * .12 || Math.abs(high) * .1 || .5;
   low -= pad; high += pad;
   const scale = (value) => ((log ? Math.log10(value) : value) - low) / (high - low);
   const ticks = [];

@@ -955,6 +955,12 @@ def test_the_overview_has_what_was_measured(made):
     other = {"core": core | {"saemill": {"settings": {"cache_id": "two"}}}}
     refresh(home, [Record("a", "", "a", documents={"core": core | told}), Record("b", "", "b", documents=other)])
     assert "core: these numbers do not compare, results differ in cache_id." in data_of(home, "numbers")["notes"]
+    half = {"core": {"eval_result_metrics": {"sparsity": {"l0": 4.0}}}}
+    refresh(home, [replace(trained, documents=half)])
+    assert data_of(home, "numbers")["saes"]["b"]["numbers"].keys() == {"l0"}  # not the other from training
+    seeds = [Record(label, "run_1", label) for label in ("topk_seed0", "topk_seed1", "wide")]
+    refresh(home, seeds)
+    assert [one["place"] for one in data_of(home, "numbers")["saes"].values()] == [0, 0, 1]  # as plots colour them
     refresh(home.parent, [])  # no browser there: nothing happens
     assert json.dumps(sorted(path.name for path in home.parent.iterdir())) == '["run_1"]'
 

@@ -146,6 +146,8 @@ def test_the_overview_sorts_and_draws(site, open_page):
     assert page.locator("svg[aria-label^='densities of']").count() == 2
     places = "run.saes.map((sae) => `${sae.label} ${placeOf(sae)}`).sort()"
     assert page.evaluate(places) == page.evaluate(f"{{ run.saes.reverse(); {places} }}") == ["first 0", "second 1"]
+    as_seeds = f"{{ numbers.saes.second.place = 0; {places} }}"
+    assert page.evaluate(as_seeds) == ["first 0", "second 0"]
     page.evaluate("run.saes.reverse()")
     names.first.click()
     page.wait_for_selector(".r")
@@ -202,10 +204,14 @@ def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, ope
 
 def test_an_axis_has_three_numbers_at_least_and_a_line_through_few_points_shows_them(site, open_page):
     page = open_page(site.home)
-    for values in ([0.675, 0.74], [32, 51], [16, 64], [0, 43], [5, 5], [0.0004, 0.9]):
+    near = ([0.8, 0.8 + 2**-52], [0.8, 0.8 + 1e-12])  # the first had no end
+    for values in ([0.675, 0.74], [32, 51], [16, 64], [0, 43], [5, 5], [0.0004, 0.9], *near):
         for is_log in ("false", "true"):
             ticks = page.evaluate(f"axis({values}, {is_log}).ticks")
             assert 3 <= len(ticks) < 14 and ticks == sorted(set(ticks)), (values, is_log)
+    for values, is_log in (([], "false"), ([0, 0], "true"), ([-1, -2], "true")):  # nothing to draw
+        assert page.evaluate(f"axis({values}, {is_log}).ticks") == []
+    assert page.evaluate("lines([{ name: 'a', x: [0, 1], y: [0, 0] }], ['step', 'y', 'log']) instanceof Element")
     for count, circles in ((1, 1), (2, 2), (9, 9), (10, 0)):
         points = f"x: {list(range(count))}, y: {list(range(count))}"
         chart = f"lines([{{ name: 'a', colour: 'red', {points} }}], ['step', 'y', ''])"
