@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from huggingface_hub import constants
 
 from ...cache_schema.numbers_in_words import counted, say_size, some_of
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
-from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, cell_text, names_under
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, State, cell_text, names_under
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -49,7 +48,7 @@ TICK_SECONDS = 2.0  # no file system's times are coarser
 LARGEST_BYTES = 64_000_000  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
 
 
-class LocalCorpus:
+class LocalCorpus(InOrder):
     """Documents of a file, or of all files under a folder."""
 
     id = "local"
@@ -57,7 +56,7 @@ class LocalCorpus:
     def __init__(self, path: Path, column: str = "text") -> None:
         self._path = path
         self._column = column
-        self._read = self._file = self._before = 0  # documents yielded; in which file, and how many before that file
+        self._file = 0  # the file that is read; `_before`: documents in those before it
 
     @cached_property
     def files(self) -> list[Path]:
@@ -180,14 +179,11 @@ class LocalCorpus:
     def documents(self, state: State | None = None) -> Iterator[str]:
         """All documents, or those after `state`. Files before the one it was taken in are not opened; a state of an
         earlier version names none, and all are read again."""
-        read, self._file, self._before = ((state or {}).get(name, 0) for name in ("documents", "file", "before"))
-        self._read = read
-        for text in islice(self._texts(), read - self._before, None):
-            self._read += 1
-            yield text
+        self._file, self._before = ((state or {}).get(name, 0) for name in ("file", "before"))
+        return super().documents(state)
 
     def state(self) -> State:
-        return {"documents": self._read, "file": self._file, "before": self._before}
+        return super().state() | {"file": self._file, "before": self._before}
 
     def _texts(self) -> Iterator[str]:
         """All texts from the present file on."""

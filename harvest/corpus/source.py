@@ -89,6 +89,7 @@ class InOrder:
     """Base of a corpus whose texts are quickly skipped: its state is the number of documents yielded."""
 
     _read = 0
+    _before = 0  # documents before those of `_texts`, where that does not begin with the first
 
     def _texts(self) -> Iterator[str]:
         """All texts, in order."""
@@ -96,7 +97,7 @@ class InOrder:
 
     def documents(self, state: State | None = None) -> Iterator[str]:
         self._read = (state or {}).get("documents", 0)
-        for text in islice(self._texts(), self._read, None):
+        for text in islice(self._texts(), self._read - self._before, None):
             self._read += 1
             yield text
 
