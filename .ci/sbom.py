@@ -18,9 +18,9 @@ LINE = re.compile(r"([a-z0-9.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
 CLASSIFIER = "License :: OSI Approved :: "
 HEAD = """# Licences
 
-What an installation by `requirements.lock` takes, and under which licence each package says it is. That lock is for
-processors alone: Linux on x86-64, Python 3.11, torch's CPU build. CUDA builds of torch bring NVIDIA's libraries, under
-licences of their own, which are not listed here.
+The packages that `requirements.lock` installs, with the licence each declares. The lock is for CPUs only: Linux on
+x86-64, Python 3.11, torch's CPU build. CUDA builds of torch bring NVIDIA's libraries, under their own licences, which
+are not listed here.
 Made by `make sbom`, with `sbom.cdx.json` (CycloneDX). saemill itself is under Apache-2.0.
 
 | package | version | licence |
