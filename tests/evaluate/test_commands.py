@@ -293,7 +293,7 @@ def test_who_declines_or_has_no_store_is_told_the_command(
 def test_the_store_that_the_demo_leaves_is_found_and_named(
     small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's third command is `sae-eval run_4`, and `make demo` may be all that was run before."""
+    """README names `sae-eval run_4`, and `make demo` may be all that was run before."""
     recipe_of_one(monkeypatch)
     said = type_("sae-eval", "run_4", code=1).stderr
     assert "no store here yet" in said and "`sae-train --variant topk --cache ./store` makes a first run" in said
