@@ -28,17 +28,17 @@ class Vocabulary:
                 self._backend, self._bos = context.tokenizer.backend, context.tokenizer.bos_token
             except ModelMissing as error:
                 self.obstacle = str(error)
-        self._met = np.zeros(0, bool)
+        self._is_included = np.zeros(0, bool)  # by id
 
-    def meet(self, ids: np.ndarray) -> np.ndarray:
+    def include(self, ids: np.ndarray) -> np.ndarray:
         """Include these ids in `texts`, and return them in a page's dtype."""
-        if ids.size and int(ids.max()) >= len(self._met):
-            self._met = np.concatenate([self._met, np.zeros(int(ids.max()) + 1 - len(self._met), bool)])
-        self._met[ids] = True
+        if ids.size and (more := int(ids.max()) + 1 - len(self._is_included)) > 0:
+            self._is_included = np.concatenate([self._is_included, np.zeros(more, bool)])
+        self._is_included[ids] = True
         return ids.astype(np.uint32)
 
     def texts(self) -> dict[str, Any]:
-        ids = np.flatnonzero(self._met)
+        ids = np.flatnonzero(self._is_included)
         return {"ids": ids.astype(np.uint32), "texts": self._texts(ids.tolist())}
 
     def write(self, ids: np.ndarray) -> str:
