@@ -24,8 +24,8 @@ from .clean_and_spliced_losses import LossSums
 from .sparsity_and_variance import NAN, Sparsity, explained_variance_of, ratio, summarise_density
 
 DECIMALS = 10
-OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
-OWN_LOSSES |= {name: name for name in ("ce_loss_score", "kl_div_score")}
+SCORES = ("ce_loss_score", "kl_div_score")
+OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"} | {name: name for name in SCORES}
 
 
 def official_metrics(
@@ -121,8 +121,11 @@ def own_metrics(
         "of_tokens": every.tokens,
         "share_of_squares": 1 - ratio(ordinary.sums.get("square", 0.0), every.sums.get("square", 0.0)),
     }
-    ours: dict[str, Any] = {"explained_variance": ordinary.explained_variance}
-    ours |= {"explained_variance_with_massive": every.explained_variance, "massive": massive}
+    ours: dict[str, Any] = {
+        "explained_variance": ordinary.explained_variance,
+        "explained_variance_with_massive": every.explained_variance,
+        "massive": massive,
+    }
     documents = {"sparsity": len(table["tokens"])}
     if losses is not None:
         kept = losses_and_scores(losses.totals(), "zero", "sae_ordinary")
@@ -137,9 +140,7 @@ def own_metrics(
 def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
     """Losses under one ablation and scores against it, from divergences that never underflow."""
     found = losses_and_scores(sums, ablation)
-    return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {
-        name: found[name] for name in ("ce_loss_score", "kl_div_score")
-    }
+    return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {name: found[name] for name in SCORES}
 
 
 def loss_statistics() -> dict[str, Statistic]:

@@ -106,7 +106,8 @@ def dominant_latents(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Tenso
 
 def mutual_information(first_N: Tensor, second_N: Tensor) -> float:
     """I(first; second) of two labellings of the same tokens, in nats."""
-    return _entropy(first_N) + _entropy(second_N) - _entropy(_joint(first_N, second_N))
+    pair_N = (first_N - SILENT) * (int(second_N.max()) - SILENT + 1) + second_N - SILENT  # one label for each pair
+    return _entropy(first_N) + _entropy(second_N) - _entropy(pair_N)
 
 
 def normalised_mutual_information(first_N: Tensor, second_N: Tensor) -> float:
@@ -133,11 +134,6 @@ def _strongest(acts_NF: Tensor, members_F: Tensor) -> Tensor:
         return torch.full((len(acts_NF),), SILENT, device=acts_NF.device)
     strength, place = acts_NF[:, members_F].max(1)
     return torch.where(strength > 0, members_F.nonzero().view(-1)[place], SILENT)
-
-
-def _joint(first_N: Tensor, second_N: Tensor) -> Tensor:
-    """One label for each pair of labels."""
-    return (first_N - SILENT) * (int(second_N.max()) - SILENT + 1) + second_N - SILENT
 
 
 def _entropy(labels_N: Tensor) -> float:

@@ -401,7 +401,7 @@ def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_co
     assert found["stability"]["fsm_mean"] == pytest.approx(1.0)
     assert found["stability"]["lifetime_mean"] > 3
     assert "tcs_long" not in found["consistency"]
-    assert result.remark == "no numbers of long lags: no two tokens of a window and a document are 17 apart"
+    assert result.remark == "no numbers for long lags: no two tokens of one window and document are 17 apart"
 
 
 def test_masks_that_were_trained_are_taken(world, builder, open_context):
@@ -601,5 +601,7 @@ def test_special_tokens_keep_their_residual(world, builder, open_context):
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4, attention_layers=layers))
     x_hat = torch.where(batch.keep[:, :, None], batch.x(subject.layers), 99.0)
     given, rows = {"sae": x_hat}, ordinary_rows(context, subject, batch)
-    attention.replace(context, subject, batch, rows, given, attention.dense_rows(batch.attention[layers[0]]), seen)
+    attention.compare_attention(
+        context, subject, batch, rows, given, attention.dense_rows(batch.attention[layers[0]]), seen
+    )
     assert seen.divergence["sae"] == seen.divergence["true"] < seen.divergence["zero_ablation"]
