@@ -47,7 +47,7 @@ UNPAIRED = "which of two tokens came first is not probed: too few windows hold t
 @dataclass(frozen=True)
 class Config:
     windows: int = 128
-    """Of the test split, and as many of the validation split to assign ranges."""
+    """Of the test split, and of the validation split to assign ranges."""
     batch_windows: int = 16
     ranges: int = 4
     """For SAEs trained without ranges."""

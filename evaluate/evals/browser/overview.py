@@ -20,7 +20,7 @@ SPARSITY = "l0"  # what the others are drawn against
 
 
 def write_numbers(browser: Path, records: Sequence[Record]) -> None:
-    """Write the numbers that belong to the weights and place which the browser shows, where it says which."""
+    """Write the numbers of the weights and places that the browser shows, if it names them."""
     saes = saes_in(read_data(browser, "run") or {})
     shown = {sae["label"]: [sae.get("sha256"), *sae.get("place", places_in({}))] for sae in saes}
     records = [replace(one, documents=those_of(one.documents, shown.get(one.label))) for one in records]

@@ -51,7 +51,7 @@ def saved_composition(subject: LoadedSae, tier: int, rows: int, columns: int) ->
 
 
 def tiers_of(subject: LoadedSae, count: int) -> Assignment:
-    """The tier of each latent, 0 the lowest: as many tiers as were saved, or `count` of equal shares."""
+    """The tier of each latent, 0 the lowest: as saved, or `count` equal shares."""
     return _saved_or_equal(subject, TIERS, count, least=1)
 
 
@@ -78,7 +78,7 @@ def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None
 
 
 def is_bound(assignment: Assignment) -> Tensor:
-    """bool [F]: latents that have a range at all."""
+    """bool [F]: latents that have a range."""
     return assignment.of_latent != ANYWHERE
 
 

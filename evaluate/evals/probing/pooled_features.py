@@ -102,7 +102,7 @@ def spans_of(classes: Mapping[str, Sized]) -> dict[str, range]:
 
 
 def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None) -> Draw:
-    """The class `name` against as many rows drawn from the other classes, or from `opposite` alone."""
+    """The class `name` against the same number of rows drawn from the other classes, or from `opposite` alone."""
     positive = torch.tensor(spans[name])
     if opposite:
         negative = torch.tensor(spans[opposite])

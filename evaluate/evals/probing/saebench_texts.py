@@ -51,7 +51,7 @@ COLUMNS = {BIOS: ("hard_text", "profession", "gender"), AMAZON: ("text", "catego
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
-    """One data set; sizes are of one binary probe, half of it the class itself."""
+    """One data set; sizes are those of one binary probe, half of it the class itself."""
     if name not in CLASSES:
         raise DataMissing(f"there is no probing data set {name!r}: choose from {', '.join(NAMES)}")
     return Task(name, *_draw(name, train_size, test_size, seed))
@@ -146,7 +146,7 @@ def read_files(count: int) -> dict[str, list[str]]:
 
 
 def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, list[str]]:
-    """Files by language, without the licence that mostly stands at their head."""
+    """Files by language, without their head, which is mostly a licence."""
     found: dict[str, list[str]] = {language: [] for language in CLASSES[GITHUB]}
     for row in rows:
         if row["language"] not in found:

@@ -59,7 +59,7 @@ class Source:
         classes = sum(len(one.train) for one in tasks)
         return f"{self.name} texts, {sum(map(len, texts)):,} of {classes} classes in {counted(len(tasks), 'task')}"
 
-    def of(self, settings: DataChoice) -> tuple[str, ...]:
+    def default_names(self, settings: DataChoice) -> tuple[str, ...]:
         """The data sets of an evaluation whose settings name none."""
         return tuple(self.pairs) if isinstance(settings, Settings) else self.probing
 
@@ -171,7 +171,7 @@ def filled(settings: S, source: Source, most: int | None = None) -> S:
     return replace(
         settings,
         data=source.name,
-        dataset_names=settings.dataset_names or source.of(settings),
+        dataset_names=settings.dataset_names or source.default_names(settings),
         train_set_size=settings.train_set_size or train_size,
         test_set_size=settings.test_set_size or test_size,
         context_length=settings.context_length or source.context,
@@ -181,7 +181,7 @@ def filled(settings: S, source: Source, most: int | None = None) -> S:
 def data_revision(context: Context, settings: DataChoice) -> Revision | None:
     """The revision of the data that the settings choose, as an evaluation's `data_revision`."""
     source = find_source(context, settings.data)
-    return source.revision(settings.dataset_names or source.of(settings))
+    return source.revision(settings.dataset_names or source.default_names(settings))
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:

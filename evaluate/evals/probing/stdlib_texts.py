@@ -154,7 +154,7 @@ def load_table(is_test: bool) -> Table:
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
-    """One data set, drawn as SAEBench draws its own: sizes are of one binary probe."""
+    """One data set, drawn as SAEBench draws its own: sizes are those of one binary probe."""
     if name not in NAMES:
         raise DataMissing(f"there is no data set {name!r} of installed text: choose from {', '.join(NAMES)}")
     return Task(name, _draw(name, False, train_size, seed), _draw(name, True, test_size, seed))

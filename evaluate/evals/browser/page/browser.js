@@ -199,7 +199,7 @@ function table() {
   const card = h("section", { class: "card" }, h("div", { class: "wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, swatch(colourOf(placeOf(row.sae)), dashOf(placeOf(row.sae))), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key]))))))),
-    [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0 is of the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
+    [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0 is measured on the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
   return card;
 }
 
