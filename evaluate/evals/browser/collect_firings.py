@@ -82,7 +82,7 @@ class Keeper:
         self._config = config
         self._width = width
         kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.uint16, np.float32)
-        self._keep(Firings(*(np.empty(0, kind) for kind in kinds)), np.zeros(0, np.uint8))
+        self._set_kept(Firings(*(np.empty(0, kind) for kind in kinds)), np.zeros(0, np.uint8))
 
     def add(self, firings: Firings) -> None:
         latent, peak = firings.latent, firings.peak
@@ -101,7 +101,7 @@ class Keeper:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         everything, reasons = Firings(*(state[field.name] for field in fields(Firings))), state["reasons"]
         kept, entries = len(reasons), int(everything.count[: len(reasons)].sum())
-        self._keep(everything.part(slice(kept), slice(entries)), reasons)
+        self._set_kept(everything.part(slice(kept), slice(entries)), reasons)
         self._waiting = [everything.part(slice(kept, None), slice(entries, None))]
         self._num_waiting = len(everything.latent) - kept
 
@@ -126,13 +126,13 @@ class Keeper:
         for bit, key, count in ((TOP, peak, config.top), (SAMPLE, priority, config.sample), (LOW, -peak, config.low)):
             reasons[largest(latent, key, count)] |= bit
         kept = np.flatnonzero(reasons)
-        self._keep(everything.take(kept), reasons[kept])
+        self._set_kept(everything.take(kept), reasons[kept])
 
     @property
     def _everything(self) -> Firings:
         return Firings.joined([self._kept, *self._waiting])
 
-    def _keep(self, kept: Firings, reasons: np.ndarray) -> None:
+    def _set_kept(self, kept: Firings, reasons: np.ndarray) -> None:
         """Keep only these, and set the bounds beyond which further firings are of interest."""
         self._kept, self._reasons = kept, reasons
         self._waiting: list[Firings] = []

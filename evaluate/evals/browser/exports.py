@@ -260,7 +260,4 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 WRITERS = {"saedashboard": write_saedashboard, "neuronpedia": write_neuronpedia}
-TOKEN_BYTES = {
-    "saedashboard": 14,
-    "neuronpedia": 2,
-}  # for a token of an example, about; the second is compressed
+TOKEN_BYTES = {"saedashboard": 14, "neuronpedia": 2}  # per token of an example, about; the second is compressed
