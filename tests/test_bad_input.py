@@ -122,7 +122,7 @@ def use_result(path: Path) -> None:
 def write_browser(home: Path) -> dict[str, Any]:
     """What one says of two of the SAEs beside it."""
     saes = [{"label": name, "folder": f"sae_{name}", "sha256": source_of(home / name).sha256} for name in VARIANTS][:2]
-    about = dict.fromkeys(browser.SAME, "x") | {"run": "saes", "config": {"windows": 3}, "saes": saes}
+    about = dict.fromkeys(browser.SHARED, "x") | {"run": "saes", "config": {"windows": 3}, "saes": saes}
     write_data(home / "browser", "words", {"ids": np.arange(3, dtype=np.uint32)})
     for sae in saes:
         write_data(home / "browser", f"{sae['folder']}/columns", {})

@@ -1,7 +1,7 @@
-"""The registry: every file of this folder, and every folder with a file `evaluation.py`, is an evaluation.
+"""The registry: every file in this folder, and every folder with a file `evaluation.py`, is an evaluation.
 
-`evaluation_contract` says what such a file defines. Its name, or the folder's, is the evaluation's id. Folders without
-that file (`probing`, `measures`) hold what several evaluations share.
+`evaluation_contract` documents what such a file defines. The name of the file or folder is the evaluation's id. Folders
+without `evaluation.py` (`probing`, `measures`) hold code that several evaluations share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __path__ = and_own(__path__, "evaluate/evals")
 
 CONTRACT = "evaluation_contract"
 ALL = "all"
-"""Stands for the names of all evaluations."""
+"""Stands for every evaluation."""
 
 
 def names() -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def names() -> tuple[str, ...]:
 
 def load(name: str) -> Evaluation[Any]:
     require_known(name, names(), "evaluation", UnknownEval)
-    from .evaluation_contract import Evaluation  # late: names alone must not wait for torch
+    from .evaluation_contract import Evaluation  # imported here, so that listing names does not import torch
 
     found = getattr(import_file(__name__, _modules()[name]), "EVALUATION", None)
     if not isinstance(found, Evaluation):
@@ -46,8 +46,8 @@ def is_own(name: str) -> bool:
 
 
 def _modules() -> dict[str, str]:
-    """Where each evaluation is, by its id."""
-    folders = {file.parent.name for path in __path__ for file in Path(path).glob("*/__init__.py")}
-    wholes = {file.parent.name for path in __path__ for file in Path(path).glob("*/evaluation.py")}
-    files = set(file_names(__path__)) - folders - {CONTRACT}
-    return {name: name for name in files} | {name: f"{name}.evaluation" for name in wholes}
+    """The module of each evaluation, by id."""
+    packages = {file.parent.name for path in __path__ for file in Path(path).glob("*/__init__.py")}
+    folders = {file.parent.name for path in __path__ for file in Path(path).glob("*/evaluation.py")}
+    files = set(file_names(__path__)) - packages - {CONTRACT}
+    return {name: name for name in files} | {name: f"{name}.evaluation" for name in folders}

@@ -1,10 +1,10 @@
-"""attention: what attention says about codes, and what an SAE does to attention.
+"""attention: how well attention explains codes, and what an SAE does to attention.
 
-Contribution by layer: how much of the similarity of two tokens' codes the stored attention of each layer
-explains, beyond their nearness. Attention fidelity: the residual after layer L is replaced by its
-reconstruction, layer L + 1 computes its attention from that, and its rows are compared with the stored ones
-(KL). From the true residual they differ by rounding; mean and zero ablation are the other extreme. Causal tracing: what
-a latent at the token that layer L + 1 attends to most does to the same latent at the token that attends.
+Contribution by layer: how much of the similarity of two tokens' codes the stored attention of each layer explains,
+beyond their nearness. Attention fidelity: the residual after layer L is replaced by its reconstruction, layer L + 1
+computes its attention from that, and its rows are compared with the stored ones (KL). From the true residual they
+differ only by rounding; mean and zero ablation are the other extreme. Causal tracing: what a latent at the token that
+layer L + 1 attends to most does to the same latent at the attending token.
 
 W windows, H heads, T context, L layers.
 """
@@ -28,7 +28,7 @@ from ..model.batches import Windows
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, Traced, attention_divergence, choose_pairs, explain, trace_pairs
 
-TOP_LAYER = "attention fidelity is about the layer above the SAE's, and the model has none above it"
+TOP_LAYER = "attention fidelity needs a layer above the SAE's, and the model has none"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
     say_if_fewer(context, "attention", config)
     seen = {subject: Seen(Explained.none(len(layers), context.device)) for subject in subjects}
-    never, missing = obstacles(context, subjects)
-    able = {subject for subject in subjects if missing is None and subject not in never}
+    impossible, missing = obstacles(context, subjects)
+    able = {subject for subject in subjects if missing is None and subject not in impossible}
     means = {at: mean_of_rows(context, at).to(context.device, torch.float32) for at in {one.layer for one in able}}
     windows = 0
     for batch in read_windows(
@@ -82,43 +82,43 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             seen[subject].explained += explain(acts, averaged, rows, batch.documents)
             if subject in able:
                 given = {"sae": x_hat, "mean_ablation": means[subject.layer]}
-                replace(context, subject, batch, rows, given, stored[subject.layer + 1], seen[subject])
+                compare_attention(context, subject, batch, rows, given, stored[subject.layer + 1], seen[subject])
             share = batch.slice(0, max(0, config.trace_windows - windows))  # whatever the batch size
-            if subject in able and len(share):  # along links between tokens that are neither special nor massive
-                some, links = len(share), stored[subject.layer + 1]
-                pairs = choose_pairs(links[:some].mean(1), rows[:some], config.trace_pairs, share.documents)
+            if subject in able and (count := len(share)):
+                links = stored[subject.layer + 1][:count].mean(1)
+                pairs = choose_pairs(links, rows[:count], config.trace_pairs, share.documents)
                 above = partial(context.model.attention, layer=subject.layer)
-                seen[subject].traced += trace_pairs(subject, share, acts[:some], pairs, above)
+                seen[subject].traced += trace_pairs(subject, share, acts[:count], pairs, above)
         windows += len(batch)
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
         metrics["tracing"] = seen[subject].traced.metrics() if subject in able else {}
-        remark = never.get(subject)
-        lacks = None if remark else missing
+        remark = impossible.get(subject)
+        still_missing = None if remark else missing
         text = seen[subject].text.and_traced(config.trace_windows if subject in able else 0)
-        yield Result(subject, to_json(config), metrics, remark=remark, missing=lacks, measured_on=text)
+        yield Result(subject, to_json(config), metrics, remark=remark, missing=still_missing, measured_on=text)
 
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[LoadedSae, str], str | None]:
-    """Why an SAE's attention fidelity can never be measured on this store, and what is missing for that of others."""
+    """Why some SAEs' attention fidelity can never be measured on this store, and what is missing for the others'."""
     stored, depth, missing = context.manifest.attention.layers, context.manifest.model.num_layers, None
     try:
         depth = context.model.facts.num_layers
     except ModelMissing as error:
         missing = f"attention fidelity needs the model: {error}"
-    never = {}
+    impossible = {}
     for subject in subjects:
         if not subject.is_single_layer:
-            never[subject] = "attention fidelity is about SAEs that read and write one layer"
+            impossible[subject] = "attention fidelity is only for SAEs that read and write one layer"
         elif depth is not None and subject.layer + 1 >= depth:
-            never[subject] = TOP_LAYER
+            impossible[subject] = TOP_LAYER
         elif subject.layer + 1 not in stored:
             held = ", ".join(map(str, stored))
-            never[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"
-    return never, missing
+            impossible[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"
+    return impossible, missing
 
 
-def replace(
+def compare_attention(
     context: Context,
     subject: LoadedSae,
     batch: Windows,
@@ -127,7 +127,7 @@ def replace(
     stored_WHTT: Tensor,
     seen: Seen,
 ) -> None:
-    """The attention of the next layer from the true residual, from what is given in its place, and from zeros."""
+    """Compare the next layer's attention from the true residual, from those given instead, and from zeros."""
     true = batch.resid[subject.layer].float()
     left_out = sinks(context.manifest.attention, batch.context, true.device)
     seen.rows += int(rows_WT.sum()) * stored_WHTT.shape[1]
@@ -138,7 +138,7 @@ def replace(
 
 
 def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
-    """[W, H, T, T] of the layer after `layer`, averaged over heads if the store's is."""
+    """Attention [W, H, T, T] of the layer after `layer`, averaged over heads if the store's is."""
     blocks: list[Tensor] = []
 
     def keep(probs_WHTT: Tensor) -> None:
@@ -158,7 +158,7 @@ def dense_rows(rows: AttentionRows) -> Tensor:
 
 
 def contribution(seen: Seen, layers: Sequence[int]) -> dict[str, Any]:
-    """R^2 that each layer adds beyond nearness, alone, and how much more alike attended tokens are."""
+    """R^2 that each layer adds beyond nearness, its R^2 alone, and how much more alike attended tokens are."""
     explained = seen.explained
     shares = explained.contributions()
     found: dict[str, Any] = {"nearness": explained.nearness(), "total": sum(shares)}
@@ -191,5 +191,5 @@ EVALUATION = Evaluation(
         "tracing.change_unattended",
     ),
     least={"trace_windows": 0, "trace_pairs": 0},
-    revision=2,  # pairs are of one document, and as many windows are traced as requested
+    revision=2,  # pairs lie in one document, and as many windows are traced as requested
 )

@@ -1,14 +1,13 @@
-"""contrast: do latents tell contrasting texts apart, and do they tell nothing else apart? No judge is needed.
+"""contrast: do latents tell contrasting texts apart, and nothing else? No judge is needed.
 
-CE-Bench's kind of interpretability: no language model explains a latent or guesses at its firing, and no probe is
-trained.
+Interpretability as in CE-Bench: no language model explains a latent or predicts its firing, and no probe is trained.
 1. A contrast is two classes of a data set: texts of two libraries, of two professions, code and prose.
 2. A text has one value for each latent, the mean over its tokens (`probing/pooled_features.py`).
 3. The effect of a latent at a contrast is 2 AUC - 1 over the texts of both sides: 1 if every text of the first has more
    of the latent than every one of the second, 0 if it makes no difference. Ranks have no scale, so SAEs are comparable.
-4. Training texts choose each latent's own contrast and its direction; test texts give the number. A latent that
-   differed only by chance comes out at 0.
-The same measure on the channels of the residual is the baseline. N texts, F latents, C contrasts.
+4. Training texts choose each latent's contrast and its direction; test texts give the number. A latent that differed
+   only by chance comes out at 0.
+The baseline is the same measure on the channels of the residual. N texts, F latents, C contrasts.
 """
 
 from __future__ import annotations
@@ -26,20 +25,11 @@ from ...cache_schema.strict_json import to_json
 from ..context.saes_usable_on_text import require_reading, split_fitting
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.pooled_features import Features, pool_task
-from .probing.source_and_settings import (
-    LEAST,
-    DataSettings,
-    data_revision,
-    filled,
-    find_source,
-    load_all,
-    of_data,
-    said_of,
-)
+from .probing.source_and_settings import LEAST, DataSettings, data_revision, filled, find_source, load_all
 
-AT_ONCE = 1024  # features, at most what 16 bits can number
-NO_LATENTS = "no latent is in as many training texts as one must be to be measured (contrast.least_texts)"
-NO_OTHERS = "every two contrasts share a class: independence is not known"
+AT_ONCE = 1024  # features; 16 bits must be able to number them
+NO_LATENTS = "no latent is in enough training texts to be measured (contrast.least_texts)"
+NO_OTHERS = "every two contrasts share a class: independence cannot be measured"
 
 
 @dataclass(frozen=True)
@@ -47,9 +37,9 @@ class Config(DataSettings):
     """Texts are those of both sides of a contrast, by default at most 400 for training and 400 for tests."""
 
     least_texts: int = 5
-    """Training texts: a latent that is in fewer is not measured."""
+    """Training texts that a latent must be in to be measured."""
     strong: float = 0.5
-    """The effect from which a latent counts as strong: it puts three of four pairs of texts in order."""
+    """The effect from which a latent counts as strong: at 0.5 it orders three of four pairs of texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +51,12 @@ class Effects:
     train: np.ndarray
     test: np.ndarray
     texts: np.ndarray
-    """int64 [F]: the training texts that a feature is in."""
+    """int64 [F]: how many training texts a feature is in."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     source = find_source(context, config.data)
-    config = filled(config, source, most=400)  # the hub's data have thousands
+    config = filled(config, source, most=400)  # of the hub's thousands
     assert config.context_length is not None
     length, sizes, seed = config.context_length, config.sizes, config.random_seed
     subjects, failures = split_fitting(context, subjects, context.model, lambda: length, require_reading)
@@ -86,8 +76,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 latents[subject].append(effects_of(task.name, *own))
                 advance(1)
     names = tuple(task.name for task in tasks)
-    settings = {**to_json(replace(config, dataset_names=names)), **of_data(source, source.revision(names))}
-    text = said_of(source, tasks)
+    settings = {**to_json(replace(config, dataset_names=names)), **source.settings(source.revision(names))}
+    text = source.describe(tasks)
     for subject in subjects:
         effects_of_both = joined(latents[subject]), joined(channels[subject.layers])
         result = make_result(subject, settings, *effects_of_both, config, missing)
@@ -101,28 +91,28 @@ def effects_of(name: str, train: Features, test: Features) -> Effects:
 
 
 def effects(features: Features) -> np.ndarray:
-    """float64 [pairs, F]: 2 AUC - 1 of each pair of classes; two equal values are each half above the other."""
+    """float64 [pairs, F]: 2 AUC - 1 of each pair of classes; equal values count as half above each other."""
     blocks = [features.matrix[:, start : start + AT_ONCE] for start in range(0, features.width, AT_ONCE)]
     return np.concatenate([_effects(block, [len(span) for span in features.spans.values()]) for block in blocks], 1)
 
 
 def _effects(matrix: csc_matrix, sizes: Sequence[int]) -> np.ndarray:
-    """Values are sorted once for all pairs, and zeros, which are most, are one value of many texts. K classes; V
-    counts the different values of all features, one feature after the other."""
+    """Values are sorted once for all pairs, and all zeros, which are most, count as a single value of many texts. K
+    classes; V distinct values, one feature after the other."""
     width, classes = len(matrix.indptr) - 1, len(sizes)
     feature = np.repeat(np.arange(width), np.diff(matrix.indptr))
     class_of = np.repeat(np.arange(classes), sizes)[matrix.indices]
     stored_FK = np.bincount(feature * classes + class_of, minlength=width * classes).reshape(width, classes)
     values, feature = np.append(matrix.data, np.zeros(width, np.float32)), np.append(feature, np.arange(width))
     order = np.argsort(values)
-    order = order[np.argsort(feature[order].astype(np.uint16), kind="stable")]  # by counting, as 16 bits are few
+    order = order[np.argsort(feature[order].astype(np.uint16), kind="stable")]  # numpy sorts 16 bits by counting
     values, feature = values[order], feature[order]
     first = np.flatnonzero((np.diff(values, prepend=np.nan) != 0) | (np.diff(feature, prepend=-1) != 0))
     of_V, texts_KV, below_KV = feature[first], [], []
     for number, size in enumerate(sizes):
         texts_V = np.add.reduceat(np.append(class_of == number, size - stored_FK[:, number])[order], first)
         texts_KV.append(texts_V)
-        below_KV.append(texts_V.cumsum() - texts_V / 2 - of_V * size)  # less those of the features before
+        below_KV.append(texts_V.cumsum() - texts_V / 2 - of_V * size)  # minus those of the features before
     return np.stack(
         [
             2 * np.bincount(of_V, texts_KV[one] * below_KV[other], width) / (sizes[one] * sizes[other]) - 1
@@ -161,7 +151,7 @@ def make_result(
 
 
 def summarise(found: Effects, config: Config) -> dict[str, float]:
-    """Means over the features that are in enough texts; over contrasts for `best`. All are of test texts, in the
+    """Means over the features that are in enough texts; for `best`, over contrasts. All from test texts, in the
     direction that training texts chose."""
     signed_CF = found.test * np.sign(found.train)
     best = np.abs(found.train).argmax(1)

@@ -1,9 +1,9 @@
 """decoder_cosine: do latents write in directions of their own, and does another seed find the same ones?
 
 From the weights alone: no store, no model. The largest cosine of each latent's decoder row with another one's: an SAE
-whose latents were split or found twice has many near 1. The same with the rows of SAEs of the same run that differ by
-their seed alone says how much of a dictionary is due to the data, and how much to chance. As many random directions
-of the same width are the baseline for both. F latents, D width.
+whose latents were split or found twice has many near 1. The same against SAEs of the same run that differ only by their
+seed shows how much of a dictionary is due to the data, and how much to chance. The baseline for both is the same number
+of random directions. F latents, D width.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Config:
     threshold: float = 0.9
     """Latents with a neighbour at least this near count as doubled."""
     shared_threshold: float = 0.7
-    """Latents with one at least this near in another seed's dictionary count as shared."""
+    """Latents with a neighbour at least this near in another seed's dictionary count as shared."""
     seed: int = 51_866
-    """Seed of the random directions; not a small one, which a dictionary may have been initialised from."""
+    """Seed of the random directions; not a small one, which may have initialised a dictionary."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
@@ -65,7 +65,7 @@ def within(rows_FD: Tensor, config: Config) -> dict[str, float]:
 
 
 def across(rows_FD: Tensor, others: Iterable[Tensor], config: Config) -> dict[str, float]:
-    """Statistics over latents, each with the nearest of another seed's; means over the other seeds. Empty without."""
+    """Statistics over latents, each with its nearest of another seed; means over the other seeds. Empty without any."""
     means, shares, chance = list[float](), list[float](), math.nan
     for other in others:
         if not means:
@@ -80,8 +80,8 @@ def across(rows_FD: Tensor, others: Iterable[Tensor], config: Config) -> dict[st
 
 
 def other_seeds(subject: LoadedSae, remarks: list[str]) -> Iterator[Tensor]:
-    """Decoder rows of the SAEs next to this one that were trained alike from another seed, one after the other; to
-    `remarks`, which of those next to it cannot be read."""
+    """Decoder rows of the SAEs next to this one that were trained alike from another seed, one after the other; adds
+    those that cannot be read to `remarks`."""
     own = _all_but_seed(subject.config)
     for folder in list_saes(subject.folder.resolve().parent) if own is not None else ():
         try:
@@ -92,16 +92,16 @@ def other_seeds(subject: LoadedSae, remarks: list[str]) -> Iterator[Tensor]:
 
 
 def _decoder_of(folder: Path, config: Mapping[str, Any]) -> Tensor:
-    """Of an SAE whose file has its rows as evaluations use them, no other tensor is read."""
+    """The decoder rows of an SAE. No other tensor is read if its file has them as evaluations use them."""
     architecture = config.get("gate", config.get("architecture"))
-    is_as_told = architecture in TENSORS and not config.get("rescale_acts_by_decoder_norm")
-    if is_as_told and architecture != "abstopk":
+    is_plain = architecture in TENSORS and not config.get("rescale_acts_by_decoder_norm")
+    if is_plain and architecture != "abstopk":
         return read_tensor(folder / WEIGHTS, "W_dec")
     return without_signs(read_folder(folder)).W_dec.detach()
 
 
 def _all_but_seed(config: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What must be the same in both; None if no seed was recorded."""
+    """What SAEs that differ only by their seed have in common; None if no seed was recorded."""
     metadata = config.get("metadata", {})
     settings = dict(metadata.get("training_architecture_details") or {})
     if settings.pop("seed", None) is None:

@@ -4,8 +4,8 @@
    highest: static slicing, the control. An SAE with masks keeps those it was trained with.
 2. A pass over test windows: specialisation retention (share of activation inside the range), positional
    fidelity (correlation of the profile with the intended mask).
-3. Order probes on the same windows: the range a token is in, and which of two tokens came first, from a
-   few latents, and from the residual itself as the reference.
+3. Order probes on the same windows: the range a token is in, and which of two tokens came first, from a few latents,
+   and from the residual itself for reference.
 
 N tokens, W windows, T context, F latents.
 """
@@ -40,38 +40,38 @@ from .measures.position import (
 )
 
 STATIC = "static slicing"
-UNPROBED = "order is not probed: the test windows have no text left over from the documents that probes learn on"
+UNPROBED = "order is not probed: the test windows hold only documents that the probes are trained on"
 UNPAIRED = "which of two tokens came first is not probed: too few windows hold two chosen tokens of one document"
 
 
 @dataclass(frozen=True)
 class Config:
     windows: int = 128
-    """Of the test split, and as many of the validation split to assign ranges."""
+    """Of the test split, and of the validation split to assign ranges."""
     batch_windows: int = 16
     ranges: int = 4
-    """For SAEs that were trained without."""
+    """For SAEs trained without ranges."""
     least_firings: int = 20
     """A latent that fired less often has no meaningful profile."""
     probe_k: tuple[int, ...] = (1, 5, 20)
-    """Latents that an order probe may read."""
+    """How many latents an order probe may read."""
     probe_tokens: int = 24
-    """Tokens of each window that the probes see."""
+    """Tokens of each window that probes see."""
     seed: int = 0
 
 
 @dataclass(eq=False)
 class Sample:
-    """Some tokens of every window, the same for every SAE of the same layers, in no order; special and massive ones
-    only if no others are left. Kept off the device, and codes in sparse form: dense, those of a wide SAE take a
-    gigabyte, and they are kept for all SAEs."""
+    """Some tokens of every window in random order, the same for every SAE of the same layers; special and massive ones
+    only if no others are left. Rows are kept off the device, and codes sparse: dense, those of one wide SAE take a
+    gigabyte, and all SAEs' are kept."""
 
     tokens: int
     generator: torch.Generator
     positions: list[Tensor] = field(default_factory=list)  # [w, P] of each batch
     kept: list[Tensor] = field(default_factory=list)  # bool [w, P], neither special nor massive
     documents: list[Tensor] = field(default_factory=list)  # [w, P]
-    rows: dict[LoadedSae | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes; residuals by layers
+    rows: dict[LoadedSae | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes; by layers, residuals
 
     def begin(self, batch: Windows, rows_WT: Tensor, layers: Iterable[tuple[int, ...]]) -> None:
         """Draw from the rows of the next batch that count."""
@@ -97,7 +97,7 @@ class Sample:
         return table_WTF.gather(1, place[:, :, None].expand(-1, -1, table_WTF.shape[2]))
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        """bool [W, P] each: tokens of the first half of the windows, and those of the others' further documents."""
+        """bool [W, P] each: tokens of the first half of the windows, and of other documents in the second half."""
         kept, documents = torch.cat(self.kept), torch.cat(self.documents)
         first = torch.arange(len(kept), device=kept.device) < len(kept) // 2
         train = kept & first[:, None]
@@ -108,42 +108,42 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     length = context.manifest.context
     assigned = {subject: ranges_of(subject, config.ranges, length) for subject in subjects}
     plain = [subject for subject, ranges in assigned.items() if ranges is None]
-    before: dict[LoadedSae, Tensor] = {}
+    static: dict[LoadedSae, Tensor] = {}
     chosen_on: dict[LoadedSae, TextCount] = {}
     try:
         seen, chosen_on = profiles(context, plain, "position: ranges", config, "validation") if plain else ({}, {})
-        before = {subject: assign_ranges(seen.pop(subject), config.ranges) for subject in plain}
-    except NotApplicable as obstacle:  # affects only those that have no ranges yet
+        static = {subject: assign_ranges(seen.pop(subject), config.ranges) for subject in plain}
+    except NotApplicable as obstacle:  # concerns only SAEs that have no ranges yet
         yield from (Failure(subject, obstacle) for subject in plain)
         subjects = [subject for subject in subjects if subject not in plain]
     if not subjects:
         return
     samples = make_samples(subjects, config)
-    after, read = profiles(context, subjects, "position", config, "test", samples)
+    found, read = profiles(context, subjects, "position", config, "test", samples)
     resid = {
         (places, layers): order_probes(samples[places], samples[places].of(layers), length, config, (None,))
         for places, layers in {(layers_of([subject]), subject.layers) for subject in subjects}
     }
     for subject in subjects:
         places = layers_of([subject])
-        ranges = assigned[subject] or Assignment(before[subject], config.ranges, STATIC)
+        ranges = assigned[subject] or Assignment(static[subject], config.ranges, STATIC)
         order, converged = order_probes(samples[places], samples[places].of(subject), length, config, config.probe_k)
         of_resid, also_converged = resid[places, subject.layers]
         order |= of_resid
-        metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
-        said = {"ranges": ranges.source}
+        metrics = {"specialisation": specialisation(subject, found[subject], ranges, config), "order": order}
+        source = {"ranges": ranges.source}
         absent = UNPROBED if not order else UNPAIRED if "first_chance" not in order else None
         wide = beyond("k", config.probe_k, subject.width) if order else None
-        is_rare = not metrics["specialisation"]["measured"]
-        rare = f"no latent with a range fired {config.least_firings} times" if is_rare else None
+        is_measured = metrics["specialisation"]["measured"]
+        rare = None if is_measured else f"no latent with a range fired {config.least_firings} times"
         remark = remark_of(absent, rare, wide, unconverged(converged + also_converged))
         text = f"{read[subject]}; ranges by the {chosen_on[subject]}" if subject in chosen_on else str(read[subject])
-        yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark, measured_on=text)
+        yield Result(subject, to_json(config), metrics, unstructured=source, remark=remark, measured_on=text)
 
 
 def make_samples(subjects: Sequence[LoadedSae], config: Config) -> dict[tuple[int, ...], Sample]:
-    """Samples by all layers that an SAE reads or writes, since what is massive in those of another does not concern it.
-    All draw the same random numbers."""
+    """Samples by all layers that an SAE reads or writes, because rows that are massive only elsewhere count. All draw
+    the same random numbers."""
     return {
         layers_of([subject]): Sample(config.probe_tokens, torch.Generator().manual_seed(config.seed))
         for subject in subjects
@@ -158,8 +158,8 @@ def profiles(
     split: str,
     samples: Mapping[tuple[int, ...], Sample] | None = None,
 ) -> tuple[dict[LoadedSae, Profile], dict[LoadedSae, TextCount]]:
-    """Activation by position over some windows of a split, and how much text that is; `samples` see the codes as they
-    come."""
+    """Activation by position over some windows of a split, and how much text that is; `samples` are drawn on the
+    way."""
     say_if_fewer(context, title, config, split)
     seen: dict[LoadedSae, Profile] = {}
     read = {subject: TextCount(split) for subject in subjects}
@@ -208,8 +208,8 @@ def meant_mask(subject: LoadedSae, ranges: Assignment, context: int) -> Tensor:
 def order_probes(
     sample: Sample, rows_WPF: Tensor, context: int, config: Config, sizes: Sequence[int | None]
 ) -> tuple[dict[str, float], list[bool]]:
-    """Test accuracy by number of columns (None: all, of the residual), and whether each probe converged; no document is
-    on both sides."""
+    """Test accuracy by number of columns (None: all, of the residual), and whether each probe converged. Training and
+    test share no document."""
     positions_WP, documents_WP, (train, test) = torch.cat(sample.positions), torch.cat(sample.documents), sample.sides()
     bucket = equal_shares(context, config.ranges).to(positions_WP.device)[positions_WP]
     tasks = {
@@ -237,7 +237,7 @@ def came_first(acts_WPF: Tensor, positions_WP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_pairs(chosen_WP: Tensor, documents_WP: Tensor) -> Tensor:
-    """bool: the pairs of two chosen tokens of one document: across two documents, these give the order away."""
+    """bool: pairs of two chosen tokens of one document; two documents would give the order away."""
     pairs = chosen_WP.shape[1] // 2
     left, right = slice(pairs), slice(pairs, 2 * pairs)
     return chosen_WP[:, left] & chosen_WP[:, right] & (documents_WP[:, left] == documents_WP[:, right])
@@ -249,7 +249,7 @@ EVALUATION = Evaluation(
     needs=Needs(store=True),
     summary=("specialisation.retention", "specialisation.fidelity", "order.range_top_5", "order.first_top_5"),
     least={"ranges": 1, "probe_k": 1, "probe_tokens": 1},
-    # 2: order probes see no massive rows, which are long at positions of their own and gave them away; 3: the position
-    # of BOS does not count as a silent one of the first range; 4: pairs of tokens are of one document
+    # 2: order probes see no massive rows, whose lengths gave their positions away; 3: the position of BOS does not
+    # count as a silent one of the first range; 4: pairs of tokens lie in one document
     revision=4,
 )

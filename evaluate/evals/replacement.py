@@ -1,12 +1,11 @@
-"""replacement: what the model loses with an SAE's output in place of what it rebuilds, against skipping that place.
+"""replacement: the model's losses with an SAE's output in place of what it rebuilds, against skipping that place.
 
-For SAEs and transcoders on any hook: a transcoder from `mlp_in` to `mlp_out` stands for the MLP. The model runs from
+For SAEs and transcoders on any hook: a transcoder from `mlp_in` to `mlp_out` replaces the MLP. The model runs from
 tokens, so all activations are its own.
 
 1. One clean pass of a batch keeps what SAEs read and what they rebuild.
-2. One pass for each place with nothing in it (zeros), and one for each SAE with its output in it. An SAE that
-   rebuilds several layers replaces all at once, by what it read in the clean pass. Special tokens and massive rows
-   keep theirs.
+2. One pass for each place with zeros in it, and one for each SAE with its output in it. An SAE that rebuilds several
+   layers replaces all at once, from what it read in the clean pass. Special tokens and massive rows keep theirs.
 
 W windows, T positions, N tokens that count, D width.
 """
@@ -82,7 +81,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             _require_place(context, subject)
         except (NotApplicable, WidthMismatch) as error:
             yield Failure(subject, error)
-        except HarvestError as error:  # a hook that this model lacks
+        except HarvestError as error:  # this model does not have the hook
             yield Failure(subject, NotApplicable(str(error)))
         else:
             found[subject] = Seen()
@@ -110,14 +109,14 @@ def places_of(subject: LoadedSae) -> list[Place]:
 
 
 def _require_place(context: Context, subject: LoadedSae) -> None:
-    """Require that the model has what the SAE reads, in its width, and lets what it rebuilds be replaced."""
+    """Require that the model has what the SAE reads and writes, in its widths, and that its output can be replaced."""
     read, written, facts = sites_read(subject), sites_written(subject), context.model.facts
     taps = {hook: architecture_of(facts.model_type).tap(hook) for hook in subject.hooks if hook != RESID}
     widths = {hook: facts.d_model if hook == RESID else facts.width_of(hook) for hook in subject.hooks}
     if max(site.layer for site in (*read, *written)) >= facts.num_layers:
         raise WidthMismatch(
-            f"{subject.name} writes {written[-1]}, but the model of this evaluation has {facts.num_layers} layers. "
-            "Give the SAE's own model with --model"
+            f"{subject.name} writes {written[-1]}, but the model of this evaluation has {facts.num_layers} layers: "
+            "give the SAE's own model with --model"
         )
     expected = tuple(sum(widths[site.hook] for site in sites) for sites in (read, written))
     if (subject.d_in, subject.sae.d_out) != expected:
@@ -128,7 +127,7 @@ def _require_place(context: Context, subject: LoadedSae) -> None:
     hook = written[0].hook
     if hook in taps and taps[hook].take is not None:
         raise NotApplicable(
-            f"{subject.name} rebuilds {hook}, which is a part of a module's output: this evaluation replaces "
+            f"{subject.name} rebuilds {hook}, which is only part of a module's output: this evaluation replaces "
             "whole outputs"
         )
 
@@ -148,11 +147,11 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows, r
         own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})
         acts, y_hat = subject.reconstruct(own)
         y = torch.cat([kept[site] for site in written], dim=-1)
-        alike = tuple(written), tuple(read), tuple(sorted(bounds.items()))
-        if alike not in skipped:  # the same for all SAEs of these places, and of one bound for massive rows
-            skipped[alike] = _replaced(context, batch, written, torch.zeros_like(y), counts)
+        key = tuple(written), tuple(read), tuple(sorted(bounds.items()))
+        if key not in skipped:  # the same for all SAEs of these places, with the same bounds for massive rows
+            skipped[key] = _replaced(context, batch, written, torch.zeros_like(y), counts)
         replaced = _replaced(context, batch, written, y_hat.to(y), counts)
-        hidden = {"skipped": skipped[alike][counts], "replaced": replaced[counts]}
+        hidden = {"skipped": skipped[key][counts], "replaced": replaced[counts]}
         targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
         effects = effects_of(context.model, clean[counts], hidden, targets, rows)
         seen.add(effects, acts[counts], y[counts], y_hat[counts])
@@ -163,7 +162,7 @@ def _keep(kept: dict[Site, Tensor], site: Site, acts: Tensor) -> None:
 
 
 def _replaced(context: Context, batch: Windows, sites: Sequence[Site], instead: Tensor, counts: Tensor) -> Tensor:
-    """[W, T, D] after the final norm, with something else at some sites, for tokens that count."""
+    """[W, T, D] after the final norm, with `instead` at these sites, for tokens that count."""
 
     def put(part: Tensor, acts: Tensor) -> Tensor:
         return torch.where(counts[..., None], part, acts)
@@ -186,5 +185,5 @@ EVALUATION = Evaluation(
         "replacement.kl_replaced",
         "replacement.kl_skipped",
     ),
-    revision=2,  # at places that the store lacks, the SAE's own bounds say which rows are massive
+    revision=2,  # at places that the store does not hold, the SAE's own bounds say which rows are massive
 )

@@ -1,9 +1,8 @@
-"""scr: whether switching latents off frees a probe of a spurious correlation.
+"""scr: whether switching latents off frees a probe from a spurious correlation.
 
-A probe is trained where a concept (profession, category) and an attribute (gender, rating) always go
-together; then the latents of the attribute are switched off and it is tested where they are independent.
-Every pair of concepts is one task. `probing/scr_and_tpp.py` has SAEBench's steps and says
-what `corrected` leaves out of it.
+A probe is trained where a concept (profession, category) and an attribute (gender, rating) always go together; then the
+latents of the attribute are switched off, and it is tested where the two are independent. Every pair of concepts is one
+task. `probing/scr_and_tpp.py` has SAEBench's steps and says what `corrected` does differently.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .probing.source_and_settings import Settings, Source
 def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:
     """One task for each pair of concepts."""
     if name not in source.pairs:
-        raise DataMissing(f"{name} has no two labels to confound: choose from {', '.join(source.pairs)}")
+        raise DataMissing(f"{name} does not have two labels to confound: choose from {', '.join(source.pairs)}")
     pairs = source.pairs[name]
     parts = [(source.load_table(name, part == 1), size // 4) for part, size in enumerate(settings.sizes)]
 
@@ -39,7 +38,8 @@ def make_result(
     """Means over pairs."""
     official = {name: scr_scores(found.official.ablated, found.official.clean) for name, found in outcomes.items()}
     corrected = {name: scr_scores(found.corrected.ablated, found.corrected.clean) for name, found in outcomes.items()}
-    ours = scr_remark([found.corrected.clean for found in outcomes.values()])
+    remark = scr_remark([found.official.clean for found in outcomes.values()])
+    of_corrected = scr_remark([found.corrected.clean for found in outcomes.values()])
     return Result(
         subject,
         config_json,
@@ -47,9 +47,7 @@ def make_result(
         details=[{"dataset_name": f"{name}_results", **found} for name, found in official.items()],
         extra={"corrected": mean_scores(corrected)},
         missing=missing,
-        remark=remark_of(
-            scr_remark([found.official.clean for found in outcomes.values()]), ours and f"corrected: {ours}"
-        ),
+        remark=remark_of(remark, of_corrected and f"corrected: {of_corrected}"),
     )
 
 

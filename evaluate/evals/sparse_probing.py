@@ -1,13 +1,13 @@
-"""sparse_probing: how well k latents predict a class, against k channels and all of the residual stream.
+"""sparse_probing: how well k latents predict a class, against k channels and the whole residual.
 
 SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone:
-1. Texts of each class are averaged over their tokens: residuals, and latents of every SAE, in one pass.
-2. One generator, seeded once, draws everything in SAEBench's order: for each data set the probe on the
-   whole residual, those on k channels for each k, the probe on all latents, those on k latents.
-3. Every probe is a class against as many rows of the others, drawn anew each time.
+1. Residuals and every SAE's latents are averaged over the tokens of each text, in one pass.
+2. One generator, seeded once, draws everything in SAEBench's order: for each data set the probe on the whole residual,
+   those on k channels for each k, the probe on all latents, those on k latents.
+3. Every probe separates a class from the same number of rows of the others, which are drawn anew each time.
 
-SAEBench picks the epoch of the full-width probes by the test rows and reports that accuracy. The
-same number with epochs picked by held-out training rows is under `validated`.
+SAEBench picks the epoch of the full-width probes by the test rows and reports that accuracy. The same number with
+epochs picked by held-out training rows is under `validated`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs,
 from .probing.draw_classes import Task
 from .probing.fit_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.pooled_features import Features, Memo, Pool, draw_probe, pool_task, seeded
-from .probing.source_and_settings import DataChoice, Source, data_revision, find_source, load_all, of_data, said_of
+from .probing.source_and_settings import DataChoice, Source, data_revision, find_source, load_all
 
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What some probes of one data set score."""
+    """The scores of some probes of one data set."""
 
     accuracies: Accuracies
     converged: list[bool] = field(default_factory=list)
-    """Of each probe on k features."""
+    """Whether each probe on k features did."""
 
     def __or__(self, other: Probed) -> Probed:
         return Probed(self.accuracies | other.accuracies, self.converged + other.converged)
@@ -50,7 +50,7 @@ class Config(DataChoice):
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
     k_values: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
-    """SAEBench's default is 1, 2, 5; every further k changes all draws after it."""
+    """SAEBench's default is 1, 2, 5; every additional k changes all draws after it."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -76,9 +76,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 )
                 advance(1)
     config = replace(config, dataset_names=tuple(task.name for task in tasks))
-    data = of_data(source, source.revision(config.dataset_names))
+    data = source.settings(source.revision(config.dataset_names))
     settings = official_config(context, config, sae_batch_size=125, lower_vram_usage=False, **data)
-    text = said_of(source, tasks)
+    text = source.describe(tasks)
     for subject in subjects:
         remark = remark_of(
             beyond("k", config.k_values, subject.width),
@@ -108,8 +108,8 @@ def probe_subject(
     of_model: Memo[Probed],
     device: torch.device,
 ) -> Probed:
-    """Every probe of one data set for one SAE, in SAEBench's order. SAEs share those of the model's own features as far
-    as the draws agree."""
+    """Every probe of one data set for one SAE, in SAEBench's order. SAEs share the probes of the model's own features
+    where their draws are the same."""
     residual = [pool.of_model(subject.layers, part) for part in (task.train, task.test)]
     latents = [pool.of_latents(subject, part) for part in (task.train, task.test)]
     llm = of_model.recall(

@@ -4,8 +4,8 @@ The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
 2. Latents are ranked on the training rows; for each k a probe is tuned on k of them (`probing/sae_probes_package.py`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
-Every draw has its own seed, so that neither SAEs nor values of k affect one another. A prompt
-that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.
+Every draw has its own seed, so that neither SAEs nor values of k affect one another. A prompt that is too long loses
+its beginning, never its last token. N prompts, D residual width, F latents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .probing import sae_probes_package, stdlib_texts
 from .probing.draw_classes import BinarySet
 from .probing.sae_probes_package import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scr_and_tpp import mean_scores
-from .probing.source_and_settings import DataChoice, Source, find_source, load_all, of_data
+from .probing.source_and_settings import DataChoice, Source, find_source, load_all
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]
@@ -73,7 +73,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
                 advance(1)
     names = tuple(data.name for data in sets)
     fixed = {"setting": "normal", "results_path": "", "model_cache_path": None, "baseline_method": "logreg"}
-    data = of_data(source, data_revision(context, config))
+    data = source.settings(data_revision(context, config))
     settings = official_config(context, replace(config, dataset_names=names), **fixed, **data)
     kind = "stdlib" if source.name == "stdlib" else "sae-probes"
     text = f"{kind} prompts, {used:,} of two classes in {counted(len(sets), 'task')}"
@@ -93,7 +93,7 @@ def data_revision(context: Context, config: Config) -> Revision | None:
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
-    """The requested data sets, and why the rest is missing."""
+    """The requested data sets, and why some are missing."""
     if source.name == "stdlib":
         names = config.dataset_names or stdlib_texts.BINARY_NAMES
         return load_all(names, lambda name: [stdlib_texts.load_binary(name, config.random_seed)])
@@ -161,8 +161,8 @@ def _named(prefix: str, scores: Scores) -> dict[str, float]:
 def read_prompts(
     context: Context, subjects: Sequence[LoadedSae], title: str, rows: Sequence[Sequence[int]], batch_size: int
 ) -> tuple[dict[tuple[int, ...], np.ndarray], dict[LoadedSae, csr_matrix]]:
-    """Residuals [N, D] by layers and latents [N, F] at the last token of each row, in the rows' order; the model runs
-    on those of similar length together."""
+    """Residuals [N, D] by layers and latents [N, F] at the last token of each row, in the order of the rows; the model
+    runs rows of similar length together."""
     order = np.argsort([len(row) for row in rows], kind="stable")
     dense = [subject for subject in subjects if subject.needs]  # the others are encoded at the last tokens alone
     size = batch_size_for(dense, max(map(len, rows)), batch_size) if dense else batch_size
@@ -176,13 +176,13 @@ def read_prompts(
 
 
 def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> tuple[list[list[int]], int]:
-    """BOS and the last tokens of each prompt, `context` in all; and how many prompts lost their beginning."""
+    """BOS and the last tokens of each prompt, at most `context` in all; and how many prompts lost their beginning."""
     encoded, room = model.tokenizer.encode(prompts), context - 1
     return [[model.bos, *ids[-room:]] for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 
 def longest_prompt(model: LanguageModel, sets: Sequence[BinarySet], context: int) -> int:
-    """The most tokens that are read of a prompt."""
+    """The most tokens that are read from a prompt."""
     return max(len(row) for data in sets for row in token_rows(model, data.prompts[:MOST_ROWS], context)[0])
 
 

@@ -1,12 +1,12 @@
-"""temporal: how much codes remember from token to token, at three scales, and which latent follows which.
+"""temporal: how persistent codes are from token to token, at three scales, and which latent follows which.
 
-TCS (temporal consistency score), by scale: mean cosine of codes at the scale's lags, less what shuffled order would
-give. FSM (feature stability metric), by latent: P(active next | active) over its base rate. SAEs that were trained
-without temporal groups get equal shares of their dictionary as groups.
+TCS (temporal consistency score), by scale: mean cosine of codes at the scale's lags, minus that under shuffled order.
+FSM (feature stability metric), by latent: P(active next | active) over its base rate. SAEs trained without temporal
+groups get equal shares of their dictionary as groups.
 
 W windows, T context, F latents, M latents in the transition matrix. Pairs lie in one window and in one document, with
 no special token at either end. `follows` [W, T] marks tokens whose predecessor makes such a pair; `segment` [W, T]
-numbers the stretches that belong together, -1 where a token takes no part.
+numbers the stretches within one document, -1 where a token takes no part.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def too_short(seen: Seen) -> str | None:
     absent = [scale for scale, pairs in zip(SCALES, seen.consistency[ALL].pairs.tolist(), strict=True) if not pairs]
     if not absent:
         return None
-    farther = SCALES[absent[0]][0]
-    return f"no numbers of {', '.join(absent)} lags: no two tokens of a window and a document are {farther} apart"
+    lag = SCALES[absent[0]][0]
+    return f"no numbers for {', '.join(absent)} lags: no two tokens of one window and document are {lag} apart"
 
 
 def stability(seen: Seen, config: Config) -> dict[str, float]:
-    """Measures over latents that fired often enough; `measured` says how many there are."""
+    """Measures over latents that fired often enough; `measured` is their number."""
     counts = seen.persistence
     often = counts.fired >= config.least_firings
     found: dict[str, float] = {"measured": int(often.sum())}
@@ -147,14 +147,14 @@ def segments(keep_WT: Tensor, documents_WT: Tensor) -> Tensor:
 
 
 def follows(segment_WT: Tensor) -> Tensor:
-    """bool [W, T]: the token and the one before it take part, in one document."""
+    """bool [W, T]: the token and the one before it take part and lie in one document."""
     same = (segment_WT[:, 1:] == segment_WT[:, :-1]) & (segment_WT[:, 1:] >= 0)
     return functional.pad(same, (1, 0))
 
 
 @dataclass(frozen=True, eq=False)
 class Consistency(Sums):
-    """Sums of cosines over pairs, by scale; those of two batches add up."""
+    """Sums of cosines over pairs, by scale."""
 
     in_order: Tensor  # float64 [scales]
     shuffled: Tensor  # float64 [scales]
@@ -171,10 +171,10 @@ class Consistency(Sums):
 
 
 def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
-    """Cosines between codes at the lags of each scale, and what shuffling each stretch would give.
+    """Cosines between codes at the lags of each scale, in order and expected under shuffling of each stretch.
 
-    Shuffling a stretch makes every pair in it as likely as any other, so its expectation is the mean over
-    all pairs of the stretch: nothing is drawn. A token on which nothing fires has cosine 0 with all.
+    Shuffling makes all pairs of a stretch equally likely, so the expectation is their mean, and nothing needs to be
+    drawn. A token on which nothing fires has cosine 0 with all.
     """
     unit_WTF = functional.normalize(acts_WTF, dim=2)
     cosine = unit_WTF @ unit_WTF.mT
@@ -193,7 +193,7 @@ def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
 
 @dataclass(frozen=True, eq=False)
 class Persistence(Sums):
-    """Counts of each latent over tokens; those of two batches add up."""
+    """Counts of each latent over tokens."""
 
     tokens: int
     fired: Tensor  # float64, tokens on which it fires
@@ -213,7 +213,7 @@ class Persistence(Sums):
 
     @property
     def stability(self) -> Tensor:
-        """FSM: how much likelier a latent is right after it fired; 1 if that makes no difference."""
+        """FSM: how much likelier a latent is to fire right after it fired; 1 if that makes no difference."""
         return self.stay / self.base.clamp_min(1e-12)
 
     @property
@@ -233,7 +233,7 @@ def persistence(acts_WTF: Tensor, segment_WT: Tensor) -> Persistence:
 
 
 def transitions(acts_WTM: Tensor, segment_WT: Tensor) -> Tensor:
-    """float64 [M, M]: how often column fires on the token after one on which row fires."""
+    """float64 [M, M]: how often the column's latent fires on the token after one on which the row's fires."""
     on = (acts_WTM > 0) & (segment_WT >= 0)[:, :, None]
     after = (on[:, 1:] & follows(segment_WT)[:, 1:, None]).flatten(0, 1).float()
     return (on[:, :-1].flatten(0, 1).float().T @ after).double()
@@ -242,15 +242,12 @@ def transitions(acts_WTM: Tensor, segment_WT: Tensor) -> Tensor:
 def _mean_of_stretch(cosine_WTT: Tensor, same_WTT: Tensor, paired_WTT: Tensor) -> Tensor:
     """[W, T, T]: for each pair, the mean cosine over all pairs of its stretch.
 
-    Tokens of a stretch lie side by side or apart (a special token between), so sums go by stretch, not by place:
-    `same` has for each query all tokens of its stretch.
+    A special token may interrupt a stretch, so sums go by membership (`same`), not by position.
     """
     member = same_WTT.float()
-    of_query = torch.where(paired_WTT, cosine_WTT, 0.0).sum(2)
-    count_of_query = paired_WTT.sum(2).float()
-    total = (member @ of_query[:, :, None]).squeeze(2)
-    count = (member @ count_of_query[:, :, None]).squeeze(2)
-    return (total / count.clamp_min(1))[:, :, None].expand_as(cosine_WTT)
+    of_query = torch.where(paired_WTT, cosine_WTT, 0.0).sum(2, keepdim=True)
+    count_of_query = paired_WTT.sum(2, keepdim=True).float()
+    return (member @ of_query / (member @ count_of_query).clamp_min(1)).expand_as(cosine_WTT)
 
 
 EVALUATION = Evaluation(

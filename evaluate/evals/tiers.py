@@ -4,7 +4,7 @@
 2. A pass over test windows: activity of each tier, and the latent that dominates it on each token.
 3. Causal tracing, if the model is available: predictions without a tier, with it alone, without the latents
    that are composed of nothing, without single latents; from one clean pass of the layers above.
-4. What those latents fire on; and which latents of the tier below make up those that are composed best.
+4. What those latents fire on, and which latents of the tier below make up the best-composed ones.
 
 Tier numbers in results count from 1. A plain SAE gets equal shares of its dictionary as tiers.
 N tokens, F latents, D residual width, M tiers.
@@ -13,7 +13,7 @@ N tokens, F latents, D residual width, M tiers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
@@ -25,13 +25,13 @@ from ...cache_schema.strict_json import to_json
 from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer, sums_of_codes
 from ..errors import ModelMissing
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .measures.assignment import Assignment, every, saved_composition, tiers_of
+from .measures.assignment import Assignment, evenly_spread, saved_composition, tiers_of
 from .measures.splice_effects import Effect, Tracer, Tracers
 from .measures.tiers import (
     EXPLAINED,
     Activity,
+    KeptTokens,
     Strongest,
-    Wording,
     adjusted_mutual_information,
     dominant_latents,
     explained,
@@ -44,7 +44,7 @@ from .measures.tiers import (
     tier_activity,
 )
 
-UNTRACED = "causal tracing is about SAEs that read and write one layer"
+UNTRACED = "causal tracing is only for SAEs that read and write one layer"
 KEPT = 5
 LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below which nothing can be restored
 
@@ -54,31 +54,31 @@ class Config:
     windows: int = 128
     """Windows of the test split, for activity and information."""
     trace_windows: int = 16
-    """How many of these have their predictions traced; 0: no tracing."""
+    """How many of these are traced; 0: no tracing."""
     trace_latents: int = 2
-    """Latents of each tier that are traced one by one: the most active in the windows that are traced."""
+    """Latents of each tier that are traced one by one: the most active in the traced windows."""
     batch_windows: int = 16
     tiers: int = 3
-    """For SAEs that were trained without."""
+    """For SAEs trained without tiers."""
     parts: int = 8
     """Latents of the tier below that a composed one may consist of."""
     fitted_rows: int = 128
     """Decoder rows of a tier that are fitted by all of the tier below."""
     listed: int = 12
-    """Latents composed of nothing, and as many of each tier that are composed best, with their strongest tokens."""
+    """Latents composed of nothing, and best-composed latents of each tier, to list with their strongest tokens."""
     seed: int = 51_866
-    """Seed of what is compared with chance. SAEs are initialised from small seeds: with one of those, the random rows
-    would be those that a dictionary started from."""
+    """Seed of the comparisons with chance. SAEs are initialised from small seeds: one of those would draw the very rows
+    that a dictionary started from."""
 
 
 @dataclass(eq=False)
 class Seen:
     tiers: Assignment
-    by_few: Tensor  # [F], R^2 of each latent's row by few of the tier below; NaN if there is none below
+    by_few: Tensor  # [F], R^2 of each latent's row fitted by few of the tier below; NaN if there is none below
     activity: Activity = field(init=False)
     dominant: list[Tensor] = field(default_factory=list)
     strongest: Strongest = field(init=False)
-    alone: tuple[int, ...] = ()  # latents that are traced one by one
+    traced: tuple[int, ...] = ()  # latents that are traced one by one
     text: TextCount = field(default_factory=TextCount)
 
     def __post_init__(self) -> None:
@@ -102,14 +102,14 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     composition = {subject: compose(subject, config) for subject in subjects}
     seen = {subject: Seen(tiers_of(subject, config.tiers), by_few) for subject, (_, by_few) in composition.items()}
     effects: dict[LoadedSae, dict[str, Effect]] = {subject: {} for subject in subjects}
-    never, missing = obstacles(context, config)
-    words = Wording(context)
-    is_traced = config.trace_windows > 0 and not (never or missing)
+    impossible, missing = obstacles(context, config)
+    words = KeptTokens(context)
+    is_traced = config.trace_windows > 0 and not (impossible or missing)
     traced = [subject for subject in subjects if is_traced and subject.is_single_layer]
     tracers = Tracers(context, traced) if traced else None
     tokens = windows = 0
     if traced:
-        choose_alone(context, {subject: seen[subject] for subject in traced}, config)
+        choose_traced(context, {subject: seen[subject] for subject in traced}, config)
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
         share = batch.slice(0, max(0, config.trace_windows - windows))  # whatever the batch size
@@ -129,16 +129,15 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
         listed["compositions"] = list_compositions(subject, seen[subject], words, config)
         listed["traced"] = list_traced(seen[subject], effects[subject], words)
-        remark = never if subject.is_single_layer else UNTRACED
-        lacks = None if remark else missing
+        remark = impossible if subject.is_single_layer else UNTRACED
+        still_missing = None if remark else missing
         text = seen[subject].text.and_traced(config.trace_windows if effects[subject] else 0)
-        yield Result(
-            subject, to_json(config), metrics, unstructured=listed, remark=remark, missing=lacks, measured_on=text
-        )
+        result = Result(subject, to_json(config), metrics, unstructured=listed, measured_on=text)
+        yield replace(result, remark=remark, missing=still_missing)
 
 
 def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]:
-    """Why nothing can ever be traced on this store, and what is missing."""
+    """Why nothing can ever be traced on this store, and what is missing for now."""
     if config.trace_windows <= 0:
         return None, None
     if context.without_tokens:
@@ -150,16 +149,16 @@ def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]
     return None, None
 
 
-def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
-    """Choose latents to trace by all windows that are traced, before the first of them is."""
+def choose_traced(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
+    """Choose the latents to trace from all windows that will be traced."""
     count, title = min(config.windows, config.trace_windows), "tiers: latents to trace"
     mass = sums_of_codes(context, list(seen), title, count, config.batch_windows, lambda acts: acts.sum(0))
     for subject, one in seen.items():
-        one.alone = most_active(mass[subject][0], one.tiers, config.trace_latents)
+        one.traced = most_active(mass[subject][0], one.tiers, config.trace_latents)
 
 
 def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tensor]:
-    """Coverage of each tier but the first, and R^2 [F] of each latent's row by few of the tier below."""
+    """Coverage of each tier but the first, and R^2 [F] of each latent's row fitted by few of the tier below."""
     tiers, W_dec = tiers_of(subject, config.tiers), subject.sae.W_dec.detach()
     generator = torch.Generator().manual_seed(config.seed)
     by_few = W_dec.new_full((len(W_dec),), torch.nan)
@@ -169,7 +168,7 @@ def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tenso
         if not mine.any() or not len(atoms):
             continue
         by_few[mine] = few = explained_by_few(W_dec[mine], atoms, config.parts)
-        found = coverage(W_dec[every(mine, config.fitted_rows)], atoms, config.parts, generator)
+        found = coverage(W_dec[evenly_spread(mine, config.fitted_rows)], atoms, config.parts, generator)
         found |= {"coverage_few": _share(few), "r_squared_few": float(few.mean())}
         learned = saved_composition(subject, tier, int(mine.sum()), len(atoms))
         if learned is not None:
@@ -179,15 +178,15 @@ def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tenso
 
 
 def coverage(rows_RD: Tensor, atoms_AD: Tensor, parts: int, generator: torch.Generator) -> dict[str, float]:
-    """Coverage by all atoms, and what random rows would have by all and by few."""
-    strangers = random_rows(rows_RD, generator)
-    both = torch.cat([rows_RD, strangers])
+    """Coverage by all atoms, and that of random rows by all and by few."""
+    random_RD = random_rows(rows_RD, generator)
+    both = torch.cat([rows_RD, random_RD])
     own, chance = explained(both, fit_all(both, atoms_AD) @ atoms_AD).chunk(2)
     return {
         "coverage": _share(own),
         "coverage_chance": _share(chance),
         "r_squared": float(own.mean()),
-        "coverage_few_chance": _share(explained_by_few(strangers, atoms_AD, parts)),
+        "coverage_few_chance": _share(explained_by_few(random_RD, atoms_AD, parts)),
     }
 
 
@@ -199,12 +198,12 @@ def trace(tracer: Tracer, subject: LoadedSae, acts_WTF: Tensor, seen: Seen) -> d
     every_F = torch.ones_like(seen.composed)
     kept |= {"without_uncomposed": seen.composed, "all": every_F}
     latents = torch.arange(len(every_F), device=every_F.device)
-    kept |= {f"without_latent_{latent}": latents != latent for latent in seen.alone}
+    kept |= {f"without_latent_{latent}": latents != latent for latent in seen.traced}
 
     def decoded(members_F: Tensor) -> Tensor:
         return subject.decode(acts_WTF * members_F)
 
-    return {**tracer.given, **tracer.effects({name: partial(decoded, members) for name, members in kept.items()})}
+    return {**tracer.baselines, **tracer.effects({name: partial(decoded, members) for name, members in kept.items()})}
 
 
 def measure(
@@ -237,7 +236,7 @@ def information(dominant_NM: Tensor, seed: int) -> dict[str, float]:
 
 
 def uncomposed(seen: Seen, effects: Mapping[str, Effect]) -> dict[str, float]:
-    """What the latents carry that no few of the tier below make up."""
+    """What is carried by latents that no few of the tier below make up."""
     others, activity = ~seen.composed, seen.activity
     found = {
         "latents": int(others.sum()),
@@ -274,36 +273,36 @@ def most_active(mass_F: Tensor, tiers: Assignment, count: int) -> tuple[int, ...
     return tuple(found)
 
 
-def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> list[dict[str, Any]]:
-    """What predictions lose, in nats per token, without single latents, and on what these fire."""
+def list_traced(seen: Seen, effects: Mapping[str, Effect], words: KeptTokens) -> list[dict[str, Any]]:
+    """What predictions lose without single latents, in nats per token, and what these fire on."""
     listed = []
-    for latent in seen.alone:
+    for latent in seen.traced:
         effect, every_one = effects[f"without_latent_{latent}"], effects["all"]
         lost = {"kl_increase": effect.kl - every_one.kl, "loss_increase": effect.loss - every_one.loss}
         tokens = [words.token(place) for _, place in seen.strongest.of(latent)]
-        listed.append(_told(seen, latent) | lost | {"tokens": tokens})
+        listed.append(_facts(seen, latent) | lost | {"tokens": tokens})
     return listed
 
 
-def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
+def list_uncomposed(seen: Seen, words: KeptTokens, config: Config) -> list[dict[str, Any]]:
     """The most active latents composed of nothing, and their strongest tokens."""
     mass = torch.where(seen.composed, 0.0, seen.activity.mass)
     chosen = mass.topk(min(config.listed, len(mass))).indices.tolist()
     return [
-        _told(seen, latent)
+        _facts(seen, latent)
         | {"tokens": [{"token": words.token(place), "activation": value} for value, place in seen.strongest.of(latent)]}
         for latent in chosen
         if mass[latent] > 0
     ]
 
 
-def _told(seen: Seen, latent: int) -> dict[str, Any]:
+def _facts(seen: Seen, latent: int) -> dict[str, Any]:
     share = float(seen.activity.fired[latent] / max(seen.activity.tokens, 1))
     return {"latent": latent, "tier": int(seen.tiers.of_latent[latent]) + 1, "fired_share": share}
 
 
-def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
-    """For each tier but the first, the latents that fire and that few of the tier below make up best."""
+def list_compositions(subject: LoadedSae, seen: Seen, words: KeptTokens, config: Config) -> list[dict[str, Any]]:
+    """For each tier but the first, the firing latents that few of the tier below make up best."""
     W_dec, strongest, listed = subject.sae.W_dec.detach(), seen.strongest, []
     for tier in range(1, seen.tiers.count):
         below = seen.tiers.members(tier - 1).nonzero().view(-1)
@@ -348,7 +347,7 @@ EVALUATION = Evaluation(
         "causal.loss_increase_without_3",
     ),
     least={"tiers": 1, "trace_latents": 0, "parts": 1, "fitted_rows": 1, "listed": 0},
-    # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as requested; 4: as many tiers as
-    # were saved, and no empty ones
+    # 2: massive rows keep their residual and do not count; 3: as many windows are traced as requested; 4: as many tiers
+    # as were saved, and no empty ones
     revision=4,
 )

@@ -1,8 +1,8 @@
 """tpp: whether the latents that a class's probe relies on matter to that probe and to no other.
 
-The n latents with the largest effect on a class's probe are switched off; the score is how much accuracy
-that costs the class's probe, less what it costs the other classes' probes. `probing/scr_and_tpp.py`
-has SAEBench's steps and says what `corrected` leaves out of it.
+The n latents with the largest effect on a class's probe are switched off; the score is how much accuracy that costs the
+class's probe, minus what it costs the other classes' probes. `probing/scr_and_tpp.py` has SAEBench's steps and says
+what `corrected` does differently.
 """
 
 from __future__ import annotations

@@ -1114,7 +1114,7 @@ def test_unknown_words(run_1, sae_eval):
         assert f"found '{wrong}' (did you mean 'core.split'" in sae_eval("run_1", "--set", f"{wrong}=dev", code=1)
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
-    assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
+    assert "expected zero and any others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
     assert "--device nope: expected auto, cpu, cuda or cuda:1" in sae_eval("run_1", "--device", "nope", code=1)
 
 

@@ -1,1 +1,1 @@
-"""Feature absorption: a latent for "starts with L" stays silent because a more specific latent stands in for it."""
+"""Feature absorption: a latent for "starts with L" stays silent because a more specific latent fires instead."""

@@ -1,8 +1,8 @@
 """absorption: do latents for "starts with L" stay silent on words that have a latent of their own?
 
-The task is on the model's own vocabulary, so it needs no data and works with any tokenizer. It is measured on
-letters that the model knows, by the F1 of a probe; with too few of them the evaluation is not run. The pocket
-model knows none (no F1 above 0.4), so there the classes are the words' shapes, and the result says so.
+The task uses the model's own vocabulary, so it needs no data and works with any tokenizer. It measures letters that the
+model knows, by the F1 of a probe; if there are too few, the evaluation is not run. The pocket model knows none (no F1
+above 0.4), so for it the classes are the shapes of words, and the result says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .task_and_probes import (
 )
 
 POCKET_WORDS, POCKET_CLASSES = 1000, 4
-"""How many words are asked, to take about a minute, and how many of the shapes must be known."""
+"""How many words are asked, for about a minute, and how many of the shapes must be known."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Config:
     f1_jump_threshold: float = 0.03
     max_k_value: int = 10
     prompt_template: str | None = None
-    """None: "{word} has the first letter:", or the template of other classes."""
+    """None: "{word} has the first letter:", or the template of the shapes."""
     llm_batch_size: int = 32
     k_sparse_probe_l1_decay: float = 0.01
     k_sparse_probe_batch_size: int | None = None
-    """None: SAEBench's 4096; 32 for a sample of the words, where 4096 would be all and make too few steps."""
+    """None: SAEBench's 4096, or 32 for a sample of the words, where batches of 4096 would leave too few steps."""
     k_sparse_probe_num_epochs: int = 50
     min_GT_probe_f1: float = 0.6  # noqa: N815  SAEBench's name
     min_feats_for_eval: int | None = None
     """Letters that the model must know; None: SAEBench's 20, or 4 of the 6 shapes."""
     max_words: int | None = None
-    """The most words that are asked; None: all, or fewer for the pocket model."""
+    """The most words to ask; None: all, or fewer for the pocket model."""
 
     def word_limit(self, context: Context) -> int | None:
         """How many words are asked; None: all."""
@@ -138,14 +138,14 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
             prompt_token_pos=word_position(context.model, task.classes.template),  # -6 with Gemma's tokenizer
             k_sparse_probe_batch_size=config.batch_size(context),
             min_feats_for_eval=needed,
-            eval_k_sparse_probe_batch_size=24,  # decides nothing but memory in the official package
+            eval_k_sparse_probe_batch_size=24,  # affects only memory in the official package
             precalc_k_sparse_probe_sae_acts=False,
         ),
         {"mean": mean_metrics(results)},
         details=[result.to_json() for result in results],
         extra={
             "eval_type_id": "absorption_first_letter" if is_official else "absorption_word_shape",
-            "absorption": {  # what SAEBench's document leaves out, and that the seed was applied
+            "absorption": {  # not in SAEBench's document
                 "is_random_seed_applied": True,
                 "words": words,
                 "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
@@ -161,8 +161,8 @@ def _too_few(subject: LoadedSae, task: Task, known: Sequence[int], needed: int, 
     names = ", ".join(task.classes.names[number] for number in known) or "none"
     return NotApplicable(
         f"layer {subject.layer} of the model knows {len(known)} of {len(task.classes.names)} classes of words "
-        f"({names}) with F1 above {config.min_GT_probe_f1}, {needed} are needed. A larger model or an earlier layer "
-        "knows more; --set absorption.min_feats_for_eval=N lowers the bar, and the result says so"
+        f"({names}) with F1 above {config.min_GT_probe_f1}, but {needed} are needed: try a larger model or an earlier "
+        "layer, or lower the bar with --set absorption.min_feats_for_eval=N, which the result records"
     )
 
 
@@ -173,6 +173,7 @@ EVALUATION = Evaluation(
     summary=("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score"),
     least=dict.fromkeys(("max_words", "min_feats_for_eval", "max_k_value", "k_sparse_probe_batch_size"), 1)
     | {"min_GT_probe_f1": 0},
-    # top-k SAEs with decoder rows of any length count as of length one; a template's tail is counted after a word
+    # 2: top-k SAEs with decoder rows of any length count as if these had length one; the tokens of a template's tail
+    # are counted after a word
     revision=2,
 )

@@ -1,8 +1,8 @@
-"""Absorption of one SAE: its latents for each letter, and how much of a word's letter other latents carry.
+"""Absorption in one SAE: its latents for each letter, and how much of a word's letter other latents carry.
 
-A latent's part in the letter is its activation times the cosine between its decoder row and the letter's probe;
-activations are in multiples of the row's length. The whole is the residual's projection on the probe.
-N words, B words of a batch, F latents, D width.
+A latent's part in the letter is its activation times the cosine between its decoder row and the letter's probe, for
+rows scaled to length one. The whole is the residual's projection on the probe. N words, B words of a batch, F latents,
+D width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIN_SHARE = 0.4
 def absorption(
     acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """How much of the feature `direction_D` whose own latents are `own` is absorbed, for each word (float64 [B], 0 to
+    """For each word, how much of the feature along `direction_D` is absorbed from its own latents (float64 [B], 0 to
     1), and whether one latent absorbed all of it (bool [B])."""
     direction_D = functional.normalize(direction_D, dim=0)
     cosines_F = functional.cosine_similarity(direction_D, W_dec_FD, dim=-1)
@@ -40,8 +40,8 @@ def absorption(
 
 
 def _fractions(parts_BF: Tensor, whole_B: Tensor, cosines_F: Tensor, own: Sequence[int]) -> Tensor:
-    """The share of the absorbers in what they and the letter's own latents carry, where they matter at all. They are
-    the three largest parts of other latents that point along the probe."""
+    """The share that absorbers have in what they and the letter's own latents carry; 0 where they carry too little.
+    Absorbers are the three other latents along the probe with the largest parts."""
     own_B = parts_BF[:, list(own)].sum(1).double()
     may_absorb_F = cosines_F >= MIN_COSINE_FRACTION
     may_absorb_F[list(own)] = False
@@ -63,7 +63,7 @@ def _is_full(acts_BF: Tensor, parts_BF: Tensor, whole_B: Tensor, cosines_F: Tens
 
 @dataclass(frozen=True)
 class LetterResult:
-    """A letter's latents, and how many of its words were absorbed, and how far."""
+    """A letter's latents, how many of its words were absorbed, and how far."""
 
     letter: str
     latents: tuple[int, ...]
@@ -71,7 +71,7 @@ class LetterResult:
     fraction_sum: float
     full: int
     converged: tuple[bool, ...] = ()
-    """Of the regressions that chose its latents."""
+    """Whether each regression that chose its latents did."""
 
     def to_json(self) -> dict[str, Any]:
         """Under SAEBench's keys."""
@@ -95,7 +95,7 @@ class Sparse:
 def measure_letters(
     task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> list[LetterResult]:
-    """One result for each letter with words that the probe found."""
+    """One result for each letter that the probe finds in some test word."""
     latents, right = letter_latents(task, subject, letters, sparse, generator), task.probes[subject.layer].found
     return [
         _measure(task, subject, letter, latents[letter], found)
@@ -119,7 +119,7 @@ def letter_latents(
         encode=lambda numbers: train.reading.acts_of(subject, numbers.view(-1).long()) * lengths,
         width=subject.width,
     )
-    ranked = probe.weights.topk(min(sparse.max_k, subject.width), dim=1).indices  # not the largest in size
+    ranked = probe.weights.topk(min(sparse.max_k, subject.width), dim=1).indices  # by signed weight
     latents, halves = ranked[list(letters)].unique(), (task.train, task.test)
     columns = [(half.reading.columns_of(subject, latents) * lengths[latents]).cpu().numpy() for half in halves]
 
@@ -134,7 +134,7 @@ def letter_latents(
 
 
 def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
-    """SAEBench's means over letters; deviations are those of a sample, 0 for a single letter."""
+    """SAEBench's means over letters, with sample standard deviations, 0 for a single letter."""
     found = [result.to_json() for result in results]
     columns = {
         "absorption_fraction_score": [row["mean_absorption_fraction"] for row in found],

@@ -1,25 +1,25 @@
 """The task on a model: words, prompts, and the probes that say which classes (first letters) the model knows.
 
-1. Words of the vocabulary are split, and each gets a prompt with examples of its own half.
+1. Words of the vocabulary are split into training and test, and each gets a prompt with examples of its own half.
 2. A probe for each layer is fitted on the residuals at the training words.
-3. Test words that a layer's probe gets right are asked once more, with examples from all words: absorption is
-   measured there. A layer's draws do not depend on which other layers are read.
+3. Test words that a layer's probe gets right are asked again, with examples from all words: absorption is measured
+   there. A layer's draws do not depend on which other layers are read.
 Every draw comes from the seed. The official package declares a seed and never applies it.
 
-Words are tokens of the model's vocabulary made of ASCII letters, perhaps after a space.
+Words are tokens of the model's vocabulary that consist of ASCII letters, possibly after a space.
 
-Classes are first letters, or shapes, which even the pocket model knows: small models do not learn how their
-tokens are spelled, but to predict what follows they must know whether a token begins a word, and whether it is a
-name, a constant or plain text.
+Classes are first letters, or shapes, which even the pocket model knows: small models do not learn how their tokens are
+spelled, but to predict what follows they must know whether a token begins a word, and whether it is a name, a constant
+or plain text.
 
 Probes are one-vs-rest and linear, all letters at once: binary cross-entropy with positives weighted by negatives /
 positives, Adam, and a learning rate that falls exponentially from epoch to epoch. With `l1_decay` the weights become
 sparse, for choosing latents. The latents of a letter:
 1. A probe with an L1 penalty is fitted on the latents, all letters at once.
-2. For each letter its latents are ranked by weight, the largest first; negative weights rank last.
-3. A logistic regression on the first k says how well k latents predict the letter, by F1 on the test words.
-4. k grows while F1 gains more than a threshold over the best so far: those latents are the letter's, and
-   more than one means that the feature was split.
+2. For each letter, latents are ranked by weight, the largest first; negative weights rank last.
+3. A logistic regression on the first k shows how well k latents predict the letter, by F1 on the test words.
+4. k grows while F1 gains more than a threshold: those latents are the letter's, and more than one means that the
+   feature was split.
 
 N rows, D width, L letters, F latents, K of them.
 """
@@ -44,7 +44,7 @@ from ...model.prefix_suffix import LanguageModel
 
 LETTERS = string.ascii_lowercase
 SHAPES = ("inside", "Inside", "INSIDE", "word", "Word", "WORD")
-"""Lower case, capitalised and upper case; inside a word or name, and at the start of one."""
+"""Lower case, capitalised and upper case; first inside a word or name, then at its start."""
 NUM_EXAMPLES = 10
 MAX_DRAWS = 1000
 SEPARATOR = "\n"
@@ -81,11 +81,12 @@ def fit_probe(
     encode: Callable[[Tensor], Tensor] | None = None,
     width: int | None = None,
 ) -> Probe:
-    """Fit a probe on rows, or on what `encode` makes of each batch of rows (`width` wide)."""
+    """Fit a probe on rows, or on each batch of rows as `encode` maps it (to width `width`)."""
     targets_NL = functional.one_hot(labels_N, num_letters).to(x_ND.dtype)
     parameters = _initial(width or x_ND.shape[1], num_letters, generator, x_ND)
     optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
-    weights = _positive_weights(targets_NL)
+    positives = targets_NL.sum(0)  # without any, SAEBench's weight is infinite and makes the loss NaN
+    weights = torch.where(positives > 0, (len(targets_NL) - positives) / positives, 1.0)
     for epoch in range(training.epochs):
         optimizer.param_groups[0]["lr"] = training.lr * (training.end_lr / training.lr) ** (epoch / training.epochs)
         order = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
@@ -101,18 +102,11 @@ def fit_probe(
 
 
 def _initial(width: int, num_letters: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:
-    """Uniform in +-1 / sqrt(width), as linear layers start."""
+    """Uniform in +-1 / sqrt(width), like `nn.Linear`."""
     bound = 1 / math.sqrt(width)
     shapes = ((num_letters, width), (num_letters,))
     drawn = (torch.rand(shape, generator=generator) * 2 * bound - bound for shape in shapes)
     return [values.to(like).requires_grad_() for values in drawn]
-
-
-def _positive_weights(targets_NL: Tensor) -> Tensor:
-    """negatives / positives; 1 for a letter without positives, where SAEBench's infinity would spoil all."""
-    positives = targets_NL.sum(0)
-    ratio = (len(targets_NL) - positives) / positives
-    return torch.where(positives > 0, ratio, torch.ones_like(ratio))
 
 
 Chosen = tuple[tuple[int, ...], tuple[bool, ...]]
@@ -127,10 +121,8 @@ def choose_latents(
     is_test: np.ndarray,
     jump: float,
 ) -> Chosen:
-    """The letter's latents; columns of the activations are those of `ranked_K`.
-
-    No k larger than the first that does not gain enough is tried, so none is fitted either.
-    """
+    """The letter's latents; columns of the activations follow `ranked_K`. Stops at the first k that gains too
+    little."""
     best, converged = -100.0, list[bool]()
     for k in range(1, len(ranked_K) + 1):
         f1, is_done = _f1_of_first(k, train_NK, is_train, test_NK, is_test)
@@ -156,7 +148,7 @@ def _f1_of_first(
 
 @dataclass(frozen=True)
 class WordClasses:
-    """What is asked about a word: its class, as the examples in a prompt answer it."""
+    """Classes of words, and how prompts ask for a word's class and answer in their examples."""
 
     names: tuple[str, ...]
     class_of: Callable[[str], int]
@@ -171,7 +163,7 @@ def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> li
     for token in tokens:
         text = to_text(token)
         if token.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):  # SentencePiece's space
-            text = f" {text}"  # some decoders drop that of a first token
+            text = f" {text}"  # some decoders drop a first token's
         if (letters := text.removeprefix(" ")).isascii() and letters.isalpha():
             words.append(text)
     return words
@@ -196,19 +188,19 @@ WORD_SHAPES = WordClasses(SHAPES, shape_index, lambda word: SHAPES[shape_index(w
 
 
 def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> str:
-    """A prompt about `word`; its examples are drawn again until the word is not among them."""
+    """A prompt about `word`, with examples of other words."""
     lines = [f"{_line(classes, example)} {classes.answer(example)}" for example in _draw(word, examples, draw)]
     return SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)])
 
 
 def longest_prompt(words: Sequence[str], classes: WordClasses, model: LanguageModel) -> int:
-    """How many tokens a prompt has at most, whatever is drawn: BOS, and the longest lines."""
+    """The most tokens that a prompt can have: BOS, and the longest lines."""
     lines = model.tokenizer.encode([f"{SEPARATOR}{_line(classes, word)} {classes.answer(word)}" for word in words])
     return 1 + sum(sorted(map(len, lines))[-NUM_EXAMPLES - 1 :])
 
 
 def make_spots(prompts: Sequence[str], classes: WordClasses, model: LanguageModel) -> list[Spot]:
-    """Where prompts are read: at the word's last token, with the rest of its line behind it."""
+    """Where prompts are read: at the word's last token, before the rest of its line."""
     position = word_position(model, classes.template)
     return [Spot((model.bos, *tokens), position) for tokens in model.tokenizer.encode(prompts)]
 
@@ -216,12 +208,14 @@ def make_spots(prompts: Sequence[str], classes: WordClasses, model: LanguageMode
 def word_position(model: LanguageModel, template: str) -> int:
     """Where the word ends in a prompt, counted from its end; -6 for SAEBench's template and Gemma's tokens."""
     tail = template.split("{word}")[1]
-    word, line = model.tokenizer.encode(["A", f"A{tail}"])  # some tokenizers begin every text with a space
+    word, line = model.tokenizer.encode(
+        ["A", f"A{tail}"]
+    )  # not of the tail alone: some tokenizers put a space before every text
     return len(word) - len(line) - 1
 
 
 def split_words(words: Sequence[str], draw: random.Random) -> tuple[list[str], list[str]]:
-    """Words for training, four of five, and for testing, in random order."""
+    """Four fifths of the words for training and the rest for testing, in random order."""
     shuffled = draw.sample(list(words), len(words))
     cut = int(len(shuffled) * 0.8)
     return shuffled[:cut], shuffled[cut:]
@@ -255,7 +249,7 @@ class Half:
 
 @dataclass(frozen=True, eq=False)
 class ClassProbe:
-    """The probe of a layer, how good it is for each class, and the test words that it gets right."""
+    """A layer's probe, its F1 for each class, and the test words that it gets right."""
 
     probe: Probe
     f1: tuple[float, ...]
@@ -267,14 +261,14 @@ class ClassProbe:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """All that is common to the SAEs of a model."""
+    """Everything that a model's SAEs share."""
 
     classes: WordClasses
     train: Half
     test: Half
     probes: dict[int, ClassProbe]  # by layer
     again: dict[int, Reading]
-    """By layer, the test words that its probe found, read in new prompts; none if it found none."""
+    """By layer, the test words that its probe found, read in new prompts; without layers that found none."""
 
 
 def make_task(
@@ -299,9 +293,9 @@ def make_task(
         for half, asked in zip(halves, prompts, strict=True)
     )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
-    fresh, behind = {}, draw.getstate()
+    fresh, drawn = {}, draw.getstate()
     for layer, probe in probes.items():
-        draw.setstate(behind)
+        draw.setstate(drawn)
         found: list[int] = probe.found.nonzero().view(-1).tolist()
         asked_again = _prompts([test.words[number] for number in found], words, classes, draw)
         fresh[layer] = make_spots(asked_again, classes, reader.model)
@@ -312,17 +306,17 @@ def make_task(
 
 
 def require_examples(halves: Sequence[Sequence[str]], words: int) -> None:
-    """Require enough words in each half, since a prompt shows other words of its own half."""
+    """Require enough words in each half, because a prompt shows other words of its own half."""
     least = min(map(len, halves))
     if least <= NUM_EXAMPLES:
         raise NotApplicable(
-            f"one half of {words} words has {least}, but a prompt shows {NUM_EXAMPLES} others: ask for more words "
-            "(absorption.max_words), or give a model with more of them in its vocabulary"
+            f"the smaller half of {words} words has {least}, but a prompt shows {NUM_EXAMPLES} others: ask for more "
+            "words (absorption.max_words), or use a model with more words in its vocabulary"
         )
 
 
 def require_template(template: str) -> None:
-    """Require one place for the word in its line, and nothing else to fill in."""
+    """Require exactly one place for the word, and nothing else to fill in."""
     try:
         is_plain = template.count("{word}") == 1 and template.format(word="A") == template.replace("{word}", "A")
     except (LookupError, ValueError, AttributeError):
@@ -343,6 +337,6 @@ def _fit(layer: int, train: Half, test: Half, num_classes: int, seed: int) -> Cl
     probe = fit_probe(train.reading.x[layer], train.labels, num_classes, Training(), generator)
     says_NC = probe.scores(test.reading.x[layer]) > 0
     claimed = says_NC.cpu().numpy()
-    taught = [0 < train.is_of(number).sum() < len(train.words) for number in range(num_classes)]  # two kinds of words
-    f1 = tuple(f1_score(test.is_of(n), claimed[:, n]) if taught[n] else 0.0 for n in range(num_classes))
+    has_both = [0 < train.is_of(number).sum() < len(train.words) for number in range(num_classes)]  # yes and no
+    f1 = tuple(f1_score(test.is_of(n), claimed[:, n]) if has_both[n] else 0.0 for n in range(num_classes))
     return ClassProbe(probe, f1, says_NC.gather(1, test.labels[:, None]).view(-1))

@@ -1,1 +1,1 @@
-"""The latent browser: a folder of pages that opens from disk and shows all latents of all SAEs of a run."""
+"""The latent browser: a folder of pages that opens from disk and shows all latents of a run's SAEs."""

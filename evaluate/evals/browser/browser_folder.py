@@ -1,9 +1,9 @@
 """The folder of a browser: built next to its final place, and moved there when it is complete.
 
-What a stopped build had read stays there too, so that a build of the same inputs can continue from it.
+A stopped build's progress stays there too, so that a build of the same inputs can resume from it.
 
-Data lie in script files that hand one JSON value to the page, because a page opened from disk may add scripts and
-may read nothing else. JSON is ASCII, and `<` is escaped: corpus text cannot end a script or begin one.
+Data are script files that each pass one JSON value to the page, because a page opened from disk may load scripts and
+nothing else. JSON is ASCII, and `<` is escaped: corpus text cannot end a script or start one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...errors import BrowserUnwritten
 from ...output.figures.records import FILES, script_json
 
 NAME = "browser"
-LATENT_BYTES = 4000  # on disk, about
+LATENT_BYTES = 4000  # of one latent on disk, about
 MAKING, OLD, LOCK = f".{NAME}.making", f".{NAME}.old", f".{NAME}.lock"
 TEXT, ATTENTION = "text", "attention"  # written while text is read
 PAGE = Path(__file__).parent / "page"
@@ -36,12 +36,12 @@ KINDS = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "int32": "i4", "float32"
 
 
 class Folder:
-    """A browser being built; `inputs` names everything that decides what is read."""
+    """A browser being built; `inputs` identifies everything that determines what is read."""
 
-    def __init__(self, made_in: Path, inputs: str) -> None:
-        self.path = made_in / NAME
-        self.saved = made_in / f"read-{inputs}"
-        """Where what was read so far is saved: outside the browser, which is moved as a whole."""
+    def __init__(self, workplace: Path, inputs: str) -> None:
+        self.path = workplace / NAME
+        self.saved = workplace / f"read-{inputs}"
+        """Where progress is saved: outside the browser, which is moved as a whole."""
 
     def write(self, name: str, value: Mapping[str, Any]) -> Path:
         """Write data under the name by which the page asks for it."""
@@ -49,47 +49,43 @@ class Folder:
 
 
 @contextmanager
-def making(home: Path, least_bytes: int, inputs: str, say: Callable[[str], None]) -> Iterator[Folder]:
-    """Build the browser of a run; whatever happens, the run has the previous one or the complete new one."""
-    with _alone(home, say):
-        made_in, old = home / MAKING, home / OLD
-        folder = Folder(made_in, inputs)
+def building(home: Path, least_bytes: int, inputs: str, say: Callable[[str], None]) -> Iterator[Folder]:
+    """Build a run's browser; whatever happens, the run keeps the previous one or gets the complete new one."""
+    with _locked(home, say):
+        workplace, old = home / MAKING, home / OLD
+        folder = Folder(workplace, inputs)
         try:
-            _put_back(home)  # a build was interrupted between its two last lines
+            _restore_previous(home)  # if a build was killed between the two renames below
             shutil.rmtree(old, ignore_errors=True)
-            left = (file for file in made_in.rglob("*") if file.is_file() and folder.saved not in file.parents)
-            require_space(home, least_bytes - sum(file.stat().st_size for file in left))
+            leftovers = (one for one in workplace.rglob("*") if one.is_file() and folder.saved not in one.parents)
+            require_space(home, least_bytes - sum(file.stat().st_size for file in leftovers))
             _clear(folder, inputs)
             (folder.path / "data").mkdir(parents=True, exist_ok=True)
             yield folder
-            _require_there(home)
+            _require_run(home)
             if (home / NAME).exists():
                 (home / NAME).rename(old)
             folder.path.rename(home / NAME)
         except (BrowserUnwritten, StoreError):
             raise
         except OSError as error:
-            _require_there(home)
-            goes_on = (
-                ". What was read is kept: the same command continues from there" if _goes_on(made_in, inputs) else ""
-            )
-            raise BrowserUnwritten(
-                f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {say_size(least_bytes)}"
-                f"{goes_on}"
-            ) from error
+            _require_run(home)
+            hint = ". Progress is saved: the same command resumes" if _can_resume(workplace, inputs) else ""
+            needed = f"It needs about {say_size(least_bytes)}{hint}"
+            raise BrowserUnwritten(f"{home / NAME} cannot be written: {error.strerror or error}. {needed}") from error
         finally:
-            _put_back(home)
+            _restore_previous(home)
             shutil.rmtree(old, ignore_errors=True)
             is_gone = not (home / LOCK).exists()  # with its run
-            if is_gone or not _goes_on(made_in):  # a refused build leaves what one of other inputs saved
-                shutil.rmtree(made_in, ignore_errors=True)
+            if is_gone or not _can_resume(workplace):  # a refused build keeps the progress of one with other inputs
+                shutil.rmtree(workplace, ignore_errors=True)
             if is_gone:
                 with suppress(OSError):  # only if nothing else is there
                     home.rmdir()
 
 
 @contextmanager
-def _alone(home: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(home: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Let one process at a time build a run's browser: two would write into one folder and clear each other's files."""
     path = home / LOCK
     try:
@@ -99,52 +95,52 @@ def _alone(home: Path, say: Callable[[str], None]) -> Iterator[None]:
     with file:
         is_alone = take_lock(file)
         if is_alone is False:
-            say(f"{home}: no locks on this disk, so nothing keeps a second process from building this browser")
+            say(f"{home}: this disk has no locks, so a second process may build the same browser")
         try:
             is_taken = is_alone is None or (is_alone and not os.path.samefile(file.fileno(), path))
         except FileNotFoundError:  # another process had it, and removed it when done
             is_taken = True
         if is_taken:
-            raise BrowserUnwritten(f"another process is building {home / NAME}: wait until it ends, or stop it")
+            raise BrowserUnwritten(f"another process is building {home / NAME}: wait for it to finish, or stop it")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile finds it gone
+            path.unlink(missing_ok=True)  # before releasing it: a process that has opened it sees that it is gone
 
 
-def _require_there(home: Path) -> None:
-    """Require that the run still is where it was when the build began: its lock goes with it."""
+def _require_run(home: Path) -> None:
+    """Require that the run's folder is where it was when the build started: the lock moves with it."""
     if not (home / LOCK).exists():
-        raise BrowserUnwritten(f"{home} was removed or moved meanwhile: no browser is made for it")
+        raise BrowserUnwritten(f"{home} was deleted or moved during the build: it gets no browser")
 
 
-def _goes_on(made_in: Path, inputs: str = "*") -> bool:
-    """Whether a stopped build left a save here, and the text that it had written."""
-    return (made_in / NAME).exists() and any(made_in.glob(f"read-{inputs}/step_*"))
+def _can_resume(workplace: Path, inputs: str = "*") -> bool:
+    """Whether a stopped build left saved progress here, and the text that it had written."""
+    return (workplace / NAME).exists() and any(workplace.glob(f"read-{inputs}/step_*"))
 
 
 def _clear(folder: Folder, inputs: str) -> None:
-    """Remove what a stopped build left, except what one of the same inputs needs; no save outlives its text."""
-    made_in, path, data = folder.path.parent, folder.path, folder.path / "data"
-    stays = {folder.saved, path, data, data / TEXT, data / ATTENTION} if _goes_on(made_in, inputs) else set()
-    for left in (*made_in.glob("read-*"), *data.glob("*"), *path.glob("*"), *made_in.glob("*")):
-        if left not in stays and left.exists():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    """Remove a stopped build's files, except those needed to resume it; progress never outlives its text."""
+    workplace, path, data = folder.path.parent, folder.path, folder.path / "data"
+    kept = {folder.saved, path, data, data / TEXT, data / ATTENTION} if _can_resume(workplace, inputs) else set()
+    for found in (*workplace.glob("read-*"), *data.glob("*"), *path.glob("*"), *workplace.glob("*")):
+        if found not in kept and found.exists():
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
-def _put_back(home: Path) -> None:
+def _restore_previous(home: Path) -> None:
     """Put the previous browser back if the new one did not take its place."""
     if (home / OLD).is_dir() and not (home / NAME).exists():
         (home / OLD).rename(home / NAME)
 
 
 def require_space(home: Path, least_bytes: int) -> None:
-    """Require space for the browser alone: saves depend on how much fires, and a disk too full for them may hold it."""
+    """Require space for the browser alone: the size of saved progress is unknown, and a build can do without it."""
     free = free_bytes_at(home)
     if free < least_bytes:
         raise BrowserUnwritten(
-            f"{home / NAME} needs about {say_size(least_bytes)}, not counting what is saved on the way, but "
-            f"{say_size(free)} are free there: free some, or ask for fewer windows or examples "
+            f"{home / NAME} needs about {say_size(least_bytes)}, not counting progress that is saved, but only "
+            f"{say_size(free)} are free there: free some space, or ask for fewer windows or examples "
             "(--set browser.windows=..., browser.sample=...), or for fewer exports"
         )
 
@@ -167,7 +163,7 @@ def as_data(name: str, value: Mapping[str, Any]) -> str:
 
 
 def read_data(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was written, arrays still packed; None if nothing can be read."""
+    """The data as written, arrays still packed; None if they cannot be read."""
     try:
         text = (folder / "data" / f"{name}.js").read_text(encoding="ascii")
         found = json.loads(text.removeprefix(f"saemill({json.dumps(name)},").removesuffix(");\n"))
@@ -177,7 +173,7 @@ def read_data(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def saes_in(about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The SAEs that a browser's run.js lists, each in its own folder; none if it was not written here."""
+    """The SAEs that a browser's run.js lists, each with its own folder; none if it is not as saemill writes it."""
     saes = about.get("saes")
     if not isinstance(saes, list) or not all(map(_has_folder, saes)):
         return []
@@ -190,7 +186,7 @@ def _has_folder(sae: Any) -> bool:
 
 
 def packed(array: Any) -> list[Any]:
-    """An array as its kind and its bytes."""
+    """An array as its kind and its base64 bytes."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"expected an array, found {type(array).__name__}")
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
@@ -198,14 +194,14 @@ def packed(array: Any) -> list[Any]:
 
 
 def unpacked(value: list[Any]) -> np.ndarray:
-    """An array from its kind and its bytes."""
+    """The array that was packed."""
     kind, data = value
     names = {short: name for name, short in KINDS.items()}
     return np.frombuffer(base64.b64decode(data), np.dtype(names[kind]).newbyteorder("<"))
 
 
 class Pieces:
-    """Arrays with a row for each window, written as they come, in files of `windows` windows."""
+    """Arrays with a row for each window, written as they arrive, in files of `windows` windows."""
 
     def __init__(self, folder: Folder, name: str, windows: int) -> None:
         self._folder, self._name, self._size = folder, name, windows
@@ -221,7 +217,7 @@ class Pieces:
         self._write_full(1)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Rows that wait for their file; earlier files have been synced to disk."""
+        """Rows that wait for their file; earlier files are synced to disk first."""
         for path in {place for file in self._written for place in (file, file.parent)}:
             sync(path)
         self._written = []

@@ -1,12 +1,12 @@
-"""What one pass over windows collects about an SAE: how often, how strongly, where and with which its latents fire, and
-the firings that are kept to show them by.
+"""What one pass over windows collects about an SAE: how often, how strongly, where and together with which others its
+latents fire, and firings to show as examples.
 
 A firing is a latent in a window: its peak there and all its activations. For each latent, the firings with the highest
-peaks, those with the lowest, and a sample are kept: of tokens, at most one a window, each as likely as any other where
-windows are many more than the sample. They are chosen again when as many firings wait as are kept, so memory grows with
-the latents and not with the text.
+peaks, those with the lowest, and a sample of tokens are kept: at most one token per window, all equally likely if there
+are many more windows than samples. Firings are sorted out whenever as many wait as are kept, so that memory grows with
+the number of latents and not with the text.
 
-F latents, B bins of activation, P parts of a window, N firings, E activations of a batch or of these.
+F latents, B bins of activation, P parts of a window, N firings, E activations.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ....train.sae.kernels.codes import Codes
 from ...model.batches import Windows
 from .config import Config
 
-Table = Any  # a sparse matrix of scipy, whose stubs lose its kind at every step
+Table = Any  # a scipy sparse matrix; scipy's stubs lose its format at every step
 BINS = 128  # of activation: four to an octave, from 2^LOWEST up
 LOWEST = -16
 PARTS = 32  # of a window, at most
-SAMPLE_ENTRIES = 1 << 22
+SAMPLE_ENTRIES = 1 << 22  # firing together is counted until this many activations are in the table
 BEGINNING = 48  # tokens of the first window, for a pattern
 SUMS = ("fired", "mass", "highest", "histogram", "by_part", "part_tokens")
 TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
@@ -61,28 +61,28 @@ class Firings:
 
     @property
     def priority(self) -> np.ndarray:
-        """The highest of random numbers for all its activations, drawn as one: the logarithm of the highest of n even
-        numbers is as that of one, over n. The same whatever else is kept or read."""
-        return np.log(scatter(self._number) + np.float32(2.0**-25)) / self.count.astype(np.float32)
+        """The logarithm of the highest of random numbers, one for each activation, from a single draw: the logarithm of
+        the highest of n uniform numbers is distributed as that of one, over n. Independent of what else is read."""
+        return np.log(uniform(self._id) + np.float32(2.0**-25)) / self.count.astype(np.float32)
 
     def drawn(self) -> Firings:
-        """The same, each at one of its activations instead of its peak, drawn evenly."""
-        place = np.cumsum(self.count) - self.count + (scatter(~self._number) * self.count).astype(np.int64)
+        """The same, each at a uniformly drawn one of its activations instead of its peak."""
+        place = np.cumsum(self.count) - self.count + (uniform(~self._id) * self.count).astype(np.int64)
         return replace(self, at=self.position[place].astype(np.int32), peak=self.value[place])
 
     @property
-    def _number(self) -> np.ndarray:
+    def _id(self) -> np.ndarray:
         return (self.window.astype(np.uint64) << np.uint64(32)) | self.latent.astype(np.uint64)
 
 
 class Keeper:
-    """Keeps the firings of one SAE, for each latent as many as `config` says."""
+    """Keeps firings of one SAE, as many for each latent as `config` says."""
 
     def __init__(self, width: int, config: Config) -> None:
         self._config = config
         self._width = width
         kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.uint16, np.float32)
-        self._hold(Firings(*(np.empty(0, kind) for kind in kinds)), np.zeros(0, np.uint8))
+        self._set_kept(Firings(*(np.empty(0, kind) for kind in kinds)), np.zeros(0, np.uint8))
 
     def add(self, firings: Firings) -> None:
         latent, peak = firings.latent, firings.peak
@@ -90,26 +90,26 @@ class Keeper:
         wanted |= firings.priority > self._least_priority[latent]
         chosen = np.flatnonzero(wanted)
         self._waiting.append(firings.take(chosen))
-        self._waits += len(chosen)
-        if self._waits > max(len(self._kept.latent), WAITING):
-            self._settle()
+        self._num_waiting += len(chosen)
+        if self._num_waiting > max(len(self._kept.latent), WAITING):
+            self._sort_out()
 
     def state(self) -> dict[str, np.ndarray]:
-        """Firings that are kept, with their reasons, followed by those that wait."""
+        """Kept firings with their reasons, followed by waiting ones."""
         return {**vars(self._everything), "reasons": self._reasons}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         everything, reasons = Firings(*(state[field.name] for field in fields(Firings))), state["reasons"]
         kept, entries = len(reasons), int(everything.count[: len(reasons)].sum())
-        self._hold(everything.part(slice(kept), slice(entries)), reasons)
+        self._set_kept(everything.part(slice(kept), slice(entries)), reasons)
         self._waiting = [everything.part(slice(kept, None), slice(entries, None))]
-        self._waits = len(everything.latent) - kept
+        self._num_waiting = len(everything.latent) - kept
 
     def finish(self) -> tuple[Firings, np.ndarray]:
-        """What is kept, by latent and the highest first, and why: firings at their peaks, with bits of TOP and LOW, and
-        once more the SAMPLE, at what was drawn. A latent with less than a full TOP, which has all its windows, has no
-        sample."""
-        self._settle()
+        """Kept firings by latent, the highest first, and why each is kept: firings at their peaks, with bits TOP and
+        LOW, and once more the SAMPLE, at the drawn activations. A latent whose TOP is not full has no sample: its TOP
+        already has all its windows."""
+        self._sort_out()
         at_peaks = np.flatnonzero(self._reasons & (TOP | LOW))
         is_full = np.bincount(self._kept.latent[self._reasons & TOP > 0], minlength=self._width) >= self._config.top
         sampled = np.flatnonzero((self._reasons & SAMPLE > 0) & is_full[self._kept.latent])
@@ -118,25 +118,25 @@ class Keeper:
         order = np.lexsort((-found.peak, found.latent))
         return found.take(order), reasons[order]
 
-    def _settle(self) -> None:
-        """Drop what is no longer among the best of its latent."""
+    def _sort_out(self) -> None:
+        """Drop firings that are no longer among the best of their latent."""
         everything, config = self._everything, self._config
         latent, peak, priority = everything.latent, everything.peak, everything.priority
         reasons = np.zeros(len(latent), np.uint8)
         for bit, key, count in ((TOP, peak, config.top), (SAMPLE, priority, config.sample), (LOW, -peak, config.low)):
             reasons[largest(latent, key, count)] |= bit
         kept = np.flatnonzero(reasons)
-        self._hold(everything.take(kept), reasons[kept])
+        self._set_kept(everything.take(kept), reasons[kept])
 
     @property
     def _everything(self) -> Firings:
         return Firings.joined([self._kept, *self._waiting])
 
-    def _hold(self, kept: Firings, reasons: np.ndarray) -> None:
-        """Hold only these, and the bounds beyond which others are kept too."""
+    def _set_kept(self, kept: Firings, reasons: np.ndarray) -> None:
+        """Keep only these, and set the bounds beyond which further firings are of interest."""
         self._kept, self._reasons = kept, reasons
         self._waiting: list[Firings] = []
-        self._waits = 0
+        self._num_waiting = 0
         latent, peak, priority, config, width = kept.latent, kept.peak, kept.priority, self._config, self._width
         top, sample, low = (np.flatnonzero(reasons & reason) for reason in (TOP, SAMPLE, LOW))
         self._least_peak = bound(latent[top], peak[top], width, config.top, np.minimum, -np.inf)
@@ -145,30 +145,30 @@ class Keeper:
 
 
 def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of the `count` entries with the largest keys of every group, group by group, the largest first."""
-    joined = ((group.astype(np.uint64) << np.uint64(32)) | ~ordered(key)).view(np.int64)
+    """Indices of the `count` entries with the largest keys in each group, group by group, the largest first."""
+    joined = ((group.astype(np.uint64) << np.uint64(32)) | ~sortable(key)).view(np.int64)
     order = torch.from_numpy(joined).sort(stable=True).indices.numpy()  # in a quarter of numpy's time
     first = np.flatnonzero(np.diff(group[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
     return order[rank < count]
 
 
-def ordered(key: np.ndarray) -> np.ndarray:
-    """float32 as the lower half of uint64 that sort the same; `~` of it is taken inside 32 bits."""
+def sortable(key: np.ndarray) -> np.ndarray:
+    """float32 as uint64 whose lower halves sort the same; the upper ones are set, so that `~` clears them."""
     bits = key.astype(np.float32).view(np.int32)
     rising = np.where(bits < 0, ~bits, bits | np.int32(-(2**31))).view(np.uint32)
     return rising.astype(np.uint64) | np.uint64(0xFFFFFFFF00000000)
 
 
 def bound(group: np.ndarray, key: np.ndarray, groups: int, full: int, worst: np.ufunc, none: float) -> np.ndarray:
-    """float32 [groups]: the worst key of every group that is full; `none` for the others, which take anything."""
+    """float32 [groups]: the worst key of every full group; `none` for the others, which take anything."""
     found = np.full(groups, -none, np.float32)
     worst.at(found, group, key)
     return np.where(np.bincount(group, minlength=groups) < full, np.float32(none), found)
 
 
-def scatter(number: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1), evenly spread, from uint64 (splitmix64)."""
+def uniform(number: np.ndarray) -> np.ndarray:
+    """float32 uniform in [0, 1), hashed from uint64 (splitmix64)."""
     mixed = number + MIX[0]
     mixed = (mixed ^ (mixed >> np.uint64(30))) * MIX[1]
     mixed = (mixed ^ (mixed >> np.uint64(27))) * MIX[2]
@@ -176,7 +176,7 @@ def scatter(number: np.ndarray) -> np.ndarray:
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: the numbers start..start + count of each, one after another."""
+    """int64: the numbers start .. start + count - 1 of each, one after another."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
@@ -188,7 +188,7 @@ class Batch:
     first: int  # the number of its first window in the pass
     window: np.ndarray  # int32 [N], the number of each token's window in the pass
     position: np.ndarray  # uint16 [N]
-    is_sampled: bool  # whether firing together is counted here
+    is_sampled: bool  # whether firing together is counted in it
 
     @staticmethod
     def of(windows: Windows, first: int, is_sampled: bool) -> Batch:
@@ -219,8 +219,8 @@ class Seen:
         """Add the codes of the batch's kept tokens, of which only ordinary ones count."""
         by_token = joined_rows(codes)
         if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
-            fires = emptied(by_token, ordinary)  # one row for each token, as in other SAEs' tables
-            self._together.append(where_it_fires(fires.indices, fires.indptr, self.width))
+            fires = with_rows_emptied(by_token, ordinary)  # one row for each token, as in other SAEs' tables
+            self._together.append(firing_table(fires.indices, fires.indptr, self.width))
             self._together_entries += fires.nnz
         if not ordinary.all():
             by_token = by_token[np.flatnonzero(ordinary)]
@@ -278,7 +278,7 @@ class Seen:
             setattr(self, name, state[name])
         self.tokens, self.massive = state["tokens"].tolist()
         self._beginning = state["beginning"], state["beginning_positions"]
-        self._together = [where_it_fires(state["together"], state["together_starts"], self.width)]
+        self._together = [firing_table(state["together"], state["together_starts"], self.width)]
         self._together_entries = len(state["together"])
         self.keeper.restore(state)
 
@@ -298,13 +298,13 @@ class Seen:
         return self._together[0]
 
 
-def where_it_fires(latents: np.ndarray, starts: np.ndarray, width: int) -> Table:
-    """1 for each entry of a table by token."""
+def firing_table(latents: np.ndarray, starts: np.ndarray, width: int) -> Table:
+    """1 where a latent fires: [tokens, F]."""
     return scipy.sparse.csr_matrix((np.ones(len(latents), np.float32), latents, starts), (len(starts) - 1, width))
 
 
 def joined_rows(codes: Sequence[Codes]) -> Table:
-    """Positive entries of several pieces, as one table by token."""
+    """Positive entries of several pieces, as one table [tokens, F]."""
     return scipy.sparse.vstack([_rows(piece) for piece in codes], format="csr")
 
 
@@ -323,8 +323,8 @@ def _rows(codes: Codes) -> Table:
     return found
 
 
-def emptied(by_token: Table, kept: np.ndarray) -> Table:
-    """The same rows, with nothing in those that are not kept."""
+def with_rows_emptied(by_token: Table, kept: np.ndarray) -> Table:
+    """The same table, with nothing in rows that are not kept."""
     if kept.all():
         return by_token
     found = (scipy.sparse.diags(kept.astype(np.float32)) @ by_token).tocsr()
@@ -337,7 +337,7 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def bin_of(value: np.ndarray) -> np.ndarray:
-    """The bin of positive float32: exponent and the first two bits behind it, so that edges are exact."""
+    """The bin of positive float32: the exponent and two bits of the mantissa, so that edges are exact."""
     quarter = (value.astype(np.float32).view(np.int32) >> 21) - ((127 + LOWEST) << 2)
     return np.clip(quarter, 0, BINS - 1)
 

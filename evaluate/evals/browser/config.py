@@ -14,16 +14,16 @@ class Config:
     top: int = 10
     """Examples of a latent: the windows of its highest activations."""
     sample: int = 25
-    """Tokens drawn from all on which it fires, at most one a window."""
+    """Tokens drawn from all that it fires on, at most one per window."""
     low: int = 5
-    """Windows whose highest activation is lowest."""
+    """Windows with the lowest peaks."""
     neighbours: int = 8
     promoted: int = 10
-    """Promoted tokens, and as many suppressed ones."""
+    """Promoted tokens, and the same number of suppressed ones."""
     attended: int = 4
     """Earlier tokens that are kept for every token and layer."""
     exports: tuple[str, ...] = ()
-    """Formats of other tools to write too: saedashboard, neuronpedia."""
+    """Other tools' formats to write as well: saedashboard, neuronpedia."""
     together_tokens: int = 16_384
     """Tokens, spread over the text, on which firing together is counted; fewer where many latents fire on each, and the
     page says how many."""

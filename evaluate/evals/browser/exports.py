@@ -3,8 +3,8 @@
 `--set browser.exports=saedashboard,neuronpedia` writes them next to the pages:
 exports/saedashboard/SAE/batch-0.json and exports/neuronpedia/MODEL/LAYER-RUN-SAE/.
 
-Both say what we have (examples with all activations of their window, density, histogram, promoted tokens, near
-latents) and leave empty what we do not have (neurons, logit histograms).
+Both hold what we have (examples with all activations of their window, density, histogram, promoted tokens, near
+latents) and leave the rest empty (neurons, logit histograms).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .collect_firings import SAMPLE, TOP, lower_edges
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
 
-BATCH = 128  # latents of a file
-BUCKETS = 4  # of a sample, from the highest quarter to the lowest
+BATCH = 128  # latents in a file
+BUCKETS = 4  # quarters of a sample, from the highest to the lowest
 UNUSED = (
     *(f"neuron_alignment_{name}" for name in ("indices", "values", "l1")),
     *(f"correlated_{what}_{name}" for what in ("neurons", "features") for name in ("indices", "l1", "pearson")),
@@ -59,7 +59,7 @@ class Exported:
 
     @property
     def source(self) -> str:
-        """What Neuronpedia calls an SAE."""
+        """The SAE's id on Neuronpedia."""
         return f"{self.layer}-{self.sae_set}"
 
 
@@ -70,7 +70,7 @@ def require_known(exports: Sequence[str]) -> None:
 
 
 def bytes_of(exports: Sequence[str], examples: int, context: int) -> int:
-    """About how much all requested formats take on disk: most is the text of the examples, with every activation."""
+    """About how much all requested formats take on disk: mostly the examples' text, with every activation."""
     return examples * context * sum(TOKEN_BYTES[name] for name in exports)
 
 
@@ -82,7 +82,7 @@ def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> N
 
 
 def keep_exports(before: Path, folder: Path, run: str, labels: Sequence[str]) -> None:
-    """Copy the exports of SAEs that are kept from the previous browser, as they were written."""
+    """Copy the exports of SAEs that are kept from the previous browser."""
     for path in exports_in(before):
         if any(path.name == label or path.name.endswith(f"-{run}-{label}") for label in labels):
             shutil.copytree(before / path, folder / path)
@@ -94,8 +94,8 @@ def exports_in(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in found)
 
 
-def tell_exports(folder: Path, before: Sequence[Path]) -> Iterator[str]:
-    """What is exported now, and what no longer is: its latents may have changed."""
+def report_exports(folder: Path, before: Sequence[Path]) -> Iterator[str]:
+    """Lines on what is exported now, and on what no longer is, because its latents may have changed."""
     now = exports_in(folder)
     if now:
         size = sum(file.stat().st_size for path in now for file in (folder / path).rglob("*.*"))
@@ -158,7 +158,7 @@ def activations_of(exported: Exported, latent: int) -> list[dict[str, Any]]:
 
 
 def groups(items: np.ndarray, peak: np.ndarray, reasons: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
-    """The strongest, then quarters of the sample: examples, their lower end, the share of activations they are of."""
+    """The strongest, then quarters of the sample: examples, their lowest peak, their share of all activations."""
     top = items[reasons[items] & TOP > 0]
     if len(top):
         yield top, -1.0, -1.0  # not an interval
@@ -169,7 +169,7 @@ def groups(items: np.ndarray, peak: np.ndarray, reasons: np.ndarray) -> Iterator
 
 
 def write_saedashboard(folder: Path, exported: Exported, number: int, features: list[dict[str, Any]]) -> None:
-    """A batch as its runner for Neuronpedia leaves it."""
+    """A batch as SAEDashboard's runner for Neuronpedia writes it."""
     path = folder / exported.shown.subject.label / f"batch-{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     batch = {"model_id": exported.model, "layer": exported.layer, "sae_set": exported.sae_set, "features": features}
@@ -177,7 +177,7 @@ def write_saedashboard(folder: Path, exported: Exported, number: int, features: 
 
 
 def write_neuronpedia(folder: Path, exported: Exported, number: int, features: list[dict[str, Any]]) -> None:
-    """The folder of one SAE: who and what it is, its features, their activations."""
+    """The folder of one SAE: facts about it, its features, their activations."""
     path = folder / exported.model.replace("/", "--") / exported.source
     path.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat()
@@ -188,12 +188,12 @@ def write_neuronpedia(folder: Path, exported: Exported, number: int, features: l
     rows, activations = [], []
     for feature in features:
         latent, examples = feature["feature_index"], feature["activations"]
-        told = {name: value for name, value in feature.items() if name in FEATURE_COLUMNS}
+        columns = {name: value for name, value in feature.items() if name in FEATURE_COLUMNS}
         near = exported.near.latents[latent] >= 0
         rows.append(
             {
                 **own,
-                **told,
+                **columns,
                 "index": str(latent),
                 "maxActApprox": float(exported.shown.seen.highest[latent]),
                 "hasVector": False,
@@ -233,7 +233,7 @@ FEATURE_COLUMNS = {
 
 
 def facts_of(exported: Exported, now: str) -> dict[str, dict[str, Any]]:
-    """Release, model, set and source. Whoever publishes them fills in the creator."""
+    """Release, model, set and source. The publisher fills in the creator."""
     windows, context = exported.tokens.shape
     whose = {"creatorId": "", "creatorName": "", "createdAt": now}
     return {
@@ -260,4 +260,4 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 WRITERS = {"saedashboard": write_saedashboard, "neuronpedia": write_neuronpedia}
-TOKEN_BYTES = {"saedashboard": 14, "neuronpedia": 2}  # of an example, about; the second is compressed
+TOKEN_BYTES = {"saedashboard": 14, "neuronpedia": 2}  # per token of an example, about; the second is compressed

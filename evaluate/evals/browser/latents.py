@@ -1,4 +1,4 @@
-"""What is written about the latents of one SAE: columns for the list, files of a few latents each for the rest.
+"""What is written about an SAE's latents: columns for the list, and files of a few latents each for the rest.
 
 F latents, K neighbours or tokens, D width.
 """
@@ -30,15 +30,14 @@ from .config import Config
 from .related import Near, by_direction, by_firing
 
 FILE_LATENTS = 32
-RANDOM = 8  # besides SAMPLE: one of a few of it, chosen at random, so that they stand for all
-
+RANDOM = 8  # set besides SAMPLE for a few of the sample, chosen at random to represent all
 SHOWN_RANDOM = 5
 DENSE = 0.1  # fires on more than this share of tokens
-STEPS = 65_535  # in which activations are written, from zero to the latent's highest
+STEPS = 65_535  # levels of a written activation, from zero to the latent's highest
 MARKS = {"tier": TIERS, "range": RANGES, "group": GROUPS}
 COUNTERPARTS = 3
-COMPARED = 8  # other SAEs, at most, in which an SAE's counterparts are sought
-LIST_BYTES = 40  # on disk, about: a latent's counterparts in one of them, by one measure
+COMPARED = 8  # most other SAEs in which an SAE's counterparts are sought
+LIST_BYTES = 40  # of a latent's counterparts in one of them by one measure, on disk, about
 PARTS = 5
 DENSITY_EDGES = np.arange(-6, 0.01, 0.25)  # log10 of the share of tokens
 
@@ -68,12 +67,12 @@ class Shown:
 
     @cached_property
     def items(self) -> np.ndarray:
-        """int64 [F + 1]: where the examples of each latent begin."""
+        """int64 [F + 1]: where each latent's examples start."""
         return np.searchsorted(self.kept[0].latent, np.arange(self.subject.width + 1))
 
     @cached_property
     def entries(self) -> np.ndarray:
-        """Where the activations of each example begin."""
+        """Where each example's activations start."""
         return np.concatenate([[0], np.cumsum(self.kept[0].count)])
 
     @property
@@ -156,7 +155,7 @@ def firings_value(firings: Firings, highest: np.ndarray) -> dict[str, np.ndarray
 
 
 def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """The bins from the first with something in it to the last."""
+    """The bins from the first to the last that is not empty."""
     filled = counts > 0
     first = filled.argmax(1)
     lengths = np.where(filled.any(1), BINS - filled[:, ::-1].argmax(1) - first, 0)
@@ -169,7 +168,7 @@ def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def near_value(near: Near | list[tuple[LoadedSae, str, Near]], rows: slice) -> Any:
-    if isinstance(near, list):  # of exactly these weights: others may get the same label
+    if isinstance(near, list):  # identified by weights too: another SAE may get the same label
         return [{"label": of.label, "sha256": of.sha256, "by": by, **near_value(one, rows)} for of, by, one in near]
     tokens = {} if near.tokens is None else {"tokens": near.tokens}
     return {"latents": near.latents[rows], "scores": near.scores[rows], **tokens}
@@ -181,10 +180,10 @@ def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config, watch: W
     writes_there = [other.subject.target_layers == shown.subject.target_layers for other in others]
     counterparts: list[tuple[LoadedSae, str, Near]] = []
     title, compared = f"browser, neighbours of {shown.subject.label}", len(rows) * (1 + sum(writes_there))
-    with watch.stage(title, compared, "latents") as advance:  # with all of a table each: of wide ones that takes long
-        with ThreadPoolExecutor(1, "saemill-browser") as worker:  # it has one core, the other the rest
+    with watch.stage(title, compared, "latents") as advance:  # each with a whole table: slow for wide SAEs
+        with ThreadPoolExecutor(1, "saemill-browser") as worker:  # on one core, `by_direction` on the rest
             firing = worker.submit(by_firing, together, together, config.neighbours, is_same=True)
-            kept = worker.submit(lambda: shown.kept)  # written later, sorted out meanwhile
+            kept = worker.submit(lambda: shown.kept)  # cached for when it is written
             direction = by_direction(rows, rows, config.neighbours, is_same=True, advance=advance)
             kept.result()
         found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
@@ -198,17 +197,17 @@ def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config, watch: W
 
 
 def most_alike(shown: Shown, everyone: Sequence[Shown]) -> list[Shown]:
-    """The other SAEs that an SAE is compared with, those most alike in layer, variant and width, in the fleet's order:
-    64 SAEs have 4,032 pairs, each of which takes a second or more."""
+    """The other SAEs to compare an SAE with, those most alike in layer, variant and width, in the fleet's order. Not
+    all, because each of the 4,032 pairs of 64 SAEs would take a second or more."""
     subject = shown.subject
 
-    def unlike(other: Shown) -> tuple[float, ...]:
-        of = other.subject
-        layers = abs(fmean(of.target_layers) - fmean(subject.target_layers))
-        is_other = of.target_layers != subject.target_layers, of.variant != subject.variant
-        return is_other[0], layers, is_other[1], abs(math.log(of.width / subject.width))
+    def distance(other: Shown) -> tuple[float, ...]:
+        its = other.subject
+        layers = abs(fmean(its.target_layers) - fmean(subject.target_layers))
+        is_other = its.target_layers != subject.target_layers, its.variant != subject.variant
+        return is_other[0], layers, is_other[1], abs(math.log(its.width / subject.width))
 
-    chosen = sorted((other for other in everyone if other is not shown), key=unlike)[:COMPARED]
+    chosen = sorted((other for other in everyone if other is not shown), key=distance)[:COMPARED]
     return [other for other in everyone if other in chosen]
 
 
@@ -249,7 +248,7 @@ def join(near: Near, own: np.ndarray, others: np.ndarray, rows: Tensor, learned:
 def promoted(
     shown: Shown, head: Head | None, count: int, words: Vocabulary, say: Callable[[str], None]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tokens [F, K] and logits that each latent's direction raises most, and lowers most."""
+    """The tokens [F, K] whose logits each latent's direction raises most and lowers most, and by how much."""
     if head is None or len(shown.subject.target_layers) != 1:
         return {}
 
@@ -263,8 +262,8 @@ def promoted(
     size = PieceSize(256, "latents before the head", say)
     up, raised, down, lowered = map(np.concatenate, zip(*in_pieces(len(shown.rows), size, read), strict=True))
     return {
-        "promoted": (words.meet(up), raised.astype(np.float32)),
-        "suppressed": (words.meet(down), lowered.astype(np.float32)),
+        "promoted": (words.include(up), raised.astype(np.float32)),
+        "suppressed": (words.include(down), lowered.astype(np.float32)),
     }
 
 
@@ -290,7 +289,7 @@ def write_columns(
 
 
 def top_tokens(kept: Firings, reasons: np.ndarray, peak_tokens: np.ndarray, width: int) -> np.ndarray:
-    """int32 [F]: the token that most of a latent's strongest examples peak on; of a tie, the strongest's."""
+    """int32 [F]: the token that most of a latent's strongest examples peak on; in a tie, the strongest one's."""
     top = np.flatnonzero(reasons & TOP)
     latent, token = kept.latent[top], peak_tokens[top]
     pairs, first, counts = np.unique(latent.astype(np.int64) << 32 | token, return_index=True, return_counts=True)

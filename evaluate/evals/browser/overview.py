@@ -1,6 +1,6 @@
-"""What was measured and logged about a run's SAEs, as the browser's overview shows it.
+"""Results and training logs of a run's SAEs, as the browser's overview shows them.
 
-It is written with the browser, and again whenever the run is evaluated or plotted.
+They are written with the browser, and again whenever the run is evaluated or plotted.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SPARSITY = "l0"  # what the others are drawn against
 
 
 def write_numbers(browser: Path, records: Sequence[Record]) -> None:
-    """Numbers of the weights and place that the browser shows, as far as it tells them."""
+    """Write the numbers of the weights and places that the browser shows, if it names them."""
     saes = saes_in(read_data(browser, "run") or {})
     shown = {sae["label"]: [sae.get("sha256"), *sae.get("place", places_in({}))] for sae in saes}
     records = [replace(one, documents=those_of(one.documents, shown.get(one.label))) for one in records]
-    if any("core" in one.documents for one in records):  # training's own numbers are of the validation split
+    if any("core" in one.documents for one in records):  # training's own come from the validation split
         records = [replace(one, outcome={}) for one in records]
     places = places_of(records)
     value = {
@@ -34,11 +34,11 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
         },
         "notes": notes(records, [column.evaluation for column in COLUMNS.values()]),
     }
-    replace_file(browser / "data" / "numbers.js", as_data("numbers", value).encode())  # the page is there already
+    replace_file(browser / "data" / "numbers.js", as_data("numbers", value).encode())  # the page may be in use
 
 
 def refresh(home: Path, records: Sequence[Record]) -> None:
-    """Update what a run's browser says about its SAEs, if it has a browser."""
+    """Update the numbers in a run's browser, if it has one."""
     if (home / NAME / "data").is_dir():
         write_numbers(home / NAME, records)
 

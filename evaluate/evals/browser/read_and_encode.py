@@ -1,8 +1,8 @@
 """The one pass over windows: SAEs encode some batches while the codes of an earlier one are sorted into place.
 
-Batches are encoded side by side, each by its share of the cores: products that all cores share would wait for the one
-that sorts, each time. What was read is saved now and then, between two batches: a build that was stopped continues
-from there to the same bytes. W windows, T context, L layers, K keys.
+Batches are encoded side by side, each on its share of the cores: a product on all cores would always wait for the one
+that sorts. Progress is saved from time to time between two batches, and a stopped build resumes from it to the same
+bytes. W windows, T context, L layers, K keys.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from .collect_firings import Batch, Seen
 from .config import Config
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
-LEVELS = 255  # of a weight of attention
-SAVED = 2  # the format of what is saved
+LEVELS = 255  # of a written attention weight
+SAVED = 2  # format of saved progress
 WORKERS = 2  # at most: each holds a batch with its codes
-EVERY, SHARE = 30, 20  # least seconds from one save to the next, and how many times what the last one took
+EVERY, SHARE = 30, 20  # least seconds between saves, and as a multiple of the time that the last save took
 LEFT_OUT, BEGINS = 1, 2  # bits of a token: some SAE leaves it out; it begins a document
 CodesBySae = Mapping[LoadedSae, Sequence[Codes]]
 
@@ -51,10 +51,10 @@ def read(
     folder: Folder,
     words: Vocabulary,
 ) -> tuple[dict[LoadedSae, Seen], np.ndarray]:
-    """What was seen of every SAE, and every token [W, T]; texts and attention are written on the way."""
+    """What was collected about every SAE, and every token [W, T]; text and attention are written on the way."""
     layers = context.manifest.attention.layers
     gathering = Gathering(context, subjects, config, sum(windows.values()), folder, words)
-    done = gathering.go_on()
+    done = gathering.resume()
 
     def encode(batch: Windows) -> CodesBySae:
         return {subject: encode_codes(subject, batch) for subject in subjects}
@@ -79,9 +79,9 @@ def read(
 
 @contextmanager
 def side_by_side(device: torch.device, subjects: Sequence[LoadedSae]) -> Iterator[tuple[int, ThreadPoolExecutor]]:
-    """A pool of workers, and how many there are: each has its share of the threads that products use.
+    """A pool of workers, and its size: each worker's products use its share of the threads.
 
-    A GPU needs only one. So does memory, where SAEs are encoded by tables of all latents.
+    There is only one for a GPU, and, to save memory, where SAEs are encoded into dense tables.
     """
     threads = torch.get_num_threads()
     are_sparse = all(subject.sae.is_plain and not subject.needs for subject in subjects)
@@ -108,8 +108,8 @@ class Gathering:
         length = context.manifest.context
         self._layers, self._config, self._words = context.manifest.attention.layers, config, words
         self._seen = {subject: Seen(subject.width, length, config) for subject in subjects}
-        self._texts = Pieces(folder, TEXT, files_of(TEXT_TOKENS, length))
-        self._attention = Pieces(folder, ATTENTION, files_of(ATTENTION_TOKENS, length))
+        self._texts = Pieces(folder, TEXT, windows_per_file(TEXT_TOKENS, length))
+        self._attention = Pieces(folder, ATTENTION, windows_per_file(ATTENTION_TOKENS, length))
         self._every = max(1, windows * length // max(config.together_tokens, 1))
         self._tokens: list[np.ndarray] = []
         self._windows = self._batches = 0
@@ -119,7 +119,7 @@ class Gathering:
     def add(self, batch: Windows, rows: Mapping[LoadedSae, Tensor], codes: CodesBySae) -> None:
         """Add the next batch: which rows count, and the codes of its kept tokens."""
         place = Batch.of(batch, self._windows, is_sampled=self._batches % self._every == 0)
-        self._tokens.append(self._words.meet(batch.tokens.cpu().numpy()))
+        self._tokens.append(self._words.include(batch.tokens.cpu().numpy()))
         self._windows, self._batches = self._windows + len(batch), self._batches + 1
         self._texts.add(tokens=self._tokens[-1], marks=marks_of(batch, rows.values()))
         if self._layers:
@@ -132,40 +132,40 @@ class Gathering:
             self._save()
 
     def _save(self) -> None:
-        """Save everything read so far. A disk without room for it may still have room for the browser."""
-        began = time.monotonic()
+        """Save progress, if possible: a disk without room for it may still have room for the browser."""
+        started = time.monotonic()
         try:
             text = {"tokens": np.concatenate(self._tokens), "batches": np.array([self._batches])}
             state = {"text": {**text, **self._texts.state(), **self._attention.state()}}
             state |= {f"sae_{number}": seen.state() for number, seen in enumerate(self._seen.values())}
             tensors = {part: {name: torch.from_numpy(one) for name, one in of.items()} for part, of in state.items()}
-            far = Standing(step=self._windows, metrics_bytes=0, seconds=0.0, waited_seconds=0.0, same_pairs=0, pairs=0)
-            save_checkpoint(self._saved, far, tensors)
+            at = Standing(step=self._windows, metrics_bytes=0, seconds=0.0, waited_seconds=0.0, same_pairs=0, pairs=0)
+            save_checkpoint(self._saved, at, tensors)
         except (OSError, SafetensorError) as error:
             for part in self._saved.glob(".step_*.tmp"):
                 shutil.rmtree(part, ignore_errors=True)
-            then = "continue from the last save" if list_checkpoints(self._saved) else "start again"
-            self._say(f"browser: what was read cannot be saved ({error}): if it is stopped now, it will {then}")
-        self._save_at = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - began))
+            then = "resume from the last save" if list_checkpoints(self._saved) else "start again"
+            self._say(f"browser: progress cannot be saved ({error}): if it is stopped now, it will {then}")
+        self._save_at = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - started))
 
-    def go_on(self) -> int:
-        """Continue where a build of the same inputs was stopped; return how many windows it had read."""
+    def resume(self) -> int:
+        """Resume a stopped build of the same inputs, if there was one; return how many windows it had read."""
         try:
             found = load_checkpoint(self._saved)
         except CheckpointDamaged:
-            self._say("browser: what a stopped build had read is damaged: it is read again")
+            self._say("browser: the saved progress of a stopped build is damaged: starting again")
             shutil.rmtree(self._saved)
             return 0
         if found is None:
             return 0
         state = {part: {name: one.numpy() for name, one in of.items()} for part, of in found.tensors.items()}
         text, self._windows = state["text"], found.standing.step
-        self._tokens, self._batches = [self._words.meet(text["tokens"])], text["batches"].item()
+        self._tokens, self._batches = [self._words.include(text["tokens"])], text["batches"].item()
         for pieces in (self._texts, self._attention):
             pieces.restore(self._windows, text)
         for number, seen in enumerate(self._seen.values()):
             seen.restore(state[f"sae_{number}"])
-        self._say(f"browser: continuing where it was stopped, after {self._windows:,} of {self._total:,} windows")
+        self._say(f"browser: resuming after {self._windows:,} of {self._total:,} windows")
         return self._windows
 
     def finish(self) -> tuple[dict[LoadedSae, Seen], np.ndarray]:
@@ -174,8 +174,7 @@ class Gathering:
         return self._seen, np.concatenate(self._tokens)
 
 
-def files_of(tokens: int, context: int) -> int:
-    """How many windows a file has."""
+def windows_per_file(tokens: int, context: int) -> int:
     return max(1, tokens // context)
 
 
@@ -191,8 +190,8 @@ def marks_of(batch: Windows, rows: Iterable[Tensor]) -> np.ndarray:
 def attended(batch: Windows, layers: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Which earlier tokens the model attended to: for every token, the strongest keys of each stored layer.
 
-    Positions and weights [W, T, L, K], uint16 and uint8 in steps of 1 / LEVELS; weight 0 where there is no more. Heads
-    are averaged. The token itself and special tokens, above all the first, say nothing and are left out.
+    Positions and weights [W, T, L, K], uint16 and uint8 in steps of 1 / LEVELS; weight 0 where there are no more. Heads
+    are averaged. The token itself and special tokens, above all the first, are left out as uninformative.
     """
     found = [strongest_keys(batch.attention[layer], batch.keep, count) for layer in layers]
     positions = torch.stack([position for position, _ in found], 2).cpu().numpy().astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Latents that are near each other: by the direction that they write, and by firing on the same tokens.
+"""Latents that are near each other: by the direction they write in, and by firing on the same tokens.
 
 F latents, D width, N tokens, K neighbours.
 """
@@ -18,7 +18,7 @@ from .collect_firings import Table, largest
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire: fewer may be chance
-PAIRS = 50_000_000  # of latents on one token, over all tokens, that a comparison may cost
+PAIRS = 50_000_000  # most pairs of latents on one token, over all tokens, that a comparison counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +28,15 @@ class Near:
     latents: np.ndarray  # int32 [F, K]
     scores: np.ndarray  # float32 [F, K]
     tokens: int | None = None
-    """On how many tokens firing together was counted."""
+    """How many tokens firing together was counted on."""
 
 
 @torch.inference_mode()
 def by_direction(
     rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool, advance: Callable[[int], object] = lambda rows: None
 ) -> Near:
-    """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour. `advance` is told of
-    every few rows that are done."""
+    """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour. `advance` is called
+    with the number of rows done."""
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
@@ -54,9 +54,9 @@ def by_direction(
 
 def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
     """The nearest by tokens on which both fire, over the geometric mean of those on which each does."""
-    tokens = min(rows.shape[0], others.shape[0])  # both tables are of the same ones, the shorter of fewer
+    tokens = min(rows.shape[0], others.shape[0])  # both tables start with the same tokens
     pairs = int(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) @ np.diff(others.indptr[: tokens + 1]))
-    counted = tokens if pairs <= PAIRS else tokens * PAIRS // pairs  # about what the product of the two can afford
+    counted = tokens if pairs <= PAIRS else tokens * PAIRS // pairs  # bounds the cost of the product below
     chosen = np.arange(counted) * tokens // max(counted, 1)  # spread over the text
     rows, others = rows[chosen], others[chosen]
     latents = np.full((rows.shape[1], count), -1, np.int32)

@@ -1,1 +1,1 @@
-"""The core evaluation: losses of the model, sparsity and reconstruction, as SAEBench measures them."""
+"""The core evaluation: the model's losses, sparsity and reconstruction, as SAEBench measures them."""

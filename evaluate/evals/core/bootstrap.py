@@ -1,8 +1,7 @@
-"""Confidence intervals by resampling documents: tokens of one document are not independent.
+"""Confidence intervals by resampling documents, because tokens of one document are not independent.
 
-A table holds the sums of each document, from which a statistic is computed as it is from the sums of
-all. A resample draws as many documents as there are, with replacement.
-R documents, K sums, S resamples.
+A table holds the sums of each document; statistics are computed from their totals. A resample draws as many documents
+as there are, with replacement. R documents, K sums, S resamples.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50
 KEPT_DRAWS = 1 << 22  # 32 MB
 LEVEL = 0.95
-FEWEST = 10  # documents with an interval: in simulations those of 10 hold the true mean in 91 % of cases, of 2 in 50 %
+FEWEST = 10  # documents for an interval: in simulations it holds the true mean in 91 % of cases, with 2 in 50 %
 
 Sums = Mapping[str, np.ndarray]
 Statistic = Callable[[Sums], np.ndarray]
@@ -47,8 +46,8 @@ class DocumentSums:
         return {name: np.bincount(place, values, len(found)) for name, values in joined.items()}
 
 
-def said(table: Sums) -> str:
-    """How much text the sums are of, in words, and whether it is too little for intervals."""
+def describe_text(table: Sums) -> str:
+    """How much text the sums cover, and whether it is too little for intervals."""
     documents = len(table["tokens"])
     few = f" (intervals need {FEWEST})" if documents < FEWEST else ""
     return f"{counted(int(table['tokens'].sum()), 'token')} of {counted(documents, 'document')}{few}"
@@ -57,8 +56,7 @@ def said(table: Sums) -> str:
 def intervals(
     table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES
 ) -> dict[str, list[float] | None]:
-    """[low, high] of each statistic at `LEVEL`; None with fewer documents than `FEWEST`, without resamples, or if one
-    is not a number."""
+    """[low, high] of each statistic at `LEVEL`; None if documents are too few, resamples are off, or a bound is NaN."""
     count = len(next(iter(table.values()), ()))
     if count < FEWEST or resamples < 1:
         return dict.fromkeys(statistics)
@@ -77,7 +75,7 @@ def resampled(table: Sums, resamples: int, seed: int = 0) -> dict[str, np.ndarra
 
 
 def draws(documents: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
-    """How often each resample has each document, some resamples at a time; the same for every SAE of a store."""
+    """How often each resample draws each document, some resamples at a time; the same for every SAE of a store."""
     if documents * resamples <= KEPT_DRAWS:
         return _kept_draws(documents, resamples, seed)
     return _new_draws(documents, resamples, seed)

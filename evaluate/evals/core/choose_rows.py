@@ -1,8 +1,8 @@
-"""Which token rows a core evaluation reads: two blocks of batches of a split, one after the other.
+"""Which token rows a core evaluation reads: two consecutive blocks of batches of a split.
 
-The first block is for the losses of the model, the second for sparsity and variance. SAEBench takes
-200 and 2,000 batches; a split that has fewer is shared in the same proportion, one to ten, but the losses get
-up to 20 batches, or half of all, if their share would be too few to say anything.
+The first block is for the model's losses, the second for sparsity and variance. SAEBench takes 200 and 2,000 batches; a
+smaller split is divided in the same ratio of one to ten, but the losses get up to 20 batches, or half of all, if their
+share would be too small to say anything.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ...model.batches import Windows, store_batches
 from ...model.smaller_pieces import PieceSize, in_pieces
 
 RECONSTRUCTION, SPARSITY = 200, 2000
-ENOUGH = 20
+ENOUGH = 20  # batches for the losses
 
 
 @dataclass(frozen=True)
 class Block:
-    """Batches that follow each other in a split."""
+    """Consecutive batches of a split."""
 
     split: str
     batch_windows: int
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
-    """The requested blocks, or those that the split has room for."""
+    """The requested blocks; for None, SAEBench's or what the split has room for."""
     if windows < 2:
         raise NotApplicable(
             f"the {split} split has {windows} windows, but the two blocks of rows need one each: harvest more "
@@ -58,8 +58,8 @@ def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: in
         sparsity = max(1, min(SPARSITY, batches - reconstruction))
     if min(reconstruction, sparsity) < 1 or reconstruction + sparsity > batches:
         raise SettingInvalid(
-            f"asked for {reconstruction} and {sparsity} batches of {batch_windows} windows, at least one of each; "
-            f"the {split} split has {batches}. Ask for fewer, or give a smaller batch_size_prompts"
+            f"asked for {reconstruction} and {sparsity} batches of {batch_windows} windows (at least one each), but "
+            f"the {split} split has {batches}: ask for fewer, or set a smaller batch_size_prompts"
         )
     first = Block(split, batch_windows, 0, reconstruction)
     return Rows(first, Block(split, batch_windows, first.windows, sparsity))
@@ -68,7 +68,7 @@ def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: in
 def read_block(
     context: Context, block: Block, layers: Sequence[int], attention_layers: Sequence[int] = ()
 ) -> Iterator[Windows]:
-    """The batches of a block; residuals are the store's, or computed from its tokens."""
+    """The batches of a block; residuals are read from the store, or computed from its tokens."""
     batches = store_batches(
         context.store,
         block.split,

@@ -1,14 +1,14 @@
-"""The first block of rows: what the model loses when an SAE's reconstruction takes the residual's place.
+"""The first block of rows: the model's losses when an SAE's reconstruction replaces the residual.
 
 For each batch: the clean pass and the ablations, then for each SAE the layers above its own and the head. All SAEs of a
 layer share the clean logits. W windows, T positions, N kept tokens, D residual width, V vocabulary.
 
-The clean pass and its ablations are the same for every SAE, so computed once for a store and kept next to it, in
-<store>.evals/<cache id>/clean-<settings>/<batch>.safetensors: for each kept token the hidden state after the final
-norm, the cross entropy, and the losses of each ablation. Zero ablation removes the residual of every position, special
-tokens included, as SAEBench does. All windows then look alike, and one of them is run. Mean and resample ablation
-replace what a spliced SAE replaces: by the store's mean, or by the residual at the same position in another window of
-the batch.
+The clean pass and its ablations are the same for every SAE, so they are computed once for a store and cached next to
+it, in <store>.evals/<cache id>/clean-<settings>/<batch>.safetensors: for each kept token the hidden state after the
+final norm, the cross entropy, and the losses under each ablation. Zero ablation removes the residual at every position,
+special tokens included, as SAEBench does. All windows then look alike, so only one is run. Mean and resample ablation
+replace the same rows as a spliced SAE: by the store's mean, or by the residual at the same position in another window
+of the batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PARTS = ("ce", "kl", "kl_published")
 
 @dataclass(frozen=True)
 class Clean:
-    """A batch as the model itself continues it, and as it does after each ablation."""
+    """What the undisturbed model makes of a batch, and its losses under each ablation."""
 
     hidden: Tensor  # [N, D] in the model's dtype
     ce: Tensor  # [N]
@@ -60,26 +60,24 @@ class Baselines:
         self._mean_D = mean_D.to(context.device, context.model.dtype)
         self._size = PieceSize(block.batch_windows, "windows", context.say)
         self._rows = rows_of_logits(context.model, context.say)
-        assert block.first % block.batch_windows == 0, "a batch is kept by its number in the split"
+        assert block.first % block.batch_windows == 0, "batches are cached by their number in the split"
         self._first = block.first // block.batch_windows
         self._files = files_of(context, layer, block, self._ablations)
 
     def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
-        """The baselines of batch `number`, and the losses that follow from each of other hidden states [N, D].
-
-        Baselines are read if they were kept, or else computed and kept; clean logits are computed once for both.
-        """
+        """The baselines of batch `number`, from the cache if they are in it, and the losses of other hidden states
+        [N, D]. Clean logits are computed once for both."""
         key = f"{self._first + number:05d}.safetensors"
         model, targets = self._context.model, next_tokens(batch.tokens, batch.keep)
         others = [logits_of(model, h) for h in hidden]
         clean = _read(self._files, key, int(batch.keep.sum()), self._ablations, self._context.device)
         if clean is not None:
             return clean, compare(logits_of(model, clean.hidden), others, targets, self._rows)[1]
-        made, losses = self._make(batch, targets, others)
-        if (files := self._files) is not None and not _write(files, key, made):
-            self._context.say(f"the clean pass cannot be kept at {files.url}: it will be computed again next time")
+        clean, losses = self._compute(batch, targets, others)
+        if (files := self._files) is not None and not _write(files, key, clean):
+            self._context.say(f"the clean pass cannot be cached at {files.url}: it will be recomputed next time")
             self._files = None
-        return made, losses
+        return clean, losses
 
     def hidden(self, batch: Windows, resid_WTD: Tensor) -> Tensor:
         """[N, D] after the final norm, with this residual at the layer."""
@@ -87,7 +85,7 @@ class Baselines:
         pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
         return torch.cat(list(pieces))
 
-    def _make(self, batch: Windows, targets_N: Tensor, others: Sequence[LogitsOf]) -> tuple[Clean, list[Losses]]:
+    def _compute(self, batch: Windows, targets_N: Tensor, others: Sequence[LogitsOf]) -> tuple[Clean, list[Losses]]:
         hidden = self.hidden(batch, batch.resid[self._layer])
         ablated = [self._ablated(batch, ablation) for ablation in self._ablations]
         ce, losses = compare(logits_of(self._context.model, hidden), [*ablated, *others], targets_N, self._rows)
@@ -99,12 +97,12 @@ class Baselines:
         if ablation == "zero":
             return self._zero_logits(batch)
         resid = batch.resid[self._layer]
-        instead = self._mean_D if ablation == "mean" else elsewhere(resid)
-        hidden = self.hidden(batch, torch.where(batch.keep[..., None], instead, resid))
+        replacement = self._mean_D if ablation == "mean" else from_other_windows(resid)
+        hidden = self.hidden(batch, torch.where(batch.keep[..., None], replacement, resid))
         return logits_of(self._context.model, hidden)
 
     def _zero_logits(self, batch: Windows) -> LogitsOf:
-        """With a residual of zero the model sees positions and nothing else."""
+        """With a residual of zero the model sees nothing but positions."""
         model = self._context.model
         nothing = torch.zeros_like(batch.resid[self._layer][:1])
         hidden_TD = model.suffix(nothing, self._layer)[0]
@@ -115,18 +113,18 @@ class Baselines:
         return lambda start, stop: model.head(hidden_TD[positions[start:stop]])
 
 
-def elsewhere(resid_WTD: Tensor) -> Tensor:
-    """For each window another one's residuals, half a batch away; a lone window is shifted by half of itself."""
+def from_other_windows(resid_WTD: Tensor) -> Tensor:
+    """For each window the residuals of the one half a batch away; a lone window is shifted by half its length."""
     windows, context, _ = resid_WTD.shape
     return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
 
 
 def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
-    """Where baselines are kept: a folder for each way of computing them; nowhere if the model is unknown."""
+    """Where baselines are cached: a folder for each way of computing them; None if the model is unknown."""
     if context.model_identity is None:
         return None
     massive = context.massive(layer)
-    left_out = {"massive_norms": massive.multiple} if massive is not None and massive.massive else {}  # of the mean
+    left_out = {"massive_norms": massive.multiple} if massive is not None and massive.massive else {}  # out of the mean
     name = decided_by(
         **left_out,
         format=FORMAT,
@@ -144,7 +142,7 @@ def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str
 
 
 def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str], device: torch.device) -> Clean | None:
-    """What is kept, if it is complete."""
+    """A batch's cached baselines, if they are complete."""
     if files is None:
         return None
     try:
@@ -157,7 +155,7 @@ def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str], 
 
 
 def _write(files: Files, key: str, clean: Clean) -> bool:
-    """Keep it, and return whether that worked: a store on a read-only disk can be evaluated too."""
+    """Cache a batch's baselines; False if that failed, because a store on a read-only disk can be evaluated too."""
     tensors = {"hidden": clean.hidden, "ce": clean.ce}
     for name, losses in clean.ablated.items():
         tensors |= {f"{name}.{part}": getattr(losses, part) for part in PARTS}
@@ -175,7 +173,7 @@ class LossSums:
 
     documents: DocumentSums = field(default_factory=DocumentSums)
     massive: int = 0  # tokens that keep their own residual in `sae_ordinary`
-    published: dict[str, float] = field(default_factory=dict)  # divergences by SAEBench's formula, NaN and all
+    published: dict[str, float] = field(default_factory=dict)  # divergences by SAEBench's formula, including NaN
 
     def add(self, documents_N: np.ndarray, predicts_N: Tensor, clean: Clean, spliced: Losses, ordinary: Losses) -> None:
         """Add one batch: with all its rows spliced, and with massive ones left as they are."""
@@ -197,7 +195,7 @@ def splice_layer(subject: LoadedSae) -> int:
     """The layer whose residual the SAE's output can replace."""
     if len(subject.target_layers) != 1:
         raise NotApplicable(
-            f"{subject.name} writes layers {list(subject.target_layers)}: the losses of the model are about "
+            f"{subject.name} writes layers {list(subject.target_layers)}: the model's losses are measured only for "
             "SAEs that write one layer"
         )
     return subject.target_layers[0]
@@ -225,7 +223,7 @@ def measure_losses(
 
 
 def mean_residual(context: Context, layer: int, block: Block) -> Tensor:
-    """The store's mean at a layer [D]; if it does not hold the layer, that of the block's own tokens."""
+    """The store's mean at a layer [D]; if it does not hold the layer, the mean of the block's own tokens."""
     if layer in context.manifest.layers:
         return mean_of_rows(context, layer)
     total, count = torch.zeros(context.manifest.model.d_model, dtype=torch.float64), 0
@@ -264,7 +262,7 @@ def _add_batch(
 
 
 def spliced(subject: LoadedSae, batch: Windows, size: PieceSize) -> Tensor:
-    """The residual with the SAE's reconstruction in its place [W, T, D]; special tokens keep their own."""
+    """The residual replaced by the SAE's reconstruction [W, T, D]; special tokens keep their own."""
     resid = batch.resid[splice_layer(subject)].clone()
     pieces = in_pieces(len(batch), size, lambda a, b: encode_kept(subject, batch.slice(a, b)).x_hat)
     resid[batch.keep] = torch.cat(list(pieces)).to(resid.dtype)

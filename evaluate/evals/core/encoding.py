@@ -1,10 +1,10 @@
 """Activations and reconstruction of the kept tokens of a batch, sparse where that is faster.
 
 The same numbers as `LoadedSae.encode` and `decode` up to the order of sums, at a fraction of the cost:
-1. Rows go in pieces: many enough for the product to run at full speed, few enough to fit into memory.
-2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out. Where the processor is
-   faster in bfloat16, only entries that may be among them are computed in float32.
-3. The decoder adds up rows of active latents. Where many are active, the dense products are used.
+1. Rows are encoded in pieces, large enough for products to run at full speed and small enough to fit into memory.
+2. For a top-k gate the largest entries are selected without sorting; for any other gate the active ones are picked out.
+   Where the processor is faster in bfloat16, only entries that may be active are computed in float32.
+3. The decoder adds up the rows of active latents. Where many are active, dense products are used.
 
 N kept tokens, D width, F latents.
 """
@@ -31,27 +31,27 @@ GPU_PIECE = 1 << 28
 
 @dataclass(frozen=True)
 class Encoded:
-    """Some tokens as one SAE sees them."""
+    """One SAE's codes and reconstruction of some tokens."""
 
-    codes: tuple[Codes, ...]  # of pieces, in the order of the tokens
+    codes: tuple[Codes, ...]  # by piece, in token order
     x_hat: Tensor  # [N, D_out]
 
     @property
     def l0(self) -> Tensor:
-        """Entries that are not zero, by token: float32 [N]."""
+        """Nonzero entries of each token: float32 [N]."""
         return torch.cat([codes.map(lambda values: (values != 0).float()).row_totals() for codes in self.codes])
 
     @property
     def l1(self) -> Tensor:
-        """Sum of the activations, by token: float32 [N]."""
+        """Sum of the activations of each token: float32 [N]."""
         return torch.cat([codes.row_totals() for codes in self.codes])
 
     def fired(self) -> Tensor:
-        """Tokens in which each latent is above zero: int64 [F]."""
+        """On how many tokens each latent is above zero: int64 [F]."""
         return torch.stack([codes.fired for codes in self.codes]).sum(dim=0)
 
     def fired_in(self, groups_N: Tensor, num_groups: int) -> Tensor:
-        """Groups of tokens, such as windows, in which each latent is above zero: int64 [F]."""
+        """In how many groups of tokens, such as windows, each latent is above zero: int64 [F]."""
         width = self.codes[0].num_latents
         seen = torch.zeros(num_groups * width, dtype=torch.bool, device=groups_N.device)
         start = 0
@@ -77,7 +77,7 @@ def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
 
 @torch.inference_mode()
 def encode_codes(subject: LoadedSae, batch: Windows) -> tuple[Codes, ...]:
-    """The activations of the kept tokens alone, in pieces."""
+    """The codes of the kept tokens, in pieces."""
     if not subject.sae.is_plain or subject.needs:
         return (_sparse(subject.encode(batch)[batch.keep]),)
     x_ND = batch.x(subject.layers)[batch.keep]
@@ -86,7 +86,7 @@ def encode_codes(subject: LoadedSae, batch: Windows) -> tuple[Codes, ...]:
 
 
 def encode(subject: LoadedSae, x_ND: Tensor) -> Codes:
-    """Activations of rows by a plain SAE."""
+    """A plain SAE's codes of some rows."""
     sae, gate, x_centred = subject.sae, subject.sae.gate, subject.sae.centred(x_ND)
     if isinstance(gate, TopK):
         values, latents = largest_products(subject.encoder, x_centred, gate.k)
@@ -101,7 +101,7 @@ def encode(subject: LoadedSae, x_ND: Tensor) -> Codes:
 
 
 def _sparse(acts_NF: Tensor) -> Codes:
-    """Dense activations by their active entries, where those are few."""
+    """Codes from dense activations: their active entries, where those are few."""
     rows, width = acts_NF.shape
     support = marked(acts_NF != 0, DENSE_SHARE)
     if support is None:

@@ -1,6 +1,6 @@
 """core: how well an SAE reconstructs, how sparse it is, and what the model loses when it is spliced in.
 
-SAEBench 0.6.0's core evaluation on the store's held-out windows: metrics under its keys are its formulas exactly.
+SAEBench 0.6.0's core evaluation on the store's held-out windows: metrics under its keys follow its formulas exactly.
 `saemill_metrics` adds the centred explained variance, scores against mean and resample ablation, and confidence
 intervals over documents.
 """
@@ -19,7 +19,7 @@ from ...context.write_and_read_results import INTERVALS
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ...model.batches import count_windows
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, remark_of
-from .bootstrap import said
+from .bootstrap import describe_text
 from .choose_rows import Rows, choose_rows
 from .clean_and_spliced_losses import ABLATIONS, LossSums, measure_losses, splice_layer
 from .saebench_keys import latent_details, official_metrics, own_metrics, weight_metrics
@@ -29,7 +29,7 @@ from .sparsity_and_variance import Sparsity, measure_sparsity
 @dataclass(frozen=True)
 class Config:
     batch_size_prompts: int = 16
-    """Windows in a batch; a part of the definition of some of SAEBench's means."""
+    """Windows in a batch; some of SAEBench's means depend on it."""
     n_eval_reconstruction_batches: int | None = None
     """None: 200, or what the split has room for."""
     n_eval_sparsity_variance_batches: int | None = None
@@ -38,14 +38,14 @@ class Config:
     resamples: int = 1000
     """Resamples of documents, for confidence intervals; 0: none."""
     ablations: tuple[str, ...] = ABLATIONS
-    """What to compare the losses with; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
+    """What to compare the losses with. SAEBench's is `zero`; each other one costs one more pass, once for a store."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     """Evaluate all SAEs side by side; those that cannot be spliced into a model get the measures that need none."""
     if "zero" not in config.ablations or set(config.ablations) - set(ABLATIONS):  # SAEBench's scores are against zero
         raise SettingInvalid(
-            f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(config.ablations)}"
+            f"ablations: expected zero and any others of {', '.join(ABLATIONS)}, found {list(config.ablations)}"
         )
     rows = choose_rows(
         count_windows(context.store, config.split),
@@ -70,8 +70,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
-    """SAEs whose output has no single place in the model, and why; all of them on a store without tokens, which has no
-    text for the model. There, nothing can be measured with --from-tokens."""
+    """SAEs that cannot be spliced into the model, and why: their output has no single place there, or the store has no
+    tokens, and so no text for the model. Without tokens, nothing can be measured with --from-tokens."""
     if context.without_tokens and context.from_tokens:
         raise DataMissing(f"{context.without_tokens}, or leave out --from-tokens")
     if context.without_tokens:
@@ -86,7 +86,7 @@ def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[Loaded
 
 
 def missing_model(context: Context) -> str | None:
-    """Why the losses of the model cannot be measured; None if they can. With --from-tokens, nothing can."""
+    """Why the model's losses cannot be measured; None if they can. With --from-tokens, all else needs the model too."""
     try:
         context.require_model()
     except ModelMissing as error:
@@ -99,7 +99,7 @@ def missing_model(context: Context) -> str | None:
 def make_result(
     context: Context, subject: LoadedSae, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
 ) -> Result:
-    pairs = subject.width * (subject.width - 1)  # of both tables: those of a wide SAE take long on a CPU
+    pairs = subject.width * (subject.width - 1)  # of encoder and decoder: slow for a wide SAE on a CPU
     with context.watch.stage(f"core, weights of {subject.label}", pairs, "pairs") as advance:
         of_weights = weight_metrics(subject.sae, advance)
     latents = {  # of each latent [F], by SAEBench's names and in its order
@@ -119,16 +119,16 @@ def make_result(
 
 
 def measured_on(config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None) -> str:
-    """The text of the second block, without massive rows, and of the first, where they are spliced too; and the batch
-    size, if the split had no room for the one in the settings."""
-    line = f"{config.split} split, {said(sparsity.documents.table())}"
-    line += "" if losses is None else f"; CE and KL on {said(losses.documents.table())}"
+    """The text of the second block without massive rows, and of the first with them; and the batch size, if the split
+    had no room for the one in the settings."""
+    line = f"{config.split} split, {describe_text(sparsity.documents.table())}"
+    line += "" if losses is None else f"; CE and KL on {describe_text(losses.documents.table())}"
     size = rows.sparsity.batch_windows
     return line if size == config.batch_size_prompts else f"{line}; batches of {counted(size, 'window')}"
 
 
 def settings_by_saebench(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:
-    """SAEBench's settings as they were used."""
+    """SAEBench's settings, with the values that were used."""
     return {
         "model_name": model_name_of(context) if has_losses else context.manifest.model.id,
         "llm_dtype": str(context.dtype).removeprefix("torch."),

@@ -1,10 +1,9 @@
-"""From the sums of a core evaluation to SAEBench's keys, and to our own.
+"""SAEBench's keys, and our own, from the sums of a core evaluation.
 
-SAEBench's keys have SAEBench's formulas exactly; what those leave out or get wrong has our own keys.
-F latents, D width.
+SAEBench's keys follow its formulas exactly; our own hold what those leave out or get wrong. F latents, D width.
 
-For each latent SAEBench gives bias, norm and cosines from the weights alone. A similarity is computed once for both its
-latents: blocks above the diagonal give the maxima of their rows and of their columns.
+For each latent SAEBench reports bias, norm and cosines, from the weights alone. Each pair's cosine is computed once:
+blocks above the diagonal give the maxima of both their rows and their columns.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from .clean_and_spliced_losses import LossSums
 from .sparsity_and_variance import NAN, Sparsity, explained_variance_of, ratio, summarise_density
 
 DECIMALS = 10
-OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
-OWN_LOSSES |= {name: name for name in ("ce_loss_score", "kl_div_score")}
+SCORES = ("ce_loss_score", "kl_div_score")
+OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"} | {name: name for name in SCORES}
 
 
 def official_metrics(
@@ -117,13 +116,16 @@ def own_metrics(
         "cossim": lambda sums: sums["cosine"] / sums["tokens"],
     }
     confidence = intervals(table, variance, resamples)
-    massive = {  # what was left out of the second block
+    massive = {  # rows left out of the second block
         "tokens": every.tokens - ordinary.tokens,
         "of_tokens": every.tokens,
         "share_of_squares": 1 - ratio(ordinary.sums.get("square", 0.0), every.sums.get("square", 0.0)),
     }
-    ours: dict[str, Any] = {"explained_variance": ordinary.explained_variance}
-    ours |= {"explained_variance_with_massive": every.explained_variance, "massive": massive}
+    ours: dict[str, Any] = {
+        "explained_variance": ordinary.explained_variance,
+        "explained_variance_with_massive": every.explained_variance,
+        "massive": massive,
+    }
     documents = {"sparsity": len(table["tokens"])}
     if losses is not None:
         kept = losses_and_scores(losses.totals(), "zero", "sae_ordinary")
@@ -136,11 +138,9 @@ def own_metrics(
 
 
 def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
-    """What results say about one ablation; divergences never underflow."""
+    """Losses under one ablation and scores against it, from divergences that never underflow."""
     found = losses_and_scores(sums, ablation)
-    return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {
-        name: found[name] for name in ("ce_loss_score", "kl_div_score")
-    }
+    return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {name: found[name] for name in SCORES}
 
 
 def loss_statistics() -> dict[str, Statistic]:
@@ -149,16 +149,16 @@ def loss_statistics() -> dict[str, Statistic]:
 
 
 BLOCK = 1024
-Advance = Callable[[int], object]  # is told of work that was done
+Advance = Callable[[int], object]  # called with the amount of work done
 
 
 @torch.inference_mode()
 def weight_metrics(sae: SparseAutoencoder, advance: Advance = lambda pairs: None) -> dict[str, Tensor]:
-    """Measures of weights by SAEBench's names and in its order, each [F] on the CPU; of F (F - 1) pairs in all."""
+    """Measures of the weights, under SAEBench's names and in its order, each [F] on the CPU."""
     comparable = sae.W_enc.shape == sae.W_dec.shape
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {
-        "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: of the magnitudes
+        "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: the magnitudes' bias
         "encoder_norm": sae.W_enc.norm(dim=1),
         "encoder_decoder_cosine_sim": cosine,
         "max_decoder_cosine_sim": max_cosine(sae.W_dec, advance=advance),
@@ -170,9 +170,9 @@ def weight_metrics(sae: SparseAutoencoder, advance: Advance = lambda pairs: None
 def max_cosine(
     rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK, advance: Advance = lambda pairs: None
 ) -> Tensor:
-    """The largest cosine of each row with one of the others, or with another one of its own: [F].
+    """The largest cosine of each row with any of `others_FD`, or by default with any other row: [F].
 
-    -inf where there is no other. Of its own `advance` is told how many pairs more are done.
+    -inf where there is no other row. By default, `advance` is called with the number of pairs done.
     """
     unit = functional.normalize(rows_FD, dim=1)
     if others_FD is not None:

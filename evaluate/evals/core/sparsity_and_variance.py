@@ -1,7 +1,7 @@
-"""The second block of rows: how sparse SAEs are and how well they reconstruct, by SAEBench's measures from sums.
+"""The second block of rows: SAEBench's measures of sparsity and reconstruction, from sums; no model is needed.
 
-Explained variance is also computed as it should be. Needs no model. Means are over all tokens, except where SAEBench
-takes them over batches; where it divides by the tokens of a batch, the batch is the one of the settings.
+Explained variance is also computed correctly. Means are over all tokens, except where SAEBench takes them over batches;
+where it divides by the tokens of a batch, the batch size is that of the settings.
 
 Sums are float64; all SAEs share each batch. W windows, T positions, N kept tokens, D width, F latents.
 """
@@ -26,7 +26,7 @@ from .choose_rows import Block, read_block
 from .encoding import encode_kept
 
 NAN = float("nan")
-SMALL_NORM = 1e-4  # below it SAEBench divides by one
+SMALL_NORM = 1e-4  # below this SAEBench divides by one
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tokens:
 
     @property
     def cosine(self) -> Tensor:
-        """Not a number where a reconstruction is zero."""
+        """NaN where a reconstruction is zero."""
         return self.dot / (self.square.sqrt() * self.square_hat.sqrt())
 
     @property
@@ -78,7 +78,7 @@ class Firing(Sums):
 
     @property
     def tokens_per_window(self) -> Tensor:
-        """`consistent_activation_heuristic`: not a number for a latent that never fired."""
+        """`consistent_activation_heuristic`: NaN for a latent that never fired."""
         return (self.tokens / self.windows).cpu()
 
 
@@ -157,12 +157,12 @@ def summarise_density(density_F: Tensor) -> dict[str, float]:
 
 
 def explained_variance_of(sums: Mapping[str, Any], square_of_mean: float) -> Any:
-    """The explained variance; of resampled documents, about the mean of all of them."""
+    """The explained variance; for resampled documents too, around the mean of all documents."""
     return 1 - ratio(sums["error"], sums["square"] - sums["tokens"] * square_of_mean)
 
 
 def ratio(numerator: Any, denominator: Any) -> Any:
-    """The quotient; of numbers, NaN if the denominator is 0; of arrays, what numpy gives."""
+    """The quotient: NaN for a number over 0; for arrays, numpy's result."""
     return numerator / denominator if isinstance(denominator, np.ndarray) or denominator != 0 else NAN
 
 
@@ -171,11 +171,11 @@ PIECE_BYTES = 1 << 27  # of activations at once
 
 @dataclass
 class Sparsity:
-    """What the second block says about one SAE."""
+    """One SAE's sums over the second block."""
 
     firing: Firing
-    tally: Tally = field(default_factory=Tally)  # of all tokens, as SAEBench has it
-    ordinary: Tally = field(default_factory=Tally)  # of those that are not massive, as `documents`
+    tally: Tally = field(default_factory=Tally)  # over all tokens, as in SAEBench
+    ordinary: Tally = field(default_factory=Tally)  # over those that are not massive, like `documents`
     documents: DocumentSums = field(default_factory=DocumentSums)
 
     def add(self, tokens: Tokens, x_ND: Tensor, batch: Windows, ordinary_WT: Tensor) -> None:
@@ -206,7 +206,7 @@ def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Blo
 
 
 def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> PieceSize:
-    """As many windows as have activations that fit into `PIECE_BYTES`."""
+    """As many windows as `PIECE_BYTES` has room for."""
     room = PIECE_BYTES // (4 * context.manifest.context * subject.width)
     return PieceSize(min(room, batch_windows), "windows", context.say, subject.together)
 

@@ -1,9 +1,8 @@
-"""Which latent belongs where: as the SAE was trained or, for a plain SAE, as assigned afterwards.
+"""The tier, group or range of each latent: as trained or, for a plain SAE, assigned afterwards.
 
-A variant saves its assignment with its weights, under the names of an extra and its tensor; a module that is
-rebuilt from its variant has the same as attributes. An SAE without one gets equal shares of its dictionary, in
-the order of its latents: the baseline that every measure compares with.
-F latents.
+A variant saves its assignment with its weights, under the names of an extra and its tensor; a module rebuilt from its
+variant has the same as attributes. An SAE without one gets equal shares of its dictionary, in the order of its latents:
+the baseline that every measure compares with. F latents.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Assignment:
 
     of_latent: Tensor  # int64 [F]
     count: int
-    source: str  # "saved", with its mask or as "found in training", or how it was assigned
+    source: str  # "saved", perhaps with a detail, or how it was assigned
 
     def members(self, number: int) -> Tensor:
         """bool [F]."""
@@ -35,7 +34,7 @@ class Assignment:
 
 
 def saved(subject: LoadedSae, name: str) -> Tensor | None:
-    """A tensor that was trained with the SAE, by its name among the weights or its path in the module."""
+    """A tensor trained with the SAE, by its name among the weights or its path in the module."""
     tensor = subject.sae.extras_tensors.get(name)
     if tensor is None:
         module = getattr(subject.sae, "inner", subject.sae)
@@ -44,7 +43,7 @@ def saved(subject: LoadedSae, name: str) -> Tensor | None:
 
 
 def saved_composition(subject: LoadedSae, tier: int, rows: int, columns: int) -> Tensor | None:
-    """What training learned the latents of a tier to be made of; the matrix may have room for more than there are."""
+    """The composition that was learned for a tier's latents; the saved matrix may have more rows and columns."""
     learned = saved(subject, f"composition.C{tier + 1}")
     if learned is None or learned.shape[0] < rows or learned.shape[1] < columns:
         return None
@@ -52,7 +51,7 @@ def saved_composition(subject: LoadedSae, tier: int, rows: int, columns: int) ->
 
 
 def tiers_of(subject: LoadedSae, count: int) -> Assignment:
-    """The tier of each latent, 0 the lowest: as many tiers as were saved, or `count` of equal shares."""
+    """The tier of each latent, 0 the lowest: as saved, or `count` equal shares."""
     return _saved_or_equal(subject, TIERS, count, least=1)
 
 
@@ -67,8 +66,8 @@ def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None
     if ranges is not None:
         known = saved(subject, "mask.num_ranges")
         highest = int(ranges.max()) + 1 if ranges.numel() else 0
-        told = subject.metadata.get("training_architecture_details", {})
-        is_found = "mask" in told and (told["mask"] not in ("hard", "soft") or told.get("scattered", False))
+        details = subject.metadata.get("training_architecture_details", {})
+        is_found = "mask" in details and (details["mask"] not in ("hard", "soft") or details.get("scattered", False))
         source = "saved, found in training" if is_found else "saved"
         return Assignment(ranges.long(), int(known) if known is not None else max(highest, 1), source)
     centre = saved(subject, "mask.centre")
@@ -79,21 +78,21 @@ def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None
 
 
 def is_bound(assignment: Assignment) -> Tensor:
-    """bool [F]: latents that have a range at all."""
+    """bool [F]: latents that have a range."""
     return assignment.of_latent != ANYWHERE
 
 
 def _saved_or_equal(subject: LoadedSae, name: str, count: int, least: int) -> Assignment:
-    """What was saved, or equal shares. `least`: how many groups a saved one has at least; its last may be empty."""
+    """The saved assignment, or equal shares. A saved one has `least` groups or more: the last may be empty."""
     membership = saved(subject, name)
     if membership is not None:
         return Assignment(membership.long(), max(least, int(membership.max()) + 1), "saved")
     return Assignment(equal_shares(subject.width, count).to(subject.sae.W_dec.device), count, EQUAL_SHARES)
 
 
-def every(members_F: Tensor, most: int) -> Tensor:
-    """int64: the numbers of the latents marked, at most `most` of them, spread evenly."""
-    numbers = members_F.nonzero().view(-1)
-    if len(numbers) <= most:
-        return numbers
-    return numbers[torch.linspace(0, len(numbers) - 1, most, device=numbers.device).long()]
+def evenly_spread(members_F: Tensor, most: int) -> Tensor:
+    """int64: the marked latents, or `most` of them spread evenly."""
+    latents = members_F.nonzero().view(-1)
+    if len(latents) <= most:
+        return latents
+    return latents[torch.linspace(0, len(latents) - 1, most, device=latents.device).long()]

@@ -1,12 +1,12 @@
-"""Attention and codes: what attention says about which tokens share codes, and what an SAE does to attention.
+"""Attention and codes: how well attention explains which tokens share codes, and what an SAE does to attention.
 
 Contribution by layer: the similarity of a token's code to those of earlier ones, s_ij = cos(f_i, f_j), is explained by
 least squares from the stored attention of layers from i to j. Nearness, 1 / (i - j), is always included: near tokens
-attend to each other and are alike anyway. All is centred within its row i: which tokens are alike, not how alike they
-are overall. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value).
+attend to each other and are alike anyway. Everything is centred within its row i, to ask which tokens are alike, not
+how alike they are overall. A layer's contribution is its mean gain in R^2 over all orders of entry (Shapley value).
 
 Causal tracing: what a latent writes at a token is removed from the residual there, the layer above is run, and the same
-SAE reads a later token again, whose own residual is never touched: any change in it has come through attention.
+SAE encodes a later token again, whose own residual is untouched: any change there has come through attention.
 
 W windows, H heads, T context, L layers, S regressors, P pairs per window, D width.
 """
@@ -34,7 +34,7 @@ ORDERS = 256
 
 @dataclass(frozen=True, eq=False)
 class Explained(Sums):
-    """Products of [similarity, nearness, attention of each layer], centred by row; batches add up."""
+    """Sums of products of [similarity, nearness, attention of each layer], centred by row."""
 
     products: Tensor  # float64 [2 + L, 2 + L]
     attended: Tensor  # float64 [L], sum over rows of the attention-weighted mean similarity
@@ -50,13 +50,13 @@ class Explained(Sums):
         return self._r_squared(())
 
     def alone(self) -> list[float]:
-        """R^2 of each layer by itself, without nearness."""
+        """R^2 of each layer alone, without nearness."""
         products = self.products
         scale = (products[0, 0] * products.diagonal()[2:]).clamp_min(1e-30)
         return (products[0, 2:].square() / scale).tolist()
 
     def contributions(self) -> list[float]:
-        """Shapley's value of each layer in R^2 beyond nearness; by drawn orders where layers are many."""
+        """Each layer's Shapley value in R^2 beyond nearness; for many layers, over a sample of orders."""
         layers = range(len(self.products) - 2)
         if len(layers) > EXACT_LAYERS:
             return _mean_gains(self._r_squared, len(layers), ORDERS)
@@ -66,12 +66,12 @@ class Explained(Sums):
         return [_shapley(layer, worth, len(layers)) for layer in layers]
 
     def similarity_gain(self) -> list[float]:
-        """Mean similarity of attended pairs less that of all pairs of the same rows, by layer."""
+        """Mean similarity of attended pairs minus that of all pairs of the same rows, by layer."""
         return ((self.attended - self.usual) / self.rows.clamp_min(1)).tolist()
 
     def _r_squared(self, layers: Sequence[int]) -> float:
         chosen = [1, *(layer + 2 for layer in layers)]
-        products = self.products.cpu()  # small, and the solver for dependent regressors is there
+        products = self.products.cpu()  # small, and gelsd, which takes dependent regressors, is only there
         gram, along = products[chosen][:, chosen], products[chosen, 0]
         fitted = torch.linalg.lstsq(gram, along[:, None], driver="gelsd").solution[:, 0]
         return float(along @ fitted / products[0, 0].clamp_min(1e-30))
@@ -80,10 +80,10 @@ class Explained(Sums):
 def explain(
     acts_WTF: Tensor, attention_LWTT: Tensor, takes_part_WT: Tensor, documents_WT: Tensor | None = None
 ) -> Explained:
-    """What stored attention says about the similarity of codes in a batch of windows.
+    """Sums for how well stored attention explains the similarity of codes in a batch of windows.
 
     `attention` is averaged over heads; special tokens (the sink) and the token itself are not keys. Nor are tokens of
-    another document: attention knows where one begins, and that alone would pass for information about single tokens.
+    another document: attention reflects where one begins, which alone would pass for information about single tokens.
     """
     unit = functional.normalize(acts_WTF, dim=2)
     similarity = unit @ unit.mT
@@ -98,10 +98,9 @@ def explain(
 
 
 def attention_divergence(stored_WHTT: Tensor, found_WHTT: Tensor) -> Tensor:
-    """KL [W, H, T] of computed attention from stored rows: on the stored keys, and on all others as one.
+    """KL [W, H, T] of computed attention from stored rows, over the stored keys and all others as one.
 
-    `stored` is zero where nothing was kept. A float16 store is off by its rounding, so a smaller
-    difference of the rest is none.
+    `stored` is zero where nothing was kept. Rounding to float16 can leave a negative rest, which counts as zero.
     """
     kept = stored_WHTT.float(), torch.where(stored_WHTT > 0, found_WHTT.float(), 0.0)
     rows = [torch.cat([part, (1 - part.sum(-1, keepdim=True)).clamp_min(0)], dim=-1) for part in kept]
@@ -110,7 +109,7 @@ def attention_divergence(stored_WHTT: Tensor, found_WHTT: Tensor) -> Tensor:
 
 
 def _earlier_pairs(takes_part_WT: Tensor, documents_WT: Tensor | None) -> Tensor:
-    """bool [W, T, T]: both take part and are of one document, and the key comes first."""
+    """bool [W, T, T]: both take part and lie in one document, and the key comes first."""
     context = takes_part_WT.shape[1]
     earlier = torch.ones(context, context, dtype=torch.bool, device=takes_part_WT.device).tril(-1)
     pairs = takes_part_WT[:, :, None] & takes_part_WT[:, None, :] & earlier
@@ -118,25 +117,25 @@ def _earlier_pairs(takes_part_WT: Tensor, documents_WT: Tensor | None) -> Tensor
 
 
 def _centred_by_row(tables_SWTT: Tensor, pairs_WTT: Tensor) -> Tensor:
-    """[S, pairs]: each table at its pairs, less its mean over the row."""
+    """[S, pairs]: each table at its pairs, minus its mean over the row."""
     kept = torch.where(pairs_WTT, tables_SWTT, 0.0)
     mean = kept.sum(-1, keepdim=True) / pairs_WTT.sum(-1, keepdim=True).clamp_min(1)
     return (kept - mean)[:, pairs_WTT]
 
 
 def _attended(similarity_WTT: Tensor, attention_LWTT: Tensor, pairs_WTT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By layer: sums over rows that attend to any token of weighted and of plain mean similarity, and their number."""
+    """By layer, over rows that attend to any token: sums of weighted and of plain mean similarity, and their number."""
     mass = attention_LWTT.sum(-1)
     weighted = (attention_LWTT * similarity_WTT).sum(-1) / mass.clamp_min(TINY)
     plain = torch.where(pairs_WTT, similarity_WTT, 0.0).sum(-1) / pairs_WTT.sum(-1).clamp_min(1)
     attends = mass > TINY
-    sums = (torch.where(attends, table, 0.0).double().sum((1, 2)) for table in (weighted, plain.expand_as(weighted)))
-    attended, usual = sums
+    tables = weighted, plain.expand_as(weighted)
+    attended, usual = (torch.where(attends, table, 0.0).double().sum((1, 2)) for table in tables)
     return attended, usual, attends.sum((1, 2)).double()
 
 
 def _shapley(player: int, worth: dict[tuple[int, ...], float], players: int) -> float:
-    """The player's mean gain over all orders of entering."""
+    """The player's mean gain over all orders of entry."""
     gains = 0.0
     for subset, value in worth.items():
         if player not in subset:
@@ -146,8 +145,8 @@ def _shapley(player: int, worth: dict[tuple[int, ...], float], players: int) -> 
 
 
 def _mean_gains(worth: Callable[[tuple[int, ...]], float], players: int, orders: int) -> list[float]:
-    """Each player's mean gain over drawn orders of entering. Every other order is the previous one reversed: what
-    gains by coming early also comes late, so means settle sooner."""
+    """Each player's mean gain over drawn orders of entry. Every drawn order is also taken in reverse: a player that
+    gains by entering early also enters late, so means converge sooner."""
     worth, dice, gains = cache(worth), np.random.default_rng(0), np.zeros(players)
     for _ in range(orders // 2):
         drawn = dice.permutation(players).tolist()
@@ -159,12 +158,12 @@ def _mean_gains(worth: Callable[[tuple[int, ...]], float], players: int, orders:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """int64 [W, P] each, and which of them are pairs: a later token, the one it attends to most, and that least."""
+    """A later token, the one it attends to most, and the one it attends to least; int64 [W, P] each."""
 
     later: Tensor
     most: Tensor
     least: Tensor
-    held: Tensor
+    is_pair: Tensor  # bool [W, P]; the others fill windows with fewer pairs
 
 
 @dataclass(frozen=True)
@@ -189,12 +188,12 @@ class Traced(Sums):
 
 
 def choose_pairs(attended_WTT: Tensor, rows_WT: Tensor, count: int, documents_WT: Tensor | None = None) -> Pairs:
-    """For each window, the `count` later tokens that attend most to one earlier token of their document, if there are
-    two to tell apart."""
-    may = _earlier_pairs(rows_WT, documents_WT)
-    strength, most = torch.where(may, attended_WTT, -1.0).max(dim=2)
-    least = torch.where(may, attended_WTT, torch.inf).argmin(dim=2)
-    strength = torch.where((may.sum(dim=2) > 1) & (most != least), strength, -1.0)
+    """For each window, the `count` later tokens that attend most to one earlier token of their document, if that has
+    two earlier ones to tell apart."""
+    allowed = _earlier_pairs(rows_WT, documents_WT)
+    strength, most = torch.where(allowed, attended_WTT, -1.0).max(dim=2)
+    least = torch.where(allowed, attended_WTT, torch.inf).argmin(dim=2)
+    strength = torch.where((allowed.sum(dim=2) > 1) & (most != least), strength, -1.0)
     best = strength.topk(min(count, strength.shape[1]), dim=1)
     later = best.indices
     return Pairs(later, most.gather(1, later), least.gather(1, later), best.values > 0)
@@ -203,14 +202,14 @@ def choose_pairs(attended_WTT: Tensor, rows_WT: Tensor, count: int, documents_WT
 def trace_pairs(
     subject: LoadedSae, batch: Windows, acts_WTF: Tensor, pairs: Pairs, above: Callable[[Tensor], Tensor]
 ) -> Traced:
-    """`above` gives the residual after the next layer from that after the SAE's."""
+    """`above` maps the residual after the SAE's layer to that after the next."""
     resid = batch.resid[subject.layer].float()
     window = torch.arange(len(resid), device=resid.device)
     before = _read(subject, batch, above(resid))
     total = Traced()
-    for later, most, least, held in zip(*(part.T for part in vars(pairs).values()), strict=True):
+    for later, most, least, is_pair in zip(*(part.T for part in vars(pairs).values()), strict=True):
         product, latent = (acts_WTF[window, later] * acts_WTF[window, most]).max(dim=1)
-        shared = held & (product > 0)
+        shared = is_pair & (product > 0)
         written = acts_WTF[window, most, latent, None] * subject.sae.W_dec[latent]
         changes = []
         for place in (most, least):
@@ -219,7 +218,7 @@ def trace_pairs(
             change = _read(subject, batch, above(without)) - before
             changes.append(float(change[window, later, latent].abs()[shared].double().sum()))
         active = float(acts_WTF[window, later, latent][shared].double().sum())
-        total += Traced(int(held.sum()), int(shared.sum()), active, *changes)
+        total += Traced(int(is_pair.sum()), int(shared.sum()), active, *changes)
     return total
 
 

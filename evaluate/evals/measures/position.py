@@ -1,8 +1,8 @@
 """Latents and positions: does a latent keep to its range, and does its profile have the intended shape? Order probes.
 
-W windows, T context, F latents, R ranges. Range r is the positions [r T / R, (r + 1) T / R). An SAE that was
-trained without ranges gets them afterwards, each latent the one where most of its activation lies: the
-control that a mask has to beat. They are chosen on other windows than those they are measured on.
+W windows, T context, F latents, R ranges. Range r is the positions [r T / R, (r + 1) T / R). An SAE trained without
+ranges is assigned them afterwards, each latent the one with most of its activation: the control that a mask has to
+beat. They are chosen on different windows from those they are measured on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Profile:
 
 
 def profile(acts_WTF: Tensor, keep_WT: Tensor, before: Profile | None = None) -> Profile:
-    """Of a batch; or that of those before it, with this one added in place: that of a wide SAE takes gigabytes."""
+    """The profile of a batch; or `before`, with the batch added in place, because for wide SAEs it takes gigabytes."""
     acts = torch.where(keep_WT[:, :, None], acts_WTF, 0.0)
     mass, firings, tokens = acts.sum(0), (acts > 0).sum((0, 1)), keep_WT.sum(0)
     if before is None:
@@ -79,12 +79,12 @@ def soft_mask(centre_F: Tensor, sigma: Tensor | float, context: int) -> Tensor:
 
 def fidelity(seen: Profile, mask_TF: Tensor) -> Tensor:
     """[F]: correlation over positions of a latent's mean activation with its mask; NaN where either is flat."""
-    there = seen.tokens > 0
-    return _correlation(seen.mean[there], mask_TF[there])
+    has_tokens = seen.tokens > 0
+    return _correlation(seen.mean[has_tokens], mask_TF[has_tokens])
 
 
 def _by_range(seen: Profile, ranges: int) -> Tensor:
-    """[R, F]: mean over the positions of each range that have tokens: that of BOS has none."""
+    """[R, F]: mean over those positions of each range that have tokens; that of BOS has none."""
     of_position = equal_shares(len(seen.tokens), ranges).to(seen.mass.device)
     total = seen.mass.new_zeros(ranges, seen.mass.shape[1]).index_add(0, of_position, seen.mean)
     return total / torch.bincount(of_position[seen.tokens > 0], minlength=ranges).clamp_min(1)[:, None]
@@ -111,7 +111,7 @@ def accuracy(
 
 
 def best_latents(acts_NF: Tensor, labels_N: Tensor, k: int) -> Tensor:
-    """int64 [K]: the latents whose means differ most between any class and the rest, in their own spread."""
+    """int64 [K]: the latents whose means differ most between any class and the rest, relative to their spread."""
     spread = acts_NF.std(0).clamp_min(1e-6)
     contrast = torch.stack(
         [(acts_NF[labels_N == c].mean(0) - acts_NF[labels_N != c].mean(0)).abs() for c in labels_N.unique()]

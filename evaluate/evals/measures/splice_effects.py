@@ -1,8 +1,7 @@
 """How the model's predictions change when its residual is replaced: KL and loss, from the layers above alone.
 
-Special tokens and massive rows keep their residual and do not count; all others get the replacement. The clean
-pass of a batch is made once for all that is compared with it.
-W windows, T positions, D residual width, N kept tokens.
+Special tokens and massive rows keep their residual and do not count; all others get the replacement. The clean pass of
+a batch runs once for all replacements. W windows, T positions, D residual width, N kept tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CLEAN, MEAN = "clean", "mean"
 
 @dataclass(frozen=True)
 class Effect(Sums):
-    """Sums over tokens; those of two batches add up."""
+    """Sums over tokens."""
 
     kl_sum: float = 0.0
     loss_sum: float = 0.0
@@ -66,10 +65,10 @@ class Tracer:
         self._model, self._batch, self._layer, self._rows = model, batch, layer, rows
         self._resid = batch.resid[layer].to(model.dtype)
         self._clean = self._hidden(self._resid)
-        self.given = self.effects({MEAN: lambda: mean_D.expand_as(self._resid)})
+        self.baselines = self.effects({MEAN: lambda: mean_D.expand_as(self._resid)})
 
     def effects(self, replaced: Mapping[str, Callable[[], Tensor]]) -> dict[str, Effect]:
-        """The effect of each residual [W, T, D], made when its turn comes, and of the model as it is."""
+        """The effect of each residual [W, T, D], computed when its turn comes, and of the model as it is."""
         keep = self._batch.keep[:, :, None]
         hidden = {
             name: self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid))
@@ -84,7 +83,7 @@ class Tracer:
 
 
 class Tracers:
-    """Tracers of batch after batch: one for each layer of single-layer SAEs, whose SAEs share its clean pass."""
+    """Makes tracers for one batch after another, one for each layer: its SAEs share the clean pass."""
 
     def __init__(self, context: Context, subjects: Iterable[LoadedSae]) -> None:
         self._context, self._rows = context, rows_of_logits(context.model, context.say)

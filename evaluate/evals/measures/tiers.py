@@ -1,8 +1,8 @@
-"""How tiers of a dictionary fire, what the firing of one says about another's, and what they are composed of.
+"""How tiers of a dictionary fire, what one tier's firing says about another's, and what tiers are composed of.
 
-Composition: is a decoder row a sum, with weights C >= 0, of decoder rows of the tier below? If those are more than
-twice as many as the width, almost any row is; so there is a fit of few parts as well (matching pursuit), and both are
-to be compared with random rows.
+Composition: is a decoder row a sum, with weights C >= 0, of decoder rows of the tier below? If there are more than
+twice as many of those as the width, almost any row is; so rows are also fitted by few parts (matching pursuit), and
+both fits are compared with those of random rows.
 
 N tokens, F latents, K kept, M tiers; R rows, A atoms, D width, P parts.
 """
@@ -22,12 +22,12 @@ from ..evaluation_contract import Context
 from .token_text import Vocabulary
 
 SILENT = -1  # the label of a token on which no latent of a tier fires
-PERMUTATIONS = 8  # for what two independent labellings of this size would share by chance
+PERMUTATIONS = 8  # to estimate what independent labellings of this size share by chance
 
 
 @dataclass(frozen=True, eq=False)
 class Activity(Sums):
-    """Sums over tokens; those of two batches add up."""
+    """Sums over tokens."""
 
     tokens: int
     fired: Tensor  # float64, on how many tokens each latent fires
@@ -55,10 +55,10 @@ def tier_activity(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Activity
 
 @dataclass(frozen=True, eq=False)
 class Strongest:
-    """The K largest activations of each latent, and on which tokens they were; 0 at -1 if it fired less often."""
+    """The K largest activations [K, F] of each latent and their tokens; 0 and -1 if it fired less often."""
 
     values: Tensor  # float32
-    places: Tensor  # int64, numbers of tokens as they were given
+    places: Tensor  # int64, token numbers as given
 
     @staticmethod
     def none(kept: int, latents: int, device: torch.device | str = "cpu") -> Strongest:
@@ -80,8 +80,8 @@ class Strongest:
         return [(value, place) for value, place in pairs if place >= 0]
 
 
-class Wording:
-    """The kept tokens of a pass: a token's number counts them in the order they were read."""
+class KeptTokens:
+    """The text of a pass's kept tokens, which are numbered in reading order."""
 
     def __init__(self, context: Context) -> None:
         self._vocabulary = Vocabulary(context)
@@ -95,7 +95,7 @@ class Wording:
 
     @cached_property
     def _tokens(self) -> np.ndarray:
-        """int64 [N]; used when the pass is over."""
+        """int64 [N]; only used after the pass."""
         return torch.cat(self._batches).numpy()
 
 
@@ -106,7 +106,8 @@ def dominant_latents(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Tenso
 
 def mutual_information(first_N: Tensor, second_N: Tensor) -> float:
     """I(first; second) of two labellings of the same tokens, in nats."""
-    return _entropy(first_N) + _entropy(second_N) - _entropy(_joint(first_N, second_N))
+    pair_N = (first_N - SILENT) * (int(second_N.max()) - SILENT + 1) + second_N - SILENT  # one label for each pair
+    return _entropy(first_N) + _entropy(second_N) - _entropy(pair_N)
 
 
 def normalised_mutual_information(first_N: Tensor, second_N: Tensor) -> float:
@@ -135,11 +136,6 @@ def _strongest(acts_NF: Tensor, members_F: Tensor) -> Tensor:
     return torch.where(strength > 0, members_F.nonzero().view(-1)[place], SILENT)
 
 
-def _joint(first_N: Tensor, second_N: Tensor) -> Tensor:
-    """One label for each pair of labels."""
-    return (first_N - SILENT) * (int(second_N.max()) - SILENT + 1) + second_N - SILENT
-
-
 def _entropy(labels_N: Tensor) -> float:
     counts = labels_N.unique(return_counts=True)[1].double()
     shares = counts / counts.sum()
@@ -149,20 +145,21 @@ def _entropy(labels_N: Tensor) -> float:
 ITERATIONS = 200
 FEW_ITERATIONS = 60
 POWER_ITERATIONS = 30
-ROWS_AT_ONCE = 2048  # products of rows and atoms are held for so many
-EXPLAINED = 0.5  # of a row's squared length: what counts as composed
+ROWS_AT_ONCE = 2048  # bounds the memory for products of rows and atoms
+EXPLAINED = 0.5  # share of a row's squared length from which it counts as composed
 
 
 def fit_all(rows_RD: Tensor, atoms_AD: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """[R, A]: argmin over C >= 0 of ||rows - C atoms||^2."""
-    if len(atoms_AD) > atoms_AD.shape[1]:
-        return _descend(rows_RD @ atoms_AD.T, lambda c: (c @ atoms_AD) @ atoms_AD.T, _longest(atoms_AD), iterations)
+    along, curvature = rows_RD @ atoms_AD.T, _largest_eigenvalue(atoms_AD)
+    if len(atoms_AD) > atoms_AD.shape[1]:  # two thin products are cheaper than one with the Gram matrix
+        return _descend(along, lambda c: (c @ atoms_AD) @ atoms_AD.T, curvature, iterations)
     gram = atoms_AD @ atoms_AD.T
-    return _descend(rows_RD @ atoms_AD.T, lambda c: c @ gram, _longest(atoms_AD), iterations)
+    return _descend(along, lambda c: c @ gram, curvature, iterations)
 
 
 def fit_few(rows_RD: Tensor, atoms_AD: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Chosen atoms int64 [R, P] and their weights [R, P], greedily; a weight of zero is a part not needed."""
+    """Greedily chosen atoms int64 [R, P] and their weights [R, P]; a part with weight zero is not needed."""
     chosen = torch.empty(len(rows_RD), 0, dtype=torch.int64, device=rows_RD.device)
     weights = rows_RD.new_empty(len(rows_RD), 0)
     left = rows_RD
@@ -182,7 +179,7 @@ def explained(rows_RD: Tensor, fitted_RD: Tensor) -> Tensor:
 
 
 def explained_by_few(rows_RD: Tensor, atoms_AD: Tensor, parts: int) -> Tensor:
-    """R^2 [R] of the fit of few parts."""
+    """R^2 [R] of the fit by few parts."""
     found = []
     for rows in rows_RD.split(ROWS_AT_ONCE):
         chosen, weights = fit_few(rows, atoms_AD, parts)
@@ -191,14 +188,14 @@ def explained_by_few(rows_RD: Tensor, atoms_AD: Tensor, parts: int) -> Tensor:
 
 
 def explained_by(learned_RA: Tensor, rows_RD: Tensor, atoms_AD: Tensor) -> Tensor:
-    """R^2 [R] of a learned composition, each row's length left free: rows were rescaled when they were saved."""
+    """R^2 [R] of a learned composition, up to each row's length: rows are rescaled when they are saved."""
     fitted = learned_RA @ atoms_AD
     dot = (fitted * rows_RD).sum(1).clamp_min(0)
     return dot.square() / (fitted.square().sum(1) * rows_RD.square().sum(1)).clamp_min(1e-30)
 
 
 def random_rows(like_RD: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows of the same lengths in random directions: what coverage is by chance."""
+    """Rows of the same lengths in random directions, for coverage by chance."""
     rows = torch.randn(like_RD.shape, generator=generator).to(like_RD)
     return rows / rows.norm(dim=1, keepdim=True) * like_RD.norm(dim=1, keepdim=True)
 
@@ -212,7 +209,7 @@ def _fit_each(rows_RD: Tensor, picked_RPD: Tensor) -> Tensor:
 
 
 def _descend(along: Tensor, times_gram: Callable[[Tensor], Tensor], curvature: Tensor, iterations: int) -> Tensor:
-    """Accelerated projected gradient on c G c / 2 - c along over c >= 0, restarted where it turns back."""
+    """Accelerated projected gradient descent on c G c / 2 - c along over c >= 0, restarted where it turns back."""
     here = ahead = torch.zeros_like(along)
     momentum = 1.0
     for _ in range(iterations):
@@ -225,8 +222,8 @@ def _descend(along: Tensor, times_gram: Callable[[Tensor], Tensor], curvature: T
     return here
 
 
-def _longest(atoms_AD: Tensor) -> Tensor:
-    """The largest eigenvalue of the atoms' Gram matrix [], by power iteration and with a margin."""
+def _largest_eigenvalue(atoms_AD: Tensor) -> Tensor:
+    """The largest eigenvalue of the atoms' Gram matrix [], by power iteration, with a margin."""
     vector = torch.randn(atoms_AD.shape[1], generator=torch.Generator().manual_seed(0)).to(atoms_AD)
     for _ in range(POWER_ITERATIONS):
         vector = (atoms_AD @ (vector / vector.norm().clamp_min(1e-30))) @ atoms_AD

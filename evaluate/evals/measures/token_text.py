@@ -1,6 +1,6 @@
-"""Tokens as pages and results show them: for a page, the distinct ones that were read or that latents promote.
+"""Tokens as pages and results show them.
 
-A token that is not text by itself, such as a part of a character, is shown by its bytes.
+A token that is not text on its own, such as part of a character, is shown as its bytes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Vocabulary:
-    """The distinct tokens that a page shows, and their texts."""
+    """The distinct tokens that a page shows, read or promoted by latents, and their texts."""
 
     def __init__(self, context: Context) -> None:
         self.obstacle: str | None = context.without_tokens
-        """Why tokens are shown as ids, if so."""
+        """Why tokens are shown as ids; None if they are shown as text."""
         self._backend, self._bos = None, 0
-        if self.obstacle is None:  # tokens that are made up would be read as text
+        if self.obstacle is None:  # made-up tokens would decode to meaningless text
             try:
                 self._backend, self._bos = context.tokenizer.backend, context.tokenizer.bos_token
             except ModelMissing as error:
                 self.obstacle = str(error)
-        self._met = np.zeros(0, bool)
+        self._is_included = np.zeros(0, bool)  # by id
 
-    def meet(self, ids: np.ndarray) -> np.ndarray:
-        """The same ids, as a page has them; their texts will be written."""
-        if ids.size and int(ids.max()) >= len(self._met):
-            self._met = np.concatenate([self._met, np.zeros(int(ids.max()) + 1 - len(self._met), bool)])
-        self._met[ids] = True
+    def include(self, ids: np.ndarray) -> np.ndarray:
+        """Include these ids in `texts`, and return them in a page's dtype."""
+        if ids.size and (more := int(ids.max()) + 1 - len(self._is_included)) > 0:
+            self._is_included = np.concatenate([self._is_included, np.zeros(more, bool)])
+        self._is_included[ids] = True
         return ids.astype(np.uint32)
 
     def texts(self) -> dict[str, Any]:
-        ids = np.flatnonzero(self._met)
+        ids = np.flatnonzero(self._is_included)
         return {"ids": ids.astype(np.uint32), "texts": self._texts(ids.tolist())}
 
     def write(self, ids: np.ndarray) -> str:
@@ -50,11 +50,9 @@ class Vocabulary:
         if self._backend is None:
             return [f"<{token}>" for token in ids]
         start = self._backend.decode([self._bos], skip_special_tokens=False)
-        # Some tokenizers drop a space at the beginning of a text: after another token it is there.
-        behind = self._backend.decode_batch([[self._bos, token] for token in ids], skip_special_tokens=False)
-        return [
-            text_of(self._backend, token, text.removeprefix(start)) for token, text in zip(ids, behind, strict=True)
-        ]
+        # After BOS, because some tokenizers drop a space at the beginning of a text.
+        found = self._backend.decode_batch([[self._bos, token] for token in ids], skip_special_tokens=False)
+        return [text_of(self._backend, token, text.removeprefix(start)) for token, text in zip(ids, found, strict=True)]
 
 
 def text_of(backend: Any, token: int, text: str) -> str:
@@ -73,7 +71,7 @@ def text_of(backend: Any, token: int, text: str) -> str:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level tokenizers write for bytes: printable Latin-1 as it is, others from 256 on."""
+    """The letters that byte-level tokenizers write for bytes: printable Latin-1 as itself, others from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

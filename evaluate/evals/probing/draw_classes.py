@@ -1,7 +1,7 @@
 """Labelled texts, and how SAEBench draws its classes from them.
 
 1. A `Table` has a text and two labels in each row (profession and gender, category and rating, library and kind).
-2. `balanced` gives each class of the first label as many texts of every value of the second.
+2. `balanced` gives each class of the first label the same number of texts of every value of the second.
 3. `by_class` draws texts of one label alone.
 4. `spurious` makes the six groups of spurious-correlation removal, under the names SAEBench fixes.
 
@@ -24,7 +24,7 @@ OPPOSITES = {
     "professor / nurse": "nurse_data_only",
     "male_professor / female_nurse": "female_nurse_data_only",
 }
-"""The three probes of spurious-correlation removal and where their negatives lie, whatever the data set."""
+"""The three probes of spurious-correlation removal, by SAEBench's names, and the groups of their negatives."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def spurious(
     """
     pos_pos, pos_neg = (table.rows(value1, pair2[0]) for value1 in pair1)
     neg_pos, neg_neg = (table.rows(value1, pair2[1]) for value1 in pair1)
-    double = 2 * per_quadrant + 1  # the confounded groups take twice a quadrant, and SAEBench wants one text more
+    double = 2 * per_quadrant + 1  # the confounded groups take twice a quadrant, and SAEBench requires one more text
     for one, wanted in ((pos_pos, double), (neg_neg, double), (pos_neg, per_quadrant), (neg_pos, per_quadrant)):
         if len(one) < wanted:
             raise DataMissing(f"expected at least {wanted} texts of a quadrant, found {len(one)}: ask for smaller sets")

@@ -1,9 +1,8 @@
-"""Probes of a class: a linear one on every feature, trained by AdamW and kept at its best epoch, or one of k features.
+"""Probes of a class: a linear one on every feature, trained by AdamW and kept at its best epoch, or one on k features.
 
-SAEBench judges epochs by the test rows and reports the best: `train_probe` takes the rows that judge
-as an argument, so that the corrected number can come from rows held out of training.
-Everything random comes from the generator: the initial weights, then one permutation for each epoch.
-B rows, F features.
+SAEBench judges epochs by the test rows and reports the best. `train_probe` takes the judging rows as an argument, so
+that corrected numbers can use rows held out of training. The generator draws the initial weights, then one permutation
+for each epoch. B rows, F features.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.nn import functional
 from ...model.logistic_regression import fitted, has_converged
 from .pooled_features import Draw, Features, draw_probe
 
-HELD_OUT = 5  # one row in so many judges the epochs of a validated probe
+HELD_OUT = 5  # one training row in five judges the epochs of a validated probe
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class LinearProbe:
 
 
 def fresh_probe(width: int, dtype: torch.dtype, generator: torch.Generator) -> LinearProbe:
-    """Random as `nn.Linear` is, but from the given generator."""
+    """Initialised like `nn.Linear`, but from the given generator."""
     weight = torch.empty(1, width, dtype=dtype)
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(width)
@@ -96,10 +95,8 @@ def probe_every_class(
     opposites: Mapping[str, str] | None = None,
     validated: bool = False,
 ) -> tuple[dict[str, LinearProbe], dict[str, float]]:
-    """Probes and test accuracies of all classes, in their order: rows are drawn, then the test rows judge every epoch.
-
-    So does SAEBench. Validated, a part of the training rows judges the epochs, and test rows are seen once.
-    """
+    """Probes and test accuracies of all classes, in order. As in SAEBench, test rows judge the epochs; if `validated`,
+    held-out training rows do, and test rows are seen once."""
 
     def rows_of(features: Features, name: str) -> tuple[Tensor, Tensor]:
         draw = draw_probe(features.spans, name, generator, (opposites or {}).get(name))

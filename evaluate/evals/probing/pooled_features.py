@@ -1,16 +1,16 @@
-"""Pooled features: activations averaged over each text, of the texts of some classes, and the rows that a probe sees.
+"""Pooled features: activations averaged over each text of some classes, and the rows that a probe sees.
 
-The model reads every text once, and every SAE encodes that:
+The model reads every text once, and every SAE encodes the result:
 1. Special tokens (BOS, EOS, padding) are set to zero in the residual.
 2. A position is valid when its residual does not sum to zero; features are averaged over valid positions.
    A text without any has features of zero.
-3. An SAE encodes all positions, zeroed ones too. `latents` leave those out. `leaky` keeps them, divided by the
-   number of valid ones: SAEBench's ablations never mask them again, so a latent that fires on
-   a zero vector counts once for every padding token.
+3. An SAE encodes all positions, including zeroed ones. `latents` leaves those out. `leaky` keeps them, divided by the
+   number of valid ones: SAEBench's ablations do not mask them again, so a latent that fires on a zero vector counts
+   once for every padding token.
 
-Few latents fire in a text, so the matrix is kept sparse by columns: a mean over rows reads what is not zero, and a
-probe of k latents takes k columns. Work that depends on random draws alone is done once for all SAEs whose generators
-have the same state (`Memo`).
+Few latents fire in a text, so the matrix is sparse by columns: a mean over rows reads only nonzero entries, and a probe
+on k latents takes k columns. Work that depends only on random draws is done once for all SAEs whose generators have the
+same state (`Memo`).
 
 N rows, F features; W texts of a batch, T positions, D residual width.
 """
@@ -44,14 +44,14 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class Memo(Generic[T]):
-    """Remembers what was computed from a generator's state, by name, and the state that it left."""
+    """Remembers results computed from a generator's state, by name, and the state in which they left it."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, bytes], tuple[T, Tensor]] = {}
 
-    def recall(self, what: str, generator: torch.Generator, compute: Callable[[], T]) -> T:
-        """What `compute` returns, with the generator as `compute` leaves it."""
-        key = what, generator.get_state().numpy().tobytes()
+    def recall(self, name: str, generator: torch.Generator, compute: Callable[[], T]) -> T:
+        """The result of `compute`, with the generator left as `compute` leaves it."""
+        key = name, generator.get_state().numpy().tobytes()
         if key not in self._known:
             self._known[key] = compute(), generator.get_state()
         value, after = self._known[key]
@@ -102,11 +102,11 @@ def spans_of(classes: Mapping[str, Sized]) -> dict[str, range]:
 
 
 def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None) -> Draw:
-    """The class `name` against as many rows drawn from the other classes, or from `opposite` alone."""
+    """The class `name` against the same number of rows drawn from the other classes, or from `opposite` alone."""
     positive = torch.tensor(spans[name])
     if opposite:
         negative = torch.tensor(spans[opposite])
-    else:  # as many of each other class
+    else:  # the same number of each other class
         others = [torch.tensor(span) for other, span in spans.items() if other != name]
         share = math.ceil(len(positive) / len(others))
         negative = torch.cat([rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in others])
@@ -120,7 +120,7 @@ def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What some texts give: the model's mean residuals by layers, mean latents by SAE. float32 [W, features]."""
+    """Mean residuals by layers and mean latents by SAE of some texts. float32 [W, features]."""
 
     model: Mapping[tuple[int, ...], csr_matrix]
     latents: Mapping[LoadedSae, csr_matrix]
@@ -155,7 +155,7 @@ class Pool:
 def pool_task(
     context: Context, subjects: Sequence[LoadedSae], task: Task, length: int, batch_size: int, leaky: bool = False
 ) -> Pool:
-    """Pool every text of a task, each once however often it is used."""
+    """Pool every text of a task, once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
     layers, attention, model = layers_of(subjects), attention_of(context, subjects), context.model
     special = torch.tensor([one for one in (model.bos, model.pad, model.eos) if one is not None], device=model.device)
@@ -206,27 +206,26 @@ def masked(batch: Windows, keep: Tensor) -> Windows:
 
 def valid_positions(batch: Windows, layers: Sequence[int]) -> Tensor:
     """bool [W, T]: where the residual does not sum to zero."""
-    return beside(batch, layers).sum(dim=-1) != 0
+    return side_by_side(batch, layers).sum(dim=-1) != 0
 
 
 def mean_resid(batch: Windows, layers: Sequence[int], valid_WT: Tensor) -> Tensor:
     """[W, D] in the model's dtype."""
-    x_WTD = beside(batch, layers)
-    return by_count(x_WTD.sum(dim=1), valid_WT)
+    return divided_by_valid(side_by_side(batch, layers).sum(dim=1), valid_WT)
 
 
 def mean_latents(acts_WTF: Tensor, valid_WT: Tensor, counted_WT: Tensor) -> Tensor:
     """[W, F]: the sum over counted positions, divided by the number of valid ones."""
     total_WF = torch.einsum("wtf,wt->wf", acts_WTF, counted_WT.to(acts_WTF.dtype))
-    return by_count(total_WF, valid_WT)
+    return divided_by_valid(total_WF, valid_WT)
 
 
-def by_count(total_WF: Tensor, valid_WT: Tensor) -> Tensor:
+def divided_by_valid(total_WF: Tensor, valid_WT: Tensor) -> Tensor:
     """Sums divided by the number of valid positions; zero if there are none."""
     count_W1 = valid_WT.to(total_WF.dtype).sum(dim=1, keepdim=True)
     return torch.where(count_W1 > 0, total_WF / count_W1.clamp_min(1), 0.0)
 
 
-def beside(batch: Windows, layers: Sequence[int]) -> Tensor:
+def side_by_side(batch: Windows, layers: Sequence[int]) -> Tensor:
     """The residuals of some layers side by side, in the model's dtype."""
     return torch.cat([batch.resid[layer] for layer in layers], dim=-1)

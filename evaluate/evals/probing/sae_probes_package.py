@@ -1,12 +1,12 @@
-"""The data sets of the package `sae-probes`, prompts with one of two labels, and its probes of them.
+"""The data sets of the package `sae-probes`, prompts with one of two labels, and its probes for them.
 
-Its wheel carries the data as compressed tables. They are read where the package is installed; none of its code
-is imported, and none of its dependencies are needed.
+Its wheel contains the data as compressed tables. They are read where the package is installed; none of its code is
+imported, and none of its dependencies are needed.
 
-Probes are logistic regressions whose regularisation is chosen on a part of the training rows, as sae-probes does:
+Probes are logistic regressions whose regularisation is chosen on part of the training rows, as sae-probes does:
 1. Train and test rows are drawn from one generator, half of each label.
-2. For ten strengths of regularisation a probe is fitted on a part of the training rows and judged by its
-   area under the curve on the rest: the last rows, or six folds where there are few.
+2. For ten strengths of regularisation a probe is fitted on part of the training rows and judged by its area under the
+   curve on the rest: the last rows, or six folds where there are few.
 3. The best strength is fitted on all training rows, and scored on the test rows.
 """
 
@@ -58,7 +58,7 @@ def as_labels(targets: Sequence[str]) -> np.ndarray:
     """0 for the first of the two values in their order, 1 for the other."""
     values, labels = np.unique(np.array(targets), return_inverse=True)
     if len(values) != 2:
-        raise DataMissing(f"expected two labels, found {len(values)}: the data set is not a binary one")
+        raise DataMissing(f"expected two labels, found {len(values)}: the data set is not binary")
     return labels
 
 
@@ -113,7 +113,7 @@ class Scores:
     test_auc: float
     test_f1: float
     has_converged: bool
-    """Of the probe that is scored, not those that chose its strength."""
+    """Whether the scored probe did, not those that chose its strength."""
 
     def to_json(self) -> dict[str, float]:
         """Under SAEBench's keys."""
@@ -134,7 +134,7 @@ def split_rows(labels: np.ndarray, seed: int) -> Split:
 
 
 def rank_latents(acts: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """Latents by the difference of their means, largest first; each in units of its mean where it fires."""
+    """Latents by the difference of their means, in units of each one's mean where it fires; largest first."""
     counts = acts.getnnz(axis=0)
     unit = np.asarray(abs(acts).sum(axis=0)).ravel() / (counts + EPSILON) + EPSILON
     means = [np.asarray(acts[labels == label].mean(axis=0)).ravel() for label in (1, 0)]
@@ -145,16 +145,16 @@ def rank_latents(acts: csr_matrix, labels: np.ndarray) -> np.ndarray:
 def tuned_scores(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, penalty: Penalty, seed: int
 ) -> Scores:
-    """Scores of the probe with the strength that suits held-out training rows best."""
+    """Scores of the probe with the strength that does best on held-out training rows."""
     held_out = [_mean_auc(train, train_labels, strength, penalty, seed) for strength in STRENGTHS]
     order = np.random.RandomState(seed).permutation(len(train))
     best = float(STRENGTHS[int(np.argmax(held_out))])
     probe = _fitted(train[order], train_labels[order], best, penalty, seed)
-    said = probe.predict(test)
+    predicted = probe.predict(test)
     return Scores(
-        test_accuracy=float(np.mean(np.equal(said, test_labels))),
+        test_accuracy=float(np.mean(np.equal(predicted, test_labels))),
         test_auc=float(roc_auc_score(test_labels, probe.predict_proba(test)[:, 1])),
-        test_f1=float(f1_score(test_labels, said, average="weighted")),
+        test_f1=float(f1_score(test_labels, predicted, average="weighted")),
         has_converged=has_converged(probe),
     )
 

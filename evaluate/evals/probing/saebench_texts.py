@@ -1,8 +1,8 @@
 """The data sets of SAEBench by their real names, from the Hugging Face hub; nothing downloaded is ever run.
 
-Sampling follows SAEBench 0.6.0: tables of two labels are balanced over the second, news and sentiment are
-drawn class by class, translated speeches and source files are read from the head of a stream and shuffled.
-A repository whose data come by way of a script is read through its parquet conversion.
+Sampling follows SAEBench 0.6.0: tables of two labels are balanced over the second, news and sentiment are drawn class
+by class, translated speeches and source files are read from the head of a stream and shuffled. A repository whose data
+come from a script is read through its parquet conversion.
 """
 
 from __future__ import annotations
@@ -46,21 +46,19 @@ NAMES = tuple(CLASSES)
 
 SPEECHES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 """The pair of languages from which each language is read."""
-LICENSE_CHARACTERS = 150  # of a source file: mostly its licence
-
-
+LICENSE_CHARACTERS = 150  # at the head of a source file
 COLUMNS = {BIOS: ("hard_text", "profession", "gender"), AMAZON: ("text", "category", "rating")}
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
-    """One data set; sizes are of one binary probe, half of it the class itself."""
+    """One data set; sizes are those of one binary probe, half of it the class itself."""
     if name not in CLASSES:
         raise DataMissing(f"there is no probing data set {name!r}: choose from {', '.join(NAMES)}")
     return Task(name, *_draw(name, train_size, test_size, seed))
 
 
 def load_table(name: str, is_test: bool) -> Table:
-    """The table behind a data set of two labels; sets of classes share one."""
+    """The table behind a data set of two labels; several sets of classes share one."""
     return _table(repository_of(name), is_test)
 
 
@@ -69,7 +67,7 @@ def repository_of(name: str) -> str:
 
 
 def revision(names: Sequence[str]) -> dict[str, str] | None:
-    """The commits at which the repositories of these data sets are read."""
+    """The commits at which these data sets' repositories are read."""
     return commits_of(dict.fromkeys(repository_of(name) for name in names if name in CLASSES), converted=(GITHUB,))
 
 
@@ -83,7 +81,7 @@ def _table(id: str, is_test: bool) -> Table:
 
 
 def reached(id: str, load: Callable[[], T]) -> T:
-    """What `load` returns; if it fails, raises DataMissing that says what to do."""
+    """The result of `load`; if it fails, raises a DataMissing that says what to do."""
     try:
         return load()
     except (*LOAD_ERRORS, KeyError) as error:
@@ -135,13 +133,8 @@ def read_speeches(count: int) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for language, pair in SPEECHES.items():
         rows = load_dataset(EUROPARL, pair, split="train", revision=commit_of(EUROPARL), streaming=True)
-        found[language] = take_more_than(count, (row["translation"][language] for row in rows))
+        found[language] = [row["translation"][language] for row in islice(rows, count + 1)]  # SAEBench takes one more
     return found
-
-
-def take_more_than(count: int, texts: Iterable[str]) -> list[str]:
-    """The first count + 1 of them."""
-    return list(islice(texts, count + 1))
 
 
 def read_files(count: int) -> dict[str, list[str]]:
@@ -153,12 +146,12 @@ def read_files(count: int) -> dict[str, list[str]]:
 
 
 def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, list[str]]:
-    """Files by language, without the licence at their head."""
+    """Files by language, without their head, which is mostly a licence."""
     found: dict[str, list[str]] = {language: [] for language in CLASSES[GITHUB]}
     for row in rows:
         if row["language"] not in found:
             continue
-        if len(row["code"]) > LICENSE_CHARACTERS + 128 * 3:  # a shorter rest is left out
+        if len(row["code"]) > LICENSE_CHARACTERS + 128 * 3:  # shorter files are left out
             found[row["language"]].append(row["code"][LICENSE_CHARACTERS:])
         if all(len(files) > count for files in found.values()):
             break

@@ -1,16 +1,16 @@
-"""What scr and tpp share: what switching a probe's latents off does to every probe, and the scores made of that.
+"""What scr and tpp share: how switching off the latents of one class's probe affects every probe, and the scores.
 
 For each data set the model reads the texts once, then every SAE is perturbed.
 
 SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone; one generator draws in this order:
 1. Linear probes of all classes on mean residuals, kept at the epoch that is best on the test rows.
-2. Their accuracies on newly drawn rows: what is clean.
+2. Their clean accuracies, on newly drawn rows.
 3. Effects of all latents on the probe of each class, from training texts.
-4. For each class and n: the n strongest latents are switched off in the test texts, then all probes are
-   tested, on rows drawn anew. Positions that had been set to zero are not masked again.
+4. For each class and n: the n strongest latents are switched off in the test texts, then all probes are tested on newly
+   drawn rows. Positions that had been set to zero are not masked again.
 
-`corrected` repeats 2 to 4 without what is wrong there: probes are picked by held-out training rows, clean and
-ablated accuracies are of the same rows, and padding contributes nothing.
+`corrected` repeats these steps without their faults: probes are picked by held-out training rows, clean and ablated
+accuracies are from the same rows, and padding contributes nothing.
 
 N texts, P probes, D residual width, F latents.
 """
@@ -32,7 +32,7 @@ from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs
 from .draw_classes import OPPOSITES, Task
 from .fit_probes import LinearProbe, Training, probe_every_class
 from .pooled_features import Draw, Features, Memo, Pool, draw_probe, pool_task, seeded
-from .source_and_settings import LEAST, Settings, Source, data_revision, filled, find_source, load_all, of_data, said_of
+from .source_and_settings import LEAST, Settings, Source, data_revision, filled, find_source, load_all
 
 BOTH_WAYS = OPPOSITES | {negative: name for name, negative in OPPOSITES.items()}
 CONCEPT, ATTRIBUTE, CONFOUNDED = "professor / nurse", "male / female", "male_professor / female_nurse"
@@ -40,16 +40,16 @@ LEAST_ROOM = 0.001  # less than this between clean and confounded leaves nothing
 
 Accuracies = Mapping[str, float]
 Ablated = Mapping[str, Mapping[int, Accuracies]]
-"""`Ablated[class][n][probe]` is the accuracy of a probe when the n strongest latents of a class are off."""
+"""`Ablated[class][n][probe]` is a probe's accuracy with the n strongest latents of a class switched off."""
 NewGenerator = Callable[[], torch.Generator]
 Kind = Literal["absolute", "positive"]
-"""scr takes the size of an effect; tpp takes effects of latents that fire more on the class, with their sign."""
+"""scr takes an effect's absolute value; tpp takes the signed effects of latents that fire more on the class."""
 
 
 @torch.no_grad()
 def effects(latents: Features, draw: Draw, probe: LinearProbe, W_dec: Tensor, kind: Kind) -> Tensor:
-    """float32 [F], from training texts: how much more a latent fires on the class, times how far its decoder row moves
-    the probe."""
+    """float32 [F], from training texts: how much more a latent fires on the class, times how much its decoder row
+    shifts the probe's logit."""
     difference_F = latents.mean(draw.rows[draw.labels == 1]) - latents.mean(draw.rows[draw.labels == 0])
     direction_F = (probe.weight.cpu().float() @ W_dec.cpu().float().T).squeeze(0)
     if kind == "absolute":
@@ -65,7 +65,7 @@ def top_effects(effects_F: Tensor, count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """What every probe says about every test text."""
+    """Every probe's logit of every test text."""
 
     table: np.ndarray  # float64 [N, P]
     probes: Sequence[str]
@@ -86,11 +86,11 @@ class Ablatable:
     probes: Mapping[str, LinearProbe]
 
     def logits(self, off: np.ndarray | None = None) -> Logits:
-        """What the probes say when the latents `off` are switched off: x' = decode(acts without) + (x - decode(acts)).
+        """The logits with the latents `off` switched off: x' = decode(acts without them) + (x - decode(acts)).
 
-        The decoder is linear, so that is x minus what the chosen latents write; a probe is linear too, so its logit of
-        a text's mean falls by the text's mean activations times the probe's logits of the decoder rows. No text is
-        encoded twice and no ablated activation is ever made, whatever the number of latents, classes and probes.
+        The decoder is linear, so this is x minus what those latents write. Probes are linear too, so a text's logit
+        falls by its mean activations times the probe's products with the decoder rows. No text is encoded twice, and no
+        ablated activation is ever computed, whatever the number of latents, classes and probes.
         """
         table = self._untouched
         if off is not None:
@@ -100,7 +100,7 @@ class Ablatable:
 
     @cached_property
     def _untouched(self) -> np.ndarray:
-        """float64 [N, P]: what the probes say about the texts as they are."""
+        """float64 [N, P]: the logits of the texts as they are."""
         biases = torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
         return self.resid.matrix @ self._weights + biases
 
@@ -112,11 +112,11 @@ class Ablatable:
 
 @dataclass(frozen=True)
 class Setup:
-    """What scr and tpp do differently, and the settings they share."""
+    """What differs between scr and tpp, and the settings they share."""
 
     kind: Kind
     classes: Sequence[str]
-    """Whose latents are switched off."""
+    """Those whose latents are switched off."""
     n_values: Sequence[int]
     training: Training
     seed: int
@@ -129,7 +129,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Probed:
-    """Probes of the model's own features and what they score untouched."""
+    """Probes of the model's own features, and their accuracies on unchanged texts."""
 
     probes: Mapping[str, LinearProbe]
     clean: Accuracies
@@ -143,7 +143,7 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one task says about one SAE, as SAEBench does it and without its faults."""
+    """One SAE's accuracies on one task, by SAEBench's steps and without their faults."""
 
     official: Perturbed
     corrected: Perturbed
@@ -152,8 +152,8 @@ class Outcome:
 def perturb(
     pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: Memo[Probed]
 ) -> Outcome:
-    """Perturb both ways; the corrected way draws nothing from SAEBench's generator. SAEs share probes, whose training
-    draws the same for all."""
+    """Perturb both ways; the corrected way draws nothing from SAEBench's generator. SAEs share probes trained on the
+    same draws."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
     official = of_model.recall("official", generator, lambda: probe_model(*resid, setup, generator))
@@ -173,8 +173,8 @@ def perturb(
 def probe_model(
     train: Features, test: Features, setup: Setup, generator: torch.Generator, corrected: bool = False
 ) -> Probed:
-    """Probes of all classes, and their accuracies on the texts as they are: on newly drawn rows; corrected, on test
-    rows that are seen once, the same for all accuracies that follow."""
+    """Probes of all classes, and their accuracies on the texts as they are: on newly drawn rows or, if corrected, on
+    test rows that are the same for all accuracies that follow."""
     probes, _ = probe_every_class(
         train, test, setup.training, generator, opposites=setup.opposites, validated=corrected
     )
@@ -226,7 +226,7 @@ def evaluation_of(
         if not subjects:
             return
         tasks, missing = load_all(config.dataset_names, lambda name: load(source, name, config))
-        settings, text = official_settings(config, context, source, kind, tasks), said_of(source, tasks)
+        settings, text = official_settings(config, context, source, kind, tasks), source.describe(tasks)
         for subject, outcomes in perturb_all(context, subjects, tasks, config, kind).items():
             result = make_result(subject, settings, outcomes, missing)
             remark = remark_of(result.remark, beyond("n", config.n_values, subject.width))
@@ -239,7 +239,7 @@ def evaluation_of(
 def official_settings(
     config: Settings, context: Context, source: Source, kind: Kind, tasks: Sequence[Task]
 ) -> dict[str, Any]:
-    """The settings as results give them, with the data sets that were used."""
+    """The settings as results report them, with the data sets that were used."""
     loaded = {task.name.split("_scr_")[0] for task in tasks}
     names = [name for name in config.dataset_names if name in loaded]
     is_scr = kind == "absolute"
@@ -247,18 +247,18 @@ def official_settings(
         context,
         replace(config, dataset_names=tuple(names)),
         perform_scr=is_scr,
-        probe_test_batch_size=500,  # SAEBench's, of no effect: reported for its schema
+        probe_test_batch_size=500,  # SAEBench's, without effect here: reported for its schema
         sae_batch_size=125,
         lower_vram_usage=False,
         column1_vals_lookup={name: [list(pair) for pair in source.pairs[name].column1] for name in names if is_scr},
-        **of_data(source, source.revision(names)),
+        **source.settings(source.revision(names)),
     )
 
 
 def perturb_all(
     context: Context, subjects: Sequence[LoadedSae], tasks: Sequence[Task], settings: Settings, kind: Kind
 ) -> dict[LoadedSae, dict[str, Outcome]]:
-    """Outcomes by task, for every SAE; the model reads each task's texts once for all."""
+    """Every SAE's outcomes by task; the model reads each task's texts once for all."""
     assert settings.context_length is not None
     generators = {subject: seeded(settings.random_seed) for subject in subjects}
     outcomes: dict[LoadedSae, dict[str, Outcome]] = {subject: {} for subject in subjects}
@@ -296,9 +296,9 @@ def tpp_scores(ablated: Ablated, clean: Accuracies) -> tuple[dict[str, float], d
 
 
 def scr_scores(ablated: Ablated, clean: Accuracies) -> dict[str, float]:
-    """How much of the way from confounded to clean the ablation leads, in both directions.
+    """How much of the gap from confounded to clean accuracy the ablation closes, in both directions.
 
-    The metric is the direction in which the confounded probe did worse; if both are even there is none.
+    The metric is the direction in which the confounded probe did worse; if they are equal there is none.
     """
     scores: dict[str, float] = {}
     start = before_ablation(clean)
@@ -313,12 +313,12 @@ def scr_scores(ablated: Ablated, clean: Accuracies) -> dict[str, float]:
 
 
 def before_ablation(clean: Accuracies) -> dict[str, float]:
-    """What the confounded probe scores on each data."""
+    """The confounded probe's accuracy on each group of data."""
     return {data: clean[on_data(CONFOUNDED, data)] for data in (CONCEPT, ATTRIBUTE)}
 
 
 def scr_remark(cleans: Collection[Accuracies]) -> str | None:
-    """How many pairs of concepts have a metric, and in how many of them there was nothing to remove."""
+    """How many pairs of concepts have a metric, and how many of these had nothing to remove; None if all is well."""
     rooms = list[float]()
     for clean in cleans:
         start = before_ablation(clean)

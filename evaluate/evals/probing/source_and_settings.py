@@ -1,7 +1,7 @@
 """Where probing data come from, and the settings of evaluations on them: which texts, and how probes are trained.
 
-Data are the hub's, by their real names, or text of this Python's library. `auto` takes the hub's, except for the pocket
-model, which knows only Python's library.
+Data come from the hub, under their real names, or from this Python's library. `auto` means the hub, except for the
+pocket model, which knows only Python's library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="DataSettings")
 DataName = Literal["auto", "hub", "stdlib"]
 LEAST = {"train_set_size": 4, "test_set_size": 4, "context_length": 2}
-"""A text of each class with each value of the other label, and a token after BOS."""
+"""Room for a text of each class with each value of the other label, and for a token after BOS."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pairs:
     """What spurious-correlation removal confounds: pairs of values of column 1, and the two of column 2."""
 
     column1: tuple[dict[str, object], ...]
-    """What stands there, by name: two of each."""
+    """Two values each, by name."""
     column2: tuple[object, object]
 
 
@@ -41,7 +41,7 @@ class Source:
     name: Literal["hub", "stdlib"]
     probing: tuple[str, ...]
     pairs: dict[str, Pairs]
-    """Of the data sets of scr and tpp."""
+    """For the data sets of scr and tpp."""
     load_task: Callable[[str, int, int, int], Task]
     load_table: Callable[[str, bool], Table]
     train_size: int
@@ -49,8 +49,18 @@ class Source:
     context: int
     revision: Callable[[Sequence[str]], Revision | None]
 
-    def of(self, settings: DataChoice) -> tuple[str, ...]:
-        """The data sets that such settings mean if they name none."""
+    def settings(self, revision: Revision | None) -> dict[str, Any]:
+        """Our own entries in a result's settings: which data, and the precision of the SAEs."""
+        return {"data": self.name, "data_revision": revision, "sae_dtype": "float32"}
+
+    def describe(self, tasks: Sequence[Task]) -> str:
+        """How much text was used; a task's texts count once, however often they are drawn."""
+        texts = [{text for part in (one.train, one.test) for each in part.values() for text in each} for one in tasks]
+        classes = sum(len(one.train) for one in tasks)
+        return f"{self.name} texts, {sum(map(len, texts)):,} of {classes} classes in {counted(len(tasks), 'task')}"
+
+    def default_names(self, settings: DataChoice) -> tuple[str, ...]:
+        """The data sets of an evaluation whose settings name none."""
         return tuple(self.pairs) if isinstance(settings, Settings) else self.probing
 
 
@@ -113,18 +123,18 @@ class DataChoice:
     data: DataName = "auto"
     random_seed: int = 42
     dataset_names: tuple[str, ...] = ()
-    """Empty: all data sets of the source."""
+    """Empty: all of the source's data sets."""
     llm_batch_size: int = 32
 
 
 @dataclass(frozen=True)
 class DataSettings(DataChoice):
     train_set_size: int | None = None
-    """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
+    """Rows of one probe, half of them the class; None: 4000 for data of the hub, 320 for this Python's text."""
     test_set_size: int | None = None
     """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
-    """None: 128 tokens of the hub's data, 48 of this Python's text."""
+    """None: 128 tokens for data of the hub, 48 for this Python's text."""
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -137,7 +147,7 @@ class Settings(DataSettings):
     """The settings of scr and tpp; the defaults are SAEBench's."""
 
     probe_train_batch_size: int = 16
-    """Decides how much of a spurious correlation a probe learns: results with another value do not compare."""
+    """Affects how much of a spurious correlation a probe learns: results with different values do not compare."""
     probe_epochs: int = 20
     probe_lr: float = 1e-3
     probe_l1_penalty: float = 1e-3
@@ -156,34 +166,22 @@ class Settings(DataSettings):
 
 
 def filled(settings: S, source: Source, most: int | None = None) -> S:
-    """The settings, completed with what the data decide; by default at most `most` texts."""
+    """The settings, completed with the source's defaults; those of sizes are at most `most`."""
     train_size, test_size = (min(size, most or size) for size in (source.train_size, source.test_size))
     return replace(
         settings,
         data=source.name,
-        dataset_names=settings.dataset_names or source.of(settings),
+        dataset_names=settings.dataset_names or source.default_names(settings),
         train_set_size=settings.train_set_size or train_size,
         test_set_size=settings.test_set_size or test_size,
         context_length=settings.context_length or source.context,
     )
 
 
-def of_data(source: Source, revision: Revision | None) -> dict[str, Any]:
-    """Our own entries of a result's settings: which data, and in which precision the SAEs computed."""
-    return {"data": source.name, "data_revision": revision, "sae_dtype": "float32"}
-
-
 def data_revision(context: Context, settings: DataChoice) -> Revision | None:
-    """The revision of the data that the settings mean, as an evaluation's `data_revision`."""
+    """The revision of the data that the settings choose, as an evaluation's `data_revision`."""
     source = find_source(context, settings.data)
-    return source.revision(settings.dataset_names or source.of(settings))
-
-
-def said_of(source: Source, tasks: Sequence[Task]) -> str:
-    """How much text was used, in words; a task's texts count once, however often they are drawn."""
-    texts = [{text for part in (task.train, task.test) for each in part.values() for text in each} for task in tasks]
-    classes = sum(len(task.train) for task in tasks)
-    return f"{source.name} texts, {sum(map(len, texts)):,} of {classes} classes in {counted(len(tasks), 'task')}"
+    return source.revision(settings.dataset_names or source.default_names(settings))
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:
@@ -196,5 +194,5 @@ def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[
         except DataMissing as reason:
             reasons.append(str(reason))
     if not found:
-        raise DataMissing(reasons[0] if reasons else "no data set was named: leave dataset_names empty for all")
+        raise DataMissing(reasons[0] if reasons else "no data set was named: leave dataset_names empty to use all")
     return found, "; ".join(reasons) or None

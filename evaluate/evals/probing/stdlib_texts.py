@@ -2,17 +2,17 @@
 
 No download, the same on every machine with the same Python. Names begin with `stdlib/`.
 
-1. A module's documentation strings and its runs of comment lines are prose; what is left is code.
+1. A module's documentation strings and comment lines are prose; the rest is code.
 2. Both are cut at line ends into snippets of about `SNIPPET_CHARACTERS`.
 3. The last snippets of every module are for tests, so that no text is in both parts.
 
-Some data sets differ in order alone, which a bag of words cannot tell apart:
+The classes of some data sets differ only in order, which a bag of words cannot tell apart:
 
 `first`      a piece of code and a piece of prose: which came first
 `reordered`  the words of a snippet as they were written, or shuffled
 `position`   a piece of prose at the beginning, in the middle or at the end of code
 
-In these, every class holds the same pieces, so that only their order says which class a text is of.
+In these, all classes hold the same pieces, so that only their order says which class a text belongs to.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def snippets() -> tuple[Snippet, ...]:
 
 @cache
 def revision() -> str:
-    """A hash of the text: it differs from one Python to another."""
+    """A hash of the text, which differs between versions of Python."""
     return f"sha256:{text_digest(_documents())}"
 
 
@@ -130,7 +130,7 @@ TASKS = {"first": first, "reordered": reordered, "position": position}
 def _pieces(
     snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random, characters: int | None = None
 ) -> list[str]:
-    """Drawn snippets, or beginnings of them: short enough that no class is cut at the end more than another."""
+    """Drawn snippets, or beginnings of them: short enough that no class loses more of its end than another."""
     texts = [snippet.text for snippet in snippets if snippet.kind == kind]
     return [text[:characters] for text in rng.sample(texts, count)]
 
@@ -154,9 +154,9 @@ def load_table(is_test: bool) -> Table:
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
-    """One data set, drawn as SAEBench draws its own: sizes are of one binary probe."""
+    """One data set, drawn as SAEBench draws its own: sizes are those of one binary probe."""
     if name not in NAMES:
-        raise DataMissing(f"there is no data set {name!r} made from installed text: choose from {', '.join(NAMES)}")
+        raise DataMissing(f"there is no data set {name!r} of installed text: choose from {', '.join(NAMES)}")
     return Task(name, _draw(name, False, train_size, seed), _draw(name, True, test_size, seed))
 
 

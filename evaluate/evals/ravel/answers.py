@@ -1,10 +1,10 @@
 """Is a completion the expected attribute? SAEBench's rules on strings.
 
-Text and label say which rule applies, the first that fits; without one, the shorter of label and answer must
-begin the longer.
+The first rule that fits the text and the label applies; if none does, the shorter of label and answer must begin the
+longer.
 
-Offsets from UTC are those of today, as SAEBench takes them, so an answer may be right in summer and wrong in winter;
-one hour of tolerance is given where daylight saving is the usual reason.
+As in SAEBench, offsets from UTC are those of today, so an answer may be right in summer and wrong in winter; where
+daylight saving is the usual reason, one hour of difference is tolerated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, what was expected, and what was answered; `lower_` forms are normalised."""
+    """The question, the expected attribute, and the model's completion; the `lower` forms are normalised."""
 
     text: str
     label: str
@@ -59,7 +59,7 @@ def _near(answer: Answer) -> bool:
 
 
 def _names_the_union(answer: Answer) -> bool:
-    """United States or Kingdom, as they are written, with or without "the"; England will do for either."""
+    """United States or Kingdom, spelled exactly, with or without "the"; England passes for either."""
     given, expected = (name.strip().replace("the ", "") for name in (answer.completion, answer.label))
     return given.startswith((expected, "England"))
 
@@ -100,7 +100,7 @@ def is_offset_of(zone: str, answer: str, when: datetime | None = None) -> bool:
 
 
 def offset_of(zone: str, when: datetime) -> str | None:
-    """As "+5:30"; None for a name that is not a zone."""
+    """A zone's offset, such as "+5:30"; None for a name that is not a zone."""
     try:
         offset = ZoneInfo(zone).utcoffset(when)
     except (ZoneInfoNotFoundError, ValueError, OSError):

@@ -1,8 +1,8 @@
 """ravel: swap one attribute of an entity through an SAE's latents, and see whether the others stay.
 
-1. Keep the prompts that the model answers right, about the entities it knows best.
-2. For each attribute draw pairs for cause (this attribute) and isolation (the others), in equal numbers.
-3. Learn which latents to swap on 70 % of them; all SAEs see the same pairs.
+1. Keep the prompts that the model answers correctly, about the entities it knows best.
+2. For each attribute draw equal numbers of pairs for cause (this attribute) and isolation (the others).
+3. Learn which latents to swap from 70 % of them; all SAEs see the same pairs.
 4. On the rest: how often does the swapped attribute appear (cause), and how often do the others stay (isolation)?
 
 SAEBench's entities are cities and Nobel laureates; the pocket model is asked about Python's identifiers.
@@ -45,7 +45,7 @@ from .prompts_and_pairs import (
 from .swapper import Swapper, complete
 
 GENERATION_FACTOR = 8
-"""Completing prompts takes less memory than learning masks: its batches are larger by this factor."""
+"""How much larger batches are for completing prompts, which takes less memory than learning masks."""
 OFFICIAL_SELECTION = {
     "city": ("Country", "Continent", "Language"),
     "nobel_prize_winner": ("Country of Birth", "Field", "Gender"),
@@ -59,7 +59,7 @@ class Config:
     data: Literal["auto", "ravel", "stdlib"] = "auto"
     """auto: identifiers of the standard library for the pocket model, RAVEL's prompts for all others."""
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Empty: SAEBench's, or those of the data used in its place."""
+    """Empty: SAEBench's, or all of the data used instead."""
     cache: str = "~/.cache/saemill/ravel"
     """Where a model's answers to the prompts are cached."""
     top_n_entities: int = 500
@@ -80,11 +80,11 @@ class Findings:
     ours: dict[str, dict[str, Scores]] = field(default_factory=dict)
     latents: dict[str, dict[str, int]] = field(default_factory=dict)
     pairs: int = 0
-    """How many its swaps were judged on."""
+    """How many pairs its swaps were judged on."""
 
-    def add(self, entity: str, attribute: str, pairs: Sequence[Pair], said: Sequence[str], chosen: Tensor) -> None:
-        self.official.setdefault(entity, {})[attribute] = by_first_token(pairs, said)
-        self.ours.setdefault(entity, {})[attribute] = by_kind(pairs, said)
+    def add(self, entity: str, attribute: str, pairs: Sequence[Pair], answers: Sequence[str], chosen: Tensor) -> None:
+        self.official.setdefault(entity, {})[attribute] = by_first_token(pairs, answers)
+        self.ours.setdefault(entity, {})[attribute] = by_kind(pairs, answers)
         self.latents.setdefault(entity, {})[attribute] = int(chosen.sum())
         self.pairs += len(pairs)
 
@@ -92,8 +92,8 @@ class Findings:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     if not 0 < config.train_test_split < 1:
         raise SettingInvalid(
-            "ravel.train_test_split: expected more than 0 and less than 1, the share of pairs that masks learn from, "
-            f"found {config.train_test_split}"
+            "ravel.train_test_split: expected a share of pairs to learn masks from, more than 0 and less than 1, found "
+            f"{config.train_test_split}"
         )
     is_stdlib = context.takes_library(config.data)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
@@ -102,8 +102,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
     def longest_prompt() -> int:
         encode, bos = context.model.tokenizer.encode, context.model.bos
-        made = (make_prompts(each, selection[each.name], encode, bos) for each in entities)
-        return max((len(prompt.tokens) for prompts in made for prompt in prompts), default=0)
+        by_class = (make_prompts(each, selection[each.name], encode, bos) for each in entities)
+        return max((len(prompt.tokens) for prompts in by_class for prompt in prompts), default=0)
 
     fitting, failures = split_fitting(context, subjects, context.model, longest_prompt)
     yield from failures
@@ -112,20 +112,20 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     findings = {subject: Findings() for subject in fitting}
     draw = random.Random(config.random_seed)
     for entity_class in entities:
-        study(context, entity_class, selection[entity_class.name], findings, config, draw)
+        swap_attributes(context, entity_class, selection[entity_class.name], findings, config, draw)
     for subject in fitting:
         yield make_result(context, subject, findings[subject], selection, config)
 
 
 def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
-    """Require that what was selected is in the data that are used, and two attributes: one is swapped, others stay."""
+    """Require a selection that is in the data, of at least two attributes: one is swapped, the others stay."""
     known = {entity_class.name: tuple(entity_class.templates) for entity_class in entities}
     fits = selection.keys() == known.keys() and all(set(selection[name]) <= set(known[name]) for name in known)
     if not fits or any(len(set(attributes)) < 2 for attributes in selection.values()):
         raise SettingInvalid(
-            f"ravel.entity_attribute_selection: expected of {listed(known)}, found {listed(selection)}. "
-            "Select from those, two attributes or more of each (isolation is measured on the others), or use other "
-            "data with ravel.data"
+            f"ravel.entity_attribute_selection: expected attributes of {listed(known)}, found {listed(selection)}: "
+            "select two attributes or more of each (isolation is measured on the others), or use other data with "
+            "ravel.data"
         )
 
 
@@ -133,7 +133,7 @@ def listed(selection: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{name} ({', '.join(attributes)})" for name, attributes in selection.items())
 
 
-def study(
+def swap_attributes(
     context: Context,
     entity_class: EntityClass,
     attributes: Sequence[str],
@@ -158,16 +158,16 @@ def study(
 def known_prompts(
     context: Context, entity_class: EntityClass, attributes: Sequence[str], config: Config
 ) -> list[Prompt]:
-    """Prompts that the model answers right; its answers to SAEBench's are cached between runs."""
+    """Prompts that the model answers correctly; its answers to SAEBench's are cached between runs."""
     model = context.model
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
     if entity_class.name == ENTITY_CLASS:
-        first, said = ask(context, entity_class.name, prompts, config)
+        first, answers = ask(context, entity_class.name, prompts, config)
     else:
         name, texts = entity_class.name, [prompt.text for prompt in prompts]
         decided = decided_by(model=model_print(model), tokens=config.n_generated_tokens, prompts=texts)
-        first, said = remembered(config.cache, name, decided, lambda: ask(context, name, prompts, config))
-    return answered_prompts(prompts, first, said, config.top_n_entities)
+        first, answers = remembered(config.cache, name, decided, lambda: ask(context, name, prompts, config))
+    return answered_prompts(prompts, first, answers, config.top_n_entities)
 
 
 def ask(context: Context, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
@@ -190,9 +190,9 @@ def swap_attribute(
     total = epochs * cut + len(pairs) - cut
     with context.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
         chosen = swapper.learn(pairs[:cut], epochs, lr, batch_size, advance)
-        judged, said = swapper.completions(pairs[cut:], chosen, config.n_generated_tokens, batch_size, advance)
+        judged, answers = swapper.completions(pairs[cut:], chosen, config.n_generated_tokens, batch_size, advance)
     for subject, found in findings.items():
-        found.add(entity, attribute, judged, said[subject], chosen[subject])
+        found.add(entity, attribute, judged, answers[subject], chosen[subject])
 
 
 def make_result(
@@ -233,7 +233,7 @@ def make_result(
 
 
 def by_class(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, dict[str, float]]]:
-    """As SAEBench names them: city_results -> city_Country -> scores."""
+    """Under SAEBench's keys: city_results -> city_Country -> scores."""
     return {
         f"{entity}_results": {f"{entity}_{attribute}": each.to_json() for attribute, each in attributes.items()}
         for entity, attributes in scores.items()
@@ -251,5 +251,5 @@ EVALUATION = Evaluation(
     data_revision=lambda context, config: (
         library_revision() if context.takes_library(config.data) else commits_of([DATASET])
     ),
-    revision=2,  # a template's tail is counted after a word
+    revision=2,  # the tokens of a template's tail are counted after a word
 )

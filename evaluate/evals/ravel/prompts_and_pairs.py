@@ -2,22 +2,22 @@
 
 Entities are RAVEL's cities and Nobel laureates from the hub, or Python's identifiers.
 
-Identifiers are counted in the standard library: what a small model of code does know. An entity is an identifier about
-to be read from, such as `parser.`. Two attributes: its favourite member where a value is wanted (`x = sys.modules`),
-and where a statement begins (`sys.stdout`). As in RAVEL, only prompts that the model answers right are kept, so
-nothing here has to be true of every model.
+Identifiers are counted in the standard library, which even a small model of code knows. An entity is an identifier
+followed by a dot, such as `parser.`. It has two attributes: its most frequent member where a value is expected
+(`x = sys.modules`), and where a statement begins (`sys.stdout`). As in RAVEL, only prompts that the model answers
+correctly are kept, so nothing here has to be true for every model.
 
-The entity ends the prompt, because deep in a small model earlier tokens have no more to say: swapping whole residuals
-one token before the end changed one answer in fifty at layer 19 of the pocket model.
+The entity ends the prompt, because deep in a small model earlier tokens no longer matter: swapping whole residuals one
+token before the end changed one answer in fifty at layer 19 of the pocket model.
 
-Pairs of prompts: the entity of one passes an attribute to that of the other.
+Pairs of prompts: the source's entity passes an attribute on to the base's.
 
 Cause: the base asks for the attribute that is swapped, the source's label differs, and the answer must become the
 source's. Isolation: both ask for another attribute, and the base's own answer must stay.
 
-Scores say how often the right string came. SAEBench recognises a pair for isolation by its equal first tokens, so a
-cause pair whose two labels begin with the same token is counted there, with the source's label: that is kept under
-SAEBench's keys. Scores by what each pair was made for are our own (`by_kind`).
+Scores are shares of right answers. SAEBench takes pairs with equal first tokens for isolation pairs, so a cause pair
+whose two labels begin with the same token is counted there, with the source's label: SAEBench's keys keep this. Our own
+scores (`by_kind`) go by what each pair was made for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Prompt:
     label: str
     entity: str
     tokens: tuple[int, ...]  # with BOS
-    entity_position: int  # of the entity's last token, counted from the end: below zero
+    entity_position: int  # of the entity's last token, counted from the end: negative
     first_token: int = -1  # of the model's own completion
     completion: str = ""
 
@@ -66,7 +66,7 @@ class Prompt:
 def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encode, bos: int) -> list[Prompt]:
     """All prompts, in the order of the data: by entity, then attribute, then template.
 
-    An entity without an attribute is not asked about it.
+    An entity is asked only about attributes that it has.
     """
     asked = [
         (attribute, template)
@@ -100,15 +100,13 @@ def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encod
 def answered_prompts(
     prompts: Sequence[Prompt], first_tokens: Sequence[int], completions: Sequence[str], top_entities: int
 ) -> list[Prompt]:
-    """Prompts that the model answers right, about the entities that it knows best.
-
-    Among entities that are known equally well, those that come first in the data are kept.
-    """
+    """Prompts that the model answers correctly, about the entities that it knows best; in a tie, about those that come
+    first in the data."""
     answered = (
         replace(prompt, first_token=token, completion=completion)
         for prompt, token, completion in zip(prompts, first_tokens, completions, strict=True)
     )
-    known = [one for one in answered if is_right(one.text, one.label, one.completion)]
+    known = [prompt for prompt in answered if is_right(prompt.text, prompt.label, prompt.completion)]
     counts = Counter(prompt.entity for prompt in known)  # keeps the order of first appearance
     kept = set(sorted(counts, key=counts.__getitem__, reverse=True)[:top_entities])
     return [prompt for prompt in known if prompt.entity in kept]
@@ -141,12 +139,12 @@ FACTS = {
 
 
 def load_identifiers() -> list[EntityClass]:
-    """The identifiers that the installed library uses most."""
+    """The identifiers that the standard library uses most."""
     return [count_identifiers([text for _, text in stdlib_documents()])]
 
 
 def count_identifiers(texts: Iterable[str]) -> EntityClass:
-    """The most frequent identifiers of each attribute; many have one attribute alone."""
+    """The most frequent identifiers of each attribute; many have only one of the two."""
     facts: dict[str, dict[str, str]] = defaultdict(dict)
     for attribute, pattern in FACTS.items():
         for name, label in _favourites(texts, pattern):
@@ -155,7 +153,7 @@ def count_identifiers(texts: Iterable[str]) -> EntityClass:
 
 
 def _favourites(texts: Iterable[str], pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-    """The 60 most frequent names, each with what most often follows it, five times or more; the first seen on a tie."""
+    """The 60 most frequent names, each with what follows it most often, at least five times; in a tie, the first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for text in texts:
         for name, label in pattern.findall(text):
@@ -174,7 +172,7 @@ class Pair:
 
     @property
     def label(self) -> str:
-        """What the answer to the base must be once the source's latents are put in."""
+        """The right answer to the base once the source's latents are swapped in."""
         return self.source.label if self.is_cause else self.base.label
 
     @property
@@ -190,14 +188,14 @@ def require_labels(prompts: Sequence[Prompt], attributes: Sequence[str]) -> None
         if len(labels) < 2:
             raise NotApplicable(
                 f"RAVEL: the model answers prompts about {attribute!r} with {len(labels)} different labels, "
-                "but swapping needs two. A larger model knows more"
+                "but swapping needs two: a larger model knows more"
             )
 
 
 def draw_pairs(
     prompts: Sequence[Prompt], cause: str, others: Sequence[str], number: int, draw: random.Random
 ) -> list[Pair]:
-    """As many pairs for isolation as for cause, in random order; draws are made in SAEBench's order."""
+    """At most as many pairs for isolation as for cause, in random order; draws are made in SAEBench's order."""
     cause_pairs = _pairs(prompts, cause, number, draw, is_cause=True)
     isolation_pairs = [pair for other in others for pair in _pairs(prompts, other, number, draw, is_cause=False)]
     draw.shuffle(isolation_pairs)
@@ -209,7 +207,7 @@ def draw_pairs(
 def _pairs(
     prompts: Sequence[Prompt], attribute: str, number: int, draw: random.Random, *, is_cause: bool
 ) -> list[Pair]:
-    """Bases drawn without repetition (all of them if there are fewer), each with any source of another label."""
+    """Bases drawn without repetition (all if there are fewer), each with a random source of another label."""
     asking = [prompt for prompt in prompts if prompt.attribute == attribute]
     sources = {label: [one for one in asking if one.label != label] for label in {prompt.label for prompt in asking}}
     bases = asking if len(asking) < number else draw.sample(asking, number)

@@ -1,8 +1,8 @@
 """Learning which latents to swap (MDBM), and swapping them, all SAEs on the same pairs; the model runs once for all.
 
 The base's codes are mixed with the source's: (1 - m) f_base + m f_source, m = sigmoid(mask / T). T falls on a log
-scale from 1 to 1e-4, so that soft mixing becomes a choice; afterwards a latent is swapped where its mask is above
-zero. The mixed codes are decoded in place of the residual: the SAE's error is not added back.
+scale from 1 to 1e-4, so that soft mixing hardens into a choice; afterwards latents with a positive mask are swapped.
+The decoded mixture replaces the residual: the SAE's error is not added back.
 
 W pairs of a batch, T tokens, D width, F latents, V vocabulary. Bases are padded on the left, so that all answers come
 at the end.
@@ -26,7 +26,7 @@ from .prompts_and_pairs import Pair, Prompt
 
 
 def temperatures(steps: int, dtype: torch.dtype) -> list[float]:
-    """One for each step, from 1 to 1e-4; rounded to the model's dtype, as SAEBench does."""
+    """One for each step, from 1 to 1e-4; rounded to the model's dtype, as in SAEBench."""
     return torch.logspace(0, -4, steps, dtype=dtype).tolist()
 
 
@@ -49,8 +49,8 @@ class LatentMask:
         temperature: float,
         predict: Callable[[Tensor], Tensor],
     ) -> None:
-        """One step on codes at the entities of a batch, and the token that each pair should produce; `predict` maps
-        mixed codes [B, F] to logits [B, V]."""
+        """One step on a batch: codes at the entities, and the token that each pair should produce. `predict` maps mixed
+        codes [B, F] to logits [B, V]."""
         with torch.enable_grad():
             share_F = torch.sigmoid(self.values / temperature)
             logits_BV = predict(mixed(base_BF, source_BF, share_F))
@@ -85,7 +85,7 @@ class PairBatch:
 
 
 class Swapper:
-    """Prompts that the model knows, read once for all SAEs."""
+    """Swaps latents between prompts, which are read once for all SAEs."""
 
     def __init__(self, reader: Reader, prompts: Sequence[Prompt], advance: Advance) -> None:
         self.model: LanguageModel = reader.model
@@ -97,7 +97,7 @@ class Swapper:
     def learn(
         self, pairs: Sequence[Pair], epochs: int, lr: float, batch_size: int, advance: Advance
     ) -> dict[LoadedSae, Tensor]:
-        """For each SAE the latents that are swapped: float [F], 0 or 1."""
+        """For each SAE the latents to swap: float [F], 0 or 1."""
         batches = list(self.batches(pairs, batch_size))
         masks = {subject: LatentMask(subject.width, lr, self.model.device) for subject in self.subjects}
         schedule = iter(temperatures(epochs * len(batches), self.model.dtype))
@@ -112,20 +112,20 @@ class Swapper:
     ) -> tuple[list[Pair], dict[LoadedSae, list[str]]]:
         """The pairs that fill batches, and the model's answer to each when an SAE's latents are swapped."""
         judged: list[Pair] = []
-        said: dict[LoadedSae, list[str]] = {subject: [] for subject in self.subjects}
+        answers: dict[LoadedSae, list[str]] = {subject: [] for subject in self.subjects}
         for batch in self.batches(pairs, batch_size):
             judged += batch.pairs
             for subject, share_F in chosen.items():
-                said[subject] += self._say(batch, subject, share_F, count)
+                answers[subject] += self._answers(batch, subject, share_F, count)
             advance(len(batch.pairs))
-        return judged, said
+        return judged, answers
 
     def batches(self, pairs: Sequence[Pair], size: int) -> Iterator[PairBatch]:
         """Whole batches only: pairs that do not fill one are left out, as in SAEBench."""
         if len(pairs) < size:
             raise NotApplicable(
-                f"RAVEL: {len(pairs)} pairs of prompts that the model answers do not fill one batch of {size}. "
-                "A larger model answers more, or lower it with --set ravel.llm_batch_size=N"
+                f"RAVEL: {len(pairs)} pairs of prompts that the model answers do not fill one batch of {size}: use a "
+                "larger model, which answers more, or a smaller batch with --set ravel.llm_batch_size=N"
             )
         for start in range(0, len(pairs) - size + 1, size):
             yield self._batch(pairs[start : start + size])
@@ -152,7 +152,7 @@ class Swapper:
 
             mask.step(*self._codes(subject, batch), batch.targets, temperature, predict)
 
-    def _say(self, batch: PairBatch, subject: LoadedSae, share_F: Tensor, count: int) -> list[str]:
+    def _answers(self, batch: PairBatch, subject: LoadedSae, share_F: Tensor, count: int) -> list[str]:
         x_hat_WD = subject.sae.decode(mixed(*self._codes(subject, batch), share_F))
         splice = {subject.layer: lambda resid_WTD: batch.replaced(resid_WTD, x_hat_WD)}
         return decoded(self.model, self.model.complete(batch.tokens, count, batch.valid, splice))
@@ -165,17 +165,17 @@ def complete(
     model: LanguageModel, prompts: Sequence[Prompt], count: int, batch_size: int, advance: Advance
 ) -> tuple[list[int], list[str]]:
     """The undisturbed model's answer to each prompt: its first token, and the text."""
-    first, said = [], []
+    first, answers = [], []
     for start in range(0, len(prompts), batch_size):
         rows = [prompt.tokens for prompt in prompts[start : start + batch_size]]
         tokens, valid = make_rows(model, rows, max(map(len, rows)), "left")
         new = model.complete(tokens.to(model.device), count, valid.to(model.device))
         first += new[:, 0].tolist()
-        said += decoded(model, new)
+        answers += decoded(model, new)
         advance(len(rows))
-    return first, said
+    return first, answers
 
 
 def decoded(model: LanguageModel, tokens_WC: Tensor) -> list[str]:
-    """As text, special tokens written out."""
+    """Tokens as text, including special ones."""
     return model.tokenizer.backend.decode_batch(tokens_WC.tolist(), skip_special_tokens=False)

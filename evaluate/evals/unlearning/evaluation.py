@@ -1,12 +1,12 @@
-"""unlearning: clamp the latents of a topic, and see whether the topic is forgotten and the rest is not.
+"""unlearning: clamp a topic's latents, and see whether the topic is forgotten and the rest is not.
 
-1. How often does each latent fire on the text to forget, and on the text to retain?
+1. Measure how often each latent fires on the text to forget, and on the text to retain.
 2. Rank the latents that fire on the first and hardly on the second.
 3. For each threshold, number of latents and multiplier: clamp, and mark both exams.
 4. The score is 1 minus the lowest accuracy on the topic among interventions that keep 99 % of the rest.
 
-SAEBench's material is WMDP's biology on gemma-2-2b-it; the pocket model forgets a package of the standard
-library. The score is 0 if nothing was forgotten, and 1 if all of it was.
+SAEBench's material is WMDP's biology on gemma-2-2b-it; the pocket model forgets a package of the standard library. The
+score is 0 if nothing was forgotten, and 1 if everything was.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
 from .interventions import Outcome, SharedPasses, Sweep, make_settings, remembered_questions, unlearning_score, why_zero
-from .texts_and_exams import WIKITEXT, Material, home_of, load_topic, load_wmdp
+from .texts_and_exams import WIKITEXT, Material, data_set_of, load_topic, load_wmdp
 
 WMDP, STDLIB = "wmdp", "stdlib"
 OF_DATA = {WMDP: ("model", "forget_corpus", "dataset_names", "dataset_size", "seq_len"), STDLIB: ("topic",)}
-"""Settings that only one kind of data has."""
+"""Settings that apply to only one kind of data."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Config:
     data: Literal["auto", "wmdp", "stdlib"] = "auto"
     """auto: the standard library for the pocket model, WMDP for all others."""
     model: str = "google/gemma-2-2b-it"
-    """The model that is asked WMDP's questions."""
+    """The model that answers WMDP's questions."""
     forget_corpus: str = "data/bio-forget-corpus.jsonl"
     topic: str = "asyncio"
     """The package of the standard library to forget."""
     cache: str = "~/.cache/saemill/unlearning"
-    """Where the questions that a model knows are cached."""
+    """Where the questions that a model can answer are cached."""
     random_seed: int = 42
     dataset_names: tuple[str, ...] = (
         "wmdp-bio",
@@ -83,21 +83,21 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         forget, retain = (passes.firing_shares(each, advance) for each in rows)
     settings = {subject: make_settings(forget[subject], retain[subject], sweep) for subject in fitting}
     with context.watch.stage("unlearning: exams", sum(map(len, exams)), "questions") as advance:
-        outcomes = passes.sit(exams, settings, advance)
+        outcomes = passes.take_exams(exams, settings, advance)
     for subject in fitting:
         yield make_result(subject, outcomes[subject], material, exams, config)
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
-    """The revision of this Python's text, or of WMDP's material apart from the corpus, which is given out as a file."""
+    """The revision of this Python's text, or of WMDP's material except the corpus, which is a local file."""
     if context.takes_library(config.data):
         return library_revision()
-    return commits_of(dict.fromkeys((WIKITEXT, *map(home_of, config.dataset_names))))
+    return commits_of(dict.fromkeys((WIKITEXT, *map(data_set_of, config.dataset_names))))
 
 
 def load_material(context: Context, config: Config) -> Material:
     is_stdlib = context.takes_library(config.data)
-    require_its_own(config, is_stdlib)
+    require_applicable(config, is_stdlib)
     if is_stdlib:
         return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
@@ -112,23 +112,23 @@ def load_material(context: Context, config: Config) -> Material:
     )
 
 
-def require_its_own(config: Config, is_stdlib: bool) -> None:
-    """Refuse settings that do not apply to the data in use: the result would record them."""
-    mine, other = (STDLIB, WMDP) if is_stdlib else (WMDP, STDLIB)
+def require_applicable(config: Config, is_stdlib: bool) -> None:
+    """Refuse settings that do not apply to the data in use, since the result would record them."""
+    used, other = (STDLIB, WMDP) if is_stdlib else (WMDP, STDLIB)
     given = [f"unlearning.{name}" for name in OF_DATA[other] if getattr(config, name) != getattr(Config(), name)]
     if given:
         raise SettingInvalid(
-            f"{', '.join(given)}: only for the data {other}, but the data here are {mine} "
-            f"(unlearning.data={config.data}). Leave it out, or ask for --set unlearning.data={other}"
+            f"{', '.join(given)}: only for the data {other}, but the data here are {used} "
+            f"(unlearning.data={config.data}): leave it out, or use --set unlearning.data={other}"
         )
 
 
 def set_exams(material: Material, config: Config) -> list[Exam]:
-    """The questions of each paper that the undisturbed model answers right."""
+    """The questions of each paper that the undisturbed model answers correctly."""
     exams = [paper.exam(remembered_questions(material.model, paper, config.cache)) for paper in material.papers]
     for papers, kind in ((material.forget, "to forget"), (material.retain, "to retain")):
         if not any(len(exam) for exam in exams if exam.name in {paper.name for paper in papers}):
-            raise NotApplicable(f"the model answers no question about what it is {kind}: there is nothing to measure")
+            raise NotApplicable(f"the model answers no question on the text {kind} correctly: nothing can be measured")
     return exams
 
 
@@ -156,7 +156,7 @@ def make_result(
 
 
 def settings_by_saebench(config: Config, material: Material) -> dict[str, Any]:
-    """What was done, under SAEBench's keys: the sizes are those of the rows that were read."""
+    """The settings that were used, under SAEBench's keys; sizes are those of the rows that were read."""
     sweep = config.sweep(material.sweep)
     return {
         "random_seed": config.random_seed,
@@ -182,5 +182,6 @@ EVALUATION = Evaluation(
     summary=("unlearning.unlearning_score",),
     least={"n_features_list": 1, "dataset_size": 1, "seq_len": 2, "llm_batch_size": 1},
     data_revision=data_revision,
-    revision=3,  # college_biology is not retained; 2: top-k SAEs with decoder rows of any length count as of length one
+    # 2: top-k SAEs with decoder rows of any length count as if these had length one; 3: college_biology is not retained
+    revision=3,
 )

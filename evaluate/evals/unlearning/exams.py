@@ -1,13 +1,13 @@
 """Exams and their papers: a paper has all its questions, and sets an exam of those that the model can answer.
 
-A question counts only if the model answers it right undisturbed. Multiple choice must be answered right with
-its choices in every order; the exam then has them as they are written. Plain text asks each token once.
+A question counts only if the undisturbed model answers it correctly. For multiple choice it must do so with the choices
+in every order; the exam then has them as they are written. Plain text asks for each token once.
 
-An exam is positions in rows of tokens where the model must choose, and the right choices.
+An exam consists of rows of tokens, the positions where the model must choose, and the right choices.
 
-N questions, W rows, T tokens, V vocabulary. A question is one position of one row; the model's logits
-there decide. Two kinds: letters of multiple choice (`letters_chosen`), and the next token of plain text
-(`most_likely`), which a model without instruction tuning can be asked too.
+N questions, W rows, T tokens, V vocabulary. A question is one position of one row, and the model's logits there decide.
+There are two kinds: letters of multiple choice (`letters_chosen`), and the next token of plain text (`most_likely`),
+which also works for a model without instruction tuning.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Exam:
 
     @property
     def longest(self) -> int:
-        """The most tokens that a row of it has."""
+        """The length of its longest row, in tokens."""
         return max((sheet.tokens.shape[1] for sheet in self.sheets), default=0)
 
     def only(self, chosen: Sequence[Tensor]) -> Exam:
@@ -81,7 +81,7 @@ class Exam:
 def letters_chosen(letter_tokens: Tensor, dtype: torch.dtype) -> Choose:
     """The letter with the highest probability in any of its spellings: `letter_tokens` is [spellings, letters].
 
-    Probabilities are taken in the model's dtype, as SAEBench does: in bfloat16 they can tie, and the first wins.
+    As in SAEBench, probabilities are in the model's dtype: in bfloat16 they can tie, and the first letter wins.
     """
 
     def choose(logits_NV: Tensor) -> Tensor:
@@ -143,11 +143,11 @@ class ChoicePaper:
     """How often the trial asks each question."""
 
     def trial(self) -> Exam:
-        """All questions, each in all its orders in turn."""
+        """All questions, each in every order in turn."""
         return self._exam(self.questions, ALL_ORDERS)
 
     def exam(self, numbers: Sequence[int]) -> Exam:
-        """The questions of these numbers, once each."""
+        """The questions with these numbers, once each."""
         return self._exam([self.questions[number] for number in numbers], (AS_WRITTEN,))
 
     def _exam(self, questions: Sequence[Question], orders: Sequence[Sequence[int]]) -> Exam:
@@ -188,7 +188,7 @@ def letter_tokens(model: LanguageModel) -> Tensor:
     ids = [model.tokenizer.encode(letters) for letters in spelled]
     if any(len(token) != 1 for letters in ids for token in letters):
         raise DataMissing(
-            "this tokenizer splits the letters A to D: multiple choice needs one token for each. Give "
+            "this tokenizer splits the letters A to D, but multiple choice needs one token for each: use "
             "--set unlearning.data=stdlib, or another model"
         )
     return torch.tensor(ids, device=model.device)[..., 0]

@@ -1,16 +1,16 @@
-"""Interventions: which latents belong to the topic, the sweep over settings, and how exams go under each.
+"""Interventions: which latents belong to the topic, the sweep over settings, and the results of exams under each.
 
-All SAEs share two passes over the model: how latents fire, and the exams.
+All SAEs share two passes of the model: one for how latents fire, and the exams.
 
-The intervention: firing latents of the topic are set to a negative value. SAEBench decodes codes twice, as they are
-(f) and clamped (f'), and keeps the error of the first: x' = decode(f') + x - decode(f). A decoder is linear, so this
-is x + (f' - f) W_dec, and only the K clamped latents differ. Decoder rows are scaled to length one, and codes with
-them. Position 0 (BOS) is encoded as zeros in both, so it stays as it is.
+The intervention sets firing latents of the topic to a negative value. SAEBench decodes codes twice, as they are (f) and
+clamped (f'), and keeps the error of the first: x' = decode(f') + x - decode(f). A decoder is linear, so this is
+x + (f' - f) W_dec, and only the K clamped latents differ. Decoder rows are scaled to length one, and codes with them.
+Position 0 (BOS) is encoded as zeros in both, so it stays as it is.
 
 W rows, T tokens, D width, F latents, K clamped latents, N questions.
 
-Which questions a model answers right undisturbed is cached between runs: 24 orders of every question take longer
-than all SAEs.
+The questions that an undisturbed model answers correctly are cached between runs, because 24 orders of every question
+take longer than all SAEs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .exams import ChoicePaper, Choose, Exam, Paper, Sheet
 
 @dataclass(frozen=True)
 class Sweep:
-    """The interventions that are tried: every combination."""
+    """The interventions to try: every combination of these."""
 
     retain_thresholds: tuple[float, ...] = (0.001, 0.01)
     num_latents: tuple[int, ...] = (10, 20)
@@ -57,13 +57,13 @@ class Setting:
 
     @property
     def essence(self) -> tuple[object, ...]:
-        """What it does, whatever chose it; without latents every multiplier does the same, nothing."""
+        """What it does, however it was chosen; without latents every multiplier does nothing."""
         return (self.latents, self.multiplier) if self.latents else ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Right answers under a setting, by exam: (right, asked)."""
+    """Answers under a setting, by exam: (right, asked)."""
 
     setting: Setting
     right: Mapping[str, tuple[int, int]]
@@ -91,7 +91,7 @@ def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> l
 
 
 KEPT = 0.99
-"""Of the rest, so that an intervention counts."""
+"""Share of the rest that an intervention must keep to count."""
 
 
 def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain: Sequence[str]) -> float:
@@ -100,7 +100,7 @@ def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain:
 
 
 def why_zero(outcomes: Sequence[Outcome], retain: Sequence[str]) -> str | None:
-    """Why the score is 0 whatever the interventions did to the topic, if it is."""
+    """Why the score is 0 whatever the interventions did to the topic; None if it is not."""
     clamping = [outcome for outcome in outcomes if outcome.setting.latents]
     if not clamping:
         return "0 because no latent fires on the text to forget and rarely enough on the text to retain"
@@ -110,21 +110,18 @@ def why_zero(outcomes: Sequence[Outcome], retain: Sequence[str]) -> str | None:
 
 
 def topic_latents(forget_F: np.ndarray, retain_F: np.ndarray, retain_threshold: float) -> np.ndarray:
-    """Latents by descending share on the forget text, without those that fire on the retain text too.
-
-    Latents that fire on at least `retain_threshold` of the retain tokens, or never on the forget text,
-    are left out. Among equal shares the higher index comes first: an ascending stable sort, reversed.
-    """
+    """Latents by descending share on the forget text, without those that never fire there or fire on at least
+    `retain_threshold` of the retain tokens. Among equal shares the higher index comes first, as in SAEBench."""
     scores = np.where(retain_F >= retain_threshold, 0.0, forget_F)
     rising = scores.argsort(kind="stable")
     return rising[::-1][: np.count_nonzero(scores)]
 
 
 CHUNK = 256
-"""Questions whose logits are held at once."""
+"""Questions whose logits are in memory at once."""
 Advance = Callable[[int], None]
 Answered = tuple[LoadedSae, str, tuple[object, ...]]
-"""Whose answers were right, in which exam, under which intervention."""
+"""An SAE, the name of an exam, and the essence of a setting."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +137,8 @@ class FiringCounts(Sums):
     def shares(self) -> np.ndarray:
         """float64 [F]: the share of tokens on which each latent fires, to six decimals.
 
-        SAEBench passes these numbers through a text file with six decimals. That makes ties, and
-        zeros of latents that fire less than once in two million tokens.
+        SAEBench passes these numbers through a text file with six decimals. That creates ties, and turns latents that
+        fire less than once in two million tokens into zeros.
         """
         shares = (self.fired.to(torch.float32) / self.tokens).tolist()
         return np.array([float(f"{share:f}") for share in shares])
@@ -149,7 +146,7 @@ class FiringCounts(Sums):
 
 @dataclass(frozen=True, eq=False)
 class SharedPasses:
-    """SAEs on one model. Rows run in smaller batches if memory runs out."""
+    """Passes of one model that all SAEs share. Rows run in smaller batches if memory runs out."""
 
     model: LanguageModel
     subjects: Sequence[LoadedSae]
@@ -169,7 +166,7 @@ class SharedPasses:
         totals = [reduce(add, counts) for counts in zip(*parts, strict=True)]
         return {subject: total.shares() for subject, total in zip(self.subjects, totals, strict=True)}
 
-    def sit(
+    def take_exams(
         self, exams: Sequence[Exam], settings: Mapping[LoadedSae, Sequence[Setting]], advance: Advance
     ) -> dict[LoadedSae, list[Outcome]]:
         """Every exam under every setting of every SAE; the layers below an SAE run once for all of them."""
@@ -193,16 +190,16 @@ class SharedPasses:
     def _answer_part(
         self, exam: Exam, sheet: Sheet, settings: Mapping[LoadedSae, Sequence[Setting]], start: int, stop: int
     ) -> dict[Answered, int]:
-        """The numbers of one part, to be added when it is done: it is tried again if memory runs out."""
+        """The right answers of one part, which is tried again in smaller ones if memory runs out."""
         part, right = sheet.part(start, stop), dict[Answered, int]()
         if not len(part):
             return right
         last = part.tokens.new_zeros(len(part.tokens)).scatter_reduce_(0, part.rows, part.positions, "amax")
-        valid_WT = torch.arange(part.tokens.shape[1], device=last.device) <= last[:, None]  # no more is asked after it
+        valid_WT = torch.arange(part.tokens.shape[1], device=last.device) <= last[:, None]  # nothing is asked after it
         batch = self._run(part.tokens, valid_WT)
         for subject in self.subjects:
             acts_WTF, resid_WTD = subject.encode(batch), batch.resid[subject.layer]
-            distinct = {setting.essence: setting for setting in settings[subject]}  # many choose the same latents
+            distinct = {setting.essence: setting for setting in settings[subject]}  # many have the same latents
             for essence, setting in distinct.items():
                 latents = list(setting.latents)
                 shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
@@ -214,8 +211,8 @@ class SharedPasses:
 
 
 def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor:
-    """What clamping adds to the residual: [W, T, D]. Each latent then writes -multiplier times its row's direction,
-    whatever its scale."""
+    """What clamping adds to the residual: [W, T, D]. Each latent then writes -multiplier times its row's direction, at
+    any scale of the row."""
     fires, lengths_K = acts_WTK > 0, row_lengths(W_dec_KD)
     fires[:, 0] = False
     change_WTK = torch.where(fires, -multiplier - acts_WTK * lengths_K, torch.zeros_like(acts_WTK))
@@ -223,23 +220,22 @@ def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor
 
 
 def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:
-    """bool [N]: the model's choice at each question is the right one."""
+    """bool [N]: whether the model chooses correctly at each question."""
     asked = hidden_WTD[sheet.rows, sheet.positions].split(CHUNK)
     chosen = torch.cat([choose(model.head(rows)) for rows in asked])
     return chosen == sheet.answers
 
 
 def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
-    """The numbers of the questions that the undisturbed model answers right in every order."""
+    """The numbers of the questions that the undisturbed model answers correctly in every order."""
     exam = paper.trial()
     sheets = (sheet.to(model.device) for sheet in exam.sheets)
-    answers = [right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose).cpu() for sheet in sheets]
-    right = torch.cat(answers)
-    return right.view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
+    right = [right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose).cpu() for sheet in sheets]
+    return torch.cat(right).view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
 
 
 def remembered_questions(model: LanguageModel, paper: Paper, folder: str | Path) -> list[int]:
-    """The numbers of the questions that the model knows; for multiple choice they are computed at most once."""
+    """The numbers of the questions that the model knows; cached for multiple choice."""
     if not isinstance(paper, ChoicePaper):
         return known_questions(model, paper)
     questions = [(question.prompt(), question.answer) for question in paper.questions]

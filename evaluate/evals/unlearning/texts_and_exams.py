@@ -1,15 +1,15 @@
-"""What an unlearning evaluation is made of: a text to forget, a text to retain, and exams on both.
+"""An unlearning evaluation's material: a text to forget, a text to retain, and exams on both.
 
-`stdlib`, a topic to forget without a download: one package of the standard library, as against all others.
+`stdlib`, a topic to forget without a download: one package of the standard library, against all others.
 
 1. Documents of the topic and documents of the rest are read from this Python's installation.
-2. Every third of each is set aside for the exam: latents are chosen on the others.
+2. Every third document is set aside for the exam; latents are chosen on the others.
 3. The exam asks for next tokens (`TextPaper`), because a small base model answers no questions.
 
 `wmdp`, SAEBench's: biology from WMDP to forget, WikiText and four subjects of MMLU to retain.
 
-The questions are put to an instruction-tuned model of the family the SAE was trained on, in that model's own
-prompt format; only Gemma's is known. The forget corpus is given out on request, as a file.
+The questions are put to an instruction-tuned model of the family that the SAE was trained on, in that model's prompt
+format; only Gemma's is known. The forget corpus is a file that is available on request.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def joined_rows(texts: Sequence[str], encoder: TextEncoder, eos_text: str, bos: 
     ids = [token for chunk in encoder.encode(chunks) for token in (bos, *chunk) if token != pad]
     if len(ids) < length:
         raise DataMissing(
-            f"expected text for at least one row of {length} tokens, found {len(ids)}: give more of it (--set "
-            "unlearning.forget_corpus=FILE, or unlearning.topic=NAME of the standard library), or ask for shorter rows "
-            "of WMDP's (unlearning.seq_len=N)"
+            f"expected text for at least one row of {length} tokens, found {len(ids)}: give more text (--set "
+            "unlearning.forget_corpus=FILE, or unlearning.topic=NAME of the standard library), or for WMDP ask for "
+            "shorter rows (unlearning.seq_len=N)"
         )
     rows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
     rows[:, 0] = bos
@@ -68,15 +68,15 @@ def eos_text(model: LanguageModel) -> str:
     """How EOS is written in text."""
     if model.eos is None:
         raise DataMissing(
-            "the model's tokenizer has no EOS token, which this evaluation puts between documents: give a "
-            "model whose tokenizer has one"
+            "the model's tokenizer has no EOS token, which this evaluation puts between documents: use a model "
+            "whose tokenizer has one"
         )
     return model.tokenizer.backend.id_to_token(model.eos)
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """Texts as rows of tokens, and papers; the model that is asked may differ from the store's."""
+    """Texts as rows of tokens, papers, and the model that is asked, which may differ from the store's."""
 
     name: str
     model_name: str
@@ -86,13 +86,13 @@ class Material:
     forget: Sequence[Paper]
     retain: Sequence[Paper]
     sweep: Sweep
-    """What is tried unless the settings say otherwise."""
-    beside: Sequence[Paper] = ()
-    """Reported, but neither to be forgotten nor to be retained."""
+    """Tried unless the settings say otherwise."""
+    only_reported: Sequence[Paper] = ()
+    """Neither to be forgotten nor to be retained."""
 
     @property
     def papers(self) -> tuple[Paper, ...]:
-        return (*self.forget, *self.retain, *self.beside)
+        return (*self.forget, *self.retain, *self.only_reported)
 
 
 TEXT_ROWS, EXAM_ROWS = 48, 24
@@ -101,8 +101,8 @@ TEXTS = 120
 """The most documents of each kind that are read."""
 EXAM_SHARE = 3
 SWEEP = Sweep(retain_thresholds=(0.01, 0.05), num_latents=(5, 20), multipliers=(1, 2, 5, 10))
-"""Gentler than SAEBench's, whose multipliers are made for the residuals of Gemma-2-2b, and laxer about text that is
-not the topic's: all of the library is code."""
+"""Gentler than SAEBench's, whose multipliers suit the residuals of Gemma-2-2b, and laxer about text outside the topic,
+because the whole library is code."""
 BATCH_ROWS = 8
 
 
@@ -114,7 +114,7 @@ def load_topic(model: LanguageModel, model_name: str, topic: str, seed: int) -> 
     if len(inside) < 2 * EXAM_SHARE:
         raise DataMissing(
             f"expected a package of the standard library with at least {2 * EXAM_SHARE} files, found {len(inside)} "
-            f"under {topic!r}: give another with --set unlearning.topic=NAME, for example asyncio, email or xml"
+            f"under {topic!r}: choose another with --set unlearning.topic=NAME, for example asyncio, email or xml"
         )
     return make_material(model, model_name, inside, outside, topic, seed)
 
@@ -147,7 +147,7 @@ def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: to
 
 WIKITEXT = "Salesforce/wikitext"
 FORGET_EXAM = "wmdp-bio"
-BESIDE = "college_biology"
+ONLY_REPORTED = "college_biology"
 """Close to the topic: as in SAEBench, it does not have to be retained."""
 MIN_CHARACTERS = 50
 
@@ -155,11 +155,11 @@ MIN_CHARACTERS = 50
 def load_wmdp(
     context: Context, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
 ) -> Material:
-    """All of WMDP's material; what needs no download is read first, so that a missing file is reported at once."""
-    if FORGET_EXAM not in names or not set(names) - {FORGET_EXAM, BESIDE}:
+    """All of WMDP's material; the local file is read first, so that its absence is reported before any download."""
+    if FORGET_EXAM not in names or not set(names) - {FORGET_EXAM, ONLY_REPORTED}:
         raise SettingInvalid(
-            f"unlearning.dataset_names: expected {FORGET_EXAM}, which is to be forgotten, and subjects of MMLU to be "
-            f"retained ({BESIDE} is not one of them), found {', '.join(names) or 'none'}"
+            f"unlearning.dataset_names: expected {FORGET_EXAM} to forget and subjects of MMLU to retain "
+            f"({ONLY_REPORTED} is not one of them), found {', '.join(names) or 'none'}"
         )
     forget_texts = read_corpus(Path(os.path.expanduser(corpus)))
     retain_texts = [row["text"] for row in load_rows(WIKITEXT, "wikitext-2-raw-v1", "test")]
@@ -171,17 +171,17 @@ def load_wmdp(
     forget_rows, retain_rows = (_rows(model, texts, length, generator)[:size] for texts in both)
     papers = [ChoicePaper(name, asked, model, batch) for name, asked in questions.items()]
     forget = [paper for paper in papers if paper.name == FORGET_EXAM]
-    beside = [paper for paper in papers if paper.name == BESIDE]
-    retain = [paper for paper in papers if paper.name not in (FORGET_EXAM, BESIDE)]
-    return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep(), beside)
+    reported = [paper for paper in papers if paper.name == ONLY_REPORTED]
+    retain = [paper for paper in papers if paper.name not in (FORGET_EXAM, ONLY_REPORTED)]
+    return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep(), reported)
 
 
 def read_corpus(file: Path) -> list[str]:
     """The texts of the forget corpus: a JSON object with `text` on each line."""
     if not file.is_file():
         raise DataMissing(
-            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl with the form that "
-            "https://huggingface.co/datasets/cais/wmdp-corpora names, and give its path with --set "
+            f"there is no forget corpus at {file}: request bio-forget-corpus.jsonl with the form on "
+            "https://huggingface.co/datasets/cais/wmdp-corpora, and give its path with --set "
             "unlearning.forget_corpus=FILE"
         )
     try:
@@ -192,29 +192,29 @@ def read_corpus(file: Path) -> list[str]:
     long_enough = [text for text in texts if len(text) > MIN_CHARACTERS]
     if not long_enough:
         raise DataMissing(
-            f"{file}: expected texts of more than {MIN_CHARACTERS} characters, found {len(texts)} texts, none so "
+            f"{file}: expected texts of more than {MIN_CHARACTERS} characters, found {len(texts)} texts, none that "
             "long: give the whole corpus with --set unlearning.forget_corpus=FILE"
         )
     return long_enough
 
 
-def home_of(name: str) -> str:
-    """The data set on the hub that has the questions of an exam."""
+def data_set_of(name: str) -> str:
+    """The data set on the hub with the questions of an exam."""
     return "cais/wmdp" if name == FORGET_EXAM else "cais/mmlu"
 
 
 def read_questions(name: str) -> list[Question]:
     """The test questions of WMDP, or of a subject of MMLU."""
-    rows = load_rows(home_of(name), name, "test")
+    rows = load_rows(data_set_of(name), name, "test")
     subject = "biology" if name == FORGET_EXAM else name.replace("_", " ")
     return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
 
 
 def load_instructed(context: Context, name: str) -> LanguageModel:
-    """The instruction-tuned model: the SAE reads it although it was trained on the base model."""
+    """The instruction-tuned model, which SAEs read although they were trained on the base model."""
     if "gemma" not in name.lower() or "it" not in name.lower().split("/")[-1].split("-"):
         raise NotApplicable(
-            f"{name} is not an instruction-tuned Gemma: SAEBench has no other prompt format. Give "
+            f"{name} is not an instruction-tuned Gemma, and SAEBench has no other prompt format: use "
             "--set unlearning.model=google/gemma-2-2b-it, or --set unlearning.data=stdlib for any model"
         )
     source = find_model(None, name)

@@ -1,5 +1,5 @@
-// The latent browser. Data come as scripts that call saemill(name, value), because a page opened from disk may add
-// scripts and may read nothing else. Text of the corpus only ever becomes text nodes: nothing here parses markup.
+// The latent browser. Data arrive as scripts that call saemill(name, value), because a page opened from disk may load
+// scripts and nothing else. Corpus text only ever becomes text nodes: nothing here parses markup.
 "use strict";
 
 // ---------------------------------------------------------------- data
@@ -20,8 +20,8 @@ function load(name, fresh = false) {
       const script = document.createElement("script");
       const path = name.split("/").map(encodeURIComponent).join("/");
       script.src = `data/${path}.js?${fresh ? Date.now() : BUILD}`;
-      script.onload = () => { script.remove(); reject(new Error(`data/${name}.js has no data: make the browser again`)); };
-      script.onerror = () => { script.remove(); arrived.delete(name); reject(new Error(`data/${name}.js is missing: make the browser again`)); };
+      script.onload = () => { script.remove(); reject(new Error(`data/${name}.js has no data: rebuild the browser`)); };
+      script.onerror = () => { script.remove(); arrived.delete(name); reject(new Error(`data/${name}.js is missing: rebuild the browser`)); };
       document.head.append(script);
     });
     arrived.set(name, entry);
@@ -57,16 +57,16 @@ const starts = (counts) => {
 
 // ---------------------------------------------------------------- tokens
 
-// Alone, a token's spaces are seen: one in front stays one, more are counted.
-const spaced = (text) => (text.trim() === "" && text.length < 3 ? text.replaceAll(" ", "\u2423") : text.replace(/ {2,}/g, (run_) => `\u2423\u00d7${run_.length}`)) || "\u2205";
+// A token shown on its own: blank text becomes visible, and runs of spaces are counted.
+const spaced = (text) => (text.trim() === "" && text.length < 3 ? text.replaceAll(" ", "\u2423") : text.replace(/ {2,}/g, (spaces) => `\u2423\u00d7${spaces.length}`)) || "\u2205";
 const chip = (token) => h("bdi", { class: "token" }, token < 0 ? "\u2013" : spaced(brief(texts[token], 40)));
 
-// ---------------------------------------------------------------- what there is
+// ---------------------------------------------------------------- state
 
 let run, texts, lower, numbers;
 const columns = new Map(); // by folder
 const LIST_ROW = 34;
-let MOST_HIGH = 15e6; // pixels of a list: Firefox ends one at 17.9 million, Chromium at 33.6
+let MOST_HIGH = 15e6; // pixels: Firefox cuts an element off at 17.9 million, Chromium at 33.6
 const state = { sae: null, sort: "number", way: 1, filter: "all", mark: "all", query: "", order: null, latent: null, layer: null, hits: null };
 
 async function columnsOf(sae) {
@@ -89,7 +89,7 @@ async function arraysOf(window_, name, windows, size) {
 const textOf = (window_) => arraysOf(window_, "text", run.text_windows, run.context);
 const attentionOf = (window_) => arraysOf(window_, "attention", run.attention_windows, run.context * run.attention_layers.length * run.attended);
 function attendedFrom(attention, at, layer) {
-  // Earlier positions and weights; layer null: the strongest of all layers.
+  // Earlier positions and their weights; for layer null, the strongest weight in any layer.
   const { attention_layers: layers, attended: keys, levels } = run;
   const found = new Map();
   layers.forEach((name, place) => {
@@ -105,11 +105,11 @@ function attendedFrom(attention, at, layer) {
 
 // ---------------------------------------------------------------- notes
 
-// By weights: another SAE may later have the same label, and its latents are different.
+// By weights: another SAE may later get the same label, and its latents are different.
 const KEY = (sae) => `saemill:notes:${sae.sha256}`;
 let notes = Object.create(null), isKept = true; // if not kept, they last as long as this page
 function readNotes() {
-  // Again before each change: another tab may have written.
+  // Also before each change, because another tab may have written.
   if (!isKept) return;
   const found = Object.create(null);
   for (const sae of run.saes) try { found[sae.label] = JSON.parse(localStorage.getItem(KEY(sae)) ?? "{}"); } catch { found[sae.label] = notes[sae.label]; /* what is here stays */ }
@@ -137,7 +137,7 @@ function setNote(label, latent, change) {
 }
 function saveNotes(labels) {
   try { for (const label of labels) localStorage.setItem(KEY(run.saes.find((one) => one.label === label)), JSON.stringify(notes[label] ?? {})); isKept = true; }
-  catch { isKept = false; say("this web browser keeps no data for pages: export notes before you leave"); }
+  catch { isKept = false; say("this web browser stores no data for this page: export your notes before you leave"); }
 }
 let quiet;
 function say(text) {
@@ -150,7 +150,7 @@ function say(text) {
 
 const link = (label, ...rest) => `#/sae/${[label, ...rest].map(encodeURIComponent).join("/")}`;
 
-// What was read for these pages is other text than what was evaluated: its L0 stands in for nobody's, or for everybody's.
+// These pages read other text than evaluations: its L0 is shown for all SAEs, or for none.
 const isOwnL0 = () => !run.saes.some((sae) => numbers.saes?.[sae.label]?.numbers?.l0);
 function facts(sae) {
   const known = numbers.saes?.[sae.label] ?? {};
@@ -162,7 +162,7 @@ function facts(sae) {
 }
 
 let tableSort = ["l0", 1], chosenY, chosenCurve;
-// Of an SAE among all of its run, by which plots and pages colour it.
+// An SAE's place among all of its run, which decides its colour in plots and pages.
 function placeOf(sae) {
   return numbers.saes?.[sae.label]?.place ?? Object.keys(numbers.saes ?? {}).length + run.saes.indexOf(sae);
 }
@@ -190,17 +190,17 @@ function table() {
   rows.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * tableSort[1]);
   const head = (key, text, meaning) => h("th", { scope: "col", title: meaning, "aria-sort": tableSort[0] === key ? (tableSort[1] > 0 ? "ascending" : "descending") : "none" },
     h("button", { type: "button", on: { click: () => { tableSort = [key, tableSort[0] === key ? -tableSort[1] : key === "sae" ? 1 : -1]; renew(); } } }, text));
-  const renew = () => { const fresh = table(); whole_.replaceWith(fresh); fresh.querySelector("th:not([aria-sort=none]) button").focus(); }; // a keyboard goes on where it was
+  const renew = () => { const fresh = table(); card.replaceWith(fresh); fresh.querySelector("th:not([aria-sort=none]) button").focus(); }; // keeps the keyboard's place
   const cell = (key, fact) => {
     const shown = fact?.value ?? null;
     const text = ["alive", "dense"].includes(key) && shown !== null ? share(shown) : key === "width" ? whole(shown) : number(shown, 4);
     return h("td", {}, text, fact?.low !== undefined && fact.low !== null && h("small", { title: "95 % of resamples of documents" }, `${number(fact.low, 3)} to ${number(fact.high, 3)}`));
   };
-  const whole_ = h("section", { class: "card" }, h("div", { class: "wide" }, h("table", { id: "saes" },
+  const card = h("section", { class: "card" }, h("div", { class: "wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, swatch(colourOf(placeOf(row.sae)), dashOf(placeOf(row.sae))), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key]))))))),
-    [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0: of the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
-  return whole_;
+    [...(numbers.notes ?? []), ...(isOwnL0() ? ["L0 is measured on the text that was read for these pages."] : [])].map((note) => h("p", { class: "small quiet" }, note)));
+  return card;
 }
 
 const fidelities = () => (numbers.columns ?? []).filter(([key, , , fidelity]) => fidelity && run.saes.some((sae) => Number.isFinite(facts(sae)[key]?.value)));
@@ -225,7 +225,7 @@ function curvesCard() {
     chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
     const series = run.saes.map((sae) => ({ name: sae.label, colour: colourOf(placeOf(sae)), dash: dashOf(placeOf(sae)), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
     box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training batches"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
-      series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
+      series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no training log."));
   };
   draw();
   return box;
@@ -239,7 +239,7 @@ function densities() {
       bars(counts, { width: 300, height: 70, label: `densities of ${sae.label}`, hot: (place) => 10 ** edges[place] >= sae.dense,
         title: (place) => `${whole(counts[place])} latents fire on ${share(10 ** edges[place])} to ${share(10 ** edges[place + 1])} of tokens`,
         ticks: [-6, -4, -2, 0].map((power) => [(power + 6) * 4, power === 0 ? "all tokens" : `10^${power}`, power === 0 ? "end" : power === -6 ? "start" : "middle"]) }));
-  })), h("p", { class: "small quiet" }, "Latents by the share of tokens they fire on; orange are the dense ones."));
+  })), h("p", { class: "small quiet" }, "Latents by the share of tokens they fire on; dense ones are orange."));
 }
 
 // ---------------------------------------------------------------- list
@@ -250,7 +250,7 @@ async function showSae(label, latent, place) {
   const sae = run.saes.find((one) => one.label === label);
   if (!sae) return showMissing(`There is no SAE ${label} in this run.`);
   const mine = visits;
-  if (state.sae !== sae) state.order = null; // it is of the previous list
+  if (state.sae !== sae) state.order = null; // the previous SAE's
   state.sae = sae;
   const found = await columnsOf(sae);
   if (mine !== visits) return;
@@ -259,7 +259,7 @@ async function showSae(label, latent, place) {
     Object.assign(state, { mark: "all", filter: "all", hits: null, order: null });
     buildList(sae, found);
   }
-  while (!state.order && mine === visits) await arrange(); // again, where the query changed while it was searched for
+  while (!state.order && mine === visits) await arrange(); // again if the query changed during the search
   if (mine !== visits) return;
   split.dataset.shows = latent === null ? "list" : "latent";
   document.title = latent === null ? `${label}: latents` : `${label} ${latent}`;
@@ -305,7 +305,7 @@ function sortBy(key) {
 
 async function arrange() {
   const { sae } = state, found = columns.get(sae.folder), query = state.query.trim();
-  if (!found) return; // it is still read, and arranged then
+  if (!found) return; // still loading, and arranged when it is there
   const hits = query ? await search(sae, found, query) : null;
   if (state.sae !== sae || state.query.trim() !== query || !split?.isConnected) return;
   state.hits = hits;
@@ -348,7 +348,7 @@ function tokenRanks() {
 }
 
 function pace() {
-  // Pixels of the list for each that is scrolled: more than one where it is longer than it may be high.
+  // Pixels of the list per scrolled pixel: more than one if the list is higher than MOST_HIGH.
   const long = state.order.length * LIST_ROW, seen = rows.clientHeight;
   return long > MOST_HIGH ? (long - seen) / (MOST_HIGH - seen) : 1;
 }
@@ -395,7 +395,7 @@ function revealSelected() {
 
 // ---------------------------------------------------------------- search
 
-const BEFORE = 16, AFTER = 8; // tokens of an example that are shown at first
+const BEFORE = 16, AFTER = 8; // tokens shown around an example's own until it is expanded
 
 async function search(sae, found, query) {
   const score = new Float32Array(sae.width), fires = new Uint8Array(sae.width), promotes = new Uint8Array(sae.width), named = new Uint8Array(sae.width);
@@ -420,7 +420,7 @@ async function search(sae, found, query) {
   };
 }
 
-let joined; // for every file of text: its characters and where tokens begin in them
+let joined; // for every file of text: its characters, and where tokens start in them
 async function allTexts() {
   if (!joined) {
     const total = Object.values(run.windows).reduce((a, b) => a + b, 0);
@@ -430,7 +430,7 @@ async function allTexts() {
       const begins = new Uint32Array(tokens.length), parts = new Array(tokens.length);
       let place = 0;
       for (let i = 0; i < tokens.length; i++) {
-        if (i % run.context === 0) place += 1; // windows are separated by a character that no query has
+        if (i % run.context === 0) place += 1; // windows are separated by a character that no query contains
         begins[i] = place;
         parts[i] = (i % run.context === 0 ? "\u0000" : "") + lower[tokens[i]];
         place += lower[tokens[i]].length;
@@ -465,7 +465,7 @@ async function searchTexts(sae, wanted) {
 // ---------------------------------------------------------------- latent
 
 const TOP = 1, SAMPLE = 2, LOW = 4, RANDOM = 8;
-const cut = new Map(); // of the latents' files: where the ragged arrays begin
+const cut = new Map(); // by file of latents: where its ragged arrays start
 async function latentData(sae, latent) {
   const file = Math.floor(latent / run.file_latents), name = `${sae.folder}/latents/${file}`;
   const data = await load(name);
@@ -484,7 +484,7 @@ async function latentData(sae, latent) {
     bins: { first: data.bins_first[row], counts: [...data.bins.subarray(bins[row], bins[row + 1])] },
     parts: [...slice(data.parts)],
     byDirection: near(data.by_direction), byFiring: near(data.by_firing), madeOf: near(data.made_of), partOf: near(data.part_of),
-    // By weights: another SAE may have the label by now.
+    // By weights: another SAE may have this label by now.
     others: data.others.filter((one) => one.sha256 && run.saes.some((other) => other.label === one.label && other.sha256 === one.sha256)).map((one) => ({ ...one, ...near(one) })),
     promoted: data.promoted && { tokens: slice(data.promoted.tokens), values: slice(data.promoted.values) },
     suppressed: data.suppressed && { tokens: slice(data.suppressed.tokens), values: slice(data.suppressed.values) },
@@ -529,7 +529,7 @@ function drawNote() {
   if (own !== document.activeElement) own.value = label;
   drawRows();
 }
-function renote(event) { // another tab wrote
+function notesChanged(event) { // in another tab
   if (!run.saes.some((sae) => event.key === KEY(sae))) return;
   readNotes();
   if ($("star")) drawNote();
@@ -566,7 +566,7 @@ function pairs(items, empty) {
 
 function logits(sae, data) {
   const why = sae.target_layers.length > 1 ? "This SAE writes to several layers, so it has no single place in front of the model's head."
-    : run.without_model ?? "The model was not available when this SAE was read: name this SAE too when you make the browser again.";
+    : run.without_model ?? "The model was not available when this SAE was read: name this SAE too when you rebuild the browser.";
   if (!data.promoted) return h("section", { class: "card" }, h("h2", {}, "Promoted tokens"), h("p", { class: "small quiet" }, why));
   const listed = ({ tokens, values }) => pairs([...tokens].map((token, place) => [chip(token), "", number(values[place])]), "none");
   return h("section", { class: "card", id: "logits" }, h("h2", { title: "the decoder's direction through the model's final norm and unembedding" }, "Through the model's head"), h("div", { class: "three" }, h("div", {}, h("h3", {}, "promotes"), listed(data.promoted)), h("div", {}, h("h3", {}, "suppresses"), listed(data.suppressed))));
@@ -574,7 +574,7 @@ function logits(sae, data) {
 
 function related(sae, data, found) {
   const entry = (target, columns_, latent, score) => [h("a", { href: link(target.label, latent) }, `${latent}`), columns_ ? h("span", {}, noteOf(target.label, latent).label || chip(columns_.token[latent])) : "", number(score, 2)];
-  const together = ({ tokens }) => `fires on the same tokens${tokens === undefined ? "" : ` (of ${whole(tokens)})`}`; // pages of before do not say
+  const together = ({ tokens }) => `fires on the same tokens${tokens === undefined ? "" : ` (of ${whole(tokens)})`}`; // older pages do not say
   const listed = (near, empty) => pairs([...near.latents].map((latent, place) => [latent, near.scores[place]]).filter(([latent]) => latent >= 0).map(([latent, score]) => entry(sae, found, latent, score)), empty);
   const groups = [];
   if (data.byDirection) groups.push(h("div", {}, h("h3", { title: "cosine of decoder rows" }, "writes in a similar direction (cosine)"), listed(data.byDirection, "none")));
@@ -585,7 +585,7 @@ function related(sae, data, found) {
   if (labels.length) {
     const others = h("div", { class: "three" });
     box.append(h("h2", { class: "again" }, "In the other SAEs"));
-    if (sae.not_compared) box.append(h("p", { class: "small quiet" }, `Those most like this SAE in layer, variant and width; ${whole(sae.not_compared)} more were not compared with it.`));
+    if (sae.not_compared) box.append(h("p", { class: "small quiet" }, `Those most like this SAE in layer, variant and width; ${whole(sae.not_compared)} others were not compared with it.`));
     box.append(others);
     for (const label of labels) {
       const target = run.saes.find((one) => one.label === label), place = h("div", {}, h("h3", {}, brief(label, 30)));
@@ -625,7 +625,7 @@ function examplesCard(sae, data) {
 function layerChooser() {
   const choices = [[null, "all"], ...run.attention_layers.map((layer) => [layer, String(layer)]), [-1, "off"]];
   return h("span", { class: "legend" }, h("span", { title: "Underlined: earlier tokens that the model attended to from the token that fired, heads averaged; the token itself and special tokens are left out" }, h("u", {}, "looks back"), " in layer"),
-    h("span", { class: "layers", role: "group", "aria-label": "layer of attention" }, choices.map(([layer, text]) => h("button", { type: "button", "aria-pressed": state.layer === layer, "data-layer": String(layer), on: { click: (event) => { state.layer = layer; for (const one of event.target.parentNode.children) one.setAttribute("aria-pressed", one === event.target); relook(); event.stopPropagation(); } } }, text))));
+    h("span", { class: "layers", role: "group", "aria-label": "layer of attention" }, choices.map(([layer, text]) => h("button", { type: "button", "aria-pressed": state.layer === layer, "data-layer": String(layer), on: { click: (event) => { state.layer = layer; for (const one of event.target.parentNode.children) one.setAttribute("aria-pressed", one === event.target); drawAttention(); event.stopPropagation(); } } }, text))));
 }
 
 function exampleLine(example) {
@@ -653,7 +653,7 @@ function drawExample(example) {
     spans.push(span);
   }
   example.line.children[1].replaceChildren(...spans);
-  if (example.attention) look(example);
+  if (example.attention) underline(example);
 }
 
 function expand(example, isOpen) {
@@ -698,7 +698,7 @@ function leave(event) {
 function unpoint(example) {
   for (const one of example.line.querySelectorAll(".cur")) one.classList.remove("cur");
   example.cursor = undefined;
-  if (example.look !== example.at) { example.look = example.at; look(example); }
+  if (example.look !== example.at) { example.look = example.at; underline(example); }
 }
 function focusExample(event) { if (!event.target.closest?.(".ex")) $("tip").hidden = true; }
 function exampleKeys(event) {
@@ -722,14 +722,14 @@ function point(example, at, span) {
   const lines_ = [h("div", {}, h("code", {}, spaced(brief(text, 300))), ` at ${at}`), h("div", { class: "big" }, activation)];
   if (example.attention && state.layer !== -1) {
     const seen = attendedFrom(example.attention, at, state.layer).slice(0, 4);
-    lines_.push(h("div", {}, seen.length ? "looks back at " : "looks back at nothing that was kept", ...seen.flatMap(([position, weight], rank) => [rank ? ", " : "", h("code", {}, spaced(brief(texts[example.text.tokens[position]], 24))), ` ${Math.round(100 * weight)} %`])));
+    lines_.push(h("div", {}, seen.length ? "looks back at " : "looks back at nothing that was stored", ...seen.flatMap(([position, weight], rank) => [rank ? ", " : "", h("code", {}, spaced(brief(texts[example.text.tokens[position]], 24))), ` ${Math.round(100 * weight)} %`])));
   }
   tip.replaceChildren(...lines_);
   tip.hidden = false;
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect(), size = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(6, Math.min(innerWidth - size.width - 6, box.left + box.width / 2 - size.width / 2))}px`;
   tip.style.top = `${box.top - size.height - 8 > 0 ? box.top - size.height - 8 : box.bottom + 8}px`;
-  if (example.look !== at) { example.look = at; look(example); }
+  if (example.look !== at) { example.look = at; underline(example); }
 }
 
 // ---------------------------------------------------------------- attention
@@ -739,16 +739,15 @@ const attentionCard = () => run.attention_layers.length ? h("section", { class: 
 
 async function addAttention(sae, data, mine) {
   await Promise.all(shown.map(async (example) => { example.attention = await attentionOf(example.window); }));
-  if (mine !== selecting) return;
-  relook();
+  if (mine === selecting) drawAttention();
 }
-function relook() {
-  for (const example of shown) if (example.attention) look(example);
+function drawAttention() {
+  for (const example of shown) if (example.attention) underline(example);
   const box = $("attention");
   if (box) box.replaceChildren(h("h2", {}, "What the model looks back at where it fires"), ...attentionSummary());
 }
 const LEAST_LOOK = .06; // weight below which nothing is underlined
-function look(example) {
+function underline(example) {
   const { line, attention } = example;
   for (const span of line.querySelectorAll(".att")) span.classList.remove("att");
   if (!attention || state.layer === -1) return;
@@ -758,7 +757,7 @@ function look(example) {
   }
 }
 function attentionSummary() {
-  // Over distinct examples: the strongest ones would be counted twice where they were also sampled.
+  // Over distinct examples: strong ones that were also sampled would count twice.
   const seen = [...new Map(shown.map((example) => [`${example.window} ${example.at}`, example])).values()].filter((example) => example.attention);
   const columns_ = run.attention_layers.filter((layer) => state.layer === null || state.layer === -1 || state.layer === layer).map((layer) => {
     const sums = new Map();
@@ -770,7 +769,7 @@ function attentionSummary() {
       mass += weight;
     }
     const top = [...sums].sort((a, b) => b[1] - a[1]).slice(0, 6);
-    return h("div", {}, h("h3", { title: `weight on earlier tokens ${share(mass / Math.max(1, seen.length))} on average` }, `layer ${layer}`, mass ? `, ${number(distance / mass, 2)} tokens back` : ""), pairs(top.map(([token, sum]) => [chip(token), "", share(sum / seen.length)]), "nothing that was kept"));
+    return h("div", {}, h("h3", { title: `weight on earlier tokens ${share(mass / Math.max(1, seen.length))} on average` }, `layer ${layer}`, mass ? `, ${number(distance / mass, 2)} tokens back` : ""), pairs(top.map(([token, sum]) => [chip(token), "", share(sum / seen.length)]), "nothing that was stored"));
   });
   return [h("div", { class: "three" }, columns_), h("p", { class: "small quiet note" }, `Mean attention from the token that fired, over ${seen.length} examples; heads averaged, the token itself and special tokens left out. Hover a token above to see where the model looked from there.`)];
 }
@@ -783,7 +782,7 @@ function showNotes() {
   const listed = Object.entries(notes).flatMap(([label, latents]) => Object.entries(latents).map(([latent, note]) => ({ sae: label, latent: Number(latent), ...note })));
   const file = h("input", { type: "file", accept: "application/json,.json", id: "notes-file", hidden: true, on: { change: importNotes } });
   $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Notes"),
-    h("p", { class: "quiet" }, "Stars and labels are kept in this web browser. Export them to keep or share them; imported notes are added to those that are here."),
+    h("p", { class: "quiet" }, "Stars and labels are kept in this web browser. Export them to keep or share them; imported notes are added to those here."),
     h("div", { class: "row-of" }, h("button", { type: "button", id: "export-notes", on: { click: exportNotes } }, "export as JSON"), h("button", { type: "button", on: { click: () => file.click() } }, "import"), file),
     h("section", { class: "card listed" }, listed.length ? h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "latent"), h("th", {}, "label"))), h("tbody", {}, listed.map((note) => h("tr", {}, h("td", {}, h("a", { href: link(note.sae, note.latent) }, `${note.star ? "\u2605 " : ""}${brief(note.sae, 30)} ${note.latent}`)), h("td", {}, brief(note.label, 200)))))) : h("p", { class: "quiet" }, "Nothing yet: press ", h("kbd", {}, "s"), " on a latent to star it, ", h("kbd", {}, "l"), " to label it."))));
 }
@@ -800,7 +799,7 @@ async function importNotes(event) {
   event.target.value = ""; // otherwise choosing the same file again is not reported
   try {
     const given = JSON.parse(await file.text());
-    if (given.saemill_notes !== 1) throw new Error("this is not a file of notes");
+    if (given.saemill_notes !== 1) throw new Error("this is not a file of exported notes");
     const taken = new Set(), others = [];
     readNotes();
     for (const [label, latents] of Object.entries(checkedNotes(given.notes))) {
@@ -816,7 +815,7 @@ async function importNotes(event) {
   } catch (error) { say(`not imported: ${error.message}`); }
 }
 
-// ---------------------------------------------------------------- moving about
+// ---------------------------------------------------------------- navigation
 
 function showMissing(text) {
   state.sae = null;
@@ -834,7 +833,7 @@ async function route() {
     else showMissing(`There is no page ${parts.join("/")}.`);
   } catch (error) { if (mine === visits) showMissing(error.message); }
   $("sae").value = state.sae?.label ?? "";
-  $("search").placeholder = `number, token or text${state.sae || run.saes.length < 2 ? "" : ` in ${brief(run.saes[0].label, 20)}`}`; // where typing leads
+  $("search").placeholder = `number, token or text${state.sae || run.saes.length < 2 ? "" : ` in ${brief(run.saes[0].label, 20)}`}`; // which SAE typing searches
 }
 
 function go(hash, isNew = true) {
@@ -902,7 +901,7 @@ async function begin() {
   try {
     let words;
     [run, words, numbers] = await Promise.all([load("run"), load("words"), load("numbers", true)]);
-    texts = new Array(words.ids.at(-1) + 1).fill(""); // by id; empty for what was not read
+    texts = new Array(words.ids.at(-1) + 1).fill(""); // by id; empty if the token was not read
     words.ids.forEach((id, place) => { texts[id] = words.texts[place]; });
   }
   catch (error) { return $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Nothing to show"), h("p", { class: "warn" }, error.message))); }
@@ -915,7 +914,7 @@ async function begin() {
   $("help").addEventListener("click", showKeys);
   document.addEventListener("keydown", keys);
   window.addEventListener("hashchange", route);
-  window.addEventListener("storage", renote);
+  window.addEventListener("storage", notesChanged);
   window.addEventListener("resize", drawRows);
   document.addEventListener("scroll", () => { $("tip").hidden = true; }, true);
   await route();

@@ -233,6 +233,6 @@ def test_a_template_without_one_place_for_the_word_is_refused(tiny, builder, tem
 
 
 def test_words_that_are_too_few_for_a_prompt_are_a_reason_not_to_run(tiny, builder):
-    with pytest.raises(NotApplicable, match=r"one half of 50 words has 10, but a prompt shows 10 others"):
+    with pytest.raises(NotApplicable, match=r"the smaller half of 50 words has 10, but a prompt shows 10 others"):
         run(tiny, builder, max_words=50)
     assert "are needed" in str(run(tiny, builder, max_words=51)[0].error)

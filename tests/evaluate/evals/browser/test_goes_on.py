@@ -82,7 +82,7 @@ class Bench:
     def goes_on_behind(self) -> int:
         """Batches of all SAEs that the last build did not encode."""
         assert self.encoded % 2 == 0
-        told = [line for line in self.said if "continuing where it was stopped" in line]
+        told = [line for line in self.said if "browser: resuming after" in line]
         assert len(told) == (self.encoded < 2 * BATCHES)
         return BATCHES - self.encoded // 2
 
@@ -170,7 +170,7 @@ def test_a_run_that_was_removed_meanwhile_gets_no_browser(bench, monkeypatch, mo
         go_on = getattr(evaluation, moment)
         patch.setattr(evaluation, moment, lambda *args: shutil.rmtree(bench.run) or go_on(*args))
         found = bench.build()
-    assert ["was removed or moved meanwhile" in str(one.error) for one in found] == [True, True]
+    assert ["was deleted or moved during the build" in str(one.error) for one in found] == [True, True]
     assert not bench.run.exists()
 
 
@@ -181,7 +181,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     told, write = [], evaluation.write_numbers
 
     def meanwhile(*args):  # the lock is the open file's: who opens it anew is another, in this process too
-        with pytest.raises(BrowserUnwritten) as refused, browser_folder.making(bench.run, 1, "other", print):
+        with pytest.raises(BrowserUnwritten) as refused, browser_folder.building(bench.run, 1, "other", print):
             pytest.fail("made")
         told.append(str(refused.value))
         write(*args)
@@ -189,7 +189,7 @@ def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "write_numbers", meanwhile)
         assert bench.build() == whole and taken(bench.run) == files
-    assert told == [f"another process is building {bench.run / 'browser'}: wait until it ends, or stop it"]
+    assert told == [f"another process is building {bench.run / 'browser'}: wait for it to finish, or stop it"]
     (bench.run / browser_folder.LOCK).touch()
     assert bench.build(every=math.inf) == whole and taken(bench.run) == files
 
@@ -200,9 +200,9 @@ def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     said = []
-    with browser_folder.making(tmp_path, 1, "inputs", said.append):
+    with browser_folder.building(tmp_path, 1, "inputs", said.append):
         pass
-    assert said == [f"{tmp_path}: no locks on this disk, so nothing keeps a second process from building this browser"]
+    assert said == [f"{tmp_path}: this disk has no locks, so a second process may build the same browser"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
@@ -234,11 +234,11 @@ def test_all_that_may_compute_other_sums_is_among_the_inputs(bench, monkeypatch)
     """saemill, torch, the number of threads, the processor."""
     inputs = []
 
-    def making(home, size, decided, say):
+    def building(home, size, decided, say):
         inputs.append(decided)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "making", making)
+    monkeypatch.setattr(evaluation, "building", building)
     for change in (
         lambda: None,
         lambda: monkeypatch.setattr(evaluation, "__version__", "0.0.9"),
@@ -271,7 +271,7 @@ def test_what_was_damaged_is_not_read(bench):
     bench.stop_in_batch(4)
     damage(newest=2)
     bench.stop_in_batch(2)
-    assert "browser: what a stopped build had read is damaged: it is read again" in bench.said
+    assert "browser: the saved progress of a stopped build is damaged: starting again" in bench.said
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == 1
 
@@ -335,7 +335,7 @@ def test_a_save_that_fails_costs_none_before_and_none_behind(bench, monkeypatch,
         let_saves_fail(patch, *failing)
         bench.stop_in_batch(4)
     said = [line for line in bench.said if "cannot be saved" in line]
-    assert len(said) == len(failing) and all(line.endswith("it will continue from the last save") for line in said)
+    assert len(said) == len(failing) and all(line.endswith("it will resume from the last save") for line in said)
     assert not list(bench.run.glob(".browser.making/read-*/.step_*"))
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == behind
@@ -357,7 +357,7 @@ def test_where_the_disk_was_full_it_goes_on_when_there_is_room(bench, builder, m
         first, second = bench.build()
     for failure in (first, second):
         assert isinstance(failure.error, BrowserUnwritten)
-        assert str(failure.error).endswith("What was read is kept: the same command continues from there")
+        assert str(failure.error).endswith("Progress is saved: the same command resumes")
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == BATCHES
 
@@ -378,17 +378,17 @@ def test_saving_takes_a_small_share_of_the_time(bench, monkeypatch, seconds, sav
     clock, saved = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(read_and_encode, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(read_and_encode, "SHARE", 20)
-    meet = read_and_encode.Vocabulary.meet
+    include = read_and_encode.Vocabulary.include
 
-    def slow_meet(words, ids):  # once for each batch, before it may be saved
+    def slow_include(words, ids):  # once for each batch, before it may be saved
         clock.now += 30
-        return meet(words, ids)
+        return include(words, ids)
 
     def slow_save(*_):
         clock.now += seconds
         saved.append(clock.now)
 
-    monkeypatch.setattr(read_and_encode.Vocabulary, "meet", slow_meet)
+    monkeypatch.setattr(read_and_encode.Vocabulary, "include", slow_include)
     monkeypatch.setattr(read_and_encode, "save_checkpoint", slow_save)
     bench.build(every=30)
     assert len(saved) == saves
@@ -405,4 +405,4 @@ def test_pages_of_other_weights_do_not_stay(bench, builder):
     builder.save(bench.run / "b", builder.make_sae(k=None, seed=9))
     bench.build(every=math.inf, labels="a")
     assert [sae["label"] for sae in browser_folder.read_data(bench.run / "browser", "run")["saes"]] == ["a"]
-    assert [line for line in bench.said if line.startswith("browser: b left out, whose weights have changed")]
+    assert [line for line in bench.said if line.startswith("browser: b left out (weights have changed")]

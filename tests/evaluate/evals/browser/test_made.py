@@ -306,7 +306,7 @@ def test_a_keeper_keeps_what_sorting_everything_would(listed, size):
         part = sorted(enumerate(listed[start : start + 7], start), key=lambda entry: entry[1][0])
         if part:
             keeper.add(firings_of(part))
-            keeper._settle()
+            keeper._sort_out()
     kept, reasons = keeper.finish()
     whole = firings_of(list(enumerate(listed)))
     for latent in range(4):
@@ -614,7 +614,7 @@ def test_promoted_tokens_that_have_no_room_are_found_for_fewer_latents_at_once(m
             raise MemoryError("planted")
         return whole.promotes(rows)
 
-    words = SimpleNamespace(meet=lambda ids: ids)
+    words = SimpleNamespace(include=lambda ids: ids)
     one = latents.Shown("sae_a", subject, seen=None)
     few, all_ = (latents.promoted(one, h, 4, words, said.append) for h in (SimpleNamespace(promotes=promotes), whole))
     assert said[-1] == "out of memory: continuing with 8 latents before the head at a time"
@@ -626,7 +626,7 @@ def test_words_are_what_stands_in_a_text_and_bytes_are_written_out():
     encoder = load_encoder(MODEL_FOLDER)
     ids = encoder.encode(["def walk(self):\n    return a\u4e2d"])[0]
     words = Vocabulary(SimpleNamespace(tokenizer=encoder, without_tokens=None))
-    words.meet(np.array(ids))
+    words.include(np.array(ids))
     told = words.texts()
     by_id = dict(zip(told["ids"].tolist(), told["texts"], strict=True))
     assert "".join(by_id[token] for token in ids).startswith("def walk(self):\n    return a")
@@ -811,7 +811,7 @@ def test_a_number_of_windows_that_is_none_is_named(world, builder, open_context)
 
 
 def test_a_split_that_is_named_twice_is_read_once(world, open_context):
-    assert evaluation.share_out(open_context(world), Config(windows=30, splits=("test", "test"))) == {"test": 20}
+    assert evaluation.windows_by_split(open_context(world), Config(windows=30, splits=("test", "test"))) == {"test": 20}
 
 
 def listing(path: Path) -> dict[str, bytes]:
@@ -854,7 +854,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(made, open_context, world, m
     assert listing(home / "browser") == before and not (home / browser_folder.MAKING).exists()
     monkeypatch.setattr(evaluation, "LATENT_BYTES", 1 << 50)
     (failure, _) = make(open_context(world), subjects_of(home))
-    assert "are free there: free some, or ask for fewer windows or examples" in str(failure.error)
+    assert "are free there: free some space, or ask for fewer windows or examples" in str(failure.error)
 
 
 def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
@@ -872,12 +872,12 @@ def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
     context.say = said.append
     make(context, [b], Config(windows=5))  # other text: an SAE read on another cannot stand beside it
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
-    assert [line for line in said if line.startswith("browser: a left out, read with other settings")]
+    assert [line for line in said if line.startswith("browser: a left out (read with other settings)")]
     assert a.home == home and evaluation.is_there(b) and not evaluation.is_there(a)
     write_data(home / "browser", "run", data_of(home, "run") | {"format": 1})
     assert not evaluation.is_there(b)
     make(context, [a], Config(windows=5))
-    assert "browser: b left out, made by another version of saemill: name them too to show them" in said
+    assert "browser: b left out (made by another version of saemill): name them too to show them" in said
 
 
 @pytest.mark.parametrize("damage", ["gone", "half", "other", "pages"])
@@ -894,7 +894,7 @@ def test_saes_whose_pages_are_damaged_do_not_stay(damage, made, open_context, wo
     context.say = said.append
     make(context, [one for one in subjects_of(home) if one.label == "b"])
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
-    assert "browser: a left out, whose pages are damaged: name them too to show them" in said
+    assert "browser: a left out (pages are damaged): name them too to show them" in said
 
 
 def test_saes_stay_with_their_exports_whatever_is_exported_now(made, open_context, world):

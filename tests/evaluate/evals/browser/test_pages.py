@@ -399,7 +399,7 @@ def test_what_another_sae_or_the_model_would_say_is_shown_where_it_is_the_very_o
     assert "were not compared" not in page.locator("#related").text_content()
     wait(page, "document.getElementById('related').textContent.split('fires on the same tokens (of ').length === 3")
     page.evaluate("run.saes[0].not_compared = 55; showSae('first', 3, null)")
-    said = "Those most like this SAE in layer, variant and width; 55 more were not compared with it."
+    said = "Those most like this SAE in layer, variant and width; 55 others were not compared with it."
     assert said in page.locator("#related").text_content()
     page.evaluate("run.saes[1] = { ...run.saes[1], sha256: 'of others' }")
     page.evaluate("showSae('first', 3, null)")
@@ -634,7 +634,7 @@ def test_a_damaged_browser_says_what_is_missing(site, chromium, tmp_path):
     page = chromium.new_page()
     for hash_ in ("#/sae/first/1", "#/sae/second"):
         page.goto(f"file://{tmp_path / 'browser'}/index.html{hash_}")
-        page.wait_for_selector("text=make the browser again")
+        page.wait_for_selector("text=rebuild the browser")
     page.close()
 
 

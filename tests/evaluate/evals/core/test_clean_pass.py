@@ -14,7 +14,7 @@ import torch
 from saemill.evaluate.evals.core import clean_and_spliced_losses
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.choose_rows import Block
-from saemill.evaluate.evals.core.clean_and_spliced_losses import Baselines, elsewhere, files_of, mean_residual
+from saemill.evaluate.evals.core.clean_and_spliced_losses import Baselines, files_of, from_other_windows, mean_residual
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 
@@ -192,7 +192,7 @@ def test_a_place_that_cannot_be_written_is_no_obstacle(fresh, open_context, buil
     monkeypatch.setattr(context, "say", said.append)
     result = run(context, builder.subject(builder.make_sae()))
     assert result.metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
-    assert sum("cannot be kept" in line for line in said) == 1
+    assert sum("cannot be cached" in line for line in said) == 1
 
 
 def test_zero_ablation_of_one_window_is_that_of_all(world, open_context, builder):
@@ -219,8 +219,8 @@ def test_zero_ablation_looks_at_positions_where_they_matter(world, open_context,
 
 def test_elsewhere_is_another_window_at_the_same_position():
     resid = torch.arange(4 * 3 * 2).reshape(4, 3, 2)
-    assert torch.equal(elsewhere(resid), resid[[2, 3, 0, 1]])
-    assert torch.equal(elsewhere(resid[:1]), resid[:1][:, [2, 0, 1]])
+    assert torch.equal(from_other_windows(resid), resid[[2, 3, 0, 1]])
+    assert torch.equal(from_other_windows(resid[:1]), resid[:1][:, [2, 0, 1]])
 
 
 def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_context, builder, language_model):

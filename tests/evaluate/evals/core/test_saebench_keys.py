@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.core import encoding, saebench_keys
-from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resampled, said
+from saemill.evaluate.evals.core.bootstrap import DocumentSums, describe_text, intervals, resampled
 from saemill.evaluate.evals.core.choose_rows import choose_rows
 from saemill.evaluate.evals.core.saebench_keys import max_cosine, weight_metrics
 from saemill.evaluate.evals.core.sparsity_and_variance import Firing, summarise_density
@@ -269,7 +269,11 @@ def test_few_documents_have_no_interval():
     whole = {"a": lambda sums: sums["a"] / sums["tokens"]}
     for documents in (0, 1, 2, 9, 10, 11):
         table = {"a": np.arange(float(documents)), "tokens": np.ones(documents)}
-        assert (intervals(table, whole)["a"] is None) == (documents < 10) == (" (intervals need 10)" in said(table))
+        assert (
+            (intervals(table, whole)["a"] is None)
+            == (documents < 10)
+            == (" (intervals need 10)" in describe_text(table))
+        )
     assert intervals({}, whole) == {"a": None}
 
 

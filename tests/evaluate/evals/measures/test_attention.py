@@ -130,9 +130,9 @@ def test_another_document_is_no_key(rng):
     assert found.contributions() == pytest.approx(whole.contributions(), abs=1e-6)
     assert found.similarity_gain() == pytest.approx(whole.similarity_gain(), abs=1e-6)
     pairs = attention.choose_pairs(rows[0], keep, 3, documents)
-    assert pairs.held.any()
-    assert torch.equal(pairs.later[pairs.held] >= half, pairs.most[pairs.held] >= half)
-    assert torch.equal(pairs.later[pairs.held] >= half, pairs.least[pairs.held] >= half)
+    assert pairs.is_pair.any()
+    assert torch.equal(pairs.later[pairs.is_pair] >= half, pairs.most[pairs.is_pair] >= half)
+    assert torch.equal(pairs.later[pairs.is_pair] >= half, pairs.least[pairs.is_pair] >= half)
 
 
 def test_batches_add_up(rng):

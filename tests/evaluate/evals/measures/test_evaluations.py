@@ -18,10 +18,10 @@ from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
 from saemill.evaluate.context.write_and_read_results import frame
 from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
-from saemill.evaluate.evals.measures.assignment import Assignment, every, groups_of, ranges_of, saved, tiers_of
+from saemill.evaluate.evals.measures.assignment import Assignment, evenly_spread, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.attention import Explained, Pairs, choose_pairs, trace_pairs
 from saemill.evaluate.evals.measures.splice_effects import Effect, Tracers
-from saemill.evaluate.evals.measures.tiers import Wording, tier_activity
+from saemill.evaluate.evals.measures.tiers import KeptTokens, tier_activity
 from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.train.sae.gates import AbsTopK, Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -127,7 +127,7 @@ def test_pairs_are_the_strongest_links_and_their_weakest_alternatives():
     attended[0, 3] = torch.tensor([0.0, 0.1, 0.3, 0.0, 0.0])
     rows = torch.tensor([[False, True, True, True, True]])
     pairs = choose_pairs(attended, rows, 3)
-    assert pairs.held.tolist() == [[True, True, False]]
+    assert pairs.is_pair.tolist() == [[True, True, False]]
     assert pairs.later[0, :2].tolist() == [4, 3] and pairs.most[0, :2].tolist() == [3, 2]
     assert pairs.least[0, :2].tolist() == [1, 1]
 
@@ -306,7 +306,7 @@ def test_effects_are_those_of_the_whole_model(world, builder, open_context):
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
     tracer = Tracers(context, [subject]).of(batch)[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
-    found = {**tracer.given, **tracer.effects({"sae": lambda: x_hat})}
+    found = {**tracer.baselines, **tracer.effects({"sae": lambda: x_hat})}
     clean = predictions(context.model, batch)
     for name, resid in {"sae": x_hat, "mean": mean_of(world, builder.LAYER).expand_as(x_hat)}.items():
         spliced = predictions(context.model, batch, resid, builder.LAYER)
@@ -327,7 +327,7 @@ def test_massive_rows_keep_theirs_and_do_not_count(make_world, builder, open_con
     other = torch.where(rows[..., None], x_hat, 9.0)
     found = tracer.effects({"sae": lambda: x_hat, "other": lambda: other, "mean": lambda: mean.expand_as(x_hat)})
     assert found["sae"] == found["other"] and found["sae"].tokens == int(rows.sum())
-    assert found["mean"] == tracer.given["mean"]
+    assert found["mean"] == tracer.baselines["mean"]
 
 
 def predictions(model, batch, resid=None, layer=0):
@@ -382,7 +382,7 @@ def test_the_favourites_that_stay_are_counted():
 def test_words_are_counted_over_the_batches_in_which_they_were_read(world, open_context):
     """By the kept tokens: what is left out takes no number."""
     context = open_context(world, model_name="/no/such/model")
-    words, kept = Wording(context), []
+    words, kept = KeptTokens(context), []
     for batch in store_batches(context.store, "test", batch_windows=7):
         words.read(batch)
         kept += batch.tokens[batch.keep].tolist()
@@ -401,7 +401,7 @@ def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_co
     assert found["stability"]["fsm_mean"] == pytest.approx(1.0)
     assert found["stability"]["lifetime_mean"] > 3
     assert "tcs_long" not in found["consistency"]
-    assert result.remark == "no numbers of long lags: no two tokens of a window and a document are 17 apart"
+    assert result.remark == "no numbers for long lags: no two tokens of one window and document are 17 apart"
 
 
 def test_masks_that_were_trained_are_taken(world, builder, open_context):
@@ -583,8 +583,8 @@ def test_a_latent_and_its_opposite_of_a_signed_sae_belong_together(module, name,
 
 def test_some_of_many_are_spread_evenly():
     marked = torch.ones(100, dtype=torch.bool)
-    assert every(marked, 5).tolist() == [0, 24, 49, 74, 99]
-    assert every(torch.tensor([True, False, True]), 5).tolist() == [0, 2]
+    assert evenly_spread(marked, 5).tolist() == [0, 24, 49, 74, 99]
+    assert evenly_spread(torch.tensor([True, False, True]), 5).tolist() == [0, 2]
 
 
 def test_a_wide_sae_gets_small_batches(world, builder, open_context, monkeypatch):
@@ -601,5 +601,7 @@ def test_special_tokens_keep_their_residual(world, builder, open_context):
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4, attention_layers=layers))
     x_hat = torch.where(batch.keep[:, :, None], batch.x(subject.layers), 99.0)
     given, rows = {"sae": x_hat}, ordinary_rows(context, subject, batch)
-    attention.replace(context, subject, batch, rows, given, attention.dense_rows(batch.attention[layers[0]]), seen)
+    attention.compare_attention(
+        context, subject, batch, rows, given, attention.dense_rows(batch.attention[layers[0]]), seen
+    )
     assert seen.divergence["sae"] == seen.divergence["true"] < seen.divergence["zero_ablation"]

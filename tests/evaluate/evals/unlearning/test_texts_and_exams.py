@@ -103,7 +103,7 @@ def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
 def test_a_model_that_knows_nothing_of_it_is_not_run(tiny, builder):
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
     context.use(tiny)
-    with pytest.raises(NotApplicable, match="answers no question about what it is to forget"):
+    with pytest.raises(NotApplicable, match="answers no question on the text to forget"):
         list(unlearning.evaluate(context, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
 
 
@@ -125,7 +125,7 @@ def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, m
     assert "plain" in text_of(tiny, made.retain_rows)
     assert [paper.name for paper in made.papers] == list(names)
     assert [paper.name for paper in made.forget] == ["wmdp-bio"]
-    assert [paper.name for paper in made.beside] == ["college_biology"]
+    assert [paper.name for paper in made.only_reported] == ["college_biology"]
     assert made.sweep == Sweep((0.001, 0.01), (10, 20), (25, 50, 100, 200))
     sheet = made.papers[0].trial().sheets[0]
     assert len(made.papers[0].trial()) == 3 * 24
