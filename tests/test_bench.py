@@ -112,10 +112,10 @@ def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatc
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = list(table.gpu_lines())
     assert "Some Card" in lines[0] and lines[4:] == [
-        "| fleet | 80 tok/s | 100 tok/s | 0.80, wanted 0.9 | abc |",
+        "| fleet | 80 tok/s | 100 tok/s | 0.80, goal 0.9 | abc |",
         "| topk | 900 (890 to 910) tok/s | sparsify: 450 | 2.00 | abc |",
         "| harvest | 400 (390 to 410) tok/s | SAELens, one residual: 200 | 2.00 | abc |",
-        "| gated | fell out | sae_lens tf32: 10 | | abd |",
+        "| gated | failed | sae_lens tf32: 10 | | abd |",
         "| topk F 8, alone | 77 tok/s | | | abc |",
     ]
 
@@ -193,9 +193,9 @@ def test_a_claim_is_measured_on_codes_that_are_known(bench):
     f[:, 5] = torch.tensor([1.0, -1.0] * 4)  # both ways
     sae = argparse.Namespace(encode=lambda x: f, decode=lambda f: torch.zeros(8, 3))
     x = torch.ones(8, 3)
-    seen = claims.Seen()
-    seen.take(sae, x)
-    found = seen.measures(variance=6.0)
+    sums = claims.Sums()
+    sums.add(sae, x)
+    found = sums.measures(variance=6.0)
     assert found["explained_variance"] == 0.5 and found["l0"] == 2.5
     assert found["never_fired"] == pytest.approx(0.7) and found["both_signs"] == pytest.approx(0.1)
     assert found["neighbours"] == pytest.approx(0.5**0.5 - 1.0)  # half a batch apart rows are alike
@@ -208,9 +208,9 @@ def test_a_claim_refuses_a_run_of_other_settings(bench, tmp_path, what):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "result.json").write_text(json.dumps({"tokens": 96}))
     run, asked = claims.Run(tmp_path), {"cache_id": "a", "width": 8, "tokens": 99}
-    claims.require_of([run], **asked)
-    with pytest.raises(Exception, match="were asked for"):
-        claims.require_of([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
+    claims.require_same_settings([run], **asked)
+    with pytest.raises(Exception, match="choose another --runs"):
+        claims.require_same_settings([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
 
 
 @pytest.mark.parametrize("other", [{"git": {"commit": "another", "is_dirty": False}}, {"packages": {"torch": "1.0"}}])
@@ -221,10 +221,10 @@ def test_a_claim_refuses_a_run_of_another_commit_or_other_packages(bench, tmp_pa
     config.write_text(json.dumps({"provenance": claims.provenance({}) | other}))
     for _ in range(2):
         with pytest.raises(Exception, match="choose another --runs"):
-            claims.run_of(tmp_path, {})
+            claims.read_or_train(tmp_path, {})
         result.write_text("{}")
     config.write_text(json.dumps({"provenance": claims.provenance({})}))
-    assert claims.run_of(tmp_path, {}).path == tmp_path
+    assert claims.read_or_train(tmp_path, {}).path == tmp_path
 
 
 def score_of_fit(quality, value, l0=32.0, dead=0.0):
@@ -368,7 +368,7 @@ def test_a_threshold_is_placed_where_as_many_are_active_as_was_asked(bench):
     rows = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)).abs()
     threshold = torch.linspace(0.5, 1.5, 40)
     began = threshold.clone()
-    came_to = fitting.place(threshold, lambda x: x * (x > threshold), rows, 4.0)
+    came_to = fitting.place_threshold(threshold, lambda x: x * (x > threshold), rows, 4.0)
     assert came_to == pytest.approx(float((rows > began).sum()) / 3000)
     assert float((rows > threshold).sum()) / 3000 == pytest.approx(4.0, rel=0.003)
     torch.testing.assert_close(threshold / threshold[0], began / began[0])
@@ -377,9 +377,9 @@ def test_a_threshold_is_placed_where_as_many_are_active_as_was_asked(bench):
 def test_every_layer_of_a_cross_layer_transcoder_counts_as_much(bench, tmp_path):
     quality, fitting = bench("quality"), bench("fitting")
     quality.write_rows_of(RowsOfMlps(), (2, 3), tmp_path, quality.rows_read_by("clt"))
-    x, target = fitting.ends(fitting.load(tmp_path, "test"))
+    x, target = fitting.split_pair(fitting.load(tmp_path, "test"))
     assert [float(part[0, 0]) for part in (*x.unbind(1), *target.unbind(1))] == [1.5, 2.25, 15.0, 22.5]
-    scale, to = fitting.end_scales(tmp_path)
+    scale, to = fitting.pair_scales(tmp_path)
     assert torch.allclose((x * scale).norm(dim=2), torch.tensor(2.0)) and torch.allclose(x * scale, target * to)
     only_first = torch.tensor([[1.0], [0.0]])
     ask = SimpleNamespace(folder=tmp_path)
@@ -487,7 +487,7 @@ def test_a_worker_that_does_not_answer_in_time_is_ended(bench, tmp_path):
     assert worker.ask(30, value=1) == 2
     with pytest.raises(pipe.WorkerFailed, match="no answer within"):
         worker.ask(0.2, sleeps=True)
-    with pytest.raises(pipe.WorkerFailed, match="has ended"):
+    with pytest.raises(pipe.WorkerFailed, match="has exited"):
         worker.ask(1, value=1)
 
 

@@ -21,7 +21,7 @@ from clt_forge.config import CLTConfig, CLTTrainingRunnerConfig
 from clt_forge.training.clt_trainer import CLTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import Ask, batches, end_scales, ends, score_map, serve_fits
+from fitting import Ask, batches, pair_scales, score_map, serve_fits, split_pair
 from torch import Tensor
 
 RUNNERS_WIDTH = 24_576  # latents of a layer
@@ -33,11 +33,11 @@ class Rows:
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self.scale, self.to = end_scales(ask.folder)
+        self.scale, self.to = pair_scales(ask.folder)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches(self._ask):
-            x, target = ends(rows)
+            x, target = split_pair(rows)
             yield x * self.scale, target * self.to
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import Ask, batches, ends, score_map, serve_fits
+from fitting import Ask, batches, score_map, serve_fits, split_pair
 from sparsify_step import encode_dense, make_coder, make_optimiser
 
 
@@ -20,7 +20,7 @@ def fit(ask: Ask) -> dict[str, Any]:
     sae = make_coder(d_model, num_latents=ask.width, k=ask.k, transcode=True, skip_connection=skips)
     optimiser = make_optimiser(sae, ask.lr)
     for step, rows in enumerate(batches(ask)):
-        x, target = ends(rows)
+        x, target = split_pair(rows)
         if step == 0:
             sae.encoder.bias.data, sae.b_dec.data = -x.mean(0) @ sae.encoder.weight.data.T, target.mean(0)
         sae(x, target).fvu.backward()
