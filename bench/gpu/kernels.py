@@ -1,7 +1,7 @@
 """The GPU kernels one by one at the sizes of a real step, and where the time of whole steps goes.
 
-D 2304, k 64, 4,096 rows. Every line is printed and kept as it is measured: the median milliseconds of repeated
-launches, by device events, and the resulting bytes or operations per second.
+D 2304, k 64, 4,096 rows. Every line is printed and recorded as soon as it is measured: the median milliseconds of
+repeated launches, by device events, and the resulting bytes or operations per second.
 
     bash bench/gpu/run.sh --only kernels
     python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile]  # if saemill is installed
@@ -31,11 +31,11 @@ from saemill.train.sae.kernels.sparse_support import support_from_topk
 from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products
 
 D, K, B = 2304, 64, 4096
-HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues everything that is timed
+HEAD_START = 8_000_000  # cycles, about 4 ms, in which the host queues everything that is timed
 
 
 def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
-    """The device's own time: it sleeps until all launches are queued, or it would wait for Python in between."""
+    """The device's own time: it sleeps until all launches are queued, so that it never waits for Python."""
     for _ in range(3):
         job()
     found = []
@@ -51,7 +51,7 @@ def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
 
 
 def tell(what: str, rounds: list[float], bytes_moved: float = 0.0, operations: float = 0.0, **more: Any) -> None:
-    """Add to the records of the whole benchmark; `rounds` are milliseconds."""
+    """Record the milliseconds of repeated launches."""
     ms = statistics.median(rounds)
     rates = {"GB_per_s": bytes_moved / ms / 1e6} if bytes_moved else {}
     rates |= {"TFLOP_per_s": operations / ms / 1e9} if operations else {}
@@ -82,11 +82,7 @@ def measure(width: int) -> None:
     support = support_from_topk(latents, width)
     values = torch.rand(B * K, device="cuda")
     gathered = 4.0 * B * K * D
-
-    def turned() -> object:
-        return support_from_topk(latents, width).by_latent
-
-    tell(f"F {width}: entries by latent", milliseconds(turned))
+    tell(f"F {width}: entries by latent", milliseconds(lambda: support_from_topk(latents, width).by_latent))
     by_latent = support.by_latent
     for name, source in (("float32", W), ("bfloat16", low_W)):
         tell(
@@ -147,7 +143,7 @@ def step(variant: str, width: int, profile: bool) -> None:
         trainee.step(batches[index % 3])
     torch.cuda.synchronize()
     found = []
-    for _ in range(5):  # runs of steps, as in training: the host may run ahead
+    for _ in range(5):  # several steps at once, as in training, where the host may run ahead
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for index in range(8):
@@ -157,7 +153,7 @@ def step(variant: str, width: int, profile: bool) -> None:
         found.append(start.elapsed_time(stop) / 8)
     peak = torch.cuda.max_memory_allocated() / 2**30
     tell(f"{variant} F {width}: a step, {B / statistics.median(found) * 1e3:,.0f} tok/s", found, peak_GiB=peak)
-    tell_unlike_steps(trainee, batches[0].x, f"{variant} F {width}")
+    time_changing_steps(trainee, batches[0].x, f"{variant} F {width}")
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             for index in range(4):
@@ -169,9 +165,9 @@ def step(variant: str, width: int, profile: bool) -> None:
             tell(what, [event.self_device_time_total / 4e3])
 
 
-def tell_unlike_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
-    """Steps as in a run with massive rows and dying latents: batches of two sizes, and one more dead at each look, so
-    that no recording serves for longer than that."""
+def time_changing_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
+    """Time steps as in a run with massive rows and dying latents: batches have two sizes, and every LOOK_EVERY steps
+    one more latent is found dead, which makes all recordings useless."""
     sizes, found = (Batch(x), Batch(x[:-1].clone())), []
     while trainee.step_index % LOOK_EVERY:
         trainee.step(sizes[0])
@@ -179,11 +175,11 @@ def tell_unlike_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
     for dead in range(1, 9):
         trainee.counters.tokens_since_fired[:dead] = trainee.assembly.dead_after_tokens
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for index in range(LOOK_EVERY):
             trainee.step(sizes[index % 2])
         torch.cuda.synchronize()
-        found.append((time.perf_counter() - began) / LOOK_EVERY * 1e3)
+        found.append((time.perf_counter() - start) / LOOK_EVERY * 1e3)
     reserved = torch.cuda.memory_reserved() / 2**30
     tell(f"{what}: a step while latents die", found, replayed=trainee.replays.served - served, reserved_GiB=reserved)
 
@@ -192,7 +188,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--width", type=int, action="append")
     parse.add_argument("--variant", action="append")
-    parse.add_argument("--profile", action="store_true", help="Also the kernels that each step spends its time in.")
+    parse.add_argument("--profile", action="store_true", help="Also list the kernels that take most of a step's time.")
     asked = parse.parse_args()
     if not has_triton(torch.device("cuda:0")):
         raise SystemExit("our kernels do not run here")

@@ -1,7 +1,7 @@
-"""Disk to device: a store through the loader that training uses, against plain files.
+"""Disk to device: a store read by the loader that training uses, against plain files.
 
-Plain: as many threads as the loader has, reading into allocated memory, with and without a copy from pinned memory to
-the device. From the disk, and again from the page cache, from which later epochs come.
+Plain files are read by as many threads as the loader has into memory that is already allocated, with and without a copy
+from pinned memory to the device. Both are read from the disk, and again from the page cache, as in later epochs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYER = 19
 
 
 class Plain:
-    """Reads the plain files, without any of our code."""
+    """Reads the files without any of our code."""
 
     def __init__(self, files: list[Path], device: torch.device) -> None:
         self.files, self.device = files, device
@@ -87,7 +87,7 @@ def timed(before: Callable[[], None], job: Callable[[], None]) -> Callable[[], f
 def main(url: Path, device: str, rounds: int, pool_tokens: int) -> None:
     where = torch.device(device)
     files = sorted((url / f"resid/layer_{LAYER}").glob("c.*"))
-    random.Random(0).shuffle(files)  # as in a plan
+    random.Random(0).shuffle(files)  # training reads in random order too
     size = sum(file.stat().st_size for file in files)
     plain = Plain(files, where)
     jobs = {

@@ -68,7 +68,7 @@ def fit(ask: Ask) -> dict[str, Any]:
 
 
 def fit_map(ask: Ask) -> dict[str, Any]:
-    """Train a transcoder; for a cross-layer one the layers are side by side."""
+    """Train a transcoder; a cross-layer one reads its layers side by side."""
     scale, to = pair_scales(ask.folder)
     x, target = split_pair(next(batches(ask, 1)))
     assembly = make_config(ask, x).build(x.shape[-1], stats_of(x, scale), stats_of(target, to))

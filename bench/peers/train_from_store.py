@@ -2,10 +2,10 @@
 
     .venv-peers/bin/python bench/peers/train_from_store.py ./store --own harvest/pocket/model
 
-runs in the peers' environment (`make peers`). Each trains a top-k SAE and reports how much of held-out text it
-explains; nothing is converted, and no model is loaded. With `--own`, the folder of the store's model, each trains the
-same steps again, fed by its own pipeline, which runs that model over the same windows, and tokens per second of both
-are compared, without the time to load the model.
+runs in the peers' environment (`make peers`). Each trains a top-k SAE and reports its explained variance on held-out
+text; nothing is converted, and no model is loaded. With `--own`, the folder of the store's model, each trains the same
+number of steps again, fed by its own pipeline, which runs that model over the same windows; the tokens per second of
+both are printed, without the time to load the model.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def open_store(url: str) -> Any:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("store")
-    words.add_argument("--layer", type=int, default=19)
-    words.add_argument("--width", type=int, default=1024)
-    words.add_argument("--k", type=int, default=32)
-    words.add_argument("--batch-tokens", type=int, default=1024)
-    words.add_argument("--steps", type=int, default=500)
-    words.add_argument("--own", type=Path, metavar="MODEL", help="the store's model, a folder: also by their own way")
-    asked = words.parse_args()
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("store")
+    parse.add_argument("--layer", type=int, default=19)
+    parse.add_argument("--width", type=int, default=1024)
+    parse.add_argument("--k", type=int, default=32)
+    parse.add_argument("--batch-tokens", type=int, default=1024)
+    parse.add_argument("--steps", type=int, default=500)
+    parse.add_argument("--own", type=Path, metavar="MODEL", help="Also time the peers' own pipelines on this folder.")
+    asked = parse.parse_args()
     store = open_store(asked.store)
     for name, train, own_rows in (
         ("SAELens", with_sae_lens, rows_of_sae_lens),
@@ -68,9 +68,9 @@ def main() -> None:
 
 def timed(name: str, train: Callable[[Any, Any, Any], Rebuild], store: Any, asked: Any, rows: Any) -> Rebuild:
     torch.manual_seed(0)
-    began = time.perf_counter()
+    start = time.perf_counter()
     rebuild = train(store, asked, rows)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     print(f"{name}: {asked.steps} steps in {seconds:.0f} s, {asked.steps * asked.batch_tokens / seconds:,.0f} tokens/s")
     return rebuild
 
@@ -101,11 +101,11 @@ def with_dictionary_learning(store: Any, asked: Any, rows: Any) -> Rebuild:
     config |= {"layer": asked.layer, "lm_name": store.manifest.model.id, "threshold_start_step": asked.steps // 10}
     found: list[TopKTrainer] = []
 
-    def made(**settings: Any) -> TopKTrainer:  # `trainSAE` does not return what it trains, it only saves it
+    def make(**settings: Any) -> TopKTrainer:  # `trainSAE` only saves the SAE, it does not return it
         found.append(TopKTrainer(**settings))
         return found[0]
 
-    trainSAE(rows, [config | {"trainer": made}], asked.steps, device="cpu")
+    trainSAE(rows, [config | {"trainer": make}], asked.steps, device="cpu")
     return found[0].ae.forward
 
 
@@ -133,19 +133,19 @@ def rows_of_sae_lens(store: Any, asked: Any) -> ActivationsStore:
 
 
 def rows_of_dictionary_learning(store: Any, asked: Any) -> Iterator[Tensor]:
-    """Its own pipeline, over the same windows as text. Its buffer holds eight batches: by default, 3.8M tokens."""
+    """Its own pipeline, over the same windows as text. The buffer holds eight batches (by default, 3.8M tokens)."""
     context = store.manifest.context
     model = LanguageModel(
         str(asked.own), device_map="cpu", dispatch=True, dtype=torch.float32, attn_implementation="eager"
     )
-    texts = cycle([model.tokenizer.decode(row[1:]) for row in windows(store, asked)])  # it begins each with BOS itself
+    texts = cycle([model.tokenizer.decode(row[1:]) for row in windows(store, asked)])  # the buffer adds BOS itself
     sizes = {"n_ctxs": 8 * asked.batch_tokens // context, "ctx_len": context, "refresh_batch_size": 32}
     sizes |= {"d_submodule": store.manifest.model.d_model, "out_batch_size": asked.batch_tokens}
     return ActivationBuffer(texts, model, model.model.layers[asked.layer], remove_bos=True, **sizes)
 
 
 def windows(store: Any, asked: Any) -> Iterator[Any]:
-    """As many of the store's windows as the steps read."""
+    """The store's windows, as many as the steps read."""
     left = -(-asked.steps * asked.batch_tokens // store.manifest.context)
     request = sys.modules["saemill"].cache_schema.Request(tokens=True, split="train")
     for part in store.stream(request):
