@@ -137,8 +137,7 @@ def score_map(
 
 def threshold_of(ask: Ask, autoencoder: Any) -> torch.Tensor | None:
     """The threshold that decides which latents are active at inference, if any; a top-k SAE's is not used."""
-    threshold: torch.Tensor | None = autoencoder.threshold if ask.variant in BY_THRESHOLD else None
-    return threshold
+    return autoencoder.threshold if ask.variant in BY_THRESHOLD else None
 
 
 def both_splits(test: dict[str, float], validation: dict[str, float]) -> dict[str, float]:

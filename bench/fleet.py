@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import torch
+from stepping import wait_for
 from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 
 from saemill.cache_schema import Store
@@ -57,11 +58,6 @@ class Race:
             for _ in range(steps):
                 trainee.step(self._ready)
         wait_for(self.device)
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @click.command()

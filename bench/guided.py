@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import click
 import torch
-from stepping import sparse_bias
+from stepping import sparse_bias, wait_for
 from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from torch.profiler import ProfilerActivity, profile
 
@@ -99,8 +99,7 @@ def peak_bytes(trainee: Trainee, batch: Batch) -> int:
 def steps(trainee: Trainee, batch: Batch, count: int) -> None:
     for _ in range(count):
         trainee.step(batch)
-    if batch.x.is_cuda:
-        torch.cuda.synchronize()
+    wait_for(batch.x.device)
 
 
 def measure(base: str, settings: dict[str, Any]) -> list[Row]:

@@ -20,10 +20,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from stepping import wait_for
 from timing_and_tables import (
     ROUNDS,
     Row,
-    Speeds,
     compare,
     conclude,
     gather_facts,
@@ -157,8 +157,7 @@ class Bare:
         start = perf_counter()
         for at in range(0, len(ids), self.batch):
             self.model(input_ids=ids[at : at + self.batch], use_cache=False)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.device)
         return perf_counter() - start
 
 
@@ -203,15 +202,12 @@ def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
         python = environment / "bin/python"
         jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, python, WIDTH, BATCH)
     seconds = take_turns(bench.rounds, {name: (lambda job=job: job.run(bench.tokens)) for name, job in jobs.items()})
-    return compare_speeds(speeds_of(bench.tokens.size, seconds))
-
-
-def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
+    speeds = speeds_of(bench.tokens.size, seconds)
     rows = [
         compare(f"whole harvest, {dtype}", speeds[f"ours {dtype}"], speeds[f"bare {dtype}"], "tok/s", 0.9, "bare pass")
         for dtype in ("float32", "bfloat16")
     ]
-    if "SAELens float32" in speeds:
+    if environment is not None:
         peer = speeds["SAELens float32"]
         rows.append(compare("both in float32", speeds["ours float32"], peer, "tok/s", 1.15, "SAELens"))
         rows.append(compare("both at their defaults", speeds["ours bfloat16"], peer, "tok/s", 2.5, "SAELens"))

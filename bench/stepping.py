@@ -65,6 +65,11 @@ def split_pairs(batches: list[torch.Tensor]) -> dict[int, tuple[torch.Tensor, ..
     return {id(x): tuple(part.contiguous() for part in x.chunk(2, dim=1)) for x in batches}
 
 
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def fuse(optimizer: Any) -> None:
     """Switch to torch's fused Adam, before the first step."""
     for group in optimizer.param_groups:
@@ -91,23 +96,26 @@ class Stepper:
         torch.manual_seed(0)
         files = sorted(Path(settings.batches).glob("batch_*.npy"))
         batches = [torch.from_numpy(np.load(path)).to(settings.device) for path in files]
-        self._on_gpu = batches[0].is_cuda
+        self._device = batches[0].device
         self._now = time.process_time if settings.clock == "cpu" else time.perf_counter
         self._step = self._make(settings, batches)
         self._batches = cycle(batches)
 
     def _run(self, steps: int, warm: int, release: bool) -> dict[str, float]:
         assert self._step is not None
-        if self._on_gpu:  # before the third step, from which on steps are replayed and allocate nothing
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:  # before the third step, from which on steps are replayed and allocate nothing
             torch.cuda.reset_peak_memory_stats()
         for _ in range(warm):
             self._step(next(self._batches))
-        start = self._wait()
+        wait_for(self._device)
+        start = self._now()
         for _ in range(steps):
             self._step(next(self._batches))
-        seconds = (self._wait() - start) / steps
-        peak = torch.cuda.max_memory_allocated() if self._on_gpu else 0
-        if release and self._on_gpu:
+        wait_for(self._device)
+        seconds = (self._now() - start) / steps
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        if release and on_gpu:
             torch.cuda.empty_cache()
         return {"seconds": seconds, "peak": peak}
 
@@ -117,11 +125,6 @@ class Stepper:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-    def _wait(self) -> float:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return self._now()
 
 
 def serve_steps(make: Callable[[Settings, list[torch.Tensor]], Step]) -> None:

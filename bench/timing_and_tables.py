@@ -73,9 +73,9 @@ class Row:
         return row | {"rounds": {name: list(values) for name, values in self.rounds.items()}, **self.facts, **facts}
 
 
-def take_turns(rounds: int, jobs: Mapping[str, Callable[[], object]], seed: int = 0) -> dict[str, list[float]]:
+def take_turns(rounds: int, jobs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Run all jobs once per round in a new random order; return seconds by name. A job may return its own seconds."""
-    order = random.Random(seed)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name in order.sample(list(jobs), len(jobs)):

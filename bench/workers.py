@@ -246,8 +246,8 @@ def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
         busy, other = jobs.median(ours).busy, jobs.median(plain).busy
         name = f"  the server's processor time to {ours}"
         rows.append(Row(name, f"{busy:.2f} s", f"{plain}s {other:.2f} s", other / busy))
-    ends = jobs.median("write", 1)
-    rows.append(Row("  all end: index, summary", f"{ends.seconds:.2f} s, {ends.busy:.2f} s of the server"))
+    rest = jobs.median("write", 1)
+    rows.append(Row("  all end: index, summary", f"{rest.seconds:.2f} s, {rest.busy:.2f} s of the server"))
     return rows
 
 

@@ -59,6 +59,7 @@ SECTIONS = {  # the menu; pages that are not listed come last in "Studies" or "M
 }
 THEME = 'if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";'
 MADE_BY = '<meta name="generator" content="saemill docs/build.py">'
+MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
 class LinkBroken(Exception):
@@ -220,7 +221,7 @@ def _cell(text: str) -> str:
 
 
 def parse(text: str) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(text)
+    return MARKDOWN.parse(text)
 
 
 def slugs(text: str) -> list[str]:
@@ -284,8 +285,7 @@ def document(name: str, text: str, texts: Mapping[str, str]) -> str:
                     continue
                 path = relative(address(target) if target in texts else target)
                 part.attrSet(attribute, f"{path}#{anchor}" if anchor else path)
-    markdown = MarkdownIt("commonmark").enable("table")
-    body = markdown.renderer.render(tokens, markdown.options, {}).replace(" ± ", "&nbsp;±&nbsp;")
+    body = MARKDOWN.renderer.render(tokens, MARKDOWN.options, {}).replace(" ± ", "&nbsp;±&nbsp;")
     title = html.escape(title_of(name, text))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: saemill</title>\n'

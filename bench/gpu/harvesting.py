@@ -21,8 +21,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from limits import wait
 from records import record, record_failure, shares, tell
+from stepping import wait_for
 from timing_and_tables import take_turns
 from transformers import Gemma2ForCausalLM
 from worker_pipe import WorkerFailed
@@ -94,11 +94,11 @@ def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float
     """Our truncated pass, with nothing captured and nothing copied to the host."""
     device = next(model.stack.parameters()).device
     ids = torch.from_numpy(tokens_WT.astype(np.int64)).to(device)
-    wait(device)
+    wait_for(device)
     start = time.perf_counter()
     for at in range(0, len(ids), batch):
         run(model, ids[at : at + batch], {})
-    wait(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 

@@ -34,12 +34,12 @@ D, K, B = 2304, 64, 4096
 HEAD_START = 8_000_000  # cycles, about 4 ms, in which the host queues everything that is timed
 
 
-def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
+def milliseconds(job: Callable[[], object]) -> list[float]:
     """The device's own time: it sleeps until all launches are queued, so that it never waits for Python."""
     for _ in range(3):
         job()
     found = []
-    for _ in range(repeats):
+    for _ in range(10):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HEAD_START)
         start.record()

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import torch
 from records import record
+from stepping import wait_for
 
 TURNS = 5
 
@@ -22,24 +23,19 @@ def measure_rates(
     device: torch.device, seconds: float, units: float, job: Callable[[], object]
 ) -> tuple[list[float], tuple[float, float]]:
     """Units per second in several turns without a pause in between, and the time span of the measurement."""
-    wait(device)
+    wait_for(device)
     job()
     began, found = time.time(), []
     for _ in range(TURNS):
-        wait(device)
+        wait_for(device)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < seconds / TURNS:
             for _ in range(8):  # in flight at once
                 job()
             count += 8
-            wait(device)
+            wait_for(device)
         found.append(units * count / (time.perf_counter() - start))
     return found, (began, time.time())
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @click.command()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 import torch
-from limits import wait
 from records import record
+from stepping import wait_for
 from timing_and_tables import take_turns
 
 from saemill.cache_schema import Request, Store
@@ -38,7 +38,7 @@ class Plain:
 
     def read(self, copied: bool) -> None:
         list(self._threads.map(lambda thread: self._read_some(thread, copied), range(PIECES_IN_FLIGHT)))
-        wait(self.device)
+        wait_for(self.device)
 
     def _read_some(self, thread: int, copied: bool) -> None:
         memory = self._memory[thread]
@@ -59,7 +59,7 @@ def read_all(url: Path, device: torch.device, pool_tokens: int) -> None:
         for block in plan.blocks(0):
             loader.block(block)
         loader.close()
-    wait(device)
+    wait_for(device)
 
 
 def forget(files: list[Path]) -> None:

@@ -62,7 +62,7 @@ class Run:
     asked: argparse.Namespace
     work: Path
     environment: dict[str, str]
-    began: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
     status: list[str] = field(default_factory=list)
 
     @property
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def left(self) -> float:
-        return self.asked.total - (time.monotonic() - self.began)
+        return self.asked.total - (time.monotonic() - self.start)
 
     @property
     def peers_python(self) -> Path | None:
@@ -169,12 +169,12 @@ def parts_of(run: Run) -> list[Part]:
     """The parts, most important first."""
     device, small, rounds = run.asked.device, run.asked.small, run.asked.rounds
     options = ["--device", device, *(["--small"] if small else [])]
-    beside = ["--peers-python", run.peers_python] if run.peers_python else []
+    peers = ["--peers-python", run.peers_python] if run.peers_python else []
     compiled = ["--compile"] if run.asked.compile else []
     store, tables = run.work / "made_store", {name: run.work / f"{name}.json" for name in ("fleet", "guided")}
     mark = "gpu or either" if device != "cpu" else "not gpu and not slow and not either"
     tests = ["-m", "pytest", "-m", mark, "--timeout", 80, "--maxfail", 20]
-    tests += ["-vv", "-p", "no:cacheprovider"]  # against the -q of pyproject.toml: a line for each test, as it ends
+    tests += ["-vv", "-p", "no:cacheprovider"]  # undoes the -q of pyproject.toml: a line for each test, as it finishes
     tests += ["-k", run.asked.matching] if run.asked.matching else []
     tests += ["-p", "no:benchmark"]  # this plugin warns about xdist, and warnings are errors
     if importlib.util.find_spec("xdist"):  # Triton's compiler takes most of the time
@@ -198,11 +198,11 @@ def parts_of(run: Run) -> list[Part]:
         part("small", 150, HERE / "small.py", *options, "--work", run.work / "small", *jobs_in_time),
         part("limits", 25, HERE / "limits.py", *options),
         part("kernels", 70, HERE / "kernels.py", "--variant", "topk", "--variant", "batchtopk", "--profile"),
-        part("steps", 200, HERE / "steps.py", *options, *beside, "--rounds", rounds, *in_time, *compiled),
+        part("steps", 200, HERE / "steps.py", *options, *peers, "--rounds", rounds, *in_time, *compiled),
         part("store", 30, HERE / "made_store.py", store, 2 if small else 16),
         part("fleet", 60, BENCH / "fleet.py", store, *turns, *fleet),
         part("guided", 45, BENCH / "guided.py", *turns, *guided),
-        part("harvest", 190, HERE / "harvesting.py", *options, *beside, *harvest, *in_time),
+        part("harvest", 190, HERE / "harvesting.py", *options, *peers, *harvest, *in_time),
         part("reading", 45, HERE / "reading.py", store, "--device", device, "--rounds", rounds),
     ]
 
