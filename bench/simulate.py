@@ -64,7 +64,7 @@ class PaperFiles(RemoteFiles):
 
     def __init__(self, paper: Paper, shards: int) -> None:
         super().__init__(fsspec.filesystem("memory"), "/paper", "paper")
-        self.paper, self.objects, self.committed, self.records = paper, {}, np.zeros(shards, bool), 0
+        self.paper, self.objects, self.committed = paper, {}, np.zeros(shards, bool)
         self.requests: Counter[str] = Counter()
         self.now = 0.0
         self.minutes: Counter[int] = Counter()
@@ -210,7 +210,6 @@ class Harvest:
         files.ask("PUT", int(self.paper.has_device))
         record = CommitRecord(self.manifest.cache_id, shard, self.manifest.shard_range(shard), self.arrays)
         commits.write_record(files, record)
-        files.records += not files.committed[shard]
         files.committed[shard] = True
 
     def _read_index(self, files: PaperFiles, manifest: Manifest) -> commits.Index:
