@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,79 +60,49 @@ def tell(what: str, rounds: list[float], bytes_moved: float = 0.0, operations: f
 
 
 def measure(width: int) -> None:
+    def timed(what: str, job: Callable[[], object], bytes_moved: float = 0.0, operations: float = 0.0) -> None:
+        tell(f"F {width}: {what}", milliseconds(job), bytes_moved, operations)
+
     x, W = torch.randn(B, D, device="cuda"), torch.nn.functional.normalize(torch.randn(width, D, device="cuda"))
     low_x, low_W = x.bfloat16(), W.bfloat16()
-    tell(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
+    timed("encoder product", lambda: low_x @ low_W.t(), operations=2 * B * D * width)
     pre = low_x @ low_W.t()
     full = pre.float()
-    tell(f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: exact_top_k.top_latents(pre, K)), pre.nbytes)
-    tell(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
-    tell(f"F {width}: top {K} of rows, float32", milliseconds(lambda: exact_top_k.top_latents(full, K)), full.nbytes)
-    tell(
-        f"F {width}: top {K * B} of the batch, bfloat16",
-        milliseconds(lambda: exact_top_k.top_of_batch(pre, K * B)),
-        pre.nbytes,
-    )
+    timed(f"top {K} of rows, bfloat16", lambda: exact_top_k.top_latents(pre, K), pre.nbytes)
+    timed("the same by torch.topk", lambda: pre.topk(K, sorted=False), pre.nbytes)
+    timed(f"top {K} of rows, float32", lambda: exact_top_k.top_latents(full, K), full.nbytes)
+    timed(f"top {K * B} of the batch, bfloat16", lambda: exact_top_k.top_of_batch(pre, K * B), pre.nbytes)
     unequal = pre * torch.exp(UNEQUAL * torch.randn(B, 1, device="cuda")).bfloat16()
-    tell(
-        f"F {width}: top {K * B} of a batch of unequal rows",
-        milliseconds(lambda: exact_top_k.top_of_batch(unequal, K * B)),
-        pre.nbytes,
-    )
+    timed(f"top {K * B} of a batch of unequal rows", lambda: exact_top_k.top_of_batch(unequal, K * B), pre.nbytes)
     latents = exact_top_k.top_latents(pre, K)
     support = support_from_topk(latents, width)
     values = torch.rand(B * K, device="cuda")
     gathered = 4.0 * B * K * D
-    tell(f"F {width}: entries by latent", milliseconds(lambda: support_from_topk(latents, width).by_latent))
+    timed("entries by latent", lambda: support_from_topk(latents, width).by_latent)
     by_latent = support.by_latent
-    for name, source in (("float32", W), ("bfloat16", low_W)):
-        tell(
-            f"F {width}: decode from {name}",
-            milliseconds(
-                lambda source=source: sparse_products.bag_sum(source, support.latents, support.offsets, values)
-            ),
-            gathered,
-        )
-    bag = torch.nn.functional.embedding_bag
-    tell(
-        f"F {width}: decode by embedding_bag",
-        milliseconds(
-            lambda: bag(
-                support.latents, W, support.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-            )
-        ),
-        gathered,
-    )
-    for name, source in (("float32", x), ("bfloat16", low_x)):
-        tell(
-            f"F {width}: pair dots by latent, rows {name}",
-            milliseconds(
-                lambda source=source: sparse_products.pair_dots(
-                    W, by_latent.latents, source, by_latent.rows, by_latent.order
-                )
-            ),
-            gathered,
-        )
+    for name, table in (("float32", W), ("bfloat16", low_W)):
+        job = partial(sparse_products.bag_sum, table, support.latents, support.offsets, values)
+        timed(f"decode from {name}", job, gathered)
+    weighted = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
+    job = partial(torch.nn.functional.embedding_bag, support.latents, W, support.offsets, **weighted)
+    timed("decode by embedding_bag", job, gathered)
+    for name, rows in (("float32", x), ("bfloat16", low_x)):
+        job = partial(sparse_products.pair_dots, W, by_latent.latents, rows, by_latent.rows, by_latent.order)
+        timed(f"pair dots by latent, rows {name}", job, gathered)
     moments = torch.zeros_like(W), torch.zeros_like(W)
     low = torch.empty_like(low_W)
     lr, betas = torch.tensor(1e-5, device="cuda"), torch.tensor([0.9, 0.999], dtype=torch.float64, device="cuda")
     adam = row_update.AdamStep(lr, 1 - betas**10, 0.9, 0.999, 1e-8, 0.0)
     sorted_values = values[by_latent.order]
     moved = 6.0 * W.nbytes + low.nbytes
-    for name, source in (("float32", x), ("bfloat16", low_x)):
-        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, source
-        tell(
-            f"F {width}: row update, rows {name}",
-            milliseconds(lambda entries=entries: row_update.update_rows(W, moments, entries, adam, low=low, unit=True)),
-            moved + gathered / (1 if name == "float32" else 2),
-        )
-    tell(
-        f"F {width}: row update without entries",
-        milliseconds(lambda: row_update.update_rows(W, moments, None, adam, low=low, unit=True)),
-        moved,
-    )
+    for name, rows in (("float32", x), ("bfloat16", low_x)):
+        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, rows
+        job = partial(row_update.update_rows, W, moments, entries, adam, low=low, unit=True)
+        timed(f"row update, rows {name}", job, moved + gathered / (1 if name == "float32" else 2))
+    job = partial(row_update.update_rows, W, moments, None, adam, low=low, unit=True)
+    timed("row update without entries", job, moved)
     centre = torch.rand(width, device="cuda")
-    tell(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
+    timed("one vector times W", lambda: centre @ W, W.nbytes)
 
 
 def step(variant: str, width: int, profile: bool) -> None:
