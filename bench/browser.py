@@ -132,7 +132,7 @@ def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds
     else:
         command = [dashboard / "bin/python", "-W", "ignore", PEERS / "sae_dashboard_browser.py"]
         with closing(Worker("SAEDashboard", command)) as peer:
-            peer.ask(**request, latents=[0, 2])  # the model runs, the cache fills
+            peer.ask(**request, latents=[0, 2])  # runs the model and fills the cache
             seconds = take_turns(rounds, {"ours": ours, "SAEDashboard": lambda: theirs(peer)})
     tokens = answers["ours"]["tokens"]
     speeds = speeds_of(tokens, seconds)

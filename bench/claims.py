@@ -38,7 +38,7 @@ K = 32
 KS = (8, 16, 32, 64)
 SEEDS = (0, 1, 2)
 COMPARED = ("batchtopk", "matryoshka", "ortsae", "tsae", "abstopk", "matching_pursuit", "treesae")
-SMOOTH_PART = 0.2  # of the dictionary is made smooth over time by T-SAE; a matryoshka's third group ends near it
+SMOOTH_PART = 0.2  # the part of the dictionary that T-SAE smooths over time; a matryoshka's third group ends near it
 BATCH = 2048
 BOTH_SIGNS = 0.1  # a latent counts as used with both signs if more than this share of its firings has the rarer one
 

@@ -21,7 +21,7 @@ FEWER_ROWS = 512  # per batch of cross-layer transcoders, whose steps are a peer
 TRANSCODERS = ("transcoder", "skip_transcoder")
 CROSS_LAYER = "clt"
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu")
-PLACED = 0.002  # a threshold is placed when the log of L0 over the wanted L0 is below this
+PLACED = 0.002  # a threshold is placed once the log of L0 over the wanted L0 is this small
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 

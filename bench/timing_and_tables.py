@@ -102,7 +102,7 @@ def gather_facts(peers_python: str | os.PathLike[str] | None = None, **more: Any
     facts |= {"cores": os.cpu_count(), "python": platform.python_version()}
     facts |= {name: found for name in PACKAGES if (found := _version(name))}
     facts["allocator"] = "ours: keep_large_blocks (large freed blocks stay with the process); peers: as it is"
-    return facts | versions_beside(peers_python) | more
+    return facts | peer_versions(peers_python) | more
 
 
 def commit() -> str:
@@ -122,7 +122,7 @@ def revision_of(checkout: str | os.PathLike[str] | None) -> dict[str, str]:
 
 
 def _cpuinfo() -> str:
-    """Empty where there is none."""
+    """The kernel's description of the processor; empty if there is none."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
@@ -137,7 +137,7 @@ def has_bfloat16() -> bool:
     return any(word in _cpuinfo() for word in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
-def versions_beside(python: str | os.PathLike[str] | None) -> dict[str, str]:
+def peer_versions(python: str | os.PathLike[str] | None) -> dict[str, str]:
     """The versions of the peers and of the packages they run on, in their own environment."""
     if python is None:
         return {}

@@ -138,7 +138,7 @@ def step(variant: str, width: int, profile: bool) -> None:
 
 def time_changing_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
     """Time steps as in a run with massive rows and dying latents: batches have two sizes, and every LOOK_EVERY steps
-    one more latent is found dead, which makes all recordings useless."""
+    another latent is dead, so that no recording serves longer."""
     sizes, found = (Batch(x), Batch(x[:-1].clone())), []
     while trainee.step_index % LOOK_EVERY:
         trainee.step(sizes[0])
