@@ -176,8 +176,8 @@ class Contestants:
             python = sys.executable if fit.contestant == "ours" else self._peers_python
             script = [python, "-W", "ignore", HERE / "peers" / f"{fit.contestant}_fit.py"]
             self._workers[fit.contestant] = Worker(fit.contestant, script, self._sources.get(fit.contestant))
-        asked = {name: value for name, value in asdict(fit).items() if name != "contestant"}
-        return Score(**self._workers[fit.contestant].ask(folder=self._folder, steps=self._steps, **asked))
+        request = {name: value for name, value in asdict(fit).items() if name != "contestant"}
+        return Score(**self._workers[fit.contestant].ask(folder=self._folder, steps=self._steps, **request))
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -406,13 +406,13 @@ def test_a_cross_layer_transcoder_is_compared_with_clt_forge_at_a_coefficient_th
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("variants", "message"),
     [(("clt", "transcoder"), "different rows"), (("topk", "clt"), "different rows"), (("clt",), "--clt-forge")],
 )
-def test_an_impossible_comparison_is_refused_before_anything_is_read(bench, asked, said):
-    variants = [word for variant in asked for word in ("--variant", variant)]
-    result = CliRunner().invoke(bench("quality").main, ["no store", "--peers-python", "no python", *variants])
-    assert result.exit_code == 2 and said in result.output
+def test_an_impossible_comparison_is_refused_before_anything_is_read(bench, variants, message):
+    words = [word for variant in variants for word in ("--variant", variant)]
+    result = CliRunner().invoke(bench("quality").main, ["no store", "--peers-python", "no python", *words])
+    assert result.exit_code == 2 and message in result.output
 
 
 def test_turns_are_taken_in_another_order_each_round(bench):
@@ -509,12 +509,12 @@ def test_a_contestant_that_fails_is_named_and_the_others_continue(bench, monkeyp
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_part_of_the_device_benchmark_has_its_command_and_its_turn(bench, tmp_path, device):
     run = bench("run")
-    asked = {"device": device, "small": False, "rounds": 5, "total": 580.0, "no_peers": True, "compile": False}
-    asked |= {"only": None, "matching": None}
-    made = run.Run(argparse.Namespace(**asked), tmp_path, {})
+    args = {"device": device, "small": False, "rounds": 5, "total": 580.0, "no_peers": True, "compile": False}
+    args |= {"only": None, "matching": None}
+    made = run.Run(argparse.Namespace(**args), tmp_path, {})
     parts = run.parts_of(made)
     assert tuple(part.name for part in parts) == run.PARTS
-    assert run.chosen(made.asked) == [name for name in run.PARTS if device == "cuda" or name != "kernels"]
+    assert run.chosen(made.args) == [name for name in run.PARTS if device == "cuda" or name != "kernels"]
     for part in parts[1:]:
         assert Path(part.command[1]).exists(), part.name
 
@@ -532,8 +532,8 @@ def test_a_part_of_the_device_benchmark_that_takes_too_long_keeps_its_numbers(be
     monkeypatch.setattr(run, "SHORTEST", 0.0)
     out, work = tmp_path / "out", tmp_path / "work"
     work.mkdir()
-    asked = argparse.Namespace(out=out, total=60.0, device="cpu")
-    made = run.Run(asked, work, run.make_environment(argparse.Namespace(small=True, device="cpu"), work))
+    args = argparse.Namespace(out=out, total=60.0, device="cpu")
+    made = run.Run(args, work, run.make_environment(argparse.Namespace(small=True, device="cpu"), work))
     made.environment["PYTHONPATH"] = f"{ROOT / 'bench'}:{ROOT / 'bench/gpu'}"
     job = "import time, records; records.record('a thing', 'ours', 'tok/s', [1, 3, 2], (5.0, 6.0)); time.sleep(60)"
     facts = {"card": "Some Card", "commit": "abc"}

@@ -178,11 +178,11 @@ def peak_of(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
-def choose_folder(asked: Path | None) -> Path:
+def choose_folder(folder: Path | None) -> Path:
     """The disk; or memory, if it has room and the disk is so slow that it would hide the device's speed."""
-    place, memory = asked or Path(tempfile.gettempdir()), Path("/dev/shm")
+    place, memory = folder or Path(tempfile.gettempdir()), Path("/dev/shm")
     rate = disk_rate(place)
-    is_moved = asked is None and rate < SLOW_DISK and memory.is_dir() and shutil.disk_usage(memory).free > ENOUGH
+    is_moved = folder is None and rate < SLOW_DISK and memory.is_dir() and shutil.disk_usage(memory).free > ENOUGH
     chosen = "memory (/dev/shm)" if is_moved else "the disk"
     tell(f"the disk takes {rate / 1e9:.2f} GB/s with fsync: harvests are written to {chosen}")
     return memory if is_moved else place

@@ -156,18 +156,18 @@ def time_changing_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--width", type=int, action="append")
-    parse.add_argument("--variant", action="append")
-    parse.add_argument("--profile", action="store_true", help="Also list the kernels that take most of a step's time.")
-    asked = parse.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, action="append")
+    parser.add_argument("--variant", action="append")
+    parser.add_argument("--profile", action="store_true", help="Also list the kernels that take most of a step's time.")
+    args = parser.parse_args()
     if not has_triton(torch.device("cuda:0")):
         raise SystemExit("our kernels do not run here")
-    for width in asked.width or (16384, 65536):
+    for width in args.width or (16384, 65536):
         measure(width)
         torch.cuda.empty_cache()
-        for variant in asked.variant or ("topk", "batchtopk", "matryoshka"):
-            step(variant, width, asked.profile)
+        for variant in args.variant or ("topk", "batchtopk", "matryoshka"):
+            step(variant, width, args.profile)
             torch.cuda.empty_cache()
 
 

@@ -59,7 +59,7 @@ class Part:
 class Run:
     """The command line's options, and the state of this run."""
 
-    asked: argparse.Namespace
+    args: argparse.Namespace
     work: Path
     environment: dict[str, str]
     start: float = field(default_factory=time.monotonic)
@@ -75,15 +75,15 @@ class Run:
 
     @property
     def left(self) -> float:
-        return self.asked.total - (time.monotonic() - self.start)
+        return self.args.total - (time.monotonic() - self.start)
 
     @property
     def peers_python(self) -> Path | None:
         """The peers' Python, if there are peers."""
-        if self.asked.no_peers:
+        if self.args.no_peers:
             return None
-        if self.asked.peers is not None:
-            return (self.asked.peers / "bin/python").absolute()
+        if self.args.peers is not None:
+            return (self.args.peers / "bin/python").absolute()
         made = self.work / "peers/python"
         return made if made.exists() else None
 
@@ -103,7 +103,7 @@ def prepare(run: Run) -> subprocess.Popen[bytes] | None:
     run.environment["PYTHONPATH"] = os.pathsep.join(map(str, (package, BENCH, site)))
     if any((ROOT / ".whl").glob("*.whl")):
         install(run, ROOT / ".whl", site).wait()
-    if run.asked.no_peers or run.asked.peers is not None or not any((ROOT / ".whl-peers").glob("*.whl")):
+    if run.args.no_peers or run.args.peers is not None or not any((ROOT / ".whl-peers").glob("*.whl")):
         return None
     installing = install(run, ROOT / ".whl-peers", run.work / "peers-site")
     write_stub(run.work / "peers-stubs")
@@ -151,7 +151,7 @@ def find_facts(run: Run) -> dict[str, Any]:
 @contextlib.contextmanager
 def watched_clocks(run: Run) -> Iterator[None]:
     """Read the clocks once a second, without setting any."""
-    if run.asked.device == "cpu" or shutil.which("nvidia-smi") is None:
+    if run.args.device == "cpu" or shutil.which("nvidia-smi") is None:
         yield
         return
     words = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits", "-l", "1"]
@@ -167,15 +167,15 @@ def watched_clocks(run: Run) -> Iterator[None]:
 
 def parts_of(run: Run) -> list[Part]:
     """The parts, most important first."""
-    device, small, rounds = run.asked.device, run.asked.small, run.asked.rounds
+    device, small, rounds = run.args.device, run.args.small, run.args.rounds
     options = ["--device", device, *(["--small"] if small else [])]
     peers = ["--peers-python", run.peers_python] if run.peers_python else []
-    compiled = ["--compile"] if run.asked.compile else []
+    compiled = ["--compile"] if run.args.compile else []
     store, tables = run.work / "made_store", {name: run.work / f"{name}.json" for name in ("fleet", "guided")}
     mark = "gpu or either" if device != "cpu" else "not gpu and not slow and not either"
     tests = ["-m", "pytest", "-m", mark, "--timeout", 80, "--maxfail", 20]
     tests += ["-vv", "-p", "no:cacheprovider"]  # undoes the -q of pyproject.toml: a line for each test, as it finishes
-    tests += ["-k", run.asked.matching] if run.asked.matching else []
+    tests += ["-k", run.args.matching] if run.args.matching else []
     tests += ["-p", "no:benchmark"]  # this plugin warns about xdist, and warnings are errors
     if importlib.util.find_spec("xdist"):  # Triton's compiler takes most of the time
         tests += ["-n", min(6, max(1, (os.cpu_count() or 1) // 2))]
@@ -217,13 +217,13 @@ PARTS = ("tests", "small", "limits", "kernels", "steps", "store", "fleet", "guid
 NEEDED = {"fleet": ("store",), "reading": ("store",), "steps": ("limits",), "harvest": ("limits",)}
 
 
-def chosen(asked: argparse.Namespace) -> list[str]:
+def chosen(args: argparse.Namespace) -> list[str]:
     """The parts named by --only, and those that they need."""
-    wanted = set(asked.only.split(",")) if asked.only else set(PARTS)
+    wanted = set(args.only.split(",")) if args.only else set(PARTS)
     if unknown := wanted - set(PARTS):
         sys.exit(f"--only: expected some of {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
     wanted |= {need for name in wanted for need in NEEDED.get(name, ())}
-    if asked.device == "cpu":
+    if args.device == "cpu":
         wanted.discard("kernels")  # run only on a GPU
     return [name for name in PARTS if name in wanted]
 
@@ -292,7 +292,7 @@ def conclude(run: Run, facts: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in run.records.read_text().splitlines()] if run.records.exists() else []
     clocks = read_clocks(run.work / "clocks.csv")
     rows = [row | clocks_of(row, clocks) | facts for row in rows]
-    out = run.asked.out
+    out = run.args.out
     out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
     body = ",\n".join("  " + json.dumps(row) for row in rows)
@@ -370,7 +370,7 @@ def say(run: Run, text: str) -> None:
         log.write(text + "\n")
 
 
-def make_environment(asked: argparse.Namespace, work: Path) -> dict[str, str]:
+def make_environment(args: argparse.Namespace, work: Path) -> dict[str, str]:
     """An environment that is offline and writes nothing outside this run's folder."""
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
     made = {"HF_HOME": str(work / "hf"), "TMPDIR": str(work / "tmp"), "TRITON_CACHE_DIR": str(work / "triton")}
@@ -378,31 +378,31 @@ def make_environment(asked: argparse.Namespace, work: Path) -> dict[str, str]:
     made |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
     # Checking for a device must not initialise it, or forks could not use it.
     made |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if asked.small and asked.device == "cpu":
+    if args.small and args.device == "cpu":
         made["OMP_NUM_THREADS"] = "1"  # tiny tensors do not keep several threads busy
     return os.environ | offline | made
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for the results.")
-    parse.add_argument("--only", help=f"Only some of {','.join(PARTS)}; parts that they need are added.")
-    parse.add_argument("--matching", help="Run only the tests that match this expression of pytest's -k.")
-    parse.add_argument("--total", type=float, default=580, help="Seconds for everything.")
-    parse.add_argument("--device", default="cuda")
-    parse.add_argument("--rounds", type=int, default=5)
-    parse.add_argument("--peers", type=Path, help="The peers' environment; default: .whl-peers, if it exists.")
-    parse.add_argument("--no-peers", action="store_true")
-    parse.add_argument("--compile", action="store_true", help="Also time SAELens with compile_sae; adds a minute.")
-    parse.add_argument("--small", action="store_true", help="Tiny sizes: to try this out, not to measure.")
-    asked = parse.parse_args()
-    asked.rounds = 2 if asked.small else asked.rounds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for the results.")
+    parser.add_argument("--only", help=f"Only some of {','.join(PARTS)}; parts that they need are added.")
+    parser.add_argument("--matching", help="Run only the tests that match this expression of pytest's -k.")
+    parser.add_argument("--total", type=float, default=580, help="Seconds for everything.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", type=Path, help="The peers' environment; default: .whl-peers, if it exists.")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="Also time SAELens with compile_sae; adds a minute.")
+    parser.add_argument("--small", action="store_true", help="Tiny sizes: to try this out, not to measure.")
+    args = parser.parse_args()
+    args.rounds = 2 if args.small else args.rounds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops all child processes
-    wanted = chosen(asked)
+    wanted = chosen(args)
     with tempfile.TemporaryDirectory(prefix="saemill-bench-", ignore_cleanup_errors=True) as name:
         work = Path(name).resolve()
         (work / "tmp").mkdir()
-        run = Run(asked, work, make_environment(asked, work))
+        run = Run(args, work, make_environment(args, work))
         installing = prepare(run)
         facts = find_facts(run)
         say(run, ", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -414,7 +414,7 @@ def main() -> None:
                 part = next(part for part in parts_of(run) if part.name == name)
                 do_part(run, part, facts)
                 conclude(run, facts)
-        print("\n" + (asked.out / "table.txt").read_text())
+        print("\n" + (args.out / "table.txt").read_text())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 One process imports everything once; each job is a fork of it with its own time limit, so that a job that fails, hangs
 or breaks the device's context is reported and the next one starts. Nothing here touches CUDA before a fork; if a fork
-has no CUDA all the same (because some import asked for the device), each job is a new process instead. Independent jobs
+has no CUDA all the same (because some import args for the device), each job is a new process instead. Independent jobs
 run several at a time: a small run is mostly start-up, and none is timed.
 """
 
@@ -263,19 +263,19 @@ def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser()
-    parse.add_argument("--device", default="cuda")
-    parse.add_argument("--work", type=Path, required=True)
-    parse.add_argument("--limit", type=float, default=170)
-    parse.add_argument("--small", action="store_true")
-    parse.add_argument("--spawn", action="store_true", help="Start each job as a new process, without trying forks.")
-    parse.add_argument("--job", help="Internal.")
-    asked = parse.parse_args()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--limit", type=float, default=170)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--spawn", action="store_true", help="Start each job as a new process, without trying forks.")
+    parser.add_argument("--job", help="Internal.")
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, stop_children)
     start = time.monotonic()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(asked.work / "jobs", start + asked.limit, asked.job)
-    device, work, small = asked.device, asked.work, asked.small
+    args.work.mkdir(parents=True, exist_ok=True)
+    jobs = Jobs(args.work / "jobs", start + args.limit, args.job)
+    device, work, small = args.device, args.work, args.small
     tokens, batch, width = ("40k", 4096, 128) if small else ("200k", 2048, 1024)
     store, runs, by_cpu = work / "store", work / "runs", work / "runs_cpu"
 
@@ -293,10 +293,10 @@ def main() -> None:
     others = [name for name in sorted(variant_registry.names()) if name not in first]
     for name in variant_registry.names():
         variant_registry.module(name)
-    if asked.job is None:
+    if args.job is None:
         jobs.keep("imports", "ok", time.monotonic() - start, f"torch {torch.__version__}")
         on_device = Job("device in a fork", 40, lambda: print(torch.zeros(1, device=device).add(1)))
-        jobs.spawns = asked.spawn or not jobs.run(on_device)
+        jobs.spawns = args.spawn or not jobs.run(on_device)
 
     def train(name: str, where: str, out: Path) -> Callable[[], object]:
         words = ["--variant", name, "--cache", store, "--out", out, "--name", name, "--width", width]
@@ -329,7 +329,7 @@ def main() -> None:
                 lambda name=name: compare_runs(runs, by_cpu, name),
             )
             for name in ON_BOTH[: 1 if small else None]
-            if asked.job is not None or (runs / name / "result.json").exists()
+            if args.job is not None or (runs / name / "result.json").exists()
         )
     )
     tell(
