@@ -81,11 +81,6 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return float(functional.cosine_similarity(one, other, dim=1).mean())
 
 
-def read_rows(store: Store, layer: int) -> list[Tensor]:
-    """The ordinary tokens of the test split, in text order."""
-    return list(store.batches(layers=layer, split="test", batch_tokens=BATCH, shuffle=False, device="cpu"))
-
-
 @torch.no_grad()
 def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
     """A row for each SAE; those trained at the largest k are also measured at every smaller one."""
@@ -183,7 +178,7 @@ def main(store: str, runs: Path, width: int, tokens: int, json_file: Path) -> No
         settings = {"width": width, "tokens": tokens, "epochs": 1, "layer": layer, "set": {"data.batch_tokens": 1024}}
         trained = train_all(runs, cache=store, **settings)
         require_same_settings(trained, manifest.cache_id, width, tokens)
-        batches = read_rows(opened, layer)
+        batches = list(opened.batches(layers=layer, split="test", batch_tokens=BATCH, shuffle=False, device="cpu"))
     found = measure(trained, batches)
     show(found, Console(width=200))
     facts = gather_facts(cache_id=manifest.cache_id, model=manifest.model.id, layer=layer, width=width, tokens=tokens)
