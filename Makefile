@@ -60,7 +60,7 @@ $(if $(UNREAD),$(error nothing reads $(UNREAD). `make help` lists each target's 
   bench-transcoders bench-claims bench-workers bench-simulate docs measured peers saebench circuit-tracer dashboard clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 env: $(VENV)/.installed ## create the environment in .venv
 
