@@ -1,9 +1,9 @@
-"""How many links to other tokens an attention budget leaves, by mass asked for, slots, and sinks in or left out.
+"""Links to other tokens that an attention budget keeps, by its mass, its slots, and the sinks it leaves out.
 
     python bench/attention_budget.py --store ./store --model FOLDER [--layers 13,14,15,16] [--tokens 4096]
 
 The model runs once over tokens of the store's test split; every row of attention is sparsified under each budget as in
-a harvest, and packed as in a store. A link goes to an earlier token that is neither special nor the window's first.
+a harvest, and packed as in a store. A link leads to an earlier token that is neither special nor the window's first.
 Prints a Markdown table of means over the layers.
 """
 
@@ -75,12 +75,12 @@ def main(url: str, folder: str, layers: str, tokens: int) -> None:
 
 
 def packed_bytes(manifest: Manifest, budget: AttentionSpec, layer: int, csr: AttentionCsr, windows: int) -> int:
-    """Bytes on disk of one layer."""
+    """The size of one layer on disk."""
     splits = {"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)}
     budget = replace(budget, layers=(layer,))
     shard = replace(manifest, windows=windows, splits=splits, shard_windows=windows, attention=budget)
-    nothing = np.zeros((windows, manifest.context), np.uint32)
-    parts = lay_out(shard, 0, ShardContent(nothing, nothing, {}, {}, {layer: csr}))
+    zeros = np.zeros((windows, manifest.context), np.uint32)
+    parts = lay_out(shard, 0, ShardContent(zeros, zeros, {}, {}, {layer: csr}))
     return sum(buffer.nbytes for part in parts for buffer in encode(part.layout, part.chunk(0)))
 
 

@@ -1,10 +1,10 @@
 """The latent browser against SAEDashboard 0.8: the same latents of the same SAEs on the same tokens.
 
-On a store of the pocket model: SAEs of random directions, whose latents all fire, top-k and JumpReLU with about equally
-many active. Ours is a new process each round and makes all latents, attended-to tokens included. SAEDashboard goes
-through batches of 128 latents one after another, each of which reads all tokens again: for a wide SAE one batch per
-round is timed, a different one each time, and multiplied; for a narrow one all are. Its model has run before, so its
-cache is warm. Rounds take turns.
+Needs a store of the pocket model. The SAEs have random directions, so all latents fire: a top-k SAE, and a JumpReLU SAE
+with about as many active. Ours is a new process each round and covers all latents, attended-to tokens included.
+SAEDashboard works through batches of 128 latents and reads all tokens again for each: for a wide SAE one batch is timed
+per round, a different one each time, and the time is scaled up; for a narrow SAE all are timed. Its model has already
+run, so its cache is warm. Both take turns.
 
     python bench/browser.py STORE --dashboard .venv-dashboard
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import click
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from timing_and_tables import Row, Speeds, compare, conclude, gather_facts, take_turns
+from timing_and_tables import Row, compare, conclude, gather_facts, speeds_of, take_turns
 from torch.nn import functional
 from worker_pipe import Worker
 
@@ -38,7 +39,7 @@ from saemill.train.sae.model import SparseAutoencoder
 
 PEERS = Path(__file__).with_name("peers")
 K, WIDE, NARROW, BATCH = 64, 16_384, 512, 128
-ENOUGH, TIMES = 20_000, 10.0  # SAE-tokens a second; as fast as SAEDashboard
+WANTED_SPEED, WANTED_RATIO = 20_000, 10.0  # tokens per second of one SAE; speed relative to SAEDashboard
 CASES = (("topk", WIDE), ("jumprelu", WIDE), ("topk", NARROW))
 
 
@@ -110,63 +111,61 @@ def make_run(world: World, variant: str, width: int) -> Path:
 
 
 def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds: int) -> list[Row]:
-    """Time both in turns; the last rows say what each made."""
+    """Time both in turns, and compare the firing rates that they report."""
     run = make_run(world, variant, width)
     request, latents = world.request(run), BATCH if width == WIDE else width
-    made: dict[str, dict[str, Any]] = {}
-    begun = 0
+    answers: dict[str, dict[str, Any]] = {}
+    batch_numbers = count()
 
     def ours() -> float:
-        with closing(Worker("ours", [sys.executable, "-W", "ignore", PEERS / "ours_browser.py"])) as one:
-            made["ours"] = one.ask(**request)
-        return made["ours"]["seconds"]
+        with closing(Worker("ours", [sys.executable, "-W", "ignore", PEERS / "ours_browser.py"])) as worker:
+            answers["ours"] = worker.ask(**request)
+        return answers["ours"]["seconds"]
 
     def theirs(peer: Worker) -> float:
-        nonlocal begun
-        begun, first = begun + 1, begun * latents % width
-        made["SAEDashboard"] = peer.ask(**request, latents=[first, first + latents]) | {"first": first}
-        return made["SAEDashboard"]["seconds"] * width / latents
+        first = next(batch_numbers) * latents % width
+        answers["SAEDashboard"] = peer.ask(**request, latents=[first, first + latents]) | {"first": first}
+        return answers["SAEDashboard"]["seconds"] * width / latents
 
     if dashboard is None:
         seconds = take_turns(rounds, {"ours": ours})
     else:
         command = [dashboard / "bin/python", "-W", "ignore", PEERS / "sae_dashboard_browser.py"]
         with closing(Worker("SAEDashboard", command)) as peer:
-            peer.ask(**request, latents=[0, 2])  # the model runs, the cache fills
+            peer.ask(**request, latents=[0, 2])  # runs the model and fills the cache
             seconds = take_turns(rounds, {"ours": ours, "SAEDashboard": lambda: theirs(peer)})
-    tokens = made["ours"]["tokens"]
-    speeds = {name: Speeds(tuple(tokens / one for one in values)) for name, values in seconds.items()}
+    tokens = answers["ours"]["tokens"]
+    speeds = speeds_of(tokens, seconds)
     what = f"{variant}, {width:,} latents, {tokens:,} tokens"
-    sizes = {f"{name}'s {key}": said[key] for name, said in made.items() for key in ("bytes", "peak")}
+    sizes = {f"{name}'s {key}": answer[key] for name, answer in answers.items() for key in ("bytes", "peak")}
     rows = []
     if width == WIDE:
-        found = speeds["ours"].median / ENOUGH
-        told = {"ours": speeds["ours"].rounds}
-        rows.append(Row(f"{what}: made", f"{speeds['ours']} tok/s", f"{ENOUGH:,}", found, 1.0, told, sizes))
+        ratio = speeds["ours"].median / WANTED_SPEED
+        rounds_of = {"ours": speeds["ours"].rounds}
+        rows.append(Row(f"{what}: made", f"{speeds['ours']} tok/s", f"{WANTED_SPEED:,}", ratio, 1.0, rounds_of, sizes))
     if dashboard is not None:
-        row = compare(f"{what}: against", speeds["ours"], speeds["SAEDashboard"], "tok/s", TIMES, "SAEDashboard")
-        rows += [row, agreement(what, made, latents)]
+        row = compare(f"{what}: against", speeds["ours"], speeds["SAEDashboard"], "tok/s", WANTED_RATIO, "SAEDashboard")
+        rows += [row, compare_densities(what, answers, latents)]
     return rows
 
 
-def agreement(what: str, made: dict[str, dict[str, Any]], latents: int) -> Row:
+def compare_densities(what: str, answers: dict[str, dict[str, Any]], latents: int) -> Row:
     """How far apart the latents' firing rates are: theirs come from another pass of the model."""
-    first = made["SAEDashboard"]["first"]
-    ours = np.array(made["ours"]["densities"][first : first + latents])
-    theirs = np.array(made["SAEDashboard"]["densities"])
-    apart = np.abs(ours - theirs)
-    text = f"apart by {np.median(apart):.1e} in the median, {apart.max():.1e} at the most, of {ours.mean():.1e}"
-    return Row(f"{what}: densities", text, f"{latents} latents of SAEDashboard's")
+    first = answers["SAEDashboard"]["first"]
+    ours = np.array(answers["ours"]["densities"][first : first + latents])
+    apart = np.abs(ours - np.array(answers["SAEDashboard"]["densities"]))
+    text = f"median difference {np.median(apart):.1e}, largest {apart.max():.1e}, mean rate {ours.mean():.1e}"
+    return Row(f"{what}: densities", text, f"SAEDashboard, {latents} latents")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store")
-@click.option("--dashboard", type=click.Path(path_type=Path), help="Environment of sae-dashboard 0.8; none: ours only.")
-@click.option("--windows", default=Config().windows, show_default=True, help="By default as many as the browser.")
+@click.option("--dashboard", type=click.Path(path_type=Path), help="Environment of sae-dashboard 0.8.")
+@click.option("--windows", default=Config().windows, show_default=True, help="Windows to read.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.IntRange(0, len(CASES) - 1), default=range(len(CASES)))
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to create the temporary folder.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(
     store: str,
     dashboard: Path | None,

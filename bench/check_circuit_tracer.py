@@ -1,11 +1,11 @@
-"""Open exported transcoders with circuit-tracer itself, and build an attribution graph with them.
+"""Open exported transcoders with circuit-tracer's own code, and build an attribution graph with them.
 
     python bench/check_circuit_tracer.py --python PATH
 
-Transcoders of every layer of the pocket model, a Gemma-2, with and without a skip connection, and one cross-layer
-transcoder are trained briefly and exported. circuit-tracer, in an environment of its own, loads each, must agree with
-our reconstructions to 1e-5, must build a graph that has features, and measures the model with all MLPs replaced against
-all of them left out. Exits with 1 if any of this fails.
+Transcoders for every layer of the pocket model (a Gemma-2), with and without a skip connection, and one cross-layer
+transcoder are trained briefly and exported. circuit-tracer, in its own environment, must load each, agree with our
+reconstructions to 1e-5, build a graph that has features, and find a lower loss with all MLPs replaced than with all of
+them left out. Exits with 1 if any of this fails.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ ROWS, WINDOWS = 256, 4
 
 
 def train_all(folder: Path, width: int, epochs: int) -> dict[str, Path]:
-    """Runs by variant, on one store that holds what every MLP reads and writes."""
+    """Train each variant on a store of every MLP's inputs and outputs; return the runs by variant."""
     store, runs = folder / "store", {}
-    own = {"hook": "mlp_in", "data.batch_tokens": 1024}
-    each = {"width": width, "grid": {"layer": LAYERS}, "set": own | {"k": width // 8, "gate": "batchtopk"}}
-    whole = own | {"layers": list(LAYERS), "k": width // 8 * len(LAYERS), "width": width * len(LAYERS)}
-    wanted = {"transcoder": each, "skip_transcoder": each, "clt": {"set": whole}}
+    shared = {"hook": "mlp_in", "data.batch_tokens": 1024}
+    per_layer = {"width": width, "grid": {"layer": LAYERS}, "set": shared | {"k": width // 8, "gate": "batchtopk"}}
+    cross_layer = shared | {"layers": list(LAYERS), "k": width // 8 * len(LAYERS), "width": width * len(LAYERS)}
+    options = {"transcoder": per_layer, "skip_transcoder": per_layer, "clt": {"set": cross_layer}}
     with chdir(folder):  # runs go to ./runs
-        for variant, words in wanted.items():
-            run = train(cache=store, variant=variant, epochs=epochs, device="cpu", plots=False, name=variant, **words)
+        for variant, more in options.items():
+            run = train(cache=store, variant=variant, epochs=epochs, device="cpu", plots=False, name=variant, **more)
             runs[variant] = run.path.resolve()
     return runs
 
@@ -55,8 +55,8 @@ def first_rows(store: Store, hook: str) -> Tensor:
     """[L, N, D]: the rows of the first shard."""
     request = Request(hooks={hook: LAYERS})
     part = store.read(request, store.spans(request)[0])
-    rows = [part.values(Site(hook, layer))[:, 1:] for layer in LAYERS]
-    return torch.from_numpy(np.stack([own.reshape(-1, own.shape[-1])[:ROWS] for own in rows]))
+    windows = [part.values(Site(hook, layer))[:, 1:] for layer in LAYERS]
+    return torch.from_numpy(np.stack([x_WTD.reshape(-1, x_WTD.shape[-1])[:ROWS] for x_WTD in windows]))
 
 
 @torch.no_grad()
@@ -68,18 +68,18 @@ def rebuild(saes: list[SparseAutoencoder], x_LND: Tensor) -> Tensor:
 
 
 def check(variant: str, run: Path, work: Path, tracer: Worker, x: Tensor, nodes: int) -> tuple[float, dict[str, Any]]:
-    """How far apart the two reconstructions are, and what circuit-tracer found."""
+    """How far apart the two reconstructions are, and circuit-tracer's results."""
     folders = find_saes(str(run), run.parent)
     export_set(folders, work / variant)
-    places = {"model": str(MODEL_FOLDER), "folder": str(work / variant), "work": str(work)}
-    found = tracer.ask(None, **places, prompt=PROMPT, nodes=nodes)
+    paths = {"model": str(MODEL_FOLDER), "folder": str(work / variant), "work": str(work)}
+    found = tracer.ask(**paths, prompt=PROMPT, nodes=nodes)
     own = rebuild([read_folder(folder) for folder in folders], x)
     theirs = torch.from_numpy(np.load(work / "rebuilt.npy"))
     return float((own - theirs).abs().max() / own.abs().max()), found
 
 
 @click.command()
-@click.option("--python", "python", required=True, help="Python with circuit-tracer installed.")
+@click.option("--python", required=True, help="Python with circuit-tracer installed.")
 @click.option("--tokens", default="20k", show_default=True, help="Tokens of the pocket model to train on.")
 @click.option("--width", default=64, show_default=True, help="Latents per layer.")
 @click.option("--epochs", default=2, show_default=True)

@@ -1,12 +1,12 @@
-"""Open SAEs with the other side's own code, both ways: codes and reconstructions must agree to 1e-5.
+"""Open our SAEs with the peers' own code, and theirs with ours: codes and reconstructions must agree to 1e-5.
 
     python bench/check_exports.py --peers-python PATH
 
-Out: each variant that reads the rows of one layer is trained for a few steps, saved, and exported to SAELens,
+Out: each variant that reads the rows of a single layer is trained for a few steps, saved, and exported to SAELens,
 dictionary_learning and sparsify, which open it in their environment on the same raw activations. In: SAEs that these
-tools trained and saved themselves are opened here, and an SAE begun from one by `--init`, on activations of another
-scale, must rebuild the same before its first step. Exits with 1 if any disagrees, or is refused although the tool has
-a form for it.
+tools trained and saved are opened here, and an SAE started from one with `--init`, on activations of another scale,
+must reconstruct the same before its first step. Exits with 1 if any disagrees, or if an SAE that a tool can represent
+is refused.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from saemill.train.run.find_and_load_sae import read_folder
 D, WIDTH, K, SCALE, STEPS, ROWS = 64, 256, 8, 0.05, 60, 512
 HERE = Path(__file__).parent
 TOOLS = ("sae_lens", "dictionary_learning", "sparsify")
-# Besides every variant at its defaults; and the variants that each tool has a form for, whatever else is tried.
-MORE = [("transcoder", {"gate": "batchtopk"}), ("skip_transcoder", {"gate": "topk"})]
-HAVE_FORM = {
+# Tried in addition to every variant at its defaults.
+EXTRA_SETTINGS = [("transcoder", {"gate": "batchtopk"}), ("skip_transcoder", {"gate": "topk"})]
+EXPORTABLE = {  # by tool, the variants that it can represent: the others may be refused
     "sae_lens": {"standard", "topk", "batchtopk", "jumprelu", "gated", "abstopk", "transcoder gate=batchtopk"},
     "dictionary_learning": {"standard", "topk", "batchtopk", "jumprelu", "gated", "abstopk"},
     "sparsify": {"topk", "abstopk", "transcoder", "skip_transcoder gate=topk"},
 }
-# The tool, the name there, further settings, and the variant here that can begin from it, if there is one.
 MAPS = {"d_out": D, "apply_b_dec_to_input": False}
-MADE: list[tuple[str, str, dict[str, Any], str | None]] = [
+# Tool, its name for the variant, further settings, and our variant that can start from it, if there is one.
+PEER_SAES: list[tuple[str, str, dict[str, Any], str | None]] = [
     *(("sae_lens", name, {}, name) for name in ("standard", "topk", "batchtopk", "jumprelu", "gated")),
     ("sae_lens", "matryoshka", {}, "batchtopk"),
     ("sae_lens", "abstopk", {"k": K}, "abstopk"),
@@ -56,13 +56,13 @@ MADE: list[tuple[str, str, dict[str, Any], str | None]] = [
     *(("dictionary_learning", name, {}, name) for name in ("standard", "topk", "batchtopk", "jumprelu", "gated")),
     ("dictionary_learning", "matryoshka", {}, "batchtopk"),
     ("sparsify", "topk", {}, "topk"),
-    ("sparsify", "transcoder", {"transcode": True}, None),  # its rows have any length
+    ("sparsify", "transcoder", {"transcode": True}, None),  # its decoder rows are not normalised
     ("sparsify", "skip transcoder", {"transcode": True, "skip_connection": True}, None),
 ]
 
 
 def planted(rows: int, rng: torch.Generator) -> Tensor:
-    """Rows that are sums of a few of many directions, off the origin."""
+    """Rows that each sum a few of many directions, shifted off the origin."""
     directions = normalize(torch.randn(2 * D, D, generator=torch.Generator().manual_seed(7)), dim=1)
     chosen = torch.rand(rows, 2 * D, generator=rng).topk(K // 2).indices
     codes = torch.zeros(rows, 2 * D).scatter_(1, chosen, 80 * torch.rand(rows, K // 2, generator=rng) + 40)
@@ -98,18 +98,18 @@ def train_and_save(variant: str, settings: Mapping[str, Any], folder: Path, trai
 
 
 def differences(own: list[Tensor], work: Path) -> list[float]:
-    """The largest differences of codes, which may be in other units, and of reconstructions, relative to their size."""
+    """The largest relative differences of codes, whose units may differ, and of reconstructions."""
     acts, x_hat = own
-    theirs, found = (torch.from_numpy(np.load(work / name)) for name in ("acts.npy", "x_hat.npy"))
-    if theirs.shape != acts.shape:  # without signs
+    their_acts, their_x_hat = (torch.from_numpy(np.load(work / name)) for name in ("acts.npy", "x_hat.npy"))
+    if their_acts.shape != acts.shape:  # the tool has a latent for each sign
         acts = torch.cat([acts.relu(), (-acts).relu()], 1)
-    theirs = theirs * (acts.norm() / theirs.norm())
-    pairs = ((theirs, acts), (found, x_hat))
-    return [float((one - other).abs().max() / other.abs().max()) for one, other in pairs]
+    their_acts = their_acts * (acts.norm() / their_acts.norm())
+    pairs = ((their_acts, acts), (their_x_hat, x_hat))
+    return [float((theirs - ours).abs().max() / ours.abs().max()) for theirs, ours in pairs]
 
 
 def open_there(variant: str, settings: Mapping[str, Any], peers: Worker, data: Path) -> dict[str, list[float] | None]:
-    """The differences by tool; None if it has no such architecture."""
+    """The differences by tool; None if the tool has no such architecture."""
     train, x = (torch.from_numpy(np.load(data / name)) for name in ("train.npy", "x.npy"))
     found: dict[str, list[float] | None] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -117,7 +117,7 @@ def open_there(variant: str, settings: Mapping[str, Any], peers: Worker, data: P
         for tool in TOOLS:
             folder = Path(name, tool)
             try:
-                if tool == "sae_lens":  # as it was saved
+                if tool == "sae_lens":  # reads our saved form directly
                     folder = Path(name, "sae")
                     if read_config(folder)["architecture"].startswith("saemill_"):
                         raise SaeInvalid("an architecture of our own")
@@ -134,7 +134,7 @@ def open_there(variant: str, settings: Mapping[str, Any], peers: Worker, data: P
 def open_here(
     tool: str, name: str, more: dict[str, Any], variant: str | None, peers: Worker, data: Path
 ) -> list[float]:
-    """How far the opened SAE is from theirs; last, the SAE begun from it."""
+    """The differences between the opened SAE and theirs, then those of an SAE started from it."""
     x = torch.from_numpy(np.load(data / "x.npy"))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         sae = Path(folder, name)
@@ -158,29 +158,29 @@ def main(peers_python: str, tolerance: float) -> None:
     peers = Worker("the peers", [peers_python, "-W", "ignore", HERE / "peers/saved_saes.py"])
 
     def note(name: str, found: list[float]) -> str:
-        if not all(value <= tolerance for value in found):  # a NaN where nothing fired is not
+        if not all(value <= tolerance for value in found):  # fails for NaN too, which means that nothing fired
             failed.append(name)
         return " ".join(f"{value:.1e}" for value in found)
 
     with tempfile.TemporaryDirectory() as folder:
-        # A seed at which in no row the last latent chosen and the next stand within a rounding of each other.
+        # With this seed, no row's last chosen latent and the next one are within rounding of each other.
         data, rng = Path(folder), torch.Generator().manual_seed(1)
         np.save(data / "train.npy", planted(STEPS * ROWS, rng).numpy())
         np.save(data / "x.npy", planted(256, rng).numpy())
         click.echo(f"out: codes and reconstructions; {'':8} " + "".join(f"{tool:22}" for tool in TOOLS))
-        for variant, settings in [*((name, {}) for name in names()), *MORE]:
+        for variant, settings in [*((name, {}) for name in names()), *EXTRA_SETTINGS]:
             needs = config_type(variant)().needs()
             if replace(needs, targets=None, to_hook=None) != Needs(needs.inputs) or len(needs.inputs) > 1:
-                continue  # it reads more than rows of one layer
+                continue  # reads more than the rows of one layer
             label = " ".join([variant, *(f"{key}={value}" for key, value in settings.items())])
             cells = []
             for tool, found in open_there(variant, settings, peers, data).items():
-                if found is None and label in HAVE_FORM[tool]:
+                if found is None and label in EXPORTABLE[tool]:
                     failed.append(f"{label} in {tool}")
                 cells.append("has no form" if found is None else note(f"{label} in {tool}", found))
             click.echo(f"{label:38} " + "".join(f"{cell:22}" for cell in cells))
-        click.echo("\nin: codes, reconstructions; then of what begins as it")
-        for tool, name, more, variant in MADE:
+        click.echo("\nin: codes, reconstructions, reconstructions of an SAE started from it")
+        for tool, name, more, variant in PEER_SAES:
             label = f"{name} of {tool}"
             try:
                 click.echo(f"{label:38} {note(label, open_here(tool, name, more, variant, peers, data))}")

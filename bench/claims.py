@@ -1,14 +1,14 @@
-"""What each published variant claims to do better, on a real model, at equal sparsity where sparsity can be set.
+"""Test the claims of published variants on a real model, at equal sparsity where sparsity can be set.
 
 1. Trains, on a store of a real model, top-k and the variants that claim to improve on it, with three seeds each.
-2. Reads the test split once for each SAE: explained variance and L0 of ordinary tokens, and what the claim is about.
-3. Prints them next to the SAE that they claim to improve on, seed by seed.
+2. Reads the test split once for each SAE: explained variance and L0 on ordinary tokens, and the claimed quantity.
+3. Prints them next to the SAE that the variant claims to improve on, seed by seed.
 
     sae-harvest --model smollm2 --dataset docs:/usr/share/doc --tokens 1200k --out ./store
     python bench/claims.py ./store
 
-A run that is in the folder of runs already is resumed or read, if it was begun by the same commit and packages. A run
-does not record which machine trained it: the seconds of its steps are reported as this machine's.
+A run that already exists is resumed or read, provided that the same commit and packages started it. Runs do not record
+which machine trained them, so their step times are reported as this machine's.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from saemill.train.sae.model import SparseAutoencoder
 K = 32
 KS = (8, 16, 32, 64)
 SEEDS = (0, 1, 2)
-BESIDE = ("batchtopk", "matryoshka", "ortsae", "tsae", "abstopk", "matching_pursuit", "treesae")
-FIRST = 0.2  # the part of the dictionary that T-SAE makes smooth over time; a matryoshka's third group ends near it
+COMPARED = ("batchtopk", "matryoshka", "ortsae", "tsae", "abstopk", "matching_pursuit", "treesae")
+SMOOTH_PART = 0.2  # the part of the dictionary that T-SAE smooths over time; a matryoshka's third group ends near it
 BATCH = 2048
-BOTH = 0.1  # a signed latent counts as used both ways if at least this share of its firings has the rarer sign
+BOTH_SIGNS = 0.1  # a latent counts as used with both signs if more than this share of its firings has the rarer one
 
 
 @dataclass
-class Seen:
+class Sums:
     """Sums over the test split for one SAE at one number of active latents."""
 
     rows: int = 0
     unexplained: float = 0.0
     active: float = 0.0
-    own: list[float] = field(default_factory=list)  # cosines of the codes of neighbouring tokens
-    chance: list[float] = field(default_factory=list)  # of tokens half a batch apart
+    neighbours: list[float] = field(default_factory=list)  # cosines between the codes of neighbouring tokens
+    distant: list[float] = field(default_factory=list)  # and of tokens half a batch apart
     signs: Tensor | None = None  # [2, F], firings above and below zero
 
-    def take(self, sae: SparseAutoencoder, x: Tensor) -> None:
+    def add(self, sae: SparseAutoencoder, x: Tensor) -> None:
         f = sae.encode(x)
         self.rows += len(x)
         self.unexplained += float((sae.decode(f) - x).double().square().sum())
         self.active += float((f != 0).sum())
-        first = f[:, : round(FIRST * f.shape[1])]
-        self.own.append(_cosine(first[1:], first[:-1]))
-        self.chance.append(_cosine(first, first.roll(len(x) // 2, 0)))
+        smooth = f[:, : round(SMOOTH_PART * f.shape[1])]
+        self.neighbours.append(_cosine(smooth[1:], smooth[:-1]))
+        self.distant.append(_cosine(smooth, smooth.roll(len(x) // 2, 0)))
         signs = torch.stack([(f > 0).sum(0), (f < 0).sum(0)])
         self.signs = signs if self.signs is None else self.signs + signs
 
@@ -72,18 +72,13 @@ class Seen:
             "explained_variance": 1.0 - self.unexplained / self.rows / variance,
             "l0": self.active / self.rows,
             "never_fired": float((firings == 0).double().mean()),
-            "neighbours": fmean(self.own) - fmean(self.chance),
-            "both_signs": float((rarer > BOTH * firings).double().mean()),
+            "neighbours": fmean(self.neighbours) - fmean(self.distant),
+            "both_signs": float((rarer > BOTH_SIGNS * firings).double().mean()),
         }
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
     return float(functional.cosine_similarity(one, other, dim=1).mean())
-
-
-def read_rows(store: Store, layer: int) -> list[Tensor]:
-    """The ordinary tokens of the test split, in the order of the text."""
-    return list(store.batches(layers=layer, split="test", batch_tokens=BATCH, shuffle=False, device="cpu"))
 
 
 @torch.no_grad()
@@ -95,49 +90,44 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
     for run in runs:
         saes = RunFolder(run.path).read_config()["saes"]
         for label in run.saes:
-            variant, config, ended = saes[label]["variant"], saes[label]["config"], run.results["saes"][label]
+            variant, config, result = saes[label]["variant"], saes[label]["config"], run.results["saes"][label]
             sae, trained_at = run.load(label), round(config["k"])
             for k in KS if trained_at == KS[-1] else (trained_at,):
                 if trained_at == KS[-1]:
                     sae.gate.k = k  # pyright: ignore[reportAttributeAccessIssue]
-                seen = Seen()
+                sums = Sums()
                 for x in batches:
-                    seen.take(sae, x)
+                    sums.add(sae, x)
                 name = variant if k == trained_at else f"{variant}, trained at {trained_at}"
-                about = {
-                    "variant": name,
-                    "k": k,
-                    "seed": config["seed"],
-                    "decoder": float(max_cosine(sae.W_dec).mean()),
-                }
-                found.append(about | seen.measures(variance) | {"step_seconds": ended["step_seconds"]})
+                row = {"variant": name, "k": k, "seed": config["seed"], "decoder": float(max_cosine(sae.W_dec).mean())}
+                found.append(row | sums.measures(variance) | {"step_seconds": result["step_seconds"]})
     return found
 
 
-def train_all(out: Path, **words: Any) -> list[Run]:
+def train_all(out: Path, **settings: Any) -> list[Run]:
     """Three runs: all variants at one k, the dictionary for every k, and one top-k SAE for each k."""
     seeds = "seed=" + ",".join(map(str, SEEDS))
-    asked = {
-        "claims_32": {"variant": ["topk", *BESIDE], "k": K, "grid": [seeds]},
+    runs = {
+        "claims_32": {"variant": ["topk", *COMPARED], "k": K, "grid": [seeds]},
         "claims_every_k": {"variant": "hierarchical_topk", "k": KS[-1], "grid": [seeds]},
         "claims_topk": {"variant": "topk", "grid": ["k=" + ",".join(str(k) for k in KS if k != K), seeds]},
     }
-    return [run_of(out / name, {"out": str(out), "name": name, **words, **of}) for name, of in asked.items()]
+    return [read_or_train(out / name, {"out": str(out), "name": name, **settings, **own}) for name, own in runs.items()]
 
 
-def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
-    """The run in a folder: read if it has ended, otherwise resumed or begun."""
+def read_or_train(folder: Path, settings: Mapping[str, Any]) -> Run:
+    """Read the run in a folder if it is finished; otherwise resume or start it."""
     if not (folder / "config.json").is_file():
-        return train(plots=False, **words)
+        return train(plots=False, **settings)
     require_same_code(folder)
     return Run(folder) if (folder / "result.json").is_file() else train(resume=str(folder))
 
 
 def require_same_code(folder: Path) -> None:
-    """Rows name the present commit and packages, so an existing run must have the same."""
+    """Rows name the current commit and packages, so an existing run must have the same."""
     found, now = (_code(about) for about in (RunFolder(folder).read_config()["provenance"], provenance({})))
     if found != now:
-        raise click.ClickException(f"{folder} was begun with {found}, but this is {now}: choose another --runs")
+        raise click.ClickException(f"{folder} was started with {found}, but this is {now}: choose another --runs")
 
 
 def _code(about: Mapping[str, Any]) -> str:
@@ -145,16 +135,16 @@ def _code(about: Mapping[str, Any]) -> str:
     return ", ".join([commit, *(f"{name} {version}" for name, version in about["packages"].items())])
 
 
-def require_of(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> None:
-    """Existing runs are reported as if they were asked for now, so they must match what is asked for."""
+def require_same_settings(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> None:
+    """Existing runs are reported like new ones, so they must have the settings of this call."""
     for run in runs:
         config = RunFolder(run.path).read_config()
         found = (config["cache"]["cache_id"], {sae["config"]["width"] for sae in config["saes"].values()})
         least = tokens - config["data"]["batch_tokens"]
         if found != (cache_id, {width}) or not least < run.results["tokens"] <= tokens:
             raise click.ClickException(
-                f"{run.path} is of the store {found[0]}, width {found[1]}, {run.results['tokens']:,} tokens, and "
-                f"{cache_id}, {width}, {tokens:,} were asked for: choose another --runs"
+                f"{run.path}: expected store {cache_id}, width {width}, {tokens:,} tokens, "
+                f"found {found[0]}, {found[1]}, {run.results['tokens']:,}: choose another --runs"
             )
 
 
@@ -162,7 +152,7 @@ COLUMNS = ("explained_variance", "l0", "never_fired", "decoder", "neighbours", "
 
 
 def show(found: list[dict[str, Any]], console: Console) -> None:
-    """A line per variant and k: mean and standard deviation over seeds, and the difference from top-k by seed."""
+    """Print a line per variant and k: mean and deviation over seeds, and the difference from top-k by seed."""
     table = Table(title="the test split: mean ± standard deviation over seeds", title_justify="left", box=None)
     for heading in ("variant", "k", *COLUMNS, "EV, against topk at this k"):
         table.add_column(heading.replace("_", " "))
@@ -185,10 +175,10 @@ def main(store: str, runs: Path, width: int, tokens: int, json_file: Path) -> No
     """Train and compare the variants on the residual stream of STORE."""
     with Store(store) as opened:
         manifest, layer = opened.manifest, opened.manifest.layers[0]
-        course = {"width": width, "tokens": tokens, "epochs": 1, "layer": layer, "set": {"data.batch_tokens": 1024}}
-        trained = train_all(runs, cache=store, **course)
-        require_of(trained, manifest.cache_id, width, tokens)
-        batches = read_rows(opened, layer)
+        settings = {"width": width, "tokens": tokens, "epochs": 1, "layer": layer, "set": {"data.batch_tokens": 1024}}
+        trained = train_all(runs, cache=store, **settings)
+        require_same_settings(trained, manifest.cache_id, width, tokens)
+        batches = list(opened.batches(layers=layer, split="test", batch_tokens=BATCH, shuffle=False, device="cpu"))
     found = measure(trained, batches)
     show(found, Console(width=200))
     facts = gather_facts(cache_id=manifest.cache_id, model=manifest.model.id, layer=layer, width=width, tokens=tokens)

@@ -1,11 +1,10 @@
 """The core evaluation against official SAEBench 0.6.0, and how much memory it takes at a large vocabulary.
 
-On the pocket model and on a random 26-layer Gemma-2 of width 576, residual after layer 19: the same
-model, tokens and SAEs, with one batch for the losses of the model to ten for sparsity, SAEBench's own
-proportion. One SAE and eight; the official code runs eight one after another. Cold means that the
-clean pass and SAEBench's own ablation are computed, as it computes them; warm means that an earlier run
-has left them next to the store, with mean and resample ablation. Every run is a process of its own,
-rounds take turns, and loading is never timed.
+Runs on the pocket model and on a random 26-layer Gemma-2 of width 576, on the residual after layer 19. Both sides get
+the same model, tokens and SAEs, and ten batches for sparsity to each batch for the model's losses, SAEBench's own
+proportion. One SAE, and eight, which the official code evaluates one after another. Cold: the clean pass and SAEBench's
+own ablation are computed, as SAEBench does; warm: an earlier run has left them next to the store, with mean and
+resample ablation. Every run is a new process, both sides take turns, and loading is never timed.
 
     python bench/evaluate.py --saebench .venv-saebench
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ PEERS = Path(__file__).with_name("peers")
 LAYER, CONTEXT, BATCH, K = 19, 128, 16, 32
 SPECIAL, BOS = (0, 1, 2), 2
 WIDTH, VOCABULARY, LARGE_VOCABULARY = 576, 32_000, 256_000
-BATCHES = {"pocket": 4, "random": 1}  # for losses: enough of the pocket model that start-up does not dominate
+BATCHES = {"pocket": 4, "random": 1}  # for losses; the small model gets more, so that start-up does not dominate
 TARGETS = {1: 8.0, 8: 12.0}
 EXTRA_BYTES = 2 * 10**9
 
@@ -59,8 +59,8 @@ class World:
     sparsity: int
 
     def request(self, saes: int, **more: Any) -> dict[str, Any]:
-        """The request to a process."""
-        asked = {
+        """The request to a worker."""
+        request = {
             "model": str(self.model),
             "store": str(self.folder / "store"),
             "tokens": str(self.folder / "tokens.safetensors"),
@@ -72,10 +72,10 @@ class World:
             "special": SPECIAL,
             "ablations": ["zero", "mean", "resample"],
         }
-        return asked | more
+        return request | more
 
     def forget(self) -> None:
-        """Remove what earlier runs have left next to the store."""
+        """Remove the results that earlier runs left next to the store."""
         shutil.rmtree(self.folder / "store.evals", ignore_errors=True)
 
 
@@ -100,7 +100,7 @@ def make_world(folder: Path, model: Path, dtype: str, saes: int, reconstruction:
 
 
 def write_store(path: Path, model_folder: Path, layer: int, tokens_WT: np.ndarray, dtype: str) -> None:
-    """One window to train on, one to validate on, the others to test on."""
+    """Write a store with one window for training, one for validation and the others for testing."""
     model = load_model(model_folder, Wanted((layer,)), getattr(torch, dtype))
     windows, place = len(tokens_WT), Site("resid", layer)
     manifest = Manifest(
@@ -144,12 +144,9 @@ def run_official(world: World, saes: int, environment: Path) -> float:
 
 
 def ask_once(name: str, command: list[Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Use a new process for each request: nothing is warm, and memory is its own."""
-    worker = Worker(name, command)
-    try:
+    """Use a new process for each request, so that nothing is warm and its memory is its own."""
+    with closing(Worker(name, command)) as worker:
         return worker.ask(**request)
-    finally:
-        worker.close()
 
 
 def run_cold(world: World, saes: int) -> float:
@@ -158,7 +155,7 @@ def run_cold(world: World, saes: int) -> float:
 
 
 def run_warm(world: World, saes: int) -> float:
-    """Seconds after a run that has left its results next to the store."""
+    """Seconds when an earlier run has left its results next to the store."""
     world.forget()
     run_ours(world, saes)
     return run_ours(world, saes)["seconds"]
@@ -184,24 +181,19 @@ def bench_speed(name: str, world: World, environment: Path, rounds: int, counts:
 
 def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
     """Peak memory growth of a new process since before its model was loaded, SAEs included."""
-    rows = []
+    rows, vocabulary = [], read_facts(world.model).vocab_size
     for count in counts:
         world.forget()
         found = run_ours(world, count)
-        allowed = found["weights"] + EXTRA_BYTES
         growth = f"{found['growth'] / 1e9:,.2f} GB, {found['work'] / 1e9:,.2f} GB of it after loading"
         against = f"model {found['weights'] / 1e9:,.2f} GB and 2 GB"
-        vocabulary = read_facts(world.model).vocab_size
-        rows.append(
-            Row(
-                f"peak memory, vocabulary {vocabulary:,}, {count} SAEs", growth, against, allowed / found["growth"], 1.0
-            )
-        )
+        ratio = (found["weights"] + EXTRA_BYTES) / found["growth"]
+        rows.append(Row(f"peak memory, vocabulary {vocabulary:,}, {count} SAEs", growth, against, ratio, 1.0))
     return rows
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--saebench", "environment", type=click.Path(path_type=Path), help="The environment of sae-bench 0.6.0.")
+@click.option("--saebench", "environment", type=click.Path(path_type=Path), help="Environment with sae-bench 0.6.0.")
 @click.option(
     "--model", "models", multiple=True, type=click.Choice(list(BATCHES)), default=list(BATCHES), show_default=True
 )
@@ -215,10 +207,10 @@ def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
 )
 @click.option("--width", default=WIDTH, show_default=True, help="Width of the random model.")
 @click.option("--layers", default=26, show_default=True, help="Layers of the random model.")
-@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Its vocabulary, to measure speed.")
-@click.option("--large-vocabulary", default=LARGE_VOCABULARY, show_default=True, help="The same, to measure memory.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Its vocabulary for measuring speed.")
+@click.option("--large-vocabulary", default=LARGE_VOCABULARY, show_default=True, help="And for measuring memory.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to create the temporary folder.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(
     environment: Path | None,
     models: tuple[str, ...],
@@ -236,16 +228,15 @@ def main(
     """Measure the core evaluation; the exit status is 1 if a target is missed."""
     rows: list[Row] = []
     for name in models if environment is not None else ():
+        batches = reconstruction or BATCHES[name]
+        title = f"{name} model, {batches} + {10 * batches} batches"
         for dtype in dtypes:
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 root = Path(place)
-                random = name != "pocket"
-                model = make_random_model(root / "model", width, vocabulary, layers) if random else MODEL_FOLDER
-                batches = reconstruction or BATCHES[name]
+                is_random = name == "random"
+                model = make_random_model(root / "model", width, vocabulary, layers) if is_random else MODEL_FOLDER
                 world = make_world(root, model, dtype, max(counts), batches, 10 * batches)
-                rows += bench_speed(
-                    f"{name} model, {batches} + {10 * batches} batches", world, environment, rounds, counts
-                )
+                rows += bench_speed(title, world, environment, rounds, counts)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         root = Path(place)
         model = make_random_model(root / "model", width, large_vocabulary, layers)

@@ -16,12 +16,12 @@ import torch
 from worker_pipe import serve
 
 ROWS = 2048  # per batch
-DEAD_PART = 30  # a latent is dead if it has not fired for this part of the run: our default, used for the peers too
-FEWER_ROWS = 512  # per batch of cross-layer transcoders, whose steps cost a peer most
+DEAD_PART = 30  # a latent is dead after a thirtieth of the run without firing: our default, used for the peers too
+FEWER_ROWS = 512  # per batch of cross-layer transcoders, whose steps are a peer's slowest
 TRANSCODERS = ("transcoder", "skip_transcoder")
 CROSS_LAYER = "clt"
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu")
-PLACED = 0.002  # how close to the wanted L0 a threshold is placed
+PLACED = 0.002  # a threshold is placed once the log of L0 over the wanted L0 is this small
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -33,7 +33,7 @@ class Ask:
     variant: str
     width: int
     l0: float  # the wanted L0
-    coefficient: float  # of the penalty, if there is one
+    coefficient: float  # of the penalty, for variants that have one
     lr: float
     steps: int
     seed: int  # of the weights and of the order of rows
@@ -48,7 +48,7 @@ class Ask:
 
 
 def batches(ask: Ask, steps: int | None = None) -> Iterator[torch.Tensor]:
-    """Batches of training rows, epoch by epoch, in the order of one seed."""
+    """Batches of training rows, epoch by epoch, in an order drawn from the seed."""
     rows, steps = load(ask.folder, "train"), ask.steps if steps is None else steps
     generator = torch.Generator().manual_seed(ask.seed)
     order, at = torch.randperm(len(rows), generator=generator), 0
@@ -63,7 +63,7 @@ def load(folder: str, split: str) -> torch.Tensor:
     return torch.from_numpy(np.load(Path(folder) / f"{split}.npy"))
 
 
-def ends(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_pair(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A transcoder's inputs and targets, which are stored side by side: [B, D], or [B, layers, D]."""
     x, target = rows.chunk(2, dim=1)
     return x.contiguous(), target.contiguous()
@@ -74,9 +74,9 @@ def scale_to_unit(rows: torch.Tensor) -> torch.Tensor:
     return (rows.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True).double().mean(0)).float()
 
 
-def end_scales(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales of inputs and targets, each its own."""
-    x, target = ends(load(folder, "train"))
+def pair_scales(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale of a transcoder's inputs, and that of its targets."""
+    x, target = split_pair(load(folder, "train"))
     return scale_to_unit(x), scale_to_unit(target)
 
 
@@ -89,33 +89,33 @@ def norms(folder: str) -> dict[str, float]:
 def score(
     ask: Ask, encode: Encode, decode: Encode, scale: float, threshold: torch.Tensor | None = None
 ) -> dict[str, float | None]:
-    """Scores on the test split, and on the validation split, which chooses between fits; the SAE reads x * scale.
+    """Score an SAE that reads x * scale on the test split, and on the validation split, which decides between fits.
 
-    If `threshold`, one number or one per latent, decides which latents are active, held-out text has more of them than
-    the training text it was learned on: it is multiplied so that L0 on validation text is as wanted.
+    A `threshold` (one number, or one per latent) learned on training text lets more latents through on held-out text,
+    so it is first scaled until L0 on validation text is the wanted one.
     """
     test, validation = (load(ask.folder, split) * scale for split in ("test", "validation"))
-    came_to = None if threshold is None else place(threshold, encode, validation, ask.l0)
-    found = told(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in (test, validation)))
+    came_to = None if threshold is None else place_threshold(threshold, encode, validation, ask.l0)
+    scores = both_splits(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in (test, validation)))
     rebuild_windows(ask, encode, decode, scale)
-    return found | {"came_to": came_to}
+    return scores | {"came_to": came_to}
 
 
 @torch.no_grad()
 def rebuild_windows(ask: Ask, encode: Encode, decode: Encode, scale: float) -> None:
-    """Rebuild the windows to splice into the model, if there are any."""
+    """Reconstruct the windows that will be spliced into the model, if there are any."""
     if Path(ask.folder, "windows.npy").is_file():
         parts = [decode(encode(part)) / scale for part in (load(ask.folder, "windows") * scale).split(ROWS)]
         np.save(Path(ask.folder, "rebuilt.npy"), torch.cat(parts).numpy())
 
 
 @torch.no_grad()
-def place(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: float, tries: int = 8) -> float:
+def place_threshold(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: float) -> float:
     """Scale the threshold until `wanted` latents are active per row; return how many were active before."""
     found: list[float] = []  # L0 at each try
     before = step = 0.0  # log of L0 over the wanted L0, and of the factor then applied to the threshold
     slope = -1.0
-    for _ in range(tries):
+    for _ in range(8):
         found.append(sum(int((encode(part) > 0).sum()) for part in rows.split(ROWS)) / len(rows))
         off = math.log(max(found[-1], 1e-3) / wanted)
         if abs(off) < PLACED:
@@ -130,18 +130,17 @@ def place(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: f
 def score_map(
     ask: Ask, encode: Encode, rebuild: Encode, scale: torch.Tensor | float = 1.0, to: torch.Tensor | float = 1.0
 ) -> dict[str, float]:
-    """The same for a transcoder, which reads x * scale and writes target * to; squares are summed over layers."""
-    parts = [ends(load(ask.folder, split)) for split in ("test", "validation")]
-    return told(*(measure(x * scale, target * to, encode, lambda x, _: rebuild(x)) for x, target in parts))
+    """Score a transcoder that maps x * scale to target * to; squares are summed over layers."""
+    pairs = [split_pair(load(ask.folder, split)) for split in ("test", "validation")]
+    return both_splits(*(measure(x * scale, target * to, encode, lambda x, _: rebuild(x)) for x, target in pairs))
 
 
 def threshold_of(ask: Ask, autoencoder: Any) -> torch.Tensor | None:
     """The threshold that decides which latents are active at inference, if any; a top-k SAE's is not used."""
-    threshold: torch.Tensor | None = autoencoder.threshold if ask.variant in BY_THRESHOLD else None
-    return threshold
+    return autoencoder.threshold if ask.variant in BY_THRESHOLD else None
 
 
-def told(test: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
+def both_splits(test: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
     return test | {"validation": validation["explained_variance"], "validation_l0": validation["l0"]}
 
 
@@ -165,5 +164,5 @@ def measure(
 
 
 def serve_fits(fit: Callable[[Ask], dict[str, Any]]) -> None:
-    """Answer requests: each names an SAE to train, and is answered with its held-out score."""
+    """Answer requests to train an SAE with its held-out scores."""
     serve(lambda request: fit(Ask(**request)))

@@ -1,8 +1,8 @@
-"""The harvest against the bare forward pass and against SAELens' CacheActivationsRunner; and its memory.
+"""The harvest against the bare forward pass and SAELens' CacheActivationsRunner, and its peak memory.
 
-All use one random Gemma-2 of 26 layers and width 576, the residual after layer 19, the same tokens and the same
-batch. Ours also captures, sparsifies and stores the attention of four layers; the others do not.
-Jobs take turns within a round, so that a ratio is from one run; loading a model is never timed.
+All use one random Gemma-2 of 26 layers and width 576, the residual after layer 19, the same tokens and batch size. Only
+ours also captures, sparsifies and stores the attention of four layers. Jobs take turns within a round, so every ratio
+comes from a single run; loading a model is never timed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from stepping import wait_for
 from timing_and_tables import (
     ROUNDS,
     Row,
-    Speeds,
     compare,
     conclude,
     gather_facts,
@@ -48,12 +48,12 @@ WIDTH, CONTEXT, VOCABULARY, BOS = 576, 128, 32_000, 2
 BATCH = 16
 SHARD_WINDOWS = 32
 PEERS = Path(__file__).with_name("peers")
-MEASURE = "--measure-memory"  # passed by this file to a copy of itself
+MEASURE = "--measure-memory"  # with which this file calls itself
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every measurement shares."""
+    """The inputs of every measurement."""
 
     folder: Path
     model: Path
@@ -157,18 +157,17 @@ class Bare:
         start = perf_counter()
         for at in range(0, len(ids), self.batch):
             self.model(input_ids=ids[at : at + self.batch], use_cache=False)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.device)
         return perf_counter() - start
 
 
 class SaeLens:
-    """SAELens' runner in the peers' environment. On a CPU its processes differ in speed: each run gets its own."""
+    """SAELens' runner in the peers' environment. On a CPU, where processes vary in speed, each run gets a new one."""
 
     def __init__(
         self, folder: Path, model: Path, dtype: str, device: torch.device, python: Path, width: int, batch: int
     ) -> None:
-        self.folder, self.python, self.is_kept = folder, python, device.type == "cuda"
+        self.folder, self.python, self.keeps_process = folder, python, device.type == "cuda"
         self.request = {"model": str(model), "rows": str(folder / "rows.npy"), "out": str(folder / "peer")}
         self.request |= {"layer": LAYER, "width": width, "batch": batch, "dtype": dtype, "device": str(device)}
         self._worker: Worker | None = None
@@ -179,7 +178,7 @@ class SaeLens:
             self._worker = Worker("SAELens", [self.python, PEERS / "sae_lens_harvest.py"])
             self._seconds(self._worker, tokens_WT[: self.request["batch"]])
         seconds = self._seconds(self._worker, tokens_WT)
-        if not self.is_kept:
+        if not self.keeps_process:
             self.close()
         return seconds
 
@@ -199,19 +198,16 @@ def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
         jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench.model, dtype, bench.device)}
     for job in jobs.values():
         job.run(bench.tokens[:BATCH])  # warm-up
-    if environment is not None:  # it warms up each of its processes
+    if environment is not None:  # warms up by itself, in each new process
         python = environment / "bin/python"
         jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, python, WIDTH, BATCH)
     seconds = take_turns(bench.rounds, {name: (lambda job=job: job.run(bench.tokens)) for name, job in jobs.items()})
-    return compare_speeds(speeds_of(bench.tokens.size, seconds))
-
-
-def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
+    speeds = speeds_of(bench.tokens.size, seconds)
     rows = [
         compare(f"whole harvest, {dtype}", speeds[f"ours {dtype}"], speeds[f"bare {dtype}"], "tok/s", 0.9, "bare pass")
         for dtype in ("float32", "bfloat16")
     ]
-    if "SAELens float32" in speeds:
+    if environment is not None:
         peer = speeds["SAELens float32"]
         rows.append(compare("both in float32", speeds["ours float32"], peer, "tok/s", 1.15, "SAELens"))
         rows.append(compare("both at their defaults", speeds["ours bfloat16"], peer, "tok/s", 2.5, "SAELens"))
@@ -219,9 +215,9 @@ def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
 
 
 def bench_memory(bench: Bench) -> list[Row]:
-    """Peak memory growth of a new process since before the model was loaded: the model and two shards, no more.
+    """Peak memory growth of a new process since before the model was loaded: at most the model and two shards.
 
-    At a low layer, because memory does not depend on the number of layers below.
+    Measured at a low layer: memory does not depend on how many layers lie below.
     """
     rows = []
     for layers in ((), (0, 1, 2, 3)):
@@ -236,7 +232,7 @@ def bench_memory(bench: Bench) -> list[Row]:
 
 
 def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
-    """In a process of its own: print growth, and the bytes of the model, a waiting shard and a forward pass."""
+    """Runs in a new process: print the growth, and the bytes of the model, a waiting shard and a forward pass."""
     tokens_WT = make_tokens(3 * 512)
     keep_large_blocks(SMALLER_THAN_SHARDS)
     wanted, device = Wanted((2,), layers), torch.device("cpu")
@@ -257,37 +253,36 @@ def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
 
 
 def num_bytes(content: ShardContent) -> int:
-    """Bytes of a shard's arrays as they wait to be written."""
+    """Bytes of a shard's arrays while it waits to be written."""
     attention = [getattr(csr, field.name) for csr in content.attention.values() for field in fields(csr)]
     return sum(array.nbytes for array in (*content.acts.values(), *attention))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--peers", type=click.Path(path_type=Path), help="The environment with SAELens; none: no comparison.")
+@click.option("--peers", type=click.Path(path_type=Path), help="Environment with SAELens.  [default: no comparison]")
 @click.option("--windows", default=64, show_default=True, help="Windows of 128 tokens per timed run.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to create the temporary folder.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(
     peers: Path | None, windows: int, rounds: int, device: str, folder: Path | None, json_file: Path | None
 ) -> None:
     """Measure the harvest; the exit status is 1 if a target is missed."""
     if windows % BATCH:
-        raise click.UsageError(f"--windows: expected a multiple of {BATCH}, a batch of SAELens, found {windows}")
+        raise click.UsageError(f"--windows: expected a multiple of {BATCH}, SAELens' batch size, found {windows}")
     if peers is not None and not (peers / "bin/python").exists():
-        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave out --peers")
+        raise click.UsageError(f"no environment at {peers}: create it with `make peers`, or leave out --peers")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         model = make_model(Path(place) / "model")
         bench = Bench(Path(place), model, make_tokens(windows), torch.device(device), rounds)
         rows = bench_speed(bench, peers)
         if device == "cpu":
             rows += bench_memory(bench)
-    title = (
-        f"Harvest, random Gemma-2 of width {WIDTH}, context {CONTEXT}, {windows * CONTEXT:,} tokens, {rounds} rounds"
-    )
+    title = f"Harvest, random Gemma-2 of width {WIDTH}, context {CONTEXT}, {windows * CONTEXT:,} tokens"
+    title += f", {rounds} rounds in turns, {torch.get_num_threads()} threads"
     facts = gather_facts(peers and peers / "bin/python", device=device, threads=torch.get_num_threads())
-    sys.exit(conclude(f"{title} in turns, {torch.get_num_threads()} threads", rows, json_file, facts))
+    sys.exit(conclude(title, rows, json_file, facts))
 
 
 if __name__ == "__main__":

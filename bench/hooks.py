@@ -1,6 +1,6 @@
-"""What harvesting hooks costs: two hooks of eight layers besides the residual, against the bare pass and against
+"""What harvesting hooks costs: two hooks of eight layers in addition to the residual, against the bare pass and against
 writing the same bytes. Jobs take turns within a round; seconds are processor time. The pocket model is so narrow that
-a hook's cost relative to the pass is higher than in any model worth harvesting.
+a hook costs more, relative to the pass, than in any model worth harvesting.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ DEVICE, DTYPE = torch.device("cpu"), "float32"
 
 
 def manifest_of(tokens: np.ndarray, hooks: tuple[str, ...]) -> Manifest:
-    made = make_manifest(tokens, DTYPE, attention=())
-    corpus = replace(made.corpus, settings={"batch_windows": BATCH})
-    plain = replace(made, corpus=corpus, model=replace(made.model, d_model=read_facts(MODEL_FOLDER).d_model))
-    return replace(plain, hooks={hook: HookSpec(LAYERS, plain.model.d_model) for hook in hooks})
+    manifest, width = make_manifest(tokens, DTYPE, attention=()), read_facts(MODEL_FOLDER).d_model
+    return replace(
+        manifest,
+        corpus=replace(manifest.corpus, settings={"batch_windows": BATCH}),
+        model=replace(manifest.model, d_model=width),
+        hooks={hook: HookSpec(LAYERS, width) for hook in hooks},
+    )
 
 
 class Harvest:
@@ -51,12 +54,12 @@ class Harvest:
 
     @cached_property
     def content(self) -> ShardContent:
-        """The content of a shard: all are of one size."""
+        """The content of one shard; all have the same size."""
         first = self.tokens[slice(*self.manifest.shard_range(0))]
         return compute_shard(self.harvester, first, first)
 
     def write(self) -> None:
-        """Write and commit what was computed earlier."""
+        """Write and commit the precomputed content."""
         with StoreWriter.create(self.store, self.manifest, self.tokens, self.tokens) as writer:
             for shard in writer.pending():
                 writer.write(shard, self.content)
@@ -64,7 +67,7 @@ class Harvest:
 
 
 def processor_seconds(job: Callable[[], object]) -> float:
-    """Processor time of all threads of this process, whatever else the machine does."""
+    """Processor time of all threads of this process, which other work on the machine does not change."""
     start = process_time()
     job()
     return process_time() - start

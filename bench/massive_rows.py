@@ -1,10 +1,10 @@
 """What training on rows of massive norm costs us and the peers: explained variance and cross-entropy.
 
 Each contestant trains twice: on all rows except special tokens, which is as far as the peers' own settings go
-(`remove_bos`, `exclude_special_tokens`), and on ordinary rows alone, which is our default. On ordinary rows each uses
-the rate that `quality.py` found best for it; on all rows the best is sought from there, in the same way, judged on
-ordinary rows of validation text. Then each rebuilds the same windows of the test split: the rows are spliced into the
-model, once all of them and once all but the massive ones.
+(`remove_bos`, `exclude_special_tokens`), and on ordinary rows only, which is our default. On ordinary rows each uses
+the learning rate that `quality.py` found best for it; on all rows the search continues from there, judged on ordinary
+rows of validation text. Then each reconstructs the same windows of the test split, which are spliced into the model:
+once all rows, and once all but the massive ones.
 
     python bench/massive_rows.py STORE --peers-python PATH
 """
@@ -30,8 +30,8 @@ from quality import (
     Fit,
     Results,
     best_of,
-    from_to,
     last_scores,
+    range_of,
     write_rows_of,
 )
 from rich.console import Console
@@ -60,8 +60,8 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Held:
-    """Windows of the test split, with the model's output for them."""
+class SpliceWindows:
+    """Windows of the test split, and the model to splice their reconstructions into."""
 
     model: LanguageModel
     layer: int
@@ -69,10 +69,10 @@ class Held:
     is_ordinary: Tensor
 
     @staticmethod
-    def of(store: Store, layer: int, count: int) -> Held:
+    def of(store: Store, layer: int, count: int) -> SpliceWindows:
         windows = next(store_batches(store, "test", (layer,), batch_windows=count, count=count))
         context = Context(store, watch=Watch(is_quiet=True))
-        return Held(context.model, layer, windows, without_massive(context, windows.keep, windows.resid))
+        return SpliceWindows(context.model, layer, windows, without_massive(context, windows.keep, windows.resid))
 
     @property
     def rows(self) -> Tensor:
@@ -102,16 +102,16 @@ class Held:
         return total / count
 
 
-def write_rows(store: Store, held: Held, folder: Path) -> None:
-    """Write the rows: training rows differ; choosing a rate and reporting use ordinary rows for all."""
+def write_rows(store: Store, test: SpliceWindows, folder: Path) -> None:
+    """Write the rows of both kinds. Only training rows differ: rates are chosen and reported on ordinary rows."""
     for kind in (ALL, ORDINARY):
         (folder / kind).mkdir()
-        np.save(folder / kind / "windows.npy", held.rows.numpy())
-    write_rows_of(store, (held.layer,), folder / ORDINARY, RESID)
+        np.save(folder / kind / "windows.npy", test.rows.numpy())
+    write_rows_of(store, (test.layer,), folder / ORDINARY, RESID)
     for split in ("validation", "test"):
         shutil.copy(folder / ORDINARY / f"{split}.npy", folder / ALL)
     how: dict[str, Any] = {"batch_tokens": 512, "shuffle": False, "device": "cpu", "massive_norms": None}
-    rows = [batch.numpy() for batch in store.batches(held.layer, hook=RESID, split="train", **how)]
+    rows = [batch.numpy() for batch in store.batches(test.layer, hook=RESID, split="train", **how)]
     np.save(folder / ALL / "train.npy", np.concatenate(rows))
 
 
@@ -125,7 +125,7 @@ def best_rates(path: Path) -> dict[tuple[str, str], float]:
 def show(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
     """Print the rows of one run: the file also keeps those of other stores, steps and widths."""
     rows = [row for row in rows if row.items() >= run.items()]
-    table = Table(title="each at its best rate: median of seeds (from to)")
+    table = Table(title="each at its best rate: median of seeds (range)")
     for heading in ("variant", "trained on", "contestant", "rate", "dead", *MEASURES.values()):
         table.add_column(heading)
     for key in dict.fromkeys((row["variant"], row["trained_on"], row["contestant"]) for row in rows):
@@ -133,10 +133,10 @@ def show(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
         best = max((row for row in found if row["seed"] == SEEDS[0]), key=lambda row: row["validation"])["lr"]
         found = [row for row in found if row["lr"] == best]
         numbers = [
-            f"{median(row[name] for row in found):.3f} ({from_to([row[name] for row in found], '.4f')})"
+            f"{median(row[name] for row in found):.3f} ({range_of([row[name] for row in found], '.4f')})"
             for name in MEASURES
         ]
-        table.add_row(*key, f"{best:.2g}", from_to([row["dead"] for row in found], ".1%"), *numbers)
+        table.add_row(*key, f"{best:.2g}", range_of([row["dead"] for row in found], ".1%"), *numbers)
     Console(width=220).print(table)
 
 
@@ -145,7 +145,7 @@ def show(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
 @click.option("--peers-python", required=True, help="Python with sae-lens, dictionary-learning, sparsify installed.")
 @click.option("--contestant", "contestants", multiple=True, default=CONTESTANTS, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=("topk",), show_default=True, help="A variant with a k.")
-@click.option("--rates", type=click.Path(path_type=Path), default=RATES, help="The results of quality.py.")
+@click.option("--rates", type=click.Path(path_type=Path), default=RATES, help="Results of quality.py.")
 @click.option("--width", default=2304, show_default=True)
 @click.option("--l0", default=32.0, show_default=True)
 @click.option("--steps", default=440, show_default=True, help="Steps of 2,048 tokens.")
@@ -167,13 +167,12 @@ def main(
     with Store.open(store) as opened, tempfile.TemporaryDirectory() as made:
         manifest, folder = opened.manifest, Path(made)
         layer = manifest.layers[0]
-        held = Held.of(opened, layer, windows)
-        write_rows(opened, held, folder)
-        found = best_rates(rates)
-        untouched = held.cross_entropy(held.windows.resid[layer])
+        test = SpliceWindows.of(opened, layer, windows)
+        write_rows(opened, test, folder)
+        rate_of = best_rates(rates)
         facts = gather_facts(peers_python, model=manifest.model.id, layer=layer) | {
-            "massive": int((held.windows.keep & ~held.is_ordinary).sum()),
-            "ce_clean": untouched,
+            "massive": int((test.windows.keep & ~test.is_ordinary).sum()),
+            "ce_clean": test.cross_entropy(test.windows.resid[layer]),
         }
         run = {"steps": steps, "cache_id": manifest.cache_id, "windows": windows}
         for kind in (ALL, ORDINARY):
@@ -185,13 +184,13 @@ def main(
                     click.echo(f"training on {kind}: {fit}", err=True)
                     score = workers.train(fit)
                     rebuilt = torch.from_numpy(np.load(folder / kind / "rebuilt.npy"))
-                    results.add(fit, score, held.measure(rebuilt))
+                    results.add(fit, score, test.measure(rebuilt))
                     click.echo(f"  {results.rows[-1]['explained_variance']:.4f}", err=True)
                 return results.scores[fit]
 
             for variant in variants:
                 for contestant in contestants:
-                    best = Fit(variant, width, l0, contestant, found[variant, contestant])
+                    best = Fit(variant, width, l0, contestant, rate_of[variant, contestant])
                     if kind == ALL:
                         best = best_of(best, train, True)
                     for seed in SEEDS:

@@ -1,23 +1,23 @@
 """Quality against the peers: explained variance on held-out text at equal sparsity, and dead latents.
 
-All contestants train on the same rows in the same order, each in its own process and environment: ordinary tokens
-only, as rows of massive norm would serve no peer well, and results are for ordinary tokens. A short run is decided by
-its learning rate, so the first seed of each contestant is tried at its own rate and at rates three times apart from
-there, up and down for as long as validation text improves; the other seeds train at the best. If `--lr` has given all
-seeds another rate too, the median on validation text decides. If sparsity depends on a coefficient, that is sought in
-the same way until L0 is as asked; if a threshold decides which latents are active, it is placed on validation text to
-give exactly that L0. Reported numbers are of the test split, which chose nothing. A fit whose L0 is more than a tenth
-off is off target: it is kept and marked, but not compared. A fit that is in the results already is not repeated.
+All contestants train on the same rows in the same order, each in its own process and environment. Training and results
+use ordinary tokens only: rows of massive norm would serve no peer well. The learning rate decides a short run, so each
+contestant's first seed is tried at its own rate, then at rates a factor of three apart, up and down as long as
+validation text improves; the other seeds train at the best rate. If `--lr` has trained all seeds at another rate too,
+the median on validation text decides. If sparsity depends on a coefficient, that is searched for in the same way until
+L0 is the wanted one; if a threshold decides which latents are active, it is placed on validation text to give exactly
+that L0. Reported numbers are from the test split, which decides nothing. A fit whose L0 is more than a tenth off is off
+target: it is kept and marked, but not compared. A fit that is already in the results is not repeated.
 
     python bench/quality.py STORE --peers-python PATH
 
-Transcoders, on a store that has mlp_in and mlp_out, are compared with sparsify's, both with k active latents per row:
+Transcoders, on a store with mlp_in and mlp_out, are compared with sparsify's, both with k active latents per row:
 
     python bench/quality.py STORE --peers-python PATH --variant transcoder --variant skip_transcoder
 
 Cross-layer transcoders, over all layers of such a store, are compared with CLT-Forge's, whose code
-`make bench-transcoders` fetches. Width and L0 are over all layers together, as are the squares in explained variance,
-each layer scaled to the same mean norm, on which both train:
+`make bench-transcoders` fetches. Width, L0 and the squares in explained variance are over all layers together; both
+train on layers scaled to the same mean norm:
 
     python bench/quality.py STORE --peers-python PATH --clt-forge FOLDER --variant clt
 """
@@ -53,11 +53,11 @@ OF_CROSS_LAYER = ("ours", "clt_forge")
 BY_K = ("topk", "batchtopk", "matryoshka", *TRANSCODERS)
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated")
 SEEDS = (0, 1, 2)
-PROTOCOL = 4  # raised when a contestant's training changes: earlier rows belong to another comparison
-OFF = 0.1  # how far L0 may be from what was asked, as a share
-NEAR = 0.03  # the search for a coefficient ends here
+PROTOCOL = 4  # raised when a contestant's training changes: earlier rows then belong to another comparison
+OFF = 0.1  # how far L0 may be from the wanted one, relative to it
+NEAR = 0.03  # how near L0 must come for the search for a coefficient to stop
 FACTOR = 3.0  # between learning rates
-COEFFICIENTS = {  # where the search begins
+COEFFICIENTS = {  # where the search starts
     "standard": {"ours": 0.2, "sae_lens": 5.0, "dictionary_learning": 0.17},
     "gated": {"ours": 0.3, "sae_lens": 8.0, "dictionary_learning": 0.3},
     "p_anneal": {"ours": 0.14, "dictionary_learning": 0.17},
@@ -92,18 +92,18 @@ class Score:
     validation: float
     validation_l0: float
     came_to: float | None = None
-    """L0 on validation text as trained, if thresholds were then placed to reach the wanted one."""
+    """L0 on validation text as trained, if a threshold was then placed to reach the wanted one."""
 
     @property
     def as_trained(self) -> float:
-        """L0 on validation text, before thresholds were placed."""
+        """L0 on validation text, before any threshold was placed."""
         return self.validation_l0 if self.came_to is None else self.came_to
 
     def is_on_target(self, wanted: float) -> bool:
         return is_near(self.l0, wanted)
 
     def worth(self, wanted: float) -> tuple[bool, float]:
-        """What decides between rates: validation text only."""
+        """The sort key that decides between rates, from validation text only."""
         return is_near(self.validation_l0, wanted), self.validation
 
 
@@ -112,22 +112,22 @@ def is_near(l0: float, wanted: float) -> bool:
 
 
 def rows_read_by(variant: str) -> str:
-    """The kind of rows: of the residual stream, of an MLP, or of the MLPs of several layers."""
+    """The kind of rows: from the residual stream, one MLP, or the MLPs of several layers."""
     return "MLPs" if variant == CROSS_LAYER else "MLP" if variant in TRANSCODERS else RESID
 
 
 def layers_of(store: Store, kind: str) -> tuple[int, ...]:
     hooks = store.manifest.hooks
     if kind != RESID and not {"mlp_in", "mlp_out"} <= hooks.keys():
-        raise click.UsageError(f"{store.url} has no mlp_in and mlp_out: sae-harvest --hooks mlp_in,mlp_out keeps them")
+        raise click.UsageError(f"{store.url} has no mlp_in and mlp_out: harvest with --hooks mlp_in,mlp_out")
     layers = store.manifest.layers if kind == RESID else hooks["mlp_in"].layers
     return tuple(layers) if kind == "MLPs" else tuple(layers[:1])
 
 
 def write_rows_of(store: Store, layers: Sequence[int], folder: Path, kind: str) -> None:
-    """Write a table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm. For
-    transcoders: what the MLP reads and writes, side by side, of all but special tokens; several layers are
-    [N, 2 layers, D]."""
+    """Write a table of float32 rows for each split. For SAEs: of ordinary tokens, neither special nor of massive norm.
+    For transcoders: the MLP's inputs and outputs side by side, of all but special tokens; [N, 2 layers, D] if there
+    are several layers."""
     of_mlp = kind != RESID
     how = {"batch_tokens": 512, "shuffle": False, "device": "cpu"} | ({"massive_norms": None} if of_mlp else {})
     join = np.stack if kind == "MLPs" else np.concatenate
@@ -176,8 +176,8 @@ class Contestants:
             python = sys.executable if fit.contestant == "ours" else self._peers_python
             script = [python, "-W", "ignore", HERE / "peers" / f"{fit.contestant}_fit.py"]
             self._workers[fit.contestant] = Worker(fit.contestant, script, self._sources.get(fit.contestant))
-        asked = {name: value for name, value in asdict(fit).items() if name != "contestant"}
-        return Score(**self._workers[fit.contestant].ask(folder=self._folder, steps=self._steps, **asked))
+        request = {name: value for name, value in asdict(fit).items() if name != "contestant"}
+        return Score(**self._workers[fit.contestant].ask(folder=self._folder, steps=self._steps, **request))
 
     def close(self) -> None:
         for worker in self._workers.values():
@@ -185,7 +185,7 @@ class Contestants:
 
 
 class Results:
-    """Scores by fit, in a file that grows; each row records what it was measured with."""
+    """Scores by fit, in a file that grows; each row records the facts of its measurement."""
 
     def __init__(self, path: Path, run: dict[str, Any], facts: dict[str, Any]) -> None:
         self.path, self._run, self._facts = path, run | {"protocol": PROTOCOL}, facts
@@ -215,37 +215,37 @@ Train = Callable[[Fit], Score]
 
 
 def best_of(first: Fit, train: Train, is_targeted: bool) -> Fit:
-    """The best rate for the first seed: from `first` up, then down, for as long as validation text improves."""
+    """The best rate for the first seed: from `first` up, or else down, as long as validation text improves."""
 
-    def tried(fit: Fit) -> tuple[Fit, tuple[bool, float]]:
+    def attempt(fit: Fit) -> tuple[Fit, tuple[bool, float]]:
         fit = fit if is_targeted else seek(fit, train)
         return fit, train(fit).worth(fit.l0)
 
-    best, worth = tried(first)
+    best, worth = attempt(first)
+    start = best
     for factor in (FACTOR, 1 / FACTOR):
-        began = best
-        while (there := tried(replace(best, lr=float(f"{best.lr * factor:.4g}"))))[1] > worth:
+        while (there := attempt(replace(best, lr=float(f"{best.lr * factor:.4g}"))))[1] > worth:
             best, worth = there
-        if best is not began:  # on the other side of a better rate is the one that it beat
+        if best is not start:  # the other direction leads back to a rate that was already beaten
             break
     return best
 
 
-def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
-    """Seek the coefficient that gives the wanted L0, by secants on a logarithmic scale; return the nearest found."""
+def seek(fit: Fit, train: Train) -> Fit:
+    """Search for the coefficient that gives the wanted L0, by secants on logarithmic scales; return the nearest."""
     seen: list[tuple[float, float, Fit]] = []  # log of the coefficient, log of L0 over the wanted L0
     slope = -1.0
-    for _ in range(tries):
-        found = train(fit)
-        off = math.log(max(found.as_trained, 1e-3) / fit.l0)
+    for _ in range(6):
+        score = train(fit)
+        off = math.log(max(score.as_trained, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
-        # No penalty can fix that, unless the wanted L0 lies between this one and another.
-        is_hopeless = found.validation < 0.0 and all(off * other >= 0 for _, other, _ in seen)
-        if is_hopeless or abs(off) <= (NEAR if found.came_to is None else OFF):
+        # No coefficient fixes a fit that diverged, unless the wanted L0 lies between this one's and another's.
+        is_hopeless = score.validation < 0.0 and all(off * other >= 0 for _, other, _ in seen)
+        if is_hopeless or abs(off) <= (NEAR if score.came_to is None else OFF):
             break
         if len(seen) > 1:
             (before, off_before, _), (now, off_now, _) = seen[-2:]
-            # A larger penalty never means more latents: that would be noise.
+            # A larger penalty never gives more active latents: a rising slope is noise.
             slope = min((off_now - off_before) / (now - before), -0.2)
         step = max(-1.5, min(1.5, -off / slope))
         fit = replace(fit, coefficient=float(f"{fit.coefficient * math.exp(step):.4g}"))
@@ -260,7 +260,7 @@ class Cell:
     scores: tuple[Score, ...]
 
     def worth(self) -> tuple[int, tuple[bool, float]]:
-        """What decides between rates: the number of seeds first, then the median score on validation text."""
+        """The sort key that decides between rates: the number of seeds, then the median score on validation text."""
         each = [score.worth(fit.l0) for fit, score in zip(self.fits, self.scores, strict=True)]
         return len(each), statistics.median_high(each)
 
@@ -271,18 +271,18 @@ class Cell:
     def __str__(self) -> str:
         at = f"rate {self.fits[0].lr:.2g}"
         if not self.on_target:
-            return f"off target: L0 {from_to([score.l0 for score in self.scores], '.1f')} ({at})"
+            return f"off target: L0 {range_of([score.l0 for score in self.scores], '.1f')} ({at})"
         values = [score.explained_variance for score in self.on_target]
-        spread = f" ({from_to(values, '.4f')})" if len(values) > 1 else ""
+        spread = f" ({range_of(values, '.4f')})" if len(values) > 1 else ""
         dead = statistics.median(score.dead for score in self.on_target)
         missing = len(self.scores) - len(values)
         return (
-            f"{statistics.median(values):.3f}{spread} at L0 {from_to([score.l0 for score in self.on_target], '.1f')}, "
+            f"{statistics.median(values):.3f}{spread} at L0 {range_of([score.l0 for score in self.on_target], '.1f')}, "
             f"{dead:.1%} dead, {at}" + (f", {missing} of {len(self.scores)} seeds off target" if missing else "")
         )
 
 
-def from_to(values: list[float], form: str) -> str:
+def range_of(values: list[float], form: str) -> str:
     return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (min(values), max(values))))
 
 
@@ -301,13 +301,13 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
                 by_rate = {lr: cell_at(own, lr) for lr in dict.fromkeys(fit.lr for fit in own)}
                 cells["own"][contestant] = next(iter(by_rate.values()))  # the first one tried
                 cells["best"][contestant] = max(by_rate.values(), key=Cell.worth)
-        for kind, told in cells.items():
-            found[kind].append((f"{variant}, {width:,} latents, L0 {l0:g}", told))
+        for kind, by_contestant in cells.items():
+            found[kind].append((f"{variant}, {width:,} latents, L0 {l0:g}", by_contestant))
     return found
 
 
 def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
-    """For each seed, the fit whose L0 as trained is nearest to the wanted one: that is what was sought."""
+    """For each seed, the fit whose L0 as trained is nearest to the wanted one, as the search chose it."""
     chosen: dict[int, Fit] = {}
     for fit in sorted((fit for fit in scores if fit.lr == lr), key=lambda fit: abs(scores[fit].as_trained - fit.l0)):
         chosen.setdefault(fit.seed, fit)
@@ -316,19 +316,19 @@ def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
 
 
 def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
-    """The scores of each variant's latest comparison among those with the most contestants that have all seeds. Rows
-    with other steps, another store or another protocol belong to another comparison."""
+    """For each variant, the scores of the comparison in which most contestants have all seeds, the latest of several.
+    Rows with other steps, another store or another protocol belong to another comparison."""
     runs: dict[str, dict[tuple[Any, ...], dict[Fit, Score]]] = {}
     for row in rows:
-        # Removed and reinserted, so that the latest is at the end.
+        # Removed and reinserted, so that the latest comes last.
         of_variant = runs[row["variant"]] = runs.pop(row["variant"], {})
         run = tuple(row.get(name) for name in ("steps", "cache_id", "protocol"))
         of_variant[run] = of_variant.pop(run, {}) | {fit_of(row): score_of(row)}
-    chosen = (max(reversed(of_variant.values()), key=count_whole) for of_variant in runs.values())
+    chosen = (max(reversed(of_variant.values()), key=count_complete) for of_variant in runs.values())
     return {fit: score for scores in chosen for fit, score in scores.items()}
 
 
-def count_whole(scores: dict[Fit, Score]) -> int:
+def count_complete(scores: dict[Fit, Score]) -> int:
     """The number of contestants that have a rate with all seeds."""
     seeds: dict[tuple[str, float], set[int]] = {}
     for fit in scores:
@@ -340,7 +340,7 @@ def show(scores: dict[Fit, Score]) -> None:
     titles = {"best": "each at its best learning rate", "own": "each at its own learning rate"}
     for kind, lines in lines_of(scores).items():
         present = dict.fromkeys(who for _, cells in lines for who in cells)
-        table = Table(title=f"explained variance of the test split, {titles[kind]}: median of seeds (from to)")
+        table = Table(title=f"explained variance of the test split, {titles[kind]}: median of seeds (range)")
         for heading in ("what", *present):
             table.add_column(heading)
         for what, cells in lines:
@@ -349,20 +349,20 @@ def show(scores: dict[Fit, Score]) -> None:
 
 
 def make_fits(first: Fit, seeds: tuple[int, ...], train: Train, lr: float | None = None) -> None:
-    """The first seed finds the rate, unless given, and each seed its own coefficient, if there is one: where L0 is
-    steep, the first seed's coefficient would leave another off target."""
+    """Train all seeds. The first finds the rate, unless it is given. Each finds its own coefficient, if there is one:
+    where L0 is steep in it, the first seed's coefficient would leave another seed off target."""
     is_targeted = first.variant in BY_K or (first.variant, first.contestant) in TARGETED
     best = replace(first, seed=seeds[0], lr=lr) if lr else best_of(replace(first, seed=seeds[0]), train, is_targeted)
     for seed in seeds if lr else seeds[1:]:
-        there = replace(best, seed=seed)
-        train(there if is_targeted else seek(there, train))
+        fit = replace(best, seed=seed)
+        train(fit if is_targeted else seek(fit, train))
 
 
 def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> Iterator[Fit]:
     """The first fit of each contestant."""
-    of = {RESID: CONTESTANTS, "MLP": OF_TRANSCODERS, "MLPs": OF_CROSS_LAYER}
+    contestants = {RESID: CONTESTANTS, "MLP": OF_TRANSCODERS, "MLPs": OF_CROSS_LAYER}
     for variant in variants:
-        for contestant in of[rows_read_by(variant)]:
+        for contestant in contestants[rows_read_by(variant)]:
             coefficient = COEFFICIENTS.get(variant, {}).get(contestant, 0.0)
             if coefficient or variant in BY_K or (variant, contestant) in TARGETED:
                 yield Fit(variant, width, l0, contestant, own_rate(contestant, variant, width, d_model), coefficient)
@@ -397,7 +397,7 @@ def main(
     kind, *others = dict.fromkeys(map(rows_read_by, variants))
     if others:
         raise click.UsageError(
-            "expected SAEs of one place, transcoders, or cross-layer ones, found a mix: they read different rows"
+            "--variant: expected SAEs, transcoders or cross-layer transcoders, found a mix: they read different rows"
         )
     if kind == "MLPs" and clt_forge is None:
         raise click.UsageError("--variant clt: expected --clt-forge with CLT-Forge's checkout, found none")

@@ -1,4 +1,4 @@
-"""Training steps of several contestants, each in a process of its own, in turns."""
+"""Time training steps of several contestants, each in its own process, in turns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TOP_K = ("topk", "batchtopk", "matryoshka")
 VARIANTS = (*TOP_K, "standard", "jumprelu", "gated", "p_anneal")
 PEERS = ("sae_lens", "dictionary_learning", "sparsify")
 ABSENT = {("sae_lens", "p_anneal"), *(("sparsify", variant) for variant in VARIANTS if variant != "topk")}
-UNEQUAL = 0.15  # spread of the log of row lengths at which one of 4,096 rows keeps some ten times its share of a batch
-PATIENCE = 120.0  # seconds for a contestant to import everything and to build a trainer
+UNEQUAL = 0.15  # deviation of log row length at which one of 4,096 rows gets about ten times its share of a batch's k
+PATIENCE = 120.0  # seconds for a contestant to import everything and build a trainer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entrant:
 
 @dataclass
 class Outcome:
-    """The outcome of one contest: seconds per step by name and round, peak bytes on the device, and who failed."""
+    """Seconds per step by name and round, peak bytes on the device, failures by name, and when it was measured."""
 
     seconds: dict[str, list[float]]
     peaks: dict[str, int]
@@ -50,28 +50,21 @@ class Outcome:
 
 
 class Contest:
-    """The processes; they live through many contests, so that none imports twice."""
+    """The contestants' processes, which serve many races, so that none imports twice."""
 
     def __init__(self, entrants: Iterable[Entrant], peers_python: str | None, threads: int) -> None:
         self.entrants = [entrant for entrant in entrants if entrant.is_ours or peers_python]
-        self._workers = {
-            entrant.name: Worker(
-                entrant.name,
-                [
-                    sys.executable if entrant.is_ours else peers_python,
-                    "-W",
-                    "ignore",
-                    HERE / "peers" / f"{entrant.script}_step.py",
-                ],
-                {"OMP_NUM_THREADS": str(threads), **entrant.environment},
-            )
-            for entrant in self.entrants
-        }
+        self._workers: dict[str, Worker] = {}
+        for entrant in self.entrants:
+            python = sys.executable if entrant.is_ours else peers_python
+            command = [python, "-W", "ignore", HERE / "peers" / f"{entrant.script}_step.py"]
+            environment = {"OMP_NUM_THREADS": str(threads), **entrant.environment}
+            self._workers[entrant.name] = Worker(entrant.name, command, environment)
 
     def race(
         self, settings: dict[str, Any], rounds: int, steps: int, warm: int = 0, names: Iterable[str] | None = None
     ) -> Outcome:
-        """Time all entrants that know the variant, in turns; those that fail are left out, and the others continue."""
+        """Time in turns all entrants that have the variant; those that fail drop out, and the others continue."""
         wanted = set(self._workers) if names is None else set(names)
         taking_part = [e for e in self.entrants if e.knows(settings["variant"]) and e.name in wanted]
         failures = self._open(taking_part, settings)
@@ -81,28 +74,28 @@ class Contest:
             if name in failures:
                 return math.nan
             try:
-                said = self._workers[name].ask(PATIENCE, steps=steps, warm=warm, release=True)
+                answer = self._workers[name].ask(PATIENCE, steps=steps, warm=warm, release=True)
             except WorkerFailed as failure:
                 failures[name] = str(failure)
                 return math.nan
-            peaks[name] = max(peaks.get(name, 0), said["peak"])
-            return said["seconds"]
+            peaks[name] = max(peaks.get(name, 0), answer["peak"])
+            return answer["seconds"]
 
         jobs = {entrant.name: (lambda name=entrant.name: turn(name)) for entrant in taking_part}
         take_turns(1, jobs)  # kernels are compiled, the allocator grows
-        began = time.time()
+        start = time.time()
         seconds = take_turns(rounds, jobs)
-        ended = time.time()
+        stop = time.time()
         self._close(taking_part, failures)
-        whole = {name: values for name, values in seconds.items() if name not in failures}
-        return Outcome(whole, {name: peaks[name] for name in whole}, failures, (began, ended))
+        complete = {name: values for name, values in seconds.items() if name not in failures}
+        return Outcome(complete, {name: peaks[name] for name in complete}, failures, (start, stop))
 
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
 
     def _open(self, entrants: list[Entrant], settings: dict[str, Any]) -> dict[str, str]:
-        """Open all at once; return what went wrong, by name."""
+        """Open all at once; return the failures by name."""
         failures: dict[str, str] = {}
         for entrant in entrants:
             try:
@@ -127,8 +120,8 @@ class Contest:
 
 
 def make_batches(folder: str, rows: int, d_model: int, count: int = 3, spread: float = 0.0) -> str:
-    """Gaussian rows of mean norm sqrt(D) with lognormal lengths: if latents are kept over a whole batch, a step's cost
-    may depend on how unequally rows have them, and on nothing else."""
+    """Write batches of Gaussian rows with mean norm sqrt(D) and lognormal lengths: if latents are chosen over a whole
+    batch, a step's cost may depend on how unequally rows get them, and on nothing else about the data."""
     generator = np.random.default_rng(0)
     Path(folder).mkdir(exist_ok=True)
     for index in range(count):

@@ -1,8 +1,8 @@
-"""What stores of half the bytes cost: SAEs trained on bfloat16, fp8 and int8 of the same activations, all measured on
-the model's own; and how much faster such stores are read.
+"""What stores of half the size cost: SAEs trained on bfloat16, fp8 and int8 forms of the same activations are evaluated
+on the exact ones. Also, how much faster such stores are read.
 
-The small stores are written from the exact one by the same writer as a harvest, with the same input. SAEs of one seed
-draw the same batches in the same order from the same start, so stores are compared seed by seed.
+The small stores are written from the exact one by the harvest's own writer, from the same input. SAEs of one seed start
+alike and draw the same batches in the same order, so stores are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from time import process_time
 from typing import get_args
 
@@ -21,7 +20,7 @@ import click
 import numpy as np
 import store_speed as stores
 import torch
-from timing_and_tables import Row, compare, conclude, gather_facts, speeds_of, take_turns
+from timing_and_tables import Row, compare, conclude, gather_facts, mean_and_range, speeds_of, take_turns
 
 from saemill import Store, harvest, train
 from saemill.cache_schema import Request, ShardContent, StoreWriter, from_float32
@@ -54,10 +53,10 @@ FASTER = 1.6
 
 
 def write_small(exact: Store, folder: Path, kind: SmallDtype) -> None:
-    """The same store's residuals, as codes."""
+    """Write the residuals of a store again, as codes."""
     manifest = exact.manifest
-    begun = [exact.beginning(shard) for shard in range(manifest.shards)]
-    tokens, documents = (np.concatenate(parts) for parts in zip(*begun, strict=True))
+    beginnings = [exact.beginning(shard) for shard in range(manifest.shards)]
+    tokens, documents = (np.concatenate(parts) for parts in zip(*beginnings, strict=True))
     small = replace(manifest, stored_as=kind, attention=AttentionSpec(), hooks={})
     with StoreWriter.create(folder, small, tokens, documents) as writer:
         for part in exact.stream(Request(layers=manifest.layers)):
@@ -86,8 +85,8 @@ def bytes_per_token(store: StoredArrays) -> float:
     return of_acts / (store.manifest.windows * store.manifest.context)
 
 
-def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, words: Sequence[str]) -> list[Row]:
-    settings = dict(word.split("=", 1) for word in words)
+def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, pairs: Sequence[str]) -> list[Row]:
+    settings = dict(pair.split("=", 1) for pair in pairs)
     paths = {kind: folder / kind for kind in (EXACT, *KINDS)} | ({EXACT: given.resolve()} if given else {})
     pocket = {"model": "pocket", "layer": 19, "attention_layers": "none", "tokens": tokens, "device": "cpu"}
     exact = Store(paths[EXACT]) if given else harvest(**pocket, out=paths[EXACT])
@@ -102,33 +101,28 @@ def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, wor
             trained = train(cache=paths[kind], variant="topk", grid=grid, device="cpu", plots=False, **settings)
             runs[kind] = trained.path.resolve()
     first, last = exact.manifest.splits["train"]
-    about = (
-        f"{exact.manifest.model.id} after layer {exact.manifest.layers[0]}, {(last - first) * exact.manifest.context:,}"
-    )
-    about += f" tokens in the train split; topk, {', '.join(words)}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    train_tokens = (last - first) * exact.manifest.context
+    about = f"{exact.manifest.model.id} after layer {exact.manifest.layers[0]}, {train_tokens:,} tokens in the train"
+    about += f" split; topk, {', '.join(pairs)}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     context = Context(exact, watch=Watch(is_quiet=True))
     found = {kind: measure(context, run) for kind, run in runs.items()}
     rows = []
     for kind, saes in found.items():
         with Store(paths[kind]) as store:
             size = f"{bytes_per_token(store):,.1f} bytes a token"
-        said = [f"{name} {_spread([sae[name] for sae in saes])}" for name in METRICS]
+        means = [f"{name} {mean_and_range([sae[name] for sae in saes])}" for name in METRICS]
         against = []
         for name in METRICS if kind != EXACT else ():
             differences = [a[name] - b[name] for a, b in zip(saes, found[EXACT], strict=True)]
-            against.append(f"{name} {_spread(differences, '+')}")
+            against.append(f"{name} {mean_and_range(differences, '+')}")
         rounds = {name: tuple(sae[name] for sae in saes) for name in METRICS}
-        rows.append(Row(kind, "; ".join([size, *said]), "; ".join(against), rounds=rounds, facts={"about": about}))
+        rows.append(Row(kind, "; ".join([size, *means]), "; ".join(against), rounds=rounds, facts={"about": about}))
     return rows
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    return f"{mean(values):{sign}.4f} ({min(values):{sign}.4f} to {max(values):{sign}.4f})"
-
-
 def bench_reading(folder: Path, shards: int, rounds: int) -> list[Row]:
-    """Read made-up activations of Gemma-2-2B's width from the page cache, as stored and as float32 batches. Seconds are
-    processor time, whatever else the machine does."""
+    """Read synthetic activations of Gemma-2-2B's width from the page cache, as stored and as float32 batches. Seconds
+    are processor time, which other work on the machine does not change."""
     keep_large_blocks()
     shard_WTD = from_float32(stores.make_residuals(np.random.default_rng(0)), EXACT)
     norm = float(np.linalg.norm((shard_WTD[0, 0].astype(np.uint32) << 16).view(np.float32)))
@@ -139,7 +133,7 @@ def bench_reading(folder: Path, shards: int, rounds: int) -> list[Row]:
         opened[kind] = Store(folder / f"read_{kind}")
     jobs = {kind: lambda store=store: seconds_of_stream(store) for kind, store in opened.items()}
     jobs |= {f"batches {kind}": lambda store=store: seconds_of_batches(store) for kind, store in opened.items()}
-    take_turns(1, jobs)  # to warm
+    take_turns(1, jobs)  # warm-up
     speeds = speeds_of(1e-6, take_turns(rounds, jobs))
     rows = []
     for kind in reversed(KINDS):
@@ -175,7 +169,7 @@ def seconds_of_batches(store: Store) -> float:
 )
 @click.option("--tokens", default="300k", show_default=True, help="Tokens of the pocket model, without --store.")
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--set", "words", multiple=True, help="For sae-train.", default=("width=1024", "k=32", "epochs=3"))
+@click.option("--set", "pairs", multiple=True, help="For sae-train.", default=("width=1024", "k=32", "epochs=3"))
 @click.option("--shards", default=3, show_default=True, help="Shards to read, of 151 MB in bfloat16 each.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--only", type=click.Choice(["quality", "reading"]))
@@ -184,7 +178,7 @@ def main(
     given: Path | None,
     tokens: str,
     seeds: int,
-    words: tuple[str, ...],
+    pairs: tuple[str, ...],
     shards: int,
     rounds: int,
     only: str | None,
@@ -193,7 +187,7 @@ def main(
     folder, rows = Path(tempfile.mkdtemp(prefix="smaller-stores-")), []
     try:
         if only != "reading":
-            rows += bench_quality(folder, given, tokens, seeds, words)
+            rows += bench_quality(folder, given, tokens, seeds, pairs)
         if only != "quality":
             rows += bench_reading(folder, shards, rounds)
     finally:

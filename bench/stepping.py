@@ -1,8 +1,8 @@
-"""A process that makes training steps on request and reports how long they took.
+"""A process that takes training steps on request and reports their time.
 
-`{"open": settings}` builds a trainer; `{"steps": 10, "warm": 3}` makes steps and answers with seconds per step and the
+`{"open": settings}` builds a trainer; `{"steps": 10, "warm": 3}` takes steps and answers with seconds per step and the
 peak device memory; `{"close": true}` frees the trainer. A turn is timed as a whole: waiting for every single step
-would hide what a queue of steps overlaps. Imports only numpy and torch, so that the same loop drives this package and
+would hide the overlap of queued steps. Imports only numpy and torch, so that the same loop drives this package and
 its peers, each in its own environment.
 """
 
@@ -23,7 +23,7 @@ from worker_pipe import serve
 
 Step = Callable[[torch.Tensor], object]
 PRECISIONS = ("float32", "tf32", "bfloat16")
-LONG = 10**9  # steps or tokens since which a latent that is made dead has not fired
+LONG = 10**9  # steps or tokens since a latent that is made dead last fired
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
     width: int
     k: int
     layers: int = 0  # of a transcoder, whose batches have inputs and targets side by side; 0: an SAE
-    l0: float = 0.0  # how many latents fire at the start, for variants without k; 0: as initialised
+    l0: float = 0.0  # how many latents fire at the start, in variants without k; 0: as initialised
     dead: float = 0.0  # the share of latents that never fire
     device: str = "cpu"
     clock: str = "wall"
@@ -48,13 +48,13 @@ class Settings:
         return round(self.dead * self.width)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What a peer's own mixed-precision switch turns on."""
+        """The autocast that a peer's own mixed-precision switch turns on."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
 
 def sparse_bias(pre: torch.Tensor, l0: float) -> float:
-    """The value that l0 pre-activations of a row exceed on average."""
+    """The value that l0 of a row's pre-activations exceed on average."""
     flat = pre.detach().reshape(-1)
     rank = flat.numel() - int(l0 * pre.shape[0])
     return float(flat.kthvalue(rank).values)
@@ -63,6 +63,11 @@ def sparse_bias(pre: torch.Tensor, l0: float) -> float:
 def split_pairs(batches: list[torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:
     """Inputs and targets by the id of their batch."""
     return {id(x): tuple(part.contiguous() for part in x.chunk(2, dim=1)) for x in batches}
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def fuse(optimizer: Any) -> None:
@@ -91,37 +96,35 @@ class Stepper:
         torch.manual_seed(0)
         files = sorted(Path(settings.batches).glob("batch_*.npy"))
         batches = [torch.from_numpy(np.load(path)).to(settings.device) for path in files]
-        self._on_gpu = batches[0].is_cuda
+        self._device = batches[0].device
         self._now = time.process_time if settings.clock == "cpu" else time.perf_counter
         self._step = self._make(settings, batches)
         self._batches = cycle(batches)
 
     def _run(self, steps: int, warm: int, release: bool) -> dict[str, float]:
         assert self._step is not None
-        if self._on_gpu:  # before steps are replayed, from the third on, which allocate nothing
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:  # before the third step, from which on steps are replayed and allocate nothing
             torch.cuda.reset_peak_memory_stats()
         for _ in range(warm):
             self._step(next(self._batches))
-        start = self._wait()
+        wait_for(self._device)
+        start = self._now()
         for _ in range(steps):
             self._step(next(self._batches))
-        seconds = (self._wait() - start) / steps
-        peak = torch.cuda.max_memory_allocated() if self._on_gpu else 0
-        if release and self._on_gpu:
+        wait_for(self._device)
+        seconds = (self._now() - start) / steps
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        if release and on_gpu:
             torch.cuda.empty_cache()
         return {"seconds": seconds, "peak": peak}
 
     def _close(self) -> None:
-        """Free everything of the previous trainer, also on the device."""
+        """Free everything that the previous trainer holds, also on the device."""
         self._step, self._batches = None, iter(())
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-    def _wait(self) -> float:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return self._now()
 
 
 def serve_steps(make: Callable[[Settings, list[torch.Tensor]], Step]) -> None:

@@ -1,8 +1,8 @@
 """The store against plain files, against plain zarr, and against SAELens' cache.
 
-Every ratio is of medians from one run in which the two took turns. The residuals are random: Gaussian
-in bfloat16, with a heavy-tailed scale per dimension, as in residual streams; real ones compress
-better, never worse, as their dimensions are not independent.
+Every ratio is of medians from one run in which the two took turns. The residuals are random: Gaussian in bfloat16, with
+a heavy-tailed scale per dimension, as in residual streams. Real ones compress at least as well, because their
+dimensions are not independent.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def make_manifest(shards: int, width: int = WIDTH, shard_windows: int = SHARD_WI
 
 
 def make_content(shard_WTD: np.ndarray, norm: float = 1.0) -> ShardContent:
-    """A shard's content. Moments are the harvest's work: here they are made up for rows of one norm."""
+    """A shard's content. The moments, which a harvest measures, are made up: those of rows of one norm."""
     tokens = np.zeros((SHARD_WINDOWS, CONTEXT), np.uint32)
     moments = Moments(1, np.zeros(WIDTH), norm, norm**2, SHARD_WINDOWS, np.full(CONTEXT, norm))
     return ShardContent(tokens, tokens, {PLACE: shard_WTD}, {PLACE: moments})
@@ -154,7 +154,7 @@ def write_plain(folder: Path, chunks: list[np.ndarray], fsyncs: int, pool: Threa
 
 
 def bench_codecs(bench: Bench) -> list[Row]:
-    """One store per codec: its size on disk, and how fast it is read, verified, into preallocated memory."""
+    """For each codec, a store's size on disk, and how fast it is read, verified, into preallocated memory."""
     folders, rows, raw_bytes = {}, [], bench.shards * bench.resid.nbytes
     for codec in ("raw", "lz4", "zstd"):
         folders[codec] = bench.folder / codec
@@ -180,7 +180,7 @@ def bench_codecs(bench: Bench) -> list[Row]:
 
 @contextmanager
 def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, Callable[[], object]]]:
-    """All ways to read all residuals once."""
+    """Every way to read all residuals once."""
     stores = {codec: Store.open(folder) for codec, folder in folders.items()}
     memory_of_shard = shard_memory(stores["raw"].manifest, RESID)
     array = zarr.open_array(folders["raw"] / f"resid/layer_{LAYER}", mode="r")
@@ -244,7 +244,7 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
 
 
 def stream_once(store: Store, request: Request) -> float:
-    """Seconds per token in the second of three epochs, in which as much is read ahead as was read ahead before it."""
+    """Seconds per token in the second of three epochs: as much is read ahead during it as was read ahead before it."""
     spans = store.spans(request)
     stream = store.stream(request, spans * 3)
     for _ in islice(stream, len(spans)):
@@ -290,25 +290,25 @@ def bench_opening(bench: Bench) -> list[Row]:
     (folder / "commits").mkdir(parents=True)
     manifest = seal(make_manifest(shards))
     (folder / ROOT).write_bytes(encode_json(root_document(manifest)))
-    speeds = []
+    rows = []
     for name, ranges in (("finished", ((0, shards),)), ("in the making", ((0, shards // 2),))):
         (folder / INDEX).write_bytes(encode_json(to_json(Index(manifest.cache_id, ranges))))
         opened = speeds_of(1, take_turns(ROUNDS, {"open": lambda: Store.open(folder)}))["open"]
         found = f"{1e3 / opened.median:,.1f} ms"
-        speeds.append(Row(f"open 100,000 shards, {name}", found, "1 second", opened.median, 1.0))
-    return speeds
+        rows.append(Row(f"open 100,000 shards, {name}", found, "1 second", opened.median, 1.0))
+    return rows
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--peers", type=click.Path(path_type=Path), help="The environment with SAELens; none: no comparison.")
+@click.option("--peers", type=click.Path(path_type=Path), help="Environment with SAELens.  [default: no comparison]")
 @click.option("--gigabytes", default=1.0, show_default=True, help="Size of the store.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to create the temporary folder.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(peers: Path | None, gigabytes: float, rounds: int, folder: Path | None, json_file: Path | None) -> None:
     """Measure the store; the exit status is 1 if a target is missed."""
     if peers is not None and not (peers / "bin/python").exists():
-        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave out --peers")
+        raise click.UsageError(f"no environment at {peers}: create it with `make peers`, or leave out --peers")
     shard_WTD = from_float32(make_residuals(np.random.default_rng(0)), "bfloat16")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         bench = Bench(Path(place), max(2, round(gigabytes * GB / shard_WTD.nbytes)), rounds, shard_WTD)

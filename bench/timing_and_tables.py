@@ -1,4 +1,4 @@
-"""What all benchmarks share: turns, medians with their spread, the facts of a measurement, and the table."""
+"""What all benchmarks share: taking turns, medians and ranges, the facts of a measurement, and the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,18 +37,21 @@ class Speeds:
         return statistics.median(self.rounds)
 
     def __str__(self) -> str:
-        """The median, and the range of its rounds."""
-        low, high = min(self.rounds), max(self.rounds)
-        return f"{_number(self.median)} ({_number(low)} to {_number(high)})"
+        """The median, and the range over rounds."""
+        return f"{number(self.median)} ({number(min(self.rounds))} to {number(max(self.rounds))})"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def mean_and_range(values: Sequence[float], sign: str = "") -> str:
+    return f"{statistics.mean(values):{sign}.4f} ({min(values):{sign}.4f} to {max(values):{sign}.4f})"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. Without a target it is only for the record."""
+    """One line of a table. Without a target it only informs."""
 
     name: str
     found: str
@@ -56,9 +59,9 @@ class Row:
     ratio: float | None = None
     target: float | None = None
     rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Both values in each round."""
+    """The values of each round, by contestant."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about this number besides those of the whole run."""
+    """Facts about this row, in addition to those of the whole run."""
 
     @property
     def is_met(self) -> bool:
@@ -70,15 +73,15 @@ class Row:
         return row | {"rounds": {name: list(values) for name, values in self.rounds.items()}, **self.facts, **facts}
 
 
-def take_turns(rounds: int, jobs: Mapping[str, Callable[[], object]], seed: int = 0) -> dict[str, list[float]]:
+def take_turns(rounds: int, jobs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Run all jobs once per round in a new random order; return seconds by name. A job may return its own seconds."""
-    order = random.Random(seed)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name in order.sample(list(jobs), len(jobs)):
             start = time.perf_counter()
-            said = jobs[name]()
-            seconds[name].append(said if isinstance(said, float) else time.perf_counter() - start)
+            result = jobs[name]()
+            seconds[name].append(result if isinstance(result, float) else time.perf_counter() - start)
     return seconds
 
 
@@ -87,7 +90,7 @@ def speeds_of(units: float, seconds: Mapping[str, Iterable[float]]) -> dict[str,
 
 
 def compare(name: str, ours: Speeds, theirs: Speeds, unit: str, target: float | None = None, against: str = "") -> Row:
-    """The ratio of the medians over rounds that took turns."""
+    """A row with the ratio of the medians."""
     found, other = f"{ours} {unit}", f"{against} {theirs} {unit}".strip()
     rounds = {"ours": ours.rounds, against or "theirs": theirs.rounds}
     return Row(name, found, other, ours.median / theirs.median, target, rounds)
@@ -99,51 +102,49 @@ def gather_facts(peers_python: str | os.PathLike[str] | None = None, **more: Any
     facts |= {"cores": os.cpu_count(), "python": platform.python_version()}
     facts |= {name: found for name in PACKAGES if (found := _version(name))}
     facts["allocator"] = "ours: keep_large_blocks (large freed blocks stay with the process); peers: as it is"
-    return facts | versions_beside(peers_python) | more
+    return facts | peer_versions(peers_python) | more
 
 
 def commit() -> str:
-    """The commit of the tree, with a plus if tracked files were changed; in a copy without git, read from a file."""
-    if found := _say("git", "-C", HERE, "rev-parse", "--short=9", "HEAD"):
-        return found + "+" * bool(_say("git", "-C", HERE, "status", "--porcelain", "-uno"))
+    """The checked-out commit, with a plus if tracked files have changes; in a copy without git, read from a file."""
+    if found := _output_of("git", "-C", HERE, "rev-parse", "--short=9", "HEAD"):
+        return found + "+" * bool(_output_of("git", "-C", HERE, "status", "--porcelain", "-uno"))
     copied = HERE.parent / ".whl/COMMIT"
     return os.environ.get("COMMIT") or (copied.read_text().strip() if copied.exists() else "unknown")
 
 
 def revision_of(checkout: str | os.PathLike[str] | None) -> dict[str, str]:
-    """The commit of CLT-Forge, which is not a package."""
+    """The commit of CLT-Forge, which is not installed as a package."""
     if checkout is None:
         return {}
-    is_one = _say("git", "-C", checkout, "rev-parse", "--show-toplevel") == str(Path(checkout).resolve())
-    return {"CLT-Forge": _say("git", "-C", checkout, "rev-parse", "--short=9", "HEAD") if is_one else "unknown"}
+    is_root = _output_of("git", "-C", checkout, "rev-parse", "--show-toplevel") == str(Path(checkout).resolve())
+    return {"CLT-Forge": _output_of("git", "-C", checkout, "rev-parse", "--short=9", "HEAD") if is_root else "unknown"}
+
+
+def _cpuinfo() -> str:
+    """The kernel's description of the processor; empty if there is none."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere autocast only slows a peer down."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))
+    """Whether this processor has bfloat16 products; on others, autocast only slows a peer down."""
+    return any(word in _cpuinfo() for word in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
-def versions_beside(python: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Versions of the peers, and of what they run on, in their own environment."""
+def peer_versions(python: str | os.PathLike[str] | None) -> dict[str, str]:
+    """The versions of the peers and of the packages they run on, in their own environment."""
     if python is None:
         return {}
     names = (*PEER_PACKAGES, "torch", "transformers")
     code = "import sys, json, importlib.metadata as m\nfound = {}\nfor n in sys.argv[1:]:\n"
     code += "    try: found[n] = m.version(n)\n    except m.PackageNotFoundError: pass\nprint(json.dumps(found))"
-    found = json.loads(_say(python, "-c", code, *names) or "{}")
+    found = json.loads(_output_of(python, "-c", code, *names) or "{}")
     return {name if name in PEER_PACKAGES else f"peers' {name}": value for name, value in found.items()}
 
 
@@ -155,7 +156,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _say(*command: object) -> str:
+def _output_of(*command: object) -> str:
+    """The standard output of a command; empty if it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -171,7 +173,7 @@ def render(title: str, rows: list[Row]) -> Table:
 
 
 def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more: Any) -> None:
-    """Write one row per line, each with all facts of its measurement."""
+    """Write one row per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in {"title": title, **more}.items())
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
@@ -179,34 +181,34 @@ def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more
 
 
 def conclude(title: str, rows: list[Row], json_file: Path | None, facts: Mapping[str, Any]) -> int:
-    """Print, keep, and return the exit status: 1 if a target is missed. Rows kept earlier stay, with their date and
-    commit, if they are of other parts of the benchmark or about something else."""
+    """Print and write the rows, and return the exit status: 1 if a target is missed. A file's earlier rows stay if they
+    belong to other parts of the benchmark, or are about another store or model."""
     Console(width=160).print(render(title, rows))
-    made = [row.document(facts) for row in rows]
-    twice = [what for what, count in Counter(map(_what, made)).items() if count > 1]
-    if twice:
-        raise ValueError(f"expected a name for each row, found two of {twice}: put the difference into the name")
+    new = [row.document(facts) for row in rows]
+    duplicates = [identity for identity, count in Counter(map(_identity, new)).items() if count > 1]
+    if duplicates:
+        raise ValueError(f"expected a different name for each row, found {duplicates} twice")
     if json_file is not None:
         kept = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
-        told = {row["name"] for row in made if "about" in row}
-        kept = [row for row in kept if "about" in row or row["name"] not in told]  # from before rows recorded it
-        write_rows(json_file, title, ({_what(row): row for row in kept} | {_what(row): row for row in made}).values())
+        now_about = {row["name"] for row in new if "about" in row}
+        kept = [row for row in kept if "about" in row or row["name"] not in now_about]  # older rows did not record it
+        write_rows(json_file, title, {_identity(row): row for row in [*kept, *new]}.values())
     return int(not all(row.is_met for row in rows))
 
 
-def _what(row: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What a row measures: its name, and what it is about (a store, a model) if it says so."""
+def _identity(row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """A row's name, and the store or model that it is about if it records one."""
     return row["name"], row.get("about")
 
 
 def resident(field_name: str = "VmRSS") -> int:
-    """Bytes of this process's memory, as the kernel counts them."""
+    """Bytes of this process's memory, as counted by the kernel."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field_name)) * 1024
 
 
 def peak_growth(job: Callable[[], object]) -> int:
-    """How far the memory of this process rises above its present value."""
+    """How far the memory of this process rises above its current size while the job runs."""
     Path("/proc/self/clear_refs").write_text("5")
     start = resident()
     job()

@@ -1,9 +1,9 @@
 """Training steps against the peers, in one run, on the same activations.
 
-Every contestant is a process of its own (the peers in their own environment) that makes a few steps on request.
-Rounds go through the contestants in a new random order, so that a busy machine slows all of them alike; a ratio is
-the median over rounds of (faster peer's seconds / ours). Peers run in float32, their default, and under bfloat16
-autocast if the processor multiplies bfloat16 itself; with torch's fused Adam, which is faster and not their default.
+Every contestant is a process of its own (the peers in their own environment) that takes a few steps on request. Each
+round goes through the contestants in a new random order, so that a busy machine slows all of them alike; a ratio is the
+median over rounds of (faster peer's seconds / ours). Peers run in float32, their default, and, if the processor has
+bfloat16 products, under bfloat16 autocast; with torch's fused Adam, which is faster but not their default.
 
     python bench/train.py --peers-python PATH --variant topk --width 2304 --width 9216
 """
@@ -32,13 +32,13 @@ def entrants(peers: Iterable[str], precisions: Iterable[str]) -> list[Entrant]:
         Entrant(f"{peer} {precision}, fused", peer, {"precision": precision, "fused": True})
         for peer in peers
         for precision in precisions
-        if (peer, precision) != ("sparsify", "bfloat16")  # it has no such switch on a CPU
+        if (peer, precision) != ("sparsify", "bfloat16")  # which has no such switch on a CPU
     ]
     return [*ours, *theirs]
 
 
 def rows_of(outcome: Outcome, variant: str, width: int, tokens: int) -> list[dict[str, Any]]:
-    """A row per contestant; ours with the ratio to the faster peer of the same round."""
+    """A row per contestant; ours include the ratio to the faster peer of each round."""
     theirs = [seconds for name, seconds in outcome.seconds.items() if not name.startswith("ours")]
     best = [min(turn) for turn in zip(*theirs, strict=True)]
     rows: list[dict[str, Any]] = []
@@ -57,9 +57,9 @@ def rows_of(outcome: Outcome, variant: str, width: int, tokens: int) -> list[dic
 def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table("variant", "width", "contestant", "tok/s", "ratio to the faster peer", title=title)
     for row in rows:
-        told = row.get("failed") or str(Speeds(tuple(row["tokens_per_second"])))
+        speed = row.get("failed") or str(Speeds(tuple(row["tokens_per_second"])))
         ratio = f"{row['ratio_to_faster_peer']:.2f}" if "ratio_to_faster_peer" in row else ""
-        table.add_row(row["variant"], f"{row['width']:,}", row["contestant"], told[-160:], ratio)
+        table.add_row(row["variant"], f"{row['width']:,}", row["contestant"], speed[-160:], ratio)
     Console(width=140).print(table)
 
 
@@ -71,21 +71,21 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 @click.option("--d-model", default=2304, show_default=True)
 @click.option("--rows", default=2048, show_default=True, help="Tokens per batch.")
 @click.option("--k", default=32, show_default=True)
-@click.option("--l0", default=0.0, help="Start where this many latents fire (variants without k); 0: as initialised.")
-@click.option("--dead", default=0.0, help="The share of latents that never fire, so that auxiliary losses work.")
+@click.option("--l0", default=0.0, help="Latents that fire at the start (variants without k); 0: as initialised.")
+@click.option("--dead", default=0.0, help="Share of latents that never fire, so that auxiliary losses are active.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--steps", default=2, show_default=True, help="Steps per contestant and round, timed together.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: if the machine is busy.")
 @click.option(
     "--peer-precision",
     "precisions",
     multiple=True,
     type=click.Choice(PRECISIONS),
-    help="For the peers.  [default: float32, and bfloat16 on processors that have it]",
+    help="The peers' precision.  [default: float32, and bfloat16 on processors that have it]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the results as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(
     peers_python: str,
     peers: tuple[str, ...],

@@ -1,8 +1,8 @@
-"""Steps of our transcoders against the peers', in one run, on the same activations, measured as in bench/train.py.
+"""Training steps of our transcoders against the peers', on the same activations, measured as in bench/train.py.
 
-The cross-layer one against CLT-Forge, whose code `make bench-transcoders` fetches and which runs in the peers'
-environment; it has no k and runs as initialised, with as many active as that gives. The single-layer one against
-sparsify. SAELens (6.54) can load transcoders but not train them.
+The cross-layer transcoder is compared with CLT-Forge, whose code `make bench-transcoders` fetches and which runs in the
+peers' environment; it has no k, so it runs with as many active latents as its initialisation gives. The single-layer
+transcoder is compared with sparsify. SAELens (6.54) can load transcoders but not train them.
 
     python bench/transcoders.py --peers-python PATH --clt-forge FOLDER
 """
@@ -23,7 +23,7 @@ PEERS = {"clt": ("CLT-Forge", 2.0), "transcoder": ("sparsify", None)}
 
 @click.command()
 @click.option("--peers-python", required=True, help="Python of the peers.")
-@click.option("--clt-forge", "forge", required=True, type=click.Path(exists=True, path_type=Path), help="Its checkout.")
+@click.option("--clt-forge", "forge", required=True, type=click.Path(exists=True, path_type=Path), help="Its source.")
 @click.option("--d-model", default=512, show_default=True)
 @click.option("--layers", default=6, show_default=True, help="Layers of the cross-layer transcoder.")
 @click.option("--width", default=2048, show_default=True, help="Latents per layer.")
@@ -33,8 +33,8 @@ PEERS = {"clt": ("CLT-Forge", 2.0), "transcoder": ("sparsify", None)}
 @click.option("--steps", default=2, show_default=True, help="Steps per contestant and round, timed together.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: if the machine is busy.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(
     peers_python: str,
     forge: Path,
@@ -67,8 +67,8 @@ def main(
             outcome = contest.race(settings, rounds, steps, names=(OURS, peer))
         name = f"a step of {variant}: {count} layers, {width} latents ({k} of ours fire) each, D {d_model}, {rows} rows"
         if outcome.failures:
-            why = "; ".join(f"{who} failed: {said}" for who, said in outcome.failures.items())
-            found.append(Row(name, why, target=target))
+            reasons = "; ".join(f"{who} failed: {why}" for who, why in outcome.failures.items())
+            found.append(Row(name, reasons, target=target))
             continue
         speeds = speeds_of(rows, outcome.seconds)
         found.append(compare(name, speeds[OURS], speeds[peer], "tok/s", target, peer))

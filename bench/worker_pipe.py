@@ -1,4 +1,4 @@
-"""Two sides of a pipe: a benchmark that asks, and a script in a process of its own that answers.
+"""The two ends of a pipe: a benchmark that asks, and a script in its own process that answers.
 
 A request is a line of JSON, and so is its answer: `{"ok": ...}`, or `{"error": ...}` if the request failed.
 Imports only the standard library, so that scripts in the peers' environment can use it.
@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LAST_LINES = 12
-MARK = "answer: "  # before each answer, so that no library's output passes for one
+MARK = "answer: "  # before each answer, to tell it from the output of libraries
 
 
 class WorkerFailed(Exception):
-    """A script ended, failed or did not answer in time; the message has its last output."""
+    """A script exited, failed or did not answer in time; the message has its last output."""
 
 
 class Worker:
@@ -52,35 +52,35 @@ class Worker:
         assert self._process.stdin is not None
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        except (BrokenPipeError, ValueError):  # it has ended, or was closed
-            raise WorkerFailed(f"{self.name} has ended: {self.last_words()}") from None
+        except (BrokenPipeError, ValueError):  # it has exited, or was closed
+            raise WorkerFailed(f"{self.name} has exited: {self._last_output()}") from None
 
     def receive(self, timeout: float | None = None) -> Any:
         """The answer to the oldest unanswered request."""
         try:
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
-            self.close()  # a later answer would pass for that of another request
+            self.close()  # a late answer would be taken for that of the next request
             raise WorkerFailed(f"{self.name}: no answer within {timeout:.0f} s") from None
         if line is None:
-            raise WorkerFailed(f"{self.name} has ended: {self.last_words()}")
+            raise WorkerFailed(f"{self.name} has exited: {self._last_output()}")
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerFailed(f"{self.name}: {answer['error']}")
         return answer["ok"]
 
-    def last_words(self) -> str:
+    def _last_output(self) -> str:
         if not self._stderr.closed:
             self._stderr.seek(0)
             lines = [line for line in self._stderr.read().splitlines() if line.strip()]
-            self._words = "\n".join(lines[-LAST_LINES:]) or "without output"
-        return self._words
+            self._output = "\n".join(lines[-LAST_LINES:]) or "without output"
+        return self._output
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
         self._listener.join()
-        self.last_words()
+        self._last_output()  # while the file is open
         for file in (self._process.stdin, self._process.stdout, self._stderr):
             with contextlib.suppress(BrokenPipeError):
                 file.close()  # pyright: ignore
@@ -94,12 +94,12 @@ class Worker:
 
 
 def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
-    """The answering side, until the input ends. From now on what libraries print goes to standard error."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    """The answering side, until the input ends. From here on the output of libraries goes to standard error."""
+    pipe, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:
-            said = {"ok": answer(json.loads(line))}
+            reply = {"ok": answer(json.loads(line))}
         except Exception as error:  # noqa: BLE001  # the other side decides what a failure means
             traceback.print_exc()
-            said = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print(MARK + json.dumps(said), file=answers, flush=True)
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(MARK + json.dumps(reply), file=pipe, flush=True)

@@ -1,10 +1,9 @@
 """Many workers on one S3 server: what they lose, and how close they come to the server's own rate.
 
-The server is moto on loopback, a single Python process: with 64 clients it is the bottleneck. Its own rate is that of
-as many clients that only put, and then get, the same objects. What a model would have computed is in a worker's memory
-before the clock starts, as a client's bytes are; checksums, digests and the bytes put are the store's work. A claim, a
-commit and a listing cost as many requests for a small shard as for a large one: `--megabytes 151` is a shard of
-Gemma-2-2B.
+The server is moto on loopback, a single Python process: with 64 clients it is the bottleneck. Its own rate is measured
+with as many clients that only put, and then get, the same objects. The activations are in a worker's memory before the
+clock starts, as are the bytes of a plain client; checksums, digests and uploads are the store's work. Claims, commits
+and listings cost a small shard as many requests as a large one: `--megabytes 151` is a shard of Gemma-2-2B.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import click
 import fsspec
 import numpy as np
 from store_speed import CONTEXT, LAYER, PLACE, RESID, make_manifest
-from timing_and_tables import Row, Speeds, compare, conclude, gather_facts, take_turns
+from timing_and_tables import Row, compare, conclude, gather_facts, speeds_of, take_turns
 
 from saemill.cache_schema import ShardContent, Store, StoreWriter, from_float32
 from saemill.cache_schema.layout import record_key
@@ -41,7 +40,7 @@ from saemill.cache_schema.verify_and_repair import verify_shards
 from saemill.cache_schema.writer import REMOTE_WRITERS
 
 SERVER = Path(__file__).parents[1] / "tests/cache_schema/s3_server.py"
-FORK = multiprocessing.get_context("fork")  # each shares everything imported and starts at once
+FORK = multiprocessing.get_context("fork")  # children share all imports and start at once
 WIDTH = 2048
 
 Mark = Callable[[], object]
@@ -50,7 +49,7 @@ Mark = Callable[[], object]
 
 @dataclass(frozen=True)
 class Bench:
-    """Which worker writes what: W windows of a shard, T context, D width."""
+    """The store to write, and its division among workers. W windows of a shard, T context, D width."""
 
     workers: int
     manifest: Manifest
@@ -64,7 +63,7 @@ class Bench:
         return range(worker, self.manifest.shards, self.workers)
 
     def content(self, shard: int) -> ShardContent:
-        """The content of a shard, with values of its own, so that no shard can stand for another."""
+        """The content of a shard, with its number in the values, so that no shard passes for another."""
         resid = self.resid.copy()
         resid[:, 0, 0] = shard
         windows, context, width = resid.shape
@@ -75,7 +74,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Spent:
-    """Wall-clock seconds, and the server's processor seconds, which say more on a busy machine."""
+    """Wall-clock seconds, and the server's processor seconds, which tell more on a busy machine."""
 
     seconds: float
     busy: float
@@ -89,13 +88,13 @@ class Server:
         self.clients = clients
 
     def side_by_side(self, job: Callable[[int, Mark], object]) -> tuple[Spent, Spent]:
-        """The time from when all were ready to when the last finished its work, and the time spent afterwards."""
+        """The time from when all clients were ready until the last finished its work, and the time spent afterwards."""
         meet, failures = FORK.Barrier(self.clients + 1), FORK.SimpleQueue()
 
         def work(number: int) -> None:
             try:
                 job(number, lambda: meet.wait(3600))
-            except BaseException as error:  # noqa: BLE001 (a lost client is what we look for)
+            except BaseException as error:  # noqa: BLE001  # any lost client must be reported
                 failures.put(f"client {number}: {type(error).__name__}: {error}")
                 meet.abort()
 
@@ -121,7 +120,7 @@ class Server:
 
 
 def write_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
-    """A worker's whole life except for the model. After the second mark come index and summary."""
+    """A worker's whole life except for the model. The index and the summary come after the second mark."""
     with StoreWriter.open(url) as writer:
         pending, mine, content = writer.pending(), bench.share(worker), bench.content(worker)
         mark()
@@ -146,7 +145,7 @@ def read_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
 def use_each(keys: Sequence[str], use: Callable[[Any, str], object], mark: Mark) -> None:
     """A client that only puts or gets, as many objects at once as the store's writer."""
     s3 = fsspec.filesystem("s3", max_concurrency=1)
-    s3.ls("mill")  # connected
+    s3.ls("mill")  # connects
     with ThreadPoolExecutor(REMOTE_WRITERS) as pool:
         mark()
         list(pool.map(lambda key: use(s3, key), keys))
@@ -162,7 +161,7 @@ def keys_of(writer: StoreWriter, shard: int) -> list[str]:
 
 
 class Jobs:
-    """The jobs that take turns. Each writes to a new place and removes the previous one."""
+    """The jobs that take turns. Each write goes to a new place, and the previous one is removed."""
 
     def __init__(self, bench: Bench, server: Server) -> None:
         self.bench, self.server = bench, server
@@ -170,62 +169,63 @@ class Jobs:
         self.spent: defaultdict[str, list[tuple[Spent, Spent]]] = defaultdict(list)
         self.places: dict[bool, str] = {}
         self.lost = 0
-        with StoreWriter.open(self._begin_store()) as writer, writer.claim(0):
+        with StoreWriter.open(self._create_store()) as writer, writer.claim(0):
             writer.write(0, bench.content(0))
             self.keys = [keys_of(writer, shard) for shard in range(bench.manifest.shards)]
         self.sizes = [self.s3.size(f"{self.places[True]}/{key}") for key in self.keys[0]]
         self.data = os.urandom(max(self.sizes))
 
     def write(self) -> float:
-        url = self._begin_store()
-        seconds = self._note("write", lambda *at: write_share(self.bench, url, *at))
+        url = self._create_store()
+        seconds = self._time("write", lambda *client: write_share(self.bench, url, *client))
         with Store.open(url) as store:
             self.lost += int((~store.committed).sum())
         return seconds
 
     def put(self) -> float:
-        url = self._begin(False)
+        url = self._new_place(False)
         sizes = {key: size for keys in self.keys for key, size in zip(keys, self.sizes, strict=True)}
 
         def work(worker: int, mark: Mark) -> None:
             mine = [key for shard in self.bench.share(worker) for key in self.keys[shard]]
             use_each(mine, lambda s3, key: s3.pipe_file(f"{url}/{key}", self.data[: sizes[key]]), mark)
 
-        return self._note("put", work)
+        return self._time("put", work)
 
     def read(self) -> float:
-        return self._note("read", lambda *at: read_share(self.bench, self.places[True], *at))
+        return self._time("read", lambda *client: read_share(self.bench, self.places[True], *client))
 
     def get(self) -> float:
         def work(worker: int, mark: Mark) -> None:
             mine = [key for shard in self.bench.share(worker) for key in self.keys[shard][:-2]]
             use_each(mine, lambda s3, key: s3.cat_file(f"{self.places[False]}/{key}"), mark)
 
-        return self._note("get", work)
+        return self._time("get", work)
 
     def check(self) -> None:
-        """Check every value of the store that was written last."""
+        """Check every value of the store written last."""
         with Store.open(self.places[True]) as store:
             self.lost += sum(bool(report.damage) for report in verify_shards(store))
             for part in store.stream(RESID):
                 self.lost += bool((part.resid[LAYER] != self.bench.content(part.span.shard).acts[PLACE]).any())
 
-    def median(self, name: str, at: int = 0) -> Spent:
-        found = [spent[at] for spent in self.spent[name]]
+    def median(self, name: str, part: int = 0) -> Spent:
+        """The median of a job's work (part 0), or of what followed it (part 1)."""
+        found = [spent[part] for spent in self.spent[name]]
         return Spent(statistics.median(s.seconds for s in found), statistics.median(s.busy for s in found))
 
-    def _note(self, name: str, job: Callable[[int, Mark], object]) -> float:
+    def _time(self, name: str, job: Callable[[int, Mark], object]) -> float:
         self.spent[name].append(self.server.side_by_side(job))
         return self.spent[name][-1][0].seconds
 
-    def _begin(self, is_store: bool) -> str:
+    def _new_place(self, is_store: bool) -> str:
         if is_store in self.places:
             self.s3.rm(self.places[is_store], recursive=True)
         self.places[is_store] = f"s3://mill/{uuid.uuid4().hex}"
         return self.places[is_store]
 
-    def _begin_store(self) -> str:
-        url, tokens = self._begin(True), np.zeros((self.bench.manifest.windows, CONTEXT), np.uint32)
+    def _create_store(self) -> str:
+        url, tokens = self._new_place(True), np.zeros((self.bench.manifest.windows, CONTEXT), np.uint32)
         StoreWriter.create(url, self.bench.manifest, tokens, tokens).close()
         return url
 
@@ -235,7 +235,7 @@ def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
     seconds = take_turns(rounds, {"write": jobs.write, "put": jobs.put})
     seconds |= take_turns(rounds, {"read": jobs.read, "get": jobs.get})
     jobs.check()
-    speeds = {name: Speeds(tuple(bench.gigabytes / value for value in values)) for name, values in seconds.items()}
+    speeds = speeds_of(bench.gigabytes, seconds)
     written = f"{rounds * bench.manifest.shards:,} shards by {bench.workers} workers at a time"
     rows = [Row("shards lost or damaged", f"{jobs.lost}", written, float(not jobs.lost), 1.0)]
     for ours, plain, what in (
@@ -246,8 +246,8 @@ def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
         busy, other = jobs.median(ours).busy, jobs.median(plain).busy
         name = f"  the server's processor time to {ours}"
         rows.append(Row(name, f"{busy:.2f} s", f"{plain}s {other:.2f} s", other / busy))
-    ends = jobs.median("write", 1)
-    rows.append(Row("  all end: index, summary", f"{ends.seconds:.2f} s, {ends.busy:.2f} s of the server", "", None))
+    rest = jobs.median("write", 1)
+    rows.append(Row("  all end: index, summary", f"{rest.seconds:.2f} s, {rest.busy:.2f} s of the server"))
     return rows
 
 
@@ -256,9 +256,9 @@ def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
 @click.option("--shards", default=2, show_default=True, help="Shards per worker.")
 @click.option("--megabytes", default=32, show_default=True, help="Size of a shard.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(workers: int, shards: int, megabytes: int, rounds: int, json_file: Path | None) -> None:
-    """Measure workers against their server; the exit status is 1 if a shard is lost or a target missed."""
+    """Measure workers against their server; the exit status is 1 if a shard is lost or a target is missed."""
     windows = max(1, round(megabytes * 1e6 / (CONTEXT * WIDTH * 2)))
     resid = from_float32(np.random.default_rng(0).standard_normal((windows, CONTEXT, WIDTH), np.float32), "bfloat16")
     bench = Bench(workers, make_manifest(workers * shards, width=WIDTH, shard_windows=windows), resid)
@@ -266,7 +266,7 @@ def main(workers: int, shards: int, megabytes: int, rounds: int, json_file: Path
     assert process.stdin is not None and process.stdout is not None
     os.environ |= {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
     os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": process.stdout.readline().decode().strip()}
-    gc.freeze()  # or garbage collection in each would copy what they share
+    gc.freeze()  # or garbage collection in each child would copy the shared memory
     try:
         subprocess.run([sys.executable, "-c", "import fsspec; fsspec.filesystem('s3').mkdir('mill')"], check=True)
         rows = measure(bench, Server(process.pid, workers), rounds)

@@ -1,7 +1,7 @@
-"""`make docs`: README, these pages, and what the code itself says of its settings, as a folder of HTML pages.
+"""`make docs`: README, the pages of docs/, and every setting as documented in the code, as a folder of HTML pages.
 
-Pages are Markdown, made into HTML by markdown-it; there is no template language and nothing is fetched. Links between
-pages lead from page to page; a link that leads nowhere, or to a heading that is not there, is an error.
+Pages are Markdown, rendered by markdown-it; there is no template language and nothing is fetched. Links between pages
+are rewritten to the HTML pages; a link to a missing page or heading is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,7 +48,7 @@ COMMANDS: dict[str, click.Command] = {
     "sae-store": store,
     "sae-export": export,
 }
-SECTIONS = {  # pages in the order of the menu; pages that are not named here come after, each folder for itself
+SECTIONS = {  # the menu; pages that are not listed come last in "Studies" or "Measured"
     "Begin": "README.md docs/tutorial.md docs/laptop.md docs/gemma.md",
     "Use": "docs/harvest.md docs/train.md docs/evaluate.md docs/python.md docs/share.md docs/cluster.md "
     "docs/commands.md",
@@ -59,14 +59,15 @@ SECTIONS = {  # pages in the order of the menu; pages that are not named here co
 }
 THEME = 'if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";'
 MADE_BY = '<meta name="generator" content="saemill docs/build.py">'
+MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
 class LinkBroken(Exception):
-    """A page leads to something that is not there."""
+    """A page links to something that does not exist."""
 
 
 class FolderTaken(Exception):
-    """The folder for the pages holds something else."""
+    """The output folder holds something other than pages."""
 
 
 def main(out: str = "build/docs") -> None:
@@ -80,8 +81,8 @@ def main(out: str = "build/docs") -> None:
         target = folder / address(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(document(name, text, texts), encoding="utf-8")
-    led_to = {target for name, text in texts.items() for target, _ in links(name, text)}
-    for file in sorted(led_to - texts.keys()):
+    linked = {target for name, text in texts.items() for target, _ in links(name, text)}
+    for file in sorted(linked - texts.keys()):
         if (ROOT / file).is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, folder / file)
@@ -90,13 +91,13 @@ def main(out: str = "build/docs") -> None:
 
 
 def require_own(folder: Path) -> None:
-    """All that lies in the folder is deleted: it must be pages of before, or nothing."""
+    """The folder's content is deleted, so it must be earlier pages, or nothing."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     index = folder / "index.html"
     if not index.is_file() or MADE_BY not in index.read_text("utf-8", errors="replace"):
         raise FolderTaken(
-            f"{folder}: expected no folder, an empty one, or one with pages of before, found other things, which are "
+            f"{folder}: expected no folder, an empty one, or one with earlier pages, found other files, which are "
             "left as they are. Delete them, or give another folder"
         )
 
@@ -105,38 +106,38 @@ def require_own(folder: Path) -> None:
 
 
 def pages() -> dict[str, str]:
-    """Markdown by where it lies in the repository, or would; in the order of the menu."""
-    made = {
+    """Markdown by path in the repository, in the order of the menu; generated pages have paths too."""
+    generated = {
         "docs/tutorial.md": tutorial_page(),
         "docs/settings_commands.md": commands_page(),
         "docs/settings_variants.md": variants_page(),
         "docs/settings_evaluations.md": evaluations_page(),
     }
-    named = [name for names in SECTIONS.values() for name in names.split()]
+    listed = [name for names in SECTIONS.values() for name in names.split()]
     found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
-    return {name: made.get(name) or (ROOT / name).read_text("utf-8") for name in dict.fromkeys([*named, *found])}
+    return {name: generated.get(name) or (ROOT / name).read_text("utf-8") for name in dict.fromkeys([*listed, *found])}
 
 
 def address(name: str) -> str:
-    """Where a page lies in the folder that is made."""
+    """A page's path in the output folder."""
     return "index.html" if name == "README.md" else f"{name.removesuffix('.md')}.html"
 
 
 def title_of(name: str, text: str) -> str:
-    """A page's heading; tables that a study has written have none."""
+    """A page's heading; a study's tables have none and are titled by their path."""
     found, path = re.search(r"^# (.+)$", text, re.MULTILINE), PurePosixPath(name)
     return found.group(1) if found else f"{path.stem}: {path.parent.name}".replace("_", " ")
 
 
 def tutorial_page() -> str:
-    """The notebook, without what its cells give."""
+    """The notebook, without its outputs."""
     cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text("utf-8"))["cells"]
     sources = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
     return "\n\n".join(f"```python\n{source}\n```" if is_code else source for source, is_code in sources)
 
 
 def commands_page() -> str:
-    parts = ["# Every option of every command", "From the commands themselves; `--help` says the same, with examples."]
+    parts = ["# Every option of every command", "Generated from the commands; `--help` shows the same, with examples."]
     for name, command in COMMANDS.items():
         parts += [f"## {name}", *_described(command)]
         for sub, one in (command.commands if isinstance(command, click.Group) else {}).items():
@@ -153,18 +154,18 @@ def _described(command: click.Command) -> Iterator[str]:
 
 
 def variants_page() -> str:
-    intro = "A setting is `--set NAME=VALUE`, or `--set VARIANT.NAME=VALUE` for one of several; lists as `a,b`."
-    parts = ["# Every setting of every variant", f"{intro} What shows no default follows from the others."]
+    intro = "Give a setting as `--set NAME=VALUE`, or as `--set VARIANT.NAME=VALUE` for one of several; lists as `a,b`."
+    parts = ["# Every setting of every variant", f"{intro} Settings without a default follow from the others."]
     for name in variant_registry.names():
         parts += _settings(name, variant_registry.config_type(name), variant_registry.module(name).__doc__)
-    shared = "They are one for all SAEs of a run."
-    parts += _settings("data", DataConfig, f"Of the stream: `--set data.NAME=VALUE`. {shared}")
-    parts += _settings("course", CourseConfig, f"Of the run: `--set course.NAME=VALUE`. {shared}")
+    shared = "All SAEs of a run share them."
+    parts += _settings("data", DataConfig, f"Settings of the stream: `--set data.NAME=VALUE`. {shared}")
+    parts += _settings("course", CourseConfig, f"Settings of the run: `--set course.NAME=VALUE`. {shared}")
     return "\n\n".join(parts)
 
 
 def evaluations_page() -> str:
-    intro = "A setting is given as `--set EVALUATION.NAME=VALUE`; lists as `a,b`."
+    intro = "Give a setting as `--set EVALUATION.NAME=VALUE`; lists as `a,b`."
     parts = ["# Every setting of every evaluation", f"{intro} What they measure: [MEASURES](../evaluate/MEASURES.md)."]
     for name in evals.names():
         found = evals.load(name)
@@ -172,15 +173,15 @@ def evaluations_page() -> str:
     return "\n\n".join(parts)
 
 
-def _settings(name: str, config: Any, said: str | None) -> list[str]:
+def _settings(name: str, config: Any, about: str | None) -> list[str]:
     rows = [f"| {_code(key)} | {_code(str(value))} | {_cell(text)} |" for key, value, text in _fields(config)]
     table = "\n".join(["| setting | default | |", "|---|---|---|", *rows])
-    paragraphs = inspect.cleandoc(said or "").split("\n\n")
+    paragraphs = inspect.cleandoc(about or "").split("\n\n")
     return [f"## {name}", _cell(paragraphs[0]), table if rows else "No settings."]
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Name, default and meaning of every setting, those inside others after a dot."""
+    """Name, default and description of every setting; names of nested settings have dots."""
     instance = config()
     notes = _notes(config)
     for field in dataclasses.fields(config):
@@ -194,7 +195,7 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 @functools.cache
 def _notes(config: type) -> Mapping[str, str]:
-    """What stands below a field in the source, its own or inherited."""
+    """The strings below the fields in the source, own and inherited ones, by field."""
     found: dict[str, str] = {}
     for base in reversed(config.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -202,8 +203,8 @@ def _notes(config: type) -> Mapping[str, str]:
         (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body)
         for field, below in pairwise(body):
             match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                    found[name] = inspect.cleandoc(said)
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(note))):
+                    found[name] = inspect.cleandoc(note)
     return found
 
 
@@ -212,7 +213,7 @@ def _code(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """On one line of Markdown, markup that was none left as it was written."""
+    """The text on one line of Markdown, escaped where it would become markup."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -220,25 +221,25 @@ def _cell(text: str) -> str:
 
 
 def parse(text: str) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(text)
+    return MARKDOWN.parse(text)
 
 
 def slugs(text: str) -> list[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
-    tokens, found = parse(text), []
-    for opening, inline in pairwise(tokens):
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = []
+    for opening, inline in pairwise(parse(text)):
         if opening.type == "heading_open":
-            words = "".join(one.content for one in inline.children or () if one.type in ("text", "code_inline"))
+            words = "".join(part.content for part in inline.children or () if part.type in ("text", "code_inline"))
             kept = [letter for letter in words.lower() if letter in " -_" or unicodedata.category(letter)[0] in "LN"]
             found.append("".join(kept).replace(" ", "-"))
     return found
 
 
 def links(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """What a page leads to inside the repository: a path and an anchor. Folders are their README."""
+    """A page's links inside the repository, as path and anchor. A folder's README stands for the folder."""
     for token in parse(text):
-        for one in token.children or ():
-            to = str(one.attrGet("href") or one.attrGet("src") or "")
+        for part in token.children or ():
+            to = str(part.attrGet("href") or part.attrGet("src") or "")
             if to and not urlsplit(to).scheme:
                 yield target_of(name, to)
 
@@ -255,9 +256,9 @@ def broken_links(texts: Mapping[str, str]) -> list[str]:
     for name, text in texts.items():
         for target, anchor in links(name, text):
             if target not in texts and not (ROOT / target).exists():
-                found.append(f"{name} leads to {target}, which is not there")
+                found.append(f"{name} links to {target}, which does not exist")
             elif anchor and target in texts and anchor not in slugs(texts[target]):
-                found.append(f"{name} leads to {target}#{anchor}, a heading that is not there")
+                found.append(f"{name} links to {target}#{anchor}, a heading that does not exist")
     return found
 
 
@@ -267,53 +268,52 @@ def broken_links(texts: Mapping[str, str]) -> list[str]:
 def document(name: str, text: str, texts: Mapping[str, str]) -> str:
     here = os.path.dirname(address(name)) or "."
 
-    def way(to: str) -> str:
+    def relative(to: str) -> str:
         return os.path.relpath(to, here)
 
     tokens, anchors = parse(text), iter(slugs(text))
     for token in tokens:
         if token.type == "heading_open":
             token.attrSet("id", next(anchors))
-        for place, one in enumerate(token.children or ()):
-            kind = "src" if one.type == "image" else "href"
-            to = str(one.attrGet(kind) or "")
+        for place, part in enumerate(token.children or ()):
+            attribute = "src" if part.type == "image" else "href"
+            to = str(part.attrGet(attribute) or "")
             if to and not urlsplit(to).scheme:
                 target, anchor = target_of(name, to)
-                if (ROOT / target).is_dir():  # of the repository: here it is only named
+                if (ROOT / target).is_dir():  # folders of the repository are not part of the site
                     _unlink(token.children or [], place)
                     continue
-                at = way(address(target) if target in texts else target)
-                one.attrSet(kind, f"{at}#{anchor}" if anchor else at)
-    markdown = MarkdownIt("commonmark").enable("table")
-    body = markdown.renderer.render(tokens, markdown.options, {}).replace(" ± ", "&nbsp;±&nbsp;")
+                path = relative(address(target) if target in texts else target)
+                part.attrSet(attribute, f"{path}#{anchor}" if anchor else path)
+    body = MARKDOWN.renderer.render(tokens, MARKDOWN.options, {}).replace(" ± ", "&nbsp;±&nbsp;")
     title = html.escape(title_of(name, text))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: saemill</title>\n'
         f"{MADE_BY}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f'<link rel="stylesheet" href="{way("base.css")}"><script>{THEME}</script></head>\n'
+        f'<link rel="stylesheet" href="{relative("base.css")}"><script>{THEME}</script></head>\n'
         f'<body><main><a class="to-menu" href="#menu">all pages</a>{body}</main>\n'
-        f'<nav class="menu" id="menu" aria-label="pages">{menu(name, texts, way)}</nav></body></html>\n'
+        f'<nav class="menu" id="menu" aria-label="pages">{menu(name, texts, relative)}</nav></body></html>\n'
     )
 
 
 def _unlink(inline: list[Token], place: int) -> None:
-    """A link becomes plain text."""
-    closing = next(one for one in inline[place:] if one.type == "link_close")
-    for one in (inline[place], closing):
-        one.tag, one.attrs = "span", {}
+    """Turn a link into plain text."""
+    closing = next(part for part in inline[place:] if part.type == "link_close")
+    for part in (inline[place], closing):
+        part.tag, part.attrs = "span", {}
 
 
-def menu(here: str, texts: Mapping[str, str], way: Any) -> str:
-    named = {name: section for section, names in SECTIONS.items() for name in names.split()}
+def menu(here: str, texts: Mapping[str, str], relative: Callable[[str], str]) -> str:
+    section_of = {name: section for section, names in SECTIONS.items() for name in names.split()}
     sections: dict[str, list[str]] = {}
     for name in texts:
         other = "Studies" if name.startswith("docs/studies/") else "Measured"
-        sections.setdefault(named.get(name, other), []).append(name)
+        sections.setdefault(section_of.get(name, other), []).append(name)
     return "".join(
         f"<h2>{section}</h2><ul>"
         + "".join(
-            f'<li><a href="{way(address(name))}"{" aria-current=page" if name == here else ""}>'
+            f'<li><a href="{relative(address(name))}"{" aria-current=page" if name == here else ""}>'
             f"{html.escape(title_of(name, texts[name]))}</a></li>"
             for name in names
         )

@@ -1,13 +1,13 @@
-"""For all tests: interpreted Triton kernels without a GPU; templates of CONTRIBUTING.md; a bad disk, bad input.
+"""For all tests: a clean environment, interpreted Triton kernels without a GPU, and templates of CONTRIBUTING.md.
 
-Tests that do harm on purpose tell what they did; `pytest -s -m faults` prints it as the table of docs/guarantees.md.
+Tests that inject faults report them; `pytest -s -m faults` prints the reports as the table of docs/guarantees.md.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.pop("HF_HUB_OFFLINE", None)  # read when the hub's library is imported
+os.environ.pop("HF_HUB_OFFLINE", None)  # read when the Hub's library is imported
 os.environ.pop("TRANSFORMERS_OFFLINE", None)
 
 import gc
@@ -29,33 +29,33 @@ from saemill.harvest.corpus import sources
 
 from . import thread_ranks
 
-# On a busy machine an example takes what it takes. The same ones are drawn every time: what others find is no fault of
-# the change that happens to be tested. `make test-slow` draws others.
+# Examples may take long on a busy machine. Every run draws the same ones, so that a failure comes from the change that
+# is tested; `make test-slow` draws others.
 settings.register_profile("the same", deadline=None, derandomize=True)
 settings.register_profile("others", deadline=None)
 settings.load_profile("the same")
-torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
+torch.set_num_threads(1)  # tiny models are slower on more, especially on a busy machine
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-    os.environ.pop(name, None)  # tests read what commands say, whatever the terminal is that they are run in
+    os.environ.pop(name, None)  # tests read the output of commands, which must not depend on the terminal
 for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "AWS_PROFILE"):
-    os.environ.pop(name, None)  # the last also from the server of S3's protocol
+    os.environ.pop(name, None)  # the last one for the S3 server too
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]
-os.environ["NO_PROXY"] = "127.0.0.1"  # where the servers of tests are, whatever proxies a user has
+os.environ["NO_PROXY"] = "127.0.0.1"  # where the tests' servers are
 os.environ["TERM"] = "xterm"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A run collects garbage first, which through all that was imported and collected takes half a second."""
+    """Freeze everything imported so far: runs collect garbage first, which would otherwise take half a second each."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """Of small stores and runs: what `fsync` does for them shows only when the power fails, and costs minutes."""
+    """Without `fsync`, which matters only when the power fails, and would cost minutes."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
         yield
@@ -63,7 +63,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def template() -> Callable[[str], str]:
-    """A function from the place of a file to the code of CONTRIBUTING.md whose first line names it."""
+    """A function that finds the code block of CONTRIBUTING.md whose first line names a file."""
     page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
     def find(place: str) -> str:
@@ -76,7 +76,7 @@ def template() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def entry(template: Callable[[str], str]) -> Callable[[str, dict[str, Any]], tuple[str, Any]]:
-    """A function from a place to the line of a dictionary that goes there, read with the names of that file."""
+    """A function that evaluates a template of one dictionary entry, with the given names, to its key and value."""
 
     def read(place: str, names: dict[str, Any]) -> tuple[str, Any]:
         ((key, value),) = eval(f"{{{template(place)}}}", names).items()  # noqa: S307  (our own page)
@@ -89,7 +89,7 @@ def entry(template: Callable[[str], str]) -> Callable[[str, dict[str, Any]], tup
 def copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: Callable[[str], str]
 ) -> Iterator[Callable[[ModuleType, str], str]]:
-    """A template as a file of its package, until the test ends: copied(package, "folder/name.py")."""
+    """Copy a template into its package until the test ends: copied(package, "folder/name.py")."""
     names: list[str] = []
 
     def copy(package: ModuleType, place: str) -> str:
@@ -110,7 +110,7 @@ def copied(
 
 @pytest.fixture
 def sigterm_is_harmless() -> Iterator[None]:
-    """Unless what is tested catches it, it does nothing: it would end the tests."""
+    """Ignore SIGTERM unless the tested code catches it: it would end the tests."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -118,35 +118,36 @@ def sigterm_is_harmless() -> Iterator[None]:
 
 @pytest.fixture
 def tell(record_property: Callable[[str, object], None]) -> Callable[[str, Mapping[str, int]], None]:
-    """`tell("3 stores", {"EIO": 5})`: what was tried, and what was done to it. A test that finds a loss fails."""
-    return lambda tried, faults: record_property("faults", f"{tried} | {_list_counts(faults)} | 0")
+    """Report what was tried and the faults injected: tell("3 stores", {"EIO": 5}). A test that finds a loss fails."""
 
+    def record(tried: str, faults: Mapping[str, int]) -> None:
+        counts = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(faults.items()))
+        record_property("faults", f"{tried} | {counts} | 0")
 
-def _list_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} x {kind}" for kind, count in sorted(counts.items()))
+    return record
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """From the reports of all processes."""
-    told = [
+    """Print the table of faults, from the reports of all processes."""
+    rows = [
         f"| {value} | `{report.nodeid}` |"
         for report in terminalreporter.stats.get("passed", [])
         for name, value in report.user_properties
         if name == "faults"
     ]
-    if told and config.getoption("capture") == "no":
-        terminalreporter.write_line("\n| tried | faults | lost | test |\n|---|---|---|---|\n" + "\n".join(told))
+    if rows and config.getoption("capture") == "no":
+        terminalreporter.write_line("\n| tried | faults | lost | test |\n|---|---|---|---|\n" + "\n".join(rows))
 
 
 @pytest.fixture(scope="session")
 def threads() -> Callable[[int], Any]:
-    """`threads(n)`: n ranks, and a function that gives what `work(rank)` returns in each."""
+    """`threads(n)`: n ranks, and a function that runs `work(rank)` in each and returns the results."""
     return thread_ranks.make
 
 
 @pytest.fixture(scope="module")
 def memory_folder() -> Iterator[Path]:
-    """In memory where that can be, for what a disk does wrong is made here, and its slowness tests nothing."""
+    """A folder in memory if possible: faults are injected above the disk, whose slowness would test nothing."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)

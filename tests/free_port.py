@@ -1,4 +1,4 @@
-"""A port for processes that are to find each other."""
+"""A free port for processes that must find each other."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import suppress
 
 
 def free_port() -> int:
-    """Below those that the system deals out, and of a thousand that no other of ten test workers draws from, so that
-    hardly anybody is given it before it is used."""
+    """A port below those that the system hands out, from a thousand of its own for each of ten test workers, so that it
+    is unlikely to be taken before it is used."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = 20_000 + 1_000 * ((worker + os.getppid()) % 10)
     for port in random.sample(range(first, first + 1_000), 100):

@@ -1,8 +1,9 @@
-"""Inputs gone wrong: JSON with other keys, values and types; bytes flipped, cut and inserted; safetensors headers."""
+"""Damaged inputs: JSON with other keys, values and types; bytes flipped, cut and inserted; safetensors headers."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import resource
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 from saemill.cache_schema import StoreError
 from saemill.cache_schema.manifest import read_manifest, seal
 
-SPARE_BYTES = 512 * 2**20  # what a store or file of some kilobytes may take, at the very most
+SPARE_BYTES = 512 * 2**20  # the most memory that reading a store or file of a few kilobytes may take
 
 NASTY: tuple[Any, ...] = (
     None,
@@ -59,7 +60,7 @@ def nested(depth: int, kind: str) -> Any:
 
 
 def places_of(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a JSON value with every key or index of it."""
+    """Every container in a JSON value, with each of its keys or indices."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in list(children):
         yield value, key
@@ -67,7 +68,7 @@ def places_of(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def mutate_json(document: Any, choose: random.Random, seal: Callable[[Any], None] = lambda _: None) -> bytes:
-    """One to three changes to keys, values and types; `seal` may then make right what would hide every later check."""
+    """Change one to three keys, values or types; `seal` then mostly repairs a check that would hide all others."""
     for _ in range(choose.randint(1, 3)):
         container, key = choose.choice(list(places_of(document)) or [({}, None)])
         action = choose.choice(["drop", "replace", "replace", "nest", "add", "copy"])
@@ -106,12 +107,12 @@ def mutate_bytes(raw: bytes, choose: random.Random) -> bytes:
 
 
 def mutate(raw: bytes, choose: random.Random, seal: Callable[[Any], None] = lambda _: None) -> bytes:
-    """A JSON file."""
+    """Damage a JSON file."""
     return mutate_json(json.loads(raw), choose, seal) if choose.random() < 0.7 else mutate_bytes(raw, choose)
 
 
 def reseal_store(document: Any) -> None:
-    """The identity check of a store's root must not be what hides every later one."""
+    """Recompute the identity in a store's root, whose check would hide all later ones."""
     try:
         found = document["attributes"]["saemill"]
         found["cache_id"] = seal(read_manifest(found, "")).cache_id
@@ -120,18 +121,18 @@ def reseal_store(document: Any) -> None:
 
 
 def mutate_tensors(raw: bytes, choose: random.Random) -> bytes:
-    """A safetensors file: its header as JSON under a length that fits, or its first bytes."""
+    """Damage a safetensors file: its header, as JSON with a matching length, or its first bytes."""
     length = int.from_bytes(raw[:8], "little")
     header, body = raw[8 : 8 + length], raw[8 + length :]
     if choose.random() < 0.7:
         document = json.loads(header)
-        if choose.random() < 0.4:  # still a good file: a tensor is missing, has another name, shape or type
+        if choose.random() < 0.4:  # still a valid file: a tensor is missing, or has another name, shape or type
             name = choose.choice(sorted(document))
             entry = document.pop(name)
             shape = entry.get("shape", [])
             change = choose.choice(["drop", "rename", "turn", "flatten", "type"])
             if change != "drop":
-                shapes = {"turn": shape[::-1], "flatten": [-1 if 0 in shape else _product(shape)]}
+                shapes = {"turn": shape[::-1], "flatten": [-1 if 0 in shape else math.prod(shape)]}
                 types = {"F32": "I32", "I64": "F64"}
                 entry = entry | {"shape": shapes.get(change, shape)}
                 if change == "type":
@@ -145,16 +146,9 @@ def mutate_tensors(raw: bytes, choose: random.Random) -> bytes:
     return broken + (body if choose.random() < 0.8 else b"")
 
 
-def _product(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """An absurd allocation fails here instead of swapping the machine to death."""
+    """Make absurd allocations fail instead of swapping the machine to death."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_BYTES, limits[1]))

@@ -1,9 +1,9 @@
-"""A disk that stops, fails or forgets: between this process and one folder, on top of the real one.
+"""A disk that stops, fails or forgets: a layer between this process and one folder of the real disk.
 
-It counts the calls of `os` that change or flush something there. Before the n-th, `die` lets no further call
-through, as a killed process makes none, and `fail` answers it, or all from then on, with an error number.
-`power_cut` takes back what POSIX does not promise: bytes of files that were not flushed, and names in folders
-that were not. What is taken back is drawn for each name, and does not depend on the order of threads.
+It counts the calls of `os` that change or flush something there. From the n-th on, `die` lets no further call through,
+like a killed process; `fail` answers that one, or all from then on, with an error number. `power_cut` takes back what
+POSIX does not promise: unflushed bytes of files, and unflushed names in folders. What is taken back is drawn for each
+name, independently of the order of threads.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CALLS = ("open", "write", "fsync", "replace", "rename", "unlink", "mkdir")
 
 
 class Killed(BaseException):
-    """The process is gone: nothing but the kernel's own cleaning up happens after this."""
+    """The process is dead: only the kernel cleans up after this."""
 
 
 class ShakyDisk:
-    """Patches `os` while it is installed; only what lies under `root` is touched."""
+    """Patches `os` while it is installed; affects only paths under `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
@@ -38,9 +38,9 @@ class ShakyDisk:
         self._then: Callable[[], BaseException] = Killed
         self._kind = ""
         self._sticks = True
-        self._bytes: dict[int, bytes] = {}  # inode -> what of a file was flushed
-        self._names: dict[int, dict[str, int]] = {}  # inode -> the names in a folder when it was flushed
-        self._turn = threading.RLock()
+        self._bytes: dict[int, bytes] = {}  # inode -> a file's flushed content
+        self._names: dict[int, dict[str, int]] = {}  # inode -> a folder's flushed names and their inodes
+        self._lock = threading.RLock()
         self._real = {name: getattr(os, name) for name in CALLS}
 
     def install(self) -> None:
@@ -62,7 +62,7 @@ class ShakyDisk:
         self._left = None
 
     def flush_all(self) -> None:
-        """What lies there now is on the disk."""
+        """Treat the current content as flushed."""
         self._bytes.clear()
         self._names.clear()
         for folder, _, files in os.walk(self.root):
@@ -71,7 +71,7 @@ class ShakyDisk:
                 self._remember(os.path.join(folder, name))
 
     def power_cut(self, seed: int) -> None:
-        """After a death: what was not flushed is there whole, in part, or as before."""
+        """After a death: unflushed content survives whole, in part, or not at all."""
         self.faults["power cut"] += 1
         self._cut_folder(self.root, seed)
         self.flush_all()
@@ -91,7 +91,7 @@ class ShakyDisk:
                 self._cut_folder(path, seed) if os.path.isdir(path) else self._cut_file(path, now[name], draw)
 
     def _cut_file(self, path: str, inode: int, draw: random.Random) -> None:
-        """What was flushed and is still there stays: a log that is appended to loses its end alone."""
+        """Keep the flushed part that is still there: an appended log loses only its end."""
         now, before = Path(path).read_bytes(), self._bytes.get(inode, b"")
         if now != before:
             pairs = zip(now, before, strict=False)
@@ -109,17 +109,17 @@ class ShakyDisk:
 
     def _remember(self, path: str) -> None:
         inode = os.stat(path).st_ino
-        with self._turn:
+        with self._lock:
             if os.path.isdir(path):
                 self._names[inode] = {entry.name: entry.inode() for entry in os.scandir(path)}
             else:
                 self._bytes[inode] = Path(path).read_bytes()
 
     def _count(self, path: Any) -> bool:
-        """One more call, if it is about what lies under the root."""
+        """Count a call, and let it fail if its turn has come; return whether its path is under the root."""
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).startswith(self.root):
             return False
-        with self._turn:
+        with self._lock:
             if self._left is not None:
                 self._left -= 1
                 if self._left == 0 or (self._left < 0 and self._sticks):
@@ -162,7 +162,7 @@ class ShakyDisk:
 
 
 def course(examples: int, steps: int, derandomize: bool) -> settings:
-    """How a state machine that such a disk troubles is run."""
+    """Settings for a state machine on such a disk."""
     return settings(
         max_examples=examples,
         stateful_step_count=steps,

@@ -1,4 +1,4 @@
-"""The benchmarks: what they claim, that who falls out stops nobody else, and that the page of them is up to date."""
+"""The benchmarks: their searches and comparisons, contestants that fail, and that the pages are up to date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from click.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"store": "store_speed"}  # of which `make bench-NAME` is not the name
+SCRIPTS = {"store": "store_speed"}  # whose results have another name than the script
 SCRIPT = """
 import sys
 sys.path.insert(0, {bench!r})
@@ -64,7 +64,7 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
-def test_the_page_says_what_the_results_say(bench, monkeypatch, tmp_path):
+def test_the_pages_match_the_results(bench, monkeypatch, tmp_path):
     table = bench("measured_tables")
     pages = {name: (ROOT / name).read_text() for name in table.PAGES}
     result = CliRunner().invoke(table.main, ["--check"])
@@ -112,15 +112,15 @@ def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatc
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = list(table.gpu_lines())
     assert "Some Card" in lines[0] and lines[4:] == [
-        "| fleet | 80 tok/s | 100 tok/s | 0.80, wanted 0.9 | abc |",
+        "| fleet | 80 tok/s | 100 tok/s | 0.80, goal 0.9 | abc |",
         "| topk | 900 (890 to 910) tok/s | sparsify: 450 | 2.00 | abc |",
         "| harvest | 400 (390 to 410) tok/s | SAELens, one residual: 200 | 2.00 | abc |",
-        "| gated | fell out | sae_lens tf32: 10 | | abd |",
+        "| gated | failed | sae_lens tf32: 10 | | abd |",
         "| topk F 8, alone | 77 tok/s | | | abc |",
     ]
 
 
-def test_a_number_says_its_day_and_processor_where_those_beside_it_are_of_others(bench):
+def test_ratios_name_their_day_and_processor_if_their_file_has_several(bench):
     table = bench("measured_tables")
     old = {"ratio": 2.0, "is_met": True, "date": "2026-11-21", "machine": "x86_64"}
     new = {"ratio": 3.0, "is_met": True, "date": "2026-11-27", "processor": "AMD EPYC"}
@@ -148,13 +148,13 @@ def test_small_stores_of_two_models_in_one_file_are_two_tables(bench, monkeypatc
         )
         == 2
     )
-    # of two seeds that differ by -0.1 and -0.2 Student's t has 12.706 of one degree of freedom
+    # for two differences, -0.1 and -0.2, Student's t with one degree of freedom is 12.706
     assert sum("| -0.1500 ± 0.6353 (-0.2000 to -0.1000) |" in line for line in lines) == 2
     assert "±" in table.cost([0.1, 0.2]) and "±" not in table.cost([0.1])
 
 
 def names_in(script: Path) -> list[str]:
-    """Patterns of the texts in a script: what it fills in may be anything."""
+    """Patterns of a script's strings, in which fields of f-strings match anything."""
     found = []
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -166,7 +166,7 @@ def names_in(script: Path) -> list[str]:
 
 
 def test_every_row_that_the_page_looks_up_is_one_that_its_benchmark_makes(bench):
-    """Else the page would show for ever the row that is kept."""
+    """Otherwise the page would show an old row for ever."""
     table, guided = bench("measured_tables"), bench("guided")
     settings = {"windows": 1, "context": 16, "d_model": 64, "width": 64, "device": "cpu", "rounds": 1, "steps": 1}
     settings |= {option.name: option.default for option in guided.main.params if option.name in ("sparsity", "product")}
@@ -180,25 +180,25 @@ def test_every_row_that_the_page_looks_up_is_one_that_its_benchmark_makes(bench)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem)
-def test_every_row_says_when_and_of_what_code_it_is(path):
+def test_every_row_has_a_date_and_a_commit(path):
     rows = json.loads(path.read_text())["rows"]
     assert rows and all(row["date"] and row["commit"] for row in rows)
 
 
-def test_a_claim_is_measured_on_codes_that_are_known(bench):
-    """Of ten latents the first two are what is steadied: one says the same of all rows, one of every other."""
+def test_a_claim_is_measured_on_known_codes(bench):
+    """The first two of ten latents are the smooth part: one fires on every row, one on every other row."""
     claims = bench("claims")
     f = torch.zeros(8, 10)
     f[:, 0], f[::2, 1] = 1.0, 1.0
     f[:, 5] = torch.tensor([1.0, -1.0] * 4)  # both ways
     sae = argparse.Namespace(encode=lambda x: f, decode=lambda f: torch.zeros(8, 3))
     x = torch.ones(8, 3)
-    seen = claims.Seen()
-    seen.take(sae, x)
-    found = seen.measures(variance=6.0)
+    sums = claims.Sums()
+    sums.add(sae, x)
+    found = sums.measures(variance=6.0)
     assert found["explained_variance"] == 0.5 and found["l0"] == 2.5
     assert found["never_fired"] == pytest.approx(0.7) and found["both_signs"] == pytest.approx(0.1)
-    assert found["neighbours"] == pytest.approx(0.5**0.5 - 1.0)  # half a batch apart rows are alike
+    assert found["neighbours"] == pytest.approx(0.5**0.5 - 1.0)  # rows half a batch apart are equal
 
 
 @pytest.mark.parametrize("what", ["cache_id", "width", "tokens"])
@@ -208,23 +208,23 @@ def test_a_claim_refuses_a_run_of_other_settings(bench, tmp_path, what):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "result.json").write_text(json.dumps({"tokens": 96}))
     run, asked = claims.Run(tmp_path), {"cache_id": "a", "width": 8, "tokens": 99}
-    claims.require_of([run], **asked)
-    with pytest.raises(Exception, match="were asked for"):
-        claims.require_of([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
+    claims.require_same_settings([run], **asked)
+    with pytest.raises(Exception, match="choose another --runs"):
+        claims.require_same_settings([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
 
 
 @pytest.mark.parametrize("other", [{"git": {"commit": "another", "is_dirty": False}}, {"packages": {"torch": "1.0"}}])
 def test_a_claim_refuses_a_run_of_another_commit_or_other_packages(bench, tmp_path, other):
-    """Rows name the commit and the packages of now, so it is neither gone on with nor read."""
+    """Rows name the current commit and packages, so such a run is neither resumed nor read."""
     claims = bench("claims")
     config, result = tmp_path / "config.json", tmp_path / "result.json"
     config.write_text(json.dumps({"provenance": claims.provenance({}) | other}))
     for _ in range(2):
         with pytest.raises(Exception, match="choose another --runs"):
-            claims.run_of(tmp_path, {})
+            claims.read_or_train(tmp_path, {})
         result.write_text("{}")
     config.write_text(json.dumps({"provenance": claims.provenance({})}))
-    assert claims.run_of(tmp_path, {}).path == tmp_path
+    assert claims.read_or_train(tmp_path, {}).path == tmp_path
 
 
 def score_of_fit(quality, value, l0=32.0, dead=0.0):
@@ -243,7 +243,7 @@ def test_a_fit_that_is_off_target_is_marked_and_claims_nothing(bench):
     assert str(cell) == "0.800 (0.8000) at L0 30.0, 0.0% dead, rate 0.001, 1 of 3 seeds off target"
 
 
-def test_the_rate_is_sought_up_then_down_from_a_contestants_own(bench):
+def test_the_rate_is_searched_for_up_then_down_from_a_contestants_own(bench):
     quality = bench("quality")
     for peak, tried in ((0.027, [1e-3, 3e-3, 9e-3, 0.027, 0.081]), (3e-4, [1e-3, 3e-3, 3.333e-4, 1.111e-4])):
         rates = []
@@ -267,7 +267,7 @@ def test_a_rate_that_misses_the_wanted_l0_is_never_the_best(bench):
     assert quality.best_of(first, train, True) == first
 
 
-def test_validation_text_alone_chooses_and_every_seed_that_is_asked_for_is_trained(bench):
+def test_only_validation_text_decides_and_every_requested_seed_is_trained(bench):
     quality, seeds = bench("quality"), set()
 
     def train(fit):  # by the test split the higher rate would be off target
@@ -281,7 +281,7 @@ def test_validation_text_alone_chooses_and_every_seed_that_is_asked_for_is_train
 
 
 @pytest.mark.parametrize("power", [-0.5, -1.0, -2.0])
-def test_a_coefficient_is_sought_until_the_l0_is_what_was_asked(bench, power):
+def test_a_coefficient_is_searched_for_until_l0_is_the_wanted_one(bench, power):
     quality = bench("quality")
     fits = []
 
@@ -294,7 +294,7 @@ def test_a_coefficient_is_sought_until_the_l0_is_what_was_asked(bench, power):
     assert len(fits) <= 6
 
 
-def test_no_coefficient_is_sought_for_what_has_diverged(bench):
+def test_no_coefficient_is_searched_for_once_a_fit_has_diverged(bench):
     quality = bench("quality")
     fits = []
 
@@ -306,7 +306,7 @@ def test_no_coefficient_is_sought_for_what_has_diverged(bench):
     assert len(fits) == 1
 
 
-def test_a_coefficient_is_sought_between_one_that_gives_too_many_and_one_that_has_diverged(bench):
+def test_a_coefficient_is_searched_for_between_one_that_gives_too_many_latents_and_one_that_diverges(bench):
     quality = bench("quality")
 
     def train(fit):
@@ -316,7 +316,7 @@ def test_a_coefficient_is_sought_between_one_that_gives_too_many_and_one_that_ha
     assert found.coefficient == pytest.approx(42.0, rel=0.02)
 
 
-def test_a_comparison_that_has_just_begun_does_not_stand_for_one_that_is_whole(bench):
+def test_an_incomplete_comparison_does_not_replace_a_complete_one(bench):
     quality = bench("quality")
     first = quality.Fit("topk", 64, 32.0, "ours", 1e-3)
 
@@ -329,7 +329,7 @@ def test_a_comparison_that_has_just_begun_does_not_stand_for_one_that_is_whole(b
         assert set(quality.last_scores(rows)) == {quality.fit_of(row) for row in chosen}
 
 
-def test_each_stands_at_its_best_rate_beside_its_own(bench):
+def test_each_contestant_is_shown_at_its_best_rate_and_at_its_own(bench):
     quality = bench("quality")
     own = quality.Fit("topk", 64, 32.0, "sae_lens", 1e-3)
     better = dataclasses.replace(own, lr=3e-3)
@@ -339,7 +339,7 @@ def test_each_stands_at_its_best_rate_beside_its_own(bench):
     (_, best), (_, default) = lines["best"][0], lines["own"][0]
     assert [score.explained_variance for score in best["sae_lens"].on_target] == [0.6, 0.4]
     assert [score.explained_variance for score in default["sae_lens"].on_target] == [0.5]
-    other = dataclasses.replace(own, lr=9e-3)  # worse to the first seed by chance; where it has all seeds too, these do
+    other = dataclasses.replace(own, lr=9e-3)  # worse for the first seed by chance; once all seeds have it, they decide
     scores |= {dataclasses.replace(other, seed=seed): score_of_fit(quality, 0.55) for seed in (0, 1)}
     scores[dataclasses.replace(better, seed=2)] = score_of_fit(quality, 0.4)
     scores[dataclasses.replace(other, seed=2)] = score_of_fit(quality, 0.55)
@@ -347,7 +347,7 @@ def test_each_stands_at_its_best_rate_beside_its_own(bench):
     assert best["sae_lens"].fits[0].lr == 9e-3
 
 
-def test_a_short_run_of_a_peer_forgets_where_its_threshold_began(bench):
+def test_a_short_run_of_a_peer_forgets_where_its_threshold_started(bench):
     beta = bench("dictionary_learning_fit").threshold_beta
     assert beta(100_000) == pytest.approx(0.999) and beta(10**6) == 0.999
     for steps in (60, 600, 10_000):
@@ -355,31 +355,31 @@ def test_a_short_run_of_a_peer_forgets_where_its_threshold_began(bench):
 
 
 class RowsOfMlps:
-    """A store whose rows of each hook and layer are one number times the same row."""
+    """A store whose rows differ between hooks and layers only by a factor."""
 
     def batches(self, layer, hook, **_):
         times = layer if hook == "mlp_in" else 10.0 * layer
         yield times * (torch.eye(4) - 0.25)
 
 
-def test_a_threshold_is_placed_where_as_many_are_active_as_was_asked(bench):
-    """Held-out text has more of them than the text by which a threshold was learned."""
+def test_a_threshold_is_placed_where_the_wanted_number_of_latents_is_active(bench):
+    """Held-out text has more active latents than the text on which a threshold was learned."""
     fitting = bench("fitting")
     rows = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)).abs()
     threshold = torch.linspace(0.5, 1.5, 40)
     began = threshold.clone()
-    came_to = fitting.place(threshold, lambda x: x * (x > threshold), rows, 4.0)
+    came_to = fitting.place_threshold(threshold, lambda x: x * (x > threshold), rows, 4.0)
     assert came_to == pytest.approx(float((rows > began).sum()) / 3000)
     assert float((rows > threshold).sum()) / 3000 == pytest.approx(4.0, rel=0.003)
     torch.testing.assert_close(threshold / threshold[0], began / began[0])
 
 
-def test_every_layer_of_a_cross_layer_transcoder_counts_as_much(bench, tmp_path):
+def test_all_layers_of_a_cross_layer_transcoder_count_equally(bench, tmp_path):
     quality, fitting = bench("quality"), bench("fitting")
     quality.write_rows_of(RowsOfMlps(), (2, 3), tmp_path, quality.rows_read_by("clt"))
-    x, target = fitting.ends(fitting.load(tmp_path, "test"))
+    x, target = fitting.split_pair(fitting.load(tmp_path, "test"))
     assert [float(part[0, 0]) for part in (*x.unbind(1), *target.unbind(1))] == [1.5, 2.25, 15.0, 22.5]
-    scale, to = fitting.end_scales(tmp_path)
+    scale, to = fitting.pair_scales(tmp_path)
     assert torch.allclose((x * scale).norm(dim=2), torch.tensor(2.0)) and torch.allclose(x * scale, target * to)
     only_first = torch.tensor([[1.0], [0.0]])
     ask = SimpleNamespace(folder=tmp_path)
@@ -387,7 +387,7 @@ def test_every_layer_of_a_cross_layer_transcoder_counts_as_much(bench, tmp_path)
     assert told["explained_variance"] == pytest.approx(0.5) and told["l0"] == 2.0 and told["dead"] == 0.0
 
 
-def test_a_cross_layer_transcoder_is_fitted_to_the_l0_that_was_asked(bench, tmp_path):
+def test_a_cross_layer_transcoder_is_fitted_to_the_wanted_l0(bench, tmp_path):
     rows = torch.randn(600, 4, 8, generator=torch.Generator().manual_seed(0))
     rows[:, 2:] = rows[:, :2].relu()
     for split in ("train", "validation", "test"):
@@ -397,7 +397,7 @@ def test_a_cross_layer_transcoder_is_fitted_to_the_l0_that_was_asked(bench, tmp_
     assert told["explained_variance"] > 0.3 and told["l0"] == pytest.approx(6.0, rel=0.2) and told["dead"] < 0.2
 
 
-def test_a_cross_layer_transcoder_meets_clt_forge_at_a_coefficient_that_is_sought(bench):
+def test_a_cross_layer_transcoder_is_compared_with_clt_forge_at_a_coefficient_that_is_searched_for(bench):
     quality = bench("quality")
     ours, theirs = quality.contests(("clt",), 64, 32.0, 16)
     assert (ours.contestant, theirs.contestant) == ("ours", "clt_forge")
@@ -406,13 +406,13 @@ def test_a_cross_layer_transcoder_meets_clt_forge_at_a_coefficient_that_is_sough
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("variants", "message"),
     [(("clt", "transcoder"), "different rows"), (("topk", "clt"), "different rows"), (("clt",), "--clt-forge")],
 )
-def test_what_cannot_be_compared_is_told_before_anything_is_read(bench, asked, said):
-    variants = [word for variant in asked for word in ("--variant", variant)]
-    result = CliRunner().invoke(bench("quality").main, ["no store", "--peers-python", "no python", *variants])
-    assert result.exit_code == 2 and said in result.output
+def test_an_impossible_comparison_is_refused_before_anything_is_read(bench, variants, message):
+    words = [word for variant in variants for word in ("--variant", variant)]
+    result = CliRunner().invoke(bench("quality").main, ["no store", "--peers-python", "no python", *words])
+    assert result.exit_code == 2 and message in result.output
 
 
 def test_turns_are_taken_in_another_order_each_round(bench):
@@ -434,7 +434,7 @@ def test_a_part_of_a_benchmark_leaves_the_rows_of_the_others(bench, tmp_path):
 
 def test_a_row_about_another_model_leaves_the_one_that_is_kept(bench, tmp_path):
     table, file = bench("timing_and_tables"), tmp_path / "kept.json"
-    for about in (None, "one model", "another", "one model"):  # a row that does not say it gives way to one that does
+    for about in (None, "one model", "another", "one model"):  # a row without `about` is replaced by one with it
         table.conclude("title", [table.Row("int8", "1", facts={"about": about} if about else {})], file, {})
     assert [row["about"] for row in json.loads(file.read_text())["rows"]] == ["one model", "another"]
 
@@ -446,15 +446,15 @@ def test_two_rows_of_one_name_are_refused(bench, tmp_path):
     assert not file.exists()
 
 
-def test_rows_of_one_benchmark_have_names_of_their_own(bench):
+def test_rows_of_one_benchmark_have_different_names(bench):
     simulate, results = bench("simulate"), sorted((ROOT / "bench/results").glob("*.json"))
     made = [[row.name for paper in simulate.PAPERS for row in simulate.lay_out_on_paper(*paper)]]
     kept = [[row["name"] for row in json.loads(path.read_text())["rows"] if "name" in row] for path in results]
     assert all(len(names) == len(set(names)) for names in made + kept)
 
 
-def test_massive_rows_are_told_of_one_run(bench, capsys):
-    """Not of another store's, another number of steps or another width, which the file keeps beside them."""
+def test_rows_of_only_one_run_are_shown(bench, capsys):
+    """The file also keeps rows of other stores, steps and widths."""
     massive = bench("massive_rows")
     run = {"steps": 440, "cache_id": "a", "windows": 128, "protocol": 3, "width": 2304, "l0": 32.0}
     row = {"variant": "topk", "trained_on": "all rows", "contestant": "ours", "seed": 0, "validation": 0.5, "lr": 0.01}
@@ -479,7 +479,7 @@ def test_a_worker_that_fails_says_why_and_answers_the_next_request(bench, tmp_pa
     worker.close()
 
 
-def test_a_worker_that_does_not_answer_in_time_is_ended(bench, tmp_path):
+def test_a_worker_that_does_not_answer_in_time_is_killed(bench, tmp_path):
     pipe = bench("worker_pipe")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(bench=str(ROOT / "bench")))
@@ -487,11 +487,11 @@ def test_a_worker_that_does_not_answer_in_time_is_ended(bench, tmp_path):
     assert worker.ask(30, value=1) == 2
     with pytest.raises(pipe.WorkerFailed, match="no answer within"):
         worker.ask(0.2, sleeps=True)
-    with pytest.raises(pipe.WorkerFailed, match="has ended"):
+    with pytest.raises(pipe.WorkerFailed, match="has exited"):
         worker.ask(1, value=1)
 
 
-def test_who_falls_out_of_a_race_is_named_and_the_others_go_on(bench, monkeypatch, tmp_path):
+def test_a_contestant_that_fails_is_named_and_the_others_continue(bench, monkeypatch, tmp_path):
     racing = bench("racing")
     (tmp_path / "peers").mkdir()
     for name, fails in {"good": "", "large": "opening", "wild": "stepping"}.items():
@@ -509,17 +509,17 @@ def test_who_falls_out_of_a_race_is_named_and_the_others_go_on(bench, monkeypatc
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_part_of_the_device_benchmark_has_its_command_and_its_turn(bench, tmp_path, device):
     run = bench("run")
-    asked = {"device": device, "small": False, "rounds": 5, "total": 580.0, "no_peers": True, "compile": False}
-    asked |= {"only": None, "matching": None}
-    made = run.Run(argparse.Namespace(**asked), tmp_path, {})
+    args = {"device": device, "small": False, "rounds": 5, "total": 580.0, "no_peers": True, "compile": False}
+    args |= {"only": None, "matching": None}
+    made = run.Run(argparse.Namespace(**args), tmp_path, {})
     parts = run.parts_of(made)
     assert tuple(part.name for part in parts) == run.PARTS
-    assert run.chosen(made.asked) == [name for name in run.PARTS if device == "cuda" or name != "kernels"]
+    assert run.chosen(made.args) == [name for name in run.PARTS if device == "cuda" or name != "kernels"]
     for part in parts[1:]:
         assert Path(part.command[1]).exists(), part.name
 
 
-def test_rows_of_a_batch_are_as_unlike_as_asked(bench, tmp_path):
+def test_rows_of_a_batch_have_lengths_of_the_requested_spread(bench, tmp_path):
     racing = bench("racing")
     for name, spread in (("alike", 0.0), ("unlike", 0.2)):
         batch = np.load(Path(racing.make_batches(str(tmp_path / name), 400, 300, 1, spread)) / "batch_0.npy")
@@ -527,13 +527,13 @@ def test_rows_of_a_batch_are_as_unlike_as_asked(bench, tmp_path):
         assert batch.dtype == np.float32 and lengths.std() == pytest.approx((spread**2 + 1 / 600) ** 0.5, rel=0.15)
 
 
-def test_a_part_of_the_device_benchmark_that_is_too_late_costs_no_number(bench, monkeypatch, tmp_path):
+def test_a_part_of_the_device_benchmark_that_takes_too_long_keeps_its_numbers(bench, monkeypatch, tmp_path):
     run = bench("run")
     monkeypatch.setattr(run, "SHORTEST", 0.0)
     out, work = tmp_path / "out", tmp_path / "work"
     work.mkdir()
-    asked = argparse.Namespace(out=out, total=60.0, device="cpu")
-    made = run.Run(asked, work, run.make_environment(argparse.Namespace(small=True, device="cpu"), work))
+    args = argparse.Namespace(out=out, total=60.0, device="cpu")
+    made = run.Run(args, work, run.make_environment(argparse.Namespace(small=True, device="cpu"), work))
     made.environment["PYTHONPATH"] = f"{ROOT / 'bench'}:{ROOT / 'bench/gpu'}"
     job = "import time, records; records.record('a thing', 'ours', 'tok/s', [1, 3, 2], (5.0, 6.0)); time.sleep(60)"
     facts = {"card": "Some Card", "commit": "abc"}
@@ -573,7 +573,7 @@ def test_a_job_of_the_small_path_fails_alone_and_says_why(bench, tmp_path, capsy
     assert "FAILED 1" in said and "no time left" in said
 
 
-def test_clocks_are_those_of_the_time_when_a_number_was_measured(bench):
+def test_a_row_has_the_clocks_of_its_measurement(bench):
     run = bench("run")
     clocks = [(float(at), [1000.0 + at, 2619.0, 500.0, 60.0]) for at in range(20)]
     assert run.clocks_of({"at": [4.0, 8.0]}, clocks)["clocks"]["sm_mhz"] == 1006.0

@@ -159,8 +159,8 @@ def test_every_link_leads_to_a_page_a_heading_or_a_file():
     assert BUILD.broken_links(BUILD.pages()) == []
     text = {"docs/a.md": "# One\n[x](b.md) [y](a.md#two) [z](a.md#one) [w](../README.md)"}
     assert [problem.split(", ")[0] for problem in BUILD.broken_links(text)] == [
-        "docs/a.md leads to docs/b.md",
-        "docs/a.md leads to docs/a.md#two",
+        "docs/a.md links to docs/b.md",
+        "docs/a.md links to docs/a.md#two",
     ]
 
 

@@ -1,7 +1,7 @@
-"""Several processes of a run as threads of this one: in place of gloo, behind the same calls.
+"""Several processes of a run as threads of this one: a replacement for gloo with the same calls.
 
-One thread works at a time, from one collective call to the next, and then the next rank's: the same work meets the
-same events in the same order each time. A rank that ends with an error ends the others as a lost process does.
+Only one thread runs at a time, from one collective call to the next, so that events always come in the same order. A
+rank that fails stops the others, as a lost process does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Turns:
             self._wait(rank)
 
     def pass_on(self, rank: int) -> None:
-        """The others work until they call, too."""
+        """Let the other ranks run until they make their call too."""
         with self._moved:
             self._at = (self._ranks.index(rank) + 1) % len(self._ranks)
             self._moved.notify_all()
@@ -55,7 +55,7 @@ class Turns:
 
 
 class ThreadRanks:
-    """What one of them makes of `Group`; every rank makes the same calls in the same order."""
+    """One rank's `Group`; every rank makes the same calls in the same order."""
 
     def __init__(self, rank: int, size: int, turns: Turns, boards: dict[Any, dict[int, Any]], name: str = "") -> None:
         self.rank, self.size = rank, size
@@ -68,7 +68,7 @@ class ThreadRanks:
         board[self.rank] = value
         self._turns.pass_on(self.rank)
         if len(board) < self.size:
-            raise StoppedElsewhere("another process of the run has ended before this one")
+            raise StoppedElsewhere("another process of the run exited before this one")
         return [board[rank] for rank in range(self.size)]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -76,7 +76,7 @@ class ThreadRanks:
 
     def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
         parts = self.gather(part)
-        assert [len(one) for one in parts] == list(lengths)
+        assert [len(part) for part in parts] == list(lengths)
         return None if self.rank else torch.cat(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class ThreadRanks:
 
 
 def make(size: int) -> tuple[list[ThreadRanks], Callable[[Callable[[int], T]], list[T]]]:
-    """Ranks, and a function that gives what `work(rank)` returns in each; of errors, the one that came first."""
+    """Ranks, and a function that runs `work(rank)` in each and returns the results, or raises the original error."""
     turns, boards = Turns(size), {}
     ranks = [ThreadRanks(rank, size, turns, boards) for rank in range(size)]
 
@@ -112,9 +112,9 @@ def make(size: int) -> tuple[list[ThreadRanks], Callable[[Callable[[int], T]], l
             is_lost = True
             try:
                 turns.begin(rank)
-                found = work(rank)
+                result = work(rank)
                 is_lost = False
-                return found
+                return result
             finally:
                 turns.end(rank, is_lost)
 

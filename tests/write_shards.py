@@ -20,7 +20,7 @@ def write_shards(
     attention: Mapping[int, AttentionCsr] | None = None,
     measured: Mapping[Site, np.ndarray] | None = None,
 ) -> str:
-    """Activations are as they are stored; moments are those of `measured`, where that is given."""
+    """Activations are given as stored; moments are measured on `measured`, if given, instead of them."""
     dtype = manifest.model.dtype
     with StoreWriter.create(path, manifest, tokens, documents) as writer:
         for shard in writer.pending():

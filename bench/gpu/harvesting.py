@@ -2,9 +2,9 @@
 
 Ours is a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). It is compared with
 our own truncated pass with nothing captured, transformers' eager pass through the same layers, and SAELens' runner
-caching the one residual. All are eager: that is Gemma-2 with its softcap. On a slow disk everything is written to
-memory (/dev/shm), which the result records. At the short context our shards are also computed without being written.
-Nothing can overlap the writing of the last of eight shards; a real harvest has thousands.
+caching the one residual. All are eager, because only that is Gemma-2 with its softcap. If the disk is slow, everything
+is written to memory (/dev/shm), which the log states. At the short context our shards are also computed without being
+written. Nothing overlaps the writing of the last of eight shards; a real harvest has thousands.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from limits import wait
 from records import record, record_failure, shares, tell
+from stepping import wait_for
 from timing_and_tables import take_turns
 from transformers import Gemma2ForCausalLM
 from worker_pipe import WorkerFailed
@@ -47,10 +47,10 @@ class Shape:
     vocabulary: int = 256_000
     contexts: tuple[int, int] = (128, 1024)
     batch_tokens: int = 8192
-    """For every contestant; SAELens needs the number of tokens to be a multiple of it."""
+    """Of every contestant; SAELens needs the number of tokens to be a multiple of it."""
 
     def flops_per_token(self, context: int) -> int:
-        """For layers 0 to 19: two per weight, plus the scores and their products with values."""
+        """For layers 0 to 19: two per weight, plus attention scores and their products with the values."""
         weights = self.width * self.head * (2 * 8 + 2 * 4) + 3 * self.width * self.mlp
         return (LAYER + 1) * (2 * weights + 4 * context * 8 * self.head)
 
@@ -70,12 +70,12 @@ def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
 
 def make_harvester(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -> Harvester:
     """A harvester with shards of SHARD batches."""
-    made, context = make_manifest(tokens_WT, "bfloat16"), tokens_WT.shape[1]
+    manifest, batch = make_manifest(tokens_WT, "bfloat16"), shape.batch_tokens // tokens_WT.shape[1]
     manifest = replace(
-        made,
-        model=replace(made.model, d_model=shape.width),
-        corpus=replace(made.corpus, settings={"batch_windows": shape.batch_tokens // context}),
-        shard_windows=SHARD * shape.batch_tokens // context,
+        manifest,
+        model=replace(manifest.model, d_model=shape.width),
+        corpus=replace(manifest.corpus, settings={"batch_windows": batch}),
+        shard_windows=SHARD * batch,
     )
     return Harvester(model, manifest, next(model.stack.parameters()).device)
 
@@ -94,11 +94,11 @@ def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float
     """Our truncated pass, with nothing captured and nothing copied to the host."""
     device = next(model.stack.parameters()).device
     ids = torch.from_numpy(tokens_WT.astype(np.int64)).to(device)
-    wait(device)
+    wait_for(device)
     start = time.perf_counter()
     for at in range(0, len(ids), batch):
         run(model, ids[at : at + batch], {})
-    wait(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
@@ -116,15 +116,15 @@ def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: 
         jobs["our shards, not written"] = lambda: compute_once(model, tokens_WT, shape)
     take_turns(1, jobs)
     reset_peak(device)
-    began = time.time()
+    start = time.time()
     seconds = take_turns(rounds, jobs)
-    tell_all(context, seconds, tokens_WT.size, shape, (began, time.time()), peak_of(device))
+    record_all(context, seconds, tokens_WT.size, shape, (start, time.time()), peak_of(device))
 
 
 def bench_peer(
     context: int, tokens: int, rounds: int, folder: Path, device: torch.device, shape: Shape, peer: SaeLens
 ) -> None:
-    """Time ours and SAELens in turns, in fewer rounds, as its runs are long."""
+    """Time ours and SAELens in turns, in fewer rounds because its runs are long."""
     tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
     peer.request["batch"] = shape.batch_tokens // context
     jobs: dict[str, Any] = {
@@ -135,13 +135,14 @@ def bench_peer(
     }
     try:
         take_turns(1, jobs)
-        began = time.time()
-        tell_all(context, take_turns(rounds, jobs), tokens_WT.size, shape, (began, time.time()), None)
+        start = time.time()
+        seconds = take_turns(rounds, jobs)
+        record_all(context, seconds, tokens_WT.size, shape, (start, time.time()), None)
     except WorkerFailed as failure:
         record_failure(f"harvest, context {context}", "SAELens, one residual", str(failure))
 
 
-def tell_all(
+def record_all(
     context: int,
     seconds: dict[str, list[float]],
     tokens: int,
@@ -177,11 +178,11 @@ def peak_of(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
-def choose_folder(asked: Path | None) -> Path:
-    """The disk, unless it is too slow to say anything about the device and there is room in memory."""
-    place, memory = asked or Path(tempfile.gettempdir()), Path("/dev/shm")
+def choose_folder(folder: Path | None) -> Path:
+    """The disk; or memory, if it has room and the disk is so slow that it would hide the device's speed."""
+    place, memory = folder or Path(tempfile.gettempdir()), Path("/dev/shm")
     rate = disk_rate(place)
-    is_moved = asked is None and rate < SLOW_DISK and memory.is_dir() and shutil.disk_usage(memory).free > ENOUGH
+    is_moved = folder is None and rate < SLOW_DISK and memory.is_dir() and shutil.disk_usage(memory).free > ENOUGH
     chosen = "memory (/dev/shm)" if is_moved else "the disk"
     tell(f"the disk takes {rate / 1e9:.2f} GB/s with fsync: harvests are written to {chosen}")
     return memory if is_moved else place
@@ -199,13 +200,13 @@ def disk_rate(folder: Path) -> float:
 
 
 @click.command()
-@click.option("--peers-python", help="Python of the peers' environment; none: no comparison.")
+@click.option("--peers-python", help="Python of the peers' environment.  [default: no comparison]")
 @click.option("--tokens", default=262_144, show_default=True, help="Tokens per timed run, rounded to 8192s.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--peer-rounds", default=2, show_default=True)
-@click.option("--limit", default=150.0, show_default=True, help="Seconds; nothing is begun that would end later.")
+@click.option("--limit", default=150.0, show_default=True, help="Seconds; nothing is started that would take longer.")
 @click.option("--device", default="cuda")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to create the temporary folder.")
 @click.option("--small", is_flag=True)
 def main(
     peers_python: str | None,

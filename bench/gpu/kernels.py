@@ -1,7 +1,7 @@
 """The GPU kernels one by one at the sizes of a real step, and where the time of whole steps goes.
 
-D 2304, k 64, 4,096 rows. Every line is printed and kept as it is measured: the median milliseconds of repeated
-launches, by device events, and the resulting bytes or operations per second.
+D 2304, k 64, 4,096 rows. Every line is printed and recorded as soon as it is measured: the median milliseconds of
+repeated launches, by device events, and the resulting bytes or operations per second.
 
     bash bench/gpu/run.sh --only kernels
     python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile]  # if saemill is installed
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ from saemill.train.sae.kernels.sparse_support import support_from_topk
 from saemill.train.sae.kernels.triton import exact_top_k, row_update, sparse_products
 
 D, K, B = 2304, 64, 4096
-HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues everything that is timed
+HEAD_START = 8_000_000  # cycles, about 4 ms, in which the host queues everything that is timed
 
 
-def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
-    """The device's own time: it sleeps until all launches are queued, or it would wait for Python in between."""
+def milliseconds(job: Callable[[], object]) -> list[float]:
+    """The device's own time: it sleeps until all launches are queued, so that it never waits for Python."""
     for _ in range(3):
         job()
     found = []
-    for _ in range(repeats):
+    for _ in range(10):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HEAD_START)
         start.record()
@@ -51,7 +52,7 @@ def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
 
 
 def tell(what: str, rounds: list[float], bytes_moved: float = 0.0, operations: float = 0.0, **more: Any) -> None:
-    """Add to the records of the whole benchmark; `rounds` are milliseconds."""
+    """Record the milliseconds of repeated launches."""
     ms = statistics.median(rounds)
     rates = {"GB_per_s": bytes_moved / ms / 1e6} if bytes_moved else {}
     rates |= {"TFLOP_per_s": operations / ms / 1e9} if operations else {}
@@ -59,83 +60,49 @@ def tell(what: str, rounds: list[float], bytes_moved: float = 0.0, operations: f
 
 
 def measure(width: int) -> None:
+    def timed(what: str, job: Callable[[], object], bytes_moved: float = 0.0, operations: float = 0.0) -> None:
+        tell(f"F {width}: {what}", milliseconds(job), bytes_moved, operations)
+
     x, W = torch.randn(B, D, device="cuda"), torch.nn.functional.normalize(torch.randn(width, D, device="cuda"))
     low_x, low_W = x.bfloat16(), W.bfloat16()
-    tell(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
+    timed("encoder product", lambda: low_x @ low_W.t(), operations=2 * B * D * width)
     pre = low_x @ low_W.t()
     full = pre.float()
-    tell(f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: exact_top_k.top_latents(pre, K)), pre.nbytes)
-    tell(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
-    tell(f"F {width}: top {K} of rows, float32", milliseconds(lambda: exact_top_k.top_latents(full, K)), full.nbytes)
-    tell(
-        f"F {width}: top {K * B} of the batch, bfloat16",
-        milliseconds(lambda: exact_top_k.top_of_batch(pre, K * B)),
-        pre.nbytes,
-    )
+    timed(f"top {K} of rows, bfloat16", lambda: exact_top_k.top_latents(pre, K), pre.nbytes)
+    timed("the same by torch.topk", lambda: pre.topk(K, sorted=False), pre.nbytes)
+    timed(f"top {K} of rows, float32", lambda: exact_top_k.top_latents(full, K), full.nbytes)
+    timed(f"top {K * B} of the batch, bfloat16", lambda: exact_top_k.top_of_batch(pre, K * B), pre.nbytes)
     unequal = pre * torch.exp(UNEQUAL * torch.randn(B, 1, device="cuda")).bfloat16()
-    tell(
-        f"F {width}: top {K * B} of a batch of unequal rows",
-        milliseconds(lambda: exact_top_k.top_of_batch(unequal, K * B)),
-        pre.nbytes,
-    )
+    timed(f"top {K * B} of a batch of unequal rows", lambda: exact_top_k.top_of_batch(unequal, K * B), pre.nbytes)
     latents = exact_top_k.top_latents(pre, K)
     support = support_from_topk(latents, width)
     values = torch.rand(B * K, device="cuda")
     gathered = 4.0 * B * K * D
-
-    def turned() -> object:
-        return support_from_topk(latents, width).by_latent
-
-    tell(f"F {width}: entries by latent", milliseconds(turned))
+    timed("entries by latent", lambda: support_from_topk(latents, width).by_latent)
     by_latent = support.by_latent
-    for name, source in (("float32", W), ("bfloat16", low_W)):
-        tell(
-            f"F {width}: decode from {name}",
-            milliseconds(
-                lambda source=source: sparse_products.bag_sum(source, support.latents, support.offsets, values)
-            ),
-            gathered,
-        )
-    bag = torch.nn.functional.embedding_bag
-    tell(
-        f"F {width}: decode by embedding_bag",
-        milliseconds(
-            lambda: bag(
-                support.latents, W, support.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-            )
-        ),
-        gathered,
-    )
-    for name, source in (("float32", x), ("bfloat16", low_x)):
-        tell(
-            f"F {width}: pair dots by latent, rows {name}",
-            milliseconds(
-                lambda source=source: sparse_products.pair_dots(
-                    W, by_latent.latents, source, by_latent.rows, by_latent.order
-                )
-            ),
-            gathered,
-        )
+    for name, table in (("float32", W), ("bfloat16", low_W)):
+        job = partial(sparse_products.bag_sum, table, support.latents, support.offsets, values)
+        timed(f"decode from {name}", job, gathered)
+    weighted = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
+    job = partial(torch.nn.functional.embedding_bag, support.latents, W, support.offsets, **weighted)
+    timed("decode by embedding_bag", job, gathered)
+    for name, rows in (("float32", x), ("bfloat16", low_x)):
+        job = partial(sparse_products.pair_dots, W, by_latent.latents, rows, by_latent.rows, by_latent.order)
+        timed(f"pair dots by latent, rows {name}", job, gathered)
     moments = torch.zeros_like(W), torch.zeros_like(W)
     low = torch.empty_like(low_W)
     lr, betas = torch.tensor(1e-5, device="cuda"), torch.tensor([0.9, 0.999], dtype=torch.float64, device="cuda")
     adam = row_update.AdamStep(lr, 1 - betas**10, 0.9, 0.999, 1e-8, 0.0)
     sorted_values = values[by_latent.order]
     moved = 6.0 * W.nbytes + low.nbytes
-    for name, source in (("float32", x), ("bfloat16", low_x)):
-        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, source
-        tell(
-            f"F {width}: row update, rows {name}",
-            milliseconds(lambda entries=entries: row_update.update_rows(W, moments, entries, adam, low=low, unit=True)),
-            moved + gathered / (1 if name == "float32" else 2),
-        )
-    tell(
-        f"F {width}: row update without entries",
-        milliseconds(lambda: row_update.update_rows(W, moments, None, adam, low=low, unit=True)),
-        moved,
-    )
+    for name, rows in (("float32", x), ("bfloat16", low_x)):
+        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, rows
+        job = partial(row_update.update_rows, W, moments, entries, adam, low=low, unit=True)
+        timed(f"row update, rows {name}", job, moved + gathered / (1 if name == "float32" else 2))
+    job = partial(row_update.update_rows, W, moments, None, adam, low=low, unit=True)
+    timed("row update without entries", job, moved)
     centre = torch.rand(width, device="cuda")
-    tell(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
+    timed("one vector times W", lambda: centre @ W, W.nbytes)
 
 
 def step(variant: str, width: int, profile: bool) -> None:
@@ -147,7 +114,7 @@ def step(variant: str, width: int, profile: bool) -> None:
         trainee.step(batches[index % 3])
     torch.cuda.synchronize()
     found = []
-    for _ in range(5):  # runs of steps, as in training: the host may run ahead
+    for _ in range(5):  # several steps at once, as in training, where the host may run ahead
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for index in range(8):
@@ -157,7 +124,7 @@ def step(variant: str, width: int, profile: bool) -> None:
         found.append(start.elapsed_time(stop) / 8)
     peak = torch.cuda.max_memory_allocated() / 2**30
     tell(f"{variant} F {width}: a step, {B / statistics.median(found) * 1e3:,.0f} tok/s", found, peak_GiB=peak)
-    tell_unlike_steps(trainee, batches[0].x, f"{variant} F {width}")
+    time_changing_steps(trainee, batches[0].x, f"{variant} F {width}")
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             for index in range(4):
@@ -169,9 +136,9 @@ def step(variant: str, width: int, profile: bool) -> None:
             tell(what, [event.self_device_time_total / 4e3])
 
 
-def tell_unlike_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
-    """Steps as in a run with massive rows and dying latents: batches of two sizes, and one more dead at each look, so
-    that no recording serves for longer than that."""
+def time_changing_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
+    """Time steps as in a run with massive rows and dying latents: batches have two sizes, and every LOOK_EVERY steps
+    another latent is dead, so that no recording serves longer."""
     sizes, found = (Batch(x), Batch(x[:-1].clone())), []
     while trainee.step_index % LOOK_EVERY:
         trainee.step(sizes[0])
@@ -179,28 +146,28 @@ def tell_unlike_steps(trainee: Trainee, x: torch.Tensor, what: str) -> None:
     for dead in range(1, 9):
         trainee.counters.tokens_since_fired[:dead] = trainee.assembly.dead_after_tokens
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for index in range(LOOK_EVERY):
             trainee.step(sizes[index % 2])
         torch.cuda.synchronize()
-        found.append((time.perf_counter() - began) / LOOK_EVERY * 1e3)
+        found.append((time.perf_counter() - start) / LOOK_EVERY * 1e3)
     reserved = torch.cuda.memory_reserved() / 2**30
     tell(f"{what}: a step while latents die", found, replayed=trainee.replays.served - served, reserved_GiB=reserved)
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--width", type=int, action="append")
-    parse.add_argument("--variant", action="append")
-    parse.add_argument("--profile", action="store_true", help="Also the kernels that each step spends its time in.")
-    asked = parse.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, action="append")
+    parser.add_argument("--variant", action="append")
+    parser.add_argument("--profile", action="store_true", help="Also list the kernels that take most of a step's time.")
+    args = parser.parse_args()
     if not has_triton(torch.device("cuda:0")):
         raise SystemExit("our kernels do not run here")
-    for width in asked.width or (16384, 65536):
+    for width in args.width or (16384, 65536):
         measure(width)
         torch.cuda.empty_cache()
-        for variant in asked.variant or ("topk", "batchtopk", "matryoshka"):
-            step(variant, width, asked.profile)
+        for variant in args.variant or ("topk", "batchtopk", "matryoshka"):
+            step(variant, width, args.profile)
             torch.cuda.empty_cache()
 
 

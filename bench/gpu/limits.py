@@ -1,6 +1,6 @@
-"""The limits of the device: bfloat16 matrix products and copies, for long enough that the clocks settle.
+"""The limits of the device: bfloat16 matrix products and copies, repeated until the clocks settle.
 
-The operands are random: copies of ones, and products of few distinct values, draw less power than real ones.
+The operands are random: copies of ones, and products of few distinct values, draw less power than real data.
 """
 
 from __future__ import annotations
@@ -14,30 +14,28 @@ from pathlib import Path
 import click
 import torch
 from records import record
+from stepping import wait_for
 
 TURNS = 5
 
 
-def rates(device: torch.device, seconds: float, units: float, job: Callable[[], object]) -> tuple[list[float], list]:
-    """Units per second in each of several turns without a pause in between."""
-    wait(device)
+def measure_rates(
+    device: torch.device, seconds: float, units: float, job: Callable[[], object]
+) -> tuple[list[float], tuple[float, float]]:
+    """Units per second in several turns without a pause in between, and the time span of the measurement."""
+    wait_for(device)
     job()
     began, found = time.time(), []
     for _ in range(TURNS):
-        wait(device)
+        wait_for(device)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < seconds / TURNS:
             for _ in range(8):  # in flight at once
                 job()
             count += 8
-            wait(device)
+            wait_for(device)
         found.append(units * count / (time.perf_counter() - start))
-    return found, [began, time.time()]
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return found, (began, time.time())
 
 
 @click.command()
@@ -54,9 +52,9 @@ def main(device: str, small: bool) -> None:
         ("matrix", "FLOP/s", 2 * size**3, lambda: torch.mm(left, right)),
         ("memory", "bytes/s", 2 * source.nbytes, lambda: target.copy_(source)),
     ):
-        found, at = rates(where, seconds, units, job)
+        found, at = measure_rates(where, seconds, units, job)
         limits[name] = sorted(found)[len(found) // 2]
-        record(f"{name} rate, sustained for {seconds:g} s", "device", unit, found, tuple(at))
+        record(f"{name} rate, sustained for {seconds:g} s", "device", unit, found, at)
     if path := os.environ.get("BENCH_LIMITS"):
         Path(path).write_text(json.dumps(limits))
 

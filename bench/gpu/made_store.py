@@ -1,4 +1,4 @@
-"""A store of random residuals of gemma-2-2b's width, for what reads one: python made_store.py FOLDER SHARDS."""
+"""Write a store of random residuals of gemma-2-2b's width, for the parts that read one: made_store.py FOLDER SHARDS."""
 
 from __future__ import annotations
 

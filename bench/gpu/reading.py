@@ -1,7 +1,7 @@
-"""Disk to device: a store through the loader that training uses, against plain files.
+"""Disk to device: a store read by the loader that training uses, against plain files.
 
-Plain: as many threads as the loader has, reading into allocated memory, with and without a copy from pinned memory to
-the device. From the disk, and again from the page cache, from which later epochs come.
+Plain files are read by as many threads as the loader has into memory that is already allocated, with and without a copy
+from pinned memory to the device. Both are read from the disk, and again from the page cache, as in later epochs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 import torch
-from limits import wait
 from records import record
+from stepping import wait_for
 from timing_and_tables import take_turns
 
 from saemill.cache_schema import Request, Store
@@ -27,7 +27,7 @@ LAYER = 19
 
 
 class Plain:
-    """Reads the plain files, without any of our code."""
+    """Reads the files without any of our code."""
 
     def __init__(self, files: list[Path], device: torch.device) -> None:
         self.files, self.device = files, device
@@ -38,7 +38,7 @@ class Plain:
 
     def read(self, copied: bool) -> None:
         list(self._threads.map(lambda thread: self._read_some(thread, copied), range(PIECES_IN_FLIGHT)))
-        wait(self.device)
+        wait_for(self.device)
 
     def _read_some(self, thread: int, copied: bool) -> None:
         memory = self._memory[thread]
@@ -59,7 +59,7 @@ def read_all(url: Path, device: torch.device, pool_tokens: int) -> None:
         for block in plan.blocks(0):
             loader.block(block)
         loader.close()
-    wait(device)
+    wait_for(device)
 
 
 def forget(files: list[Path]) -> None:
@@ -87,7 +87,7 @@ def timed(before: Callable[[], None], job: Callable[[], None]) -> Callable[[], f
 def main(url: Path, device: str, rounds: int, pool_tokens: int) -> None:
     where = torch.device(device)
     files = sorted((url / f"resid/layer_{LAYER}").glob("c.*"))
-    random.Random(0).shuffle(files)  # as in a plan
+    random.Random(0).shuffle(files)  # training reads in random order too
     size = sum(file.stat().st_size for file in files)
     plain = Plain(files, where)
     jobs = {

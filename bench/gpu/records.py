@@ -1,4 +1,4 @@
-"""The records of the device benchmark: a line of JSON for each number, written as soon as it is measured."""
+"""The records of the device benchmark: one line of JSON per number, written as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-FILE = "BENCH_RECORDS"  # the environment variable that names the file; without it numbers are only printed
+from timing_and_tables import number
+
+FILE = "BENCH_RECORDS"  # the environment variable that names the file; without it, numbers are only printed
 START = time.monotonic()
 
 
 def record(what: str, who: str, unit: str, rounds: Iterable[float], at: tuple[float, float], **more: Any) -> None:
-    """Record the numbers of all rounds, the time span of the measurement, and further facts."""
+    """Record the values of all rounds, the time span of the measurement, and further facts."""
     values = [float(value) for value in rounds]
     median = statistics.median(values)
     row = {"what": what, "who": who, "unit": unit, "median": median, "low": min(values), "high": max(values)}
     row |= {"rounds": values, "at": list(at), **{name: value for name, value in more.items() if value is not None}}
     keep(row)
-    told = "".join(f", {name} {value:.3g}" for name, value in more.items() if isinstance(value, float))
-    tell(f"{what}: {who}: {show(median)} {unit} ({show(min(values))} to {show(max(values))}{told})")
+    facts = "".join(f", {name} {value:.3g}" for name, value in more.items() if isinstance(value, float))
+    tell(f"{what}: {who}: {number(median)} {unit} ({number(min(values))} to {number(max(values))}{facts})")
 
 
 def record_failure(what: str, who: str, why: str) -> None:
@@ -37,22 +39,18 @@ def keep(row: dict[str, Any]) -> None:
             file.write(json.dumps({"part": os.environ.get("BENCH_PART", "")} | row) + "\n")
 
 
-def show(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def tell(text: str) -> None:
     print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
 
 
 def limits() -> dict[str, float]:
-    """The device's limits that limits.py has measured in the same call; empty if it has not run."""
+    """The device's limits as measured by limits.py in the same call; empty if it has not run."""
     path = Path(os.environ.get("BENCH_LIMITS", ""))
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def shares(flops: float, bytes_moved: float = 0.0) -> dict[str, float]:
-    """The shares of the measured rates, for work done per second."""
+    """Work per second as shares of the device's measured limits."""
     known = limits()
     found = {"share_of_matrix_rate": flops / known["matrix"]} if "matrix" in known and flops else {}
     return found | ({"share_of_bandwidth": bytes_moved / known["memory"]} if "memory" in known and bytes_moved else {})

@@ -3,9 +3,9 @@
     bash bench/gpu/run.sh --out results            # on a GPU, under ten minutes
     bash bench/gpu/run.sh --small --device cpu     # to try it anywhere, within a few minutes
 
-Each part has a limit of its own and stops no other. Numbers are printed and kept as soon as they are measured; the
-table comes last, and OUT/<card>.json holds every round with card, clocks, versions and commit on every row. The
-tree needs no install: wheels that this Python lacks are read from .whl/ and .whl-peers/ (wheels.sh). This file
+Each part has its own time limit and stops no other. Numbers are printed and kept as soon as they are measured; the
+table comes last, and OUT/<card>.json holds every round, with the card, clocks, versions and commit in each row. The
+tree needs no install: wheels that this Python lacks are read from .whl/ and .whl-peers/ (see wheels.sh). This file
 imports only the standard library, because nothing else may be installed yet.
 """
 
@@ -36,13 +36,14 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BENCH = HERE.parent
 SPARE = 8.0  # seconds needed at the end
-SHORTEST = 12.0  # the fewest seconds in which a part is worth starting
+SHORTEST = 12.0  # seconds; with less left, a part is not worth starting
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,utilization.gpu"
+PEERS = ("sae_lens", "dictionary_learning", "sparsify", "SAELens")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command with a limit in seconds."""
+    """A command and its limit in seconds."""
 
     name: str
     limit: float
@@ -50,18 +51,18 @@ class Part:
 
     @property
     def table(self) -> Path | None:
-        """The table of bench/timing_and_tables.py, whose rows are kept too; its exit status 1 means a missed target."""
+        """The results of a script that uses bench/timing_and_tables.py, whose exit status 1 means a missed target."""
         return Path(self.command[-1]) if "--json" in self.command else None
 
 
 @dataclass
 class Run:
-    """What is asked for, and what is available."""
+    """The command line's options, and the state of this run."""
 
-    asked: argparse.Namespace
+    args: argparse.Namespace
     work: Path
     environment: dict[str, str]
-    began: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
     status: list[str] = field(default_factory=list)
 
     @property
@@ -74,15 +75,15 @@ class Run:
 
     @property
     def left(self) -> float:
-        return self.asked.total - (time.monotonic() - self.began)
+        return self.args.total - (time.monotonic() - self.start)
 
     @property
     def peers_python(self) -> Path | None:
-        """The peers' Python; None if there are no peers."""
-        if self.asked.no_peers:
+        """The peers' Python, if there are peers."""
+        if self.args.no_peers:
             return None
-        if self.asked.peers is not None:
-            return (self.asked.peers / "bin/python").absolute()
+        if self.args.peers is not None:
+            return (self.args.peers / "bin/python").absolute()
         made = self.work / "peers/python"
         return made if made.exists() else None
 
@@ -94,7 +95,7 @@ class Run:
 
 
 def prepare(run: Run) -> subprocess.Popen[bytes] | None:
-    """Set up the tree as an installed package, and wheels; the peers' wheels while the first parts run."""
+    """Set up the tree as an installed package, and wheels; the peers' are installed while the first parts run."""
     site, package = run.work / "site", run.work / "package"
     package.mkdir()
     (package / "saemill").symlink_to(ROOT)
@@ -102,7 +103,7 @@ def prepare(run: Run) -> subprocess.Popen[bytes] | None:
     run.environment["PYTHONPATH"] = os.pathsep.join(map(str, (package, BENCH, site)))
     if any((ROOT / ".whl").glob("*.whl")):
         install(run, ROOT / ".whl", site).wait()
-    if run.asked.no_peers or run.asked.peers is not None or not any((ROOT / ".whl-peers").glob("*.whl")):
+    if run.args.no_peers or run.args.peers is not None or not any((ROOT / ".whl-peers").glob("*.whl")):
         return None
     installing = install(run, ROOT / ".whl-peers", run.work / "peers-site")
     write_stub(run.work / "peers-stubs")
@@ -131,14 +132,14 @@ def write_metadata(package: Path) -> None:
 
 
 def write_stub(folder: Path) -> None:
-    """Write a stub of wandb: SAELens and transformer_lens import it, 20 MB that nothing here calls."""
+    """Write a stub of wandb, 20 MB that SAELens and transformer_lens import and nothing here calls."""
     (folder / "wandb").mkdir(parents=True)
     text = '"""Imported, never called."""\n\n\ndef __getattr__(name):\n    return None\n'
     (folder / "wandb/__init__.py").write_text(text)
 
 
 def find_facts(run: Run) -> dict[str, Any]:
-    """The facts of the machine, for every row."""
+    """The facts of the machine, which go into every row."""
     words = run.python(HERE / "facts.py", run.peers_python or "")
     done = subprocess.run(words, capture_output=True, text=True, env=run.environment)
     if done.returncode:
@@ -150,7 +151,7 @@ def find_facts(run: Run) -> dict[str, Any]:
 @contextlib.contextmanager
 def watched_clocks(run: Run) -> Iterator[None]:
     """Read the clocks once a second, without setting any."""
-    if run.asked.device == "cpu" or shutil.which("nvidia-smi") is None:
+    if run.args.device == "cpu" or shutil.which("nvidia-smi") is None:
         yield
         return
     words = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits", "-l", "1"]
@@ -166,17 +167,17 @@ def watched_clocks(run: Run) -> Iterator[None]:
 
 def parts_of(run: Run) -> list[Part]:
     """The parts, most important first."""
-    device, small, rounds = run.asked.device, run.asked.small, run.asked.rounds
+    device, small, rounds = run.args.device, run.args.small, run.args.rounds
     options = ["--device", device, *(["--small"] if small else [])]
-    beside = ["--peers-python", run.peers_python] if run.peers_python else []
-    compiled = ["--compile"] if run.asked.compile else []
+    peers = ["--peers-python", run.peers_python] if run.peers_python else []
+    compiled = ["--compile"] if run.args.compile else []
     store, tables = run.work / "made_store", {name: run.work / f"{name}.json" for name in ("fleet", "guided")}
     mark = "gpu or either" if device != "cpu" else "not gpu and not slow and not either"
     tests = ["-m", "pytest", "-m", mark, "--timeout", 80, "--maxfail", 20]
-    tests += ["-vv", "-p", "no:cacheprovider"]  # against the -q of pyproject.toml: a line for each test, as it ends
-    tests += ["-k", run.asked.matching] if run.asked.matching else []
-    tests += ["-p", "no:benchmark"]  # a plugin that warns about xdist, and warnings are errors
-    if importlib.util.find_spec("xdist"):  # most of the time goes to Triton's compiler
+    tests += ["-vv", "-p", "no:cacheprovider"]  # undoes the -q of pyproject.toml: a line for each test, as it finishes
+    tests += ["-k", run.args.matching] if run.args.matching else []
+    tests += ["-p", "no:benchmark"]  # this plugin warns about xdist, and warnings are errors
+    if importlib.util.find_spec("xdist"):  # Triton's compiler takes most of the time
         tests += ["-n", min(6, max(1, (os.cpu_count() or 1) // 2))]
     turns = ["--device", device, "--rounds", rounds, "--steps", 2 if small else 24]
     fleet = ["--width", 16384, "--k", 64, "--rows", 4096, "--pool-tokens", 2**16]
@@ -187,7 +188,7 @@ def parts_of(run: Run) -> list[Part]:
         guided = ["--base", "topk", "--width", 128, "--windows", 4, "--sparsity", 8, "--d-model", 64, "--context", 32]
         harvest = ["--tokens", 1024, "--rounds", 2, "--peer-rounds", 1]
     in_time = ["--limit", max(10, min(180, run.left - 15))]
-    jobs_in_time = ["--limit", max(10, min(140, run.left - 18))]  # its jobs are not in this process group
+    jobs_in_time = ["--limit", max(10, min(140, run.left - 18))]  # its jobs are not in the process group that is killed
 
     def part(name: str, limit: float, script: Path, *words: object) -> Part:
         return Part(name, limit, run.python(script, *words, *(["--json", tables[name]] if name in tables else [])))
@@ -197,17 +198,17 @@ def parts_of(run: Run) -> list[Part]:
         part("small", 150, HERE / "small.py", *options, "--work", run.work / "small", *jobs_in_time),
         part("limits", 25, HERE / "limits.py", *options),
         part("kernels", 70, HERE / "kernels.py", "--variant", "topk", "--variant", "batchtopk", "--profile"),
-        part("steps", 200, HERE / "steps.py", *options, *beside, "--rounds", rounds, *in_time, *compiled),
+        part("steps", 200, HERE / "steps.py", *options, *peers, "--rounds", rounds, *in_time, *compiled),
         part("store", 30, HERE / "made_store.py", store, 2 if small else 16),
         part("fleet", 60, BENCH / "fleet.py", store, *turns, *fleet),
         part("guided", 45, BENCH / "guided.py", *turns, *guided),
-        part("harvest", 190, HERE / "harvesting.py", *options, *beside, *harvest, *in_time),
+        part("harvest", 190, HERE / "harvesting.py", *options, *peers, *harvest, *in_time),
         part("reading", 45, HERE / "reading.py", store, "--device", device, "--rounds", rounds),
     ]
 
 
 def files_with_gpu_tests() -> list[Path]:
-    """Test files by name: collecting all of tests/ needs more than a bare machine has."""
+    """The files with GPU tests: collecting all of tests/ needs more packages than a bare machine has."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if re.search(r"(?<!\")pytest\.mark\.(gpu|either)\b", file.read_text())]
 
@@ -216,19 +217,19 @@ PARTS = ("tests", "small", "limits", "kernels", "steps", "store", "fleet", "guid
 NEEDED = {"fleet": ("store",), "reading": ("store",), "steps": ("limits",), "harvest": ("limits",)}
 
 
-def chosen(asked: argparse.Namespace) -> list[str]:
-    """The parts chosen by --only, and those that they need."""
-    wanted = set(asked.only.split(",")) if asked.only else set(PARTS)
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The parts named by --only, and those that they need."""
+    wanted = set(args.only.split(",")) if args.only else set(PARTS)
     if unknown := wanted - set(PARTS):
         sys.exit(f"--only: expected some of {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
     wanted |= {need for name in wanted for need in NEEDED.get(name, ())}
-    if asked.device == "cpu":
-        wanted.discard("kernels")  # they run only on a GPU
+    if args.device == "cpu":
+        wanted.discard("kernels")  # run only on a GPU
     return [name for name in PARTS if name in wanted]
 
 
 def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
-    """Run a part. Its output is shown as it comes; its standard error goes to the log, unless it fails."""
+    """Run a part. Its output is shown as it comes; its standard error goes to the log, and is shown if it fails."""
     limit = min(part.limit, run.left - SPARE)
     if limit < SHORTEST:
         run.status.append(f"{part.name:<8} no time left")
@@ -236,33 +237,26 @@ def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
     say(run, f"== {part.name} (at most {limit:.0f} s; {run.left:.0f} s left in all)")
     start, errors = time.monotonic(), run.work / f"{part.name}.err"
     status, is_late = follow(run, part, limit, errors, facts)
-    said = [line.rpartition("\r")[2] for line in errors.read_text(errors="replace").splitlines() if "%|" not in line]
+    # Without progress bars, which contain "%|".
+    lines = [line.rpartition("\r")[2] for line in errors.read_text(errors="replace").splitlines() if "%|" not in line]
     with open(run.log, "a") as log:
-        log.write("".join(f"{line}\n" for line in said[-60:]))
+        log.write("".join(f"{line}\n" for line in lines[-60:]))
     if part.table is not None and part.table.exists():
         take_table(run, part.name, part.table)
         status = 0
-    told = "ok" if status == 0 else "TOO LATE" if is_late else f"exit {status}"
-    run.status.append(f"{part.name:<8} {told:<9} {time.monotonic() - start:5.0f} s")
+    verdict = "ok" if status == 0 else "TOO LATE" if is_late else f"exit {status}"
+    run.status.append(f"{part.name:<8} {verdict:<9} {time.monotonic() - start:5.0f} s")
     if status:
-        print("\n".join(line[:200] for line in said[-12:]), flush=True)
+        print("\n".join(line[:200] for line in lines[-12:]), flush=True)
 
 
 def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, Any]) -> tuple[int, bool]:
-    """The exit status, and whether it was stopped for its time; nothing is left running."""
-    environment = run.environment | {"BENCH_PART": part.name}
+    """Run a part; return its exit status, and whether it was killed for its time. Nothing is left running."""
+    how: dict[str, Any] = {"cwd": ROOT, "env": run.environment | {"BENCH_PART": part.name}, "start_new_session": True}
     with (
         open(errors, "w") as error_file,
         open(run.log, "a") as log,
-        subprocess.Popen(
-            part.command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=error_file,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        ) as process,
+        subprocess.Popen(part.command, stdout=subprocess.PIPE, stderr=error_file, text=True, **how) as process,
     ):
         killer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
         killer.start()
@@ -279,7 +273,7 @@ def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, An
             is_late = not killer.is_alive()
             killer.cancel()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # contestants that it left behind
+                os.killpg(process.pid, signal.SIGKILL)  # contestants that the part left behind
     return status, is_late
 
 
@@ -294,11 +288,11 @@ def take_table(run: Run, name: str, path: Path) -> None:
 
 
 def conclude(run: Run, facts: dict[str, Any]) -> None:
-    """Write the results, after every part, so that nothing is lost if this is stopped from outside."""
+    """Write the results so far, so that nothing is lost if this process is stopped."""
     rows = [json.loads(line) for line in run.records.read_text().splitlines()] if run.records.exists() else []
     clocks = read_clocks(run.work / "clocks.csv")
     rows = [row | clocks_of(row, clocks) | facts for row in rows]
-    out = run.asked.out
+    out = run.args.out
     out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
     body = ",\n".join("  " + json.dumps(row) for row in rows)
@@ -322,9 +316,9 @@ def read_clocks(path: Path) -> list[tuple[float, list[float]]]:
 
 
 def clocks_of(row: dict[str, Any], clocks: list[tuple[float, list[float]]]) -> dict[str, Any]:
-    """The clocks during a row's measurement."""
-    begin, end = row.get("at") or (math.inf, math.inf)
-    seen = [values for at, values in clocks if begin - 1 <= at <= end + 1]
+    """The median clocks during a row's measurement."""
+    start, stop = row.get("at") or (math.inf, math.inf)
+    seen = [values for at, values in clocks if start - 1 <= at <= stop + 1]
     if not seen:
         return {}
     names = ("sm_mhz", "memory_mhz", "watts", "celsius")
@@ -332,17 +326,13 @@ def clocks_of(row: dict[str, Any], clocks: list[tuple[float, list[float]]]) -> d
 
 
 def table_of(rows: list[dict[str, Any]], status: list[str]) -> str:
-    """A table of medians, the range of the rounds, and each of ours against the best peer."""
+    """A table of medians and ranges, with each of ours against the best peer."""
     lines = []
     for what in dict.fromkeys(row["what"] for row in rows):
-        beside = [row for row in rows if row["what"] == what]
-        peers = [row["median"] for row in beside if "median" in row and is_peer(row["who"])]
-        lines += [line_of(row, max(peers, default=0.0)) for row in beside]
+        same = [row for row in rows if row["what"] == what]
+        peers = [row["median"] for row in same if "median" in row and row["who"].startswith(PEERS)]
+        lines += [line_of(row, max(peers, default=0.0)) for row in same]
     return "\n".join([*lines, "", *status, ""])
-
-
-def is_peer(who: str) -> bool:
-    return who.startswith(("sae_lens", "dictionary_learning", "sparsify", "SAELens"))
 
 
 def line_of(row: dict[str, Any], best_peer: float) -> str:
@@ -367,7 +357,7 @@ def number(value: float) -> str:
 
 
 def clean(run: Run, text: str) -> str:
-    """The text without paths of this machine."""
+    """The text without this machine's paths."""
     for path, name in ((run.work, "WORK"), (ROOT, "TREE"), (Path(sys.prefix), "PYTHON"), (Path.home(), "HOME")):
         if str(path) not in ("/", "/usr", "/usr/local"):
             text = text.replace(str(path), name)
@@ -380,51 +370,51 @@ def say(run: Run, text: str) -> None:
         log.write(text + "\n")
 
 
-def make_environment(asked: argparse.Namespace, work: Path) -> dict[str, str]:
-    """An environment that is offline and writes nothing outside the folder of this run."""
+def make_environment(args: argparse.Namespace, work: Path) -> dict[str, str]:
+    """An environment that is offline and writes nothing outside this run's folder."""
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
     made = {"HF_HOME": str(work / "hf"), "TMPDIR": str(work / "tmp"), "TRITON_CACHE_DIR": str(work / "triton")}
     made |= {"BENCH_RECORDS": str(work / "records.jsonl"), "BENCH_LIMITS": str(work / "limits.json")}
     made |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    # Asking whether there is a device must not initialise it, or forks would lose it.
+    # Checking for a device must not initialise it, or forks could not use it.
     made |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if asked.small and asked.device == "cpu":
+    if args.small and args.device == "cpu":
         made["OMP_NUM_THREADS"] = "1"  # tiny tensors do not keep several threads busy
     return os.environ | offline | made
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for the results.")
-    parse.add_argument("--only", help=f"Only some of {','.join(PARTS)}; what they need is added.")
-    parse.add_argument("--matching", help="Run only the tests that match this, as in pytest's -k.")
-    parse.add_argument("--total", type=float, default=580, help="Seconds for everything.")
-    parse.add_argument("--device", default="cuda")
-    parse.add_argument("--rounds", type=int, default=5)
-    parse.add_argument("--peers", type=Path, help="An environment of the peers; default: .whl-peers, if it exists.")
-    parse.add_argument("--no-peers", action="store_true")
-    parse.add_argument("--compile", action="store_true", help="Also SAELens with its compile_sae; takes a minute more.")
-    parse.add_argument("--small", action="store_true", help="Tiny sizes: to try this out, not to measure.")
-    asked = parse.parse_args()
-    asked.rounds = 2 if asked.small else asked.rounds
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped from outside: end everything that was started
-    wanted = chosen(asked)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for the results.")
+    parser.add_argument("--only", help=f"Only some of {','.join(PARTS)}; parts that they need are added.")
+    parser.add_argument("--matching", help="Run only the tests that match this expression of pytest's -k.")
+    parser.add_argument("--total", type=float, default=580, help="Seconds for everything.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", type=Path, help="The peers' environment; default: .whl-peers, if it exists.")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="Also time SAELens with compile_sae; adds a minute.")
+    parser.add_argument("--small", action="store_true", help="Tiny sizes: to try this out, not to measure.")
+    args = parser.parse_args()
+    args.rounds = 2 if args.small else args.rounds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops all child processes
+    wanted = chosen(args)
     with tempfile.TemporaryDirectory(prefix="saemill-bench-", ignore_cleanup_errors=True) as name:
         work = Path(name).resolve()
         (work / "tmp").mkdir()
-        run = Run(asked, work, make_environment(asked, work))
+        run = Run(args, work, make_environment(args, work))
         installing = prepare(run)
         facts = find_facts(run)
         say(run, ", ".join(f"{key} {value}" for key, value in facts.items()))
         with watched_clocks(run):
             for name in wanted:
                 if installing is not None and name not in ("tests", "small"):
-                    installing.wait()  # nothing is timed while it runs
+                    installing.wait()  # nothing is timed while pip runs
                     facts, installing = find_facts(run), None
                 part = next(part for part in parts_of(run) if part.name == name)
                 do_part(run, part, facts)
                 conclude(run, facts)
-        print("\n" + (asked.out / "table.txt").read_text())
+        print("\n" + (args.out / "table.txt").read_text())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The whole path at a small size on one device: harvest, verify, train, evaluate; against the CPU; all other variants.
+"""The whole path at a small size on one device: harvest, verify, train every variant, evaluate; compared with the CPU.
 
-One process imports everything once; each job is a fork of it with a limit of its own, so that a job that fails,
-hangs or breaks the device's context is reported and the next one begins. Nothing here touches CUDA before a fork;
-if a fork still has no CUDA (because some import asked for the device), each job is a new process instead.
-Independent jobs run several at a time: a small run is mostly start-up, and none is timed.
+One process imports everything once; each job is a fork of it with its own time limit, so that a job that fails, hangs
+or breaks the device's context is reported and the next one starts. Nothing here touches CUDA before a fork; if a fork
+has no CUDA all the same (because some import args for the device), each job is a new process instead. Independent jobs
+run several at a time: a small run is mostly start-up, and none is timed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from records import keep, tell
 
 ON_BOTH = ("topk", "batchtopk", "jumprelu", "temporal")  # trained on the CPU too
 EVALUATED = ("topk", "batchtopk", "jumprelu", "hierarchical")
-METRICS = (  # of core; the device and the CPU must agree on these
+METRICS = (  # of core, on which the device and the CPU must agree
     "sparsity.l0",
     "saemill_metrics.explained_variance",
     "model_performance_preservation.ce_loss_score",
     "model_behavior_preservation.kl_div_score",
 )
-FAR = 0.02  # how far apart they may be, as a share: bfloat16 passes, another order of summation
+FAR = 0.02  # relative difference at which they disagree: passes are in bfloat16, sums in another order
 AT_ONCE = min(6, max(1, (os.cpu_count() or 1) // 2))
 LAST_LINES = 14  # shown of a failed job
 children: set[int] = set()
@@ -46,12 +46,12 @@ def stop_children(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do, with a limit in seconds, and what to report once it is done."""
+    """Something to do, with a limit in seconds and a note to report once it is done."""
 
     name: str
     limit: float
     do: Callable[[], object]
-    note: Callable[[], str] | None = None  # without one: its last line of output
+    note: Callable[[], str] | None = None  # by default, the last line of output
 
 
 class Jobs:
@@ -65,7 +65,7 @@ class Jobs:
 
     def run(self, *jobs: Job) -> bool:
         """Run jobs in parallel; return whether all of them succeeded."""
-        if self.only is not None:  # this process is one job, and skips the others silently
+        if self.only is not None:  # this process runs one job, and skips the others silently
             for job in jobs:
                 if job.name == self.only:
                     job.do()
@@ -105,15 +105,15 @@ class Jobs:
     def _end(self, job: Job, seconds: float, status: int | None) -> bool:
         """Report a job; a status of None means that it was killed for its time."""
         if status != 0:
-            said = "TIMEOUT" if status is None else f"FAILED {os.waitstatus_to_exitcode(status)}"
-            self.keep(job.name, said, seconds, self.last(job.name)[-1])
-            print("\n".join(f"    | {line}" for line in self.last(job.name)), flush=True)
+            verdict = "TIMEOUT" if status is None else f"FAILED {os.waitstatus_to_exitcode(status)}"
+            self.keep(job.name, verdict, seconds, self.last_lines(job.name)[-1])
+            print("\n".join(f"    | {line}" for line in self.last_lines(job.name)), flush=True)
             return False
         try:
-            said = self.last(job.name)[-1] if job.note is None else job.note()
+            note = self.last_lines(job.name)[-1] if job.note is None else job.note()
         except Exception as error:  # noqa: BLE001  # a failed note is not a failed job
-            said = f"({type(error).__name__}: {error})"
-        return self.keep(job.name, "ok", seconds, said)
+            note = f"({type(error).__name__}: {error})"
+        return self.keep(job.name, "ok", seconds, note)
 
     def _in_child(self, job: Job) -> None:
         """Run the job and exit; never returns."""
@@ -138,7 +138,7 @@ class Jobs:
     def _log(self, name: str) -> Path:
         return self.logs / f"{name.replace(' ', '_')}.log"
 
-    def last(self, name: str) -> list[str]:
+    def last_lines(self, name: str) -> list[str]:
         """The last lines of a job's output."""
         written = self._log(name).read_text(errors="replace") if self._log(name).exists() else ""
         lines = [line.strip()[:200] for line in written.splitlines() if line.strip()]
@@ -178,11 +178,11 @@ def compare_runs(device: Path, cpu: Path, name: str) -> str:
 
 
 def core_of(runs: Path, name: str) -> dict[str, float]:
-    """The metrics to compare, of one run's SAE."""
+    """The metrics of one run's SAE that are compared; an SAE that reads attention has few of them."""
     document = json.loads(next((runs / name).rglob("*_eval_results.json")).read_text())
-    found = document | document["eval_result_metrics"]
-    named = {metric: (found.get(group) or {}).get(key) for metric in METRICS for group, key in [metric.split(".")]}
-    return {metric: value for metric, value in named.items() if value is not None}  # if it reads attention, few
+    groups = document | document["eval_result_metrics"]
+    values = {metric: (groups.get(group) or {}).get(key) for metric in METRICS for group, key in [metric.split(".")]}
+    return {metric: value for metric, value in values.items() if value is not None}
 
 
 def compare_core(device: Path, cpu: Path, names: list[str]) -> None:
@@ -200,7 +200,7 @@ def compare_core(device: Path, cpu: Path, names: list[str]) -> None:
 
 
 def compare_stores(device: Path, cpu: Path, layer: int) -> None:
-    """Compare residuals by relative norm, attention by the share of entries that both keep. Fail if they differ."""
+    """Fail unless residuals agree in relative norm, and attention in the share of entries that both keep."""
     import numpy as np
 
     from saemill.cache_schema import Request, Store, to_float32
@@ -224,7 +224,7 @@ def compare_stores(device: Path, cpu: Path, layer: int) -> None:
 
 
 def evaluate_on_both(jobs: Jobs, sae_eval: Any, runs: Path, work: Path, device: str, small: bool) -> None:
-    """Evaluate the same SAEs on the same rows; the clean pass of one device must not serve the other."""
+    """Evaluate the same SAEs on the same rows, without sharing the clean pass between the devices."""
     names = [name for name in EVALUATED[: 1 if small else None] if (runs / name / "result.json").exists()]
     if not names and jobs.only is None:
         return
@@ -248,7 +248,7 @@ def evaluate_on_both(jobs: Jobs, sae_eval: Any, runs: Path, work: Path, device: 
 
 
 def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small: bool) -> None:
-    """Harvest in float32, in which the two differ only by the order of summation."""
+    """Harvest in float32, in which the two devices differ only in the order of summation."""
     words = ["--model", "pocket", "--layer", 19, "--tokens", "8k" if small else "16k", "--dtype", "float32"]
     places = {device: work / "exact_device", "cpu": work / "exact_cpu"}
     if device == "cpu":
@@ -263,19 +263,19 @@ def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser()
-    parse.add_argument("--device", default="cuda")
-    parse.add_argument("--work", type=Path, required=True)
-    parse.add_argument("--limit", type=float, default=170)
-    parse.add_argument("--small", action="store_true")
-    parse.add_argument("--spawn", action="store_true", help="Always use a new process for each job.")
-    parse.add_argument("--job", help="Internal.")
-    asked = parse.parse_args()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--limit", type=float, default=170)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--spawn", action="store_true", help="Start each job as a new process, without trying forks.")
+    parser.add_argument("--job", help="Internal.")
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, stop_children)
     start = time.monotonic()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(asked.work / "jobs", start + asked.limit, asked.job)
-    device, work, small = asked.device, asked.work, asked.small
+    args.work.mkdir(parents=True, exist_ok=True)
+    jobs = Jobs(args.work / "jobs", start + args.limit, args.job)
+    device, work, small = args.device, args.work, args.small
     tokens, batch, width = ("40k", 4096, 128) if small else ("200k", 2048, 1024)
     store, runs, by_cpu = work / "store", work / "runs", work / "runs_cpu"
 
@@ -293,10 +293,10 @@ def main() -> None:
     others = [name for name in sorted(variant_registry.names()) if name not in first]
     for name in variant_registry.names():
         variant_registry.module(name)
-    if asked.job is None:
+    if args.job is None:
         jobs.keep("imports", "ok", time.monotonic() - start, f"torch {torch.__version__}")
         on_device = Job("device in a fork", 40, lambda: print(torch.zeros(1, device=device).add(1)))
-        jobs.spawns = asked.spawn or not jobs.run(on_device)
+        jobs.spawns = args.spawn or not jobs.run(on_device)
 
     def train(name: str, where: str, out: Path) -> Callable[[], object]:
         words = ["--variant", name, "--cache", store, "--out", out, "--name", name, "--width", width]
@@ -304,7 +304,7 @@ def main() -> None:
         return call(sae_train, *words)
 
     def train_on_cpu(name: str) -> object:
-        torch.set_num_threads(2)  # several at a time must not occupy all cores for long
+        torch.set_num_threads(2)  # several run at a time
         return train(name, "cpu", by_cpu)()
 
     def trained(names: list[str]) -> list[Job]:
@@ -329,7 +329,7 @@ def main() -> None:
                 lambda name=name: compare_runs(runs, by_cpu, name),
             )
             for name in ON_BOTH[: 1 if small else None]
-            if asked.job is not None or (runs / name / "result.json").exists()
+            if args.job is not None or (runs / name / "result.json").exists()
         )
     )
     tell(

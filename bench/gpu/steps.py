@@ -1,9 +1,9 @@
 """Training steps against the three peers at their best settings, in turns, in a new random order each round.
 
-All are in the middle of a run: warm-up is over, thresholds are updated. With a share of the latents dead, auxiliary
-losses are active too. bfloat16: the peers' own autocast, our encoder's product. tf32: float32 with TF32 allowed.
-"fused" is torch's fused Adam, which is not the peers' default. sparsify has an autocast and a matmul precision of its
-own that cannot be turned off from outside.
+All are in the middle of a run: warm-up is over and thresholds are updated. If some latents are dead, auxiliary losses
+are active too. bfloat16: the peers' own autocast, and our encoder's product. tf32: float32 with TF32 allowed. fused:
+torch's fused Adam, which is not the peers' default. sparsify has its own autocast and matmul precision, which cannot be
+turned off from outside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import click
 from racing import UNEQUAL, Contest, Entrant, make_batches
 from records import record, record_failure, shares, tell
 
-# Each at its best settings: these fit into memory together at the larger width too.
+# Each at its best settings; together these fit into memory at the larger width too.
 BEST = (
     "ours bfloat16",
     "ours bfloat16, no Triton",
@@ -65,7 +65,7 @@ def entrants(compiled: bool) -> list[Entrant]:
 
 
 def contests(sizes: Sizes, unequal: str) -> list[tuple[str, dict[str, Any], tuple[str, ...] | None]]:
-    """Most important first: name, settings, and entrants (None: all). `unequal` is a folder of such batches."""
+    """Name, settings and entrants (None: all) of each contest, most important first; `unequal` is a batches folder."""
     narrow, wide = sizes.widths
     return [
         (f"topk, {narrow:,} latents", {"variant": "topk", "width": narrow}, None),
@@ -97,11 +97,11 @@ def run(contest: Contest, name: str, settings: dict[str, Any], who: tuple[str, .
 
 
 @click.command()
-@click.option("--peers-python", help="Python of the peers' environment; none: no comparison.")
+@click.option("--peers-python", help="Python of the peers' environment.  [default: no comparison]")
 @click.option("--device", default="cuda")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--limit", default=200.0, show_default=True, help="Seconds; no contest is begun that would end later.")
-@click.option("--compile", "compiled", is_flag=True, help="Also SAELens with its compile_sae: takes a minute more.")
+@click.option("--limit", default=200.0, show_default=True, help="Seconds; nothing is started that would take longer.")
+@click.option("--compile", "compiled", is_flag=True, help="Also time SAELens with compile_sae; adds a minute.")
 @click.option("--small", is_flag=True)
 def main(peers_python: str | None, device: str, rounds: int, limit: float, compiled: bool, small: bool) -> None:
     sizes, until = SMALL if small else Sizes(), time.monotonic() + limit

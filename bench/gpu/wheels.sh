@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a bare machine lacks for bench/gpu/run.sh, fetched where there is a network: wheels for CPython 3.12 on x86-64
+# Fetches, on a machine with a network, what a bare machine lacks for bench/gpu/run.sh: wheels for CPython 3.12 on x86-64
 # into .whl/ (the project's) and .whl-peers/ (the peers'), both kept out of git. A machine with torch, triton,
 # transformers, accelerate and pytest needs nothing else.
 #
@@ -13,7 +13,7 @@ PROJECT=(  # versions of constraints.txt
   zarr==3.1.6 numcodecs==0.16.6 donfig==0.8.1.post1 google-crc32c==1.9.0
   datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
 )
-PEERS=(  # bench/peers-requirements.txt and what pip resolves with it; wandb is a stub that run.py makes
+PEERS=(  # bench/peers-requirements.txt and what pip resolves with it; for wandb, run.py writes a stub
   sae-lens==6.54.12 transformer-lens==3.9.0 better-abc==0.0.3 simple-parsing==0.1.9 docstring-parser==0.18.0
   dictionary-learning==0.1.0 nnsight==0.3.7 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0
   typing-inspection==0.4.5 python-socketio==5.18.1 python-engineio==4.15.1 bidict==0.24.1 websocket-client==1.9.2
@@ -30,7 +30,7 @@ fetch() {  # folder name==version...
   rm -rf "$folder"; mkdir -p "$folder"
   "$PYTHON" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
     --implementation cp "${tags[@]}" -d "$folder" "$@"
-  # pip prefers no tag over another where a release has several builds: exactly one of each.
+  # If a release has several builds, pip has no preference: check that there is exactly one of each.
   [ "$(ls "$folder"/*.whl | wc -l)" = $# ] || { echo "$folder: expected $# wheels" >&2; ls "$folder" >&2; exit 1; }
 }
 

@@ -1,8 +1,8 @@
-"""Exported transcoders in circuit-tracer: what they rebuild, an attribution graph, the model with all MLPs replaced.
+"""Exported transcoders in circuit-tracer: their reconstructions, an attribution graph, the model with MLPs replaced.
 
-circuit-tracer asks the Hub for transcoders, even for those in a folder, so the folder is put into a Hub cache and read
-offline by `load_transcoder_from_hub`. Its `from_pretrained` knows models by TransformerLens' list of names, so the
-model is made by `ReplacementModel.from_config`, as in its own tests, and given the weights of the model's folder.
+circuit-tracer asks the Hub even for transcoders in a folder, so the folder is put into a Hub cache and read offline by
+`load_transcoder_from_hub`. Its `from_pretrained` accepts only models on TransformerLens' list of names, so the model is
+made by `ReplacementModel.from_config`, as in its own tests, with the weights of the model's folder.
 
 L layers, N tokens, D width, F latents.
 """
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def load_transcoders(folder: Path) -> Any:
-    """Load with circuit-tracer's own code, from a repository that is only in the Hub's cache."""
+    """Load with circuit-tracer's own code, from a repository that exists only in the Hub's cache."""
     cached = Path(HF_HUB_CACHE) / f"models--exported--{folder.name}"
     (cached / "snapshots").mkdir(parents=True)
     (cached / "refs").mkdir()
@@ -44,18 +44,18 @@ def load_transcoders(folder: Path) -> Any:
 
 
 def load_model(folder: Path, transcoders: Any) -> Any:
-    """A replacement model of a Gemma-2 in a folder; its logits are checked against transformers'."""
+    """A replacement model for the Gemma-2 in a folder; its logits are checked against transformers'."""
     whole = Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = make_config(whole.config, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ReplacementModel.from_config(config, transcoders, tokenizer=tokenizer)
-    found = {}
-    for name, weight in convert_gemma_weights(whole, config).items():  # these are wrapped in its own modules
-        name = name.replace(".mlp.", ".mlp.old_mlp.")
-        found[name.replace("unembed.", "unembed.old_unembed.")] = weight
-    missing, unknown = model.load_state_dict(found, strict=False)
-    lacks = [name for name in missing if name.rpartition(".")[2][:1] in "Ww" and not name.startswith("transcoders.")]
-    assert not unknown and not lacks, (lacks, unknown)
+    state = {}
+    for name, weight in convert_gemma_weights(whole, config).items():
+        name = name.replace(".mlp.", ".mlp.old_mlp.")  # circuit-tracer wraps these two in its own modules
+        state[name.replace("unembed.", "unembed.old_unembed.")] = weight
+    missing, unknown = model.load_state_dict(state, strict=False)
+    lost = [name for name in missing if name.rpartition(".")[2][:1] in "Ww" and not name.startswith("transcoders.")]
+    assert not unknown and not lost, (lost, unknown)
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         apart = float((model(ids) - whole(ids).logits).abs().max())
@@ -64,7 +64,7 @@ def load_model(folder: Path, transcoders: Any) -> Any:
 
 
 def contribute(transcoders: Any, layer: int, x: Tensor) -> Tensor:
-    """[layers, ..., D]: what latents that read `layer` write to it and, in a cross-layer transcoder, to later ones."""
+    """[layers, ..., D]: the outputs of the latents that read `layer`, to it and (if cross-layer) to later layers."""
     acts = transcoders.encode_layer(x, layer)
     if not isinstance(transcoders, CrossLayerTranscoder):
         return transcoders[layer].decode(acts, x)[None]
@@ -75,18 +75,18 @@ def contribute(transcoders: Any, layer: int, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss(model: Any, ids: Tensor, kind: str) -> float:
-    """Cross-entropy with each MLP as it is, left out, or replaced; the first position keeps its own."""
+    """Cross-entropy with each MLP as it is, left out, or replaced; the first position keeps the MLP's output."""
     layers = model.cfg.n_layers
-    waiting: list[Any] = [0.0] * layers
+    outputs: list[Any] = [0.0] * layers
 
     def read(x: Tensor, hook: Any) -> None:
         written = contribute(model.transcoders, hook.layer(), x)
         for layer, part in enumerate(written, hook.layer()):
-            waiting[layer] = waiting[layer] + part
+            outputs[layer] = outputs[layer] + part
 
     def write(y: Tensor, hook: Any) -> Tensor:
-        instead = torch.zeros_like(y) if kind == "skipped" else waiting[hook.layer()]
-        return torch.cat([y[:, :1], instead[:, 1:]], 1)
+        replacement = torch.zeros_like(y) if kind == "skipped" else outputs[hook.layer()]
+        return torch.cat([y[:, :1], replacement[:, 1:]], 1)
 
     hooks = []
     for layer in range(layers):
@@ -106,13 +106,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         np.save(work / "rebuilt.npy", transcoders.decode(transcoders.encode(x), x).numpy())
     model = load_model(Path(request["model"]), transcoders)
     ids = torch.from_numpy(np.load(work / "ids.npy").astype(np.int64))
-    said: dict[str, Any] = {kind: loss(model, ids, kind) for kind in ("clean", "replaced", "skipped")}
+    found: dict[str, Any] = {kind: loss(model, ids, kind) for kind in ("clean", "replaced", "skipped")}
     graph = attribute(request["prompt"], model, max_feature_nodes=request["nodes"], batch_size=64)
     edges = graph.adjacency_matrix
     assert bool(torch.isfinite(edges).all())
     replacement, completeness = (float(score) for score in compute_graph_scores(graph))
-    said |= {"active": len(graph.active_features), "features": len(graph.selected_features)}
-    return said | {"edges": int((edges != 0).sum()), "scores": (replacement, completeness)}
+    found |= {"active": len(graph.active_features), "features": len(graph.selected_features)}
+    return found | {"edges": int((edges != 0).sum()), "scores": (replacement, completeness)}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Train cross-layer transcoders of CLT-Forge for the quality benchmark. PYTHONPATH must contain its `src`.
 
-Its trainer's own `fit`, in float32, at the settings of its runner for GPT-2, which its README points to (its fields'
-defaults are a rate of 1e-5 and a penalty of 0.001). Settings in steps keep their share of the run: the penalty rises
-over 70 % of it, the rate falls over a twentieth; its warm-up of 1,000 steps is at most a tenth, as in
-dictionary_learning. In that runner the rate is zero from 75 % on, since it stops once L0 is low enough; here it falls
-at the end. That 10,000 latents per layer fire at the start is a constant in its code: in narrower layers the same
-share fires as of the runner's 24,576.
+Uses its trainer's own `fit`, in float32, with the settings of its runner for GPT-2, which its README points to (its
+fields' defaults are a rate of 1e-5 and a penalty of 0.001). Settings in steps keep their share of the run: the penalty
+rises over 70 % of it, the rate falls over a twentieth; its warm-up of 1,000 steps is at most a tenth, as in
+dictionary_learning. In that runner the rate is zero from 75 % on, because it stops once L0 is low enough; here it falls
+at the end. Its code makes 10,000 latents per layer fire at the start; in narrower layers the same share fires as of the
+runner's 24,576.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clt_forge.config import CLTConfig, CLTTrainingRunnerConfig
 from clt_forge.training.clt_trainer import CLTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import Ask, batches, end_scales, ends, score_map, serve_fits
+from fitting import Ask, batches, pair_scales, score_map, serve_fits, split_pair
 from torch import Tensor
 
 RUNNERS_WIDTH = 24_576  # latents of a layer
@@ -29,15 +29,15 @@ PENALTY_RISES, RATE_RISES, RATE_FALLS = 0.7, 0.1, 0.05  # shares of the run
 
 
 class Rows:
-    """What its trainer needs of a store of activations: rows from the first on, scaled as in its own store."""
+    """The part of an activation store that its trainer needs: rows from the first on, scaled as its own store does."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self.scale, self.to = end_scales(ask.folder)
+        self.scale, self.to = pair_scales(ask.folder)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches(self._ask):
-            x, target = ends(rows)
+            x, target = split_pair(rows)
             yield x * self.scale, target * self.to
 
 
@@ -69,7 +69,7 @@ def fit(ask: Ask) -> dict[str, Any]:
     _, layers, d_in = next(iter(rows))[0].shape
     config = settings_of(ask, layers, d_in)
     clt = CLT(config.create_sub_config(CLTConfig, n_layers=layers))
-    clt.d_latent = max(clt.d_latent, RUNNERS_WIDTH)  # from here on used only for the share that should fire
+    clt.d_latent = max(clt.d_latent, RUNNERS_WIDTH)  # from here on only determines the share that fires at the start
     CLTTrainer(clt, rows, config, lambda **_: None).fit()
     return score_map(ask, lambda x: clt.encode(x)[0].flatten(1), clt.forward_eval, rows.scale, rows.to)
 

@@ -32,8 +32,8 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
         n_checkpoints=0,
     )
     clt = CLT(config.create_sub_config(CLTConfig, n_layers=layers)).to(settings.device)
-    nothing: Any = None  # its store of activations, which a step does not use
-    trainer = CLTTrainer(clt, nothing, config, lambda **_: None)
+    store: Any = None  # a step does not use its store of activations
+    trainer = CLTTrainer(clt, store, config, lambda **_: None)
     by_layer = {key: [part.unflatten(1, (layers, d_in)) for part in pair] for key, pair in pairs.items()}
     return lambda x: trainer._compute_training_step_loss(*by_layer[id(x)])
 

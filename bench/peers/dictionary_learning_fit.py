@@ -1,10 +1,10 @@
 """Train SAEs of dictionary_learning for the quality benchmark.
 
-Its own defaults, on rows of mean square norm 1 as its `normalize_activations` makes them. What it counts in steps or
-tokens of long runs is a share of this one: warm-up and the start of the threshold a tenth, as our warm-up; the steps
-that the threshold averages over a hundredth (at its 0.999 it would stay close to its start for all of a short run); a
-latent is dead after a thirtieth, as for all contestants (its ten million tokens are a twentieth of 100,000 batches of
-2,048, a fiftieth of 500M). Its own p_end of 0 divides by zero. With torch's fused Adam, which is faster and equivalent.
+Its own defaults, on rows of mean square norm 1, as its `normalize_activations` makes them. Defaults in steps or tokens,
+meant for long runs, become shares of this one: a tenth for warm-up, as in ours, and for the start of the threshold; a
+hundredth for the threshold's averaging (at its 0.999 it would stay close to its start in a short run); a thirtieth
+until a latent is dead, as for all contestants (its ten million tokens are a twentieth of 100,000 batches of 2,048, a
+fiftieth of 500M). Its own p_end of 0 divides by zero. Uses torch's fused Adam, which is faster and equivalent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def settings_of(ask: Ask) -> dict[str, Any]:
 
 
 def threshold_beta(steps: int) -> float:
-    """The decay that averages over the last hundredth of the run: its 0.999 from 100,000 steps on."""
+    """The decay that averages over the last hundredth of the run, at most its own 0.999, reached at 100,000 steps."""
     return min(0.999, 1 - 1 / max(2.0, steps / 100))
 
 

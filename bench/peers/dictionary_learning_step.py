@@ -23,7 +23,7 @@ TRAINERS = {
     "p_anneal": ("p_anneal", "PAnnealTrainer"),
 }
 FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
-MIDDLE = 2000  # after its warm-up, and after the step from which it updates a threshold too
+MIDDLE = 2000  # a step after its warm-up and after the start of its threshold
 
 
 def make_trainer(variant: str, width: int, k: int, d_model: int, more: dict[str, Any] | None = None) -> Any:
@@ -73,7 +73,7 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     steps = count(MIDDLE)
 
     def step(x: torch.Tensor) -> None:
-        """What its trainSAE does between two reads of the data."""
+        """As in its trainSAE, between two reads of the data."""
         with settings.autocast():
             trainer.update(next(steps), x.to(dtype))
 

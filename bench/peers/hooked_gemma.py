@@ -1,7 +1,7 @@
-"""A Gemma-2 in a folder as a HookedTransformer, offline; runs in the environment of sae-bench.
+"""Load a Gemma-2 from a folder as a HookedTransformer, offline; runs in sae-bench's environment.
 
-`HookedTransformer.from_pretrained` knows models by their names on the hub. Here the configuration is
-built from the folder's own, and the weights go through transformer_lens' own conversion.
+`HookedTransformer.from_pretrained` takes only names of models on the Hub. Here the configuration is built from the
+folder's own, and the weights go through transformer_lens' own conversion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import Gemma2ForCausalLM
 
 
 def load_hooked(folder: Path, dtype: torch.dtype = torch.float32) -> HookedTransformer:
-    """The model of a folder, without any processing of its weights."""
+    """The model in a folder, without any processing of its weights."""
     hugging = Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype)
     config = make_config(hugging.config, dtype)
     model = HookedTransformer(config)

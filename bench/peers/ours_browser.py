@@ -1,6 +1,6 @@
-"""Our browser of a run, answered with seconds: all latents, from the call to the finished folder.
+"""Our browser for a run: all latents, timed from the call to the finished folder.
 
-The evaluation's late imports are timed; the SAE is loaded before.
+The time includes the evaluation's late imports, but not loading the SAE.
 """
 
 from __future__ import annotations

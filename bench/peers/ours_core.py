@@ -1,6 +1,6 @@
-"""Our core evaluation of the same SAEs on the same rows: a request is answered with seconds and memory growth.
+"""Our core evaluation of the same SAEs on the same rows: answers requests with seconds and memory growth.
 
-Loading is not timed; memory is reported as growth since before the model was loaded, and the model's own.
+Loading is not timed; memory growth is since before the model was loaded, and reported next to the model's own size.
 """
 
 from __future__ import annotations

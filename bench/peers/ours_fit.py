@@ -15,13 +15,13 @@ from fitting import (
     TRANSCODERS,
     Ask,
     batches,
-    end_scales,
-    ends,
     load,
+    pair_scales,
     scale_to_unit,
     score,
     score_map,
     serve_fits,
+    split_pair,
     threshold_of,
 )
 from torch import Tensor
@@ -68,13 +68,13 @@ def fit(ask: Ask) -> dict[str, Any]:
 
 
 def fit_map(ask: Ask) -> dict[str, Any]:
-    """Train a transcoder; for a cross-layer one the layers are side by side."""
-    scale, to = end_scales(ask.folder)
-    x, target = ends(next(batches(ask, 1)))
+    """Train a transcoder; a cross-layer one reads its layers side by side."""
+    scale, to = pair_scales(ask.folder)
+    x, target = split_pair(next(batches(ask, 1)))
     assembly = make_config(ask, x).build(x.shape[-1], stats_of(x, scale), stats_of(target, to))
     trainee = Trainee(ask.variant, assembly, ask.steps)
     for rows in batches(ask):
-        x, target = ends(rows)
+        x, target = split_pair(rows)
         trainee.step(Batch((x * scale).flatten(1), (target * to).flatten(1)))
     sae = trainee.sae
     return score_map(ask, lambda x: sae.encode(x.flatten(1)), lambda x: sae(x.flatten(1)).view_as(x), scale, to)

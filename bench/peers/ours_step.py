@@ -1,4 +1,4 @@
-"""Our steps for the benchmarks of training."""
+"""Our training steps for the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 if os.environ.get("WITHOUT_TRITON"):
-    sys.modules["triton"] = None  # pyright: ignore  # as if not installed, to time the fallback of our kernels
+    sys.modules["triton"] = None  # pyright: ignore  # as if it were not installed, to time our kernels' fallback
 
 import torch
 
@@ -53,7 +53,7 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     keep_large_blocks()
     device = batches[0].device
     if device.type == "cuda" and not os.environ.get("WITHOUT_TRITON") and not has_triton(device):
-        raise SystemExit("our kernels do not run here: a row of this name would show torch's")
+        raise SystemExit("our kernels do not run here, so this would time torch's")
     trainee = make_trainee(settings, batches[0])
     if settings.layers:
         pairs = split_pairs(batches)

@@ -1,7 +1,7 @@
-"""SAEDashboard 0.8's dashboards of some latents, answered with seconds; runs in an environment of its own.
+"""SAEDashboard 0.8's dashboards of some latents, timed; runs in its own environment.
 
-As in its runner for Neuronpedia at its defaults: batches of 128 latents, 32 windows at a time, activations of the
-model cached on disk; then its own page of these latents. `warm` fills that cache, so that no round pays for the model.
+As in its runner for Neuronpedia at its defaults: batches of 128 latents, 32 windows at a time, the model's activations
+cached on disk; then its own page of these latents. A first request fills that cache, so no round runs the model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Maker:
             data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
             save_feature_centric_vis(sae_vis_data=data, filename=page)
         seconds = perf_counter() - start
-        titles = [one.acts_histogram_data.title for one in data.feature_data_dict.values()]
+        titles = [latent.acts_histogram_data.title for latent in data.feature_data_dict.values()]
         shares = [float(title.rpartition(" = ")[2].rstrip("%")) / 100 for title in titles]
         return {"seconds": seconds, "densities": shares, "bytes": page.stat().st_size, "peak": resident("VmHWM")}
 
@@ -71,7 +71,7 @@ class Maker:
             self._loaded = {"model": model, "tokens": load_file(request["tokens"])["tokens"]}
         if request["sae"] not in self._loaded:
             sae = SAE.load_from_disk(request["sae"], device="cpu")
-            # Its rows have length one. SAEDashboard folds their norms anyway, which SAELens refuses for top-k.
+            # The decoder's rows have norm 1. SAEDashboard folds norms anyway, which SAELens refuses for top-k.
             sae.fold_W_dec_norm = lambda: None
             self._loaded[request["sae"]] = sae
         return self._loaded["model"], self._loaded[request["sae"]], self._loaded["tokens"]

@@ -1,8 +1,8 @@
 """Train SAEs of SAELens for the quality benchmark.
 
-The settings its documentation recommends: rows of mean norm sqrt(D), rate falling to a tenth in the last fifth,
-sparsity warming up over 5 % of the run (JumpReLU: tanh, over all of it), latents dead after a thirtieth of it, its
-1,000 of 30,000 steps. With torch's fused Adam, which is faster and equivalent.
+Uses the settings that its documentation recommends: rows of mean norm sqrt(D), a rate that falls to a tenth in the last
+fifth, sparsity that warms up over 5 % of the run (JumpReLU: tanh, over all of it), latents dead after a thirtieth, like
+its 1,000 of 30,000 steps. And torch's fused Adam, which is faster and equivalent.
 """
 
 from __future__ import annotations

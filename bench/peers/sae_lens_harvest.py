@@ -1,9 +1,8 @@
-"""SAELens' CacheActivationsRunner: runs in the peers' environment, one JSON answer per line.
+"""SAELens' CacheActivationsRunner; runs in the peers' environment.
 
-{"model": folder, "rows": file.npy, "out": folder, "layer", "width", "batch", "dtype", "device"} caches one
-residual of the given tokens and answers with seconds and tokens; loading the model, once per process, is not
-timed. Attention is eager, like ours: transformers' default for Gemma-2 leaves out its softcap, which is faster
-but a different function.
+{"model": folder, "rows": file.npy, "out": folder, "layer", "width", "batch", "dtype", "device"} caches one residual of
+the given tokens and answers with seconds and tokens; loading the model, once per process, is not timed. Attention is
+eager, like ours: transformers' default for Gemma-2 leaves out its softcap, which is faster but a different function.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from worker_pipe import serve
 
-STORED_AS = {"float32": ("float32", 4), "bfloat16": ("float16", 2)}  # its Arrow files know no bfloat16
+STORED_AS = {"float32": ("float32", 4), "bfloat16": ("float16", 2)}  # Arrow files have no bfloat16
 
 
 def cache(request: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def cache(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_once() -> None:
-    """Use one model for all requests of a process; the runner would reload it for each."""
+    """Use one model for all requests; the runner would reload it for each."""
     load, models = cache_activations_runner.load_model, {}
 
     @functools.wraps(load)

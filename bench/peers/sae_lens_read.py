@@ -1,9 +1,9 @@
-"""SAELens reading its own cached activations: runs in the peers' environment, one JSON answer per line.
+"""SAELens reading its own cached activations; runs in the peers' environment.
 
-{"make": folder, "resid": file.npy, "tokens": file.npy} writes a cache as its runner does (an Arrow data
-set with one row per context); {"read": folder, "batch": n} reads it once through the `ActivationsStore`
-that its training uses and answers with seconds and tokens; {"raw": folder, "batch": n} reads the same
-rows without the store, as numpy, the fastest that the format allows.
+{"make": folder, "resid": file.npy, "tokens": file.npy} writes a cache as its runner does (an Arrow data set with one
+row per context); {"read": folder, "batch": n} reads it once through the `ActivationsStore` that its training uses and
+answers with seconds and tokens; {"raw": folder, "batch": n} reads the same rows without the store, as numpy, which is
+the fastest that the format allows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make(folder: str, resid_file: str, tokens_file: str) -> dict[str, Any]:
 
 @functools.cache
 def open_store(folder: str, batch: int) -> ActivationsStore:
-    """Open once: it continues with the next epoch by itself."""
+    """Open once: the store continues with the next epoch by itself."""
     shape = datasets.load_from_disk(folder).features[HOOK].shape
     return ActivationsStore(
         model=None,  # a cache is read without one

@@ -1,7 +1,7 @@
 """Official SAEBench's core evaluation of some SAEs, one after another as in `multiple_evals`; answers with seconds.
 
-The request names the model's folder, the rows of tokens, SAELens folders of the SAEs, the data type and
-the numbers of batches. Loading is not timed.
+A request names the model's folder, the rows of tokens, the SAEs' SAELens folders, the data type and the numbers of
+batches. Loading is not timed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenRows:
         return self._rows[self._at - count : self._at]
 
     def reset_input_dataset(self) -> None:
-        """Do nothing: the official one restarts its data set but continues with its pending sequences."""
+        """Does nothing: the official store restarts its data set but continues with its pending sequences."""
 
 
 def evaluate_all(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Check results of `sae-eval` with the official validators; runs in the environment of sae-bench.
+"""Check results of `sae-eval` with the official validators; runs in sae-bench's environment.
 
 python saebench_validate.py runs/run_1/evals/*/*_eval_results.json
 """
@@ -30,7 +30,7 @@ def validate(path: Path) -> str:
     text = path.read_text()
     kind = json.loads(text)["eval_type_id"]
     if kind not in OUTPUTS:
-        return f"{path}: {kind} is not one of SAEBench's"
+        return f"{path}: {kind} is not one of SAEBench's evaluations"
     folder, name = OUTPUTS[kind]
     module = importlib.import_module(f"sae_bench.evals.{folder}.eval_output")
     TypeAdapter(getattr(module, name)).validate_json(text)

@@ -1,7 +1,7 @@
-"""SAEs of SAELens, dictionary_learning and sparsify, each made, saved and opened by its own code.
+"""SAEs of SAELens, dictionary_learning and sparsify, each made, saved and opened by the tool's own code.
 
-{"tool": name, "make": variant, "settings", "sae": folder, "work": folder}    trains one briefly and saves it
-{"tool": name, "sae": folder, "work": folder}                                 writes what it computes next to x.npy
+{"tool": name, "sae": folder, "work": folder}    opens an SAE, and writes its codes and reconstructions next to x.npy
+with "make": variant, "settings"                 trains it briefly and saves it first
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Opened = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def batches(request: Request) -> list[Tensor]:
-    """Batches from a planted dictionary, or latents would not start to fire and decoders not turn."""
+    """Batches of rows from a planted dictionary: on noise, latents would not start to fire, nor decoders change."""
     x = torch.from_numpy(np.load(Path(request["work"]) / "train.npy"))
     return list(x.split(ROWS))[:STEPS]
 
@@ -42,7 +42,7 @@ def make_sae_lens(request: Request) -> None:
     from sae_lens_step import SAES, make_sae, make_trainer
 
     settings, d_in = request["settings"], batches(request)[0].shape[1]
-    if request["make"] not in SAES:  # it can load transcoders but not train them
+    if request["make"] not in SAES:  # a transcoder, which SAELens can load but not train
         cls, config = get_sae_class(request["make"])
         sae: Any = cls(config(d_in=d_in, d_sae=settings["d_sae"], **settings["more"]))
         move(sae)
@@ -93,7 +93,7 @@ def make_sparsify(request: Request) -> None:
     settings, data = request["settings"], batches(request)
     sae = make_coder(data[0].shape[1], num_latents=settings["d_sae"], k=settings["k"], **settings["more"])
     optimiser = make_optimiser(sae)
-    for x in data:  # as in its trainer, which does not normalise what it saves
+    for x in data:  # as in its trainer, which saves the decoder without normalising it again
         if not sae.cfg.transcode:
             sae.set_decoder_norm_to_unit_norm()
         sae(x, x.roll(1, 1) if sae.cfg.transcode else None).fvu.backward()
@@ -107,7 +107,7 @@ def make_sparsify(request: Request) -> None:
 
 @torch.no_grad()
 def move(sae: torch.nn.Module) -> None:
-    """Move weights off zero, where they would prove nothing."""
+    """Move weights off zero, or comparing them would prove nothing."""
     for parameter in sae.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape))
 

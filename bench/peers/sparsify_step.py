@@ -35,7 +35,7 @@ def encode_dense(sae: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimiser(sae: Any, lr: float | None = None) -> Any:
-    """Its trainer's default: the sign of the momentum, without a schedule."""
+    """Its trainer's default: signs of momentum, without a schedule."""
     groups = [{"params": sae.parameters(), "lr": lr or 5e-3 / (sae.num_latents / 2**14) ** 0.5}]
     optimiser = ScheduleFreeWrapper(SignSGD(groups), momentum=0.95)
     optimiser.train()
@@ -55,7 +55,7 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     since_fired = torch.zeros(sae.num_latents, dtype=torch.long, device=device)
 
     def step(x: torch.Tensor) -> None:
-        """What its trainer does for one SAE between two reads of the model."""
+        """As in its trainer, for one SAE between two passes of the model."""
         if not is_transcoder:
             sae.set_decoder_norm_to_unit_norm()
         out = sae(*pairs[id(x)], dead_mask=None)  # the auxiliary loss has no weight by default

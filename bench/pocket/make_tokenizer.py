@@ -1,7 +1,7 @@
-"""The pocket model's tokenizer: byte-level BPE of 4,096 tokens, learned from text.
+"""The pocket model's tokenizer: byte-level BPE with 4,096 tokens, trained on text.
 
-Every byte is a token of its own, so every text encodes and no token is unknown.
-Digits stand alone, as in Gemma's tokenizer; the special tokens have Gemma's ids.
+Every byte is a token, so every text can be encoded. Each digit is its own token, as in Gemma's tokenizer; the special
+tokens have Gemma's ids.
 """
 
 from collections.abc import Iterable

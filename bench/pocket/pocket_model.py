@@ -1,10 +1,9 @@
 """The pocket model's shape: Gemma-2-2b's 26 layers with all its features, made narrow.
 
-It has soft-capping, query scaling, grouped queries, tied embeddings and a sliding
-window on every other layer; the window is shorter than the usual context, so that
-sliding layers do slide.
+It has soft-capping, query scaling, grouped queries, tied embeddings and a sliding window on every other layer; the
+window is shorter than the usual context, so that sliding layers do slide.
 
-A checkpoint of its training is one safetensors file with a JSON record in its header. One file is one rename, so a
+A training checkpoint is a single safetensors file with a JSON record in its header, so that one rename replaces it: a
 killed run leaves the old checkpoint or the new one.
 """
 
@@ -24,7 +23,7 @@ LAYERS = 26
 WIDTH = 128
 CONTEXT = 1024
 SUBLAYER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
-SUBLAYER_GAIN = 0.25  # 52 sub-layers of full size would drown the embedding at the start
+SUBLAYER_GAIN = 0.25  # at full size, 52 sublayers would drown out the embedding at the start
 
 
 def make_config() -> Gemma2Config:
@@ -68,7 +67,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], record: dict[str, 
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, record), or None if no checkpoint was written yet."""
+    """(tensors, record), or None if there is no checkpoint yet."""
     path = folder / FILE
     if not path.exists():
         return None

@@ -2,11 +2,9 @@
 
 Shapes: N windows, T tokens in a window.
 
-1. Documents are packed as the harvest packs them: BOS before each document and
-   at the start of each window.
+1. Documents are packed as the harvest packs them: BOS before each document and at the start of each window.
 2. Cross-entropy is the mean over all targets that are not BOS.
-3. The yardstick is the unigram entropy of the same targets: the loss of the best
-   guess without context.
+3. The yardstick is the unigram entropy of the same targets: the loss of the best guess without context.
 
 `python bench/pocket/pocket_quality.py` measures the bundled model.
 """

@@ -1,9 +1,8 @@
-"""Put a trained pocket model into the package; keep what it was measured on.
+"""Put a trained pocket model into the package, and keep the text it is measured on.
 
-1. Round the checkpoint's master weights to bfloat16; save model and tokenizer as
-   an ordinary Hugging Face folder.
-2. Keep the training curve next to it, and the held-out documents next to this file.
-3. Measure the folder as it is on disk now, and record that too.
+1. Round the checkpoint's master weights to bfloat16; save model and tokenizer as an ordinary Hugging Face folder.
+2. Save the training curve next to it, and the held-out documents next to this file.
+3. Measure the saved folder, and add the results to the training curve's file.
 """
 
 import json
@@ -75,7 +74,7 @@ def main(run: Path, to: Path) -> None:
     tensors, record = found
     documents = list(stdlib_documents())
     if text_digest(documents) != record["corpus"]:
-        raise click.ClickException(f"{run} was trained on another text; bundle it with the Python that trained it")
+        raise click.ClickException(f"{run} was trained on other text: use the Python version that trained it")
     save_model(tensors, to / "model")
     save_tokenizer(run / "tokenizer.json", to / "model")
     trained = [document for document in documents if not is_held_out(document[1])]

@@ -3,10 +3,10 @@
 \b
     python bench/pocket/train_pocket.py --out DIR --minutes 75
 
-1. Read the text, set whole documents aside, learn the tokenizer from the rest.
+1. Read the text, hold out whole documents, train the tokenizer on the rest.
 
 2. Train for the planned minutes: the learning rate follows the clock, so the run
-ends on time however busy the machine is. A paused process uses no time.
+ends on time however busy the machine is. Time in which the process is paused does not count.
 
 3. Every few minutes, at the end and on Ctrl-C, measure on held-out text and write
 a checkpoint; the same command continues from there.
@@ -22,7 +22,7 @@ from pocket_model import load_checkpoint, save_checkpoint
 from rich.console import Console
 from trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Trainer, context_of, learning_rate, read_corpus
 
-LONGEST_STEP = 15.0  # seconds; a longer step is a pause
+LONGEST_STEP = 15.0  # seconds; the rest of a longer step was a pause
 STEPS_PER_LINE = 10
 
 
@@ -75,7 +75,7 @@ def main(out: Path, minutes: float, save_every: float, seed: int, is_compiled: b
 
 
 def train(trainer: Trainer, progress: Progress, plan: Plan, interrupt: Interrupt) -> None:
-    """Train from `progress` on until the planned time is used."""
+    """Train from `progress` until the planned time is used up."""
     console = Console()
     budget = 60 * plan.minutes
     saved = progress
@@ -105,7 +105,7 @@ def _resume(trainer: Trainer, fresh: Progress, out: Path) -> Progress:
     if progress.corpus != fresh.corpus:
         raise click.ClickException(
             f"{out} was trained on text {progress.corpus[:12]}, this Python has {fresh.corpus[:12]}; "
-            "resume with the Python that began it, or choose another --out"
+            "resume with the Python version that started it, or choose another --out"
         )
     trainer.optimizer.load_state(tensors)
     return progress

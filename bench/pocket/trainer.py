@@ -9,12 +9,12 @@ The optimizer, Muon for matrices and AdamW for the rest, in bfloat16 arithmetic:
 4. The masters are rounded back into the model.
 
 The tokens of a step are a pure function of the step:
-1. Each document starts with BOS; documents are one long run of tokens.
-2. A pass over the run, for one context T, cuts it at a phase of its own into
-   pieces of T tokens and visits each once, in an order of its own.
+1. Each document starts with BOS; documents are joined into one long run of tokens.
+2. A pass over the run, for one context T, cuts it at a random phase into pieces of T tokens and visits each once, in
+   random order.
 3. A window is BOS and the piece without its last token; the piece is the target.
-4. Most steps are short; a few in each cycle are long, so that far positions are
-   learned too. Every context counts its own passes.
+4. Most steps have a short context; a few in each cycle have a long one, so that far positions are learned too. Passes
+   are counted per context.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ class Corpus:
 
 
 def read_corpus(tokenizer_file: Path) -> Corpus:
-    """The text in tokens; learns the tokenizer once and keeps it in the file."""
+    """The text in tokens; trains the tokenizer once and keeps it in the file."""
     documents = list(stdlib_documents())
     texts = [text for _, text in documents if not is_held_out(text)]
     held_out = [text for _, text in documents if is_held_out(text)]
@@ -67,7 +67,7 @@ def read_corpus(tokenizer_file: Path) -> Corpus:
 
 
 def learning_rate(step: int, done: float) -> float:
-    """The share of the full rate at a step, `done` of the planned time being used."""
+    """The share of the full rate at a step, when the share `done` of the planned time is used."""
     falling = (1 - done) / (1 - DECAY_FROM)
     return max(0.0, min(1.0, (step + 1) / WARMUP_STEPS, falling))
 
@@ -100,7 +100,7 @@ class Trainer:
         return measure(self.model, self.held_out, BOS, EVALUATION_CONTEXT, batch).cross_entropy
 
     def _compile(self) -> None:
-        """Layer by layer: 26 equal layers compile once, a whole model would take minutes."""
+        """Compile layer by layer: 26 equal layers compile once, a whole model would take minutes."""
         torch._dynamo.config.recompile_limit = 64  # layer kinds times contexts, and evaluation
         self.loss = torch.compile(_loss, dynamic=False)
         for layer in self.model.model.layers:
@@ -214,7 +214,7 @@ class Optimizer:
 
 
 def make_optimizer(model: torch.nn.Module) -> Optimizer:
-    """Takes a float32 model, and leaves it in bfloat16."""
+    """Copy a float32 model's weights as masters, and convert the model to bfloat16."""
     masters = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     model.to(torch.bfloat16)
     matrices = [w for name, w in masters.items() if w.ndim == 2 and ".layers." in name]

@@ -1,4 +1,4 @@
-"""Fixtures of the store's tests: small stores that any process can make again, and a server of S3's protocol."""
+"""Fixtures for the store's tests: small stores that any process can reproduce, and an S3 server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def synthetic() -> ModuleType:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows a chunk, so that a shard of four has two chunks of residuals."""
+    """Two windows per chunk, so that a shard of four has two chunks of residuals."""
     monkeypatch.setattr("saemill.cache_schema.layout.CHUNK_BYTES", 2 * 8 * 6 * 2)
 
 
@@ -38,7 +38,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The address of a server that speaks the real protocol."""
+    """The address of a server of the real protocol."""
     command = [sys.executable, Path(__file__).with_name("s3_server.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -71,7 +71,7 @@ class Nursery:
 
 @contextmanager
 def s3_at(address: str, **settings: str) -> Iterator[None]:
-    """With a bucket called mill; found through the environment, as a user's would be, and none of that of the user."""
+    """A server with a bucket called mill, found through the environment, in which no settings of the user remain."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -89,7 +89,7 @@ def s3_at(address: str, **settings: str) -> Iterator[None]:
 
 
 def forget_instances() -> None:
-    """Now, and not in whichever test collects them: what they leave open is told by their sessions' `__del__`."""
+    """Collect the instances here: the `__del__` of their open sessions would warn in whichever test collected them."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """A process that forks writers on demand, so that tests can kill dozens of real processes in seconds.
 
-It imports the store once; every writer is a fork of it. One JSON request a line on stdin, one answer a
-line on stdout: {"start": url, "die_at": n or null} answers the pid, {"wait": pid} the exit status.
-With `die_at`, the writer kills itself before its n-th call into the file system.
+It imports the store once; every writer is a fork of it. Each line on stdin is a JSON request, each line on stdout its
+answer: {"start": url, "die_at": n or null} returns the pid, {"wait": pid} the exit status. With `die_at`, the writer
+kills itself before its n-th call into the file system.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILE_CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "close")
 
 
 def crash_manifest(shards: int) -> Any:
-    """Two windows a shard but for the last, one layer of each kind: few files, so that many kills fit."""
+    """Two windows per shard except the last, one layer of each kind: few files, so there is time for many kills."""
     manifest = synthetic.make_manifest(windows=2 * shards - 1, shard_windows=2, layers=(3,))
     return synthetic.replace(manifest, attention=synthetic.replace(manifest.attention, layers=(2,)))
 
@@ -43,12 +43,12 @@ def write(url: str, shards: int, die_at: int | None) -> None:
         try:
             synthetic.write_store(url, manifest, crash_corpus(shards))
             return
-        except StoreBusy:  # another writer is creating the store: it will have, soon
+        except StoreBusy:  # another writer is just creating the store
             time.sleep(0.001)
 
 
 def kill_at_call(number: int) -> None:
-    """Count calls into the file system, of all threads together, and die before one of them."""
+    """Die before the n-th call into the file system, counting those of all threads."""
     calls = itertools.count(1)
 
     def counted(call: Any) -> Any:
@@ -64,7 +64,7 @@ def kill_at_call(number: int) -> None:
 
 
 def start(request: dict[str, Any]) -> int:
-    crash_corpus(request["shards"])  # once, before the fork
+    crash_corpus(request["shards"])  # computed before the fork, only once
     pid = os.fork()
     if pid:
         return pid

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that does what networks do: drops, delays, throttles, hangs, cuts in the middle."""
+"""A proxy for an S3 server that drops, delays, throttles and truncates like a real network."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 KINDS = ("lost request", "lost answer", "cut answer", "throttled", "slow")
-HANGS = 5  # seconds, of a request that is answered by nobody: longer than the client waits
+HANGS = 5  # seconds without an answer: longer than the client waits
 HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Requests pass, but for a share of them; what is done to these is drawn."""
+    """Passes requests on, except for a share of them that get a random fault."""
 
     daemon_threads = True
 
@@ -45,7 +45,7 @@ class FaultyProxy(ThreadingHTTPServer):
             return kind
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away is no news here."""
+        """Ignores clients that disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             headers["Content-Length"] = answer.getheader("Content-Length") or "0"
         connection.close()
-        if fault == "no condition":  # as MinIO and others refuse what exists
+        if fault == "no condition":  # as in refusals by MinIO and others
             data = re.sub(rb"<Condition>.*?</Condition>", b"", data)
         if fault == "lost answer":
             self.close_connection = True

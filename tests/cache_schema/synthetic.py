@@ -1,4 +1,4 @@
-"""Small stores whose every value follows from the manifest, so that any process can make or check them.
+"""Small stores whose values all follow from the manifest, so that any process can write or check them.
 
 Loaded by `conftest.py` as a fixture, and imported by the scripts that tests run in other processes.
 Shapes: N windows, W windows of a shard, T context, D width, H heads.
@@ -33,7 +33,7 @@ SPECIAL = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything a store holds, whole."""
+    """Everything that a store holds."""
 
     tokens: np.ndarray  # [N, T]
     documents: np.ndarray  # [N, T]
@@ -111,7 +111,7 @@ def make_content(manifest: Manifest, corpus: Corpus, shard: int) -> ShardContent
 
 
 def write_pending(writer: StoreWriter, corpus: Corpus, shards: Iterable[int] | None = None) -> list[int]:
-    """Write what nobody else has or holds; return the shards written."""
+    """Write all shards that nobody else has written or claimed; return their numbers."""
     written = []
     for shard in writer.pending() if shards is None else shards:
         with writer.claim(shard) as is_mine:

@@ -54,7 +54,7 @@ WINDOWS, SPLITS = 40, (16, 20)
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A real browser: pages are tested where people read them."""
+    """A real browser, in which pages are tested."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install playwright"
     )
@@ -69,14 +69,13 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def contrasts() -> str:
-    """A script that lists texts on a page which stand out too little from what is behind them."""
+    """A script that lists texts on a page with too little contrast."""
     return (Path(__file__).parent / "contrasts.js").read_text()
 
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in these tests may ask the network for a model, or for the commit of a data set; nor does what this
-    machine downloaded before decide any."""
+    """Tests never ask the network for a model or for a data set's commit, nor depend on this machine's downloads."""
 
     def refuse(choice: Any) -> Any:
         if choice.name != "pocket" and not Path(choice.name).is_dir():
@@ -142,8 +141,8 @@ def harvest_rows(
     stored_as: str | None = None,
     has_tokens: bool = True,
 ) -> str:
-    """A store of these rows; its model is known by its folder's path and by no revision. `massive` are (window,
-    position) of rows made `longer` times as long. Without tokens it says so, as one that was imported does."""
+    """Write a store of these rows, whose model is named by its folder's path and has no revision. `massive`: (window,
+    position) of rows that become `longer` times as long. Without tokens, the store says so, as imported ones do."""
     windows, context = tokens.shape
     attention_layers = (layers[-1], layers[-1] + 1) if attention_layers is None else attention_layers
     spec = AttentionSpec(layers=attention_layers, topk=4, mass=1.0)
@@ -187,7 +186,7 @@ def make_tokens(windows: int = WINDOWS, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A store in bfloat16, 20 windows of test split."""
+    """A store in bfloat16 with 20 windows in the test split."""
     root = tmp_path_factory.mktemp("world")
     folder, tokens = make_model_folder(root / "model"), make_tokens()
     url = harvest_rows(root / "store", folder, tokens, SPLITS)
@@ -199,22 +198,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def make_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
     """Further stores: make_world(dtype=..., tokens=..., splits=..., layers=..., attention_layers=..., model=folder).
-    One for all who ask for the same; who harms it, or counts what lies beside it, says fresh=True."""
-    made: dict[str, World] = {}
+    Tests that ask for the same share one; a test that damages it, or counts files next to it, passes fresh=True."""
+    shared: dict[str, World] = {}
 
     def make(
         model: Path = world.model, tokens: Tensor | None = None, splits: Any = SPLITS, fresh: bool = False, **how: Any
     ) -> World:
-        asked = json.dumps([str(model), splits, how], sort_keys=True, default=np.ndarray.tolist)
+        key = json.dumps([str(model), splits, how], sort_keys=True, default=np.ndarray.tolist)
         is_shared = tokens is None and not fresh
-        if is_shared and asked in made:
-            return made[asked]
+        if is_shared and key in shared:
+            return shared[key]
         rows = make_tokens() if tokens is None else tokens
         store = harvest_rows(tmp_path_factory.mktemp("world") / "store", model, rows, splits, **how)
-        found = World(model, store, rows, torch.empty(0))
+        made = World(model, store, rows, torch.empty(0))
         if is_shared:
-            made[asked] = found
-        return found
+            shared[key] = made
+        return made
 
     return make
 
@@ -243,7 +242,7 @@ def language_model() -> Callable[..., LanguageModel]:
 
 
 def make_sae(width: int = F, d_in: int = D, k: int | None = 4, seed: int = 0, **parts: Tensor) -> SparseAutoencoder:
-    """Random directions; top-k, or ReLU with k None."""
+    """An SAE of random directions: top-k, or ReLU if k is None."""
     generator = torch.Generator().manual_seed(seed)
     W_dec = torch.nn.functional.normalize(torch.randn(width, d_in, generator=generator), dim=1)
     gate = Relu() if k is None else TopK(k)
@@ -283,7 +282,7 @@ class Builder:
         return make_subject(save(self.root / name, sae, **settings), None)
 
     def run(self, world: World, name: str, saes: dict[str, SparseAutoencoder], finished: bool = True) -> Path:
-        """A run's folder as training leaves it."""
+        """A run's folder, as training leaves it."""
         with Store.open(world.store) as store:
             cache_id = store.manifest.cache_id
         run = self.root / "runs" / name
@@ -303,7 +302,7 @@ def builder(tmp_path: Path) -> Builder:
 
 @pytest.fixture(scope="session")
 def new_builder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Builder]:
-    """For what is shared between tests."""
+    """Builders of objects that tests share."""
     return lambda: Builder(tmp_path_factory.mktemp("saes"))
 
 
@@ -317,7 +316,7 @@ class Golden:
     resid: Tensor
 
     def subject(self, name: str, root: Path) -> LoadedSae:
-        """A copy: results are written beside an SAE."""
+        """A copy, because results are written next to an SAE."""
         return make_subject(Path(shutil.copytree(self.folder / "saes" / name, root / name)), None)
 
     def output(self, name: str) -> dict[str, Any]:
@@ -328,7 +327,7 @@ class Golden:
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     inputs = load_file(GOLDEN / "inputs.safetensors")
     tokens = inputs["tokens"]
-    rows = torch.cat([tokens[:2], tokens])  # one window each to train and to validate on
+    rows = torch.cat([tokens[:2], tokens])  # one window each for training and validation
     url = harvest_rows(
         tmp_path_factory.mktemp("golden") / "store", GOLDEN / "model", rows, (1, 2), dtype="float32", layers=(1,)
     )

@@ -1,11 +1,11 @@
-"""Write ravel_answers.json: what SAEBench 0.6.0 says to many completions.
+"""Write ravel_answers.json: SAEBench 0.6.0's verdicts on many completions.
 
 Needs the official package's file sae_bench/evals/ravel/validation.py, which imports nothing but the standard library:
 
     pip download --no-deps sae-bench==0.6.0 && unzip sae_bench-0.6.0-*.whl -d official
     python tests/golden/make_ravel_answers.py official/sae_bench/evals/ravel/validation.py
 
-Zones with daylight saving are left out: the official answer depends on the day it is asked.
+Zones with daylight saving are left out, because the official answer depends on the day.
 """
 
 from __future__ import annotations

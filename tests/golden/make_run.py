@@ -1,7 +1,7 @@
-"""Write the golden run: one that stopped in the middle, with its checkpoints, and one that ended, with its SAE.
+"""Write the golden runs: one stopped halfway, with its checkpoints, and a finished one, with its SAE.
 
-Run by hand, once for each format of runs, checkpoints and saved SAEs: what was written then must be read for
-ever. The store that it was trained on is made anew by the test, from the same seed.
+Run by hand, once for each format of runs, checkpoints and saved SAEs, which must remain readable. The test rebuilds the
+store that they were trained on from the same seed.
 """
 
 from __future__ import annotations
@@ -76,5 +76,5 @@ if __name__ == "__main__":
     subprocess.run(command, check=True)
     for leftover in (*Path("ended").glob("*.html"), Path("ended/plots"), Path("store")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    for config in Path().glob("*/config.json"):  # no path of the machine it was made on
+    for config in Path().glob("*/config.json"):  # without this machine's paths
         config.write_text(config.read_text().replace(str(FOLDER / "store"), "store"))

@@ -3,11 +3,10 @@
     make saebench
     .venv-saebench/bin/python tests/golden/make_saebench.py
 
-1. A random Gemma-2 of four layers, rows of random tokens, and SAEs of four architectures as SAELens
-   saves them: all inputs lie in tests/golden/saebench/ beside the outputs.
-2. The official functions run on them. They ask an activation store for rows of tokens, and get the
-   rows of the file in order.
-3. The official JSON is kept as it was written.
+1. The inputs are a random Gemma-2 of four layers, rows of random tokens, and SAEs of four architectures as saved by
+   SAELens; all lie in tests/golden/saebench/ next to the outputs.
+2. The official functions run on them, with an activation store that returns the file's rows of tokens in order.
+3. The official JSON is kept as written.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Writes saebench_probes/official.json: what the official packages make of made-up activations and texts.
+"""Write saebench_probes/official.json: the official packages' results for synthetic activations and texts.
 
-Run once, in an environment of its own (see the versions in the file):
+Run once, in its own environment (its versions are in the file):
 
     pip install sae-bench==0.6.0        # brings sae-probes 0.4.2
     JAXTYPING_DISABLE=1 python tests/golden/make_saebench_probes.py
 
-`inputs()` and what it calls need numpy alone: the test builds the same activations from them.
+`inputs()` and the functions it calls need only numpy: the test builds the same activations with them.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def inputs() -> dict:
 
 
 def signals(rng: np.random.RandomState, classes: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
-    """One direction a class, weak enough that probes err."""
+    """One direction per class, weak enough that probes make errors."""
     return {name: [0.55 * unit(rng.randn(D))] for name in classes}
 
 
 def confounded(rng: np.random.RandomState) -> dict[str, list[np.ndarray]]:
-    """Two directions: a group is the texts of several quadrants, half of each."""
+    """Two directions, which span four quadrants; a group mixes the texts of its quadrants equally."""
     one, two = 0.5 * unit(rng.randn(D)), 0.7 * unit(rng.randn(D))
     quadrant = {"pp": one + two, "pn": -one + two, "np": one - two, "nn": -one - two}
     members = (("pp", "pn"), ("np", "nn"), ("pp", "np"), ("pn", "nn"), ("pp",), ("nn",))
@@ -71,7 +71,7 @@ def parts(rng: np.random.RandomState, means: dict[str, list[np.ndarray]]) -> dic
 
 
 def texts(rng: np.random.RandomState, centres: list[np.ndarray], count: int) -> np.ndarray:
-    """Activations with zeros at BOS and at padding, and now and then a token that sums to zero."""
+    """Activations with zeros at BOS and padding, and some tokens that sum to zero."""
     centre = np.stack([centres[i % len(centres)] for i in range(count)])
     acts = centre[:, None] + 1.2 * rng.randn(count, POSITIONS, D)
     lengths = rng.randint(3, POSITIONS + 1, size=count)
@@ -104,7 +104,7 @@ def files() -> list[dict]:
 
 
 def binary() -> dict[str, np.ndarray]:
-    """Labels, dense rows and rows of latents of a binary data set."""
+    """Labels and latents of a binary data set."""
     rng = np.random.RandomState(11)
     labels = rng.permutation(np.repeat([0, 1], 210))
     latents = np.maximum(rng.randn(420, F) - 0.8, 0) * np.exp(rng.randn(F))

@@ -1,6 +1,6 @@
-"""Write the golden stores anew. Run by hand (`make goldens`), reviewed as any change of format is.
+"""Rewrite the golden stores. Run by hand (`make goldens`); the result is reviewed like any format change.
 
-Values are arithmetic, not random, so that the expected arrays can be computed beside the stored bytes.
+Values are arithmetic, not random, so that tests can compute the expected arrays.
 """
 
 import shutil
@@ -65,7 +65,7 @@ def act(site: Site) -> np.ndarray:
 
 
 def attention(windows: int) -> AttentionCsr:
-    """Query q keeps min(q + 1, 2) keys, from the first on, with falling probabilities."""
+    """Query q keeps its first min(q + 1, 2) keys, with falling probabilities."""
     lengths = np.minimum(np.tile(np.arange(CONTEXT) + 1, windows * HEADS), TOPK)
     ends = np.cumsum(lengths)
     place = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
@@ -93,7 +93,7 @@ def content(manifest: Manifest, shard: int) -> ShardContent:
 
 
 def write(url: Path, name: str) -> None:
-    """A store by its name: a codec, `hooks`, which is of format 2, or `int8` or `fp8`, which are of format 3."""
+    """Write a store by its name: a codec; `hooks`, in format 2; `int8` or `fp8`, in format 3."""
     of_hooks = {"hooks": HOOKS, "codec": "lz4"}
     small = {small: of_hooks | {"stored_as": small} for small in SMALL}
     changes = {"hooks": of_hooks, **small}.get(name, {"codec": name})
@@ -101,7 +101,7 @@ def write(url: Path, name: str) -> None:
     with StoreWriter.create(url, manifest, tokens(), documents()) as writer:
         for shard in writer.pending():
             writer.write(shard, content(writer.manifest, shard))
-    (url / COUNTS).unlink()  # derived, and none of the bytes that every later version must read
+    (url / COUNTS).unlink()  # derived, so later versions need not read it
 
 
 if __name__ == "__main__":

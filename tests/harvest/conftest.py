@@ -1,4 +1,4 @@
-"""Tiny random models: of every supported family as modules, and one as a folder with a tokenizer and text."""
+"""Tiny random models: one of every supported family, and one in a folder with a tokenizer and text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """All that the whole eager model computes on some windows."""
+    """Everything that the whole eager model computes on some windows."""
 
     ids: torch.Tensor
     resid: list[torch.Tensor]
@@ -73,7 +73,7 @@ def _make_model(model_type: str, dtype: torch.dtype = torch.float32, **changes: 
     torch.manual_seed(7)
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
-    for name, parameter in model.named_parameters():  # norms and biases start at constants that would hide errors
+    for name, parameter in model.named_parameters():  # the constants of new norms and biases would hide errors
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     return model
@@ -83,7 +83,7 @@ def _run_whole(model: PreTrainedModel) -> Reference:
     ids = torch.randint(3, VOCAB, (WINDOWS, CONTEXT), generator=torch.Generator().manual_seed(1))
     ids[:, 0] = 1
     resid: list[torch.Tensor] = []
-    whole = copy.deepcopy(model)  # the hooks that transformers installs to report attentions stay on this copy
+    whole = copy.deepcopy(model)  # transformers leaves hooks on a model that reported its attention
     for layer in architecture_of(whole.config.model_type).layers_of(whole.base_model):
         layer.register_forward_hook(lambda _module, _args, output: resid.append(output))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def _run_whole(model: PreTrainedModel) -> Reference:
 
 @pytest.fixture(scope="session")
 def is_same() -> Callable[[torch.Tensor, torch.Tensor], bool]:
-    """To the bit; where products are made in another type than transformers', to a rounding."""
+    """Equal to the bit, or up to rounding if products have another type than transformers'."""
 
     def compare(found: torch.Tensor, expected: torch.Tensor) -> bool:
         if torch.equal(found, expected):
@@ -117,7 +117,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def run_whole() -> Callable[[PreTrainedModel], Reference]:
-    """Run a model as it is, eagerly, and keep every residual and all attention."""
+    """Run a model eagerly, and keep every residual and all attention."""
     return _run_whole
 
 
@@ -126,7 +126,7 @@ WORDS = SENTENCE.split()
 
 
 def make_text(seed: int, words: int) -> str:
-    """Words that never repeat in the same order."""
+    """Random words."""
     picks = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
     return " ".join(WORDS[pick] for pick in picks.tolist())
 
@@ -180,7 +180,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(settings_of: Callable[..., HarvestConfig], tmp_path: Path) -> Callable[..., HarvestConfig]:
-    """Settings of a harvest that takes a second: 125 windows in 8 shards."""
+    """Settings for a harvest of a second: 125 windows in 8 shards."""
     return lambda **changes: settings_of(**{"out": str(tmp_path / "store")} | changes)
 
 
@@ -205,19 +205,19 @@ def settings_of(model_folder: Path, text_file: Path) -> Callable[..., HarvestCon
 
 @pytest.fixture(scope="session")
 def straight(settings_of: Callable[..., HarvestConfig], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The store of `make_config()`, harvested in one go by one process: to compare with, and to read."""
+    """The store of `make_config()`, harvested without interruption by one process; not to be changed."""
     return run.harvest(settings_of(out=str(tmp_path_factory.mktemp("straight") / "store")), Watch(is_quiet=True)).url
 
 
 @pytest.fixture
 def harvested(straight: str, make_config: Callable[..., HarvestConfig]) -> HarvestConfig:
-    """`make_config()`, whose harvest has ended: its store is a copy."""
+    """`make_config()` with its finished store, which is a copy."""
     shutil.copytree(straight, make_config().out)
     return make_config()
 
 
 def digest_of(url: str | Path) -> str:
-    """Of a store that is whole."""
+    """The digest of a store, which must be complete and undamaged."""
     with Store.open(url) as store:
         assert store.committed.all()
         assert not [item for report in verify_shards(store) for item in report.damage]
@@ -226,7 +226,7 @@ def digest_of(url: str | Path) -> str:
 
 @pytest.fixture
 def share_only(monkeypatch) -> None:
-    """Workers end after their share, as those do that are killed then."""
+    """Workers exit after their own share, as if killed then."""
     open_process = run.open_process
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Shared by the tests of training: seeded tensors and the dense oracle of every sparse product."""
+"""Shared by the tests of training: seeded tensors, small configs, and a store to train on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from saemill.train.sae.step_view import View
 from ..write_shards import write_shards
 
 D, ROWS, STEPS = 32, 512, 40
-FOUND = 0.9  # of a planted dictionary
+FOUND = 0.9  # the share of a planted dictionary that training must recover
 SPAN = 32  # trainable tokens of a window
 SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
 SMALL |= {"context": 36, "layer_fractions": (0.5, 1.0)}
@@ -60,7 +60,7 @@ def rng() -> torch.Generator:
 
 @pytest.fixture
 def planted(rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows [4096, 32] that are sums of 3 of 48 unit directions, and the directions [48, 32]."""
+    """Rows [4096, 32] that each sum 3 of 48 unit directions, and the directions [48, 32]."""
     directions = torch.nn.functional.normalize(torch.randn(48, 32, generator=rng), dim=1)
     chosen = torch.rand(4096, 48, generator=rng).topk(3, dim=1).indices
     strength = 1.0 + torch.rand(4096, 3, generator=rng)
@@ -95,14 +95,14 @@ def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Ba
     def batch() -> Batch:
         noise = None if needs.targets is None else draw(needs.targets)
         x = draw(needs.inputs)
-        target = None if noise is None else x.roll(1, 1) + 0.5 * noise  # something of it can be learned
+        target = None if noise is None else x.roll(1, 1) + 0.5 * noise  # partly predictable
         return Batch(x, target, side_of(needs, rows, generator))
 
     return [batch() for _ in range(count)]
 
 
 def side_of(needs: Needs, rows: int, generator: torch.Generator) -> dict[str, Any]:
-    """Side inputs of rows that lie in windows of SPAN trainable tokens after one special token."""
+    """Side inputs of rows in windows of SPAN trainable tokens after one special token."""
     windows = -(-rows // SPAN)
     window, position = torch.arange(rows) // SPAN, torch.arange(rows) % SPAN + 1
     side: dict[str, Any] = {}
@@ -133,13 +133,13 @@ def attention_of(windows: int, generator: torch.Generator, context: int = SPAN +
 
 
 def view_of(trainee: Trainee, batch: Batch) -> View:
-    """What the terms of its next step would see of this batch."""
+    """The view of this batch that the terms of the next step would get."""
     side = Side(batch.side, trainee.assembly.knobs_at(trainee.step_index, trainee.total_steps))
     return trainee._view(batch, side)
 
 
 def side_for(assembly: Assembly, batch: Batch) -> Side:
-    """What the module reads of a batch in the middle of a run."""
+    """The side inputs that the module gets in the middle of a run."""
     return Side(batch.side, assembly.knobs_at(STEPS // 2, STEPS))
 
 
@@ -150,8 +150,8 @@ def train(
     return trainee, [trainee.step(batch) for batch in batches(config, start + count)[start:]]
 
 
-def changed_by_going_on(config: Any, steps: int) -> list[str]:
-    """Names of tensors that differ between a run and one that was stopped half way and went on."""
+def changed_by_resuming(config: Any, steps: int) -> list[str]:
+    """The names of tensors that differ between an uninterrupted run and one resumed halfway."""
     straight, _ = train(config, steps)
     stopped, _ = train(config, steps // 2)
     state = {name: tensor.clone() for name, tensor in stopped.state().items()}
@@ -163,7 +163,7 @@ def changed_by_going_on(config: Any, steps: int) -> list[str]:
 
 
 def learn(config: Any, batches: list[Batch]) -> Trainee:
-    """What a run of all the batches gives, from the start that runs have."""
+    """Train on all the batches, from the fitted start of real runs."""
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, start="fitted"))
     trainee = Trainee("one", config.build(D), len(batches))
     for batch in batches:
@@ -180,7 +180,7 @@ def scaled(rows: Tensor) -> Tensor:
 
 
 def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations and reconstruction by the format's own formulas."""
+    """Activations and reconstruction by the format's formulas."""
     config, w = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     pre = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"]
     match config.get("gate", config["architecture"]):
@@ -201,7 +201,7 @@ def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -> float:
-    """Share of the planted directions that training finds a decoder row for; looked for until they are found."""
+    """The share of planted directions that some decoder row finds; stops as soon as it is large enough."""
     trainee = Trainee("one", config.build(D), steps)
     generator = torch.Generator().manual_seed(0)
     side = side_of(config.needs(), ROWS, generator)
@@ -219,7 +219,7 @@ def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -
 
 
 class Battery:
-    """What the tests over all variants share."""
+    """What tests of all variants share."""
 
     D, ROWS, STEPS, FOUND = D, ROWS, STEPS, FOUND
     config_of = staticmethod(config_of)
@@ -230,7 +230,7 @@ class Battery:
     view_of = staticmethod(view_of)
     attention_of = staticmethod(attention_of)
     train = staticmethod(train)
-    changed_by_going_on = staticmethod(changed_by_going_on)
+    changed_by_resuming = staticmethod(changed_by_resuming)
     official = staticmethod(official)
     recovered = staticmethod(recovered)
 
@@ -241,7 +241,7 @@ def battery() -> type[Battery]:
 
 
 def plant_residuals(rng, tokens, atoms=24, active=3):
-    """Residuals that are sums of a few atoms: an SAE can learn them."""
+    """Residuals that are sums of a few atoms, which an SAE can learn."""
     directions = rng.standard_normal((atoms, WIDTH))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     chosen = rng.integers(0, atoms, (*tokens.shape, active))
@@ -273,9 +273,9 @@ def make_store(
     scale=1.0,
     stored_as=None,
 ):
-    """Write a store; return what was written. `break_at` is a (layer, window) whose residuals become NaN, unseen by
-    the moments unless `measured`; `massive` are (layer, window, position) of rows a hundred and fifty times as long;
-    the windows of `alike` hold one row again and again; all is `scale` times as long."""
+    """Write a store; return its arrays. `break_at`: a (layer, window) whose residuals become NaN, which moments include
+    only if `measured`. `massive`: (layer, window, position) of rows that become 150 times as long. `alike`: windows
+    that repeat one row. `scale`: a factor on all residuals."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, 50, (windows, CONTEXT)).astype(np.uint32)
     tokens[:, 0] = SPECIAL
@@ -310,7 +310,7 @@ def make_store(
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """The arrays of the session's store, and its path."""
+    """The session's store: its arrays and its path."""
     return make_store(tmp_path_factory.mktemp("stores") / "store")
 
 

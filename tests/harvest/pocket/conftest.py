@@ -1,4 +1,4 @@
-"""The scripts of bench/pocket import each other by name, and their tests do so too."""
+"""Makes the scripts of bench/pocket importable by name, as they import each other."""
 
 import sys
 from pathlib import Path

@@ -57,7 +57,7 @@ def make_windows(rng: torch.Generator, windows: int = WINDOWS, heads: int = HEAD
 
 
 def make_attention(rng: torch.Generator, windows: int, heads: int) -> Tensor:
-    """Causal, sparse, with a strong sink; some rows keep next to nothing beside it."""
+    """Causal, sparse attention with a strong sink, which takes almost all of some rows."""
     scores = 2 * torch.randn(windows, heads, CONTEXT, CONTEXT, generator=rng)
     scores[..., 0] += 8.0 * (torch.rand(windows, 1, CONTEXT, generator=rng) > 0.7)
     causal = torch.ones(CONTEXT, CONTEXT).tril().bool()
@@ -83,7 +83,7 @@ def view_of(
 
 
 def oracle_links(windows: Windows, layer: int, head: int | None = None, min_mass: float = 0.05) -> Tensor:
-    """[B, B]: A^l by the words of its definition, row by row."""
+    """[B, B]: A^l by its definition, row by row."""
     dense, row_of = windows.dense[layer].double(), windows.row_of
     table = torch.zeros(windows.rows, windows.rows, dtype=torch.float64)
     for window in range(len(row_of)):

@@ -10,14 +10,14 @@ from saemill.train.sae.kernels import hardware
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    """Kernels row by row, interpreted, and numbers that are read late."""
+    """Interpreted row-wise kernels, and numbers that are read late."""
     monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
     monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
 
 
 @pytest.fixture
 def quick_selection(monkeypatch):
-    """Latents chosen by torch: interpreted, the kernels of a selection take seconds a step."""
+    """Choose latents by torch, because interpreted selection kernels take seconds per step."""
     select = pytest.importorskip("saemill.train.sae.kernels.triton.exact_top_k")
     monkeypatch.setattr(select, "top_latents", top_latents)
     monkeypatch.setattr(select, "top_of_batch", top_of_batch)

@@ -25,13 +25,13 @@ TIMING = ("tokens_per_second", "waiting_share")
 
 @pytest.fixture(scope="session")
 def big(write_store, tmp_path_factory):
-    """A store of 1,000 windows: 100 steps of 64 tokens in an epoch."""
+    """A store of 1,000 windows: an epoch has 100 steps of 64 tokens."""
     return write_store(tmp_path_factory.mktemp("stores") / "big", windows=1000, shard_windows=64, splits=(920, 960))
 
 
 @pytest.fixture
 def sae_train(tmp_path):
-    """Run the command here: `sae_train("--variant", "topk", ...)` gives its result. No pictures unless asked for."""
+    """Run the command in this process: `sae_train("--variant", "topk", ...)` returns its result."""
 
     def call(*words, out=tmp_path / "runs", code=0):
         words = ("--no-plots", "--out", out, *words)
@@ -44,7 +44,7 @@ def sae_train(tmp_path):
 
 @pytest.fixture
 def rewind(monkeypatch):
-    """Makes a finished run of this process one that was killed after the last checkpoint but one."""
+    """Turn a finished run of this process into one that was killed after its second-to-last checkpoint."""
     monkeypatch.setattr("saemill.train.run.validate_and_save_results.keep_newest", lambda *_: None)
 
     def back(run):
@@ -57,7 +57,7 @@ def rewind(monkeypatch):
 
 @pytest.fixture(scope="module")
 def spawn_in():
-    """Start the command in a process of its own: `spawn_in(out, "--variant", "topk", ...)`."""
+    """Start the command in a new process: `spawn_in(out, "--variant", "topk", ...)`."""
     processes = []
 
     def start(out, *words, code="from saemill.train.cli import main; main()", **environment):
@@ -81,7 +81,7 @@ def spawn(spawn_in, tmp_path):
 
 @pytest.fixture(scope="session")
 def bits():
-    """All that a finished run leaves behind and that time does not touch."""
+    """Everything that a finished run leaves behind, except times."""
 
     def read(run: Path):
         last = sorted((run / "checkpoints").glob("step_*"))[-1]
@@ -95,7 +95,7 @@ def bits():
 
 @pytest.fixture
 def same_bits(bits):
-    """Assert that two runs left the same."""
+    """Assert that two runs left the same behind."""
 
     def check(one: Path, other: Path):
         (tensors, lines), (expected, expected_lines) = bits(one), bits(other)
@@ -111,5 +111,5 @@ def same_bits(bits):
 
 @pytest.fixture(scope="session")
 def quick():
-    """Options of a run of a few seconds."""
+    """Options for a run of a few seconds."""
     return QUICK

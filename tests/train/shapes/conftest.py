@@ -21,7 +21,7 @@ from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 
 WINDOWS, CONTEXT, D, LATENTS = 3, 12, 6, 20
-SECOND_DOCUMENT = (12, 7, 4)  # where it begins in each window; 12: nowhere
+SECOND_DOCUMENT = (12, 7, 4)  # where it starts in each window; 12: nowhere
 EPSILON = 1e-6
 
 
@@ -45,7 +45,7 @@ def make_sae(rng: torch.Generator, gate: Gate | None = None) -> SparseAutoencode
 def make_views(
     rng: torch.Generator, sae: SparseAutoencoder, dead: Tensor | None = None, **knobs: float
 ) -> Callable[[], View]:
-    """A function that gives fresh views of one batch."""
+    """A function that returns fresh views of one batch."""
     side = window_side(rng)
     x = torch.randn(len(side["window"]), D, generator=rng, dtype=torch.float64)
     dead = torch.zeros(LATENTS, dtype=torch.bool) if dead is None else dead
@@ -53,7 +53,7 @@ def make_views(
 
 
 def assert_slopes(loss_of: Callable[[], Tensor], module: nn.Module, rng: torch.Generator, names: tuple[str, ...] = ()):
-    """The gradient of every parameter (or of those named) is what small changes of the loss say."""
+    """Check the gradient of every parameter (or of those named) by finite differences of the loss."""
     parameters = {n: p for n, p in module.named_parameters() if not names or n in names}
     gradients = torch.autograd.grad(loss_of(), list(parameters.values()), allow_unused=True)
     moving = 0
@@ -73,13 +73,13 @@ def assert_slopes(loss_of: Callable[[], Tensor], module: nn.Module, rng: torch.G
 
 
 def same_bits_as(assembly: Assembly, expected: Assembly, batches: list[Batch], steps: int) -> list[str]:
-    """Names of weights that differ after some steps."""
+    """The names of weights that differ after some steps."""
     trainees = [Trainee("one", each, steps) for each in (assembly, expected)]
     for batch in batches:
         for trainee in trainees:
             trainee.step(batch)
-    one, other = (dict(trainee.sae.named_parameters()) for trainee in trainees)
-    return [name for name in other if not torch.equal(one[name], other[name])]
+    found, wanted = (dict(trainee.sae.named_parameters()) for trainee in trainees)
+    return [name for name in wanted if not torch.equal(found[name], wanted[name])]
 
 
 class Shaping:
@@ -100,7 +100,7 @@ def shaping() -> type[Shaping]:
 
 @pytest.fixture
 def cli(tmp_path):
-    """Run the command: `cli("--variant", "tiered", ...)` gives its result."""
+    """Run the command: `cli("--variant", "tiered", ...)` returns its result."""
 
     def call(*words):
         return CliRunner().invoke(main, ["--out", str(tmp_path / "runs"), "--device", "cpu", *map(str, words)])

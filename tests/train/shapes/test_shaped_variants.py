@@ -81,7 +81,7 @@ def test_every_base_can_be_wrapped(variant, base, battery):
 
 @pytest.mark.parametrize("variant, settings", [(v, s) for v, each in SETTINGS.items() for s in each])
 def test_every_setting_trains_and_goes_on_to_the_same_bits(variant, settings, battery):
-    assert battery.changed_by_going_on(battery.quick(variant, **settings), 12) == []
+    assert battery.changed_by_resuming(battery.quick(variant, **settings), 12) == []
 
 
 @pytest.mark.parametrize("variant, settings", [(v, s) for v, each in SETTINGS.items() for s in each])

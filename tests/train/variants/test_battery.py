@@ -159,7 +159,7 @@ def _another(name, value):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopping_and_going_on_changes_no_bit(battery, variant):
-    assert battery.changed_by_going_on(battery.quick(variant, start="fitted"), 10) == []
+    assert battery.changed_by_resuming(battery.quick(variant, start="fitted"), 10) == []
 
 
 def _centrings():

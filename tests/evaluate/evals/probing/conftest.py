@@ -1,4 +1,4 @@
-"""The official packages' made-up inputs, as our own objects, and their outputs."""
+"""The synthetic inputs of the official packages as our own objects, and the packages' outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def global_random_state_stays():
 
 @dataclass(frozen=True)
 class Made:
-    """Activations of some texts, as a task and as the batches that a model would give."""
+    """Activations of some texts, as a task and as batches like those of a model."""
 
     task: Task
     acts: dict[str, Tensor]  # by text, [T, D]
@@ -56,7 +56,7 @@ class Made:
 
 
 def features_of(classes: Mapping[str, Tensor]) -> Features:
-    """From one dense matrix for each class."""
+    """Features from a dense matrix for each class."""
     parts = [csc_matrix(part.float().numpy()) for part in classes.values()]
     return Features(csc_matrix(vstack(parts)), spans_of(classes), next(iter(classes.values())).dtype)
 
