@@ -38,8 +38,8 @@ class Sizes:
     warm: int = 3
 
     def flops_per_token(self, width: int) -> int:
-        """One dense product and five sparse ones: pre-activations, codes, their gradient and those of two tables."""
-        return 2 * self.d_model * (width + 5 * self.k)
+        """Pre-activations, and four sparse products: the reconstruction, the codes' gradient and the two tables'."""
+        return 2 * self.d_model * (width + 4 * self.k)
 
     def bytes_per_step(self, width: int) -> int:
         """The unavoidable traffic: Adam's seven passes over two tables, and pre-activations written and read again."""
