@@ -21,7 +21,7 @@ from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
 from ...train.config.recipe import runs_of, studies
 from ...train.disk.atomic_files import read_json
-from ...train.disk.hook_metadata import UNTOLD, Told, places_told
+from ...train.disk.hook_metadata import NO_PLACES, Places, read_places
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_lens_folder import CONFIG, WEIGHTS, as_said_since_6, metadata_of, read_config, read_shapes
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
@@ -230,10 +230,10 @@ def studies_with(run: str) -> list[str]:
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 
-def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Told:
+def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Places:
     """Where an SAE reads and writes: as it says or, if it names no place, as the user says."""
     try:
-        told = places_told(metadata)
+        told = read_places(metadata)
     except SaeInvalid as error:
         raise SettingInvalid(f"{folder}: {error}") from None
     if told is not None:
@@ -245,10 +245,10 @@ def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> To
             )
         return told
     if metadata.get("transcodes"):
-        raise SettingInvalid(f"{folder}: {UNTOLD}")
+        raise SettingInvalid(f"{folder}: {NO_PLACES}")
     if given is None:
         raise SettingInvalid(
             f"{folder} does not say which layer's residual stream it reads (hook_name "
             f"{metadata.get('hook_name', '')!r}): give --layer"
         )
-    return Told((given,), RESID, (given,), RESID)
+    return Places((given,), RESID, (given,), RESID)

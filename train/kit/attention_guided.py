@@ -1,7 +1,7 @@
 """What the attention-guided variants share: their settings, and how a base becomes a guided SAE.
 
-Total loss = the base's + alpha (guidance + beta consistency). With alpha = 0 training is the base's to
-the bit. `guidance = "encode"` lets the encoder read attention too, and so does the saved SAE.
+Total loss = the base's + alpha (guidance + beta consistency). With alpha = 0 training equals the base's to the bit.
+With `guidance = "encode"` the encoder reads attention too, also in the saved SAE.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..terms.attention_guidance import Consistency, Guidance, Objective
 from .check_variant_settings import read_with, require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
 
-ENCODER_SEEDS = 2**40  # far from those of the bases
+ENCODER_SEEDS = 2**40  # far from the seeds of bases
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Guided(Wrapping):
     temperature: float = 0.2
     """Temperature of the softmax over cosines."""
     negatives: int = 64
-    """Random tokens of other windows among the candidates of every token."""
+    """Random tokens of other windows among each token's candidates."""
     min_mass: float = 0.05
     """Rows of attention with less mass than this, apart from the sink and the token itself, are left out."""
     head: int | None = None
     """One head of a store that keeps heads separate; None: their mean."""
     rank: int = 64
-    """Rank of what the encoder reads through each layer's attention (guidance = "encode")."""
+    """Rank of the encoder's map through each layer's attention (guidance = "encode")."""
     shuffle_attention: bool = False
     """The control: each token gets the attention of a token at its position in another window."""
     links: LinkKind = "attention"
@@ -86,8 +86,8 @@ def build_guided(
     beta: float = 0.0,
     objective: Objective = "divergence",
 ) -> Assembly:
-    """The base with the terms of the guidance, and with an encoder that reads attention if `guidance` says so; `mixing`
-    comes with the schedule of its temperature."""
+    """The base with the guidance terms and, if guidance="encode", an encoder that reads attention; `mixing` comes with
+    the schedule of its temperature."""
     assembly = build_base(config, d_model, stats)
     attention = config.attention(layers)
     if config.guidance == "encode":
@@ -104,7 +104,7 @@ def build_guided(
 
 
 def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, temperature: Schedule) -> Assembly:
-    """Add the mixing: learned, logged, with its temperature. An encoder that reads attention already contains it."""
+    """Add the mixing, to be learned and logged, and its temperature. An encoder that reads attention already has it."""
     if not isinstance(assembly.sae, AttendedSae):
         assembly = assembly.with_extra(MIXING, mixing)
     first, *others = assembly.terms

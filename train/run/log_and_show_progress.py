@@ -1,7 +1,7 @@
-"""What a run reports while it trains: metrics.jsonl, and a live line per SAE on a terminal, elsewhere a plain line from
-time to time.
+"""What a run reports while it trains: metrics.jsonl, and per SAE a live line on a terminal, or occasional plain lines
+elsewhere.
 
-Further logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested.
+Additional logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Watch:
         self._started = time.perf_counter()
         self._ended: float | None = None
 
-    def go_on(self, standing: Standing) -> None:
-        """Add to what was measured before the run was resumed."""
+    def resume(self, standing: Standing) -> None:
+        """Continue from the measurements made before the run was resumed."""
         self._before = standing.seconds, standing.waited_seconds
         self.quality = ShuffleQuality(self.quality.ideal, standing.same_pairs, standing.pairs)
 
@@ -75,7 +75,7 @@ class Watch:
         self._ended = time.perf_counter()
 
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report], diverged: Mapping[str, int]) -> None:
-        """Called after each step; `diverged` are SAEs that no longer train, with the step."""
+        """Called after each step; `diverged` are SAEs that no longer train, each with the step at which it stopped."""
         self._tokens += self._feed.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
@@ -130,7 +130,7 @@ class Watch:
         if self._progress is not None:
             self._progress.show(step + 1, self.last, self.tokens_per_second)
         if self._onlookers is not None and self.log is not None:
-            self.log.require_ours()  # they write a page into the folder
+            self.log.require_ours()  # onlookers write a page into the folder
             self._onlookers.look()
 
     def _mean_over_ranks(self, report: Report) -> dict[str, float]:
@@ -142,7 +142,7 @@ class Watch:
 
 
 class Output:
-    """Where a run prints. When its terminal or pipe is closed, the run goes on, and what it prints is dropped."""
+    """Where a run prints. If its terminal or pipe is closed, the run continues and its output is dropped."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -167,7 +167,7 @@ class Output:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._file.fileno())  # with what is still buffered, which would fail again at the exit
+        os.dup2(nowhere, self._file.fileno())  # for buffered text too, which would fail again at exit
         os.close(nowhere)
 
 

@@ -1,9 +1,10 @@
 """A sanity baseline: any base, with half of its dictionary left at random.
 
-A result that these baselines show too is not evidence of what an SAE learned. `part` says which half is random:
+A result that these baselines show too is not evidence of what an SAE learned. `part` chooses the random half:
 - `decoder`: random directions; the encoder learns to use them;
-- `soft_decoder`: the decoder learns, but no row turns from its random start by more than `cosine` allows;
-- `encoder`: random features; the decoder learns what they mean. The encoder's bias learns in all three.
+- `soft_decoder`: the decoder is trained, but no row turns from its random start by more than `cosine` allows;
+- `encoder`: random features; the decoder learns what they mean.
+The encoder's bias is trained in all three.
 """
 
 from __future__ import annotations

@@ -28,14 +28,14 @@ class Config(Guided):
     ablated: tuple[int, ...] = ()
     """Offsets whose layers get weight zero."""
     beta: float = 0.1
-    """Weight of the consistency, relative to the guidance."""
+    """Weight of the consistency term, relative to the guidance."""
     objective: Objective = "divergence"
     """The loss that trains the mixture; cross entropy gives all weight to the layer easiest to satisfy."""
     mixing_temperature: float = 1.0
-    """tau, or its final value if it starts elsewhere."""
+    """tau, or its final value if mixing_temperature_start is set."""
     mixing_temperature_start: float | None = None
     mixing_temperature_steps: int = 1000
-    """Steps in which tau comes e times nearer to its final value."""
+    """Steps over which tau's distance to its final value shrinks by a factor of e."""
 
     def unread(self) -> Mapping[str, str]:
         falls = self.mixing_temperature_start is not None

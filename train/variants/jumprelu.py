@@ -2,7 +2,7 @@
 
 Thresholds and bandwidth are in units of the mean norm of the activations, as published; Adam steps
 them in those units too, or they would hardly move from their start. With `sparsity=tanh` (Conerly et al. 2025) the
-penalty has gradients to all parameters and no target: how many latents fire follows from `penalty` / `target_l0`.
+penalty has gradients to all parameters and no target: `penalty` / `target_l0` determines how many latents fire.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Config(WithPenalty, SingleLayer):
     frequency_penalty: float = 0.0
     """Weight of the squared firing frequency of each latent (Smith et al. 2025), added to the penalty on L0."""
     common_share: float = 0.1
-    """Share of tokens at which a latent's frequency penalty equals its part of L0."""
+    """Share of tokens at which the frequency penalty on a latent equals its contribution to L0."""
 
     def unread(self) -> Mapping[str, str]:
         return {

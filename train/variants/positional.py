@@ -2,8 +2,8 @@
 
 There are three ways, alone or combined: a mask over positions, a separate encoder for each range, and a gated
 adapter for each range, before the encoder or after the features. (A part of the dictionary for each range, with its
-own encoder and one shared decoder, is the same as the hard mask.) With none of them and static_slicing, it equals its
-base to the bit. All others need the position at inference, and the saved SAE says so.
+own encoder and one shared decoder, is the same as the hard mask.) With mask=static_slicing and none of the others, it
+equals its base to the bit. Otherwise the saved SAE needs the position at inference, and declares that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, ini
 from ..terms.position import l1_before_mask, record_of
 from ..terms.reconstruction_and_sparsity import l1
 
-SCATTER_SEEDS = 2**41  # far from those of weights
+SCATTER_SEEDS = 2**41  # far from the seeds of weights
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Config(Windowed):
     mask: MaskKind = "hard"
     """static_slicing: no mask; latents are assigned to ranges by where they fired in training."""
     masked_share: float = 0.5
-    """Share of the dictionary that has a range; the other latents fire everywhere."""
+    """Share of the dictionary that is bound to ranges; the other latents fire everywhere."""
     sigma: float | None = None
     """Width of the soft mask, in tokens; None: an eighth of the window."""
     mask_cutoff: float = 0.05
     """Values of soft masks below this become 0."""
     progressive: tuple[float, float] | None = None
-    """The shares of the run between which the mask goes from absent to full; None: full from the start."""
+    """The shares of the run between which the mask rises from absent to full; None: full from the start."""
     learned_coefficient: bool = False
     """Let training move the progressive mask along its sigmoid."""
     scattered: bool = False
@@ -65,12 +65,12 @@ class Config(Windowed):
     pre_norm: bool = False
     """Layer norm of the pre-activations, before the mask."""
     norm_rectified: bool = False
-    """Apply the norm after a ReLU, to what fires, before the mask; values that it makes negative are silent."""
+    """Apply the norm after a ReLU, to active latents, before the mask; values that it makes negative become silent."""
     range_encoders: bool = False
     range_encoder_share: float = 0.5
     """Share of the dictionary with a separate encoder for each range."""
     independent_encoders: bool = False
-    """Each range's encoder starts from rows of its own; otherwise all start as the SAE's and diverge in training."""
+    """Draw each range's encoder separately; otherwise all start as the SAE's encoder and diverge in training."""
     position_embeddings: bool = False
     """Add a learned embedding of each range to the input of the range encoders."""
     init: Init = "tied"
@@ -98,7 +98,7 @@ class Config(Windowed):
         return replace(base_needs(self), positions=True)
 
     def step_tables(self) -> float:
-        """Adapters on features need further tables, on a GPU one for each range."""
+        """Adapters on features need more tables, on a GPU one for each range."""
         return super().step_tables() + (4.0 + self.ranges if self.adapters and self.adapters_on == "features" else 0.0)
 
     def check(self, manifest: Manifest) -> None:
@@ -123,8 +123,8 @@ class Config(Windowed):
         if shapes:
             assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
-        known = None if self.scattered else mask  # a scattered range is not contiguous
-        return assembly.with_extra("mask", record_of(known, self.width, self.length, self.ranges))
+        recorded = None if self.scattered else mask  # a scattered range is not contiguous
+        return assembly.with_extra("mask", record_of(recorded, self.width, self.length, self.ranges))
 
     def _mask(self, context: int) -> Mask | None:
         if self.mask == "hard":
@@ -153,7 +153,7 @@ class Config(Windowed):
         return shapes
 
     def _first_rows(self, sae: SparseAutoencoder, generator: torch.Generator) -> Tensor:
-        """[R, P, D], the initial encoders of the ranges; rows drawn for them are as long as the SAE's own."""
+        """[R, P, D], the ranges' initial encoders; drawn rows get the lengths of the SAE's own."""
         own = sae.W_enc.detach()[: round(self.range_encoder_share * self.width)]
         if not self.independent_encoders:
             return own.expand(self.ranges, -1, -1)

@@ -5,7 +5,7 @@
     W_enc_0.safetensors, ...      a cross-layer one: W_enc_0 [F_0, D], b_enc_0, b_dec_0, threshold_0
     W_dec_0.safetensors, ...      W_dec_0 [F_0, L, D]: what layer 0's latents write to layers 0 to L - 1
 
-L layers, B rows, D width, F latents. Its replacement model needs one for each of the model's layers.
+L layers, B rows, D width, F latents. circuit-tracer's replacement model needs all layers of the model.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
 
 @torch.no_grad()
 def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
-    """The output of the folder's transcoders for the input of each layer, by circuit-tracer's formulas: [B, L, D], with
-    D the width that they write."""
+    """The output of the folder's transcoders for the input of each layer, by circuit-tracer's formulas: [B, L, D] with
+    the width that they write."""
     if read_json(folder / CONFIG)["model_kind"] == "transcoder_set":
         parts = enumerate(x_BLD.unbind(1))
-        return torch.stack([_one(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in parts], 1)
+        return torch.stack([_transcode(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in parts], 1)
     layers = [load_file(folder / f"W_enc_{i}.safetensors") for i in range(x_BLD.shape[1])]
     total = torch.stack([w[f"b_dec_{i}"] for i, w in enumerate(layers)]).repeat(len(x_BLD), 1, 1)
     for i, (x, w) in enumerate(zip(x_BLD.unbind(1), layers, strict=True)):
@@ -65,7 +65,7 @@ def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
     return total
 
 
-def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:
+def _transcode(w: dict[str, Tensor], x: Tensor) -> Tensor:
     pre = x @ w["W_enc"].t() + w["b_enc"]
     acts = pre * (pre > w[THRESHOLD]) if THRESHOLD in w else pre.relu()
     y = acts @ w["W_dec"] + w["b_dec"]
