@@ -121,11 +121,11 @@ def export(folder: Path, kind: str, target: Path) -> float:
     plain = plain if kind == "sae_lens" else unsigned(plain)
     # SAELens' format has decoder rows of length one; the codes absorb their lengths.
     coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
-    with _written_whole(target) as beside:
-        WRITERS[kind](beside, plain, metadata)
+    with _written_whole(target) as hidden:
+        WRITERS[kind](hidden, plain, metadata)
         if kind == "sae_lens" and names_of_extras(folder):
-            replace_written(beside / EXTRAS, lambda path: shutil.copyfile(folder / EXTRAS, path))
-        codes, x_hats = _outputs(plain, read(beside)[0], coded)
+            replace_written(hidden / EXTRAS, lambda path: shutil.copyfile(folder / EXTRAS, path))
+        codes, x_hats = _outputs(plain, read(hidden)[0], coded)
         _require_alike(*x_hats, may_flip=plain.architecture != "standard")
         return max(_relative_difference(*codes), _relative_difference(*x_hats))
 
@@ -143,15 +143,15 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
     saes = [read_folder(folder) for folder in folders]
     for sae in saes:
         require_places(sae.metadata)
-    with _written_whole(target) as beside:
-        circuit_tracer.write(beside, saes)
+    with _written_whole(target) as hidden:
+        circuit_tracer.write(hidden, saes)
         layers = sum(len(sae.metadata["layers"]) for sae in saes)
         size = max(float(sae.b_dec.norm()) for sae in saes) or 1.0
         width = saes[0].d_in * len(saes) // layers
         x = size * torch.randn(ROWS, layers, width, generator=torch.Generator().manual_seed(0))
         parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
         own = [sae(rows.flatten(1)) for sae, rows in zip(parts, x.chunk(len(parts), 1), strict=True)]
-        x_hats = torch.cat(own, 1), circuit_tracer.reconstruct(beside, x).flatten(1)
+        x_hats = torch.cat(own, 1), circuit_tracer.reconstruct(hidden, x).flatten(1)
         _require_alike(*x_hats, may_flip=True)
         return _relative_difference(*x_hats)
 

@@ -121,13 +121,13 @@ def train(run: Run) -> Outcome | None:
             run.watch.end()
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
-        again = resume_command(run.folder.path)
-        saved = f"The last checkpoint is intact. Resume with: {again}"
+        command = resume_command(run.folder.path)
+        state = f"The last checkpoint is intact. Resume with: {command}"
         if not list_checkpoints(run.folder.checkpoints):
-            saved = "No checkpoint had been written"
+            state = "No checkpoint had been written"
             if run.folder.has_steps:
-                saved += f": the log is in {run.folder.path}. Start again from step 0 with the same settings: {again}"
-        raise type(error)(f"{error}. {saved}") from error
+                state += f": the log is in {run.folder.path}. Start again from step 0 with the same settings: {command}"
+        raise type(error)(f"{error}. {state}") from error
 
 
 def _take_step(run: Run, step: int) -> None:

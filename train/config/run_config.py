@@ -205,9 +205,9 @@ class Ask:
                 f"--grid is for SAEs that share data and course, found {misplaced[0]}: set it with --set, and "
                 "start a run for each value"
             )
-        for key, said in ((key, said) for key in grid_keys for said in self.settings if self._overrides(key, said)):
+        for key, other in ((key, other) for key in grid_keys for other in self.settings if self._overrides(key, other)):
             raise ConfigInvalid(
-                f"expected {key} only in --grid, found {said}={self.settings[said]} in an option or --set too: "
+                f"expected {key} only in --grid, found {other}={self.settings[other]} in an option or --set too: "
                 "leave out one of the two"
             )
         self._require_known([*self.settings, *grid_keys])
@@ -282,10 +282,10 @@ class Ask:
         shared = self.recipe.settings if self.recipe else {}
         of_recipe = {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
         draft = with_settings(config, of_recipe | asked, sae.label)
-        instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
+        adapted = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
         if stored:
-            instead |= stored_layer(draft, asked, stored)
-        config = with_settings(draft, instead, sae.label)
+            adapted |= stored_layer(draft, asked, stored)
+        config = with_settings(draft, adapted, sae.label)
         with name_sae(sae.label):
             require_bounds(config)
         return Member(_label(sae.label, varied), sae.variant, config)
@@ -305,10 +305,12 @@ class Ask:
             if head in ("data", "course"):
                 continue
             if key == "k" and key not in everything:
-                said = ("--k", f"--set target_l0={self.settings[key]}") if key in self.settings else ("k", "target_l0")
-                instead = f", or ask for {said[1]}" if "target_l0" in everything else ""
+                option, instead = "k", "target_l0"
+                if key in self.settings:
+                    option, instead = "--k", f"--set target_l0={self.settings[key]}"
+                advice = f", or ask for {instead}" if "target_l0" in everything else ""
                 raise ConfigInvalid(
-                    f"{', '.join(by_variant)}: the number of active latents is not fixed: leave out {said[0]}{instead}"
+                    f"{', '.join(by_variant)}: the number of active latents is not fixed: leave out {option}{advice}"
                 )
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}

@@ -78,8 +78,8 @@ def _components(member: Member, limits: Limits) -> Iterator[Member]:
     pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
     if made.k > made.width:
-        said = f"--with-baselines: {member.label} gets no {PCA} baseline"
-        warnings.warn(f"{said}: it needs {made.k} components, and there are at most {made.width}", stacklevel=2)
+        reason = f"it needs {made.k} components, and there are at most {made.width}"
+        warnings.warn(f"--with-baselines: {member.label} gets no {PCA} baseline: {reason}", stacklevel=2)
         return
     place = f"layer{layer}" if hook == RESID else f"{hook}{layer}"
     yield Member(f"{PCA}_k{made.k}_{place}", PCA, made)

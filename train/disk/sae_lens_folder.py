@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,6 @@ from .atomic_files import read_json, replace_file, replace_written
 from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
-T = TypeVar("T")
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")  # of this package and of other tools
 NORM_BOUNDS = "norm_bounds"  # in the metadata: for each place, the norm above which rows were not trained on
@@ -191,8 +191,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SaeInvalid(f"{error}, or export the SAE again") from error
     for name, kind in KINDS.items():
         if name in config and not isinstance(config[name], kind):
-            said = getattr(kind, "__name__", "str or null")
-            raise SaeInvalid(f"{path}: expected {name} as a {said}, found {config[name]!r:.60}")
+            expected = getattr(kind, "__name__", "str or null")
+            raise SaeInvalid(f"{path}: expected {name} as a {expected}, found {config[name]!r:.60}")
     return config
 
 
@@ -216,8 +216,8 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise
-        said = first_line(error)
-        raise SaeInvalid(f"{folder}: no {built[0]} can be built from its settings ({said}): copy it again") from None
+        reason = first_line(error)
+        raise SaeInvalid(f"{folder}: no {built[0]} can be built from its settings ({reason}): copy it again") from None
     sae.metadata = dict(metadata)
     return sae
 
@@ -264,7 +264,8 @@ def _config_of(
 
 def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Read all tensors of a file in an SAE's folder; those with these names must be there."""
-    found = _opened(path, lambda: load_file(path))
+    with _readable(path):
+        found = load_file(path)
     missing = [name for name in names if name not in found]
     if missing:
         raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, found none of {', '.join(missing)}")
@@ -273,29 +274,23 @@ def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 def read_tensor(path: Path, name: str) -> Tensor:
     """Read a single tensor of a file in an SAE's folder."""
-
-    def read() -> Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    return _opened(path, read)
+    with _readable(path), safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors of a file in an SAE's folder, from its header alone."""
-
-    def shapes() -> dict[str, tuple[int, ...]]:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-    return _opened(path, shapes)
+    with _readable(path), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _opened(path: Path, read: Callable[[], T]) -> T:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Report a file that is missing or damaged."""
     if not path.is_file():
         raise SaeInvalid(f"{path.parent}: expected {path.name}, found none: copy or export the SAE again")
     try:
-        return read()
+        yield
     except SafetensorError as error:
         raise SaeInvalid(f"{path}: damaged ({error}); copy, download or export the SAE again") from None
 

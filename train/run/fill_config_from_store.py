@@ -142,8 +142,8 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
                 f"expected at most {MOST_ASKED:,} --epochs without --tokens, found {course.epochs:,}: give --tokens too"
             )
         epochs = course.epochs or max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // (available * plan.batch_tokens))))
-        said = "" if course.epochs else "no --tokens or --epochs given: "
-        return _with_remark(plan.steps_in(epochs), plan, said)
+        reason = "" if course.epochs else "no --tokens or --epochs given: "
+        return _with_remark(plan.steps_in(epochs), plan, reason)
     epochs = course.epochs or 1
     steps = course.tokens // plan.batch_tokens
     if steps == 0:
@@ -161,9 +161,9 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     return _with_remark(min(steps, plan.steps_in(epochs, enough=steps)), plan, "")
 
 
-def _with_remark(steps: int, plan: Plan, said: str) -> tuple[int, str]:
+def _with_remark(steps: int, plan: Plan, reason: str) -> tuple[int, str]:
     tokens = steps * plan.batch_tokens
-    return steps, f"{said}{tokens:,} tokens, {tokens / plan.sizes.tokens:.2g} epochs of {plan.sizes.tokens:,}"
+    return steps, f"{reason}{tokens:,} tokens, {tokens / plan.sizes.tokens:.2g} epochs of {plan.sizes.tokens:,}"
 
 
 def _require_steps(available: int, plan: Plan, where: str) -> None:

@@ -42,7 +42,7 @@ class Watch:
     def __init__(
         self,
         log: MetricsLog | None,
-        trackers: Trackers,
+        trackers: Trackers | None,
         progress: Progress | None,
         feed: Feed,
         process: Process,
@@ -123,10 +123,11 @@ class Watch:
             "tokens_per_second": self.tokens_per_second,
         }
         if self.log is not None:
-            for label, said in found.items():
-                self.log.write({"sae": label, **shared, **said})
-        for label, scalars in self.last.items():
-            self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
+            for label, scalars in found.items():
+                self.log.write({"sae": label, **shared, **scalars})
+        if self._trackers is not None:
+            for label, scalars in self.last.items():
+                self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
         if self._progress is not None:
             self._progress.show(step + 1, self.last, self.tokens_per_second)
         if self._onlookers is not None and self.log is not None:
@@ -232,7 +233,7 @@ def _make_bars(console: Console) -> RichProgress:
 
 
 class Trackers:
-    """The trackers of a run; does nothing if there are none."""
+    """The trackers of a run, if any."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
         self._trackers = [_open_tracker(name, folder) for name in names]

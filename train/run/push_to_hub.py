@@ -125,12 +125,12 @@ def _require_permission(owner: str, answer: Mapping[str, Any]) -> None:
 
 def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, Path]) -> None:
     """Require that a repository is empty, or holds these same weights; its card is then rewritten."""
-    there = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
+    existing = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
     weights = [place for place in files if place.endswith(".safetensors")]
-    other = [place for place in weights if place not in there or not _is_same(files[place], there[place])]
-    kept = [place for place in there if place not in files and Path(place).name in (CONFIG, WEIGHTS)]
-    if there and (other or kept):
-        some = ", ".join(sorted(kept or there)[:4])
+    other = [place for place in weights if place not in existing or not _is_same(files[place], existing[place])]
+    kept = [place for place in existing if place not in files and Path(place).name in (CONFIG, WEIGHTS)]
+    if existing and (other or kept):
+        some = ", ".join(sorted(kept or existing)[:4])
         raise NotPushed(
             f"{repository} exists and holds other content ({some}): choose another name, or delete it there"
         )

@@ -208,37 +208,28 @@ def _open(
 ) -> Iterator[Run]:
     """Connect the parts, restored from the checkpoint if there is one; close them in the end."""
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
+    labels, every = [member.label for member in config.members], config.course.metrics_every_steps
+    trackers, progress, onlookers, run_id = None, None, None, ""
     with ExitStack() as open_things:
         needs = fleet.needs.values()
         feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
         open_things.callback(feed.close)
         with all_or_none(process.group):
-            trackers, progress = _open_outlets(open_things, settled, process, folder, fleet.steps_taken)
-            run_id = folder.run_id if process.is_first else ""  # another host may not see config.json yet
+            if process.is_first:  # another host may not see config.json yet
+                trackers = Trackers(config.course.trackers, folder.path, folder.read_config())
+                open_things.callback(trackers.close)
+                progress = Progress(process.console, labels, steps, fleet.steps_taken)
+                open_things.callback(progress.close)
+                onlookers = Onlookers(folder.path, process.console.print) if process.is_watched else None
+                run_id = folder.run_id
             if log is not None:
                 log.cut(standing.metrics_bytes if standing else 0)
-        labels, every = [member.label for member in config.members], config.course.metrics_every_steps
-        onlookers = Onlookers(folder.path, process.console.print) if process.is_first and process.is_watched else None
         watch = Watch(log, trackers, progress, feed, process, labels, every, steps, onlookers)
         if standing is not None:
             watch.resume(standing)
         saver = Saver(folder.checkpoints, config.course, fleet, watch, process, run_id)
         open_things.callback(saver.close)
         yield Run(folder, config, steps, store, feed, fleet, watch, saver, process)
-
-
-def _open_outlets(
-    open_things: ExitStack, settled: Settled, process: Process, folder: RunFolder, done: int
-) -> tuple[Trackers, Progress | None]:
-    """Trackers and progress, on rank 0 only."""
-    if not process.is_first:
-        return Trackers((), folder.path, {}), None
-    trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
-    open_things.callback(trackers.close)
-    labels = [member.label for member in settled.config.members]
-    progress = Progress(process.console, labels, settled.total_steps, done)
-    open_things.callback(progress.close)
-    return trackers, progress
 
 
 def members_of(config: RunConfig, d_model: int, process: Process) -> tuple[Member, ...]:

@@ -72,14 +72,18 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
         "submodule_name": None if layer is None else f"{_NAMES[hook]}_layer_{layer}",
         "k": plain.k,
     }
-    write_tensors(folder / "ae.safetensors", _to_dictionary(plain))
+    names = _TENSORS[plain.architecture].items()
+    tensors = {theirs: _transposed_if_linear(theirs, plain.tensors[ours]) for ours, theirs in names}
+    if plain.architecture == "topk":
+        tensors |= {"k": torch.tensor(plain.k), "threshold": torch.tensor(-1.0)}
+    write_tensors(folder / "ae.safetensors", tensors)
     write_json(folder / "config.json", {"trainer": config, "buffer": {}})
     (folder / "README.md").write_text(README, encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
-    whole = read_json(folder / "config.json")
-    config = whole.get("trainer", {})
+    document = read_json(folder / "config.json")
+    config = document.get("trainer", {})
     if not isinstance(config, dict):
         raise SaeInvalid(f"{folder / 'config.json'}: expected trainer as an object, found {type(config).__name__}")
     kind = config.get("dict_class")
@@ -93,7 +97,7 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
         raise SaeInvalid(f"{folder}: the weights of a {kind} lack the tensor {error}") from None
     if plain.architecture == "topk":
         plain = replace(plain, k=whole_k(config, folder))
-    return plain, {"model_name": config.get("lm_name"), **_place(config, whole.get("buffer"), folder)}
+    return plain, {"model_name": config.get("lm_name"), **_place(config, document.get("buffer"), folder)}
 
 
 def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
@@ -110,14 +114,6 @@ def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
         return {}
     hook = RESID if name is None else known[name]
     return place_metadata(hook, hook, layer)
-
-
-def _to_dictionary(plain: PlainSae) -> dict[str, Tensor]:
-    """Tensors under dictionary_learning's names; those of linear modules are transposed."""
-    names, scalars = _TENSORS[plain.architecture], {}
-    if plain.architecture == "topk":
-        scalars = {"k": torch.tensor(plain.k), "threshold": torch.tensor(-1.0)}
-    return {theirs: _transposed_if_linear(theirs, plain.tensors[ours]) for ours, theirs in names.items()} | scalars
 
 
 def _from_dictionary(kind: str, found: Mapping[str, Tensor]) -> PlainSae:
