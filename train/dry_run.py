@@ -84,10 +84,10 @@ def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
     plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
     steps, ranks = min(settled.total_steps, MOST_STEPS), fleet.ranks
     took, began = [], time.perf_counter()
-    with report_out_of_memory(process), ExitStack() as open_things:
+    with report_out_of_memory(process), ExitStack() as stack:
         needs = fleet.needs.values()
         feed = Feed(store, plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
-        open_things.callback(feed.close)
+        stack.callback(feed.close)
         for step in range(steps):
             before = time.perf_counter()
             fleet.step(feed.draw(step))

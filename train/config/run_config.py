@@ -205,7 +205,9 @@ class Ask:
                 f"--grid is for SAEs that share data and course, found {misplaced[0]}: set it with --set, and "
                 "start a run for each value"
             )
-        for key, other in ((key, other) for key in grid_keys for other in self.settings if self._overrides(key, other)):
+        overrides = [(key, other) for key in grid_keys for other in self.settings if self._overrides(key, other)]
+        if overrides:
+            key, other = overrides[0]
             raise ConfigInvalid(
                 f"expected {key} only in --grid, found {other}={self.settings[other]} in an option or --set too: "
                 "leave out one of the two"

@@ -68,7 +68,7 @@ def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> di
 
 
 @torch.no_grad()
-def sae_from_wrapped(
+def sae_from_module_form(
     tensors: Mapping[str, Tensor], knobs: Mapping[str, float], inner: SparseAutoencoder, where: str
 ) -> RawUnits:
     """The module of a saved form, from an untrained one, `inner`."""
@@ -78,7 +78,7 @@ def sae_from_wrapped(
     return RawUnits(inner, tensors[SCALE], tensors[TARGET_SCALE], knobs)
 
 
-def built_of_shapes(build: Callable[[], T]) -> T | None:
+def build_without_values(build: Callable[[], T]) -> T | None:
     """Build with shapes but no values, which takes no memory; None if a user's variant cannot be built without
     values."""
     try:

@@ -137,7 +137,7 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
             "expected a signed SAE that consists only of its weights and gate, found one with masks, attention or the "
             "like: evaluations read codes without signs, and such an SAE has no form without them"
         )
-    found = _again(sae, unsigned(in_raw_units(sae)))
+    found = _rebuilt(sae, unsigned(in_raw_units(sae)))
     of_each = {name: one for name, one in sae.extras_tensors.items() if one.shape == (sae.num_latents,)}
     found.extras_tensors = {name: torch.cat([one, one]) for name, one in of_each.items()}
     return found
@@ -148,7 +148,7 @@ def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
     within `ALMOST_ONE`, or if it is a top-k SAE, whose choice of latents would change."""
     if not sae.is_plain or isinstance(sae.gate, TopK | AbsTopK):
         return sae
-    return _again(sae, in_raw_units(sae)) if bool((row_lengths(sae.W_dec.detach()) != 1).any()) else sae
+    return _rebuilt(sae, in_raw_units(sae)) if bool((row_lengths(sae.W_dec.detach()) != 1).any()) else sae
 
 
 def row_lengths(W_dec: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def in_raw_units(sae: SparseAutoencoder) -> PlainSae:
     return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
 
 
-def _again(sae: SparseAutoencoder, plain: PlainSae) -> SparseAutoencoder:
+def _rebuilt(sae: SparseAutoencoder, plain: PlainSae) -> SparseAutoencoder:
     found = sae_from_plain(plain)
     found.metadata, found.extras_tensors = sae.metadata, sae.extras_tensors
     return found

@@ -29,7 +29,15 @@ from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
 from .atomic_files import read_json, replace_file, replace_written
-from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
+from .module_form import (
+    SCALE,
+    TARGET_SCALE,
+    Rebuild,
+    build_without_values,
+    module_form,
+    require_tensors,
+    sae_from_module_form,
+)
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -92,14 +100,14 @@ def save_sae(
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
     """Read the SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
     config = read_config(folder)
-    sae = _wrapped(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
+    sae = _read_module_form(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
     sae.extras_tensors = read_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
     return sae
 
 
 def load_plain_sae(folder: Path) -> SparseAutoencoder:
     """The same for an SAE that is fully described by its weights."""
-    config = as_said_since_6(read_config(folder), folder)
+    config = upgrade_config(read_config(folder), folder)
     named = config.get("architecture")
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in TENSORS:
@@ -138,7 +146,7 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, "transcodes": True} if is_transcoder and not names_layers else dict(metadata)
 
 
-def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def upgrade_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A configuration under SAELens 6.0's names; earlier versions named or placed some settings differently."""
     activation = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
     factor = config.get("finetuning_scaling_factor") or 1
@@ -178,7 +186,7 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
     return {"standard": kind, "jumprelu": f"jumprelu_{kind}"}.get(plain.architecture)
 
 
-KINDS = {"architecture": str | None, "gate": str | None, "metadata": dict, "knobs": dict, "needs_side": list}
+CONFIG_TYPES = {"architecture": str | None, "gate": str | None, "metadata": dict, "knobs": dict, "needs_side": list}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -189,14 +197,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except ConfigInvalid as error:
         raise SaeInvalid(f"{error}, or export the SAE again") from error
-    for name, kind in KINDS.items():
+    for name, kind in CONFIG_TYPES.items():
         if name in config and not isinstance(config[name], kind):
             expected = getattr(kind, "__name__", "str or null")
             raise SaeInvalid(f"{path}: expected {name} as a {expected}, found {config[name]!r:.60}")
     return config
 
 
-def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
+def _read_module_form(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
     tensors, metadata = read_tensors(folder / WEIGHTS), config.get("metadata", {})
     for name, kind in (("training_architecture", str), ("training_architecture_details", dict)):
         if not isinstance(metadata.get(name), kind):
@@ -209,10 +217,10 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     d_out = tensors[TARGET_SCALE].numel() if TARGET_SCALE in tensors else d_in
     built = metadata["training_architecture"], metadata["training_architecture_details"], d_in, d_out
     try:
-        inner = built_of_shapes(lambda: rebuild(*built))
+        inner = build_without_values(lambda: rebuild(*built))
         if inner is not None:  # refuse other tensors before allocating memory
             require_tensors(tensors, inner, str(folder))
-        sae = sae_from_wrapped(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
+        sae = sae_from_module_form(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise

@@ -20,7 +20,7 @@ from ..engine.terms_and_constraints import Assembly, Term
 from ..sae.attention.attention_encoder import MIXING, TEMPERATURE, AttendedSae, Attention, Mixing, Noted
 from ..sae.attention.attention_links import LinkKind, require_head
 from ..terms.attention_guidance import Consistency, Guidance, Objective
-from .check_variant_settings import read_with, require, require_least, require_positive
+from .check_variant_settings import require, require_least, require_positive, unread_unless
 from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from the seeds of bases
@@ -51,7 +51,7 @@ class Guided(Wrapping):
     """Further controls: as many links to the preceding tokens, or links to the same token earlier in the window."""
 
     def unread(self) -> Mapping[str, str]:
-        return read_with("guidance=encode", self.guidance == "encode", "rank")
+        return unread_unless("guidance=encode", self.guidance == "encode", "rank")
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store without this head."""
@@ -69,7 +69,11 @@ class Guided(Wrapping):
 
 def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
     """Whole windows of the base's layer, and the attention of `layers`."""
-    _require_settings(config)
+    require_least(config, alpha=0, negatives=0, rank=1)
+    require_positive(config, "temperature")
+    require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
+    is_one_control = config.links == "attention" or not config.shuffle_attention
+    require(is_one_control, f"links={config.links} and shuffle_attention are two controls: set one of them")
     needs = base_needs(config)
     least = 2 if config.shuffle_attention else 1  # the control exchanges rows between windows
     tokens = needs.tokens or config.links == "same_token"
@@ -110,11 +114,3 @@ def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, tempe
     first, *others = assembly.terms
     noted = replace(first, fn=Noted(first.fn, attention))
     return replace(assembly, terms=(noted, *others)).with_knobs(**{TEMPERATURE: temperature})
-
-
-def _require_settings(config: Guided) -> None:
-    require_least(config, alpha=0, negatives=0, rank=1)
-    require_positive(config, "temperature")
-    require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
-    is_one_control = config.links == "attention" or not config.shuffle_attention
-    require(is_one_control, f"links={config.links} and shuffle_attention are two controls: set one of them")

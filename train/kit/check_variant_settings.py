@@ -63,7 +63,7 @@ def require_bounds(config: Any) -> None:
                 require(0 <= value < 1, f"{name}: expected 0 or more and less than 1, found {value}")
 
 
-def read_with(switch: str, is_on: bool, *names: str) -> dict[str, str]:
+def unread_unless(switch: str, is_on: bool, *names: str) -> dict[str, str]:
     """For `unread`: settings that have no effect unless the switch is on, and what to do about them."""
     return {} if is_on else dict.fromkeys(names, f"only {switch} reads it; set that too, or leave it out")
 

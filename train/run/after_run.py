@@ -9,7 +9,7 @@ from pathlib import Path
 
 AFTER_RUN = "saemill.after_run"
 """Entry points: functions of the folder, a function that prints a line, and the seconds until the next call."""
-LEAST_SECONDS, SHARE = 5.0, 0.01
+LEAST_SECONDS, MOST_SHARE = 5.0, 0.01
 Say = Callable[[str], None]
 
 
@@ -36,7 +36,7 @@ class Onlookers:
         ended = time.perf_counter()
         self._looks += 1
         if self._looks > 1:  # the first call spends its time on imports
-            self._pause = max(LEAST_SECONDS, (ended - started) / SHARE)
+            self._pause = max(LEAST_SECONDS, (ended - started) / MOST_SHARE)
         self._next = ended + self._pause
 
     def _say_once(self, line: str) -> None:

@@ -20,7 +20,7 @@ from .log_and_show_progress import Watch
 from .process import Process
 
 CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message
-SHARE = 20  # saves by the clock are at least this many times as far apart as the last one paused training
+SPACING = 20  # saves by the clock are at least this many times as far apart as the last one paused training
 
 
 @dataclass
@@ -95,13 +95,24 @@ class Saver:
         if not writes:  # the first process has the same weights: another copy in host memory would be wasted
             self._fleet.look()
         else:
-            if self._watch.log is not None:
-                self._watch.log.sync()
-            self._writer.begin(self._standing(steps), state)
+            watch, metrics_bytes = self._watch, 0
+            if watch.log is not None:
+                watch.log.sync()
+                metrics_bytes = watch.log.size
+            standing = Standing(
+                step=steps,
+                metrics_bytes=metrics_bytes,
+                seconds=watch.seconds,
+                waited_seconds=watch.waited_seconds,
+                same_pairs=watch.quality.same,
+                pairs=watch.quality.pairs,
+                run_id=self._run_id,
+            )
+            self._writer.begin(standing, state)
             if self._fleet.lends_state:
                 self._writer.finish()
         self._saved_at = time.perf_counter()
-        self._pause = max(self._course.checkpoint_every_seconds, SHARE * (self._saved_at - began))
+        self._pause = max(self._course.checkpoint_every_seconds, SPACING * (self._saved_at - began))
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -116,15 +127,3 @@ class Saver:
         if self._writer.is_writing:  # the pause starts when it is written: another save would make training wait
             self._saved_at = now
         return not self._group.any(now - self._saved_at <= self._pause)
-
-    def _standing(self, steps: int) -> Standing:
-        watch = self._watch
-        return Standing(
-            step=steps,
-            metrics_bytes=watch.log.size if watch.log is not None else 0,
-            seconds=watch.seconds,
-            waited_seconds=watch.waited_seconds,
-            same_pairs=watch.quality.same,
-            pairs=watch.quality.pairs,
-            run_id=self._run_id,
-        )

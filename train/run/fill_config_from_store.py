@@ -25,8 +25,8 @@ from .run_folder import RunFolder, provenance
 
 DEFAULT_TOKENS = 8_000_000  # without --epochs, a smaller store is read several times
 MOST_EPOCHS = 16
-MOST_ASKED = 100_000  # epochs, whose steps are counted one by one
-POINTS = 50  # on the curves of a short run
+MOST_ASKED = 100_000  # epochs, whose steps are counted one epoch at a time
+CURVE_POINTS = 50  # on the curves of a short run
 FORMAT = 1  # of config.json
 POOL_BYTES = 2 * 2**30  # of two-byte residuals, per layer and pool; there are two pools
 
@@ -76,20 +76,22 @@ def settle(ask: Ask, store: Store) -> Settled:
     plan = make_plan(data, store)
     steps, remark = settle_budget(ask.course(CourseConfig()), plan, store.url)
     tokens = steps * plan.batch_tokens
-    every = max(1, min(CourseConfig.metrics_every_steps, steps // POINTS))
+    every = max(1, min(CourseConfig.metrics_every_steps, steps // CURVE_POINTS))
     course = replace(ask.course(CourseConfig(metrics_every_steps=every)), tokens=tokens)
 
     def limits(config: Variant) -> Mapping[str, float]:
         return config.limits(manifest, tokens)
 
-    asked = ask.members(limits, by_hook(manifest.sites))
-    unread = ask.say_unread(asked)
-    asked = with_baselines(asked, limits, ask.recipe) if ask.baselines else asked
-    members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
+    members = ask.members(limits, by_hook(manifest.sites))
+    unread = ask.say_unread(members)
+    members = with_baselines(members, limits, ask.recipe) if ask.baselines else members
+    members = tuple(replace(member, config=member.config.fill(manifest)) for member in members)
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
-        for key in (key for words in (ask.settings, *ask.grid) for key in words if key.endswith("optim.start")):
-            raise ConfigInvalid(f"{key}: SAEs that start from --init take no other start: leave out one of the two")
+        if starts := [key for keys in (ask.settings, *ask.grid) for key in keys if key.endswith("optim.start")]:
+            raise ConfigInvalid(
+                f"{starts[0]}: SAEs that start from --init take no other start: leave out one of the two"
+            )
         members = tuple(map(without_start, members))
     config = RunConfig(data, course, members)
     return Settled(config, plan, steps, remark, unread, ask.recipe, init)

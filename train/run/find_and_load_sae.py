@@ -71,7 +71,7 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
     if text.startswith((".", "/", "~")):
         raise RunMissing(f"no SAE {text!r}: no such folder")
     looked = f"no SAE {text!r}: no such folder; runs in {runs}: {', '.join(run_names(runs)) or 'none'}"
-    if is_of_hub(name, runs):
+    if is_on_hub(name, runs):
         return _only_sae(_download(text, looked))
     run = Path(runs, text.partition("/")[0])
     if run.is_dir():
@@ -85,7 +85,7 @@ def find_saes(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs
     return found or [find_sae(name, runs)]
 
 
-def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
+def is_on_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
     """Whether a name refers to the Hub: it has that form, and there is no such folder or run here."""
     text = os.fspath(name).rstrip("/")
     has_form = text.count("/") > 0 and not text.startswith((".", "/", "~"))

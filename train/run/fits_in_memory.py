@@ -10,7 +10,7 @@ import torch
 
 from ...cache_schema.launcher_environment import count_processes
 from ..config.run_config import Member
-from ..disk.module_form import built_of_shapes
+from ..disk.module_form import build_without_values
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly
 from ..errors import MemoryTooSmall, name_sae
@@ -43,7 +43,7 @@ def require_room(
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
     largest, all_weights = max(weights, key=lambda label: weights[label]), sum(weights.values())
     step = max(step_bytes(member, widths, rows, parts) for member in members)
-    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members) // min(team, _sharing(device))
+    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members) // min(team, _sharers(device))
     end_weights = all_weights // COPIES * (COPIES - 1)
     for_weights = f"for weights and optimiser, most of it for {largest}"
     training = {for_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
@@ -75,7 +75,7 @@ def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, te
     own = (COPIES - 1) * sum(1 << (4 * size - 1).bit_length() for size in numbers)  # weights and moments, which stay
     weights = [weight_bytes(member, widths) // COPIES for member in members]
     each, first = (own, sum(weights) * (COPIES - 1)) if parts > 1 else (0, own)
-    of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights)
+    of_checkpoints, to_begin = each + first // min(team, _sharers(host)), max(weights)
     what = "for copying checkpoints from a GPU (page-locked, so each table takes a power of two)"
     if to_begin > of_checkpoints:
         what = "for each process to build a whole SAE before moving it, or its part, to its GPU"
@@ -110,7 +110,7 @@ def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
 def build_shapes(member: Member, widths: Widths) -> Assembly | None:
     """An SAE and what trains it, with shapes but no values; None for a user's variant that needs values."""
     with name_sae(member.label):  # the first time that it is built, so its config may refuse
-        return built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
+        return build_without_values(lambda: member.config.build(widths(member.config.needs().hook)))
 
 
 def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
@@ -136,10 +136,10 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take; processes launched together on a host share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_free_on_host(), _free_in_group()) // _sharing(device)
+    return min(_free_on_host(), _free_in_group()) // _sharers(device)
 
 
-def _sharing(device: torch.device) -> int:
+def _sharers(device: torch.device) -> int:
     """How many processes of a launch share one memory."""
     return 1 if device.type == "cuda" else count_processes("LOCAL_WORLD_SIZE")
 
@@ -161,7 +161,7 @@ def _free_on_host() -> int:
 def _free_in_group() -> int:
     """What the tightest limit of a container or cluster job leaves. A job's limit is in its own group, some folders
     below the root."""
-    return min((_left_in(folder) for folder in _own_groups()), default=NO_LIMIT)
+    return min((_room_in(folder) for folder in _own_groups()), default=NO_LIMIT)
 
 
 def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
@@ -179,7 +179,7 @@ def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
     return found
 
 
-def _left_in(group: Path) -> int:
+def _room_in(group: Path) -> int:
     """Cached file pages count as free, even active ones: the kernel reclaims them when needed."""
     for limit_name, used_name in (
         ("memory.max", "memory.current"),

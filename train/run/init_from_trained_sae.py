@@ -103,8 +103,8 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _digest(folder: Path) -> str:
-    known = ((file, file.stat()) for file in files_of(folder))
-    return _digest_of(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in known))
+    known = ((path, path.stat()) for path in files_of(folder))
+    return _digest_of(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in known))
 
 
 @cache

@@ -177,29 +177,28 @@ class Progress:
 
     def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int) -> None:
         self._console, self._total = console, total_steps
-        self._bars = self._tasks = None
-        self._asked = self._printed = self._began = time.perf_counter()
+        self._bars = _make_bars(console) if console.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._shown = self._printed = self._started = time.perf_counter()
         self._done = done
-        if console.is_terminal:
-            self._bars = _make_bars(console)
-            self._tasks: dict[str, TaskID] | None = {
-                label: self._bars.add_task(label, total=total_steps, completed=done, numbers="") for label in labels
-            }
+        if self._bars is not None:
+            for label in labels:
+                self._tasks[label] = self._bars.add_task(label, total=total_steps, completed=done, numbers="")
             self._bars.start()
 
     def is_due(self) -> bool:
         """Whether it is time to fetch numbers again, which makes the GPU wait."""
-        return time.perf_counter() - self._asked > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
+        return time.perf_counter() - self._shown > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
 
     def show(self, steps: int, scalars: Mapping[str, Mapping[str, float]], tokens_per_second: float) -> None:
         """Show the state after this many steps."""
-        self._asked = time.perf_counter()
-        if self._bars is not None and self._tasks is not None:
+        self._shown = time.perf_counter()
+        if self._bars is not None:
             for label, values in scalars.items():
                 self._bars.update(self._tasks[label], completed=steps, numbers=summary(values, tokens_per_second))
-        elif self._asked - self._printed > PLAIN_SECONDS or steps == self._total:
-            self._printed = self._asked
-            seconds = (self._asked - self._began) * (self._total - steps) / max(1, steps - self._done)
+        elif self._shown - self._printed > PLAIN_SECONDS or steps == self._total:
+            self._printed = self._shown
+            seconds = (self._shown - self._started) * (self._total - steps) / max(1, steps - self._done)
             left = f" {say_time(seconds)} left" if steps < self._total else ""
             for label, values in scalars.items():
                 line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}{left}"

@@ -53,7 +53,7 @@ def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool
         for file in (CONFIG, WEIGHTS, EXTRAS)
         if (folder / file).is_file()
     }
-    parent = _require_room(repository, files, private)
+    parent = _require_pushable(repository, files, private)
     return _commit(repository, files, card, private, parent)
 
 
@@ -83,7 +83,7 @@ def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
     return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
-def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
+def _require_pushable(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
     """The commit to build on if the repository exists. Any obstacle is reported here, before uploading."""
     from huggingface_hub import HfApi, constants, get_token
 
@@ -203,11 +203,11 @@ def describe(folder: Path, place: str) -> Described:
     result, core = folder.parent / "result.json", f"evals/core/{folder.name}_eval_results.json"
     saes = _object(read_json(result), "saes") if result.is_file() else {}
     found = (read_json(home / core) for home in (folder.parent, folder) if (home / core).is_file())
-    own = next((one for one in found if _is_of(folder, one)), {})
+    own = next((one for one in found if _is_result_of(folder, one)), {})
     return Described(place, read_config(folder), _object(saes, folder.name), own)
 
 
-def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
+def _is_result_of(folder: Path, core: Mapping[str, Any]) -> bool:
     """Whether a result is in this format and was measured on exactly these weights."""
     ours = _object(core, "saemill")
     return ours.get("format", FORMAT) == FORMAT and ours.get("sha256") == source_of(folder).sha256
@@ -234,21 +234,21 @@ def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
         for one in facts:
             one.pop("variant", None)  # the table that compares them has it
         common = {name: value for name, value in facts[0].items() if all(one.get(name) == value for one in facts)}
-        yield from ("", *_compared(saes))
+        yield from ("", *_comparison(saes))
         if common:
             yield from ("", *_table(("all of them", ""), [(name, plain(value)) for name, value in common.items()]))
     for sae, own in zip(saes, facts, strict=True):
         yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
         if rows := [(name, plain(value)) for name, value in own.items() if name not in common]:
             yield from (*_table(("", ""), rows), "")
-        if measured := list(_measures(sae)):
+        if measured := list(_measurements(sae)):
             yield from _table(("measured", "value", "95 % interval"), measured)
-    yield from ("", "## Load", "", *_loading(repository, saes))
+    yield from ("", "## Load", "", *_load_instructions(repository, saes))
 
 
-def _compared(saes: Sequence[Described]) -> Iterator[str]:
+def _comparison(saes: Sequence[Described]) -> Iterator[str]:
     """A line per SAE, with the numbers of core if all have them, otherwise those of training."""
-    numbers_of = _of_core if all(sae.core for sae in saes) else _of_training
+    numbers_of = _core_numbers if all(sae.core for sae in saes) else _training_numbers
     found = [{name: _number(value) for name, value, _ in numbers_of(sae) if _is_number(value)} for sae in saes]
     names = [name for name in dict.fromkeys(name for each in found for name in each) if name.startswith(COMPARED)]
     rows = [
@@ -292,15 +292,15 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
     yield from ((name, value) for name, value in named.items() if value not in (None, ""))
 
 
-def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
+def _measurements(sae: Described) -> Iterator[tuple[str, str, str]]:
     """The run's held-out numbers, and those of the core evaluation with their intervals."""
-    for name, value, edges in (*_of_training(sae), *_of_core(sae)):
+    for name, value, edges in (*_training_numbers(sae), *_core_numbers(sae)):
         is_interval = isinstance(edges, list) and len(edges) == 2 and all(map(_is_number, edges))
         if _is_number(value):
             yield name, _number(value), " to ".join(map(_number, edges)) if is_interval else ""
 
 
-def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+def _training_numbers(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     result = sae.result or sae.metadata
     if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, on unknown data
         return
@@ -313,12 +313,12 @@ def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     yield "dead latents", result.get("dead_latents"), None
 
 
-def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+def _core_numbers(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     core = sae.core
     metrics, ours = _object(core, "eval_result_metrics"), _object(core, "saemill_metrics")
     edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
     losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
-    own = f", {_of_split(sae)}"
+    own = f", {_split_name(sae)}"
     yield f"L0{own}", _object(metrics, "sparsity").get("l0"), edges.get("l0") if not massive.get("tokens") else None
     yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
     if massive.get("tokens"):
@@ -332,14 +332,14 @@ def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
         yield f"cross entropy score with massive rows left as they are{own}", kept.get("ce_loss_score"), None
 
 
-def _of_split(sae: Described) -> str:
+def _split_name(sae: Described) -> str:
     settings = _object(_object(sae.core, "saemill"), "settings")
     split, own = _object(settings, "config").get("split", "test"), sae.metadata.get("cache_id")
     store = settings.get("cache_id") or own
     return f"{plain(split)} split" if own in (None, store) else f"{plain(split)} split of the store {plain(store)}"
 
 
-def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
+def _load_instructions(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     """How to load them in this package, and in SAELens where it has the architecture."""
     yield from ("```python", "from saemill.train import load_sae", "")
     yield f"{_load_each(saes, 'load_sae', json.dumps(repository))}  # raw activations in"

@@ -133,7 +133,7 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
 
-    def keep_resumption(self, here: Mapping[str, Any]) -> list[str]:
+    def record_resumption(self, here: Mapping[str, Any]) -> list[str]:
         """Append the provenance of a resumption to config.json; return what has changed since before, in words."""
         config = self.read_config()
         before = [config.get("provenance") or {}, *config.get("resumed", [])]

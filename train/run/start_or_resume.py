@@ -111,7 +111,7 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
 def _report_resumption(folder: RunFolder, lost_bytes: int, process: Process) -> None:
     """Record the resumption in config.json, and print what has changed."""
     here = provenance(process.hardware) | ({LOST: lost_bytes} if lost_bytes else {})
-    if others := folder.keep_resumption(here):
+    if others := folder.record_resumption(here):
         process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
     if lost_bytes:
         loss = f"{folder.metrics} lacks its last {lost_bytes:,} bytes before the checkpoint: curves have a gap there"
@@ -127,11 +127,11 @@ def _require_unfinished(folder: RunFolder) -> None:
 @contextmanager
 def _take_log(folder: RunFolder, process: Process) -> Iterator[MetricsLog | None]:
     """The log, on rank 0. While it is open, no other launch can train the run, so its progress may be read."""
-    with ExitStack() as open_things:
+    with ExitStack() as stack:
         log = None
         with all_or_none(process.group):
             if process.is_first:
-                log = open_things.enter_context(closing(MetricsLog(folder.metrics)))
+                log = stack.enter_context(closing(MetricsLog(folder.metrics)))
                 _require_unfinished(folder)  # another process may have just finished it
                 if not log.is_locked:
                     no_locks = "no locks on this disk, so nothing keeps a second process from training this run as well"
@@ -210,16 +210,16 @@ def _open(
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
     labels, every = [member.label for member in config.members], config.course.metrics_every_steps
     trackers, progress, onlookers, run_id = None, None, None, ""
-    with ExitStack() as open_things:
+    with ExitStack() as stack:
         needs = fleet.needs.values()
         feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
-        open_things.callback(feed.close)
+        stack.callback(feed.close)
         with all_or_none(process.group):
             if process.is_first:  # another host may not see config.json yet
                 trackers = Trackers(config.course.trackers, folder.path, folder.read_config())
-                open_things.callback(trackers.close)
+                stack.callback(trackers.close)
                 progress = Progress(process.console, labels, steps, fleet.steps_taken)
-                open_things.callback(progress.close)
+                stack.callback(progress.close)
                 onlookers = Onlookers(folder.path, process.console.print) if process.is_watched else None
                 run_id = folder.run_id
             if log is not None:
@@ -228,7 +228,7 @@ def _open(
         if standing is not None:
             watch.resume(standing)
         saver = Saver(folder.checkpoints, config.course, fleet, watch, process, run_id)
-        open_things.callback(saver.close)
+        stack.callback(saver.close)
         yield Run(folder, config, steps, store, feed, fleet, watch, saver, process)
 
 

@@ -16,11 +16,11 @@ from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import (
     EARLY_DEAD_PART,
-    read_with,
     relu_optim,
     require_least,
     require_positive,
     require_sparsity,
+    unread_unless,
 )
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain
 from ..sae.gates import JumpRelu
@@ -49,9 +49,9 @@ class Config(WithPenalty, SingleLayer):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
-            **read_with("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
-            **read_with("frequency_penalty", self.frequency_penalty > 0, "common_share"),
+            **unread_unless("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
+            **unread_unless("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
+            **unread_unless("frequency_penalty", self.frequency_penalty > 0, "common_share"),
         }
 
     def dead_part(self) -> int:

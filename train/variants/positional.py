@@ -21,7 +21,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
@@ -87,10 +87,10 @@ class Config(Windowed):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
-            **read_with("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
-            **read_with("range_encoders", self.range_encoders, "range_encoder_share"),
-            **read_with("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale", "adapter_from"),
+            **unread_unless("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
+            **unread_unless("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
+            **unread_unless("range_encoders", self.range_encoders, "range_encoder_share"),
+            **unread_unless("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale", "adapter_from"),
         }
 
     def needs(self) -> Needs:
@@ -198,18 +198,13 @@ class Config(Windowed):
         masks = self.mask in ("hard", "soft")
         for name in ("progressive", "learned_coefficient", "l1_before_mask"):
             require(masks or not getattr(self, name), f"{name}: expected mask hard or soft, found {self.mask!r}")
-        embeds = self.range_encoders or not self.position_embeddings
-        require(embeds, "position_embeddings need range_encoders: set range_encoders=true, or leave them out")
-        draws = self.range_encoders or not self.independent_encoders
-        require(draws, "independent_encoders needs range_encoders: set range_encoders=true, or leave it out")
-        require(
-            self.pre_norm or not self.norm_rectified,
-            "norm_rectified needs pre_norm: set pre_norm=true, or leave it out",
-        )
-        require(
-            self.adapters or self.adapters_on == "input",
-            "adapters_on needs adapters: set adapters=true, or leave it out",
-        )
+        for name, is_set, other in (
+            ("position_embeddings", self.position_embeddings, "range_encoders"),
+            ("independent_encoders", self.independent_encoders, "range_encoders"),
+            ("norm_rectified", self.norm_rectified, "pre_norm"),
+            ("adapters_on", self.adapters_on != "input", "adapters"),
+        ):
+            require(not is_set or getattr(self, other), f"{name} needs {other}: set {other}=true, or leave it out")
         for name in ("adapted_rate", "unadapted_penalty"):
             phased = self.adapter_from is not None or getattr(self, name) == 1.0
             require(phased, f"{name}: expected adapter_from, found adapters that are present from the start")
@@ -220,5 +215,5 @@ class Config(Windowed):
         shaped = masks or self.range_encoders or self.adapters or self.mask == "static_slicing"
         require(
             shaped,
-            "mask=none does nothing by itself: set hard, soft or static_slicing, or add range_encoders or adapters",
+            "mask=none does nothing on its own: set hard, soft or static_slicing, or add range_encoders or adapters",
         )

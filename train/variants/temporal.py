@@ -15,7 +15,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped_sae import ShapedAutoencoder
@@ -66,8 +66,8 @@ class Config(Windowed):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
-            **read_with("position_gate", self.position_gate, "gate_rank"),
+            **unread_unless("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
+            **unread_unless("position_gate", self.position_gate, "gate_rank"),
         }
 
     def needs(self) -> Needs:
@@ -107,12 +107,13 @@ class Config(Windowed):
 
     def _with_terms(self, assembly: Assembly) -> Assembly:
         """A loss for each scale, under a shared schedule."""
-        weights = {
-            scale: Product((Constant(weight), self._schedule()))
-            for scale, weight in zip(SCALES, self.temporal_weights, strict=True)
-        }
-        terms = [Term(f"temporal_{loss.scale}", loss, weights[loss.scale]) for loss in self._losses()]
-        knobs: dict[str, Schedule] = {f"temporal_{loss.scale}": weights[loss.scale] for loss in self._losses()}
+        weights: dict[str, float] = dict(zip(SCALES, self.temporal_weights, strict=True))
+        terms: list[Term] = []
+        knobs: dict[str, Schedule] = {}
+        for loss in self._losses():
+            name, weight = f"temporal_{loss.scale}", Product((Constant(weights[loss.scale]), self._schedule()))
+            terms.append(Term(name, loss, weight))
+            knobs[name] = weight
         if self.progressive_window is not None and self.context is not None:
             knobs[PIECE] = Doubling(self.progressive_window, self.context)
         if self.reconstruction_boost > 0:

@@ -17,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import ends_of, is_rising, read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import ends_of, is_rising, require, require_least, require_positive, unread_unless
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
@@ -87,13 +87,13 @@ class Config(Wrapping):
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
-            **read_with("boundaries=null", self.boundaries is None, "tier_fractions"),
-            **read_with("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
-            **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
-            **read_with("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
-            **read_with("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
-            **read_with("importance or an earlier entry of tier_weights", self._is_nested, "gradient_scaling"),
-            **read_with(
+            **unread_unless("boundaries=null", self.boundaries is None, "tier_fractions"),
+            **unread_unless("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
+            **unread_unless("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
+            **unread_unless("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
+            **unread_unless("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
+            **unread_unless("importance or an earlier entry of tier_weights", self._is_nested, "gradient_scaling"),
+            **unread_unless(
                 "importance, an earlier entry of tier_weights or composition_weight",
                 self._is_nested or composes,
                 "tier_clip_norm",

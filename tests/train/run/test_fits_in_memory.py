@@ -275,6 +275,6 @@ def test_the_narrowest_limit_of_a_job_counts(tmp_path):
         for name, value in zip(names, (limit, 1500), strict=True):
             (group / name).write_text(f"{value}\n")
         (group / "memory.stat").write_text("inactive_file 60\nactive_file 40\n")
-    left = [fits_in_memory._left_in(group) for group in fits_in_memory._own_groups(own, tmp_path / "groups")]
+    left = [fits_in_memory._room_in(group) for group in fits_in_memory._own_groups(own, tmp_path / "groups")]
     assert sorted(left) == [2600, 3600, *[2**62] * 5]
     assert fits_in_memory._own_groups(tmp_path / "none") == []

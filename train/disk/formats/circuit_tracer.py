@@ -39,10 +39,10 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
     if len(layers) > len(saes):
         if len(saes) > 1:
             raise SaeInvalid(f"expected a single clt, or transcoders of one layer each, found {len(saes)} together")
-        kind, tensors = "cross_layer_transcoder", _of_all_layers(saes[0])
+        kind, tensors = "cross_layer_transcoder", _cross_layer_tensors(saes[0])
     else:
         in_order = sorted(saes, key=lambda sae: sae.metadata["layers"])
-        kind, tensors = "transcoder_set", {f"layer_{i}": _of_one_layer(sae) for i, sae in enumerate(in_order)}
+        kind, tensors = "transcoder_set", {f"layer_{i}": _layer_tensors(sae) for i, sae in enumerate(in_order)}
     for name, table in tensors.items():
         write_tensors(folder / f"{name}.safetensors", {key: tensor.float().cpu() for key, tensor in table.items()})
     write_json(folder / CONFIG, {"model_kind": kind, **_places(saes[0].metadata)})
@@ -72,7 +72,7 @@ def _transcode(w: dict[str, Tensor], x: Tensor) -> Tensor:
     return y + x @ w["W_skip"].t() if "W_skip" in w else y
 
 
-def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
+def _layer_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
     if not sae.is_plain:
         raise SaeInvalid("expected transcoders that consist only of weights and a gate, or a clt of several layers")
     bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.centres_input else sae.b_enc
@@ -82,7 +82,7 @@ def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
     return tensors | ({} if sae.W_skip is None else {"W_skip": sae.W_skip})
 
 
-def _of_all_layers(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
+def _cross_layer_tensors(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
     inner = sae.inner if isinstance(sae, RawUnits) else None
     if not isinstance(inner, CrossLayerSae) or len(set(inner.sizes)) > 1:
         raise SaeInvalid(
