@@ -39,7 +39,7 @@ class Estimate:
     weight_bytes: int
     """Size of the weights of all SAEs."""
     rates: Mapping[str, float | None]
-    """Learning rate of each SAE; None if it depends on values that only training has."""
+    """Learning rate of each SAE; None for a user's variant that cannot be built without values."""
     seconds: float
     where: str
     busy: str

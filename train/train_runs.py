@@ -188,7 +188,7 @@ def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[st
     """For each encoder product that this machine cannot compute at the requested precision: the one it uses instead."""
     for asked, given in sorted({pair for pair in products.values() if len(set(pair)) > 1}):
         labels = ", ".join(label for label, pair in products.items() if pair == (asked, given))
-        yield f"{labels}: encoder_product={asked} is computed in {given}, as this machine has no fast {asked} products"
+        yield f"{labels}: encoder_product={asked} is computed in {given}: this machine has no fast {asked} products"
 
 
 def settings_of(member: Member, rate: float | None) -> str:

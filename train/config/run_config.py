@@ -125,7 +125,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
         saved = from_json(_Saved, {key: raw[key] for key in ("data", "course", "saes") if key in raw})
         outside = [label for label in saved.saes if not re.fullmatch(r"[\w+-][\w.+-]*", label)]
         if outside:
-            raise ConfigInvalid(f"{where}: expected labels of SAEs that are folder names, found {outside[0]!r}")
+            raise ConfigInvalid(f"{where}: expected SAE labels that are folder names, found {outside[0]!r}")
         members = [
             Member(label, sae.variant, variant_registry.read_settings(sae.variant, sae.config, label))
             for label, sae in saved.saes.items()
@@ -219,12 +219,12 @@ class Ask:
         for _, _, member in made:
             if len(member.label) > LONGEST_LABEL:
                 raise ConfigInvalid(
-                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, as files are named "
+                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, for files are named "
                     f"after it, found {len(member.label)}: use fewer settings in --grid, or a recipe with its own names"
                 )
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
-                    f"two SAEs of the run would both be called {member.label}: train one of them in a run of its own"
+                    f"two SAEs of the run would both be called {member.label}: train one of them in a separate run"
                 )
         self._require_read(tuple(members.values()), grid_keys)
         self._require_apart(made)

@@ -1,4 +1,4 @@
-"""Where an SAE on disk reads and writes, as far as its metadata names that."""
+"""Where an SAE on disk reads and writes, according to its metadata."""
 
 from __future__ import annotations
 

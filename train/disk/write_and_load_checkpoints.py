@@ -49,7 +49,7 @@ class Standing:
     waited_seconds: float
     same_pairs: int
     pairs: int
-    run_id: str = field(default="", metadata={LATER: True})  # empty if the run is older than run ids
+    run_id: str = field(default="", metadata={LATER: True})  # empty for runs from before run ids
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Dictionary(Variant):
     """Initial decoder bias: the mean of the activations, or zero."""
     centre_by_mean: bool = False
     """Subtract the mean of the activations from the encoder's input while training. false: subtract the decoder's bias,
-    which drifts away from the mean, or nothing if another place is reconstructed. The saved SAE does the latter in any
-    case, and its encoder's biases make up for the difference."""
+    which drifts away from the mean, or nothing if another place is reconstructed. The saved SAE never subtracts
+    the mean: its encoder's biases make up for the difference."""
     encoder_product: Product = "float32"
     """The precision in which latents are chosen; their values are then computed in float32. With a dense gate, which
     does not choose, the precision of every dense product of the step."""

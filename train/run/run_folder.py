@@ -122,7 +122,7 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """Empty for runs that are older than run ids."""
+        """Empty for runs from before run ids."""
         return str((self.read_config().get("provenance") or {}).get(RUN_ID, ""))
 
     def write_config(self, config: Mapping[str, Any]) -> None:

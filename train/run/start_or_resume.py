@@ -206,7 +206,7 @@ def _open(
     log: MetricsLog | None,
     standing: Standing | None,
 ) -> Iterator[Run]:
-    """Connect the parts, restored from the checkpoint if there is one; close them in the end."""
+    """Connect the parts, restored from the checkpoint if there is one; close them at the end."""
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
     labels, every = [member.label for member in config.members], config.course.metrics_every_steps
     trackers, progress, onlookers, run_id = None, None, None, ""

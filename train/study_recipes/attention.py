@@ -87,7 +87,7 @@ RUNS = (
     ),
     Recipe(
         "decisive",
-        "at equal sparsity: does guidance by attention help what it is not trained on, more than links of any text do?",
+        "at equal sparsity: does attention guidance help what it is not trained on, more than links that any text has?",
         (
             *_with_controls("hierarchical", {"alpha": 0.1}),
             Sae("guided_strongly", "hierarchical", {"alpha": 1.0}),

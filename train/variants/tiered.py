@@ -210,6 +210,6 @@ class Config(Wrapping):
         )
         require(
             rising,
-            f"curriculum: expected {count} shares of the run, the first 0, each rise over before the end, "
+            f"curriculum: expected {count} shares of the run, the first 0, with each rise complete before the end, "
             f"found {self.curriculum} with rises of {self.curriculum_rise_fraction}",
         )

@@ -70,7 +70,7 @@ def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick,
     """config.json says what was asked for; other latents are chosen where it is not had."""
     monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda _: has_fast)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--width", 64, "--set", "encoder_product=bfloat16"]
-    said = "topk: encoder_product=bfloat16 is computed in float32, as this machine has no fast bfloat16 products"
+    said = "topk: encoder_product=bfloat16 is computed in float32: this machine has no fast bfloat16 products"
     assert (said in sae_train(*words).output) == (not has_fast)
     found = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["topk"]
     assert found["encoder_product"] == ("bfloat16" if has_fast else "float32")
