@@ -29,7 +29,7 @@ from .run.process import Process
 from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run
 from .run.validate_and_save_results import Outcome, conclude
-from .sae.kernels.dense_products import Product, product_on
+from .sae.kernels.dense_products import product_on
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
@@ -141,54 +141,47 @@ def _take_step(run: Run, step: int) -> None:
 
 def _announce(run: Run, settled: Settled) -> None:
     """Print what will be trained, and whatever differs from what was requested; a collective call."""
-    own = {
-        label: {
+    own = {}
+    for label, trainee in run.fleet.trainees.items():
+        asked = trainee.sae.encoder_product
+        own[label] = {
             "process": run.process.group.rank,
             "cut": sorted(trainee.assembly.cut_short(run.total_steps)),
             "lr": trainee.assembly.optim.lr,
-            "products": (asked := trainee.sae.encoder_product, product_on(run.process.device, asked)),
+            "products": (asked, product_on(run.process.device, asked)),
         }
-        for label, trainee in run.fleet.trainees.items()
-    }
     by_label = run.process.collect(own, run.labels)
     if not run.process.is_first:
         return
-    steps = counted(run.total_steps, "step")
-    run.process.console.print(f"{run.folder.path}: {settled.remark}, {steps} on {run.process.device}")
+    say, plan, processes = run.process.console.print, run.feed.plan, run.process.group.size
+    say(f"{run.folder.path}: {settled.remark}, {counted(run.total_steps, 'step')} on {run.process.device}")
     for member in run.config.members:
-        rate, process = (by_label[member.label][name] for name in ("lr", "process"))
-        where = f", in process {process}" if run.process.is_spread else ""
-        run.process.console.print(f"  {member.label}: {settings_of(member, rate)}{where}")
+        sae = by_label[member.label]
+        where = f", in process {sae['process']}" if run.process.is_spread else ""
+        say(f"  {member.label}: {settings_of(member, sae['lr'])}{where}")
     for line in settled.unread:
-        run.process.console.print(line, style="yellow")
+        say(line, style="yellow")
     windowed = any(needs.windows for needs in run.config.requests().values())
-    if windowed and (share := run.feed.plan.windows_taken()) < FEW_READ:
-        run.process.console.print(
-            f"SAEs on whole windows read {share:.0%} of the text: a batch of {run.feed.plan.batch_tokens:,} tokens "
-            f"holds only whole windows of {run.store.manifest.context}; set data.batch_tokens to a multiple of that "
+    if windowed and (share := plan.windows_taken()) < FEW_READ:
+        say(
+            f"SAEs on whole windows read {share:.0%} of the text: a batch of {plan.batch_tokens:,} tokens holds only "
+            f"whole windows of {run.store.manifest.context}; set data.batch_tokens to a multiple of that "
             "to leave out less"
         )
     for asked, given in sorted({tuple(pair) for sae in by_label.values() for pair in sae["cut"]}):
-        run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps is cut to {given:,}")
-    for line in say_products({label: tuple(sae["products"]) for label, sae in by_label.items()}):
-        run.process.console.print(line)
-    if run.process.group.size > 1 and not isinstance(run.store.files, LocalFiles):
-        run.process.console.print(
-            f"each of {run.process.group.size} processes reads {run.store.url} separately: to read it only once, copy "
-            "the store to a local disk, where the page cache serves all processes of a host"
+        say(f"the run is short: a warm-up or onset of {asked:,} steps is cut to {given:,}")
+    for asked, given in sorted({tuple(sae["products"]) for sae in by_label.values()}):
+        if asked != given:
+            labels = ", ".join(label for label, sae in by_label.items() if tuple(sae["products"]) == (asked, given))
+            say(f"{labels}: encoder_product={asked} is computed in {given}: this machine has no fast {asked} products")
+    if processes > 1 and not isinstance(run.store.files, LocalFiles):
+        say(
+            f"each of {processes} processes reads {run.store.url} separately: to read it only once, copy the store to "
+            "a local disk, where the page cache serves all processes of a host"
         )
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
-            run.process.console.print(
-                f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf includes them)"
-            )
-
-
-def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[str]:
-    """For each encoder product that this machine cannot compute at the requested precision: the one it uses instead."""
-    for asked, given in sorted({pair for pair in products.values() if len(set(pair)) > 1}):
-        labels = ", ".join(label for label, pair in products.items() if pair == (asked, given))
-        yield f"{labels}: encoder_product={asked} is computed in {given}: this machine has no fast {asked} products"
+            say(f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf includes them)")
 
 
 def settings_of(member: Member, rate: float | None) -> str:

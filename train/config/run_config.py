@@ -219,8 +219,8 @@ class Ask:
         for _, _, member in made:
             if len(member.label) > LONGEST_LABEL:
                 raise ConfigInvalid(
-                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, for files are named "
-                    f"after it, found {len(member.label)}: use fewer settings in --grid, or a recipe with its own names"
+                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters because it names "
+                    f"files, found {len(member.label)}: use fewer settings in --grid, or a recipe with its own names"
                 )
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
