@@ -109,6 +109,6 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
     settings |= {name: value for name, value in given.items() if name in known and value is not None}
     # A mean `k` per token may be 32.5; a fixed one may not.
     numbers = {name: value for name, value in settings.items() if type(known[name]) is int and type(value) is float}
-    broken = [name for name, value in numbers.items() if value != int(value)]
-    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    fractional = [name for name, value in numbers.items() if value != int(value)]
+    require(not fractional, f"{', '.join(fractional)}: expected a whole number for this base")
     return cls(**settings | {name: int(value) for name, value in numbers.items()})

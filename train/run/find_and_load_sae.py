@@ -130,8 +130,8 @@ def _download(name: str, looked: str) -> Path:
     files, obstacle = _files_of(repository)
     if obstacle is None:
         inside = _only_folder(repository, inside, files)
-    of_saes, beside = (*FILES, EXTRAS), [file for file in files if dirname(file) == inside]
-    wanted = [glob.escape(file) for file in beside if file.endswith(".json") or basename(file) in of_saes]
+    in_folder = [file for file in files if dirname(file) == inside]
+    wanted = [glob.escape(file) for file in in_folder if file.endswith(".json") or basename(file) in (*FILES, EXTRAS)]
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except Exception as error:
