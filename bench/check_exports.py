@@ -28,7 +28,7 @@ from worker_pipe import Worker
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch, Needs
 from saemill.train.data.scaling import Stats
-from saemill.train.disk.plain_form import begin_as
+from saemill.train.disk.plain_form import init_from
 from saemill.train.disk.sae_lens_folder import read_config, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
@@ -144,7 +144,7 @@ def open_here(
         found = differences([acts, source(x)], data)
         if variant is not None:
             trainee = make_trainee(variant, {}, stats_of(x))
-            begin_as(trainee.sae, source, trainee.assembly.input_stats, trainee.assembly.target_stats)
+            init_from(trainee.sae, source, trainee.assembly.input_stats, trainee.assembly.target_stats)
             found += differences([acts, trainee.sae(SCALE * x) / SCALE], data)[1:]
         return found
 

@@ -59,7 +59,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     "--recipe",
     metavar="STUDY[/RUN]",
     shell_complete=cli_support.recipes,
-    help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}.",
+    help=f"A run of a study, or all runs of it. Studies: {', '.join(studies())}.",
 )
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
 @click.option("--out", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
@@ -92,9 +92,9 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     "--set",
     multiple=True,
     metavar="A.B=V",
-    help="Any other setting, such as optim.beta1=0; a list is a,b. If given twice, the last value counts.",
+    help="Any other setting, such as optim.beta1=0; write a list as a,b. If repeated, the last value counts.",
 )
-@click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
+@click.option("--grid", multiple=True, metavar="A=V,V", help="An SAE for each value, such as k=16,32,64.")
 @click.option(
     "--init",
     metavar="SAE",
@@ -114,7 +114,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     "--plots/--no-plots",
     default=True,
     show_default=True,
-    help="Write a page about the run while it trains, and plots at its end.",
+    help="Write a page about the run while it trains, and plots at the end.",
 )
 @click.option(
     "--dry-run",
@@ -123,7 +123,7 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     help="Check everything, time a few steps, report what the run would do and need, and write nothing.",
 )
 @as_json()
-def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: bool, **words: Any) -> None:
+def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: bool, **options: Any) -> None:
     """Train sparse autoencoders from a store of activations.
 
     Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
@@ -134,27 +134,26 @@ def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: b
         from .train_runs import open_process, train_all  # late: --help and completion must not wait for torch
 
         if is_dry_run:
-            _estimate(words, is_json, device, spread)
+            _estimate(options, is_json, device, spread)
             return
         outcomes = []
         with open_process(device, console, spread, is_watched=plots) as process:
-            for outcome in train_all(words, process):
+            for outcome in train_all(options, process):
                 outcomes.append(outcome)
-                tell(console, outcome, plots)
+                print_results(console, outcome, plots)
         if is_json and process.is_first:
             print_json(document_of(outcomes))
-        diverged = [said for outcome in outcomes if (said := outcome.say_diverged())]
-        if diverged:
+        if diverged := [outcome.say_diverged() for outcome in outcomes if outcome.diverged]:
             raise TrainingDiverged("\n".join(diverged))
 
 
-def _estimate(words: dict[str, Any], is_json: bool, device: str, spread: bool) -> None:
+def _estimate(options: dict[str, Any], is_json: bool, device: str, spread: bool) -> None:
     from .dry_run import document_of, dry_run, render
     from .train_runs import open_process
 
     console, estimates = open_console(stderr=is_json, highlight=False), []
     with open_process(device, console, spread) as process:
-        for estimate in dry_run(words, process):
+        for estimate in dry_run(options, process):
             estimates.append(estimate)
             if process.is_first and not is_json:
                 console.print(render(estimate))
@@ -167,31 +166,31 @@ def document_of(outcomes: list[Outcome]) -> dict[str, Any]:
     return {"runs": [{"folder": str(folder_of(outcome)), **to_json(outcome)} for outcome in outcomes]}
 
 
-def tell(console: Console, outcome: Outcome, plots: bool) -> None:
-    """Print the results, where they are and what to do next."""
+def print_results(console: Console, outcome: Outcome, plots: bool) -> None:
+    """Print the results, where they are and the next command."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     has_massive = any(sae.validation_massive for sae in outcome.saes.values())
     for column in ("width", "L0", "EV", *(["EV with massive rows"] if has_massive else []), "dead"):
         table.add_column(column, justify="right", no_wrap=True)
     for label, sae in outcome.saes.items():
-        cells = [str(sae.width), f"{sae.l0:.1f}", share(sae.explained_variance)]
+        cells = [str(sae.width), f"{sae.l0:.1f}", four_digits(sae.explained_variance)]
         if has_massive:
             every = sae.explained_variance_with_massive
-            cells.append(share(sae.explained_variance if every is None else every))
+            cells.append(four_digits(sae.explained_variance if every is None else every))
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
-    measured_on = f"{outcome.say_held_out()}; the progress has a batch's"
-    console.print(f"L0 and EV (explained variance) are measured on {measured_on}")
+    held_out = outcome.say_held_out()
+    console.print(f"L0 and EV (explained variance) are measured on {held_out}; progress lines show a batch's")
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
     console.print(
         f"{counted(outcome.steps, 'step')}, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s: "
-        f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of it waiting for data"
+        f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of the time waiting for data"
     )
     console.print(
         f"shuffling: {100 * outcome.same_document_share:.3g}% of pairs in a batch share a document, "
-        f"{100 * outcome.same_document_ideal:.3g}% ideally (ratio {outcome.same_document_ratio:.2f})"
+        f"ideally {100 * outcome.same_document_ideal:.3g}% (ratio {outcome.same_document_ratio:.2f})"
     )
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
@@ -199,27 +198,28 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
         from .run.after_run import after_run
 
         after_run(folder_of(outcome), console.print)
-    folder = folder_of(outcome)  # by its name, sae-eval finds a run in the default folder
+    folder = folder_of(outcome)
+    # sae-eval finds a run by name only in the default folder.
     name = outcome.run if folder == Path(cli_support.RUNS, outcome.run) else str(folder)
     console.print(f"next: sae-eval {shlex.quote(name)}")
 
 
-def share(value: float | None) -> str:
+def four_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
 def warnings_of(outcome: Outcome) -> list[str]:
-    """What the table alone would not make clear."""
-    shares = {label: sae.explained_variance for label, sae in outcome.saes.items()}
-    alike = [label for label, found in shares.items() if found is None]
-    poor = [label for label, found in shares.items() if found is not None and not found > 0]
-    said = {
+    """Warnings that the table alone would not make clear."""
+    explained = {label: sae.explained_variance for label, sae in outcome.saes.items()}
+    alike = [label for label, share in explained.items() if share is None]
+    poor = [label for label, share in explained.items() if share is not None and not share > 0]
+    labels_by_warning = {
         "rows of the validation split are all alike: there is no variance to explain. "
         "Measure on more of it with --set course.validation_tokens, or on other text": alike,
         "activations of the validation split are reconstructed no better than by their mean. "
         "Train on more --tokens, or with a higher --lr or a smaller --width": poor,
     }
-    return [f"warning: {', '.join(labels)}: {what}" for what, labels in said.items() if labels]
+    return [f"warning: {', '.join(labels)}: {text}" for text, labels in labels_by_warning.items() if labels]
 
 
 def folder_of(outcome: Outcome) -> Path:

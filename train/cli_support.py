@@ -1,4 +1,4 @@
-"""Shared by the commands: the handling of expected errors, and shell completion. Does not import torch."""
+"""Shared by the commands: handling of expected errors, and shell completion. Does not import torch."""
 
 from __future__ import annotations
 

@@ -22,17 +22,16 @@ from .run.fill_config_from_store import Settled, settle
 from .run.fits_in_memory import COPIES, build_shapes, weight_bytes
 from .run.process import Process
 from .run.run_folder import RunFolder
-from .run.start_or_resume import begin_as_source, make_fleet, tell_memory
+from .run.start_or_resume import apply_init, make_fleet, report_out_of_memory
 from .train_runs import asks_of, require_cache, settings_of
 
-WARM, MOST = 2, 30  # steps
-SECONDS = 3.0
-POOL_BATCHES = 16
+WARM_UP_STEPS, MOST_STEPS, MOST_SECONDS = 2, 30, 3.0
+POOL_BATCHES = 16  # a small pool: filling a whole one would take longer than the timed steps
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a dry run found."""
+    """The result of a dry run."""
 
     settled: Settled
     described: Mapping[str, Any]
@@ -40,11 +39,11 @@ class Estimate:
     weight_bytes: int
     """Size of the weights of all SAEs."""
     rates: Mapping[str, float | None]
-    """Learning rate of each SAE; None where it is not known before values are there."""
+    """Learning rate of each SAE; None for a user's variant that cannot be built without values."""
     seconds: float
     where: str
     busy: str
-    """In words, if these were measured on a busy machine."""
+    """A remark if the machine was busy while they were measured; otherwise empty."""
 
     @property
     def memory_bytes(self) -> int:
@@ -57,15 +56,15 @@ class Estimate:
         return self.weight_bytes * (1 + (KEPT + 1) * (COPIES - 1))
 
 
-def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
+def dry_run(options: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
     """Time a few steps of each requested run. Name, store, settings and memory are checked."""
     busy = say_busy()
-    if words["resume"] is not None:
-        raise ConfigInvalid(f"--dry-run is for a new run: leave out either it or --resume {words['resume']}")
-    if words["name"] is not None:
-        RunFolder.require_free(words["out"], words["name"])
-    for ask in asks_of(words):
-        with Store.open(require_cache(words["cache"])) as store:
+    if options["resume"] is not None:
+        raise ConfigInvalid(f"--dry-run is for a new run: leave out either it or --resume {options['resume']}")
+    if options["name"] is not None:
+        RunFolder.require_free(options["out"], options["name"])
+    for ask in asks_of(options):
+        with Store.open(require_cache(options["cache"])) as store:
             settled = settle(ask, store)
             seconds = estimate_seconds(settled, store, process)
             width = store.manifest.width_of
@@ -78,26 +77,26 @@ def dry_run(words: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
 
 
 def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
-    """Time for all steps of a run on this machine, set by the slowest process; a collective call. Writes nothing."""
+    """Estimated time of a whole run on this machine, set by its slowest process; a collective call. Writes nothing."""
     fleet, data = make_fleet(settled, store, process), settled.config.data
-    begin_as_source(settled, fleet, store, process)
+    apply_init(settled, fleet, store, process)
     pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
     plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
-    steps, ranks = min(settled.total_steps, MOST), fleet.ranks
+    steps, ranks = min(settled.total_steps, MOST_STEPS), fleet.ranks
     took, began = [], time.perf_counter()
-    with tell_memory(process), ExitStack() as open_things:
+    with report_out_of_memory(process), ExitStack() as stack:
         needs = fleet.needs.values()
         feed = Feed(store, plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
-        open_things.callback(feed.close)
+        stack.callback(feed.close)
         for step in range(steps):
             before = time.perf_counter()
             fleet.step(feed.draw(step))
             if process.device.type == "cuda":
                 torch.cuda.synchronize(process.device)
             took.append(time.perf_counter() - before)
-            if process.group.any(step >= WARM and took[-1] + time.perf_counter() - began > SECONDS):
+            if process.group.any(step >= WARM_UP_STEPS and took[-1] + time.perf_counter() - began > MOST_SECONDS):
                 break
-    own = statistics.median(took[WARM:] or took) * settled.total_steps
+    own = statistics.median(took[WARM_UP_STEPS:] or took) * settled.total_steps
     return max(map(float, process.group.texts(str(own))))
 
 

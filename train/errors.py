@@ -52,11 +52,11 @@ class NonFiniteLoss(TrainError, ArithmeticError):
 
 
 class TrainingDiverged(TrainError, ArithmeticError):
-    """SAEs of a run diverged: all, so there is no result, or some, which the result names."""
+    """SAEs of a run diverged: all of them, so there is no result, or some, which the result lists."""
 
 
 class StoppedElsewhere(TrainError, RuntimeError):
-    """Another process of the run has ended with an error."""
+    """Another process of the run failed."""
 
 
 class SaeInvalid(TrainError, ValueError):
@@ -68,7 +68,7 @@ class StateInvalid(TrainError, ValueError):
 
 
 class NothingToTrain(TrainError, ValueError):
-    """The run would have no steps or has taken them all, or the split has no tokens."""
+    """The run would have no steps, is already finished, or its split has no tokens."""
 
 
 class MemoryTooSmall(TrainError, MemoryError):

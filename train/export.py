@@ -20,7 +20,7 @@ from . import cli_support
 from .cli_support import tell_errors
 from .disk.atomic_files import hidden_name_beside, replace_written
 from .disk.formats import FILES, WRITERS, circuit_tracer, kind_of, read
-from .disk.hook_metadata import places_told, require_places, told_of
+from .disk.hook_metadata import place_metadata, read_places, require_places
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
 from .disk.sae_lens_folder import EXTRAS, is_of_one_place, read_shapes
 from .errors import RunNotWritten, RunTaken, SaeInvalid
@@ -28,10 +28,9 @@ from .run.find_and_load_sae import find_sae, find_saes, read_folder
 from .run.push_to_hub import push
 
 ROWS = 256
-MOST = 1e-3  # largest difference in a row's reconstruction, as a share of the mean row's length
-FLIPPED = 0.1  # share of rows that may differ by more, where a latent near a tie or its threshold flips
+TOLERANCE = 1e-3  # of a row's reconstruction, as a share of the mean row's length
+FLIPPED = 0.1  # share of rows that may differ by more, because a latent near a tie or its threshold flips
 CIRCUIT_TRACER = "circuit_tracer"
-
 
 EXAMPLES = """\b
 Examples:
@@ -80,30 +79,33 @@ def main(
     with tell_errors():
         if repository is not None:
             address = push(source, runs, repository, private, licence)
-            tell({"pushed": address}, [f"pushed: {address}"], is_json)
+            report({"pushed": address}, [f"pushed: {address}"], is_json)
             return
         if kind is None or target is None:
             raise click.UsageError("expected --to KIND and --out FOLDER, or --push-to-hub OWNER/NAME")
         folders = find_saes(source, runs) if kind == CIRCUIT_TRACER else [find_sae(source, runs)]
-        extras = [] if kind == "sae_lens" else sorted({name for folder in folders for name in names_of_extras(folder)})
+        extras = {name for folder in folders for name in names_of_extras(folder)}
+        left_out = [] if kind == "sae_lens" else sorted(extras)
         if kind == CIRCUIT_TRACER:
             difference, compared = export_set(folders, target), "reconstructions differ"
         else:
             difference, compared = export(folders[0], kind, target), "codes and reconstructions differ"
         read_from = [{"folder": str(folder), "kind": kind_of(folder)} for folder in folders]
-        said = f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})"
-        proof = f"read back: {compared} by at most {difference:.2g} on {ROWS} random rows"
-        document = {"read": read_from, "written": {"folder": str(target), "kind": kind}, "difference": difference}
-        document["left_out"] = extras
-        left_out = f"left out: {', '.join(extras)} of {EXTRAS}, for which {kind} has no place"
-        made = f"next: run the two lines in {target / 'README.md'} to make ae.pt, the file that {kind} opens"
-        lines = [said, proof, *([left_out] if extras else [])]
-        lines += [made] if kind == "dictionary_learning" else []  # a pickle, so it is not written here
-        tell(document, lines, is_json)
+        written = {"folder": str(target), "kind": kind}
+        document = {"read": read_from, "written": written, "difference": difference, "left_out": left_out}
+        lines = [
+            f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})",
+            f"read back: {compared} by at most {difference:.2g} on {ROWS} random rows",
+        ]
+        if left_out:
+            lines.append(f"left out: {', '.join(left_out)} of {EXTRAS}, for which {kind} has no place")
+        if kind == "dictionary_learning":  # ae.pt is a pickle, so it is not written here
+            lines.append(f"next: run the two lines in {target / 'README.md'} to make ae.pt, the file that {kind} opens")
+        report(document, lines, is_json)
 
 
-def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
-    """Report the outcome: lines of text, or with `is_json` a document on standard output and the lines on stderr."""
+def report(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
+    """Print the outcome as lines of text; with `is_json`, as a document on stdout and the lines on stderr."""
     for line in lines:
         click.echo(line, err=is_json)
     if is_json:
@@ -111,7 +113,7 @@ def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
 
 
 def export(folder: Path, kind: str, target: Path) -> float:
-    """Write the SAE of a folder in another format; return the largest difference between the two."""
+    """Write a folder's SAE in another format; return the largest difference between the two."""
     _require_free(target)
     plain, metadata = read(folder)
     metadata = _with_place(metadata)
@@ -119,17 +121,17 @@ def export(folder: Path, kind: str, target: Path) -> float:
     plain = plain if kind == "sae_lens" else unsigned(plain)
     # SAELens' format has decoder rows of length one; the codes absorb their lengths.
     coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
-    with _whole_or_gone(target) as beside:
-        WRITERS[kind](beside, plain, metadata)
+    with _written_whole(target) as hidden:
+        WRITERS[kind](hidden, plain, metadata)
         if kind == "sae_lens" and names_of_extras(folder):
-            replace_written(beside / EXTRAS, lambda path: shutil.copyfile(folder / EXTRAS, path))
-        codes, x_hats = _outputs(plain, read(beside)[0], coded)
+            replace_written(hidden / EXTRAS, lambda path: shutil.copyfile(folder / EXTRAS, path))
+        codes, x_hats = _outputs(plain, read(hidden)[0], coded)
         _require_alike(*x_hats, may_flip=plain.architecture != "standard")
-        return max(_largest(*codes), _largest(*x_hats))
+        return max(_relative_difference(*codes), _relative_difference(*x_hats))
 
 
 def names_of_extras(folder: Path) -> set[str]:
-    """What trained along with an SAE of this package and lies beside its weights, such as the tiers of its latents."""
+    """The modules saved next to an SAE of this package because they trained along with it, such as its tiers."""
     has_any = kind_of(folder) == "sae_lens" and (folder / EXTRAS).is_file()
     return {name.partition(".")[0] for name in read_shapes(folder / EXTRAS)} if has_any else set()
 
@@ -141,26 +143,26 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
     saes = [read_folder(folder) for folder in folders]
     for sae in saes:
         require_places(sae.metadata)
-    with _whole_or_gone(target) as beside:
-        circuit_tracer.write(beside, saes)
+    with _written_whole(target) as hidden:
+        circuit_tracer.write(hidden, saes)
         layers = sum(len(sae.metadata["layers"]) for sae in saes)
         size = max(float(sae.b_dec.norm()) for sae in saes) or 1.0
         width = saes[0].d_in * len(saes) // layers
         x = size * torch.randn(ROWS, layers, width, generator=torch.Generator().manual_seed(0))
         parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
         own = [sae(rows.flatten(1)) for sae, rows in zip(parts, x.chunk(len(parts), 1), strict=True)]
-        x_hats = torch.cat(own, 1), circuit_tracer.reconstruct(beside, x).flatten(1)
+        x_hats = torch.cat(own, 1), circuit_tracer.reconstruct(hidden, x).flatten(1)
         _require_alike(*x_hats, may_flip=True)
-        return _largest(*x_hats)
+        return _relative_difference(*x_hats)
 
 
-def _largest(a: Tensor, b: Tensor) -> float:
+def _relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
 
 
 @torch.no_grad()
 def _outputs(one: PlainSae, other: PlainSae, coded: PlainSae | None) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Codes and reconstructions of both."""
+    """Codes and reconstructions of both SAEs for random rows; the first's codes are those of `coded`, if given."""
     first, second = sae_from_plain(one), sae_from_plain(other)
     size = first.b_dec.norm().clamp_min(1.0)
     x = first.b_dec + size * torch.randn(ROWS, first.d_in, generator=torch.Generator().manual_seed(0))
@@ -168,35 +170,35 @@ def _outputs(one: PlainSae, other: PlainSae, coded: PlainSae | None) -> tuple[tu
 
 
 def _require_alike(x_hat: Tensor, found: Tensor, may_flip: bool) -> None:
-    """Refuse reconstructions that differ from the source's; a few rows may where latents can flip."""
+    """Refuse reconstructions that differ from the source's; some rows may differ if latents can flip."""
     differences = (x_hat - found).norm(dim=1) / x_hat.norm(dim=1).mean().clamp_min(1e-30)
-    others = int((~(differences <= MOST)).sum())  # including those that are not finite
-    if others > (FLIPPED * len(differences) if may_flip else 0):
+    different = int((~(differences <= TOLERANCE)).sum())  # including those that are not finite
+    if different > (FLIPPED * len(differences) if may_flip else 0):
         raise SaeInvalid(
-            f"expected the written SAE to reconstruct as its source does, found {others} of {len(differences)} random "
-            f"rows that differ by more than {MOST:g} of their length: it was deleted. Choose another --to, and report "
-            "this SAE"
+            f"expected the written SAE to reconstruct as its source does, found {different} of {len(differences)} "
+            f"random rows that differ by more than {TOLERANCE:g} of their length: it was deleted. Choose another --to, "
+            "and report this SAE"
         )
 
 
 def _require_free(target: Path) -> None:
-    """Refuse a target that is there, unless it is a folder without files, or with those of unfinished exports alone."""
+    """Refuse a target that exists, unless it is a folder with nothing in it but leftovers of unfinished exports."""
     if target.exists() and (not target.is_dir() or any(not path.match(".*.tmp") for path in target.iterdir())):
         raise RunTaken(f"{target} exists and is not an empty folder: choose another --out")
 
 
 @contextmanager
-def _whole_or_gone(target: Path) -> Iterator[Path]:
-    """Yield a hidden folder to write into; what is written there then becomes the target's, unless another export has
-    filled the target meanwhile. If the writing fails or is interrupted, the hidden folder is deleted."""
+def _written_whole(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write into, then move it to the target, unless another export has filled that in the
+    meantime. If writing fails or is interrupted, delete the hidden folder."""
     place = Path(os.path.realpath(target))  # a link stays a link
-    # An empty folder stays too: it may be mounted, have modes of its own, or lie where nothing can be renamed.
+    # An existing empty folder is filled, not replaced: it may be a mount, have special modes or an unwritable parent.
     is_there = place.is_dir()
     hidden = hidden_name_beside(place / place.name if is_there else place)
     try:
         yield hidden
         if is_there:
-            _move_up(hidden)
+            _move_files_up(hidden)
         else:
             os.rename(hidden, place)
             sync(place.parent)
@@ -210,16 +212,16 @@ def _whole_or_gone(target: Path) -> Iterator[Path]:
         raise RunNotWritten(f"{target} could not be written ({error}): {remedy}") from error
 
 
-def _move_up(folder: Path) -> None:
-    """Move the files of a folder into the one that it is in, weights, which make that an SAE, last; if one cannot be
-    moved, take all back."""
+def _move_files_up(folder: Path) -> None:
+    """Move a folder's files into its parent, weights last, because they make it an SAE. If one cannot be moved, delete
+    those that were."""
     _require_free(folder.parent)
     moved: list[Path] = []
     try:
         for file in sorted(folder.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name in FILES)):
             place = folder.parent / file.name
             if not moved:
-                place.touch(exist_ok=False)  # fails if another export began to move its files
+                place.touch(exist_ok=False)  # fails if another export has started to move its files
             moved.append(place)
             file.replace(place)
         folder.rmdir()
@@ -231,15 +233,15 @@ def _move_up(folder: Path) -> None:
 
 
 def _with_place(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Add the place under our own names, which writers read, where only another tool's name gives it."""
+    """Add the place under our own names, which writers read, if only another tool's name gives it."""
     require_places(metadata)
     try:
-        told = places_told(metadata)
+        places = read_places(metadata)
     except SaeInvalid:  # an unknown place keeps its name
         return metadata
-    if told is None or len(told.layers) != 1 or told.layers != told.target_layers:
+    if places is None or len(places.layers) != 1 or places.layers != places.target_layers:
         return metadata
-    return metadata | told_of(told.hook, told.target_hook, told.layers[0])
+    return metadata | place_metadata(places.hook, places.target_hook, places.layers[0])
 
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:

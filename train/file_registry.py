@@ -1,4 +1,4 @@
-"""Registries: modules of a package, found by name."""
+"""Registries: a package's modules, found by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the options of a command, or of a Python caller, to trained runs."""
+"""Train the runs that a command's options, or a Python caller's, ask for."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .run.process import Process
 from .run.run_folder import RunFolder, cache_of
 from .run.start_or_resume import Run, begin_run, resume_run
 from .run.validate_and_save_results import Outcome, conclude
-from .sae.kernels.dense_products import Product, product_on
+from .sae.kernels.dense_products import product_on
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
 _ALIASES = {"lr": "optim.lr"}
 
-TAKEN = 0.98  # if less than this share of the text is read, the console says so
+FEW_READ = 0.98  # warn if SAEs on whole windows read less than this share of the text
 
 
 @contextmanager
 def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
-    """Where this process computes and prints; with `spread`, SAEs are divided among several processes."""
+    """Join the launch's other processes, if any; with `spread`, SAEs are divided among them."""
     if not isinstance(console.file, Output):
         console.file = cast(IO[str], Output(console.file))
     group, place = join(device, has_sums=not spread)
@@ -58,44 +58,45 @@ def open_process(device: str, console: Console, spread: bool = False, is_watched
     group.close()
 
 
-def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
-    """Train what the options, named as in `sae-train`, ask for: one run after the other.
+def train_all(options: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
+    """Train the runs that the options (named as in `sae-train`) ask for, one after another.
 
-    Only one of several processes yields results.
+    Only the first of several processes yields results.
     """
-    if words["resume"] is not None:
-        others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
-        others["--with-baselines"] = words["with_baselines"] or None
-        others |= {f"--{name}": words[name] for name in _OPTIONS}
+    if options["resume"] is not None:
+        others = {f"--{name}": options[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
+        others["--with-baselines"] = options["with_baselines"] or None
+        others |= {f"--{name}": options[name] for name in _OPTIONS}
         if given := [option for option, value in others.items() if value not in (None, ())]:
             raise ConfigInvalid(
-                f"--resume {words['resume']} keeps the settings of that run: leave out {', '.join(given)}"
+                f"--resume {options['resume']} keeps the settings of that run: leave out {', '.join(given)}"
             )
-        outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], process)]
+        outcomes = [_resume(RunFolder.open(options["out"], options["resume"]), options["cache"], process)]
     else:
-        asks = asks_of(words)
-        outcomes = (start(ask, require_cache(words["cache"]), words["out"], words["name"], process) for ask in asks)
+        asks = asks_of(options)
+        cache, out, name = require_cache(options["cache"]), options["out"], options["name"]
+        outcomes = (start(ask, cache, out, name, process) for ask in asks)
     yield from (outcome for outcome in outcomes if outcome is not None)
 
 
-def asks_of(words: Mapping[str, Any]) -> list[Ask]:
+def asks_of(options: Mapping[str, Any]) -> list[Ask]:
     """The new runs that the options ask for."""
-    settings = _settings({name: words[name] for name in _OPTIONS}, words["set"])
-    asks = find_asks(words["variant"], words["recipe"], words["name"], settings, _points(words["grid"]))
-    init = None if words["init"] is None else str(find_sae(words["init"], words["out"]))
-    return [replace(ask, baselines=words["with_baselines"], init=init) for ask in asks]
+    settings = _settings({name: options[name] for name in _OPTIONS}, options["set"])
+    asks = find_asks(options["variant"], options["recipe"], options["name"], settings, _points(options["grid"]))
+    init = None if options["init"] is None else str(find_sae(options["init"], options["out"]))
+    return [replace(ask, baselines=options["with_baselines"], init=init) for ask in asks]
 
 
 def start(ask: Ask, cache: str, out: str, name: str | None, process: Process) -> Outcome | None:
-    """A new run, from its first step to its results."""
+    """Train a new run, from its first step to its results."""
     with Store.open(cache) as store:
         settled = settle(ask, store)
         with begin_run(settled, store, process, out, name) as run:
-            _introduce(run, settled)
+            _announce(run, settled)
             return train(run)
 
 
-def _go_on(folder: RunFolder, cache: str | None, process: Process) -> Outcome | None:
+def _resume(folder: RunFolder, cache: str | None, process: Process) -> Outcome | None:
     url, cache_id = cache_of(folder)
     try:
         store = Store.open(cache or url, expect_cache_id=cache_id)
@@ -120,79 +121,71 @@ def train(run: Run) -> Outcome | None:
             run.watch.end()
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
-        again = resume_command(run.folder.path)
-        saved = f"The last checkpoint is intact. Resume with: {again}"
+        command = resume_command(run.folder.path)
+        state = f"The last checkpoint is intact. Resume with: {command}"
         if not list_checkpoints(run.folder.checkpoints):
-            saved = "No checkpoint had been written"
+            state = "No checkpoint had been written"
             if run.folder.has_steps:
-                saved += f": the log is in {run.folder.path}. Start again from step 0 with the same settings: {again}"
-        raise type(error)(f"{error}. {saved}") from error
+                state += f": the log is in {run.folder.path}. Start again from step 0 with the same settings: {command}"
+        raise type(error)(f"{error}. {state}") from error
 
 
 def _take_step(run: Run, step: int) -> None:
-    """A function of its own, so that the draw is released with each step: it holds buffers that the feed must free."""
+    """A separate function so that each draw is released at the end of its step: the feed must free its buffers."""
     draw = run.feed.draw(step)
     run.watch.observe(step, draw, run.fleet.step(draw), run.fleet.diverged)
-    for said in run.fleet.take_news():
+    for news in run.fleet.take_news():
         if run.process.team.rank == 0:
-            run.process.console.print(said, style="yellow")
+            run.process.console.print(news, style="yellow")
 
 
-def _introduce(run: Run, settled: Settled) -> None:
-    """Print what is about to happen; a collective call."""
-    own = {
-        label: {
+def _announce(run: Run, settled: Settled) -> None:
+    """Print what will be trained, and whatever differs from what was requested; a collective call."""
+    own = {}
+    for label, trainee in run.fleet.trainees.items():
+        asked = trainee.sae.encoder_product
+        own[label] = {
             "process": run.process.group.rank,
             "cut": sorted(trainee.assembly.cut_short(run.total_steps)),
             "lr": trainee.assembly.optim.lr,
-            "products": (asked := trainee.sae.encoder_product, product_on(run.process.device, asked)),
+            "products": (asked, product_on(run.process.device, asked)),
         }
-        for label, trainee in run.fleet.trainees.items()
-    }
-    told = run.process.collect(own, run.labels)
+    by_label = run.process.collect(own, run.labels)
     if not run.process.is_first:
         return
-    steps = counted(run.total_steps, "step")
-    run.process.console.print(f"{run.folder.path}: {settled.remark}, {steps} on {run.process.device}")
+    say, plan, processes = run.process.console.print, run.feed.plan, run.process.group.size
+    say(f"{run.folder.path}: {settled.remark}, {counted(run.total_steps, 'step')} on {run.process.device}")
     for member in run.config.members:
-        rate, process = (told[member.label][name] for name in ("lr", "process"))
-        where = f", in process {process}" if run.process.is_spread else ""
-        run.process.console.print(f"  {member.label}: {settings_of(member, rate)}{where}")
+        sae = by_label[member.label]
+        where = f", in process {sae['process']}" if run.process.is_spread else ""
+        say(f"  {member.label}: {settings_of(member, sae['lr'])}{where}")
     for line in settled.unread:
-        run.process.console.print(line, style="yellow")
+        say(line, style="yellow")
     windowed = any(needs.windows for needs in run.config.requests().values())
-    if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
-        run.process.console.print(
-            f"SAEs on whole windows read {taken:.0%} of the text: a batch of {run.feed.plan.batch_tokens:,} tokens "
-            f"holds only whole windows of {run.store.manifest.context}; set data.batch_tokens to a multiple of that "
+    if windowed and (share := plan.windows_taken()) < FEW_READ:
+        say(
+            f"SAEs on whole windows read {share:.0%} of the text: a batch of {plan.batch_tokens:,} tokens holds only "
+            f"whole windows of {run.store.manifest.context}; set data.batch_tokens to a multiple of that "
             "to leave out less"
         )
-    cut = {tuple(found) for one in told.values() for found in one["cut"]}
-    for asked, given in sorted(cut):
-        run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps is cut to {given:,}")
-    for line in say_products({label: tuple(one["products"]) for label, one in told.items()}):
-        run.process.console.print(line)
-    if run.process.group.size > 1 and not isinstance(run.store.files, LocalFiles):
-        run.process.console.print(
-            f"each of {run.process.group.size} processes reads all that its SAEs need from {run.store.url} by itself: "
-            "copy the store to a disk, where the page cache serves all processes of a host, to read it once"
+    for asked, given in sorted({tuple(pair) for sae in by_label.values() for pair in sae["cut"]}):
+        say(f"the run is short: a warm-up or onset of {asked:,} steps is cut to {given:,}")
+    for asked, given in sorted({tuple(sae["products"]) for sae in by_label.values()}):
+        if asked != given:
+            labels = ", ".join(label for label, sae in by_label.items() if tuple(sae["products"]) == (asked, given))
+            say(f"{labels}: encoder_product={asked} is computed in {given}: this machine has no fast {asked} products")
+    if processes > 1 and not isinstance(run.store.files, LocalFiles):
+        say(
+            f"each of {processes} processes reads {run.store.url} separately: to read it only once, copy the store to "
+            "a local disk, where the page cache serves all processes of a host"
         )
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
-            run.process.console.print(
-                f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf includes them)"
-            )
-
-
-def say_products(products: Mapping[str, tuple[Product, Product]]) -> Iterator[str]:
-    """Report products that this machine cannot compute as requested; with each, the precision that it computes in."""
-    for asked, given in sorted({pair for pair in products.values() if len(set(pair)) > 1}):
-        labels = ", ".join(label for label, pair in products.items() if pair == (asked, given))
-        yield f"{labels}: encoder_product={asked} is computed in {given}, as this machine has no fast {asked} products"
+            say(f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf includes them)")
 
 
 def settings_of(member: Member, rate: float | None) -> str:
-    """In words: the settings that tell SAEs apart, and the learning rate."""
+    """In words: the settings in which SAEs usually differ, and the learning rate."""
     shown = (*(["hook"] if member.config.needs().hook != RESID else []), "layer", "layers", "width", "k", "seed")
     unread = member.config.unread()
     values = {key: getattr(member.config, key, None) for key in shown if key not in unread}
@@ -208,7 +201,7 @@ def find_asks(
     settings: dict[str, Any],
     points: list[dict[str, Any]],
 ) -> list[Ask]:
-    """The runs to train, one after the other."""
+    """The runs to train, one after another."""
     if variants and recipe is not None:
         raise ConfigInvalid(f"--recipe {recipe} already names the SAEs to train: leave out --variant")
     if variants:
@@ -225,10 +218,10 @@ def find_asks(
 
 
 def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
-    """All settings of the command line. A setting given under two names must have one value: one would be ignored."""
+    """All settings of the command line. One given under two names must have the same value in both."""
     settings = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
-    for said, value in parse_settings(words).items():
-        key = _ALIASES.get(said, said)
+    for name, value in parse_settings(words).items():
+        key = _ALIASES.get(name, name)
         if settings.setdefault(key, value) != value:
             raise ConfigInvalid(f"expected one value of {key}, found {settings[key]!r} and {value!r}: leave out one")
     return settings

@@ -21,11 +21,11 @@ from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import RESID
 from ...train.config.recipe import runs_of, studies
 from ...train.disk.atomic_files import read_json
-from ...train.disk.hook_metadata import UNTOLD, Told, places_told
+from ...train.disk.hook_metadata import NO_PLACES, Places, read_places
 from ...train.disk.plain_form import with_unit_rows, without_signs
-from ...train.disk.sae_lens_folder import CONFIG, WEIGHTS, as_said_since_6, metadata_of, read_config, read_shapes
+from ...train.disk.sae_lens_folder import CONFIG, WEIGHTS, metadata_of, read_config, read_shapes, upgrade_config
 from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
-from ...train.run.find_and_load_sae import find_sae, is_of_hub, list_saes, read_folder
+from ...train.run.find_and_load_sae import find_sae, is_on_hub, list_saes, read_folder
 from ...train.run.run_folder import RUNS, RunFolder, cache_of, is_run, places_of, run_names
 from ...train.sae.model import SparseAutoencoder
 from ..context.loaded_sae import LoadedSae
@@ -86,7 +86,7 @@ def find_all(
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
-        home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_of_hub(target, runs) else None
+        home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_on_hub(target, runs) else None
         for folder, run in places:
             try:
                 is_alone = len(targets) == len(places) == 1  # of several, not all may have room at once
@@ -172,7 +172,7 @@ def make_subject(
 def _config_of(folder: Path) -> dict[str, Any]:
     """cfg.json, if there is one; that of an older SAELens in today's keys."""
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
-    return as_said_since_6(config, folder) if config and (folder / WEIGHTS).is_file() else config
+    return upgrade_config(config, folder) if config and (folder / WEIGHTS).is_file() else config
 
 
 def _sizes_told(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -230,10 +230,10 @@ def studies_with(run: str) -> list[str]:
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 
-def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Told:
+def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Places:
     """Where an SAE reads and writes: as it says or, if it names no place, as the user says."""
     try:
-        told = places_told(metadata)
+        told = read_places(metadata)
     except SaeInvalid as error:
         raise SettingInvalid(f"{folder}: {error}") from None
     if told is not None:
@@ -245,10 +245,10 @@ def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> To
             )
         return told
     if metadata.get("transcodes"):
-        raise SettingInvalid(f"{folder}: {UNTOLD}")
+        raise SettingInvalid(f"{folder}: {NO_PLACES}")
     if given is None:
         raise SettingInvalid(
             f"{folder} does not say which layer's residual stream it reads (hook_name "
             f"{metadata.get('hook_name', '')!r}): give --layer"
         )
-    return Told((given,), RESID, (given,), RESID)
+    return Places((given,), RESID, (given,), RESID)

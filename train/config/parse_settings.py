@@ -1,4 +1,4 @@
-"""Parse command-line words to typed values: `a.b=value`, grids of them, and records changed by them."""
+"""Parse command-line words (`a.b=value`, and grids of them) to typed values, and set them in records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:
-    """`a.b=value` words, by key; the last value of a key counts, so that a script can be overridden."""
+    """`a.b=value` words, by key. The last value of a key counts, so that a script's can be overridden."""
     settings = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -37,7 +37,7 @@ def parse_settings(words: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_grid(words: Iterable[str]) -> list[dict[str, Any]]:
-    """`k=16,32` words to the settings of each point of the grid."""
+    """The settings of each point of the grid that `k=16,32` words span."""
     axes = []
     for word in words:
         key, equals, values = word.partition("=")
@@ -55,7 +55,7 @@ def parse_value(text: str) -> Any:
         value = float(number[1]) * _UNITS[number[2]]
         return round(value) if math.isfinite(value) else text
     try:  # NaN, Infinity and numbers too large to represent stay strings: no setting takes them
-        return json.loads(text, parse_constant=str, parse_int=_number(int), parse_float=_number(float))
+        return json.loads(text, parse_constant=str, parse_int=_if_finite(int), parse_float=_if_finite(float))
     except (json.JSONDecodeError, RecursionError):
         pass
     if text in ("None", "True", "False"):
@@ -63,12 +63,12 @@ def parse_value(text: str) -> Any:
     return [parse_value(part) for part in text.split(",")] if "," in text else text
 
 
-def _number(kind: Callable[[str], T]) -> Callable[[str], T | str]:
+def _if_finite(kind: Callable[[str], T]) -> Callable[[str], T | str]:
     return lambda text: kind(text) if math.isfinite(float(text)) else text
 
 
 def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:
-    """The record with dotted keys replaced; all problems in one error. A lone item becomes a list where needed."""
+    """The record with dotted keys replaced; all unknown keys in one error. A lone value becomes a list where needed."""
     raw, problems = to_json(record), []
     known = flatten(raw)
     for key, value in settings.items():

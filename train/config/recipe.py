@@ -1,4 +1,4 @@
-"""Recipes: runs with a name, as data, and the registry of the studies that they make up.
+"""Recipes: named runs, as data, and the registry of the studies that they make up.
 
 Every file of `train/study_recipes/` is a study: `RUNS` is a tuple of these records, in order, and `EVALS` names the
 study's own evaluations. Settings are written as on the command line (`data.batch_tokens`, `course.epochs`, `optim.lr`,
@@ -22,8 +22,8 @@ AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
 """What the studies recorded for every run, with 2,304 latents on gemma-2-2b, layer 19."""
 
 DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304, "encoder_product": "float32"}
-"""For the runs that decide a study: top-k, so that everything is compared at the same number of active latents, chosen
-at the same precision, for which variants have different defaults."""
+"""For the runs that decide a study: top-k, so that everything is compared at the same number of active latents, and
+one precision of choosing them, whose default differs between variants."""
 PROBES = ("sparse_probing", "scr", "tpp", "decoder_cosine")
 """Evaluations that no variant is trained on."""
 HALF = "_half"
@@ -31,7 +31,7 @@ HALF = "_half"
 
 @dataclass(frozen=True)
 class Sae:
-    """One SAE of a run: its label, its variant, and where it departs from the variant's defaults."""
+    """One SAE of a run: its label, its variant, and the settings that differ from the variant's defaults."""
 
     label: str
     variant: str
@@ -56,7 +56,7 @@ class Recipe:
     costs: bool = False
     """Whether a study's table shows the time per step and the bytes of state of each SAE."""
     select: str = ""
-    """A measure of `evals`: a study names the best SAE of the run by it, base and controls included."""
+    """The measure of `evals` by which a study names the run's best SAE, base and controls included."""
     study: str = ""
     """The name of the file; the registry fills it in."""
 

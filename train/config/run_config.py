@@ -1,4 +1,4 @@
-"""What a run is to do, as frozen records, and how command-line words become such records.
+"""The configuration of a run, as frozen records, and how command-line words become such records.
 
 A run is one stream (`DataConfig`), one course (`CourseConfig`) and one or more SAEs (`Member`). Settings
 are written `data.pool_tokens`, `course.tokens`, or by a variant's own names (`k`, `optim.lr`); a name
@@ -24,8 +24,8 @@ from ..kit.variant_contract import Variant
 from .parse_settings import split_key, with_settings
 from .recipe import Recipe, Sae
 
-LONGEST_LABEL = 180  # checkpoints read back 200 characters, and baselines add some to a name
-OF_OTHERS = {  # settings as other libraries name them
+LONGEST_LABEL = 180  # file names in checkpoints have at most 200 characters, and baselines add a suffix
+NAMES_ELSEWHERE = {  # other libraries' names of settings
     "learning_rate": "optim.lr",
     "lr_warm_up_steps": "optim.warmup_steps",
     "adam_beta1": "optim.beta1",
@@ -42,8 +42,8 @@ OF_OTHERS = {  # settings as other libraries name them
 }
 Limits = Callable[[Variant], Mapping[str, Any]]
 """Upper bounds for the defaults of a config."""
-Held = Mapping[str, Sequence[int]]
-"""From each hook to the layers that a store holds of it."""
+StoredLayers = Mapping[str, Sequence[int]]
+"""The layers that a store holds of each hook."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,15 @@ class DataConfig:
     """The stream that all SAEs of a run share."""
 
     seed: int = 0
-    """Seed of the read order only: SAEs have their own seeds, so a fleet over seeds reads one stream."""
+    """Seed of the read order alone. SAEs have their own seeds, so a fleet over seeds shares one stream."""
     batch_tokens: int = 4096
     pool_tokens: int | None = None
-    """Tokens that are shuffled together in memory, in each of two pools; None: as many as fit in 2 GiB per layer in
-    each, at two bytes per number."""
-
+    """Tokens shuffled together in memory, in each of two pools. None: as many as fit in 2 GiB per layer and pool, at
+    two bytes per number."""
     massive_norms: float | None = None
     """Rows whose norm is above this multiple of their layer's median norm are left out of scale, mean, loss and
-    measurements; None (inf on the command line): every row counts. New runs use the store's value (10, or None if an
-    import asked for it); runs older than this setting have none."""
+    measurements. None (inf on the command line): every row counts. New runs default to the store's value: 10, or None
+    if an import asked for it."""
 
     def __post_init__(self) -> None:
         require_least(self, seed=0, batch_tokens=1, pool_tokens=1)
@@ -77,17 +76,18 @@ class CourseConfig:
     tokens: int | None = None
     epochs: int | None = None
     metrics_every_steps: int = 50
-    """A new run of fewer than 2,500 steps has by default a fiftieth of them, for curves of about 50 points."""
+    """Below 2,500 steps, the default is a fiftieth of the run, so that curves have about 50 points."""
     checkpoint_every_seconds: float = 300.0
-    """Since the one before was written; more where training would stand still for more than a twentieth of the time."""
+    """Seconds from the end of one save to the next; longer if saving would pause training for over a twentieth of the
+    time."""
     checkpoint_every_steps: int | None = None
     """If set, checkpoint_every_seconds is ignored."""
     validation_tokens: int = 131_072
     shard_width: bool = False
-    """With several processes: each holds part of every dictionary and reads all rows of every batch, for widths that do
-    not fit on one device."""
+    """With several processes: each holds part of every dictionary and reads whole batches, for widths that do not fit
+    on one device."""
     trackers: tuple[str, ...] = ()
-    """Further logs, through accelerate: wandb, tensorboard and others."""
+    """Additional logs, through accelerate: wandb, tensorboard and others."""
 
     def __post_init__(self) -> None:
         require_least(self, tokens=1, epochs=1, metrics_every_steps=1, validation_tokens=1)
@@ -125,7 +125,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
         saved = from_json(_Saved, {key: raw[key] for key in ("data", "course", "saes") if key in raw})
         outside = [label for label in saved.saes if not re.fullmatch(r"[\w+-][\w.+-]*", label)]
         if outside:
-            raise ConfigInvalid(f"{where}: expected labels of SAEs that are folder names, found {outside[0]!r}")
+            raise ConfigInvalid(f"{where}: expected SAE labels that are folder names, found {outside[0]!r}")
         members = [
             Member(label, sae.variant, variant_registry.read_settings(sae.variant, sae.config, label))
             for label, sae in saved.saes.items()
@@ -138,7 +138,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def damaged(where: str, found: object) -> ConfigInvalid:
-    """The error for a config.json that is not that of a run."""
+    """The error for a config.json that does not describe a run."""
     return ConfigInvalid(f"{where} is not the configuration of a run: {found}; copy the folder again")
 
 
@@ -159,7 +159,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class Ask:
-    """What the command line asks for, before anything is known about the store."""
+    """What the command line asks for, before the store is opened."""
 
     saes: tuple[Sae, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -168,13 +168,13 @@ class Ask:
     baselines: bool = False
     """Whether to train sanity baselines too."""
     init: str | None = None
-    """The folder of a trained SAE that all start from; None: each starts afresh."""
+    """The folder of a trained SAE that all start from; None: from scratch."""
 
     @classmethod
     def of_recipe(
         cls, recipe: Recipe, settings: Mapping[str, Any] | None = None, grid: Sequence[Mapping[str, Any]] = ({},)
     ) -> Ask:
-        """A recipe, with the changes of the command line."""
+        """A recipe, with the command line's changes."""
         return cls(recipe.saes, settings or {}, grid, recipe)
 
     @classmethod
@@ -186,51 +186,52 @@ class Ask:
             variant_registry.module(name)  # report an unknown name first
         return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings or {}, grid)
 
-    def stream(self, defaults: DataConfig) -> DataConfig:
-        """The requested stream."""
-        asked = self._of("data")
+    def data(self, defaults: DataConfig) -> DataConfig:
+        asked = self._section("data")
         if asked.get("massive_norms") in ("inf", "Infinity"):  # JSON has neither
             asked["massive_norms"] = None
         return with_settings(defaults, asked, "data")
 
-    def length(self, defaults: CourseConfig) -> CourseConfig:
-        """The requested course."""
-        return with_settings(defaults, self._of("course"), "course")
+    def course(self, defaults: CourseConfig) -> CourseConfig:
+        return with_settings(defaults, self._section("course"), "course")
 
-    def members(self, limits: Limits, held: Held | None = None) -> tuple[Member, ...]:
-        """The SAEs. `limits` of a config bound the variant's own defaults, never requested values; a layer that was not
-        requested is one that the store holds."""
-        spread = [key for point in self.grid for key in point]
-        misplaced = [key for key in spread if split_key(key)[0] in ("data", "course")]
+    def members(self, limits: Limits, stored: StoredLayers | None = None) -> tuple[Member, ...]:
+        """The SAEs. `limits` bound the variant's own defaults, never requested values; a default layer that is not in
+        the store is replaced by one that is."""
+        grid_keys = [key for point in self.grid for key in point]
+        misplaced = [key for key in grid_keys if split_key(key)[0] in ("data", "course")]
         if misplaced:
             raise ConfigInvalid(
                 f"--grid is for SAEs that share data and course, found {misplaced[0]}: set it with --set, and "
                 "start a run for each value"
             )
-        for key, said in ((key, said) for key in spread for said in self.settings if self._decides(key, said)):
+        overrides = [(key, other) for key in grid_keys for other in self.settings if self._overrides(key, other)]
+        if overrides:
+            key, other = overrides[0]
             raise ConfigInvalid(
-                f"expected {key} only in --grid, found {said}={self.settings[said]} in an option or --set too: "
+                f"expected {key} only in --grid, found {other}={self.settings[other]} in an option or --set too: "
                 "leave out one of the two"
             )
-        self._require_known([*self.settings, *spread])
-        made = [(sae, point, self._member(sae, point, limits, held or {})) for sae in self.saes for point in self.grid]
+        self._require_known([*self.settings, *grid_keys])
+        stored = stored or {}
+        made = [(sae, point, self._member(sae, point, limits, stored)) for sae in self.saes for point in self.grid]
         members: dict[str, Member] = {}
         for _, _, member in made:
             if len(member.label) > LONGEST_LABEL:
                 raise ConfigInvalid(
-                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, as files bear it, "
-                    f"found {len(member.label)}: use fewer settings in --grid, or a recipe with its own names"
+                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters because it names "
+                    f"files, found {len(member.label)}: use fewer settings in --grid, or a recipe with its own names"
                 )
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
-                    f"two SAEs of the run would both be called {member.label}: train one of them in a run of its own"
+                    f"two SAEs of the run would both be called {member.label}: train one of them in a separate run"
                 )
-        self._require_read(tuple(members.values()), spread)
+        self._require_read(tuple(members.values()), grid_keys)
         self._require_apart(made)
         return tuple(members.values())
 
     def say_unread(self, members: Sequence[Member]) -> tuple[str, ...]:
-        """In words, for each setting that was given to all SAEs: the variants of these that do not read it."""
+        """For each setting that was given to all SAEs, in words: which of their variants do not read it."""
         read: dict[str, set[str]] = {}
         for member in members:
             read.setdefault(member.variant, set()).update(_keys(member.config) - member.config.unread().keys())
@@ -239,30 +240,31 @@ class Ask:
         without = {key: [name for name, of in read.items() if key not in of] for key in known}
         return tuple(f"{key} is not read by {', '.join(names)}" for key, names in without.items() if names)
 
-    def _decides(self, key: str, said: str) -> bool:
-        """Whether a key of the grid leaves no SAE that would read a setting."""
+    def _overrides(self, grid_key: str, key: str) -> bool:
+        """Whether a key of the grid overrides a setting for every SAE."""
         variants = {sae.variant for sae in self.saes}
-        own, other = (rest if head in variants else whole for whole in (key, said) for head, rest in [split_key(whole)])
-        return own == other and (key in (said, own) or len(variants) == 1)
+        split = ((name, *split_key(name)) for name in (grid_key, key))
+        own, other = (rest if head in variants else name for name, head, rest in split)
+        return own == other and (grid_key in (key, own) or len(variants) == 1)
 
     def _require_apart(self, made: Sequence[tuple[Sae, Mapping[str, Any], Member]]) -> None:
         """Refuse a setting that makes two different SAEs of a recipe the same."""
-        for (one, point, first), (other, there, second) in itertools.combinations(made, 2):
-            if point != there or first.config != second.config:
+        for (one, point, first), (other, other_point, second) in itertools.combinations(made, 2):
+            if point != other_point or first.config != second.config:
                 continue
             known = _keys(variant_registry.config_type(one.variant)())
             asked = _own({**self.settings, **point}, one.variant, known)
-            over = [key for key in asked if one.settings.get(key) != other.settings.get(key)]
-            if over:
+            overridden = [key for key in asked if one.settings.get(key) != other.settings.get(key)]
+            if overridden:
                 raise ConfigInvalid(
-                    f"{first.label} and {second.label} differ in {over[0]} in the recipe, and would become the "
-                    f"same SAE: leave {over[0]} to the recipe"
+                    f"{first.label} and {second.label} differ in {overridden[0]} in the recipe, and would become the "
+                    f"same SAE: leave {overridden[0]} to the recipe"
                 )
 
-    def _require_read(self, members: Sequence[Member], spread: Sequence[str]) -> None:
+    def _require_read(self, members: Sequence[Member], grid_keys: Sequence[str]) -> None:
         """Refuse settings that none of the SAEs reads."""
         known = [(member, _keys(member.config)) for member in members]
-        for key in dict.fromkeys([*self.settings, *spread]):
+        for key in dict.fromkeys([*self.settings, *grid_keys]):
             of = [(member, name) for member, keys in known for name in _own({key: None}, member.variant, keys)]
             advice = [member.config.unread().get(name) for member, name in of]
             if not of or None in advice:
@@ -274,25 +276,26 @@ class Ask:
                     f"{member.label}: {name} {self.settings.get(key, found)} would be ignored: {advice[0]}"
                 )
 
-    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, held: Held) -> Member:
+    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, stored: StoredLayers) -> Member:
         config = variant_registry.config_type(sae.variant)()
         known = _keys(config)
-        spread = _own(point, sae.variant, known)
-        asked = _own(self.settings, sae.variant, known) | spread
+        varied = _own(point, sae.variant, known)
+        asked = _own(self.settings, sae.variant, known) | varied
         shared = self.recipe.settings if self.recipe else {}
         of_recipe = {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
         draft = with_settings(config, of_recipe | asked, sae.label)
-        instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
-        if held:
-            instead |= stored_layer(draft, asked, held)
-        config = with_settings(draft, instead, sae.label)
+        adapted = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
+        if stored:
+            adapted |= stored_layer(draft, asked, stored)
+        config = with_settings(draft, adapted, sae.label)
         with name_sae(sae.label):
             require_bounds(config)
-        return Member(_label(sae.label, spread), sae.variant, config)
+        return Member(_label(sae.label, varied), sae.variant, config)
 
-    def _of(self, head: str) -> dict[str, Any]:
-        said = {**(self.recipe.settings if self.recipe else {}), **self.settings}
-        return {split_key(key)[1]: value for key, value in said.items() if split_key(key)[0] == head}
+    def _section(self, head: str) -> dict[str, Any]:
+        """The settings below a head such as `data`, without it."""
+        given = {**(self.recipe.settings if self.recipe else {}), **self.settings}
+        return {split_key(key)[1]: value for key, value in given.items() if split_key(key)[0] == head}
 
     def _require_known(self, keys: Iterable[str]) -> None:
         """Refuse a key that no SAE of the run has."""
@@ -304,14 +307,16 @@ class Ask:
             if head in ("data", "course"):
                 continue
             if key == "k" and key not in everything:
-                said = ("--k", f"--set target_l0={self.settings[key]}") if key in self.settings else ("k", "target_l0")
-                instead = f", or ask for {said[1]}" if "target_l0" in everything else ""
+                option, instead = "k", "target_l0"
+                if key in self.settings:
+                    option, instead = "--k", f"--set target_l0={self.settings[key]}"
+                advice = f", or ask for {instead}" if "target_l0" in everything else ""
                 raise ConfigInvalid(
-                    f"{', '.join(by_variant)}: the number of active latents is not fixed: leave out {said[0]}{instead}"
+                    f"{', '.join(by_variant)}: the number of active latents is not fixed: leave out {option}{advice}"
                 )
             if key not in everything and not (head in by_variant and rest in by_variant[head]):
                 shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
-                here = OF_OTHERS.get(key.rpartition(".")[2])
+                here = NAMES_ELSEWHERE.get(key.rpartition(".")[2])
                 own = nearest(rest, by_variant[head]) if head in by_variant else nearest(key, everything | shared)
                 hint = f" (here it is {here})" if here in everything | shared else own
                 raise ConfigInvalid(f"unknown setting {key!r} of {', '.join(by_variant)}{hint}")
@@ -323,18 +328,18 @@ def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
     return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
 
 
-def stored_layer(config: Variant, asked: Iterable[str], held: Held) -> dict[str, Any]:
-    """The store's only layer in place of a default that it does not hold; an error listing several, if it has them."""
+def stored_layer(config: Variant, asked: Iterable[str], stored: StoredLayers) -> dict[str, Any]:
+    """The store's only layer, in place of a default layer that it lacks; an error if it has several to choose from."""
     needs = config.needs()
     sides = {"layer": (needs.hook, needs.inputs), "to_layer": (needs.to_hook or needs.hook, needs.targets or ())}
     sides["layers"] = sides["layer"]
-    layers, absent = held.get(needs.hook, ()), []
+    layers, absent = stored.get(needs.hook, ()), []
     for key, (hook, wanted) in sides.items():
-        if hasattr(config, key) and key not in asked and held.get(hook) and not set(wanted) <= set(held[hook]):
+        if hasattr(config, key) and key not in asked and stored.get(hook) and not set(wanted) <= set(stored[hook]):
             absent.append(key)
     if not absent or len(layers) == 1:
         return {"layer": layers[0]} if "layer" in absent else {}
-    choices = ", and with ".join(_choices(key, held[sides[key][0]]) for key in absent)
+    choices = ", and with ".join(_choices(key, stored[sides[key][0]]) for key in absent)
     of_hook = "" if needs.hook == RESID else f" of {needs.hook}"
     raise ConfigInvalid(
         f"the store holds layers {', '.join(map(str, layers))}{of_hook} and not the default: choose with {choices}"
@@ -342,7 +347,7 @@ def stored_layer(config: Variant, asked: Iterable[str], held: Held) -> dict[str,
 
 
 def _choices(key: str, layers: Sequence[int]) -> str:
-    """What to write on the command line."""
+    """The options that choose a layer."""
     if key == "layers":
         return f"--set layers={','.join(map(str, layers))}"
     option = "--layer " if key == "layer" else f"--set {key}="
@@ -360,7 +365,7 @@ def _keys(config: Variant) -> set[str]:
     return set(flatten(to_json(config)))
 
 
-def _label(name: str, spread: Mapping[str, Any]) -> str:
+def _label(name: str, varied: Mapping[str, Any]) -> str:
     """The name of an SAE in its run, with the grid settings that distinguish it from others of the same name."""
-    parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value, separators=('-', '-'))}" for key, value in spread.items()]
+    parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value, separators=('-', '-'))}" for key, value in varied.items()]
     return "_".join([name, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])

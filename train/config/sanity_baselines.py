@@ -28,12 +28,12 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
     made: list[Member] = []
     for member in own:
         needs = member.config.needs()
-        alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
-        alone |= needs.windows and not isinstance(member.config, Wrapping)  # neither is a base nor has one
-        if not alone and recipe is not None and recipe.against:  # only the base of the recipe, with any seed
+        is_skipped = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
+        is_skipped |= needs.windows and not isinstance(member.config, Wrapping)  # neither is a base nor has one
+        if not is_skipped and recipe is not None and recipe.against:  # only the base of the recipe, with any seed
             known = [sae.label for sae in recipe.saes if member.label.startswith(sae.label)]
-            alone = max(known, key=len) != recipe.against[0]
-        if alone:
+            is_skipped = max(known, key=len) != recipe.against[0]
+        if is_skipped:
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):
             if baseline.config not in [other.config for other in made]:
@@ -53,7 +53,7 @@ def _frozen(member: Member) -> Iterator[Member]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     settings = {key: value for key, value in values.items() if key in known}
     base = values.get("base", member.variant)
-    if "base" not in values:  # the settings that a variant adds to its base are what is compared
+    if "base" not in values:  # what a wrapping variant adds to its base is compared, so a baseline may lack it
         plain = type(config)()
         lost = [key for key, value in values.items() if key not in settings and value != getattr(plain, key)]
         if lost:
@@ -78,8 +78,8 @@ def _components(member: Member, limits: Limits) -> Iterator[Member]:
     pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
     if made.k > made.width:
-        said = f"--with-baselines: {member.label} gets no {PCA} baseline"
-        warnings.warn(f"{said}: it needs {made.k} components, and there are at most {made.width}", stacklevel=2)
+        reason = f"it needs {made.k} components, and there are at most {made.width}"
+        warnings.warn(f"--with-baselines: {member.label} gets no {PCA} baseline: {reason}", stacklevel=2)
         return
     place = f"layer{layer}" if hook == RESID else f"{hook}{layer}"
     yield Member(f"{PCA}_k{made.k}_{place}", PCA, made)

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, JSON in them, and locks on them."""
+"""Files that are written completely or not at all, as JSON or bytes, and locks on files."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_written(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written next to its destination, flush it, and move it there."""
+    """Call `write` with a path next to the destination, flush that file, and move it into place."""
     temporary = hidden_name_beside(path)
     try:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:  # a full disk needs the space
+    except BaseException:  # if the disk is full, the space is needed
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def hidden_name_beside(path: Path) -> Path:
-    """A hidden name in the same folder that nobody else has: processes on a shared disk can have the same number."""
+    """A random hidden name in the same folder: processes on a shared disk can have the same number."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def take_lock(file: IO[bytes]) -> bool | None:
-    """Lock a file until it is closed or the process ends. True: it is ours; False: its disk has no locks; None: another
-    process has it."""
+    """Lock a file until it is closed or the process exits. True: locked; False: the disk has no locks; None: another
+    process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

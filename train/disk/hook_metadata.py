@@ -1,4 +1,4 @@
-"""Where an SAE on disk reads and writes, as far as its metadata says."""
+"""Where an SAE on disk reads and writes, according to its metadata."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, SAE_LENS_NAMES, Place, place_of, site_named
 from ..errors import SaeInvalid
 
-HOW_TO_TELL = (
+HOW_TO_NAME_THEM = (
     'add where it reads and writes to the metadata of its cfg.json, such as {"layers": [5], "hook": "mlp_in", '
     f'"target_layers": [5], "target_hook": "mlp_out"}}, with hooks from {", ".join(HOOKS)}'
 )
-UNTOLD = f"it is a transcoder that does not say where it reads and writes: {HOW_TO_TELL}"
+NO_PLACES = f"it is a transcoder that does not say where it reads and writes: {HOW_TO_NAME_THEM}"
 
 
-class Told(NamedTuple):
+class Places(NamedTuple):
     """The layers and hook that an SAE reads, and those that it reconstructs."""
 
     layers: tuple[int, ...]
@@ -25,14 +25,14 @@ class Told(NamedTuple):
     target_hook: str
 
     @property
-    def places(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+    def sides(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
         sides = (self.layers, self.hook), (self.target_layers, self.target_hook)
         read, written = (tuple(place_of(hook, layer) for layer in layers) for layers, hook in sides)
         return read, written
 
 
-def told_of(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
-    """Metadata of an SAE of one layer, under this package's own names."""
+def place_metadata(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
+    """The metadata for an SAE of one layer, under this package's own names."""
     names = {"hook_name": f"blocks.{layer}.{SAE_LENS_NAMES[hook]}"}
     if to_hook != hook:
         names["hook_name_out"] = f"blocks.{layer}.{SAE_LENS_NAMES[to_hook]}"
@@ -47,24 +47,24 @@ def require_places(metadata: Mapping[str, Any]) -> None:
         _hook(metadata, name, RESID)
 
 
-def places_told(metadata: Mapping[str, Any]) -> Told | None:
-    """What an SAE reads and reconstructs; None if the metadata does not say."""
+def read_places(metadata: Mapping[str, Any]) -> Places | None:
+    """The places that an SAE reads and reconstructs; None if the metadata does not name them."""
     layers, targets = (_layers(metadata, name) for name in ("layers", "target_layers"))
     hook = _hook(metadata, "hook", RESID)
     name, transcodes = str(metadata.get("hook_name") or ""), bool(metadata.get("transcodes"))
     if layers and (targets or not transcodes):
-        return Told(layers, hook, targets or layers, _hook(metadata, "target_hook", hook))
+        return Places(layers, hook, targets or layers, _hook(metadata, "target_hook", hook))
     site = site_named(re.sub(r"^layer_(\d+)$", r"layers.\1", name))
     if transcodes:
         if layers or targets or IN_A_LAYER.search(name):
-            raise SaeInvalid(UNTOLD)
+            raise SaeInvalid(NO_PLACES)
         return None
     if site is not None:
-        return Told((site.layer,), site.hook, (site.layer,), site.hook)
+        return Places((site.layer,), site.hook, (site.layer,), site.hook)
     if name.endswith("blocks.0.hook_resid_pre"):
         raise SaeInvalid(f"it reads the input of the first layer ({name!r}), which no store holds")
     if IN_A_LAYER.search(name) or re.search(r"\bhook_", name):
-        raise SaeInvalid(f"it reads {name!r}, which is not a known place: {HOW_TO_TELL}")
+        raise SaeInvalid(f"it reads {name!r}, which is not a known place: {HOW_TO_NAME_THEM}")
     return None
 
 
@@ -75,8 +75,8 @@ def _layers(metadata: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _hook(metadata: Mapping[str, Any], name: str, instead: str) -> str:
-    found = metadata.get(name, instead)
+def _hook(metadata: Mapping[str, Any], name: str, default: str) -> str:
+    found = metadata.get(name, default)
     if found not in [*HOOKS]:
         raise SaeInvalid(f"expected {name} among {', '.join(HOOKS)}, found {found!r:.60}")
     return found

@@ -1,8 +1,8 @@
 """SAEs on disk whose inference needs more than the plain weights: masks, gates, separate encoders.
 
-The folder has the usual files; sae_weights.safetensors holds the module's whole state in the units it
-was trained in, and the scales. cfg.json has an architecture under our own name, the knobs' final values
-and the side inputs that `encode` reads. Reading it back requires the variant that built the module.
+The folder has the usual files; sae_weights.safetensors holds the module's whole state in the units that it was trained
+in, and the scales. cfg.json has an architecture name of our own, the knobs' final values and the side inputs that
+`encode` reads. Reading it back requires the variant that built the module.
 D width, F latents.
 """
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 
 Rebuild = Callable[[str, Mapping[str, Any], int, int], SparseAutoencoder]
-"""(variant, its config in JSON, width of the input, of the target) -> the untrained module."""
+"""(variant, its config in JSON, width of the input, width of the target) -> the untrained module."""
 
 
 class RawUnits(SparseAutoencoder):
@@ -68,19 +68,19 @@ def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> di
 
 
 @torch.no_grad()
-def sae_from_wrapped(
+def sae_from_module_form(
     tensors: Mapping[str, Tensor], knobs: Mapping[str, float], inner: SparseAutoencoder, where: str
 ) -> RawUnits:
-    """The module that computes a saved form; `inner` is the untrained module."""
+    """The module of a saved form, from an untrained one, `inner`."""
     require_tensors(tensors, inner, where)
     inner.load_state_dict(_state_of(tensors), strict=False)
     inner.require_sound(where)
     return RawUnits(inner, tensors[SCALE], tensors[TARGET_SCALE], knobs)
 
 
-def built_of_shapes(build: Callable[[], T]) -> T | None:
-    """Build with shapes but no values, which takes no memory; None for a user's variant that needs values to be
-    built."""
+def build_without_values(build: Callable[[], T]) -> T | None:
+    """Build with shapes but no values, which takes no memory; None if a user's variant cannot be built without
+    values."""
     try:
         with torch.device("meta"):
             return build()
@@ -91,8 +91,7 @@ def built_of_shapes(build: Callable[[], T]) -> T | None:
 
 
 def require_tensors(tensors: Mapping[str, Tensor], inner: SparseAutoencoder, where: str) -> None:
-    """Require that names and shapes of the tensors are the module's; `inner` may be on the meta device, where it takes
-    no memory."""
+    """Require the module's names and shapes; `inner` may be on the meta device, where it takes no memory."""
     state = _state_of(tensors)
     expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
     different = sorted(expected ^ state.keys())

@@ -4,7 +4,7 @@ D width, F latents, s the activation scale, n the lengths of decoder rows. Train
 1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x. A skip *= s and /= the target's.
 2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n. For a top-k SAE n is one number,
    the mean: the k largest of a row must stay the k largest. Our rows have one length; sparsify's have several.
-A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way. The last functions are
+A batch top-k becomes a jump threshold, the same for all latents. `init_from` goes the other way. The last functions are
 shared by the formats of other tools.
 """
 
@@ -75,7 +75,7 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
             gate = AbsTopK(plain.k)
         case "jumprelu":
             gate = JumpRelu(tensors["threshold"].numel(), 0.0, 1.0)
-            # The output is rectified after the jump, so its threshold is not below zero; training does not rectify it.
+            # In this form the output is rectified after the jump, so a threshold below zero acts as zero.
             gate.raw_threshold.data.copy_(tensors["threshold"].clamp_min(0.0))
         case "gated":
             gate = Gated(tensors["r_mag"].numel())
@@ -96,7 +96,7 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
 
 
 def require_shapes(plain: PlainSae) -> None:
-    """Require that the weights of a foreign file fit together, and k fits them."""
+    """Require that the weights of a foreign file fit together, and that k fits them."""
     W_enc, W_dec = plain.tensors["W_enc"], plain.tensors["W_dec"]
     shapes = {name: tuple(tensor.shape) for name, tensor in plain.tensors.items()}
     if W_enc.ndim != 2 or W_dec.ndim != 2 or W_enc.shape[1] != W_dec.shape[0] or 0 in (*W_enc.shape, *W_dec.shape):
@@ -115,7 +115,7 @@ def require_shapes(plain: PlainSae) -> None:
 
 
 def unsigned(plain: PlainSae) -> PlainSae:
-    """The same without negative codes: a signed SAE becomes a top-k one with each latent repeated with opposite sign.
+    """The same SAE without negative codes: a signed one becomes a top-k SAE with each latent repeated, sign reversed.
 
     Of a latent and its opposite at most one is positive, so the k largest of all are the k furthest from zero.
     """
@@ -128,8 +128,8 @@ def unsigned(plain: PlainSae) -> PlainSae:
 
 
 def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same for an SAE in raw units. Extras with one value per latent are repeated for both; others are dropped, as
-    they are for the original latents."""
+    """The same for an SAE in raw units. Extras with one value per latent are repeated; others, which describe the
+    original latents, are dropped."""
     if not isinstance(sae.gate, AbsTopK):
         return sae
     if not sae.is_plain:
@@ -137,7 +137,7 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
             "expected a signed SAE that consists only of its weights and gate, found one with masks, attention or the "
             "like: evaluations read codes without signs, and such an SAE has no form without them"
         )
-    found = _again(sae, unsigned(in_raw_units(sae)))
+    found = _rebuilt(sae, unsigned(in_raw_units(sae)))
     of_each = {name: one for name, one in sae.extras_tensors.items() if one.shape == (sae.num_latents,)}
     found.extras_tensors = {name: torch.cat([one, one]) for name, one in of_each.items()}
     return found
@@ -145,14 +145,14 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
     """An SAE in raw units with codes in multiples of its decoder rows' lengths. Unchanged if rows have length one, to
-    `ALMOST_ONE`, or if it is a top-k SAE, whose choice depends on them."""
+    within `ALMOST_ONE`, or if it is a top-k SAE, whose choice of latents would change."""
     if not sae.is_plain or isinstance(sae.gate, TopK | AbsTopK):
         return sae
-    return _again(sae, in_raw_units(sae)) if bool((row_lengths(sae.W_dec.detach()) != 1).any()) else sae
+    return _rebuilt(sae, in_raw_units(sae)) if bool((row_lengths(sae.W_dec.detach()) != 1).any()) else sae
 
 
 def row_lengths(W_dec: Tensor) -> Tensor:
-    """[F]: lengths of decoder rows; exactly 1 if that holds to `ALMOST_ONE`, and for rows of zeros."""
+    """[F]: lengths of decoder rows; exactly 1 for those within `ALMOST_ONE` of it, and for rows of zeros."""
     lengths = torch.linalg.vector_norm(W_dec, dim=1)
     return torch.where(((lengths - 1).abs() > ALMOST_ONE) & (lengths > 0), lengths, 1.0)
 
@@ -162,18 +162,18 @@ def in_raw_units(sae: SparseAutoencoder) -> PlainSae:
     return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
 
 
-def _again(sae: SparseAutoencoder, plain: PlainSae) -> SparseAutoencoder:
+def _rebuilt(sae: SparseAutoencoder, plain: PlainSae) -> SparseAutoencoder:
     found = sae_from_plain(plain)
     found.metadata, found.extras_tensors = sae.metadata, sae.extras_tensors
     return found
 
 
 @torch.no_grad()
-def begin_as(
+def init_from(
     sae: SparseAutoencoder, source: SparseAutoencoder, stats: Stats, target_stats: Stats, latents: Latents = ALL_LATENTS
 ) -> None:
-    """Give an untrained SAE, or this process's part of it, the weights of a complete SAE in raw units: it then computes
-    the same."""
+    """Give an untrained SAE, or this process's part of it, the weights of a complete SAE in raw units, so that it
+    computes the same."""
     _require_alike(sae, source, sae.num_latents if latents.is_whole else latents.total)
     scale, target_scale = (part.scale.to(source.W_dec) for part in (stats, target_stats))
     W_dec = source.W_dec * target_scale
@@ -195,7 +195,7 @@ def begin_as(
         values["W_skip"] = source.W_skip * target_scale[:, None] / scale
     for name, value in values.items():
         sae.get_parameter(name).copy_(value)
-    _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc, latents)
+    _init_gate(sae.gate, source.gate, lengths, bias - source.b_enc, latents)
 
 
 def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder, num_latents: int) -> None:
@@ -213,8 +213,8 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder, num_latent
 
 
 def _require_near_one(lengths_F: Tensor) -> None:
-    """Training sets decoder rows to length one in its first step. Means of unit rows, as sparsify saves, reconstruct
-    more after that than before; rows of any length, as in its transcoders, would reconstruct something else."""
+    """Training sets decoder rows to length one in its first step. That improves means of unit rows, as sparsify saves;
+    rows of any length, as in its transcoders, would reconstruct something else."""
     least, most = (float(part) for part in torch.aminmax(lengths_F))
     if not (least >= 1 / FAR and most <= FAR):
         raise SaeInvalid(
@@ -223,8 +223,8 @@ def _require_near_one(lengths_F: Tensor) -> None:
         )
 
 
-def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, latents: Latents) -> None:
-    """Copy thresholds and magnitudes; a jump threshold that is the same for all latents can start a batch top-k."""
+def _init_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, latents: Latents) -> None:
+    """Copy thresholds and magnitudes. A batch top-k can start from a jump threshold if all latents share it."""
     match gate, source:
         case (TopK(), TopK()) | (AbsTopK(), AbsTopK()):
             if gate.k != source.k:
@@ -252,7 +252,7 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, late
 
 
 def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:
-    """[F]: the factors of the codes that give decoder rows length one, for a top-k only on average."""
+    """[F]: the factors of the codes for which decoder rows have length one; for a top-k SAE only on average."""
     lengths = torch.linalg.vector_norm(W_dec, dim=1)
     return lengths.mean().expand_as(lengths) if isinstance(gate, TopK | AbsTopK) else lengths.clamp_min(1e-30)
 

@@ -1,20 +1,21 @@
 """SAEs on disk, in our own format, which is SAELens': a folder with cfg.json and sae_weights.safetensors.
 
-`save_sae` writes the layout that SAELens opens directly (6.54), for every SAE that its architectures can
-express. Others, with several input layers, an unsupported target or inference of their own, have the same files with
-an architecture under our own name. `read_sae` reads all of them, and SAELens folders from elsewhere. Modules that
-trained along (`extras`) are in extras.safetensors.
-Files are written under a temporary name and renamed; cfg.json comes last, so a folder that has one is complete.
+`save_sae` writes the layout that SAELens opens directly (6.54), for every SAE that its architectures can express.
+Others (several input layers, an unsupported target, special inference) have the same files with an architecture name of
+our own. `read_sae` reads all of them, and SAELens folders from elsewhere. Modules that trained along (`extras`) are in
+extras.safetensors. Files are written under a temporary name and renamed; cfg.json comes last, so a folder that has one
+is complete.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,15 +29,22 @@ from ..data.scaling import Stats
 from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
 from .atomic_files import read_json, replace_file, replace_written
-from .module_form import SCALE, TARGET_SCALE, Rebuild, built_of_shapes, module_form, require_tensors, sae_from_wrapped
+from .module_form import (
+    SCALE,
+    TARGET_SCALE,
+    Rebuild,
+    build_without_values,
+    module_form,
+    require_tensors,
+    sae_from_module_form,
+)
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
-T = TypeVar("T")
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")  # of this package and of other tools
-NORM_BOUNDS = "norm_bounds"  # in the metadata: the norm above which rows of each place were not trained on
+NORM_BOUNDS = "norm_bounds"  # in the metadata: for each place, the norm above which rows were not trained on
 SAELENS_VERSION = "6.54.12"
-TRANSCODERS = {  # with the gate they have there; none subtracts the decoder's bias from its input
+TRANSCODERS = {  # SAELens' names, and their gates; none subtracts the decoder's bias from its input
     "transcoder": "standard",
     "skip_transcoder": "standard",
     "jumprelu_transcoder": "jumprelu",
@@ -79,8 +87,8 @@ def save_sae(
             "knobs": dict(knobs or {}),
         }
     make_folder(folder)
-    for left in folder.glob(".*.tmp"):  # left by a killed process: only one process at a time writes an SAE
-        left.unlink(missing_ok=True)
+    for leftover in folder.glob(".*.tmp"):  # of a killed process: only one process at a time writes an SAE
+        leftover.unlink(missing_ok=True)
     written = _config_of(form, variant, metadata, config)
     replace_written(folder / WEIGHTS, lambda path: save_file(tensors, path))
     extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
@@ -92,14 +100,14 @@ def save_sae(
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
     """Read the SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
     config = read_config(folder)
-    sae = _wrapped(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
+    sae = _read_module_form(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
     sae.extras_tensors = read_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
     return sae
 
 
 def load_plain_sae(folder: Path) -> SparseAutoencoder:
     """The same for an SAE that is fully described by its weights."""
-    config = as_said_since_6(read_config(folder), folder)
+    config = upgrade_config(read_config(folder), folder)
     named = config.get("architecture")
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in TENSORS:
@@ -125,21 +133,21 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     if isinstance(kwargs, dict) and kwargs.get("center_writing_weights"):
         warnings.warn(
             f"{folder}: it was trained on residuals with their mean subtracted (center_writing_weights), but here "
-            "residuals are the model's own: its numbers are for activations other than it was trained on",
+            "residuals are the model's own: its numbers are for activations that it was not trained on",
             stacklevel=2,
         )
     return sae
 
 
 def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a configuration, which say so of a transcoder that names no layers."""
+    """The metadata of a configuration; a transcoder that names no layers is marked as one."""
     metadata, is_transcoder = config.get("metadata", {}), str(config.get("architecture")) in TRANSCODERS
-    is_told = metadata.get("layers") and metadata.get("target_layers")
-    return {**metadata, "transcodes": True} if is_transcoder and not is_told else dict(metadata)
+    names_layers = metadata.get("layers") and metadata.get("target_layers")
+    return {**metadata, "transcodes": True} if is_transcoder and not names_layers else dict(metadata)
 
 
-def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A configuration under SAELens 6.0's names; earlier versions had other names or another place for some."""
+def upgrade_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A configuration under SAELens 6.0's names; earlier versions named or placed some settings differently."""
     activation = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
     factor = config.get("finetuning_scaling_factor") or 1
     if activation not in ("relu", "topk") or factor is True or factor != 1:
@@ -147,15 +155,15 @@ def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder}: expected relu or topk as activation and no finetuning_scaling_factor, found {activation!r} and "
             f"{factor!r}, which no plain form computes"
         )
-    told: dict[str, Any] = {"architecture": config.get("architecture") or "standard"}
+    form: dict[str, Any] = {"architecture": config.get("architecture") or "standard"}
     if activation == "topk":
         kwargs = config.get("activation_fn_kwargs")
-        told = {"architecture": "topk", "k": config.get("k"), **(kwargs if isinstance(kwargs, dict) else {})}
-    told |= {"normalize_activations": config.get("normalize_activations") or "none"}
+        form = {"architecture": "topk", "k": config.get("k"), **(kwargs if isinstance(kwargs, dict) else {})}
+    form |= {"normalize_activations": config.get("normalize_activations") or "none"}
     name = config.get("hook_name") or config.get("hook_point")
     place = {"hook_name": name} if name else {}
     place |= {key: config[key] for key in ("model_name", "model_from_pretrained_kwargs") if config.get(key)}
-    return {**config, **told, "metadata": {**place, **config.get("metadata", {})}}
+    return {**config, **form, "metadata": {**place, **config.get("metadata", {})}}
 
 
 def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
@@ -178,7 +186,7 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
     return {"standard": kind, "jumprelu": f"jumprelu_{kind}"}.get(plain.architecture)
 
 
-KINDS = {"architecture": str | None, "gate": str | None, "metadata": dict, "knobs": dict, "needs_side": list}
+CONFIG_TYPES = {"architecture": str | None, "gate": str | None, "metadata": dict, "knobs": dict, "needs_side": list}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -189,14 +197,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except ConfigInvalid as error:
         raise SaeInvalid(f"{error}, or export the SAE again") from error
-    for name, kind in KINDS.items():
+    for name, kind in CONFIG_TYPES.items():
         if name in config and not isinstance(config[name], kind):
-            said = getattr(kind, "__name__", "str or null")
-            raise SaeInvalid(f"{path}: expected {name} as a {said}, found {config[name]!r:.60}")
+            expected = getattr(kind, "__name__", "str or null")
+            raise SaeInvalid(f"{path}: expected {name} as a {expected}, found {config[name]!r:.60}")
     return config
 
 
-def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
+def _read_module_form(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
     tensors, metadata = read_tensors(folder / WEIGHTS), config.get("metadata", {})
     for name, kind in (("training_architecture", str), ("training_architecture_details", dict)):
         if not isinstance(metadata.get(name), kind):
@@ -209,21 +217,21 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     d_out = tensors[TARGET_SCALE].numel() if TARGET_SCALE in tensors else d_in
     built = metadata["training_architecture"], metadata["training_architecture_details"], d_in, d_out
     try:
-        inner = built_of_shapes(lambda: rebuild(*built))
-        if inner is not None:  # allocate nothing that the tensors do not fit
+        inner = build_without_values(lambda: rebuild(*built))
+        if inner is not None:  # refuse other tensors before allocating memory
             require_tensors(tensors, inner, str(folder))
-        sae = sae_from_wrapped(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
+        sae = sae_from_module_form(tensors, config.get("knobs", {}), rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
             raise
-        said = first_line(error)
-        raise SaeInvalid(f"{folder}: no {built[0]} can be built from its settings ({said}): copy it again") from None
+        reason = first_line(error)
+        raise SaeInvalid(f"{folder}: no {built[0]} can be built from its settings ({reason}): copy it again") from None
     sae.metadata = dict(metadata)
     return sae
 
 
 def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of cfg.json that says how to compute with the tensors."""
+    """The part of cfg.json that defines how to compute with the tensors."""
     d_in, width = plain.tensors["W_enc"].shape
     architecture = architecture_of(plain, metadata)
     form: dict[str, Any] = {
@@ -263,8 +271,9 @@ def _config_of(
 
 
 def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read all tensors of a file in an SAE's folder, which must include these names."""
-    found = _opened(path, lambda: load_file(path))
+    """Read all tensors of a file in an SAE's folder; those with these names must be there."""
+    with _readable(path):
+        found = load_file(path)
     missing = [name for name in names if name not in found]
     if missing:
         raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, found none of {', '.join(missing)}")
@@ -272,30 +281,24 @@ def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor of a file in an SAE's folder, and nothing else of it."""
-
-    def read() -> Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    return _opened(path, read)
+    """Read a single tensor of a file in an SAE's folder."""
+    with _readable(path), safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a file in an SAE's folder, which is not read further than its table of contents."""
-
-    def shapes() -> dict[str, tuple[int, ...]]:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-    return _opened(path, shapes)
+    """The shapes of all tensors of a file in an SAE's folder, from its header alone."""
+    with _readable(path), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _opened(path: Path, read: Callable[[], T]) -> T:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Report a file that is missing or damaged."""
     if not path.is_file():
         raise SaeInvalid(f"{path.parent}: expected {path.name}, found none: copy or export the SAE again")
     try:
-        return read()
+        yield
     except SafetensorError as error:
         raise SaeInvalid(f"{path}: damaged ({error}); copy, download or export the SAE again") from None
 

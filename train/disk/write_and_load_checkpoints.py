@@ -1,10 +1,10 @@
 """Checkpoints: complete or absent, verified when read; the last two are kept, or the last one of a finished run.
 
 1. All tensors of each SAE go into one safetensors file, in a folder with a temporary name that readers ignore.
-2. state.json records how far the run is, and the digest of every file and of itself.
+2. state.json records the run's progress, and the digest of every file and of itself.
 3. Everything is flushed; the folder gets its final name; older ones are deleted.
-A reader takes the newest complete one, and says why it skipped newer ones. Where processes have SAEs of their own,
-each does step 1 for its own in the same folder, and the first does the rest for all; each reads its own.
+A reader takes the newest complete one, and reports why it skipped newer ones. If SAEs are spread over processes, each
+does step 1 for its own in the same folder, and the first does the rest for all; each reads its own.
 
 A run on a GPU continues while its checkpoint is written (`Writer`).
 """
@@ -41,7 +41,7 @@ FILE_NAME = re.compile(r"[\w+-][\w.+-]{0,200}[.]safetensors")
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run is, apart from its tensors."""
+    """A run's progress, apart from its tensors."""
 
     step: int  # steps taken
     metrics_bytes: int
@@ -49,7 +49,7 @@ class Standing:
     waited_seconds: float
     same_pairs: int
     pairs: int
-    run_id: str = field(default="", metadata={LATER: True})  # empty if the run was begun before runs had ids
+    run_id: str = field(default="", metadata={LATER: True})  # empty for runs from before run ids
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint that was read, and why newer ones were skipped."""
+    """A loaded checkpoint, and why newer ones were skipped."""
 
     standing: Standing
     tensors: dict[str, dict[str, Tensor]]  # by label
@@ -76,12 +76,12 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]], group: Group = SOLO
 ) -> None:
-    """Write a checkpoint into `folder` and delete those before the last two; a collective call of a group."""
+    """Write a checkpoint into `folder`, then delete all but the last two; a collective call of a group."""
     final = path_of(folder, standing.step)
     temporary = folder / f".{final.name}.tmp"
     with all_or_none(group, FILE_ERRORS, NOT_WRITTEN_ELSEWHERE):
         if group.rank == 0:
-            for leftover in (*folder.glob(".step_*.tmp"), final):  # left by a kill or a full disk, whatever their steps
+            for leftover in (*folder.glob(".step_*.tmp"), final):  # of a killed process or a full disk, at any step
                 shutil.rmtree(leftover, ignore_errors=True)
             make_folder(temporary)
     digests = {}
@@ -107,7 +107,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def keep_newest(folder: Path, count: int, last: Path | None = None) -> None:
     """Delete the checkpoints before the last `count`. Those after `last`, which the run could not read when it resumed,
-    do not count; they stay until the run reaches them again."""
+    do not count and stay until the run reaches their steps again."""
     for old in [path for path in list_checkpoints(folder) if last is None or path <= last][count:]:
         shutil.rmtree(old, ignore_errors=True)  # the next save tries again
 
@@ -115,7 +115,7 @@ def keep_newest(folder: Path, count: int, last: Path | None = None) -> None:
 class Writer:
     """Writes checkpoints during training, one at a time. An error is raised by the next call.
 
-    A group writes one together: only messages of this writer's thread may go through it.
+    A group writes one together, and only this writer's thread may use the group.
     """
 
     def __init__(self, folder: Path, group: Group = SOLO) -> None:
@@ -130,7 +130,7 @@ class Writer:
         self._writing = standing.step, submitted
 
     def check(self) -> None:
-        """Raise an error that has occurred so far, without waiting."""
+        """Raise an error if one has occurred, without waiting."""
         if not self.is_writing:
             self.finish()
 
@@ -199,7 +199,7 @@ def load_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, the newest first."""
+    """A run's checkpoints, the newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
 
 
@@ -234,15 +234,15 @@ def _read(
 
 
 def _require_of_run(path: Path, standing: Standing, run_id: str, most_steps: int | None) -> None:
-    """Refuse a checkpoint of another run; those of before runs had ids name none."""
+    """Refuse a checkpoint of another run. Those from before run ids name none."""
     if run_id and standing.run_id not in ("", run_id):
         raise CheckpointDamaged(
-            f"{path} is of another run, perhaps one that went on training after its folder was removed: expected one "
+            f"{path} belongs to another run, perhaps one that kept training after its folder was removed: expected one "
             f"of the run {run_id}, found one of {standing.run_id}"
         )
     if most_steps is not None and standing.step > most_steps:
         raise CheckpointDamaged(
-            f"{path} is not of this run: expected at most {most_steps} steps, which is all of it, found {standing.step}"
+            f"{path} does not belong to this run: expected at most its {most_steps} steps, found {standing.step}"
         )
 
 

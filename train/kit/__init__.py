@@ -1,1 +1,1 @@
-"""What a variant's file builds on: construction, wrapping a base, guidance by attention."""
+"""The parts that variants are built from: construction, wrapping a base, guidance by attention."""

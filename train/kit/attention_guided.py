@@ -1,7 +1,7 @@
 """What the attention-guided variants share: their settings, and how a base becomes a guided SAE.
 
-Total loss = the base's + alpha (guidance + beta consistency). With alpha = 0 training is the base's to
-the bit. `guidance = "encode"` lets the encoder read attention too, and so does the saved SAE.
+Total loss = the base's + alpha (guidance + beta consistency). With alpha = 0 training equals the base's to the bit.
+With `guidance = "encode"` the encoder reads attention too, also in the saved SAE.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..engine.terms_and_constraints import Assembly, Term
 from ..sae.attention.attention_encoder import MIXING, TEMPERATURE, AttendedSae, Attention, Mixing, Noted
 from ..sae.attention.attention_links import LinkKind, require_head
 from ..terms.attention_guidance import Consistency, Guidance, Objective
-from .check_variant_settings import read_with, require, require_least, require_positive
+from .check_variant_settings import require, require_least, require_positive, unread_unless
 from .wrapping import Wrapping, base_needs, build_base
 
-ENCODER_SEEDS = 2**40  # far from those of the bases
+ENCODER_SEEDS = 2**40  # far from the seeds of bases
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Guided(Wrapping):
     temperature: float = 0.2
     """Temperature of the softmax over cosines."""
     negatives: int = 64
-    """Random tokens of other windows among the candidates of every token."""
+    """Random tokens of other windows among each token's candidates."""
     min_mass: float = 0.05
     """Rows of attention with less mass than this, apart from the sink and the token itself, are left out."""
     head: int | None = None
     """One head of a store that keeps heads separate; None: their mean."""
     rank: int = 64
-    """Rank of what the encoder reads through each layer's attention (guidance = "encode")."""
+    """Rank of the encoder's map through each layer's attention (guidance = "encode")."""
     shuffle_attention: bool = False
     """The control: each token gets the attention of a token at its position in another window."""
     links: LinkKind = "attention"
     """Further controls: as many links to the preceding tokens, or links to the same token earlier in the window."""
 
     def unread(self) -> Mapping[str, str]:
-        return read_with("guidance=encode", self.guidance == "encode", "rank")
+        return unread_unless("guidance=encode", self.guidance == "encode", "rank")
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store without this head."""
@@ -69,7 +69,11 @@ class Guided(Wrapping):
 
 def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
     """Whole windows of the base's layer, and the attention of `layers`."""
-    _require_settings(config)
+    require_least(config, alpha=0, negatives=0, rank=1)
+    require_positive(config, "temperature")
+    require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
+    is_one_control = config.links == "attention" or not config.shuffle_attention
+    require(is_one_control, f"links={config.links} and shuffle_attention are two controls: set one of them")
     needs = base_needs(config)
     least = 2 if config.shuffle_attention else 1  # the control exchanges rows between windows
     tokens = needs.tokens or config.links == "same_token"
@@ -86,8 +90,8 @@ def build_guided(
     beta: float = 0.0,
     objective: Objective = "divergence",
 ) -> Assembly:
-    """The base with the terms of the guidance, and with an encoder that reads attention if `guidance` says so; `mixing`
-    comes with the schedule of its temperature."""
+    """The base with the guidance terms and, if guidance="encode", an encoder that reads attention; `mixing` comes with
+    the schedule of its temperature."""
     assembly = build_base(config, d_model, stats)
     attention = config.attention(layers)
     if config.guidance == "encode":
@@ -104,17 +108,9 @@ def build_guided(
 
 
 def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, temperature: Schedule) -> Assembly:
-    """Add the mixing: learned, logged, with its temperature. An encoder that reads attention already contains it."""
+    """Add the mixing, to be learned and logged, and its temperature. An encoder that reads attention already has it."""
     if not isinstance(assembly.sae, AttendedSae):
         assembly = assembly.with_extra(MIXING, mixing)
     first, *others = assembly.terms
     noted = replace(first, fn=Noted(first.fn, attention))
     return replace(assembly, terms=(noted, *others)).with_knobs(**{TEMPERATURE: temperature})
-
-
-def _require_settings(config: Guided) -> None:
-    require_least(config, alpha=0, negatives=0, rank=1)
-    require_positive(config, "temperature")
-    require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
-    is_one_control = config.links == "attention" or not config.shuffle_attention
-    require(is_one_control, f"links={config.links} and shuffle_attention are two controls: set one of them")

@@ -14,8 +14,8 @@ from ..engine.adam import Optim
 from ..errors import ConfigInvalid
 
 EARLY_DEAD_PART = 30
-"""`dead_part` of variants that revive dead latents: fewer are dead in the end than with a tenth. In the top-k family
-reconstruction is no worse; with a hundredth, half of a matryoshka dictionary died (`bench/quality.py`)."""
+"""`dead_part` of variants that revive dead latents: fewer stay dead than with 10, and in the top-k family
+reconstruction is no worse. With 100, half of a matryoshka dictionary died (`bench/quality.py`)."""
 
 MOST_SEED = 2**40
 """Generators take up to 2**64; some seeds are offset above those of weights (`ENCODER_SEEDS`, `SCATTER_SEEDS`)."""
@@ -45,7 +45,7 @@ def require_positive(config: Any, *names: str, most: float = math.inf) -> None:
 def require_bounds(config: Any) -> None:
     """Refuse impossible shares of the run, weights and decays, recognised by the ends of their names.
 
-    They would not fail by themselves: a penalty that rises over 2000 runs just never comes in. Only new requests are
+    They would not fail on their own: a penalty that rises over 2000 runs just never comes in. Only new requests are
     checked, so that older runs and SAEs still work.
     """
     for name in (field.name for field in fields(config)):
@@ -63,8 +63,8 @@ def require_bounds(config: Any) -> None:
                 require(0 <= value < 1, f"{name}: expected 0 or more and less than 1, found {value}")
 
 
-def read_with(switch: str, is_on: bool, *names: str) -> dict[str, str]:
-    """For `unread`: settings that have no effect unless the switch is on, each with what to do."""
+def unread_unless(switch: str, is_on: bool, *names: str) -> dict[str, str]:
+    """For `unread`: settings that have no effect unless the switch is on, and what to do about them."""
     return {} if is_on else dict.fromkeys(names, f"only {switch} reads it; set that too, or leave it out")
 
 
@@ -102,7 +102,7 @@ def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, .
 
 
 def is_rising(numbers: tuple[float, ...]) -> bool:
-    """Whether the first is above 0, and each is above the one before."""
+    """Whether the first is above 0, and each is above the previous one."""
     return all(low < high for low, high in pairwise((0, *numbers)))
 
 
@@ -117,7 +117,7 @@ def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:
     """lr / sqrt(F / 2^14), the published scaling of top-k SAEs, for a residual as wide as Gemma-2-2B's.
 
     Adam turns a unit decoder row of D entries by about lr * sqrt(D) per step, so a narrower residual
-    needs a larger rate for the same turn.
+    needs a larger rate to turn it as far.
     """
     require_width(width)
     return lr_at_16k / (width / 2**14) ** 0.5 * (2304 / d_model) ** 0.5

@@ -45,12 +45,12 @@ class Dictionary(Variant):
     decoder_bias: DecoderBias = "mean"
     """Initial decoder bias: the mean of the activations, or zero."""
     centre_by_mean: bool = False
-    """Subtract the mean of the activations from the encoder's input while training. false: the decoder's bias, which
-    drifts away from it, or nothing if another place is reconstructed. The saved SAE subtracts those in any case: its
-    encoder's biases make up for the difference."""
+    """Subtract the mean of the activations from the encoder's input while training. false: subtract the decoder's bias,
+    which drifts away from the mean, or nothing if another place is reconstructed. The saved SAE never subtracts
+    the mean: its encoder's biases make up for the difference."""
     encoder_product: Product = "float32"
     """The precision in which latents are chosen; their values are then computed in float32. With a dense gate, which
-    chooses none, it is the precision of every dense product of the step."""
+    does not choose, the precision of every dense product of the step."""
     optim: Optim = field(default_factory=Optim)
 
 
@@ -60,7 +60,7 @@ class SingleLayer(Dictionary):
 
     layer: int = 19
     hook: str = RESID
-    """What to read of the layer: the residual stream after it, or another hook that the store holds."""
+    """What to read of the layer: the residual stream after it, or another hook in the store."""
 
     def needs(self) -> Needs:
         require_hook(self.hook)
@@ -69,7 +69,7 @@ class SingleLayer(Dictionary):
 
 @dataclass(frozen=True)
 class WithAux:
-    """Settings of the auxiliary loss that keeps latents alive."""
+    """Settings of the auxiliary loss that revives dead latents."""
 
     aux_weight: float = 1 / 32
     aux_k: int | None = None
@@ -133,7 +133,7 @@ def assemble_mapping(
     target_stats: Stats,
     *constraints: Constraint,
 ) -> Assembly:
-    """An SAE that maps one place to another, trained like the top-k family; `config` is `WithAux` and has a width."""
+    """An SAE that maps one place to another, trained like the top-k family; `config` is a `WithAux` with a width."""
     return Assembly(
         sae=sae,
         terms=(RECONSTRUCTION, config.aux(d_model)),

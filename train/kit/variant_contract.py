@@ -1,7 +1,7 @@
-"""The contract of a variant: everything that a file in `train/variants/` may define, and the rules it must keep.
+"""The contract of a variant: everything that a file in `train/variants/` may define, and the rules it must follow.
 
-A variant is one file. Its name is the id that runs store and `--variant` takes; no other file is edited, and the
-battery (`tests/train/variants/`) finds it by itself. It defines `Config`, a frozen dataclass that extends
+A variant is one file. Its name is the id that runs store and `--variant` takes; no other file is edited, and the test
+battery (`tests/train/variants/`) finds it. It defines `Config`, a frozen dataclass that extends
 `Variant` below, or a class of the kit that does: `SingleLayer` (one layer in, the same layer out) or
 `Wrapping` (a base inside, chosen by name). Fields are the settings. Each has a default and a JSON form (numbers,
 strings, booleans, None, tuples, records of them); `layer`, `width`, `k`, `target_l0`, `seed` and `optim` mean
@@ -11,8 +11,8 @@ run, that one in `_weight`, `_weights` or `penalty` is not negative, and that on
 
 `build` returns an `Assembly` of parts that know nothing about each other:
 - `sae`: a `SparseAutoencoder` owns W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and a gate. A new way to
-  choose active latents is a `Gate` (`choose` where a training batch may be active, `open` the values there,
-  `infer` the dense activations of the saved SAE). `choose` gives a `Support`, by `support_from_topk` where a row has k
+  choose active latents is a `Gate` (`choose`: where a training batch may be active; `open`: the values there;
+  `infer`: the dense activations of the saved SAE). `choose` gives a `Support`, by `support_from_topk` where a row has k
   latents, or None, in which case `open` gets all pre-activations. It must not read values on the host, as `nonzero`
   does, since that waits for the GPU. A gate that extends one of `gates.py` and keeps its `infer` is saved as
   that one; an SAE with another gate opens only with `load_sae`, through its variant's file.
@@ -22,19 +22,19 @@ run, that one in `_weight`, `_weights` or `penalty` is not negative, and that on
   wrapped: wrappers refuse it.
 - `terms`: losses, each a function of a `View` with a schedule as its weight. A term changes nothing and leaves
   nothing for other terms; what two terms share is a function marked `@once`.
-- `constraints`: applied to gradients before, and to weights after, the optimiser's step.
+- `constraints`: applied to gradients before the optimiser's step, and to weights after it.
 - `knobs`: schedules of values that are not loss weights (p, temperature). Gates and terms read them by name.
-- `extras`: modules (`Extra`) that train along without being needed for activations. They see each step
-  (`observe`), and set how fast they learn (`lr_scale`) and which latents they retire (`retired_latents`).
+- `extras`: modules (`Extra`) that train along but are not needed for activations. They see each step (`observe`), and
+  set how fast they are trained (`lr_scale`) and which latents they retire (`retired_latents`).
 
-The engine sets where training starts (`engine/first_weights_from_data.py`): it lowers pre-activations on the first
-batch, through `lower` and `rescale` of the SAE and its gate. A gate or SAE with offsets of its own adjusts them
-there. Lowering is meaningless for signed codes, and their gate says so (`can_lower`).
+The engine fits the first weights to the data (`engine/first_weights_from_data.py`): on the first batch it lowers
+pre-activations, through `lower` and `rescale` of the SAE and its gate. A gate or SAE with offsets of its own adjusts
+them there. Lowering is meaningless for signed codes, whose gate sets `can_lower = False`.
 
 Rules:
-1. Random numbers come only from `assembly.generator`, seeded by `seed`: an SAE trains to the same bits alone,
+1. Random numbers come only from `assembly.generator`, seeded by `seed`, so that an SAE trains to the same bits alone,
    with others, and after a resume.
-2. Everything that training changes is a parameter or a buffer of `sae` or of an extra, so checkpoints hold it.
+2. Everything that training changes is a parameter or a buffer of `sae` or of an extra, so that checkpoints hold it.
 3. A gradient reaches every parameter within a few steps (except in a baseline).
 4. The (row, latent) pairs of a `Support` are distinct and ordered by row: sparse sums add them unchecked.
 5. `sae.encode` agrees with what was trained, for any number of rows, and reads only what `needs` requested.
@@ -55,10 +55,10 @@ from ..engine.terms_and_constraints import Assembly
 
 
 class Variant(ABC):
-    """What `Config` offers. `needs` and `build` must be defined; everything else has a default."""
+    """The base of every `Config`. `needs` and `build` must be defined; everything else has a default."""
 
     is_baseline: ClassVar[bool] = False
-    """Whether it exists only for comparison; it may leave weights unchanged or learn without a gradient."""
+    """Whether it exists only for comparison; it may leave weights unchanged, or change them without a gradient."""
 
     width: int
     """Latents of the dictionary."""
@@ -81,12 +81,12 @@ class Variant(ABC):
         """Refuse an unsuitable store (`require`), before anything is built. Layers are already checked."""
 
     def unread(self) -> Mapping[str, str]:
-        """Settings (`k`, `optim.lr`) that have no effect given the others, and what to do: values other than the
-        default are refused."""
+        """Settings (`k`, `optim.lr`) that have no effect given the others, and what to do about them. Values other than
+        the default are refused."""
         return {}
 
     def fill(self, manifest: Manifest) -> Self:
-        """A copy with the settings that only the store knows, such as the length of its windows."""
+        """A copy with the settings that depend on the store, such as the length of its windows."""
         return self
 
     def step_tables(self) -> float:
@@ -117,7 +117,7 @@ class Variant(ABC):
         }
 
     def input_width(self, manifest: Manifest) -> int:
-        """Width of what it reads of a layer; the residual's if the store lacks the hook (reported elsewhere)."""
+        """Width of the hook that it reads; the residual's if the store lacks that hook (reported elsewhere)."""
         hook = self.needs().hook
         return manifest.width_of(hook) if hook in manifest.hooks else manifest.model.d_model
 

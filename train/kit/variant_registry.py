@@ -39,8 +39,8 @@ def config_type(name: str) -> type[Variant]:
 
 
 def read_settings(name: str, raw: Mapping[str, Any], where: str) -> Variant:
-    """The settings of a variant from JSON. Those that do not say how the encoder's input is centred are of an earlier
-    version, which did not centre it by the mean."""
+    """The settings of a variant from JSON. Those without `centre_by_mean` are from an earlier version, which did not
+    centre the encoder's input by the mean."""
     cls = config_type(name)
     older = {"centre_by_mean": False} if hasattr(cls, "centre_by_mean") else {}
     return from_json(cls, {**older, **raw}, where)

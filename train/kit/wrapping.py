@@ -27,7 +27,7 @@ BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k", "centre_by_
 
 @dataclass(frozen=True)
 class Wrapping(Variant):
-    """Settings of every variant on a base; None means the base's own default."""
+    """Settings of every variant with a base; None means the base's own default."""
 
     own_tables: ClassVar[float] = 1.0
     """Tables [B, F] in float32 that a step holds at its peak, on top of the base's."""
@@ -84,7 +84,7 @@ def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> As
 
 
 def base_needs(config: Wrapping) -> Needs:
-    """What the base reads. A base that reads several layers, another target or windows cannot be wrapped."""
+    """The needs of the base, which must read single tokens of one layer and reconstruct them."""
     needs = _base_config(config, None).needs()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
     require(
@@ -103,12 +103,12 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
         not foreign, f"base {config.base} has no setting {', '.join(foreign)}: leave it out, or choose another base"
     )
     settings: dict[str, Any] = {}
-    if d_model is not None:  # the base's default sparsity may be too large for the residual's width
+    if d_model is not None:  # the base's default sparsity may be too large for the width of the residual
         limit = most_active(d_model)
         settings = {name: limit for name in ("k", "target_l0") if name in known and known[name] > limit}
     settings |= {name: value for name, value in given.items() if name in known and value is not None}
-    # A mean `k` per token may be 32.5, a fixed one may not.
+    # A mean `k` per token may be 32.5; a fixed one may not.
     numbers = {name: value for name, value in settings.items() if type(known[name]) is int and type(value) is float}
-    broken = [name for name, value in numbers.items() if value != int(value)]
-    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    fractional = [name for name, value in numbers.items() if value != int(value)]
+    require(not fractional, f"{', '.join(fractional)}: expected a whole number for this base")
     return cls(**settings | {name: int(value) for name, value in numbers.items()})

@@ -1,4 +1,4 @@
-"""Hooks that others register to follow a run, for example to plot it. Training knows nothing about them."""
+"""Hooks that other packages register to follow a run, for example to plot it. Training knows nothing about them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
-AFTER_RUN = (
-    "saemill.after_run"  # entry points: functions (folder, function that prints a line, seconds until the next call)
-)
-LEAST_SECONDS, SHARE = 5.0, 0.01
+AFTER_RUN = "saemill.after_run"
+"""Entry points: functions of the folder, a function that prints a line, and the seconds until the next call."""
+LEAST_SECONDS, MOST_SHARE = 5.0, 0.01
 Say = Callable[[str], None]
 
 
@@ -21,7 +20,7 @@ def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
 
 
 class Onlookers:
-    """Calls the hooks while a run trains: every few seconds, using at most a hundredth of its time."""
+    """Calls the hooks while a run trains: every few seconds, in at most a hundredth of its time."""
 
     def __init__(self, folder: Path, say: Say) -> None:
         self._folder, self._say = folder, say
@@ -37,7 +36,7 @@ class Onlookers:
         ended = time.perf_counter()
         self._looks += 1
         if self._looks > 1:  # the first call spends its time on imports
-            self._pause = max(LEAST_SECONDS, (ended - started) / SHARE)
+            self._pause = max(LEAST_SECONDS, (ended - started) / MOST_SHARE)
         self._next = ended + self._pause
 
     def _say_once(self, line: str) -> None:

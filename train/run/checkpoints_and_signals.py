@@ -20,25 +20,25 @@ from .log_and_show_progress import Watch
 from .process import Process
 
 CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message
-SHARE = 20  # least time from one save by the clock to the next, in times that training stood still for the last one
+SPACING = 20  # saves by the clock are at least this many times as far apart as the last one paused training
 
 
 @dataclass
 class Caught:
-    """The signal that asked the run to stop, 0 while none has."""
+    """The signal that asked the run to stop; 0 if none has."""
 
     signal: int = 0
 
 
 @contextmanager
 def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
-    """On Ctrl-C, SIGTERM or SIGHUP, finish the step first; the same signal again stops at once. Signals reach the main
-    thread, and only it may catch them; ignored signals, such as Ctrl-C in a shell's background jobs or SIGHUP under
-    nohup, stay ignored.
+    """On Ctrl-C, SIGTERM or SIGHUP, finish the step first; the same signal again stops at once. Does nothing outside
+    the main thread, the only one that may catch signals. Ignored signals, such as Ctrl-C in a shell's background jobs
+    or SIGHUP under nohup, stay ignored.
 
     A second SIGHUP changes nothing: when a terminal is closed, the system, the shell and a launcher may each send one.
     Nor does a second SIGTERM in a launch: a cluster may send one to every process and the launcher another, and the
-    launcher sends SIGKILL to processes that do not end.
+    launcher sends SIGKILL to processes that do not exit.
     """
     caught = Caught()
 
@@ -61,7 +61,7 @@ def catch_signals(is_launched: bool = False) -> Iterator[Caught]:
 
 
 class Saver:
-    """Saves checkpoints of a run. Rank 0 writes them; where SAEs are spread, each process adds its own."""
+    """Saves a run's checkpoints. Rank 0 writes them; where SAEs are spread, each process adds its own."""
 
     def __init__(
         self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process, run_id: str
@@ -72,7 +72,7 @@ class Saver:
         self._saved_at, self._pause = time.perf_counter(), course.checkpoint_every_seconds
 
     def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:
-        """Called after each step: save if it is time; save and stop if a signal has come."""
+        """Called after each step: save if it is time; save and stop if a signal was caught."""
         self._writer.check()
         stop = self._group.any(caught.signal != 0)
         if stop or steps == total_steps or self._is_due(steps):
@@ -80,28 +80,39 @@ class Saver:
         if stop or steps == total_steps:
             self._writer.finish()
         if stop and steps < total_steps:
-            self._group.any(False)  # the first to leave makes the launcher end the others, and one may still be writing
+            self._group.any(False)  # wait for all: once one exits, the launcher stops others that are still writing
             raise RunInterrupted(
                 caught.signal or signal.SIGTERM,
                 f"stopped after step {steps} of {total_steps}; resume with: {resume_command(self._folder.parent)}",
             )
 
     def save(self, steps: int) -> None:
-        """Save in the background while the next steps run, unless they would change what is being written."""
+        """Save in the background while the next steps run, unless these would change what is being written."""
         began = time.perf_counter()
-        self._writer.finish()  # before the new state takes the same memory again
+        self._writer.finish()  # the new state reuses the memory of the previous one
         writes = self._team.rank == 0
         state = self._fleet.state() if writes or self._course.shard_width else {}  # a collective call with shard_width
         if not writes:  # the first process has the same weights: another copy in host memory would be wasted
             self._fleet.look()
         else:
-            if self._watch.log is not None:
-                self._watch.log.sync()
-            self._writer.begin(self._standing(steps), state)
+            watch, metrics_bytes = self._watch, 0
+            if watch.log is not None:
+                watch.log.sync()
+                metrics_bytes = watch.log.size
+            standing = Standing(
+                step=steps,
+                metrics_bytes=metrics_bytes,
+                seconds=watch.seconds,
+                waited_seconds=watch.waited_seconds,
+                same_pairs=watch.quality.same,
+                pairs=watch.quality.pairs,
+                run_id=self._run_id,
+            )
+            self._writer.begin(standing, state)
             if self._fleet.lends_state:
                 self._writer.finish()
         self._saved_at = time.perf_counter()
-        self._pause = max(self._course.checkpoint_every_seconds, SHARE * (self._saved_at - began))
+        self._pause = max(self._course.checkpoint_every_seconds, SPACING * (self._saved_at - began))
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -113,18 +124,6 @@ class Saver:
         if self._group.size > 1 and steps % CLOCK_EVERY_STEPS:
             return False
         now = time.perf_counter()
-        if self._writer.is_writing:  # the pause begins when it is written: another save would make training wait
+        if self._writer.is_writing:  # the pause starts when it is written: another save would make training wait
             self._saved_at = now
         return not self._group.any(now - self._saved_at <= self._pause)
-
-    def _standing(self, steps: int) -> Standing:
-        watch = self._watch
-        return Standing(
-            step=steps,
-            metrics_bytes=watch.log.size if watch.log is not None else 0,
-            seconds=watch.seconds,
-            waited_seconds=watch.waited_seconds,
-            same_pairs=watch.quality.same,
-            pairs=watch.quality.pairs,
-            run_id=self._run_id,
-        )

@@ -1,6 +1,6 @@
-"""Fill every blank of a request from the store, including the number of steps.
+"""Fill in whatever a request leaves open, including the number of steps, from the store.
 
-The result determines the run, and is its config.json.
+The result determines the run and becomes its config.json.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .run_folder import RunFolder, provenance
 
 DEFAULT_TOKENS = 8_000_000  # without --epochs, a smaller store is read several times
 MOST_EPOCHS = 16
-MOST_ASKED = 100_000  # epochs whose steps are counted one by one
-POINTS = 50  # of a short run's curves
+MOST_ASKED = 100_000  # epochs, whose steps are counted one epoch at a time
+CURVE_POINTS = 50  # on the curves of a short run
 FORMAT = 1  # of config.json
-POOL_BYTES = 2 * 2**30  # of two-byte residuals, per layer and for each of two pools
+POOL_BYTES = 2 * 2**30  # of two-byte residuals, per layer and pool; there are two pools
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settled:
     init: Source | None = None
     """The trained SAE that all start from."""
     samples_whole_shards: bool = False
-    """Massive rows are told from whole shards, however few that are: so it was when the run began."""
+    """Whether massive rows are measured on whole shards, however few, as in runs of earlier versions."""
 
     def describe(self, store: Store, hardware: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json."""
@@ -72,31 +72,33 @@ class Settled:
 def settle(ask: Ask, store: Store) -> Settled:
     """Settle a new run."""
     manifest = store.manifest
-    data = with_pool(ask.stream(DataConfig(massive_norms=default_multiple(manifest))), manifest)
+    data = with_pool(ask.data(DataConfig(massive_norms=default_multiple(manifest))), manifest)
     plan = make_plan(data, store)
-    steps, remark = settle_budget(ask.length(CourseConfig()), plan, store.url)
+    steps, remark = settle_budget(ask.course(CourseConfig()), plan, store.url)
     tokens = steps * plan.batch_tokens
-    every = max(1, min(CourseConfig.metrics_every_steps, steps // POINTS))
-    course = replace(ask.length(CourseConfig(metrics_every_steps=every)), tokens=tokens)
+    every = max(1, min(CourseConfig.metrics_every_steps, steps // CURVE_POINTS))
+    course = replace(ask.course(CourseConfig(metrics_every_steps=every)), tokens=tokens)
 
     def limits(config: Variant) -> Mapping[str, float]:
         return config.limits(manifest, tokens)
 
-    asked = ask.members(limits, by_hook(manifest.sites))
-    unread = ask.say_unread(asked)
-    asked = with_baselines(asked, limits, ask.recipe) if ask.baselines else asked
-    members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
+    members = ask.members(limits, by_hook(manifest.sites))
+    unread = ask.say_unread(members)
+    members = with_baselines(members, limits, ask.recipe) if ask.baselines else members
+    members = tuple(replace(member, config=member.config.fill(manifest)) for member in members)
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
-        for key in (key for words in (ask.settings, *ask.grid) for key in words if key.endswith("optim.start")):
-            raise ConfigInvalid(f"{key}: SAEs that start from --init take no other start: leave out one of the two")
+        if starts := [key for keys in (ask.settings, *ask.grid) for key in keys if key.endswith("optim.start")]:
+            raise ConfigInvalid(
+                f"{starts[0]}: SAEs that start from --init take no other start: leave out one of the two"
+            )
         members = tuple(map(without_start, members))
     config = RunConfig(data, course, members)
     return Settled(config, plan, steps, remark, unread, ask.recipe, init)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:
-    """Settle a run that was started before, from its config.json."""
+    """Settle an existing run from its config.json."""
     raw, where = folder.read_config(), str(folder.path / "config.json")
     if (found := raw.get("format", FORMAT)) != FORMAT:
         raise ConfigInvalid(f"{where} has format {found!r}; this saemill reads format {FORMAT}. Update saemill")
@@ -112,11 +114,11 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
     begun_with, found = raw["cache"].get("shard_windows"), store.manifest.shard_windows
     if begun_with not in (None, found):
         raise ConfigInvalid(
-            f"{where}: expected a store with {begun_with} windows in a shard, found {found} in {store.url}: the same "
+            f"{where}: expected a store with {begun_with} windows per shard, found {found} in {store.url}: the same "
             f"text would be read in a different order. Harvest it with --shard-windows {begun_with}, or start a new run"
         )
-    plan, is_of_before = make_plan(config.data, store), "massive_sample" not in raw
-    return Settled(config, plan, steps, init=init, samples_whole_shards=is_of_before)
+    plan, is_older = make_plan(config.data, store), "massive_sample" not in raw
+    return Settled(config, plan, steps, init=init, samples_whole_shards=is_older)
 
 
 def make_plan(data: DataConfig, store: Store) -> Plan:
@@ -126,7 +128,7 @@ def make_plan(data: DataConfig, store: Store) -> Plan:
 
 
 def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
-    """Fill in the size of the pool. It depends only on the store: a fleet draws what each SAE would draw alone."""
+    """Fill in the size of the pool. It depends only on the store, so a fleet draws what each SAE would draw alone."""
     if data.pool_tokens is not None:
         return data
     return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
@@ -142,8 +144,8 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
                 f"expected at most {MOST_ASKED:,} --epochs without --tokens, found {course.epochs:,}: give --tokens too"
             )
         epochs = course.epochs or max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // (available * plan.batch_tokens))))
-        said = "" if course.epochs else "no --tokens or --epochs given: "
-        return _with_remark(plan.steps_in(epochs), plan, said)
+        reason = "" if course.epochs else "no --tokens or --epochs given: "
+        return _with_remark(plan.steps_in(epochs), plan, reason)
     epochs = course.epochs or 1
     steps = course.tokens // plan.batch_tokens
     if steps == 0:
@@ -161,9 +163,9 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> tuple[int, st
     return _with_remark(min(steps, plan.steps_in(epochs, enough=steps)), plan, "")
 
 
-def _with_remark(steps: int, plan: Plan, said: str) -> tuple[int, str]:
+def _with_remark(steps: int, plan: Plan, reason: str) -> tuple[int, str]:
     tokens = steps * plan.batch_tokens
-    return steps, f"{said}{tokens:,} tokens, {tokens / plan.sizes.tokens:.2g} epochs of {plan.sizes.tokens:,}"
+    return steps, f"{reason}{tokens:,} tokens, {tokens / plan.sizes.tokens:.2g} epochs of {plan.sizes.tokens:,}"
 
 
 def _require_steps(available: int, plan: Plan, where: str) -> None:

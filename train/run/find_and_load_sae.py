@@ -71,7 +71,7 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
     if text.startswith((".", "/", "~")):
         raise RunMissing(f"no SAE {text!r}: no such folder")
     looked = f"no SAE {text!r}: no such folder; runs in {runs}: {', '.join(run_names(runs)) or 'none'}"
-    if is_of_hub(name, runs):
+    if is_on_hub(name, runs):
         return _only_sae(_download(text, looked))
     run = Path(runs, text.partition("/")[0])
     if run.is_dir():
@@ -85,7 +85,7 @@ def find_saes(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs
     return found or [find_sae(name, runs)]
 
 
-def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
+def is_on_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
     """Whether a name refers to the Hub: it has that form, and there is no such folder or run here."""
     text = os.fspath(name).rstrip("/")
     has_form = text.count("/") > 0 and not text.startswith((".", "/", "~"))
@@ -95,7 +95,7 @@ def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> boo
 
 
 def list_saes(folder: Path) -> list[Path]:
-    """The SAEs of a run, or the folder itself if it is an SAE. Hidden folders hold what is unfinished."""
+    """The SAEs of a run, or the folder itself if it is an SAE. Skips hidden folders, which hold unfinished work."""
     if any((folder / name).is_file() for name in FILES):
         return [folder]
     names = (WEIGHTS,) if is_run(folder) else FILES  # an export inside a run's folder is not one of its SAEs
@@ -121,8 +121,8 @@ def _only_sae(folder: Path) -> Path:
 
 
 def _download(name: str, looked: str) -> Path:
-    """Download the only SAE of a Hub repository, or of a folder in it, and no other file. If the Hub cannot be reached,
-    use the local cache, with a warning unless the user said to."""
+    """Download the only SAE of a Hub repository, or of a folder in it, and nothing else. If the Hub cannot be reached,
+    use the local cache, with a warning unless the user is offline on purpose."""
     from huggingface_hub import constants, snapshot_download
 
     owner, repository, *folder = name.rstrip("/").split("/")
@@ -130,21 +130,21 @@ def _download(name: str, looked: str) -> Path:
     files, obstacle = _files_of(repository)
     if obstacle is None:
         inside = _only_folder(repository, inside, files)
-    of_saes, beside = (*FILES, EXTRAS), [file for file in files if dirname(file) == inside]
-    wanted = [glob.escape(file) for file in beside if file.endswith(".json") or basename(file) in of_saes]
+    in_folder = [file for file in files if dirname(file) == inside]
+    wanted = [glob.escape(file) for file in in_folder if file.endswith(".json") or basename(file) in (*FILES, EXTRAS)]
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except Exception as error:
         reason = obstacle or first_line(error)
         raise RunMissing(f"{looked}. Asked the Hugging Face Hub for {repository}: {reason}") from error
     if obstacle is not None and not constants.HF_HUB_OFFLINE:
-        used = f"{repository}: commit {Path(root).name} of the local cache is used, which may not be the newest"
-        warnings.warn(f"{used}: the Hugging Face Hub could not be asked ({obstacle})", stacklevel=2)
+        used = f"{repository}: using commit {Path(root).name} from the local cache, which may not be the newest"
+        warnings.warn(f"{used}: the Hugging Face Hub could not be reached ({obstacle})", stacklevel=2)
     return Path(root, inside)
 
 
 def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
-    """The SAE folder that is named, or the only one below it."""
+    """The named folder if it is an SAE, otherwise the only SAE below it."""
     homes = {dirname(file) for file in files if basename(file) in FILES}
     below = f"{inside}/" if inside else ""
     found = [inside] if inside in homes else sorted(one for one in homes if one.startswith(below))
@@ -159,7 +159,7 @@ def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
 
 
 def _files_of(repository: str) -> tuple[list[str], str | None]:
-    """The names of a repository's files, or why the Hub does not list them."""
+    """The names of a repository's files, and why the Hub could not list them, if so."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -171,7 +171,7 @@ def _files_of(repository: str) -> tuple[list[str], str | None]:
 
 
 def ask_hub(ask: Callable[[], Any]) -> Any:
-    """The Hub's answer, or the error. A name lookup without a network can hang, so this gives up after some seconds."""
+    """The Hub's answer, or the error. Gives up after some seconds: a name lookup without a network can hang."""
     answers: list[Any] = []
 
     def call() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ...cache_schema.launcher_environment import count_processes
 from ..config.run_config import Member
-from ..disk.module_form import built_of_shapes
+from ..disk.module_form import build_without_values
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly
 from ..errors import MemoryTooSmall, name_sae
@@ -18,7 +18,8 @@ from ..terms.auxk import AuxK
 
 Widths = Callable[[str], int]  # width of a hook's activations: keys are narrower than the residual, z is wider
 COPIES = 4  # weights, gradients, two moments, all in float32
-ENCODE_TABLES = 3.0  # [B, F] in float32 that a saved SAE's `encode` holds at its peak (batchtopk, the most of all)
+ENCODE_TABLES = 3.0  # [B, F] in float32 that a saved SAE's `encode` holds at its peak (batchtopk, which holds the most)
+NO_LIMIT = 2**62
 _GIB = 2**30
 
 
@@ -32,33 +33,33 @@ def require_room(
     held_out_rows: int = 0,
     team: int = 1,
 ) -> None:
-    """Refuse a run that cannot fit: say what it needs, what is free, and how to reduce the largest part.
+    """Refuse a run that cannot fit, with what it needs, what is free, and how to reduce the largest part.
 
     `rows` is per process and step, `held_out_rows` per batch of the final measurement. By then the pool and the
-    gradients are gone, and only one process of the `team` that trains the same SAEs measures, so it has the memory
-    of all processes on its host.
+    gradients are gone, and only one process of the `team` that trains the same SAEs measures, with the memory of all
+    processes on its host.
     """
     members = tuple(members)
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
     largest, all_weights = max(weights, key=lambda label: weights[label]), sum(weights.values())
     step = max(step_bytes(member, widths, rows, parts) for member in members)
-    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members) // min(team, _sharing(device))
+    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members) // min(team, _sharers(device))
     end_weights = all_weights // COPIES * (COPIES - 1)
-    of_weights = f"for weights and optimiser, most of it for {largest}"
-    training = {of_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
-    ending = {of_weights: end_weights, "to measure and save an SAE at the end": end}
-    asked = max(training, ending, key=lambda parts: sum(parts.values()))
+    for_weights = f"for weights and optimiser, most of it for {largest}"
+    training = {for_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
+    ending = {for_weights: end_weights, "to measure and save an SAE at the end": end}
+    peak = max(training, ending, key=lambda parts: sum(parts.values()))
     remedies = (
         "a smaller --width, fewer SAEs at once, more processes with --spread, or with --set course.shard_width=true",
         "a smaller --set data.batch_tokens, or a smaller --width",
         "a smaller --set data.pool_tokens",
     )
-    needed, free = sum(asked.values()), free_bytes(device)
+    needed, free = sum(peak.values()), free_bytes(device)
     if needed > free:
-        said = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in asked.items())
-        _, remedy = max(zip(asked.values(), remedies, strict=False), key=lambda pair: pair[0])
+        parts_in_words = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in peak.items())
+        _, remedy = max(zip(peak.values(), remedies, strict=False), key=lambda pair: pair[0])
         raise MemoryTooSmall(
-            f"expected {needed / _GIB:.1f} GiB of memory on {device} ({said}), "
+            f"expected {needed / _GIB:.1f} GiB of memory on {device} ({parts_in_words}), "
             f"found {free / _GIB:.1f} GiB free. Use {remedy}"
         )
     if device.type == "cuda":
@@ -66,18 +67,18 @@ def require_room(
 
 
 def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, team: int) -> None:
-    """Only the first process of a team copies a checkpoint to its host; where latents are split, each process copies
-    its own and the first joins them. At the start each process makes a whole SAE before its GPU takes that, or its
-    part."""
+    """Only the first process of a team copies a checkpoint to host memory; if latents are split, each process copies
+    its part and the first joins them. At the start, each process builds a whole SAE before moving it, or its part, to
+    its GPU."""
     host = torch.device("cpu")
     numbers = [size for member in members for size in _matrices(member, widths, parts)]
     own = (COPIES - 1) * sum(1 << (4 * size - 1).bit_length() for size in numbers)  # weights and moments, which stay
     weights = [weight_bytes(member, widths) // COPIES for member in members]
     each, first = (own, sum(weights) * (COPIES - 1)) if parts > 1 else (0, own)
-    of_checkpoints, to_begin = each + first // min(team, _sharing(host)), max(weights)
-    what = "for copying checkpoints from a GPU (page-locked, where each table takes a power of two)"
+    of_checkpoints, to_begin = each + first // min(team, _sharers(host)), max(weights)
+    what = "for copying checkpoints from a GPU (page-locked, so each table takes a power of two)"
     if to_begin > of_checkpoints:
-        what = "for each process to make a whole SAE before its GPU takes that, or its part"
+        what = "for each process to build a whole SAE before moving it, or its part, to its GPU"
     needed, free = max(of_checkpoints, to_begin), free_bytes(host)
     if needed > free:
         raise MemoryTooSmall(
@@ -92,24 +93,24 @@ def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
 
 
 def _matrices(member: Member, widths: Widths, parts: int) -> list[int]:
-    """Size of each matrix: encoder, decoder, and any others, such as encoders of ranges and compositions of tiers."""
+    """Size of each matrix: encoder, decoder, and any others, such as range encoders and compositions of tiers."""
     _, outputs = _widths(member, widths)
     inputs = member.config.layers_read() * widths(member.config.needs().hook)
     latents, assembly = -(-member.config.width // parts), build_shapes(member, widths)
     modules = () if assembly is None else (assembly.sae, *assembly.extras.values())
-    beside = [
+    others = [
         tensor.numel()
         for module in modules
         for name, tensor in module.named_parameters()
         if tensor.ndim > 1 and name.split(".")[-1] not in ("W_enc", "W_dec")
     ]
-    return [latents * inputs, latents * outputs, *beside]
+    return [latents * inputs, latents * outputs, *others]
 
 
 def build_shapes(member: Member, widths: Widths) -> Assembly | None:
     """An SAE and what trains it, with shapes but no values; None for a user's variant that needs values."""
-    with name_sae(member.label):  # built here for the first time: this is where its config may refuse
-        return built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
+    with name_sae(member.label):  # the first time that it is built, so its config may refuse
+        return build_without_values(lambda: member.config.build(widths(member.config.needs().hook)))
 
 
 def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
@@ -125,8 +126,8 @@ def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1
 
 
 def end_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
-    """What the first process needs to measure and save: dense codes of a whole batch, and a joined copy of the weights
-    of a split dictionary."""
+    """What the first process needs to measure and save: dense codes of a whole batch and, if the dictionary is split, a
+    joined copy of its weights."""
     weights = 0 if parts == 1 else weight_bytes(member, widths) // COPIES
     return weights + int(4 * ENCODE_TABLES * batch_tokens * member.config.width)
 
@@ -135,10 +136,10 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take; processes launched together on a host share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_free_on_host(), _free_in_group()) // _sharing(device)
+    return min(_free_on_host(), _free_in_group()) // _sharers(device)
 
 
-def _sharing(device: torch.device) -> int:
+def _sharers(device: torch.device) -> int:
     """How many processes of a launch share one memory."""
     return 1 if device.type == "cuda" else count_processes("LOCAL_WORLD_SIZE")
 
@@ -158,9 +159,9 @@ def _free_on_host() -> int:
 
 
 def _free_in_group() -> int:
-    """What the tightest limit of a container or a cluster job leaves; a huge number if there is none. A job's limit is
-    in its own group, some folders below the root."""
-    return min((_left_in(folder) for folder in _own_groups()), default=2**62)
+    """What the tightest limit of a container or cluster job leaves. A job's limit is in its own group, some folders
+    below the root."""
+    return min((_room_in(folder) for folder in _own_groups()), default=NO_LIMIT)
 
 
 def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
@@ -178,8 +179,8 @@ def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
     return found
 
 
-def _left_in(group: Path) -> int:
-    """Cached pages of files count as free, also those read more than once: they are given back when needed."""
+def _room_in(group: Path) -> int:
+    """Cached file pages count as free, even active ones: the kernel reclaims them when needed."""
     for limit_name, used_name in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -191,5 +192,5 @@ def _left_in(group: Path) -> int:
         except (OSError, ValueError):
             continue
         cached = sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in ("inactive_file", "active_file"))
-        return 2**62 if limit == "max" else int(limit) - used + cached
-    return 2**62
+        return NO_LIMIT if limit == "max" else int(limit) - used + cached
+    return NO_LIMIT

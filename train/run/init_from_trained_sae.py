@@ -1,7 +1,7 @@
 """`--init`: SAEs that start from one that was trained before, here or elsewhere.
 
-Its scale is undone and the store's applied, so that the first step reconstructs what the source reconstructs. Its
-folder and digest are kept with the run: until the first checkpoint, a resumed run starts from it again.
+The source's scale is undone and the store's applied, so that the first step reconstructs what the source reconstructs.
+Its folder and digest are kept with the run: without a checkpoint, a resumed run starts from it again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...cache_schema import Manifest, ModelSpec
 from ...cache_schema.sites import say_place
 from ..config.run_config import Member
 from ..data.batch import Needs
-from ..disk.hook_metadata import places_told
-from ..disk.plain_form import begin_as
+from ..disk.hook_metadata import read_places
+from ..disk.plain_form import init_from
 from ..disk.sae_lens_folder import WEIGHT_SUFFIXES
 from ..engine.fleet_of_saes import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
@@ -45,7 +45,7 @@ def source_of(folder: Path) -> Source:
 
 
 def without_start(member: Member) -> Member:
-    """The same member with start "drawn": the source's weights must not be fitted to the data first."""
+    """The same member with optim.start=drawn: the source's weights must not be fitted to the data first."""
     config: Any = member.config
     require(
         not config.is_baseline,
@@ -56,13 +56,13 @@ def without_start(member: Member) -> Member:
 
 
 def require_unchanged(source: Source) -> None:
-    """Refuse to start again from an SAE that differs from the run's original source."""
+    """Refuse to start again from an SAE that has changed since the run was first started from it."""
     folder = Path(source.folder)
     if not folder.is_dir() or _digest(folder) != source.sha256:
-        raise ConfigInvalid(f"--init {folder}: it is missing, or has changed since the run began; start a new run")
+        raise ConfigInvalid(f"--init {folder}: it is missing, or has changed since the run started; start a new run")
 
 
-def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
+def init_fleet(source: Source, fleet: Fleet, manifest: Manifest) -> None:
     """Start every SAE of the fleet from the source, before its first step."""
     folder = Path(source.folder)
     sae = read_folder(folder)
@@ -70,30 +70,30 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
     for label, trainee in fleet.trainees.items():
         try:
             _require_place(sae.metadata, fleet.needs[label])
-            begin_as(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats, trainee.latents)
+            init_from(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats, trainee.latents)
         except SaeInvalid as error:
             raise ConfigInvalid(f"{label}: --init {folder}: {error}") from None
 
 
-def require_model(folder: Path, told: str | None, model: ModelSpec) -> None:
-    """Require the source's model, as far as names can tell: a name without an owner is another tool's, and a model from
-    a local file or folder may have any name."""
-    if told is None or told.split("/")[-1] == model.id.split("/")[-1]:
+def require_model(folder: Path, name: str | None, model: ModelSpec) -> None:
+    """Require that the source was trained on the store's model, as far as names can tell: a name without an owner is
+    another tool's, and a model from a local file or folder may have any name."""
+    if name is None or name.split("/")[-1] == model.id.split("/")[-1]:
         return
-    said = f"--init {folder}: it was trained on {told}, but the store holds activations of {model.id}"
-    if "/" in told and COMMIT.fullmatch(model.revision or ""):
-        raise ConfigInvalid(said)
-    warnings.warn(f"{said}: the names do not show whether that is the same model", stacklevel=2)
+    problem = f"--init {folder}: it was trained on {name}, but the store holds activations of {model.id}"
+    if "/" in name and COMMIT.fullmatch(model.revision or ""):
+        raise ConfigInvalid(problem)
+    warnings.warn(f"{problem}: the names do not show whether that is the same model", stacklevel=2)
 
 
 def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:
     """Require that the source, if it names its places, reads and reconstructs those that are trained here."""
-    whole, wanted = places_told(metadata), (needs.input_places, needs.target_places)
-    told = whole and whole.places
-    if told is None and metadata.get("transcodes") and needs.targets is None:
+    named, wanted = read_places(metadata), (needs.input_places, needs.target_places)
+    if named is None and metadata.get("transcodes") and needs.targets is None:
         raise SaeInvalid("it is a transcoder, but the SAE to train reconstructs its own input")
-    if told is not None and told != wanted:
-        found, asked = (" to ".join(", ".join(map(say_place, side)) for side in sides) for sides in (told, wanted))
+    if named is not None and named.sides != wanted:
+        sides = (named.sides, wanted)
+        found, asked = (" to ".join(", ".join(map(say_place, side)) for side in pair) for pair in sides)
         raise SaeInvalid(f"expected an SAE from {asked}, found one from {found}: choose its --layer and hook")
 
 
@@ -103,13 +103,13 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _digest(folder: Path) -> str:
-    known = ((file, file.stat()) for file in files_of(folder))
-    return _digest_of(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in known))
+    known = ((path, path.stat()) for path in files_of(folder))
+    return _digest_of(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in known))
 
 
 @cache
 def _digest_of(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    """Digest of the files' contents; unchanged files are read once."""
+    """Digest of the files' contents. Cached, so that unchanged files are read once."""
     found = hashlib.sha256()
     for path, *_ in files:
         found.update(path.name.encode())

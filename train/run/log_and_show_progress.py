@@ -1,7 +1,7 @@
-"""What a run reports while it trains: metrics.jsonl, and a live line per SAE on a terminal, elsewhere a plain line from
-time to time.
+"""What a run reports while it trains: metrics.jsonl, and per SAE a live line on a terminal, or occasional plain lines
+elsewhere.
 
-Further logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested.
+Additional logs go through accelerate's trackers (wandb, tensorboard and others); none is loaded unless requested.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Watch:
     def __init__(
         self,
         log: MetricsLog | None,
-        trackers: Trackers,
+        trackers: Trackers | None,
         progress: Progress | None,
         feed: Feed,
         process: Process,
@@ -61,8 +61,8 @@ class Watch:
         self._started = time.perf_counter()
         self._ended: float | None = None
 
-    def go_on(self, standing: Standing) -> None:
-        """Add to what was measured before the run was resumed."""
+    def resume(self, standing: Standing) -> None:
+        """Continue from the measurements made before the run was resumed."""
         self._before = standing.seconds, standing.waited_seconds
         self.quality = ShuffleQuality(self.quality.ideal, standing.same_pairs, standing.pairs)
 
@@ -75,7 +75,7 @@ class Watch:
         self._ended = time.perf_counter()
 
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report], diverged: Mapping[str, int]) -> None:
-        """Called after each step; `diverged` are SAEs that no longer train, with the step."""
+        """Called after each step; `diverged` are SAEs that no longer train, each with the step at which it stopped."""
         self._tokens += self._feed.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
@@ -123,14 +123,15 @@ class Watch:
             "tokens_per_second": self.tokens_per_second,
         }
         if self.log is not None:
-            for label, said in found.items():
-                self.log.write({"sae": label, **shared, **said})
-        for label, scalars in self.last.items():
-            self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
+            for label, scalars in found.items():
+                self.log.write({"sae": label, **shared, **scalars})
+        if self._trackers is not None:
+            for label, scalars in self.last.items():
+                self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
         if self._progress is not None:
             self._progress.show(step + 1, self.last, self.tokens_per_second)
         if self._onlookers is not None and self.log is not None:
-            self.log.require_ours()  # they write a page into the folder
+            self.log.require_ours()  # onlookers write a page into the folder
             self._onlookers.look()
 
     def _mean_over_ranks(self, report: Report) -> dict[str, float]:
@@ -142,7 +143,7 @@ class Watch:
 
 
 class Output:
-    """Where a run prints. When its terminal or pipe is closed, the run goes on, and what it prints is dropped."""
+    """Where a run prints. If its terminal or pipe is closed, the run continues and its output is dropped."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -167,7 +168,7 @@ class Output:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._file.fileno())  # with what is still buffered, which would fail again at the exit
+        os.dup2(nowhere, self._file.fileno())  # for buffered text too, which would fail again at exit
         os.close(nowhere)
 
 
@@ -176,29 +177,28 @@ class Progress:
 
     def __init__(self, console: Console, labels: Sequence[str], total_steps: int, done: int) -> None:
         self._console, self._total = console, total_steps
-        self._bars = self._tasks = None
-        self._asked = self._printed = self._began = time.perf_counter()
+        self._bars = _make_bars(console) if console.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._shown = self._printed = self._started = time.perf_counter()
         self._done = done
-        if console.is_terminal:
-            self._bars = _make_bars(console)
-            self._tasks: dict[str, TaskID] | None = {
-                label: self._bars.add_task(label, total=total_steps, completed=done, numbers="") for label in labels
-            }
+        if self._bars is not None:
+            for label in labels:
+                self._tasks[label] = self._bars.add_task(label, total=total_steps, completed=done, numbers="")
             self._bars.start()
 
     def is_due(self) -> bool:
         """Whether it is time to fetch numbers again, which makes the GPU wait."""
-        return time.perf_counter() - self._asked > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
+        return time.perf_counter() - self._shown > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
 
     def show(self, steps: int, scalars: Mapping[str, Mapping[str, float]], tokens_per_second: float) -> None:
         """Show the state after this many steps."""
-        self._asked = time.perf_counter()
-        if self._bars is not None and self._tasks is not None:
+        self._shown = time.perf_counter()
+        if self._bars is not None:
             for label, values in scalars.items():
                 self._bars.update(self._tasks[label], completed=steps, numbers=summary(values, tokens_per_second))
-        elif self._asked - self._printed > PLAIN_SECONDS or steps == self._total:
-            self._printed = self._asked
-            seconds = (self._asked - self._began) * (self._total - steps) / max(1, steps - self._done)
+        elif self._shown - self._printed > PLAIN_SECONDS or steps == self._total:
+            self._printed = self._shown
+            seconds = (self._shown - self._started) * (self._total - steps) / max(1, steps - self._done)
             left = f" {say_time(seconds)} left" if steps < self._total else ""
             for label, values in scalars.items():
                 line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}{left}"
@@ -232,7 +232,7 @@ def _make_bars(console: Console) -> RichProgress:
 
 
 class Trackers:
-    """The trackers of a run; does nothing if there are none."""
+    """The trackers of a run, if any."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
         self._trackers = [_open_tracker(name, folder) for name in names]

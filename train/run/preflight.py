@@ -1,4 +1,4 @@
-"""Checks of a settled run, made before its first step and before anything is written."""
+"""Checks of a settled run, before its first step and before anything is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .fits_in_memory import require_room
 from .log_and_show_progress import require_trackers
 
 ALIKE = 1e-12  # share of the mean square that rounding leaves as the variance of identical rows
-LEAST_HELD_OUT = 2  # tokens: one alone has no variance to explain
+LEAST_HELD_OUT = 2  # tokens; a single one has no variance to explain
 
 
 def check(
@@ -58,7 +58,7 @@ def check(
 
 
 def _require_held_out(settled: Settled, store: Store) -> None:
-    """A run ends with numbers on text it has not seen: that text must exist before the first step."""
+    """Require the held-out text that a finished run is measured on."""
     first, last = store.manifest.splits["validation"]
     if first == last:
         raise NothingToTrain(
@@ -106,7 +106,7 @@ def _require_memory(
 
 
 def held_out_rows(config: RunConfig, manifest: Manifest, is_split: bool) -> int:
-    """Rows in a batch of the final measurement, when a dictionary that was split is in one process."""
+    """Rows per batch of the final measurement; fewer for a split dictionary, which is then joined in one process."""
     batch = config.data.batch_tokens
     return min(batch, manifest.context) if is_split else batch
 
@@ -139,8 +139,8 @@ def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[P
 def layer_stats(
     store: Store, layer: Place, massive_norms: float | None, *, samples_whole_shards: bool = False
 ) -> Stats:
-    """A layer's statistics, over its ordinary rows if massive ones are left out. Activations that are not finite are an
-    error that names their shard."""
+    """A layer's statistics, over its ordinary rows if massive ones are left out. Refuses activations that are not
+    finite, and names their shards."""
     site = site_of(layer)
     moments = store.moments(site.layer, site.hook)
     if moments.mean_norm == 0:

@@ -1,4 +1,4 @@
-"""Where a run computes: its processes, this one's device, and how they share what they know about their SAEs."""
+"""Where a run computes: its processes, this one's device, and how they exchange reports about their SAEs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Process:
     group: Group
     """All processes of the launch."""
     team: Group
-    """Those that train the same SAEs as this one: all, or only this one where SAEs are spread."""
+    """Those that train the same SAEs as this one: all, or only this one if SAEs are spread."""
     device: torch.device
     console: Console
     is_watched: bool = False
@@ -33,7 +33,7 @@ class Process:
 
     def collect(self, own: Mapping[str, Any], labels: Iterable[str]) -> dict[str, Any]:
         """What every process reports about its SAEs, as JSON, in the order of the labels; a collective call. If several
-        processes train an SAE, the first one's report counts."""
+        processes train an SAE, the first one's report is used."""
         found: dict[str, Any] = {}
         for text in reversed(self.group.texts(json.dumps(own))):
             found |= json.loads(text)

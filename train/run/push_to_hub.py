@@ -1,10 +1,10 @@
-"""Push SAEs to the Hugging Face Hub: the folders as they were saved, with a model card, in one commit.
+"""Push SAEs to the Hugging Face Hub: their folders as saved, with a model card, in one commit.
 
 Whatever the Hub might refuse is checked before anything changes: the token, write access, existing content.
 
-The card says what they are, what they were trained on, how good they are, how to load them. Names in it come from
-models, corpora and folders that anybody may have named: none of them appears in the header, and in the text they are
-escaped, so none acts as Markdown.
+The card says what they are, what they were trained on, how good they are and how to load them. It contains names of
+models, corpora and folders, which anybody may have chosen: none appears in the header, and in the text they are escaped
+so that none acts as Markdown.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .find_and_load_sae import ask_hub, list_saes, no_sae
 from .init_from_trained_sae import source_of
 from .run_folder import is_run, places_of, run_names
 
-LONGEST, LONGEST_NAME = 300, 200  # characters of the Hub's message, and of a name in the card
-FORMAT = 1  # of results; they will state it once there is another
+LONGEST_MESSAGE, LONGEST_NAME = 300, 200  # characters of the Hub's message, and of a name in the card
+FORMAT = 1  # of results, which state it only if it is another
 GIVEN = {".gitattributes"}  # files that the Hub puts into a new repository
 COMPARED = ("L0, ", "explained variance, ", "cross entropy score, ")  # the numbers in the table of several SAEs
 
@@ -53,12 +53,12 @@ def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool
         for file in (CONFIG, WEIGHTS, EXTRAS)
         if (folder / file).is_file()
     }
-    parent = _require_room(repository, files, private)
+    parent = _require_pushable(repository, files, private)
     return _commit(repository, files, card, private, parent)
 
 
 def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
-    """Local SAEs, in the format that both this package and SAELens read."""
+    """The folders to push, which must be in the format that both this package and SAELens read."""
     home = next((path for path in places_of(name, runs) if path.is_dir()), None)
     if home is None:
         raise RunMissing(f"no SAE {name!r} here to push; runs in {runs}: {', '.join(run_names(runs)) or 'none'}")
@@ -75,7 +75,7 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
 
 
 def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Plots of a run by their path in the repository; only if all its SAEs are pushed, since the plots show all."""
+    """A run's plots by their path in the repository, if all its SAEs are pushed: the plots show all of them."""
     run = folders[0].parent
     if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # any folder may have an SAE in it
         return {}
@@ -83,15 +83,15 @@ def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
     return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
-def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
-    """The commit to build on if the repository exists. Any obstacle is raised here, before uploading."""
+def _require_pushable(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
+    """The commit to build on if the repository exists. Any obstacle is reported here, before uploading."""
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise NotPushed("HF_HUB_OFFLINE is set: nothing can be pushed")
     try:
         has_token = get_token() is not None
-    except Exception as error:  # noqa: BLE001  the exchange of tokens may raise anything
+    except Exception as error:  # noqa: BLE001  token exchange may raise anything
         raise _refusal(repository, error) from None
     if not has_token:
         raise NotPushed(
@@ -125,19 +125,19 @@ def _require_permission(owner: str, answer: Mapping[str, Any]) -> None:
 
 def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, Path]) -> None:
     """Require that a repository is empty, or holds these same weights; its card is then rewritten."""
-    there = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
+    existing = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
     weights = [place for place in files if place.endswith(".safetensors")]
-    other = [place for place in weights if place not in there or not _is_same(files[place], there[place])]
-    kept = [place for place in there if place not in files and Path(place).name in (CONFIG, WEIGHTS)]
-    if there and (other or kept):
-        some = ", ".join(sorted(kept or there)[:4])
+    other = [place for place in weights if place not in existing or not _is_same(files[place], existing[place])]
+    kept = [place for place in existing if place not in files and Path(place).name in (CONFIG, WEIGHTS)]
+    if existing and (other or kept):
+        some = ", ".join(sorted(kept or existing)[:4])
         raise NotPushed(
             f"{repository} exists and holds other content ({some}): choose another name, or delete it there"
         )
 
 
 def _is_same(path: Path, sibling: Any) -> bool:
-    """Compare by the digest that the Hub keeps: of the file if it is in LFS, otherwise of git's blob."""
+    """Compare by the digest that the Hub keeps: the file's if it is in LFS, otherwise its git blob's."""
     if sibling.lfs is not None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sibling.lfs.sha256
@@ -169,17 +169,17 @@ def _status(error: Exception) -> int | None:
 
 
 def _refusal(repository: str, error: Exception) -> NotPushed:
-    """A one-line error. The repository is unchanged, except that it may now exist."""
+    """A one-line error. The repository is unchanged, except that it may have been created."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # itself it says only "Error while uploading"
+        error = error.__cause__  # the outer error says only "Error while uploading"
     reason = {
         401: "the token is not valid: run hf auth login",
         403: "the token may not write there: give it write access, or choose another owner",
         409: "it changed in the meantime: run this again",
         412: "it changed in the meantime: run this again",
     }.get(_status(error) or 0)
-    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:LONGEST] or type(error).__name__
-    return NotPushed(f"nothing was pushed to {repository}: {reason or said}")
+    message = " ".join(str(getattr(error, "server_message", None) or error).split())[:LONGEST_MESSAGE]
+    return NotPushed(f"nothing was pushed to {repository}: {reason or message or type(error).__name__}")
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,16 @@ class Described:
 
 
 def describe(folder: Path, place: str) -> Described:
-    """What cfg.json, the run's result.json and its core evaluation say about an SAE."""
+    """Gather what cfg.json, the run's result.json and its core evaluation say about an SAE."""
     result, core = folder.parent / "result.json", f"evals/core/{folder.name}_eval_results.json"
     saes = _object(read_json(result), "saes") if result.is_file() else {}
     found = (read_json(home / core) for home in (folder.parent, folder) if (home / core).is_file())
-    own = next((one for one in found if _is_of(folder, one)), {})
+    own = next((one for one in found if _is_result_of(folder, one)), {})
     return Described(place, read_config(folder), _object(saes, folder.name), own)
 
 
-def _is_of(folder: Path, core: Mapping[str, Any]) -> bool:
-    """Whether a result is for exactly these weights, and not in a later format."""
+def _is_result_of(folder: Path, core: Mapping[str, Any]) -> bool:
+    """Whether a result is in this format and was measured on exactly these weights."""
     ours = _object(core, "saemill")
     return ours.get("format", FORMAT) == FORMAT and ours.get("sha256") == source_of(folder).sha256
 
@@ -232,23 +232,23 @@ def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     common: dict[str, Any] = {}
     if len(saes) > 1:
         for one in facts:
-            one.pop("variant", None)  # it is in the table that compares them
+            one.pop("variant", None)  # the table that compares them has it
         common = {name: value for name, value in facts[0].items() if all(one.get(name) == value for one in facts)}
-        yield from ("", *_compared(saes))
+        yield from ("", *_comparison(saes))
         if common:
             yield from ("", *_table(("all of them", ""), [(name, plain(value)) for name, value in common.items()]))
     for sae, own in zip(saes, facts, strict=True):
         yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
         if rows := [(name, plain(value)) for name, value in own.items() if name not in common]:
             yield from (*_table(("", ""), rows), "")
-        if measured := list(_measures(sae)):
+        if measured := list(_measurements(sae)):
             yield from _table(("measured", "value", "95 % interval"), measured)
-    yield from ("", "## Load", "", *_loading(repository, saes))
+    yield from ("", "## Load", "", *_load_instructions(repository, saes))
 
 
-def _compared(saes: Sequence[Described]) -> Iterator[str]:
-    """One line for each SAE, with the numbers of core if all have them, otherwise with those of training."""
-    numbers_of = _of_core if all(sae.core for sae in saes) else _of_training
+def _comparison(saes: Sequence[Described]) -> Iterator[str]:
+    """A line per SAE, with the numbers of core if all have them, otherwise those of training."""
+    numbers_of = _core_numbers if all(sae.core for sae in saes) else _training_numbers
     found = [{name: _number(value) for name, value, _ in numbers_of(sae) if _is_number(value)} for sae in saes]
     names = [name for name in dict.fromkeys(name for each in found for name in each) if name.startswith(COMPARED)]
     rows = [
@@ -263,7 +263,7 @@ def _variant(sae: Described) -> Any:
 
 
 def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
-    """What the SAE is, and what it was trained on."""
+    """What the SAE is and what it was trained on."""
     config, metadata = sae.config, sae.metadata
     layers, rebuilt = metadata.get("layers"), metadata.get("target_layers")
     details = _object(metadata, "training_architecture_details")
@@ -292,15 +292,15 @@ def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
     yield from ((name, value) for name, value in named.items() if value not in (None, ""))
 
 
-def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
-    """Held-out numbers of the run, and those of the core evaluation with intervals."""
-    for name, value, edges in (*_of_training(sae), *_of_core(sae)):
+def _measurements(sae: Described) -> Iterator[tuple[str, str, str]]:
+    """The run's held-out numbers, and those of the core evaluation with their intervals."""
+    for name, value, edges in (*_training_numbers(sae), *_core_numbers(sae)):
         is_interval = isinstance(edges, list) and len(edges) == 2 and all(map(_is_number, edges))
         if _is_number(value):
             yield name, _number(value), " to ".join(map(_number, edges)) if is_interval else ""
 
 
-def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+def _training_numbers(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     result = sae.result or sae.metadata
     if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, on unknown data
         return
@@ -313,12 +313,12 @@ def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     yield "dead latents", result.get("dead_latents"), None
 
 
-def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+def _core_numbers(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     core = sae.core
     metrics, ours = _object(core, "eval_result_metrics"), _object(core, "saemill_metrics")
     edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
     losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
-    own = f", {_of_split(sae)}"
+    own = f", {_split_name(sae)}"
     yield f"L0{own}", _object(metrics, "sparsity").get("l0"), edges.get("l0") if not massive.get("tokens") else None
     yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
     if massive.get("tokens"):
@@ -332,14 +332,14 @@ def _of_core(sae: Described) -> Iterator[tuple[str, Any, Any]]:
         yield f"cross entropy score with massive rows left as they are{own}", kept.get("ce_loss_score"), None
 
 
-def _of_split(sae: Described) -> str:
+def _split_name(sae: Described) -> str:
     settings = _object(_object(sae.core, "saemill"), "settings")
     split, own = _object(settings, "config").get("split", "test"), sae.metadata.get("cache_id")
     store = settings.get("cache_id") or own
     return f"{plain(split)} split" if own in (None, store) else f"{plain(split)} split of the store {plain(store)}"
 
 
-def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
+def _load_instructions(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     """How to load them in this package, and in SAELens where it has the architecture."""
     yield from ("```python", "from saemill.train import load_sae", "")
     yield f"{_load_each(saes, 'load_sae', json.dumps(repository))}  # raw activations in"
@@ -357,7 +357,7 @@ def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
 
 
 def _load_each(saes: Sequence[Described], load: str, home: str) -> str:
-    """Code that loads one SAE, or several by name; `home` is code for where they are."""
+    """Code that loads one SAE, or several by name; `home` is an expression for their folder."""
     if len(saes) > 1:
         return f'saes = {{name: {load}({home} + "/" + name) for name in {json.dumps([sae.place for sae in saes])}}}'
     inside = f' + "/" + {json.dumps(saes[0].place)}' if saes[0].place else ""

@@ -1,6 +1,6 @@
 """The folder of a run, and all code that knows its layout.
 
-runs/run_4/config.json          the configuration, and where the run began and was resumed: cache id, versions, device
+runs/run_4/config.json          the configuration, and where the run started and resumed: cache id, versions, device
 runs/run_4/metrics.jsonl        one line per logged step and SAE
 runs/run_4/checkpoints/step_*/  the last two; the last alone if the run finished
 runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (once training is done)
@@ -36,8 +36,8 @@ from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_
 RUNS = "runs"
 """Where runs are kept by default."""
 RUN_ID = "run_id"  # in the provenance of config.json
-LOST = "lost_bytes_of_metrics"  # in that of a resumption
-LEFT_SECONDS = 60.0
+LOST = "lost_bytes_of_metrics"  # in the provenance of a resumption
+LEFTOVER_SECONDS = 60.0  # from this age an empty folder is a leftover, not a run that is just starting
 LONGEST_NAME = 255  # bytes that a file system allows in a name
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
@@ -48,7 +48,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: str | os.PathLike[str], name: str | None, like: str | None = None) -> RunFolder:
-        """A new folder with this name. Without a name, the first free one of `like`, like_2, like_3, ... or of run_1,
+        """Create a folder of this name. Without a name, the first free one of `like`, like_2, like_3, ... or of run_1,
         run_2, ..."""
         root = Path(root)
         with _name_refusal(root):
@@ -62,7 +62,7 @@ class RunFolder:
                 cls.require_free(root, name)  # another run may have just taken it
             return cls(root / name)
         numbers = itertools.count(1)
-        while True:  # mkdir decides: two runs that start at once get different names
+        while True:  # mkdir decides, so that runs that start together get different names
             number = next(numbers)
             path = root / (like if like and number == 1 else f"{like or 'run'}_{number}")
             with suppress(FileExistsError), _name_refusal(root):
@@ -80,8 +80,8 @@ class RunFolder:
         path, taken, remedy = Path(root, name), cls(Path(root, name)), ""
         if not os.path.lexists(path):
             return
-        # A full disk leaves an empty folder behind; so does, for a moment, another start.
-        if path.is_dir() and not any(path.iterdir()) and time.time() - path.stat().st_mtime > LEFT_SECONDS:
+        # A full disk leaves an empty folder behind; a run that is starting has one for a moment.
+        if path.is_dir() and not any(path.iterdir()) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
             return
         if taken.is_finished:
             remedy = f", or evaluate it: {shlex.join(['sae-eval', str(taken.path)])}"
@@ -113,16 +113,16 @@ class RunFolder:
 
     @property
     def has_steps(self) -> bool:
-        """Whether any step is logged: the first one always is."""
+        """Whether any step is logged; the first one always is."""
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write config.json, with an id of the run's own: a run of before may have had the same name."""
+        """Write config.json, with an id for the run: an earlier run may have had the same name."""
         self.write_config({**config, "provenance": {**config["provenance"], RUN_ID: uuid.uuid4().hex}})
 
     @property
     def run_id(self) -> str:
-        """Empty for runs begun before runs had ids."""
+        """Empty for runs from before run ids."""
         return str((self.read_config().get("provenance") or {}).get(RUN_ID, ""))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -133,8 +133,8 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
 
-    def keep_resumption(self, here: Mapping[str, Any]) -> list[str]:
-        """Add where the run resumes to config.json, after where it began; return what has changed, in words."""
+    def record_resumption(self, here: Mapping[str, Any]) -> list[str]:
+        """Append the provenance of a resumption to config.json; return what has changed since before, in words."""
         config = self.read_config()
         before = [config.get("provenance") or {}, *config.get("resumed", [])]
         self.write_config(config | {"resumed": [*before[1:], dict(here)]})
@@ -159,7 +159,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.lost_bytes = 0  # of what a checkpoint counts on
+        self.lost_bytes = 0  # that the checkpoint expects before its step
         with self._name_failure():
             self._file = path.open("ab")
         self.is_locked = take_lock(self._file)
@@ -168,7 +168,7 @@ class MetricsLog:
             raise RunTaken(f"another process is training {path.parent}: wait for it to finish, or stop it")
 
     def require_ours(self) -> None:
-        """Refuse to go on if the run's folder was removed or replaced: what is written there would be another run's."""
+        """Refuse to continue if the run's folder was removed or replaced: another run may be there now."""
         with self._name_failure():
             try:
                 if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
@@ -179,7 +179,7 @@ class MetricsLog:
         raise RunMissing(
             f"expected {self._path} to be the log that this process writes, found {found}: the folder was removed, "
             "moved or replaced while the run trained, so nothing more is written there. If it was moved, resume it at "
-            "its new place; if not, train it again under another --name"
+            "its new place; otherwise train it again under another --name"
         )
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ class MetricsLog:
             sync(self._path.parent)
 
     def cut(self, size: int) -> None:
-        """Drop what was written after a checkpoint: those steps are taken again.
+        """Drop the lines after a checkpoint, whose steps are taken again.
 
         If the log is shorter because it was lost or partly copied, keep its whole lines instead of padding with zeros.
         """
@@ -236,15 +236,14 @@ def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tup
 
 
 def own_path(path: str | os.PathLike[str]) -> Path:
-    """A path by which every command finds the run: commands look under `runs` first, where another run may have its
-    name."""
+    """A path by which every command finds this run: they look under `runs` first, where another may have its name."""
     path = Path(path)
     return path.absolute() if len(path.parts) < 2 or Path(RUNS, path).exists() else path
 
 
 def is_run(folder: Path) -> bool:
     """Whether a run was started there, by the content of its config.json: models and other tools have such a file too.
-    An unreadable one counts, so that whoever reads it next reports what is wrong."""
+    An unreadable one counts as a run's, so that opening the run reports the problem."""
     file = folder / "config.json"
     try:
         return os.path.isfile(file) and {"cache", "saes"} <= read_json(file).keys()
@@ -259,7 +258,7 @@ def run_names(root: str | os.PathLike[str]) -> list[str]:
 def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
     """Where a run comes from; never part of its identity."""
     own, program = digest_of_own(), Path(sys.argv[0]).name
-    # The saemill command that was typed, which may have called others.
+    # The command that the user typed; it may have called other commands.
     command = without_password(shlex.join([program, *sys.argv[1:]])) if program.startswith("sae-") else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -273,13 +272,13 @@ def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_password(text: str) -> str:
-    """Remove passwords from URLs (https://name:password@host): folders of runs are shared."""
+    """Remove passwords from URLs (https://name:password@host): run folders get shared."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 @contextmanager
 def _name_refusal(root: str | os.PathLike[str]) -> Iterator[None]:
-    """Report that the disk refuses a folder, but let FileExistsError pass if only the name is taken."""
+    """Report a folder that cannot be created, but let FileExistsError pass if only the name is taken."""
     try:
         yield
     except OSError as error:
@@ -296,8 +295,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(file: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the repository that tracks a source file; None for a file that is merely inside one,
-    such as a package installed in a project's .venv."""
+    """Commit and dirty flag of the repository that tracks a source file; None for an untracked one, such as a package
+    installed in a project's .venv."""
     commands = (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"], ["status", "--porcelain"])
     try:
         _, commit, changes = (

@@ -1,11 +1,11 @@
-"""Set up a settled run: check it, make its SAEs and its folder, and connect all its parts.
+"""Set up a settled run: check it, build its SAEs, create its folder, and connect all its parts.
 
 Nothing is written before all checks have passed.
 
-With `--spread` processes have SAEs of their own. Every process reads the store itself, but only the layers of its
-SAEs. All read the same pieces in the same order at about the same time, so the disk is read once and the page cache
-serves the others; only decoding is repeated, on each process's own cores. A single reader would have to copy each
-block between processes and hold all layers, and if it failed, so would all processes.
+With `--spread` each process has its own SAEs and reads the store itself, but only its SAEs' layers. All read the same
+pieces in the same order at about the same time, so the disk is read once and the page cache serves the rest; only
+decoding is repeated, on each process's own cores. A single reader would have to copy each block between processes and
+hold all layers, and if it failed, so would all processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .after_run import Onlookers
 from .checkpoints_and_signals import Saver
 from .fill_config_from_store import Settled, settle_again
 from .fits_in_memory import weight_bytes
-from .init_from_trained_sae import begin_fleet_as, require_unchanged
+from .init_from_trained_sae import init_fleet, require_unchanged
 from .log_and_show_progress import Progress, Trackers, Watch
 from .preflight import check
 from .process import Process
@@ -59,16 +59,16 @@ class Run:
         return tuple(member.label for member in self.config.members)
 
     def require_folder(self) -> None:
-        """Refuse to write results if the folder was removed or replaced; rank 0, which has the log, can tell."""
+        """Refuse to write results if the folder was removed or replaced; only rank 0, which has the log, can tell."""
         if self.watch.log is not None:
             self.watch.log.require_ours()
 
 
 @contextmanager
 def begin_run(settled: Settled, store: Store, process: Process, out: str, name: str | None) -> Iterator[Run]:
-    """A new run, from step 0."""
+    """Start a new run, at step 0."""
     fleet, path = make_fleet(settled, store, process), ""
-    begin_as_source(settled, fleet, store, process)
+    apply_init(settled, fleet, store, process)
     with all_or_none(process.group):
         if process.is_first:
             folder = RunFolder.create(out, name, like=settled.recipe and settled.recipe.name)
@@ -77,20 +77,20 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
     folder = RunFolder(process.group.texts(path)[0])
     try:
         with (
-            tell_memory(process),
+            report_out_of_memory(process),
             _take_log(folder, process) as log,
             _open(settled, store, process, folder, fleet, log, None) as run,
         ):
             yield run
     except MemoryTooSmall:
         if process.is_first and not folder.has_steps:
-            shutil.rmtree(folder.path)  # nothing to look at or to resume
+            shutil.rmtree(folder.path)  # it holds nothing to look at or resume
         raise
 
 
 @contextmanager
 def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Run]:
-    """A run from its last complete checkpoint."""
+    """Resume a run from its last complete checkpoint."""
     _require_unfinished(folder)
     settled = settle_again(folder, store)
     with _take_log(folder, process) as log:
@@ -100,22 +100,22 @@ def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Ru
             if settled.init is not None:
                 with all_or_none(process.group):
                     require_unchanged(settled.init)
-            begin_as_source(settled, fleet, store, process)
-        with tell_memory(process), _open(settled, store, process, folder, fleet, log, standing) as run:
+            apply_init(settled, fleet, store, process)
+        with report_out_of_memory(process), _open(settled, store, process, folder, fleet, log, standing) as run:
             with all_or_none(process.group):
                 if log is not None:
-                    _tell_resumption(folder, log.lost_bytes, process)
+                    _report_resumption(folder, log.lost_bytes, process)
             yield run
 
 
-def _tell_resumption(folder: RunFolder, lost_bytes: int, process: Process) -> None:
-    """Keep in config.json where the run resumes, and print what is not as it was."""
+def _report_resumption(folder: RunFolder, lost_bytes: int, process: Process) -> None:
+    """Record the resumption in config.json, and print what has changed."""
     here = provenance(process.hardware) | ({LOST: lost_bytes} if lost_bytes else {})
-    if others := folder.keep_resumption(here):
+    if others := folder.record_resumption(here):
         process.console.print(f"changed since before: {', '.join(others)}", style="yellow", markup=False)
     if lost_bytes:
-        said = f"{folder.metrics} lacks its last {lost_bytes:,} bytes before the checkpoint: curves have a gap there"
-        process.console.print(said, style="yellow", markup=False)
+        loss = f"{folder.metrics} lacks its last {lost_bytes:,} bytes before the checkpoint: curves have a gap there"
+        process.console.print(loss, style="yellow", markup=False)
 
 
 def _require_unfinished(folder: RunFolder) -> None:
@@ -126,22 +126,22 @@ def _require_unfinished(folder: RunFolder) -> None:
 
 @contextmanager
 def _take_log(folder: RunFolder, process: Process) -> Iterator[MetricsLog | None]:
-    """The log, on rank 0. While it is open no other launch trains the run: how far the run is may only be read then."""
-    with ExitStack() as open_things:
+    """The log, on rank 0. While it is open, no other launch can train the run, so its progress may be read."""
+    with ExitStack() as stack:
         log = None
         with all_or_none(process.group):
             if process.is_first:
-                log = open_things.enter_context(closing(MetricsLog(folder.metrics)))
+                log = stack.enter_context(closing(MetricsLog(folder.metrics)))
                 _require_unfinished(folder)  # another process may have just finished it
                 if not log.is_locked:
-                    said = f"{folder.path}: no locks on this disk, so nothing keeps a second process from training this"
-                    process.console.print(f"{said} run at the same time", style="yellow", markup=False)
+                    no_locks = "no locks on this disk, so nothing keeps a second process from training this run as well"
+                    process.console.print(f"{folder.path}: {no_locks}", style="yellow", markup=False)
         yield log
 
 
 @contextmanager
-def tell_memory(process: Process) -> Iterator[None]:
-    """Turn any out-of-memory error of the device into a message."""
+def report_out_of_memory(process: Process) -> Iterator[None]:
+    """Turn an out-of-memory error of the device into a message."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -149,18 +149,18 @@ def tell_memory(process: Process) -> Iterator[None]:
 
 
 def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
-    """The SAEs as they are before the first step; invalid configs are refused here."""
+    """Build the SAEs as they are before the first step. Refuses runs that cannot work."""
     take_device(process.device)
     keep_large_blocks()
     gc.collect()  # leftovers of an earlier run in this process, which would count against free memory
     if process.device.type == "cuda":
         torch.cuda.empty_cache()
         empty_host_cache()
-        # The peak since this point tells a recording of steps how much they need.
+        # Recording CUDA graphs takes the peak since this point for the memory that steps need.
         torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1
     rows, split = (SOLO, process.team) if is_split else (process.team, None)
-    with all_or_none(process.group), tell_memory(process):
+    with all_or_none(process.group), report_out_of_memory(process):
         members = members_of(settled.config, store.manifest.model.d_model, process)
         stats = check(settled, store, members, rows.size, 1 if split is None else split.size, process.device)
         configs = {member.label: member.config for member in members}
@@ -174,11 +174,11 @@ def empty_host_cache() -> None:
         empty()
 
 
-def begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
-    """Before the first step: start the SAEs from a trained one, if requested."""
+def apply_init(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
+    """Before the first step, start the SAEs from a trained one if --init asks for it."""
     if settled.init is not None:
         with all_or_none(process.group):
-            begin_fleet_as(settled.init, fleet, store.manifest)
+            init_fleet(settled.init, fleet, store.manifest)
 
 
 def _load_checkpoint(folder: RunFolder, fleet: Fleet, total_steps: int, process: Process) -> Standing | None:
@@ -208,37 +208,28 @@ def _open(
 ) -> Iterator[Run]:
     """Connect the parts, restored from the checkpoint if there is one; close them at the end."""
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
-    with ExitStack() as open_things:
+    labels, every = [member.label for member in config.members], config.course.metrics_every_steps
+    trackers, progress, onlookers, run_id = None, None, None, ""
+    with ExitStack() as stack:
         needs = fleet.needs.values()
         feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
-        open_things.callback(feed.close)
+        stack.callback(feed.close)
         with all_or_none(process.group):
-            trackers, progress = _open_outlets(open_things, settled, process, folder, fleet.steps_taken)
-            run_id = folder.run_id if process.is_first else ""  # another host may not see config.json yet
+            if process.is_first:  # another host may not see config.json yet
+                trackers = Trackers(config.course.trackers, folder.path, folder.read_config())
+                stack.callback(trackers.close)
+                progress = Progress(process.console, labels, steps, fleet.steps_taken)
+                stack.callback(progress.close)
+                onlookers = Onlookers(folder.path, process.console.print) if process.is_watched else None
+                run_id = folder.run_id
             if log is not None:
                 log.cut(standing.metrics_bytes if standing else 0)
-        labels, every = [member.label for member in config.members], config.course.metrics_every_steps
-        onlookers = Onlookers(folder.path, process.console.print) if process.is_first and process.is_watched else None
         watch = Watch(log, trackers, progress, feed, process, labels, every, steps, onlookers)
         if standing is not None:
-            watch.go_on(standing)
+            watch.resume(standing)
         saver = Saver(folder.checkpoints, config.course, fleet, watch, process, run_id)
-        open_things.callback(saver.close)
+        stack.callback(saver.close)
         yield Run(folder, config, steps, store, feed, fleet, watch, saver, process)
-
-
-def _open_outlets(
-    open_things: ExitStack, settled: Settled, process: Process, folder: RunFolder, done: int
-) -> tuple[Trackers, Progress | None]:
-    """What a run shows besides its log, on rank 0 only."""
-    if not process.is_first:
-        return Trackers((), folder.path, {}), None
-    trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
-    open_things.callback(trackers.close)
-    labels = [member.label for member in settled.config.members]
-    progress = Progress(process.console, labels, settled.total_steps, done)
-    open_things.callback(progress.close)
-    return trackers, progress
 
 
 def members_of(config: RunConfig, d_model: int, process: Process) -> tuple[Member, ...]:
@@ -259,9 +250,9 @@ def members_of(config: RunConfig, d_model: int, process: Process) -> tuple[Membe
 
 
 def deal_members(members: Sequence[Member], processes: int, d_model: int) -> list[tuple[Member, ...]]:
-    """The largest first, each to the process with the least so far; among equals, to one that already reads its layers.
+    """The largest SAEs first, each to the process with the least so far; on a tie, to one that reads its layers anyway.
 
-    The first process gets SAEs of single tokens if there are any: it measures shuffling, which is measured on those.
+    The first process gets SAEs that train on single tokens, if any: it measures the shuffling of those.
     """
     parts: list[list[Member]] = [[] for _ in range(processes)]
     sizes = {member.label: weight_bytes(member, lambda _: d_model) for member in members}

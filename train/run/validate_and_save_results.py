@@ -1,5 +1,4 @@
-"""The end of a finished run: held-out numbers from one pass over text that its SAEs were not trained on, saved SAEs,
-result.json.
+"""The end of a run: measure its SAEs in one pass over held-out text, save them, and write result.json.
 
 B rows, D residual width, F latents.
 """
@@ -33,7 +32,7 @@ from .preflight import held_out_rows
 from .run_folder import name_failure
 from .start_or_resume import Run
 
-DIVERGED = "what it rebuilds of held-out text is not finite: training diverged in the last steps"
+DIVERGED = "its reconstruction of held-out text is not finite: training diverged in the last steps"
 ROUNDING = 1e-12  # error of a difference of float64 sums, as a share of the squares
 
 
@@ -95,21 +94,21 @@ class SaeOutcome:
     dead_latents: int
     dead_share: float
     loss: float | None
-    """Of the last step; None if the run was resumed after it."""
+    """Of the last step; None if the run was resumed after that."""
     validation_tokens: int
     """Tokens behind `l0` and `explained_variance`, without massive rows."""
     validation_massive: int = 0
     explained_variance_with_massive: float | None = None
-    """The same with massive rows, if there are any."""
+    """With massive rows, if there are any."""
     l0_with_massive: float | None = None
     step_seconds: float | None = None
     """Mean time of a step since the run was last resumed, alongside its other SAEs; None on a GPU."""
     state_bytes: int | None = None
-    """Size of weights, optimiser state and everything else in a checkpoint."""
+    """Size in a checkpoint: weights, optimiser state and everything else."""
     cut_short: tuple[tuple[int, int], ...] = ()
     """Warm-ups and onsets that the run was too short for: steps requested and steps taken."""
     encoder_product: str | None = None
-    """Precision of the encoder's products: as requested, if the hardware has it."""
+    """Precision of the encoder's products, which is the requested one if the hardware has it."""
 
 
 @dataclass(frozen=True)
@@ -126,29 +125,29 @@ class Outcome:
     same_document_ratio: float
     saes: dict[str, SaeOutcome]
     massive: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What was left out of each layer; empty if every row counts."""
+    """The massive rows left out of each layer; empty if every row counts."""
     diverged: dict[str, str] = field(default_factory=dict)
-    """SAEs of the run without a folder and numbers, and why."""
+    """SAEs that have no folder and no numbers, and why."""
 
     def say_held_out(self) -> str:
-        """What L0 and explained variance were measured on: a range if SAEs leave out different rows."""
+        """The text that L0 and explained variance are measured on: a range if SAEs leave out different rows."""
         kinds = {(sae.validation_tokens, sae.validation_massive) for sae in self.saes.values()}
-        few, massive = min(kinds)
-        more = f" to {max(kinds)[0]:,}" if len(kinds) > 1 else ""
+        fewest, massive = min(kinds)
+        most = f" to {max(kinds)[0]:,}" if len(kinds) > 1 else ""
         left_out = f", {massive:,} massive rows left out" if massive else ""
-        return f"the store's validation split, {few:,}{more} tokens of it{left_out}"
+        return f"{fewest:,}{most} tokens of the store's validation split{left_out}"
 
     def say_diverged(self) -> str:
         """Which SAEs diverged; empty if none has."""
-        said = "; ".join(f"{label}: {what}" for label, what in self.diverged.items())
-        return said and f"{said}. The other SAEs of {self.run} are complete: try again with a lower learning rate"
+        each = "; ".join(f"{label}: {reason}" for label, reason in self.diverged.items())
+        return each and f"{each}. The other SAEs of {self.run} are complete: try again with a lower learning rate"
 
 
 def conclude(run: Run) -> Outcome | None:
-    """Validate, save and write the results, on rank 0."""
+    """Measure and save the SAEs, and write the results; rank 0 returns them."""
     own: dict[str, Any] = {}
     is_first_of_team = run.process.team.rank == 0  # the others wait
-    run.feed.close()  # it holds as much memory as held-out text needs
+    run.feed.close()  # held-out text needs as much memory as it holds
     for trainee in run.fleet.trainees.values():
         trainee.replays.end()
     with run.fleet.gather_weights():
@@ -161,7 +160,7 @@ def conclude(run: Run) -> Outcome | None:
     found = run.process.collect(own, run.labels)
     with all_or_none(run.process.group):
         diverged = {label: raw for label, raw in found.items() if isinstance(raw, str)}
-        if len(diverged) == len(found):  # raised in every process: none has anything left to do
+        if len(diverged) == len(found):  # raised in every process
             raise TrainingDiverged(say_all_diverged(diverged))
         if not run.process.is_first:
             return None
@@ -170,7 +169,7 @@ def conclude(run: Run) -> Outcome | None:
         run.require_folder()
         run.folder.write_result(to_json(outcome))
         last = path_of(run.folder.checkpoints, run.total_steps)
-        keep_newest(run.folder.checkpoints, 1, last)  # each is three times as large as the SAEs
+        keep_newest(run.folder.checkpoints, 1, last)  # a checkpoint is three times as large as the SAEs
         return outcome
 
 
@@ -185,14 +184,14 @@ def _measure(run: Run) -> dict[str, HeldOut]:
 
 @torch.no_grad()
 def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
-    """Measure every SAE that has not diverged, using the codes that the saved SAE computes."""
+    """Measure every SAE that has not diverged, with the codes that the saved SAE computes."""
     found = {label: HeldOut() for label in fleet.training}
     for draw in draws:
         for label, trainee in fleet.training.items():
             batch = draw.batch(fleet.needs[label])
             side = Side(batch.side, trainee.assembly.knobs_at(trainee.total_steps, trainee.total_steps))
             acts = trainee.sae.encode(batch.x, side)
-            active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
+            active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` would allocate a table of int64
             x_hat = trainee.sae.skip(batch.x, trainee.sae.decode(acts))
             target = batch.x if batch.target is None else batch.target
             found[label].add(target, x_hat, active, draw.ordinary(fleet.needs[label]))
@@ -200,14 +199,13 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
 
 
 def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
-    """Save the SAEs of this process; return what was found, as JSON, or a text for one that diverged in its last
-    steps."""
-    told: dict[str, Any] = {}
+    """Save the SAEs of this process; return the outcome of each as JSON, or why there is none."""
+    results: dict[str, Any] = {}
     for member in run.config.members:
         if member.label not in measured:
             continue
         if not measured[member.label].is_finite:
-            told[member.label] = DIVERGED
+            results[member.label] = DIVERGED
             continue
         outcome = _sae_outcome(run, member, measured[member.label])
         run.require_folder()
@@ -223,8 +221,8 @@ def _save(run: Run, measured: Mapping[str, HeldOut]) -> dict[str, Any]:
                 trainee.assembly.target_stats,
                 trainee.assembly.knobs_at(run.total_steps, run.total_steps),
             )
-        told[member.label] = to_json(outcome)
-    return told
+        results[member.label] = to_json(outcome)
+    return results
 
 
 def _outcome(run: Run, saes: dict[str, SaeOutcome], diverged: dict[str, str]) -> Outcome:
@@ -251,8 +249,8 @@ def _massive_rows(found: Massive) -> dict[str, float]:
     return {
         "multiple": found.multiple,
         "median_norm": found.median,
-        "norm_bound": found.bound,  # beyond it a row is massive
-        "tokens": found.rows,  # that were looked at
+        "norm_bound": found.bound,  # rows beyond it are massive
+        "tokens": found.rows,  # in the sample
         "massive": found.massive,
         "share_of_squares": found.square_share,
     }
@@ -284,7 +282,7 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
 
 
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
-    """What the SAE was trained on, under the names that other tools expect."""
+    """What the SAE was trained on and how good it is, under the names that other tools expect."""
     manifest, needs = run.store.manifest, member.config.needs()
     taken = run.feed.plan.windows_taken() if needs.windows else 1.0
     to_hook = needs.to_hook or needs.hook

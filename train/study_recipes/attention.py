@@ -34,7 +34,7 @@ _THREE = (-1, 0, 1)
 _ANNEALED = {"mixing_temperature": 0.5, "mixing_temperature_start": 1.5, "mixing_temperature_steps": 1000}
 
 _RUNS = (
-    Recipe("run_0", "the standard SAE, as everything is compared with it", (Sae("standard", "standard"),)),
+    Recipe("run_0", "the standard SAE, which everything is compared with", (Sae("standard", "standard"),)),
     Recipe(
         "run_1",
         "does the attention of the SAE's own layer help?",
@@ -87,7 +87,7 @@ RUNS = (
     ),
     Recipe(
         "decisive",
-        "at equal sparsity: does guidance by attention help what it is not trained on, more than links of any text do?",
+        "at equal sparsity: does attention guidance help what it is not trained on, more than links that any text has?",
         (
             *_with_controls("hierarchical", {"alpha": 0.1}),
             Sae("guided_strongly", "hierarchical", {"alpha": 1.0}),

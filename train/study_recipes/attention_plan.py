@@ -55,7 +55,7 @@ _RUNS = (
     ),
     Recipe(
         "run_5",
-        "its neighbours without it",
+        "the layers next to it, without it",
         (_BASE, Sae("L-1_L+1", "hierarchical"), _SHUFFLED),
         {"alpha": 0.1, "offsets": (-1, 1)},
     ),

@@ -1,4 +1,4 @@
-"""Every file is a variant of SAE, and its name is the variant's id."""
+"""Every file here is a variant, and its name is the variant's id."""
 
 from ...cache_schema.users_own_files import and_own
 

@@ -1,7 +1,7 @@
 """AbsTopK (Zhu et al. 2025): the k pre-activations furthest from zero, with their signs.
 
-One latent stands for a direction and its opposite, where a rectified SAE needs two. Evaluations, and tools without
-signed SAEs, get an equivalent top-k SAE with two latents for each of these.
+A latent stands for a direction and its opposite, for which a rectified SAE needs two. Evaluations, and tools that
+support no signed SAEs, get an equivalent top-k SAE with two latents for each signed one.
 """
 
 from __future__ import annotations

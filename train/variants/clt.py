@@ -1,8 +1,8 @@
 """Cross-layer transcoder (Ameisen et al. 2025): latents that read one layer and write to it and to all later ones.
 
-With `hook=mlp_in` they read what each layer's MLP reads, and together write what it and later MLPs write: a
+With `hook=mlp_in` they read each layer's MLP input and together write the outputs of that and later MLPs, so that a
 computation that spans several layers is one latent. `k` counts the active latents of all layers together, chosen from
-the whole batch. With the same hook on both sides it is the weakly causal crosscoder.
+the whole batch. With the same hook on both sides it is a weakly causal crosscoder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def build_cross_layer(
     stats: Stats | None,
     target_stats: Stats | None = None,
 ) -> Assembly:
-    """Latents that start as those of one SAE per layer, and learn what they write to later layers."""
+    """Latents that start as those of one SAE per layer; what they write to later layers is learned."""
     require(config.width >= layers, f"width: expected a latent for each of {layers} layers, found {config.width}")
     stats = stats_or_unit(stats, d_model * layers)
     target_stats = stats if target_stats is None else target_stats
@@ -75,6 +75,6 @@ def build_cross_layer(
         mean if config.centre_by_mean else None,
     )
     if not config.centre_by_mean:
-        with torch.no_grad():  # at first as if it were
+        with torch.no_grad():  # start as if it were centred
             sae.b_enc.sub_(sae.encoder_times(mean).sum(1))
     return assemble_mapping(config, sae, d_model, generator, stats, target_stats, WritesOnward())

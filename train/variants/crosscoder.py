@@ -16,7 +16,14 @@ from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly
-from ..kit.check_variant_settings import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
+from ..kit.check_variant_settings import (
+    require,
+    require_hook,
+    require_layers,
+    require_sparsity,
+    topk_optim,
+    unread_unless,
+)
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain
 from ..sae.gates import BatchTopK, Relu
 from ..sae.kernels.dense_products import Product
@@ -40,8 +47,8 @@ class Config(WithPenalty, WithAux, Dictionary):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("gate=relu", self.gate == "relu", "penalty", "penalty_warmup_fraction"),
-            **read_with("gate=batchtopk", self.gate == "batchtopk", "k", "threshold_decay"),
+            **unread_unless("gate=relu", self.gate == "relu", "penalty", "penalty_warmup_fraction"),
+            **unread_unless("gate=batchtopk", self.gate == "batchtopk", "k", "threshold_decay"),
         }
 
     def step_tables(self) -> float:

@@ -1,9 +1,10 @@
 """A sanity baseline: any base, with half of its dictionary left at random.
 
-A result that these baselines show too is not evidence of what an SAE learned. `part` says which half is random:
+A result that these baselines show too is not evidence of what an SAE learned. `part` chooses the random half:
 - `decoder`: random directions; the encoder learns to use them;
-- `soft_decoder`: the decoder learns, but no row turns from its random start by more than `cosine` allows;
-- `encoder`: random features; the decoder learns what they mean. The encoder's bias learns in all three.
+- `soft_decoder`: the decoder is trained, but no row turns from its random start by more than `cosine` allows;
+- `encoder`: random features; the decoder learns what they mean.
+The encoder's bias is trained in all three.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.terms_and_constraints import Assembly, Constraint
-from ..kit.check_variant_settings import read_with, require
+from ..kit.check_variant_settings import require, unread_unless
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
@@ -66,7 +67,7 @@ class Config(Wrapping):
     """Smallest cosine of a decoder row with its start (part = "soft_decoder")."""
 
     def unread(self) -> Mapping[str, str]:
-        return read_with("part=soft_decoder", self.part == "soft_decoder", "cosine")
+        return unread_unless("part=soft_decoder", self.part == "soft_decoder", "cosine")
 
     def needs(self) -> Needs:
         require(-1.0 <= self.cosine <= 1.0, f"cosine: expected a number from -1 to 1, found {self.cosine}")

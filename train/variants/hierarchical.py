@@ -16,7 +16,7 @@ from ..data.scaling import Stats
 from ..engine.schedules import Constant, ExponentialApproach
 from ..engine.terms_and_constraints import Assembly
 from ..kit.attention_guided import Guided, build_guided, request_guided
-from ..kit.check_variant_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
 from ..sae.attention.attention_encoder import Mixing
 from ..terms.attention_guidance import Objective
 
@@ -28,25 +28,29 @@ class Config(Guided):
     ablated: tuple[int, ...] = ()
     """Offsets whose layers get weight zero."""
     beta: float = 0.1
-    """Weight of the consistency, relative to the guidance."""
+    """Weight of the consistency term, relative to the guidance."""
     objective: Objective = "divergence"
     """The loss that trains the mixture; cross entropy gives all weight to the layer easiest to satisfy."""
     mixing_temperature: float = 1.0
-    """tau, or its final value if it starts elsewhere."""
+    """tau, or its final value if mixing_temperature_start is set."""
     mixing_temperature_start: float | None = None
     mixing_temperature_steps: int = 1000
-    """Steps in which tau comes e times nearer to its final value."""
+    """Steps over which tau's distance to its final value shrinks by a factor of e."""
 
     def unread(self) -> Mapping[str, str]:
         falls = self.mixing_temperature_start is not None
-        return {**super().unread(), **read_with("mixing_temperature_start", falls, "mixing_temperature_steps")}
+        return {**super().unread(), **unread_unless("mixing_temperature_start", falls, "mixing_temperature_steps")}
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         return tuple(self.layer + offset for offset in sorted(self.offsets))
 
     def needs(self) -> Needs:
-        self._require_settings()
+        offsets, ablated = list(self.offsets), list(self.ablated)
+        require(len(set(offsets)) == len(offsets) > 0, f"offsets: expected distinct offsets, found {offsets}")
+        require(set(ablated) < set(offsets), f"ablated: expected some of {offsets}, not all, found {ablated}")
+        require_least(self, beta=0)
+        require_positive(self, "mixing_temperature", "mixing_temperature_start", "mixing_temperature_steps")
         return request_guided(self, self.attention_layers)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
@@ -56,14 +60,3 @@ class Config(Guided):
         falling = None if start is None else ExponentialApproach(start, end, self.mixing_temperature_steps)
         mixing = Mixing(layers, [self.layer + offset for offset in self.ablated]), falling or Constant(end)
         return build_guided(self, layers, d_model, stats, mixing=mixing, beta=self.beta, objective=self.objective)
-
-    def _require_settings(self) -> None:
-        offsets, ablated = set(self.offsets), set(self.ablated)
-        require(
-            len(offsets) == len(self.offsets) > 0, f"offsets: expected distinct offsets, found {list(self.offsets)}"
-        )
-        require(
-            ablated < offsets, f"ablated: expected some of {list(self.offsets)}, not all, found {list(self.ablated)}"
-        )
-        require_least(self, beta=0)
-        require_positive(self, "mixing_temperature", "mixing_temperature_start", "mixing_temperature_steps")

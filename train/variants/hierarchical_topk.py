@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.scaling import Stats
 from ..engine.schedules import Constant
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import require, require_sparsity
+from ..kit.check_variant_settings import is_rising, require, require_sparsity
 from ..sae.kernels.hardware import constants
 from ..sae.kernels.nested_prefixes import group_errors
 from ..sae.step_view import View, once
@@ -23,7 +23,7 @@ from . import topk
 
 @dataclass(frozen=True)
 class EachBudget:
-    """Mean over budgets of the share of variance that this many of the largest activations leave unexplained."""
+    """Mean over budgets of the share of variance that the budget's largest activations leave unexplained."""
 
     budgets: tuple[int, ...]
 
@@ -45,7 +45,7 @@ class EachBudget:
 @dataclass(frozen=True)
 class Config(topk.Config):
     budgets: tuple[int, ...] | None = None
-    """Numbers of active latents that reconstruct on their own, rising to k; None: the powers of two, and k."""
+    """Numbers of active latents that reconstruct on their own, rising to k; None: the powers of two below k, and k."""
 
     def step_tables(self) -> float:
         return super().step_tables() + 1.0
@@ -54,9 +54,8 @@ class Config(topk.Config):
         require_sparsity(self.k, self.width)
         powers = (2**power for power in range(self.k.bit_length()))
         budgets = self.budgets or (*(budget for budget in powers if budget < self.k), self.k)
-        rising = all(low < high for low, high in zip((0, *budgets), budgets, strict=False))
         require(
-            rising and budgets[-1] == self.k,
+            is_rising(budgets) and budgets[-1] == self.k,
             f"budgets: expected rising numbers that end at k = {self.k}, found {budgets}",
         )
         each = EachBudget(budgets)

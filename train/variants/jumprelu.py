@@ -2,7 +2,7 @@
 
 Thresholds and bandwidth are in units of the mean norm of the activations, as published; Adam steps
 them in those units too, or they would hardly move from their start. With `sparsity=tanh` (Conerly et al. 2025) the
-penalty has gradients to all parameters and no target: how many latents fire follows from `penalty` / `target_l0`.
+penalty has gradients to all parameters and no target: `penalty` / `target_l0` determines how many latents fire.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
 from ..kit.check_variant_settings import (
     EARLY_DEAD_PART,
-    read_with,
     relu_optim,
     require_least,
     require_positive,
     require_sparsity,
+    unread_unless,
 )
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain
 from ..sae.gates import JumpRelu
@@ -45,13 +45,13 @@ class Config(WithPenalty, SingleLayer):
     frequency_penalty: float = 0.0
     """Weight of the squared firing frequency of each latent (Smith et al. 2025), added to the penalty on L0."""
     common_share: float = 0.1
-    """Share of tokens at which a latent's frequency penalty equals its part of L0."""
+    """Share of tokens at which the frequency penalty on a latent equals its contribution to L0."""
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
-            **read_with("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
-            **read_with("frequency_penalty", self.frequency_penalty > 0, "common_share"),
+            **unread_unless("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
+            **unread_unless("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
+            **unread_unless("frequency_penalty", self.frequency_penalty > 0, "common_share"),
         }
 
     def dead_part(self) -> int:

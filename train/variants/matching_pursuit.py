@@ -1,8 +1,8 @@
 """Matching pursuit (Mallat and Zhang 1993; as an SAE, Costa et al. 2025): latents are chosen in rounds.
 
-B rows, F latents. Each of R rounds takes the k / R largest pre-activations of what earlier rounds left over, and
-subtracts what they write, so that a direction already explained by an earlier latent is not chosen again.
-k rounds of one latent are the published form; each round costs a dense product.
+Each of R rounds takes the k / R largest pre-activations of what earlier rounds left over, and subtracts what they
+write, so that a direction already explained by an earlier latent is not chosen again. The published form is k rounds of
+one latent; each round costs a dense product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Pursuit(SparseAutoencoder):
 
     is_plain = False
     counts: tuple[int, ...]
-    """Latents that each round takes."""
+    """How many latents each round takes."""
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         return self._pursue(x, self._all_pre)
@@ -64,7 +64,7 @@ class Config(topk.Config):
     """Number of rounds; at most k."""
 
     def unread(self) -> Mapping[str, str]:
-        return {"centre_by_mean": "what a round leaves over is without the decoder's bias; leave it out"}
+        return {"centre_by_mean": "a round's input already has the decoder's bias subtracted; leave it out"}
 
     def step_tables(self) -> float:
         return 2.5
@@ -73,7 +73,7 @@ class Config(topk.Config):
         require_least(self, rounds=1)
         assembly, rounds = super().build(d_model, stats), min(self.rounds, self.k)
         parts = assembly.sae.parts()
-        parts["input_mean"] = None  # what a round leaves over is without the decoder's bias
+        parts["input_mean"] = None  # a later round's input already has the decoder's bias subtracted
         sae = Pursuit(**parts)
         sae.counts = tuple(self.k * (r + 1) // rounds - self.k * r // rounds for r in range(rounds))
         return assembly.wrap(lambda _: sae)

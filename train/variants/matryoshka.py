@@ -17,7 +17,7 @@ class Config(batchtopk.Config):
     prefix_fractions: tuple[float, ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
     """Shares of the dictionary that reconstruct on their own, rising to 1."""
     prefix_weights: tuple[float, ...] | None = None
-    """Weight of each prefix's reconstruction loss; None: one each."""
+    """Weight of each prefix's reconstruction loss; None: 1 for each."""
 
     def prefixes(self) -> tuple[int, ...]:
         """The widths of the nested dictionaries."""

@@ -1,7 +1,7 @@
 """OrtSAE (Korznikov et al. 2025): BatchTopK with a penalty on decoder rows that point the same way.
 
 The penalty is the squared cosine of each decoder row with the nearest row in its chunk. The dictionary is split into
-random chunks each time, so that the cost grows with its width and not with the square of the width.
+new random chunks each time, so that the cost grows with the width, not with its square.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Overlap:
 
 
 def _nearest_cosine(rows: Tensor) -> Tensor:
-    """Cosine of each row, of length one, with its nearest; only the two rows of a pair get its gradient."""
+    """Cosine of each row, of length one, with its nearest; only these two rows get its gradient."""
     with torch.no_grad():
         nearest = (rows @ rows.t()).fill_diagonal_(-torch.inf).argmax(1)
     return torch.linalg.vecdot(rows, rows_of(rows, nearest)).clamp_min(0.0)
@@ -46,7 +46,7 @@ def _nearest_cosine(rows: Tensor) -> Tensor:
 class Config(batchtopk.Config):
     overlap_weight: float = 0.25
     chunk: int = 8192
-    """Decoder rows that are compared with each other; the whole dictionary if it has no more."""
+    """Largest number of decoder rows that are compared with each other."""
     every_steps: int = 5
     """Steps between comparisons."""
 

@@ -1,7 +1,7 @@
 """P-anneal (Karvonen et al. 2024): a standard SAE whose L1 penalty becomes an Lp^p penalty with falling p.
 
-Whenever p falls, the coefficient changes so that the penalty of the current batch stays the same;
-the running coefficient is the gate's buffer `penalty_scale`.
+Whenever p falls, the coefficient changes so that the current batch's penalty stays the same; the coefficient so far is
+the gate's buffer `penalty_scale`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A sanity baseline: the k largest principal components of each token, as an SAE.
+"""A sanity baseline: the k largest principal components of each token, as an SAE. D width.
 
 Each direction appears in the dictionary twice, once with each sign, so that activations are never negative. The
-covariance is gathered from the training stream; its eigenvectors are recomputed whenever the number of batches seen has
-doubled. Nothing is learned by gradient. D width.
+covariance is summed over the training stream; its eigenvectors are recomputed whenever the number of batches has
+doubled. Nothing is learned by gradient.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Covariance(Extra):
 
 
 def take_components(sae: SparseAutoencoder, covariance_DD: Tensor) -> None:
-    """Set encoder and decoder to the components, largest first, with both signs; further latents stay silent."""
+    """Set encoder and decoder to the components, largest first, with both signs; the other latents stay silent."""
     components_DD = torch.linalg.eigh(covariance_DD.double()).eigenvectors.flip(1).T
     signed = torch.stack([components_DD, -components_DD], dim=1).flatten(0, 1)[: sae.num_latents]
     sae.W_enc.zero_()[: len(signed)] = signed.to(sae.W_enc.dtype)
@@ -65,10 +65,10 @@ class Config(SingleLayer):
     is_baseline: ClassVar[bool] = True
 
     k: int = 64
-    """Active components per token; there are at most twice as many latents as the residual is wide."""
+    """Active components per token. There are at most twice as many latents as the hook is wide."""
 
     def unread(self) -> dict[str, str]:
-        names = (field.name for field in fields(Optim) if field.name != "start")  # that affects the first step's loss
+        names = (field.name for field in fields(Optim) if field.name != "start")  # which affects the first loss
         unread = (*(f"optim.{name}" for name in names), "centre_by_mean")
         return dict.fromkeys(unread, "nothing is learned by gradient; leave it out")
 

@@ -2,8 +2,8 @@
 
 There are three ways, alone or combined: a mask over positions, a separate encoder for each range, and a gated
 adapter for each range, before the encoder or after the features. (A part of the dictionary for each range, with its
-own encoder and one shared decoder, is the same as the hard mask.) With none of them and static_slicing, it equals its
-base to the bit. All others need the position at inference, and the saved SAE says so.
+own encoder and one shared decoder, is the same as the hard mask.) With mask=static_slicing and none of the others, it
+equals its base to the bit. Otherwise the saved SAE needs the position at inference, and declares that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
@@ -39,7 +39,7 @@ from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, ini
 from ..terms.position import l1_before_mask, record_of
 from ..terms.reconstruction_and_sparsity import l1
 
-SCATTER_SEEDS = 2**41  # far from those of weights
+SCATTER_SEEDS = 2**41  # far from the seeds of weights
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Config(Windowed):
     mask: MaskKind = "hard"
     """static_slicing: no mask; latents are assigned to ranges by where they fired in training."""
     masked_share: float = 0.5
-    """Share of the dictionary that has a range; the other latents fire everywhere."""
+    """Share of the dictionary that is bound to ranges; the other latents fire everywhere."""
     sigma: float | None = None
     """Width of the soft mask, in tokens; None: an eighth of the window."""
     mask_cutoff: float = 0.05
     """Values of soft masks below this become 0."""
     progressive: tuple[float, float] | None = None
-    """The shares of the run between which the mask goes from absent to full; None: full from the start."""
+    """The shares of the run between which the mask rises from absent to full; None: full from the start."""
     learned_coefficient: bool = False
     """Let training move the progressive mask along its sigmoid."""
     scattered: bool = False
@@ -65,12 +65,12 @@ class Config(Windowed):
     pre_norm: bool = False
     """Layer norm of the pre-activations, before the mask."""
     norm_rectified: bool = False
-    """Apply the norm after a ReLU, to what fires, before the mask; values that it makes negative are silent."""
+    """Apply the norm after a ReLU, to active latents, before the mask; values that it makes negative become silent."""
     range_encoders: bool = False
     range_encoder_share: float = 0.5
     """Share of the dictionary with a separate encoder for each range."""
     independent_encoders: bool = False
-    """Each range's encoder starts from rows of its own; otherwise all start as the SAE's and diverge in training."""
+    """Draw each range's encoder separately; otherwise all start as the SAE's encoder and diverge in training."""
     position_embeddings: bool = False
     """Add a learned embedding of each range to the input of the range encoders."""
     init: Init = "tied"
@@ -87,10 +87,10 @@ class Config(Windowed):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
-            **read_with("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
-            **read_with("range_encoders", self.range_encoders, "range_encoder_share"),
-            **read_with("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale", "adapter_from"),
+            **unread_unless("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
+            **unread_unless("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
+            **unread_unless("range_encoders", self.range_encoders, "range_encoder_share"),
+            **unread_unless("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale", "adapter_from"),
         }
 
     def needs(self) -> Needs:
@@ -98,7 +98,7 @@ class Config(Windowed):
         return replace(base_needs(self), positions=True)
 
     def step_tables(self) -> float:
-        """Adapters on features need further tables, on a GPU one for each range."""
+        """Adapters on features need more tables, on a GPU one for each range."""
         return super().step_tables() + (4.0 + self.ranges if self.adapters and self.adapters_on == "features" else 0.0)
 
     def check(self, manifest: Manifest) -> None:
@@ -123,8 +123,8 @@ class Config(Windowed):
         if shapes:
             assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
-        known = None if self.scattered else mask  # a scattered range is not contiguous
-        return assembly.with_extra("mask", record_of(known, self.width, self.length, self.ranges))
+        recorded = None if self.scattered else mask  # a scattered range is not contiguous
+        return assembly.with_extra("mask", record_of(recorded, self.width, self.length, self.ranges))
 
     def _mask(self, context: int) -> Mask | None:
         if self.mask == "hard":
@@ -153,7 +153,7 @@ class Config(Windowed):
         return shapes
 
     def _first_rows(self, sae: SparseAutoencoder, generator: torch.Generator) -> Tensor:
-        """[R, P, D], the initial encoders of the ranges; rows drawn for them are as long as the SAE's own."""
+        """[R, P, D], the ranges' initial encoders; drawn rows get the lengths of the SAE's own."""
         own = sae.W_enc.detach()[: round(self.range_encoder_share * self.width)]
         if not self.independent_encoders:
             return own.expand(self.ranges, -1, -1)
@@ -198,18 +198,13 @@ class Config(Windowed):
         masks = self.mask in ("hard", "soft")
         for name in ("progressive", "learned_coefficient", "l1_before_mask"):
             require(masks or not getattr(self, name), f"{name}: expected mask hard or soft, found {self.mask!r}")
-        embeds = self.range_encoders or not self.position_embeddings
-        require(embeds, "position_embeddings need range_encoders: set range_encoders=true, or leave them out")
-        draws = self.range_encoders or not self.independent_encoders
-        require(draws, "independent_encoders needs range_encoders: set range_encoders=true, or leave it out")
-        require(
-            self.pre_norm or not self.norm_rectified,
-            "norm_rectified needs pre_norm: set pre_norm=true, or leave it out",
-        )
-        require(
-            self.adapters or self.adapters_on == "input",
-            "adapters_on needs adapters: set adapters=true, or leave it out",
-        )
+        for name, is_set, other in (
+            ("position_embeddings", self.position_embeddings, "range_encoders"),
+            ("independent_encoders", self.independent_encoders, "range_encoders"),
+            ("norm_rectified", self.norm_rectified, "pre_norm"),
+            ("adapters_on", self.adapters_on != "input", "adapters"),
+        ):
+            require(not is_set or getattr(self, other), f"{name} needs {other}: set {other}=true, or leave it out")
         for name in ("adapted_rate", "unadapted_penalty"):
             phased = self.adapter_from is not None or getattr(self, name) == 1.0
             require(phased, f"{name}: expected adapter_from, found adapters that are present from the start")
@@ -220,5 +215,5 @@ class Config(Windowed):
         shaped = masks or self.range_encoders or self.adapters or self.mask == "static_slicing"
         require(
             shaped,
-            "mask=none does nothing by itself: set hard, soft or static_slicing, or add range_encoders or adapters",
+            "mask=none does nothing on its own: set hard, soft or static_slicing, or add range_encoders or adapters",
         )

@@ -1,7 +1,7 @@
 """Skip transcoder (Paulo et al. 2025): a transcoder plus an affine map of its input.
 
-The map reconstructs the part of the target that is linear in the input, so latents do not have to. It starts at zero.
-The saved SAE adds it in `sae(x)`; `decode` alone is what the latents write.
+The map reconstructs the part of the target that is linear in the input, so that latents do not have to. It starts at
+zero. The saved SAE adds it in `sae(x)`; `decode` returns what the latents write.
 """
 
 from __future__ import annotations

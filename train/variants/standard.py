@@ -1,7 +1,7 @@
 """Standard (Bricken et al. 2023): ReLU and an L1 penalty, decoder rows of length one.
 
-The penalty is on activations over sqrt(D), weighed against the share of variance left unexplained, so
-one value means the same at every width of the residual stream.
+The penalty is on activations divided by sqrt(D), against the share of variance left unexplained, so that a value means
+the same at every width of the residual stream.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Temporal: latents that change slowly over the window, at three time scales, on any base.
 
-A quarter of the dictionary each is encouraged to stay the same over 1-4, 5-16 and 17-128 tokens; the last quarter
-is free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it equals its
-base on whole windows, to the bit.
+Three quarters of the dictionary are encouraged to stay the same, over 1-4, 5-16 and 17-128 tokens; the last quarter is
+free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it equals its base on
+whole windows, to the bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped_sae import ShapedAutoencoder
@@ -30,34 +30,34 @@ class Config(Windowed):
     long_to: int = 128
     """The longest lag of each scale, in tokens; the shortest is one more than the longest of the previous scale."""
     temporal_weights: tuple[float, float, float] = (0.1, 0.1, 0.1)
-    """Short, medium, long. Below 0.01 codes hardly change; from 0.3 up reconstruction suffers."""
+    """Short, medium, long. Below 0.01 codes hardly change; from 0.3 on reconstruction suffers."""
     group_shares: tuple[float, float, float] = (0.25, 0.25, 0.25)
     """Share of the dictionary for each scale; the rest is free."""
     adaptive: Adaptive = "none"
-    """gradient: weights are shares of reconstruction's gradient; variance: latents count alike in a cosine."""
+    """gradient: weights are relative to reconstruction's gradient; variance: all latents count alike in a cosine."""
     idle_steps: int = 0
     """Steps without temporal losses, at most idle_max_fraction of the run."""
     warmup_steps: int = 1000
-    """Steps over which they rise, at most the same share of the run."""
+    """Steps over which their weights rise, at most the same share of the run."""
     idle_max_fraction: float = 0.2
     half_life_fraction: float | None = None
     """Share of the run over which the weights halve, from the end of their warm-up; None: they stay constant."""
     reconstruction_boost: float = 0.0
-    """How much more reconstruction counts before temporal losses come in: 1 is twice as much."""
+    """Extra weight of reconstruction before temporal losses come in: 1 doubles it."""
     buffer_mixing: float = 1.0
-    """Share of the newest token in the past that codes are compared with; 1: only the past token."""
+    """Share of the newest token in the running past that codes are compared with; 1: only the past token."""
     buffer_std: float = 0.0
-    """Standard deviation of the random numbers from which this past starts in each document; 0: it starts empty."""
+    """Standard deviation of the random values from which that past starts in each document; 0: it starts empty."""
     other_windows: bool = False
-    """The control: codes are compared with the past of another window, at the same positions."""
+    """The control: codes are compared with another window's past, at the same positions."""
     progressive_window: int | None = None
-    """Compare tokens only within pieces of the window: of this length at first, doubling up to the whole window."""
+    """Compare tokens only within pieces of the window, of this length at first, doubling up to the whole window."""
     variance_floor: float = 0.0
     """Latents with less than this share of the mean variance are left out of temporal losses."""
     prune_share: float = 0.0
     """Latents with less than this share of the mean variance are retired; 0: none."""
     prune_from: float = 0.5
-    """Share of the run before which none is retired."""
+    """Share of the run before which no latent is retired."""
     prune_every_steps: int = 100
     gradient_noise: float = 0.0
     """Noise added to gradients, in multiples of each gradient's root mean square."""
@@ -66,8 +66,8 @@ class Config(Windowed):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
-            **read_with("position_gate", self.position_gate, "gate_rank"),
+            **unread_unless("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
+            **unread_unless("position_gate", self.position_gate, "gate_rank"),
         }
 
     def needs(self) -> Needs:
@@ -107,12 +107,13 @@ class Config(Windowed):
 
     def _with_terms(self, assembly: Assembly) -> Assembly:
         """A loss for each scale, under a shared schedule."""
-        weights = {
-            scale: Product((Constant(weight), self._schedule()))
-            for scale, weight in zip(SCALES, self.temporal_weights, strict=True)
-        }
-        terms = [Term(f"temporal_{loss.scale}", loss, weights[loss.scale]) for loss in self._losses()]
-        knobs: dict[str, Schedule] = {f"temporal_{loss.scale}": weights[loss.scale] for loss in self._losses()}
+        weights: dict[str, float] = dict(zip(SCALES, self.temporal_weights, strict=True))
+        terms: list[Term] = []
+        knobs: dict[str, Schedule] = {}
+        for loss in self._losses():
+            name, weight = f"temporal_{loss.scale}", Product((Constant(weights[loss.scale]), self._schedule()))
+            terms.append(Term(name, loss, weight))
+            knobs[name] = weight
         if self.progressive_window is not None and self.context is not None:
             knobs[PIECE] = Doubling(self.progressive_window, self.context)
         if self.reconstruction_boost > 0:

@@ -1,10 +1,9 @@
 """Tiered: nested tiers of latents on any base; higher tiers are composed of lower ones.
 
-The base's reconstruction loss becomes the weighted sum of those of tiers 1 to t on their own (the last is
-the whole SAE), and decoder rows of a tier are drawn towards sums of rows of the tier below.
-Tiers, composition matrices and weights are saved in extras.safetensors; the SAE itself is plain
-unless there is layer norm between the tiers. With fixed tier weights (0, 0, 1) and no composition it
-equals its base to the bit.
+The base's reconstruction loss becomes the weighted sum of the losses of tiers 1 to t on their own (the last is the
+whole SAE), and a tier's decoder rows are drawn towards sums of rows of the tier below. Tiers, composition matrices and
+weights are saved in extras.safetensors; the SAE itself is plain unless there is layer norm between the tiers. With
+fixed tier weights (0, 0, 1) and no composition it equals its base to the bit.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import ends_of, is_rising, read_with, require, require_least, require_positive
+from ..kit.check_variant_settings import ends_of, is_rising, require, require_least, require_positive, unread_unless
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
@@ -49,18 +48,18 @@ class Config(Wrapping):
     tier_fractions: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     """Where each tier ends, as shares of the dictionary."""
     boundaries: tuple[int, ...] | None = None
-    """The same in latents, used instead: 768, 1536, 2304."""
+    """Where each tier ends, in latents, such as 768, 1536, 2304; replaces tier_fractions."""
     importance: Importance = "learned"
     """How tiers' reconstructions are weighted: learned (sum to 1), uncertainty (exp(-s) alone), or fixed."""
     tier_weights: tuple[float, ...] = (0.1, 0.3, 0.6)
-    """Weights of the tiers: constant if fixed, otherwise where learning starts."""
+    """Weights of the tiers: constant if fixed, otherwise initial."""
     composition_weight: float = 0.01
     composition_l1: float = 2e-3
-    """Relative to composition_weight, it sets how few parts a latent has; far smaller, and any row is a sum of many."""
+    """Relative to composition_weight, sets how few parts a latent has. If far smaller, any row is a sum of many."""
     composition_warmup_fraction: float = 0.1
     """Share of the run over which both rise from zero."""
     curriculum: tuple[float, ...] | None = None
-    """Share of the run at which each tier's loss and latents begin to come in; the first at 0."""
+    """Share of the run at which each tier's loss and latents start to come in; the first is 0."""
     curriculum_rise_fraction: float = 0.1
     """Share of the run over which they come in: a whole tier of untrained latents at once would be noise."""
     moves_every_steps: int = 0
@@ -69,13 +68,13 @@ class Config(Wrapping):
     """Also move live latents, alone or by swapping two, if the weighted loss of the tiers falls."""
     idle_frequency: float = 1e-5
     moves_at_once: float = 0.01
-    """Largest share of all latents to move at once."""
+    """Largest share of latents to move at once."""
     tier_drift: float = 0.25
     """Share of its initial size by which a tier may grow or shrink."""
     resample_every_steps: int = 0
-    """Steps between restarts of dead latents at the worst reconstructions, besides the auxiliary loss; 0: never."""
+    """Steps between restarts of dead latents at the worst reconstructions, on top of the auxiliary loss; 0: never."""
     resample_until: float = 0.7
-    """Share of the run after which none restarts: late restarts achieve nothing."""
+    """Share of the run after which no latent restarts: late restarts achieve nothing."""
     tier_norm: bool = False
     """Layer norm of each tier's pre-activations."""
     init: Init = "tied"
@@ -83,18 +82,18 @@ class Config(Wrapping):
     tier_grad_norms: bool = False
     """Log the norm of each tier's gradient."""
     gradient_scaling: bool = False
-    """Divide the gradient of a tier's loss by the loss where the loss is over 1."""
+    """Divide the gradient of a tier's loss by the loss if that is above 1."""
 
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
-            **read_with("boundaries=null", self.boundaries is None, "tier_fractions"),
-            **read_with("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
-            **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
-            **read_with("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
-            **read_with("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
-            **read_with("importance or an earlier entry of tier_weights", self._is_nested, "gradient_scaling"),
-            **read_with(
+            **unread_unless("boundaries=null", self.boundaries is None, "tier_fractions"),
+            **unread_unless("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
+            **unread_unless("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
+            **unread_unless("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
+            **unread_unless("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
+            **unread_unless("importance or an earlier entry of tier_weights", self._is_nested, "gradient_scaling"),
+            **unread_unless(
                 "importance, an earlier entry of tier_weights or composition_weight",
                 self._is_nested or composes,
                 "tier_clip_norm",
@@ -211,6 +210,6 @@ class Config(Wrapping):
         )
         require(
             rising,
-            f"curriculum: expected {count} shares of the run, the first 0, each rise over before the end, "
+            f"curriculum: expected {count} shares of the run, the first 0, with each rise complete before the end, "
             f"found {self.curriculum} with rises of {self.curriculum_rise_fraction}",
         )

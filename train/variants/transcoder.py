@@ -2,7 +2,7 @@
 
 The latents of a top-k or batch top-k SAE read `hook` of `layer` and write to `to_hook` of `to_layer`: with
 `hook=mlp_in`, from a layer's MLP input to its output. The input is not centred by the decoder's bias, which belongs
-to the other place; instead the encoder's bias starts at the value that centres it.
+to the target; instead the encoder's bias starts at the value that centres it.
 """
 
 from __future__ import annotations

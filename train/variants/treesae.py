@@ -1,12 +1,12 @@
 """Tree SAE (Cao et al. 2026): each latent has a parent, fires only where it fires, and refines its reconstruction.
 
-B rows, F latents. The dictionary is split into layers. Latents of the first have only the root as parent, which always
-fires.
-1. Each layer keeps its own number of a row's largest pre-activations, among latents whose parent fires there.
+B rows, F latents. The dictionary is split into layers. The parent of the first layer's latents is the root, which
+always fires.
+1. Each layer keeps its own number of a row's largest pre-activations, among latents whose parent fires.
 2. Each layer together with the earlier ones reconstructs the input on its own, like the prefixes of a matryoshka.
 3. Dead latents change parents: the loss of each step is divided among the latents that fired in it, and every few
    per cent of the run, dead children of parents with more children than their share move to parents with fewer.
-   Half-way, those that are still dead become children of the root, and then the tree is fixed.
+   Halfway, those that are still dead become children of the root, and then the tree is fixed.
 The published form doubles the interval between moves instead of keeping it constant, and has two or four layers.
 """
 
@@ -45,13 +45,13 @@ class TreeSae(SparseAutoencoder):
 
     is_plain = False
     counts: tuple[int, ...]
-    """Latents that each layer may keep."""
+    """How many latents each layer may keep."""
     ends: tuple[int, ...]
     """Where each layer ends."""
     parent: Tensor  # int64 [F], F for the root
 
     def layers(self) -> Iterator[tuple[int, int, int]]:
-        """Begin and end of each layer, and how many latents it keeps."""
+        """Start and end of each layer, and how many latents it keeps."""
         for (begin, end), count in zip(pairwise((0, *self.ends)), self.counts, strict=True):
             yield begin, end, count
 
@@ -65,7 +65,7 @@ class TreeSae(SparseAutoencoder):
         return support_from_topk(torch.cat(chosen, 1), self.num_latents)
 
     def open(self, pre: Codes, side: Side) -> Codes:
-        """If a layer has too few latents whose parent fires, others were chosen too; their values become zero."""
+        """In a layer with too few latents whose parent fires, `choose` took others too: their values become zero."""
         assert pre.support is not None
         shape = pre.num_rows, sum(self.counts)
         latents, values = pre.support.latents.long().view(shape), pre.values.relu().view(shape)
@@ -98,7 +98,7 @@ class TreeSae(SparseAutoencoder):
 
 
 class Tree(Extra):
-    """Sums the loss that each latent took part in, and gives dead latents other parents."""
+    """Sums each latent's share of the loss, and gives dead latents other parents."""
 
     share: Tensor
 
@@ -109,7 +109,7 @@ class Tree(Extra):
         self.register_buffer("below", torch.arange(num_latents) >= first)
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor:
-        """The auxiliary loss covers only the first layer: for a child it would ignore where its parent fires."""
+        """The auxiliary loss covers only the first layer: it would revive a child where its parent does not fire."""
         return cast(Tensor, self.below)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ def quotas(share_P: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Moving:
-    """When latents change parents: at intervals until a share of the run or its last step, then once to the root."""
+    """When latents change parents: at intervals until a share of the run, at most its last step, then to the root."""
 
     every_fraction: float
     until_fraction: float

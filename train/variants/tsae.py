@@ -1,8 +1,8 @@
 """T-SAE (Bhalla et al. 2025): a matryoshka whose first part has similar codes for neighbouring tokens.
 
-A contrastive loss distinguishes neighbours from all other pairs of the batch by their codes: the first part of the
-dictionary collects what a passage is about, and the rest is left with what changes from token to token. Other tokens
-of the same window are not negatives, since their topic is often the same.
+A contrastive loss tells neighbours from all other pairs of the batch by their codes: the first part of the dictionary
+collects what a passage is about, and the rest is left with what changes from token to token. Other tokens of the same
+window are not negatives, since their topic is often the same.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
 from . import matryoshka
 
-LEAST = -1e9  # the score of a pair that is not a candidate
+EXCLUDED = -1e9  # the score of a pair that is not a candidate
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """InfoNCE in both directions between each row and the row before it, on the first latents; negatives are local to
-    this rank."""
+    """InfoNCE in both directions between each row and the row before it, on the first latents; negatives come from this
+    rank."""
 
     stop: int
     temperature: float
@@ -41,7 +41,7 @@ class Contrast:
         own = torch.diagonal(scores)
         rivals = (window[:, None] != window) & held & held[:, None]
         rivals.diagonal().copy_(held)
-        scores = torch.where(rivals, scores, LEAST)
+        scores = torch.where(rivals, scores, EXCLUDED)
         lost = 0.5 * (scores.logsumexp(0) + scores.logsumexp(1)) - own
         return torch.where(held, lost, 0.0).sum() / view.side.ranks.share(held.sum())
 

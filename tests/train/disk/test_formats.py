@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from saemill.cache_schema import Site
 from saemill.train import load_sae
 from saemill.train.disk.formats import FILES, WRITERS, read
-from saemill.train.disk.hook_metadata import places_told
+from saemill.train.disk.hook_metadata import read_places
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_lens_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, RunNotWritten, SaeInvalid
-from saemill.train.export import _largest, _outputs, _require_alike, export, main
+from saemill.train.export import _outputs, _relative_difference, _require_alike, export, main
 from saemill.train.run.find_and_load_sae import list_saes
 from saemill.train.sae.shapes.masks import HardMask
 from saemill.train.sae.shapes.shaped_sae import ShapedAutoencoder
@@ -31,7 +31,7 @@ D, F = 6, 20
 
 def largest_difference(one, other):
     """Between codes, and between reconstructions, relative to their size."""
-    return max(_largest(*pair) for pair in _outputs(one, other, None))
+    return max(_relative_difference(*pair) for pair in _outputs(one, other, None))
 
 
 def make_plain(architecture, centres_input=True):
@@ -396,7 +396,7 @@ def test_dictionary_learning_is_told_the_place_and_tells_it(tmp_path, hook):
     WRITERS["dictionary_learning"](tmp_path, make_plain("topk"), place)
     trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
     assert trainer["submodule_name"] == {"resid": "resid_post"}.get(hook, hook) + "_layer_3"
-    assert places_told(read(tmp_path)[1]) == places_told(place)
+    assert read_places(read(tmp_path)[1]) == read_places(place)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +410,8 @@ def test_dictionary_learning_is_told_the_place_and_tells_it(tmp_path, hook):
 def test_the_place_of_a_folder_of_sae_lens_goes_on_to_dictionary_learning(tmp_path, name, place):
     WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"hook_name": name})
     export(tmp_path / "a", "dictionary_learning", tmp_path / "b")
-    told = places_told(read(tmp_path / "b")[1])
-    assert (told and told.places) == (place if place is None else ((place,), (place,)))
+    told = read_places(read(tmp_path / "b")[1])
+    assert (told and told.sides) == (place if place is None else ((place,), (place,)))
 
 
 def test_the_place_of_a_folder_of_sparsify_goes_on_to_sae_lens(tmp_path):
@@ -463,10 +463,10 @@ def test_a_place_of_dictionary_learning_that_no_store_has_is_no_residual(tmp_pat
 def test_places_are_read_from_metadata_as_far_as_they_say(metadata, places):
     if isinstance(places, str):
         with pytest.raises(SaeInvalid, match=places):
-            places_told(metadata)
+            read_places(metadata)
     else:
-        told = places_told(metadata)
-        assert (told and told.places) == places
+        told = read_places(metadata)
+        assert (told and told.sides) == places
 
 
 def test_a_transcoder_of_sparsify_may_be_told_its_place(tmp_path):
@@ -775,7 +775,7 @@ def test_without_the_hub_the_answer_comes_at_once(tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **how: given[how["local_files_only"]])
         assert load_sae("owner/name", tmp_path).num_latents == F
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        said = r"owner/name: commit before of the local cache is used, .* \(no answer within 0.05 seconds\)"
+        said = r"owner/name: using commit before from the local cache, .* \(no answer within 0.05 seconds\)"
         with pytest.warns(UserWarning, match=said):
             assert load_sae("owner/name", tmp_path).num_latents == F
         assert time.monotonic() - began < 20 and not asked

@@ -13,7 +13,7 @@ from torch import Tensor
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats, unit_stats
-from saemill.train.disk.plain_form import begin_as
+from saemill.train.disk.plain_form import init_from
 from saemill.train.disk.sae_lens_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load_plain_sae, read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
@@ -120,12 +120,12 @@ def test_a_skip_transcoder_is_what_sae_lens_makes_of_it(tmp_path, rng, battery):
     torch.testing.assert_close(loaded(raw), trained_on, rtol=1e-4, atol=1e-4)
     assert float(w["W_skip"].norm()) > 0
     again = battery.config_of("skip_transcoder", width=WIDTH, k=5).build(D).sae
-    begin_as(again, loaded, assembly.input_stats, assembly.target_stats)
+    init_from(again, loaded, assembly.input_stats, assembly.target_stats)
     x_hat = again(raw * assembly.input_stats.scale).detach() / assembly.target_stats.scale
     torch.testing.assert_close(x_hat, trained_on, rtol=1e-4, atol=1e-4)
     with pytest.raises(SaeInvalid, match="without a skip, found one with"):
         plain = battery.config_of("transcoder", width=WIDTH, k=5, gate="batchtopk").build(D).sae
-        begin_as(plain, loaded, assembly.input_stats, assembly.target_stats)
+        init_from(plain, loaded, assembly.input_stats, assembly.target_stats)
 
 
 @pytest.mark.parametrize(("variant", "gate"), [("crosscoder", "jumprelu"), ("transcoder", "topk")])

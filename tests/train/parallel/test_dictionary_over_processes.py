@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saemill.train.data.scaling import Stats, unit_stats
-from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
+from saemill.train.disk.plain_form import init_from, plain_sae, sae_from_plain
 from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
@@ -212,7 +212,7 @@ def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant
     def trainee(split):
         sides = (stats,) if config.needs().targets is None else (stats, stats)
         found = Trainee("one", config.build(battery.D, *sides), STEPS, split=split)
-        begin_as(found.sae, plain, stats, stats, found.latents)
+        init_from(found.sae, plain, stats, stats, found.latents)
         return found
 
     ranks, run = threads(2)
@@ -235,7 +235,7 @@ def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant
     told = run(lambda at: parts[at].step(batch).scalars())
     assert told[0] == told[1] == pytest.approx(whole.step(batch).scalars(), rel=1e-4, abs=1e-6)
     with pytest.raises(SaeInvalid, match="an SAE with 66 latents .* found 67"):
-        begin_as(parts[0].sae, plain, stats, stats, SomeLatents(ranks[0], 66))
+        init_from(parts[0].sae, plain, stats, stats, SomeLatents(ranks[0], 66))
 
 
 def test_a_loss_that_is_no_number_in_one_part_stops_all(battery, threads):

@@ -124,12 +124,12 @@ def test_the_checkpoint_of_another_run_is_refused_and_one_without_an_id_is_not(t
     save_checkpoint(tmp_path, replace(standing(20), run_id="theirs"), state(20))
     assert load_checkpoint(tmp_path).standing.step == load_checkpoint(tmp_path, run_id="theirs").standing.step == 20
     found = load_checkpoint(tmp_path, run_id="ours")
-    assert found.standing == standing(10) and "step_000000020 is of another run" in found.complaints[0]
+    assert found.standing == standing(10) and "step_000000020 belongs to another run" in found.complaints[0]
     found = load_checkpoint(tmp_path, most_steps=19)
-    assert found.standing == standing(10) and "at most 19 steps, which is all of it, found 20" in found.complaints[0]
+    assert found.standing == standing(10) and "at most its 19 steps, found 20" in found.complaints[0]
     assert load_checkpoint(tmp_path, most_steps=20).complaints == ()
     save_checkpoint(tmp_path, replace(standing(10), run_id="theirs"), state(10))
-    with pytest.raises(CheckpointDamaged, match="no checkpoint can be read: .*step_000000020 is of another run"):
+    with pytest.raises(CheckpointDamaged, match="no checkpoint can be read: .*step_000000020 belongs to another run"):
         load_checkpoint(tmp_path, run_id="ours")
 
 

@@ -70,7 +70,7 @@ def test_a_product_that_the_machine_does_not_have_is_told(big, sae_train, quick,
     """config.json says what was asked for; other latents are chosen where it is not had."""
     monkeypatch.setattr(dense_products, "has_fast_bfloat16", lambda _: has_fast)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--width", 64, "--set", "encoder_product=bfloat16"]
-    said = "topk: encoder_product=bfloat16 is computed in float32, as this machine has no fast bfloat16 products"
+    said = "topk: encoder_product=bfloat16 is computed in float32: this machine has no fast bfloat16 products"
     assert (said in sae_train(*words).output) == (not has_fast)
     found = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["topk"]
     assert found["encoder_product"] == ("bfloat16" if has_fast else "float32")
@@ -112,9 +112,9 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         "tokens/s",
         "L0",
         ", k 3, seed 0, lr 0.0",
-        "L0 and EV (explained variance) are measured on the store's validation split, ",
-        f" {outcome['saes']['topk']['validation_tokens']:,} tokens of it",
-        "the progress has a batch's",
+        "L0 and EV (explained variance) are measured on ",
+        f" {outcome['saes']['topk']['validation_tokens']:,} tokens of the store's validation split",
+        "progress lines show a batch's",
         "dead",
         "waiting for data",
         "share a document",
@@ -194,7 +194,7 @@ def test_a_run_whose_last_steps_diverged_is_named_and_leaves_no_sae(big, sae_tra
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 64, "--k", 3, "--width", 16, "--lr", 1e39]
     for again in (words, ["--resume", "run_1", "--device", "cpu"]):
         said = sae_train(*again, code=1).output
-        assert "error: topk: what it rebuilds of held-out text is not finite: training diverged" in said
+        assert "error: topk: its reconstruction of held-out text is not finite: training diverged" in said
         assert not (tmp_path / "runs/run_1/result.json").exists() and not (tmp_path / "runs/run_1/topk").exists()
 
 

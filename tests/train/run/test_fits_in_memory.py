@@ -158,10 +158,10 @@ def test_a_gpu_s_checkpoint_needs_host_memory_in_powers_of_two(monkeypatch):
     require(168, parts=4, team=4)  # a quarter each, and all of it once more
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     require(16 * 24, parts=16, team=16)
-    with pytest.raises(MemoryTooSmall, match=r"23\.8 GiB of host memory, for each process to make a whole SAE"):
+    with pytest.raises(MemoryTooSmall, match=r"23\.8 GiB of host memory, for each process to build a whole SAE"):
         require(16 * 23, parts=16, team=16)
     require(16 * 24, team=16)
-    with pytest.raises(MemoryTooSmall, match=r"23\.8 GiB of host memory, for each process to make a whole SAE"):
+    with pytest.raises(MemoryTooSmall, match=r"23\.8 GiB of host memory, for each process to build a whole SAE"):
         require(16 * 23, team=16)  # one writes for all, and all begin
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(MemoryTooSmall, match=r"41\.9 GiB of host"):
@@ -275,6 +275,6 @@ def test_the_narrowest_limit_of_a_job_counts(tmp_path):
         for name, value in zip(names, (limit, 1500), strict=True):
             (group / name).write_text(f"{value}\n")
         (group / "memory.stat").write_text("inactive_file 60\nactive_file 40\n")
-    left = [fits_in_memory._left_in(group) for group in fits_in_memory._own_groups(own, tmp_path / "groups")]
+    left = [fits_in_memory._room_in(group) for group in fits_in_memory._own_groups(own, tmp_path / "groups")]
     assert sorted(left) == [2600, 3600, *[2**62] * 5]
     assert fits_in_memory._own_groups(tmp_path / "none") == []

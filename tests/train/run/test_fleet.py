@@ -94,7 +94,7 @@ def test_processes_that_each_read_an_object_store_say_so(big, quick, threads, tm
             list(train_all(words, Process(ranks[at], team, torch.device("cpu"), console)))
 
         run(train)
-        is_told = "each of 2 processes reads all that its SAEs need from memory://" in said[0].getvalue()
+        is_told = "each of 2 processes reads memory://" in said[0].getvalue()
         assert is_told == (count == 2 and cache != big["path"])
 
 

@@ -17,7 +17,7 @@ from saemill.cache_schema import ModelSpec
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.formats import WRITERS
-from saemill.train.disk.plain_form import begin_as, centred, plain_sae
+from saemill.train.disk.plain_form import centred, init_from, plain_sae
 from saemill.train.disk.sae_lens_folder import load_plain_sae, save_sae
 from saemill.train.errors import ConfigInvalid, SaeInvalid
 from saemill.train.run.find_and_load_sae import read_folder
@@ -50,7 +50,7 @@ def test_an_sae_begins_as_one_that_was_saved(variant, battery, stats, rng, tmp_p
     save_sae(tmp_path / "one", trained, unit_stats(D), {"layers": [19]}, {}, variant)
     source = load_plain_sae(tmp_path / "one")
     sae = battery.config_of(variant).build(D, stats).sae
-    begin_as(sae, source, stats, stats)
+    init_from(sae, source, stats, stats)
     x = torch.randn(200, D, generator=rng)
     torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
@@ -74,7 +74,7 @@ def test_an_sae_begins_as_one_of_others(kind, variant, battery, stats, rng, tmp_
     else:
         WRITERS[kind](folder, plain, {"layers": [19]})
     source, sae = read_folder(folder), battery.config_of(variant).build(D, stats).sae
-    begin_as(sae, source, stats, stats)
+    init_from(sae, source, stats, stats)
     x = torch.randn(200, D, generator=rng)
     assert (source.encode(x) > 0).any()
     torch.testing.assert_close(source(x), trained(x), rtol=1e-5, atol=1e-5)
@@ -87,13 +87,13 @@ def test_rows_of_several_lengths_begin_as_they_are_if_none_is_far_from_the_rest(
     plain.tensors["W_dec"] *= torch.linspace(0.5, 1.0, F)[:, None]
     WRITERS["sparsify"](tmp_path / "a", plain, {"layers": [19]})
     source, sae = read_folder(tmp_path / "a"), battery.config_of("topk").build(D, stats).sae
-    begin_as(sae, source, stats, stats)
+    init_from(sae, source, stats, stats)
     x = torch.randn(200, D, generator=rng)
     torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
     plain.tensors["W_dec"][3] = 0.0
     WRITERS["sparsify"](tmp_path / "b", plain, {"layers": [19]})
     with pytest.raises(SaeInvalid, match="about the same length, found 0 to 1.3 times their mean"):
-        begin_as(sae, read_folder(tmp_path / "b"), stats, stats)
+        init_from(sae, read_folder(tmp_path / "b"), stats, stats)
 
 
 def test_a_threshold_below_zero_begins_as_the_zero_that_it_is(battery, stats, rng, tmp_path):
@@ -103,7 +103,7 @@ def test_a_threshold_below_zero_begins_as_the_zero_that_it_is(battery, stats, rn
     assert (plain.tensors["threshold"] < 0).any() and (plain.tensors["threshold"] > 0).any()
     WRITERS["dictionary_learning"](tmp_path, plain, {"layers": [19]})
     source, sae = read_folder(tmp_path), battery.config_of("jumprelu").build(D, stats).sae
-    begin_as(sae, source, stats, stats)
+    init_from(sae, source, stats, stats)
     x = torch.randn(200, D, generator=rng)
     first_step = sae.reconstruct(sae.codes(x * stats.scale)) / stats.scale
     torch.testing.assert_close(first_step, source(x), rtol=1e-5, atol=1e-5)
@@ -115,7 +115,7 @@ def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, bat
     source.centres_input = centres
     sae = battery.config_of("gated").build(D, stats).sae
     sae.centres_input = not centres
-    begin_as(sae, source, stats, stats)
+    init_from(sae, source, stats, stats)
     x = torch.randn(200, D, generator=rng)
     torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
 
@@ -136,7 +136,7 @@ def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, bat
 def test_what_cannot_begin_is_told(source, sae, message, battery, stats):
     made = [battery.config_of(name, **settings).build(D).sae for name, settings in (source, sae)]
     with pytest.raises(SaeInvalid, match=message):
-        begin_as(made[1], made[0], stats, stats)
+        init_from(made[1], made[0], stats, stats)
 
 
 def test_a_run_begins_where_another_ended(big, sae_train, quick, tmp_path):
@@ -250,5 +250,5 @@ def test_other_weights_of_gemma_scope_are_another_source(tmp_path):
     source = source_of(tmp_path)
     require_unchanged(source)
     np.savez(tmp_path / "params.npz", W_enc=np.ones(2))
-    with pytest.raises(ConfigInvalid, match="or has changed since the run began"):
+    with pytest.raises(ConfigInvalid, match="or has changed since the run started"):
         require_unchanged(source)

@@ -570,7 +570,7 @@ def test_what_is_refused_while_uploading_leaves_no_file(hub, push):
 
 
 def test_what_others_commit_meanwhile_is_not_overwritten(hub, push, monkeypatch):
-    monkeypatch.setattr("saemill.train.run.push_to_hub._require_room", lambda *_: "f" * 40)
+    monkeypatch.setattr("saemill.train.run.push_to_hub._require_pushable", lambda *_: "f" * 40)
     hub.create("me/saes")
     assert "it changed in the meantime: run this again" in push(code=1)
 

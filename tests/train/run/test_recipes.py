@@ -73,8 +73,8 @@ def test_a_grid_of_a_setting_that_some_variants_lack_repeats_the_others():
 def test_the_course_and_the_stream_are_the_recipes_unless_told_otherwise():
     recipe = Recipe("r", "", TWO.saes, {"course.tokens": 7, "course.epochs": 2, "data.seed": 3})
     ask = Ask.of_recipe(recipe, parse_settings(["course.tokens=9"]))
-    course = ask.length(CourseConfig())
-    assert (course.tokens, course.epochs, ask.stream(DataConfig()).seed) == (9, 2, 3)
+    course = ask.course(CourseConfig())
+    assert (course.tokens, course.epochs, ask.data(DataConfig()).seed) == (9, 2, 3)
 
 
 def test_a_run_is_trained_as_written_in_a_folder_of_its_name(probe, big, sae_train, tmp_path):
@@ -129,8 +129,8 @@ def test_every_recipe_can_be_asked_for(study):
         assert list(found) == labels
         for key in recipe.settings:
             assert key.split(".")[0] in ("data", "course") or any(hasattr(c, key.split(".")[0]) for c in found.values())
-        Ask.of_recipe(recipe).length(CourseConfig())
-        Ask.of_recipe(recipe).stream(DataConfig())
+        Ask.of_recipe(recipe).course(CourseConfig())
+        Ask.of_recipe(recipe).data(DataConfig())
         for config in found.values():
             config.needs()
 

@@ -243,7 +243,7 @@ def test_a_store_that_is_read_in_another_order_is_refused_on_resume(stopped, sae
     found = config["cache"]["shard_windows"]
     (stopped / "config.json").write_text(json.dumps(config | {"cache": config["cache"] | {"shard_windows": 7}}))
     result = sae_train("--resume", "run", code=1)
-    assert f"expected a store with 7 windows in a shard, found {found}" in result.output
+    assert f"expected a store with 7 windows per shard, found {found}" in result.output
 
 
 def test_one_process_trains_a_run(stopped, sae_train, monkeypatch):
@@ -339,8 +339,8 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(stopped, sae_train):
     own, made = config["provenance"].pop("run_id"), config["provenance"]
     assert len(own) == 32
     for broken, said in (
-        ({"provenance": {**made, "run_id": "another"}}, "is of another run, perhaps one that went on training"),
-        ({"total_steps": 3}, "is not of this run: expected at most 3 steps"),
+        ({"provenance": {**made, "run_id": "another"}}, "belongs to another run, perhaps one that kept training"),
+        ({"total_steps": 3}, "does not belong to this run: expected at most its 3 steps"),
     ):
         (stopped / "config.json").write_text(json.dumps(config | broken))
         assert said in sae_train("--resume", "run", "--device", "cpu", code=1).output

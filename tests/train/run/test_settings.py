@@ -7,7 +7,7 @@ import pytest
 from saemill.cache_schema.strict_json import flatten, to_json
 from saemill.train.config.parse_settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.config.recipe import Sae
-from saemill.train.config.run_config import OF_OTHERS, Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.config.run_config import NAMES_ELSEWHERE, Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.engine.adam import Optim
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import variant_registry
@@ -44,7 +44,7 @@ def test_what_no_number_can_hold_is_a_word(text):
 def test_settings_of_other_libraries_are_named_as_they_are_here():
     shared = {f"data.{key}" for key in to_json(DataConfig())} | {f"course.{key}" for key in to_json(CourseConfig())}
     own = {key for name in ("topk", "standard") for key in flatten(to_json(variant_registry.config_type(name)()))}
-    assert set(OF_OTHERS.values()) <= shared | own
+    assert set(NAMES_ELSEWHERE.values()) <= shared | own
 
 
 def test_a_grid_is_every_combination():

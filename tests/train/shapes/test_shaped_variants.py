@@ -115,7 +115,7 @@ REFUSED = [
     ("positional", {"mask": "static_slicing", "progressive": (0.0, 0.5)}, "progressive: expected mask"),
     ("positional", {"progressive": (0.5, 0.5)}, "progressive: expected 0 <= begin"),
     ("positional", {"learned_coefficient": True}, "expected a progressive mask"),
-    ("positional", {"position_embeddings": True}, "position_embeddings need range_encoders"),
+    ("positional", {"position_embeddings": True}, "position_embeddings needs range_encoders"),
     ("positional", {"independent_encoders": True}, "independent_encoders needs range_encoders"),
     ("positional", {"norm_rectified": True}, "norm_rectified needs pre_norm"),
     ("positional", {"adapters_on": "features"}, "adapters_on needs adapters"),

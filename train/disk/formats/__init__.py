@@ -20,8 +20,8 @@ from . import dictionary_learning, gemma_scope, sparsify
 
 def _write_own(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
     sae = sae_from_plain(plain)
-    told = metadata.get("training_architecture_details")
-    details = told if isinstance(told, dict) else {}
+    details = metadata.get("training_architecture_details")
+    details = details if isinstance(details, dict) else {}
     variant = metadata.get("training_architecture", plain.architecture)
     save_sae(folder, sae, unit_stats(sae.d_in), metadata, details, variant, unit_stats(sae.d_out))
 
@@ -52,7 +52,7 @@ FILES = {
 
 
 def kind_of(folder: Path) -> str:
-    """Which tool a folder belongs to, by the files in it."""
+    """The tool that a folder belongs to, by its files."""
     for name, kind in FILES.items():
         if (folder / name).is_file():
             return kind
@@ -61,7 +61,7 @@ def kind_of(folder: Path) -> str:
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
-    """Read the SAE of any of these kinds of folder."""
+    """Read the SAE of a folder of any of these kinds."""
     try:
         return READERS[kind_of(folder)](folder)
     except (RuntimeError, ValueError) as error:

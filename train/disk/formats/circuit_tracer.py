@@ -5,7 +5,7 @@
     W_enc_0.safetensors, ...      a cross-layer one: W_enc_0 [F_0, D], b_enc_0, b_dec_0, threshold_0
     W_dec_0.safetensors, ...      W_dec_0 [F_0, L, D]: what layer 0's latents write to layers 0 to L - 1
 
-L layers, B rows, D width, F latents. Its replacement model needs one for each of the model's layers.
+L layers, B rows, D width, F latents. circuit-tracer's replacement model needs all layers of the model.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
     if len(layers) > len(saes):
         if len(saes) > 1:
             raise SaeInvalid(f"expected a single clt, or transcoders of one layer each, found {len(saes)} together")
-        kind, tensors = "cross_layer_transcoder", _of_all_layers(saes[0])
+        kind, tensors = "cross_layer_transcoder", _cross_layer_tensors(saes[0])
     else:
         in_order = sorted(saes, key=lambda sae: sae.metadata["layers"])
-        kind, tensors = "transcoder_set", {f"layer_{i}": _of_one_layer(sae) for i, sae in enumerate(in_order)}
+        kind, tensors = "transcoder_set", {f"layer_{i}": _layer_tensors(sae) for i, sae in enumerate(in_order)}
     for name, table in tensors.items():
         write_tensors(folder / f"{name}.safetensors", {key: tensor.float().cpu() for key, tensor in table.items()})
     write_json(folder / CONFIG, {"model_kind": kind, **_places(saes[0].metadata)})
@@ -50,11 +50,11 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
 
 @torch.no_grad()
 def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
-    """The output of the folder's transcoders for the input of each layer, by circuit-tracer's formulas: [B, L, D], with
-    D the width that they write."""
+    """The output of the folder's transcoders for the input of each layer, by circuit-tracer's formulas: [B, L, D] with
+    the width that they write."""
     if read_json(folder / CONFIG)["model_kind"] == "transcoder_set":
         parts = enumerate(x_BLD.unbind(1))
-        return torch.stack([_one(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in parts], 1)
+        return torch.stack([_transcode(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in parts], 1)
     layers = [load_file(folder / f"W_enc_{i}.safetensors") for i in range(x_BLD.shape[1])]
     total = torch.stack([w[f"b_dec_{i}"] for i, w in enumerate(layers)]).repeat(len(x_BLD), 1, 1)
     for i, (x, w) in enumerate(zip(x_BLD.unbind(1), layers, strict=True)):
@@ -65,14 +65,14 @@ def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
     return total
 
 
-def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:
+def _transcode(w: dict[str, Tensor], x: Tensor) -> Tensor:
     pre = x @ w["W_enc"].t() + w["b_enc"]
     acts = pre * (pre > w[THRESHOLD]) if THRESHOLD in w else pre.relu()
     y = acts @ w["W_dec"] + w["b_dec"]
     return y + x @ w["W_skip"].t() if "W_skip" in w else y
 
 
-def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
+def _layer_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
     if not sae.is_plain:
         raise SaeInvalid("expected transcoders that consist only of weights and a gate, or a clt of several layers")
     bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.centres_input else sae.b_enc
@@ -82,7 +82,7 @@ def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
     return tensors | ({} if sae.W_skip is None else {"W_skip": sae.W_skip})
 
 
-def _of_all_layers(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
+def _cross_layer_tensors(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
     inner = sae.inner if isinstance(sae, RawUnits) else None
     if not isinstance(inner, CrossLayerSae) or len(set(inner.sizes)) > 1:
         raise SaeInvalid(

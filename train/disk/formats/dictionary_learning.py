@@ -1,8 +1,8 @@
 """dictionary_learning: a trainer's config.json, and its weights.
 
-It stores weights in a pickle. None is written here: the folder holds the same tensors as safetensors, and
-a README with the two lines that turn them into ae.pt. An existing pickle is read with torch's reader for
-plain tensors, which runs no code.
+dictionary_learning stores weights in a pickle. None is written here: the folder holds the same tensors as safetensors,
+and a README with the two lines that turn them into ae.pt. An existing pickle is read with torch's reader for plain
+tensors, which runs no code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
 from ..atomic_files import read_json, write_json
-from ..hook_metadata import told_of
+from ..hook_metadata import place_metadata
 from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write_tensors
 from ..sae_lens_folder import read_tensors
 
@@ -49,7 +49,7 @@ _FROM_DICTIONARY = {  # to the architecture that has its tensors
     "AutoEncoder": "standard",
     "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "topk",  # with a threshold too
-    "MatryoshkaBatchTopKSAE": "jumprelu",  # with the input centred, and one threshold for all
+    "MatryoshkaBatchTopKSAE": "jumprelu",  # with a centred input, and one threshold for all latents
     "JumpReluAutoEncoder": "jumprelu",
     "GatedAutoEncoder": "gated",
 }
@@ -57,7 +57,7 @@ _NAMES = {hook: "resid_post" if hook == RESID else hook for hook in HOOKS}  # be
 
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
-    """Its JumpReLU does not centre the input; the others subtract the decoder bias."""
+    """Only the JumpReLU does not subtract the decoder bias from its input."""
     plain = centred(plain, plain.architecture != "jumprelu")
     layer, hook = (metadata.get("layers") or [None])[0], metadata.get("hook", RESID)
     d_in, width = plain.tensors["W_enc"].shape
@@ -72,14 +72,18 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
         "submodule_name": None if layer is None else f"{_NAMES[hook]}_layer_{layer}",
         "k": plain.k,
     }
-    write_tensors(folder / "ae.safetensors", _to_dictionary(plain))
+    names = _TENSORS[plain.architecture].items()
+    tensors = {theirs: _transposed_if_linear(theirs, plain.tensors[ours]) for ours, theirs in names}
+    if plain.architecture == "topk":
+        tensors |= {"k": torch.tensor(plain.k), "threshold": torch.tensor(-1.0)}
+    write_tensors(folder / "ae.safetensors", tensors)
     write_json(folder / "config.json", {"trainer": config, "buffer": {}})
     (folder / "README.md").write_text(README, encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
-    whole = read_json(folder / "config.json")
-    config = whole.get("trainer", {})
+    document = read_json(folder / "config.json")
+    config = document.get("trainer", {})
     if not isinstance(config, dict):
         raise SaeInvalid(f"{folder / 'config.json'}: expected trainer as an object, found {type(config).__name__}")
     kind = config.get("dict_class")
@@ -93,37 +97,29 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
         raise SaeInvalid(f"{folder}: the weights of a {kind} lack the tensor {error}") from None
     if plain.architecture == "topk":
         plain = replace(plain, k=whole_k(config, folder))
-    return plain, {"model_name": config.get("lm_name"), **_place(config, whole.get("buffer"), folder)}
+    return plain, {"model_name": config.get("lm_name"), **_place(config, document.get("buffer"), folder)}
 
 
 def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
-    """The layer and hook: the residual stream if nothing else is named."""
+    """The layer and hook; the residual stream if no other hook is named."""
     layer, name = config.get("layer"), config.get("submodule_name")
     io = buffer.get("io", "out") if isinstance(buffer, dict) else "out"
     known = {f"{prefix}_layer_{layer}": hook for hook, prefix in _NAMES.items()}
     if io != "out" or name not in (None, *known):
         raise SaeInvalid(
             f"{folder / 'config.json'}: expected a submodule_name among {', '.join(known)}, and io 'out', its "
-            f"output, found {name!r} and io {io!r}: if it is one of these, write that there"
+            f"output, found {name!r} and io {io!r}: if it is one of these, write that into the file"
         )
     if type(layer) is not int or layer < 0:
         return {}
     hook = RESID if name is None else known[name]
-    return told_of(hook, hook, layer)
-
-
-def _to_dictionary(plain: PlainSae) -> dict[str, Tensor]:
-    """Tensors under dictionary_learning's names; those of linear modules are transposed."""
-    names, marks = _TENSORS[plain.architecture], {}
-    if plain.architecture == "topk":
-        marks = {"k": torch.tensor(plain.k), "threshold": torch.tensor(-1.0)}
-    return {theirs: _turned(theirs, plain.tensors[ours]) for ours, theirs in names.items()} | marks
+    return place_metadata(hook, hook, layer)
 
 
 def _from_dictionary(kind: str, found: Mapping[str, Tensor]) -> PlainSae:
     names = _TENSORS[_FROM_DICTIONARY[kind]]
     is_batch = "BatchTopK" in kind
-    tensors = {ours: _turned(theirs, found[theirs]) for ours, theirs in names.items()}
+    tensors = {ours: _transposed_if_linear(theirs, found[theirs]) for ours, theirs in names.items()}
     if not is_batch:
         return make_plain(_FROM_DICTIONARY[kind], tensors, None, kind != "JumpReluAutoEncoder")
     if float(found["threshold"]) < 0:
@@ -134,7 +130,7 @@ def _from_dictionary(kind: str, found: Mapping[str, Tensor]) -> PlainSae:
     return make_plain("jumprelu", tensors | {"threshold": threshold}, None, True)
 
 
-def _turned(name: str, tensor: Tensor) -> Tensor:
+def _transposed_if_linear(name: str, tensor: Tensor) -> Tensor:
     return tensor.t() if name.endswith(".weight") else tensor
 
 

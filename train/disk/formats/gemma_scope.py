@@ -1,7 +1,7 @@
 """Gemma Scope (Lieberum et al. 2024): `params.npz` of a JumpReLU SAE of Gemma 2; read only.
 
-Its files give neither layer nor hook; the names of its repositories and folders do:
-`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Under other names a cfg.json next to the weights gives them.
+Its files name neither layer nor hook; its repositories and folders do:
+`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. In other folders, a cfg.json next to the weights must.
 According to section 3.1 of the paper, res is the residual stream after a layer, mlp what the MLP adds to it, after the
 norm there, and att the concatenated outputs of the heads before the output projection. According to its appendix,
 transcoders read the output of the norm before the MLP without its gain, which was folded into the MLP: this package has
@@ -22,7 +22,7 @@ import torch
 from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
 from ..atomic_files import read_json
-from ..hook_metadata import told_of
+from ..hook_metadata import place_metadata
 from ..plain_form import Metadata, PlainSae, make_plain
 
 PARAMS, PLACE = "params.npz", "cfg.json"
@@ -44,12 +44,12 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
         raise SaeInvalid(f"{path} is damaged, or not an archive of plain arrays ({error}): download it again") from None
     if not (factor == 1).all():
         raise SaeInvalid(f"{path}: expected scaling_factor 1, found other values: multiply W_dec's rows by them")
-    metadata = _told_by_file(folder / PLACE) if (folder / PLACE).is_file() else _told_by_names(folder)
+    metadata = _metadata_by_file(folder / PLACE) if (folder / PLACE).is_file() else _metadata_by_names(folder)
     return make_plain("jumprelu", found, None, False), metadata
 
 
-def _told_by_names(folder: Path) -> Metadata:
-    """Metadata from the names of the repository and the folders in it, but none above."""
+def _metadata_by_names(folder: Path) -> Metadata:
+    """Metadata from the names of the repository and its folders, ignoring the folders above it."""
     *_, of_cache, snapshots, above, layer, _, _ = (*[""] * 6, *folder.resolve().parts)
     named = REPOSITORY.fullmatch(of_cache if snapshots == "snapshots" else above)
     number = re.fullmatch(r"layer_(\d+)", layer)
@@ -73,20 +73,20 @@ def _told_by_names(folder: Path) -> Metadata:
             f'{{"metadata": {{"layers": [{at}], "hook": "mlp_in", "target_hook": "mlp_out"}}}}'
         )
     name = f"google/gemma-2-{size}{'-it' if training == 'it' else ''}"
-    return {"model_name": name, **told_of(SITES[site], SITES[site], at)}
+    return {"model_name": name, **place_metadata(SITES[site], SITES[site], at)}
 
 
-def _told_by_file(path: Path) -> Metadata:
+def _metadata_by_file(path: Path) -> Metadata:
     """Metadata from the cfg.json that the user wrote."""
-    told: Any = read_json(path).get("metadata")
-    told = told if isinstance(told, dict) else {}
-    layers, hook = told.get("layers"), told.get("hook")
-    to_hook = told.get("target_hook", hook)
+    given: Any = read_json(path).get("metadata")
+    given = given if isinstance(given, dict) else {}
+    layers, hook = given.get("layers"), given.get("hook")
+    to_hook = given.get("target_hook", hook)
     is_layer = isinstance(layers, list) and len(layers) == 1 and type(layers[0]) is int and layers[0] >= 0
     is_known = all(isinstance(one, str) and one in HOOKS for one in (hook, to_hook))
-    if not is_layer or not is_known or told.get("target_layers", layers) != layers:
+    if not is_layer or not is_known or given.get("target_layers", layers) != layers:
         raise SaeInvalid(
             f"{path}: expected metadata with a single layer in layers, and a hook (and target_hook, if it writes "
-            f"another) from {', '.join(HOOKS)}, found {told!r:.200}"
+            f"another) from {', '.join(HOOKS)}, found {given!r:.200}"
         )
-    return {**told, **told_of(hook, to_hook, layers[0])}
+    return {**given, **place_metadata(hook, to_hook, layers[0])}

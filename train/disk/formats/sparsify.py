@@ -11,7 +11,7 @@ from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write
 from ..sae_lens_folder import is_of_one_place, read_tensors
 
 NORMED = re.compile(r"(gemma-?[23]|olmo-?2|\bpocket)(?![a-z0-9])", re.IGNORECASE)
-"""Models with a norm after the MLP, by name: an SAE's metadata says no more about its model."""
+"""Names of models with a norm after the MLP; an SAE's metadata says no more about its model."""
 
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
@@ -54,9 +54,9 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     found = read_tensors(folder / "sae.safetensors", names)
     tensors = {"W_enc": found["encoder.weight"].t(), "b_enc": found["encoder.bias"]}
     tensors |= {name: found[name] for name in names[2:]}
-    told = config.get("metadata")  # not sparsify's own: where it belongs, as its user wrote it
-    metadata: Metadata = {"hook_name": folder.name, **(told if isinstance(told, dict) else {})}
+    given = config.get("metadata")  # not sparsify's own: the user may add where the SAE reads and writes
+    metadata: Metadata = {"hook_name": folder.name, **(given if isinstance(given, dict) else {})}
     if transcodes and not (metadata.get("layers") and metadata.get("target_layers")):
         metadata["transcodes"] = True
-    architecture = "abstopk" if config.get("signed") else "topk"  # from its first releases, whose codes may have signs
+    architecture = "abstopk" if config.get("signed") else "topk"  # sparsify's first releases could have signed codes
     return make_plain(architecture, tensors, whole_k(config, folder), not transcodes), metadata
