@@ -235,10 +235,15 @@ class Trackers:
     """The trackers of a run, if any."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
-        self._trackers = [_open_tracker(name, folder) for name in names]
         plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in flatten(config).items()}
-        for tracker in self._trackers:
-            tracker.store_init_configuration(plain)
+        self._trackers: list[Any] = []
+        try:
+            for name in names:
+                self._trackers.append(_open_tracker(name, folder))
+                self._trackers[-1].store_init_configuration(plain)
+        except BaseException:
+            self.close()  # those already started must not wait for a run that never starts
+            raise
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:

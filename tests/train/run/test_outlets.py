@@ -4,6 +4,7 @@ import errno
 import io
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -120,9 +121,12 @@ def test_trackers_are_accelerates_and_optional(tmp_path, monkeypatch):
     assert told[1:] == ["start", {"data.seed": 0, "saes.a.k": "None"}, ({"a/loss": 1.0}, 3), "finish"]
 
 
-def test_a_tracker_that_refuses_is_named(tmp_path, monkeypatch):
+def test_a_tracker_that_refuses_is_named_and_those_before_it_are_finished(tmp_path, monkeypatch):
     """As without a login."""
     from accelerate import tracking
+
+    first = Mock(requires_logging_directory=False)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "first", first)
 
     class Refuses:
         requires_logging_directory = False
@@ -132,7 +136,8 @@ def test_a_tracker_that_refuses_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "refuses", Refuses)
     with pytest.raises(TrackerMissing, match="the tracker refuses could not be started: no login$"):
-        Trackers(["refuses"], tmp_path / "run_1", {})
+        Trackers(["first", "refuses"], tmp_path / "run_1", {})
+    first.return_value.finish.assert_called_once_with()
 
 
 def test_trackers_that_are_not_there_are_refused(monkeypatch):
