@@ -85,7 +85,7 @@ def commits_of(datasets: Iterable[str], converted: Container[str] = ()) -> dict[
     return {dataset: commit for dataset, commit in found.items() if commit} or None
 
 
-def data_meant(told: Revision | None, now: Revision | None) -> Revision | None:
+def expected_data(told: Revision | None, now: Revision | None) -> Revision | None:
     """The data revision to judge a result by, from the one that it records. If the present one is unknown, its own
     counts: the store may be gone, the hub may not answer, and older results record no commit of the hub."""
     if now is None:

@@ -177,7 +177,7 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def tell_no_number(result: Result, summary: Sequence[str]) -> str | None:
+def name_empty_metrics(result: Result, summary: Sequence[str]) -> str | None:
     """Which metrics of a summary were measured and gave no number, as a mean over nothing does."""
     empty = [metric for metric in summary if _is_empty(result.metrics, metric) or _is_empty(result.extra, metric)]
     names = ", ".join(short_name(metric, summary) for metric in empty)
@@ -230,7 +230,7 @@ def lines_of_each(
     return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
 
 
-def few_of(lines: Sequence[str]) -> list[str]:
+def first_few(lines: Sequence[str]) -> list[str]:
     """The first remarks of many, such as those of 64 SAEs that differ in a count."""
     left = len(lines) - MOST_REMARKS
     return [*lines] if left <= 0 else [*lines[:MOST_REMARKS], f"{counted(left, 'more remark')} in the results' files"]
@@ -309,7 +309,7 @@ def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return settings_in(document) == dict(settings) and ours_in(document).get("missing") is None
 
 
-def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def is_from_missing_store(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a complete result was measured on a store, and these settings differ only in having none and in what
     follows from that: another number type, a model by its name, no bound of its own for massive rows."""
     found = settings_in(document)

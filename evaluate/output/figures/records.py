@@ -22,7 +22,7 @@ from ...context.write_and_read_results import (
     RESULTS,
     agree,
     differing,
-    few_of,
+    first_few,
     lines_of_each,
     metric_of,
     ours_in,
@@ -185,7 +185,7 @@ def _records_of(
 def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
     """What a table's numbers were measured on, remarks, and for which of these evaluations they do not compare."""
     results = [(one.name, name, document) for one in records for name, document in one.documents.items()]
-    told = [f"{line}." for line in (*lines_of_each(results), *few_of(lines_of_each(results, "remark")))]
+    told = [f"{line}." for line in (*lines_of_each(results), *first_few(lines_of_each(results, "remark")))]
     for name in dict.fromkeys(evaluations):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
             told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate import evals
-from saemill.evaluate.context.write_and_read_results import INTERVALS, few_of, heading, interval_of, lines_of_each
+from saemill.evaluate.context.write_and_read_results import INTERVALS, first_few, heading, interval_of, lines_of_each
 from saemill.evaluate.output.figures.records import Record, read_records, web_file
 from saemill.evaluate.output.figures.style import COLOURS, LINES
 from saemill.evaluate.output.report import table_and_curves
@@ -405,7 +405,8 @@ def test_remarks_that_are_of_each_sae_are_told_of_a_few():
     told = [{"eval_result_metrics": {}, "saemill": {"remark": f"{n} probes had not converged"}} for n in range(9)]
     lines = lines_of_each([(f"sae_{n}", "position", document) for n, document in enumerate(told)], "remark")
     assert len(lines) == 9 and lines[3] == "position of sae_3: 3 probes had not converged"
-    assert few_of(lines) == [*lines[:6], "3 more remarks in the results' files"] and few_of(lines[:6]) == lines[:6]
+    assert first_few(lines) == [*lines[:6], "3 more remarks in the results' files"]
+    assert first_few(lines[:6]) == lines[:6]
 
 
 @pytest.mark.parametrize(("massive", "found"), [(0, (31.0, 33.0)), (7, None)])
