@@ -301,7 +301,7 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
     Path("demo/store").symlink_to(small.store)
     result = type_("sae-eval", "run_4", answer="n\n", code=1)
     assert "timing a few steps of it on ./demo/store" in result.stderr and "[Y/n]" in result.stderr
-    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes the one" in result.stderr
+    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` trains the one" in result.stderr
     Path("store").symlink_to(small.store)  # what was harvested for oneself comes first
     assert "attention/run_4 --cache ./store`" in type_("sae-eval", "run_4", answer="n\n", code=1).stderr
 

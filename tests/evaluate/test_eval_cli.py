@@ -1026,7 +1026,7 @@ def test_a_run_that_was_removed_while_it_was_evaluated_does_not_come_back(
 
     second_eval.evaluate = remove
     output = " ".join(sae_eval("run_1", "run_2", "--evals", "core,second", "--plots", code=1).split())
-    assert output.count("was removed or moved meanwhile") == 2 and not run_1.exists()
+    assert output.count("was removed or moved during its evaluation") == 2 and not run_1.exists()
     assert set(results(run_2, "second")) == {"other_eval_results.json"} and (run_2 / "report.html").is_file()
     assert len(second_eval.asked) == 1
 
@@ -1041,7 +1041,7 @@ def test_what_was_measured_on_other_weights_is_not_written(run_1, sae_eval, seco
         yield from evaluate(context, subjects, config)
 
     second_eval.evaluate = replace_weights
-    assert "run_1/small was written anew while it was evaluated" in sae_eval(
+    assert "run_1/small was overwritten during its evaluation" in sae_eval(
         "run_1", "--evals", "second", code=1, options=[]
     )
     assert set(results(run_1, "second")) == {"large_eval_results.json"}
@@ -1256,7 +1256,7 @@ def test_an_sae_of_another_tool_is_read_once_if_it_is_alone(builder, monkeypatch
         read.clear()
     (alone,) = find_subjects([str(folders[0])], tmp_path)
     WRITERS["dictionary_learning"](alone.folder, in_raw_units(builder.make_sae(seed=9)), {"layers": [builder.LAYER]})
-    with pytest.raises(SaeGone, match="written anew while it was evaluated"):
+    with pytest.raises(SaeGone, match="overwritten during its evaluation"):
         alone.require_unchanged()
 
 

@@ -293,7 +293,7 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     assert "step 10 of 40" in page.inner_text("#live")
     log(live, range(10, 30))
     write_live_page(live, read_records([live], print), 5.0)
-    page.evaluate("again()")  # as it does by itself every few seconds
+    page.evaluate("reload()")  # as it does by itself every few seconds
     page.wait_for_selector("progress[value='30']")
     ends = {
         label: {"l0": 16.0 + place, "explained_variance": 0.625} for place, label in enumerate(("wide", "topk_seed0"))
@@ -301,7 +301,7 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     live.write_result({"steps": 40, "saes": ends})
     write_page(live.path, read_records([live], print), live.path)
     with page.expect_navigation():
-        page.evaluate("again()")
+        page.evaluate("reload()")
     page.wait_for_selector("html[data-ready]")
     assert page.locator("progress").count() == 0
     assert "0.625" in page.inner_text("table")
@@ -355,7 +355,7 @@ def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):
     assert page.evaluate("document.activeElement.isOld") and said.inner_text() == before
     log(live, range(10, 30))
     write_live_page(live, read_records([live], print), 5.0)
-    page.evaluate("again()")
+    page.evaluate("reload()")
     page.wait_for_selector("progress[value='30']")
     assert said.inner_text() == before and before.startswith("step 8:")
     page.keyboard.press("ArrowRight")
