@@ -199,34 +199,38 @@ def _judge(
     used: Sequence[str],
 ) -> Finding:
     rivals = (base, *controls)
-    about = [one for one in found if one.label == label and one.against in rivals and one.measure in used]
-    own = {(one.against, one.measure): one for one in about}
-    to_base = [one for (other, _), one in own.items() if other == base]
+    differences = {
+        (one.against, one.measure): one
+        for one in found
+        if one.label == label and one.against in rivals and one.measure in used
+    }
+    to_base = [one for (other, _), one in differences.items() if other == base]
     if not to_base:
         return Finding(label, "undecided", "no measure that counts has a number")
-    lacking = [measure for measure in used if any((other, measure) not in own for other in rivals)]
-    worse = [f"worse than {one.against} at {one.measure}" for one in about if one.verdict == "less"]
+    missing = [measure for measure in used if any((other, measure) not in differences for other in rivals)]
+    worse = [f"worse than {one.against} at {one.measure}" for one in differences.values() if one.verdict == "less"]
     better = [
         one.measure
         for one in to_base
-        if all((other := own.get((rival, one.measure))) and other.verdict == "more" for rival in rivals)
+        if all((other := differences.get((rival, one.measure))) and other.verdict == "more" for rival in rivals)
     ]
     names = " and ".join(rivals)
-    lost = ", ".join(worse) or f"worse than {' or '.join(rivals)} at nothing"
-    gained = f"better than {names} at {', '.join(better)}" if better else f"better than all of {names} at nothing"
+    losses = ", ".join(worse) or f"worse than {' or '.join(rivals)} at nothing"
+    gains = f"better than {names} at {', '.join(better)}" if better else f"better than all of {names} at nothing"
     deviations = {one.measure: _deviation(values_of(values[base], one.measure)) for one in to_base}
-    open_ones = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
-    fewer = sorted({one.measure for one in own.values() if one.seeds < len(values[base])}, key=used.index)
-    partly = f"; of fewer than {len(values[base])} seeds: {', '.join(fewer)}" if fewer else ""
-    if lacking:
-        return Finding(label, "undecided", f"not measured: {', '.join(lacking)}; {gained}; {lost}{partly}")
+    possible = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
+    fewer = sorted({one.measure for one in differences.values() if one.seeds < len(values[base])}, key=used.index)
+    of_fewer = f"; of fewer than {len(values[base])} seeds: {', '.join(fewer)}" if fewer else ""
+    if missing:
+        return Finding(label, "undecided", f"not measured: {', '.join(missing)}; {gains}; {losses}{of_fewer}")
     if better and not worse:
         denser = _why_denser(values, label, base)
-        return Finding(label, "undecided" if denser else "helps", f"{gained}, {lost}{denser}{partly}")
-    if any(deviations.values()) and not open_ones:
-        return Finding(label, "does not help", f"no interval leaves room for a gain of one deviation; {lost}{partly}")
-    still = f"a gain is not excluded at {', '.join(open_ones) or 'any'}"
-    return Finding(label, "undecided", f"{gained}; {lost}; {still}{partly}")
+        return Finding(label, "undecided" if denser else "helps", f"{gains}, {losses}{denser}{of_fewer}")
+    if any(deviations.values()) and not possible:
+        why = f"no interval leaves room for a gain of one deviation; {losses}{of_fewer}"
+        return Finding(label, "does not help", why)
+    not_excluded = f"a gain is not excluded at {', '.join(possible) or 'any'}"
+    return Finding(label, "undecided", f"{gains}; {losses}; {not_excluded}{of_fewer}")
 
 
 def _why_denser(values: Families, label: str, base: str) -> str:

@@ -67,8 +67,7 @@ class Course:
     baselines: bool = False
     """Whether runs that compare SAEs also train sanity baselines."""
     evaluation: tuple[str, ...] = ()
-    """Settings of evaluations, such as sparse_probing.data=stdlib. Training does not depend on them, so another call
-    may give others."""
+    """Settings of evaluations, such as sparse_probing.data=stdlib. Another call may give others."""
 
 
 EXAMPLES = """\b
@@ -218,8 +217,7 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
 
 @contextmanager
 def _lock(out: Path) -> Iterator[bool]:
-    """Let only one process at a time work in this folder: the runs of two would share a table. Yields whether the disk
-    supports locks."""
+    """Let one process at a time work in this folder, or two would share a table. Yields whether the disk has locks."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("ab")

@@ -57,8 +57,7 @@ class Context:
 
     @property
     def without_tokens(self) -> str | None:
-        """What to do about a store that was imported without tokens, so that those it holds are made up; None: they are
-        real."""
+        """What to do about a store imported without tokens, so that those it holds are made up; None: they are real."""
         if self.opened is None or self.manifest.corpus.settings.get("tokens") is not False:
             return None
         return (

@@ -32,8 +32,7 @@ MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 @dataclass(frozen=True, eq=False)
 class LoadedSae:
-    """One SAE in raw units, float32, and where it belongs. Weights are read on first use, so that only those of the
-    SAEs being evaluated are in memory."""
+    """One SAE in raw units, float32, and where it belongs. To save memory, its weights are read when first used."""
 
     label: str
     folder: Path  # of the SAE
@@ -136,16 +135,14 @@ class LoadedSae:
 
     @property
     def together(self) -> int:
-        """The fewest windows that are encoded at once: two for the shuffled-attention control, in which each window
-        reads the other's attention."""
+        """The fewest windows to encode at once: two for the shuffled-attention control, as each reads the other's."""
         reads = self.needs >= {"attention", "row_of"}
         return 2 if reads and self.metadata.get("training_architecture_details", {}).get("shuffle_attention") else 1
 
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
         """Activations [W, T, F]; zero at special tokens if the SAE needs side inputs, which those lack. The control
-        takes windows in pairs, so that its numbers do not depend on the batch size, except that the last window of an
-        odd batch reads no attention."""
+        takes windows in pairs, so that batch sizes change no number; the last of an odd batch reads no attention."""
         if 1 < self.together < len(batch):
             return torch.cat([self.encode(batch.slice(start, start + 2)) for start in range(0, len(batch), 2)])
         x_WTD = batch.x(self.layers)

@@ -75,8 +75,7 @@ def result_path(subject: LoadedSae, eval_id: str) -> Path:
 
 
 def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a result atomically, and return the document as `read_result` reads it. `settings` are all that it depends
-    on besides the SAE."""
+    """Write a result atomically; return it as `read_result` reads it. `settings`: all it depends on besides the SAE."""
     path = result_path(result.subject, eval_id)
     result.subject.require_unchanged()
     result.subject.make_home()
@@ -93,6 +92,7 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
 
 
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole document of a result, in SAEBench's layout."""
     subject = result.subject
     return {
         "eval_type_id": eval_id,

@@ -12,8 +12,7 @@ from ...cache_schema.numbers_in_words import counted
 
 
 def fitted(rows: np.ndarray, labels: np.ndarray, **settings: Any) -> Any:
-    """Fit a regression. As in SAEBench and sae-probes, running out of iterations raises no warning: see
-    `has_converged`."""
+    """Fit a regression. As in SAEBench and sae-probes, running out of iterations raises no warning."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
 

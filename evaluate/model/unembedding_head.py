@@ -64,13 +64,12 @@ def load_head(folder: Path, device: torch.device) -> Head:
 
 
 def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of modules outside the layers, by the last two parts of their names. These have at most four parts: a
-    text model may be part of a larger one."""
+    """The tensors of modules outside the layers, by the last two parts of their names."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
             for key in tables.keys():  # noqa: SIM118  # it is not a mapping
                 parts = key.split(".")
-                if 2 <= len(parts) <= 4 and parts[-2] in modules:
+                if 2 <= len(parts) <= 4 and parts[-2] in modules:  # four in a text model inside a larger one
                     yield ".".join(parts[-2:]), tables.get_tensor(key)
 
 

@@ -292,7 +292,7 @@ def require_substitute(subject: LoadedSae, store: Store, is_named: bool) -> None
     if not all(one.count("/") == 1 for one in names):  # one is a folder, not owner/name: compare the last parts
         names = [one.split("/")[-1] for one in names]
     if name is None or names[0] != names[1]:
-        why = f", of the model {model.id}, not of {name or 'one that the SAE names'}"
+        why = f", of the model {model.id}, " + (f"not of {name}" if name else "and the SAE names no model")
     elif None not in (revision, model.revision) and revision != model.revision:
         why = f", of revision {model.revision} of {model.id}, not {revision}"
     elif isinstance(context, int) and context < manifest.context:
@@ -308,8 +308,7 @@ def require_substitute(subject: LoadedSae, store: Store, is_named: bool) -> None
 
 
 def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = False) -> None:
-    """Require that the store has the SAE's width, and is the one it was trained on, as far as it says, or a substitute
-    that was named for it."""
+    """Require a store of the SAE's width: its own, as far as the SAE says, or a substitute that was named for it."""
     if store is None:
         return
     manifest = store.manifest

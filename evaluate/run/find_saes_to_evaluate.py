@@ -124,8 +124,7 @@ def find_places(
 def make_subject(
     folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None, keeps: bool = False
 ) -> LoadedSae:
-    """The SAE of a folder. A separate `home` for its results also names it. With `keeps`, weights that had to be read
-    stay in memory."""
+    """The SAE of a folder. A separate `home` for its results also names it; with `keeps`, weights read here stay."""
 
     @torch.inference_mode(False)  # gradients may flow through it later, wherever it is first used
     def read() -> SparseAutoencoder:

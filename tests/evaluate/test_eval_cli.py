@@ -1331,7 +1331,7 @@ def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, 
     ("told", "why"),
     [
         ({"model_name": "lab/other"}, ", not of lab/other"),
-        ({"model_name": None}, ", not of one that the SAE names"),
+        ({"model_name": None}, ", and the SAE names no model"),
         ({"context_size": 8}, "whose windows have 12 tokens, more than 8"),
         ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layer 1"),
     ],

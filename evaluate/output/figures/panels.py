@@ -40,7 +40,7 @@ class Lines:
     title: str
     y: str
     values: Callable[[Record], tuple[list[float], list[float]]]
-    limits: tuple[float, float] | None = None  # of a share; without it, an axis fits its values
+    limits: tuple[float, float] | None = None  # for a share; None: the axis fits its values
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.values(record)[1] for record in records)

@@ -35,7 +35,7 @@ from ...errors import EvalError, ResultInvalid
 CURVE_POINTS = 200
 FILES = Path(__file__).parent / "web_files"  # the look and the charts that pages share
 Documents = Mapping[Path, Mapping[str, Any]]
-Now = Mapping[str, Sequence[Any]]
+Now = Mapping[str, Sequence[Any]]  # the weights and place that each SAE has now, by its label
 Say = Callable[[str], object]
 T = TypeVar("T")
 SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
@@ -241,8 +241,7 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
 def read_documents(
     folder: Path, say: Say, known: Documents, only_known: bool = False, now: Now | None = None
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Results by label and evaluation, if they belong to their SAE's present weights and place; one that cannot be read
-    does not affect the others."""
+    """Results for the SAEs' present weights and places, by label and evaluation, without any that cannot be read."""
     found: dict[str, dict[Path, Mapping[str, Any]]] = {}
     left_out = list[Path]()
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
@@ -271,9 +270,8 @@ def read_documents(
 def of_one_version(
     documents: Documents, known: Documents, now: Sequence[Any] | None = None
 ) -> dict[Path, Mapping[str, Any]]:
-    """The results with the weights and place `now` or, if that is None, those of a result in memory or else of the
-    newest one: nothing else tells apart the revisions of an SAE from the Hub, or the layers that `--layer` gave to
-    one."""
+    """The results with the weights and place `now` or, if that is None, with those of a result in memory or the newest
+    one: nothing else tells apart revisions of an SAE from the Hub, or the layers that `--layer` gave to one."""
 
     def recency(path: Path) -> tuple[bool, float]:
         return path.absolute() in known, documents[path].get("datetime_epoch_millis", 0)

@@ -1,7 +1,8 @@
 """One look for all plots: colours that colour-blind readers can tell apart, and text that is only text.
 
 An SAE has one colour in every panel, shared by all its seeds; from the eighth on, colours repeat with another line
-style, mark and hatching. Tiers and layers are ordered, so they have shades of one scale, which no SAE has."""
+style, mark and hatching. Tiers and layers are ordered, so they have shades of one scale, which no SAE has.
+"""
 
 from __future__ import annotations
 

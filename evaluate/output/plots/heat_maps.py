@@ -1,4 +1,4 @@
-"""Heat maps, a panel per SAE: latents on the first tokens of a test window, what they are made of, who follows whom."""
+"""Heat maps, a panel per SAE: latents on the first tokens of a test window, their parts, and which follows which."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ def draw_compositions(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_composition(axis: Axes, record: Record, heaviest: float) -> None:
-    """A row per latent, with the numbers of its parts by descending weight; darker for heavier parts, on one scale for
-    all panels."""
+    """A row per latent with the numbers of its parts, heaviest first and darkest, on one scale for all panels."""
     latents = compositions_of(record)
     most = max(len(one["parts"]) for one in latents)
     weights = [[part["weight"] for part in one["parts"]] + [0.0] * (most - len(one["parts"])) for one in latents]

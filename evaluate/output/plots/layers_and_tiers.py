@@ -106,8 +106,7 @@ def tier_activity(record: Record, tier: int, is_measured: bool) -> float | None:
 
 
 def draw_tiers(records: Sequence[Record]) -> Figure | None:
-    """After training: of the SAEs that were measured on the test split, if any; otherwise of all, in the last logged
-    batch."""
+    """After training: of the SAEs measured on the test split or, without any, of all in the last logged batch."""
     is_measured = any(tier_activity(record, 1, True) is not None for record in records)
     shown = [record for record in records if tier_activity(record, 1, is_measured) is not None]
     if not shown:

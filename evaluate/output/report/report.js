@@ -125,7 +125,7 @@ function compared(shown) {
   W = innerWidth < 600 ? 340 : 620; H = 260;
   const chart = scatter(points, ["L0 (active latents per token)", "explained variance"]);
   W = 340; H = 170;
-  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : data.is_measured ? "As core measured." : "Of the validation split, as training measured."));
+  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : data.is_measured ? "As measured by core." : "On the validation split, as measured by training."));
 }
 
 beginTheme();

@@ -31,10 +31,10 @@ COLUMNS = (
     Column("penalty", "coefficient", lambda r: r.setting("penalty")),
     SHARED["l0"],
     SHARED["explained_variance"],
-    Column("with massive rows", "the same of all rows", with_massive),
+    Column("with massive rows", "the same over all rows", with_massive),
     SHARED["ce_score"],
     SHARED["kl_score"],
-    Column("dead", "of latents, as training ended", lambda r: r.outcome.get("dead_share")),
+    Column("dead", "of latents, at the end of training", lambda r: r.outcome.get("dead_share")),
     SHARED["probing"],
     measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
     measured("composed", "share of tier 2, of few", "tiers", "composition.coverage_few_2"),
@@ -88,7 +88,7 @@ def remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
         lines.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
     massive = [
         f"{record.name}: {found:,} of {found + record.outcome['validation_tokens']:,} tokens of the validation split "
-        "are massive, their norm many times the median; explained variance is without."
+        "are massive, their norm many times the median; explained variance leaves them out."
         for record in records
         if (found := record.outcome.get("validation_massive"))
     ]
@@ -142,8 +142,7 @@ def _curves(record: Record) -> dict[str, Any]:
 
 
 def _quality(record: Record, is_measured: bool) -> dict[str, float | None]:
-    """Core's numbers if it measured any SAE, otherwise training's: those on held-out text or, while it runs, the last
-    logged."""
+    """Core's numbers if it measured any SAE, otherwise training's: on held-out text or, while it runs, last logged."""
     names = ("l0", "explained_variance")
     if is_measured:
         return {name: _rounded(record.metric("core", CORE[name])) for name in names}

@@ -305,7 +305,7 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     page.wait_for_selector("html[data-ready]")
     assert page.locator("progress").count() == 0
     assert "0.625" in page.inner_text("table")
-    assert "Of the validation split, as training measured." in page.inner_text("body")
+    assert "On the validation split, as measured by training." in page.inner_text("body")
 
 
 def test_names_of_saes_stay_where_a_wide_table_is_moved(live, open_report):
