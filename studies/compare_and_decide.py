@@ -191,19 +191,11 @@ def own_controls(label: str, methods: Sequence[str], controls: Sequence[str]) ->
 
 
 def _judge(
-    label: str,
-    base: str,
-    controls: Sequence[str],
-    values: Families,
-    found: Sequence[Difference],
-    used: Sequence[str],
+    label: str, base: str, controls: Sequence[str], values: Families, found: Sequence[Difference], used: Sequence[str]
 ) -> Finding:
     rivals = (base, *controls)
-    differences = {
-        (one.against, one.measure): one
-        for one in found
-        if one.label == label and one.against in rivals and one.measure in used
-    }
+    own = (one for one in found if one.label == label and one.against in rivals and one.measure in used)
+    differences = {(one.against, one.measure): one for one in own}
     to_base = [one for (other, _), one in differences.items() if other == base]
     if not to_base:
         return Finding(label, "undecided", "no measure that counts has a number")

@@ -81,38 +81,31 @@ def read_lines(
     uneven = {eval_id: differing(found.values()) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
-        is_half = at_half.get("steps") == result["steps"] // 2
-        if label in at_half["saes"] and is_half:
+        problems = [] if result["steps"] > 0 else ["it made no step"]
+        if label in without_half:
+            problems.append(f"its growth is not known: {half.name} diverged, or has not ended")
+        elif label in at_half["saes"] and at_half["steps"] == result["steps"] // 2:
             now, then = sae["explained_variance"], at_half["saes"][label]["explained_variance"]
             values["growth"] = None if now is None or then is None else now - then
+        elif label in at_half["saes"]:
+            problems.append(
+                f"its growth is not known: expected {result['steps'] // 2} steps of {half.name}, found "
+                f"{at_half['steps']}: remove {half.path} and ask for the study again"
+            )
         if costs:
             seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
             values["state_mb"] = None if size is None else size / 1e6
         model = None
         remarks = [f"a warm-up or onset of {wanted} steps took {given}" for wanted, given in sae.get("cut_short", ())]
-        problems = [] if result["steps"] > 0 else ["it made no step"]
-        if label in at_half["saes"] and not is_half:
-            problems.append(
-                f"its growth is not known: expected {result['steps'] // 2} steps of {half.name}, found "
-                f"{at_half['steps']}: remove {half.path} and ask for the study again"
-            )
-        if label in without_half:
-            problems.append(f"its growth is not known: {half.name} diverged, or has not ended")
         for eval_id in eval_ids:
             document = documents[eval_id].get(label)
             if document is None:
                 (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
                 continue
-            if uneven[eval_id]:
-                problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
-                continue
-            if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
-                problems.append(f"{eval_id} is left out: its result is of weights that the SAE no longer has")
-                continue
-            difference = other_settings(eval_id, document, (asked or {}).get(eval_id))
-            if difference := difference or other_store(eval_id, document, folder):
-                problems.append(f"{eval_id} is left out: its result is of {difference}")
+            reason = f"results of this run differ in {uneven[eval_id]}" if uneven[eval_id] else ""
+            if reason := reason or why_outdated(eval_id, document, label, folder, (asked or {}).get(eval_id)):
+                problems.append(f"{eval_id} is left out: {reason}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {column_of(eval_id, metric, eval_ids): value for metric, value in found.items()}
@@ -143,6 +136,14 @@ def titles_of(eval_ids: Sequence[str]) -> dict[str, str]:
         for eval_id, metric in columns
         if not (name := short_name(metric, evals.load(eval_id).summary)).startswith(eval_id)
     }
+
+
+def why_outdated(eval_id: str, document: Mapping[str, Any], label: str, folder: RunFolder, asked: Any | None) -> str:
+    """Why a result is not about the run as it is now, with the settings asked for; empty if it is."""
+    if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
+        return "its result is of weights that the SAE no longer has"
+    difference = other_settings(eval_id, document, asked) or other_store(eval_id, document, folder)
+    return f"its result is of {difference}" if difference else ""
 
 
 def other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:

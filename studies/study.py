@@ -127,7 +127,7 @@ def main(
         make_configs(evals.ALL, evaluation)  # refuses unknown settings before anything is trained
     results: dict[Path, list[Line]] = {}
     try:
-        # Redirected for the commands that it runs, too.
+        # With --json, what the commands run here print must not mix with the document.
         with report_errors(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():
             chosen = {study: restrict(choose(study, only), only_evals) for study in names or studies()}
             for line in unused(list(chain.from_iterable(chosen.values())), only_evals, evaluation, seeds, baselines):

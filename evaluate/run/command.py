@@ -42,13 +42,12 @@ from .find_saes_to_evaluate import Absent, Problem, find_all, say_absent
 from .offer_training import offer_training
 from .run_evals import Keep, kept_rows, run_evals
 
-FAILED, NOT_RUN = 1, 3
+FAILED, NOT_RUN = 1, 3  # exit statuses, if anything failed or was not run
 Complain = Callable[[str], None]
 
 
 def run(words: Mapping[str, Any], complain: Complain) -> int:
-    """Evaluate, print and draw; return the exit status: 0 all done, 1 something failed, 3 something was not run. A
-    problem with one target does not stop the others."""
+    """Evaluate, print and draw; return the exit status. A problem with one target does not stop the others."""
     with report_errors(complain):
         rows, problems, absent = measure(
             words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal()

@@ -175,13 +175,13 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _read_sizes(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Inputs, latents and bytes in memory, if a folder in SAELens' layout gives them without reading its weights. A
-    signed SAE is evaluated with each latent twice."""
+    """Inputs, latents and bytes in memory, if a folder in SAELens' layout gives them without reading its weights."""
     if not config or not (folder / WEIGHTS).is_file():
         return None
     shapes = read_shapes(folder / WEIGHTS)
     match shapes.get("W_enc", (config.get("d_in"), config.get("d_sae"))):
         case (int(d_in), int(width)):
+            # A signed SAE is evaluated with each latent twice.
             is_signed = "abstopk" in (config.get("gate"), config.get("architecture"))
             return d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed)
         case _:

@@ -157,6 +157,8 @@ def _describe_hooks(subject: LoadedSae) -> str:
 
 
 class _Attempts:
+    """One evaluation of several SAEs, together and, after an error, one by one."""
+
     def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
         self._context, self._eval_id, self._config, self._settings = context, eval_id, config, settings
         self._evaluation = evals.load(eval_id)
@@ -184,7 +186,7 @@ class _Attempts:
         return None
 
     def _run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """A row for each; after an error in the evaluation of several, those without one are tried one by one."""
+        """A row for each; after an error, those without one are tried one by one."""
         rows: list[Row] = []
         crash, reason = None, "the evaluation gave no result for it"
         try:
@@ -199,7 +201,7 @@ class _Attempts:
         pending = [subject for subject in subjects if subject not in {row.subject for row in rows}]
         if crash is None:
             return rows + [self._not_run(subject, reason) for subject in pending]
-        if len(pending) == 1 and len(subjects) == 1:
+        if len(pending) == len(subjects) == 1:
             return [self._failed(pending[0], crash)]
         for subject in pending:
             rows += self._run([subject])

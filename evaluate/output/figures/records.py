@@ -267,9 +267,7 @@ def read_documents(
     }
 
 
-def of_one_version(
-    documents: Documents, known: Documents, now: Sequence[Any] | None = None
-) -> dict[Path, Mapping[str, Any]]:
+def of_one_version(documents: Documents, known: Documents, now: Sequence[Any] | None) -> dict[Path, Mapping[str, Any]]:
     """The results with the weights and place `now` or, if that is None, with those of a result in memory or the newest
     one: nothing else tells apart revisions of an SAE from the Hub, or the layers that `--layer` gave to one."""
 

@@ -170,7 +170,7 @@ def test_a_run_that_was_removed_meanwhile_gets_no_browser(bench, monkeypatch, mo
         go_on = getattr(evaluation, moment)
         patch.setattr(evaluation, moment, lambda *args: shutil.rmtree(bench.run) or go_on(*args))
         found = bench.build()
-    assert ["was removed or moved during its evaluation" in str(one.error) for one in found] == [True, True]
+    assert ["was removed or moved meanwhile" in str(one.error) for one in found] == [True, True]
     assert not bench.run.exists()
 
 
