@@ -86,10 +86,10 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("study_runs"), show_default=True, metavar="DIR")
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
 @click.option("--epochs", metavar="N", help="How many times the store may be read.")
-@click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")
+@click.option("--width", metavar="F", help="SAE latents.  [default: the recipe's, at most 16 times the residual width]")
 @click.option("--only", metavar="RUN,RUN", help="Only these runs of the study.  [default: all but decisive]")
 @click.option(
-    "--seeds", type=click.IntRange(1), help="Seeds of each run that compares SAEs.  [default: the recipe's, 3 or 5]"
+    "--seeds", type=click.IntRange(1), help="Seeds for runs that compare SAEs.  [default: the recipe's, 3 or 5]"
 )
 @click.option(
     "--with-baselines", "baselines", is_flag=True, help="Train sanity baselines along with the SAEs that are compared."
