@@ -1,4 +1,4 @@
-"""`sae-eval`: measures trained SAEs, and says what could not be measured."""
+"""`sae-eval`: measure trained SAEs, and report what could not be measured."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     shell_complete=complete_evals,
     help=f"all, or any of {', '.join(evals.names())}. browser makes pages that show all latents.",
 )
-@click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
+@click.option("--cache", metavar="URL", help="The store.  [default: the one the run was trained on]")
 @click.option("--runs", default=cli_support.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
-@click.option("--layer", type=click.IntRange(0), metavar="L", help="The layer that an SAE reads, if it does not say.")
+@click.option(
+    "--layer", type=click.IntRange(0), metavar="L", help="The layer that an SAE reads, if its files name none."
+)
 @click.option("--model", metavar="NAME", help="As for sae-harvest.  [default: the one that made the store]")
 @click.option(
     "--dtype",
@@ -62,7 +64,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="Print one table of results; evaluate only what has no complete result.")
-@click.option("--resume", is_flag=True, help="Skip what was already done with the same settings.")
+@click.option("--resume", is_flag=True, help="Skip what is already done with the same settings.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Save plots next to the results.")
 @click.option(
     "--set", multiple=True, metavar="EVAL.KEY=V", help="A setting, such as core.split=validation; a list is a,b."

@@ -24,11 +24,11 @@ class TargetUnknown(EvalError, FileNotFoundError):
 
 
 class RunUnfinished(EvalError, ValueError):
-    """A run has not ended, or has saved no SAE."""
+    """A run has not finished, or has saved no SAE."""
 
 
 class SaeGone(EvalError, FileNotFoundError):
-    """The SAE was removed, moved or written anew while it was evaluated."""
+    """The SAE was removed, moved or overwritten during its evaluation."""
 
 
 class StoreGone(EvalError, FileNotFoundError):
@@ -40,7 +40,7 @@ class CacheIdMismatch(EvalError, ValueError):
 
 
 class WidthMismatch(EvalError, ValueError):
-    """An SAE reads activations of another width than the store or the model has."""
+    """The width that an SAE reads is not that of the store or the model."""
 
 
 class ResultInvalid(EvalError, ValueError):
@@ -52,7 +52,7 @@ class ResultFromLater(EvalError, ValueError):
 
 
 class Incomparable(EvalError, ValueError):
-    """Results of different stores or settings cannot be in one table."""
+    """Results from different stores or settings cannot share a table."""
 
 
 class MemoryTooSmall(EvalError, MemoryError):

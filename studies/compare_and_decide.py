@@ -1,20 +1,20 @@
-"""Whether SAEs of a run differ, and what that decides.
+"""Whether the SAEs of a run differ, and what that decides.
 
-Each SAE is compared with the base and with each control, at each measure that it was not trained on. At each seed
-the two saw the same text in the same order from the same initial weights, so differences are taken seed by seed, with
-intervals, corrected for how many comparisons there are.
+Each SAE is compared with the base and with each control, at each measure that it was not trained on. With the same
+seed, both saw the same text in the same order from the same initial weights, so differences are taken seed by seed,
+with intervals, and p corrected for the number of comparisons.
 
-What they decide is the rule of `docs/studies/questions.md`, as written there before the runs:
+The rule is that of `docs/studies/questions.md`, written down before the runs:
 
-1. A budget counts if the base has converged: at half the length, known for every seed, it explains less than
-   `MOST_GROWTH` less.
+1. A budget counts if the base has converged: doubling its length gained less than `MOST_GROWTH` of explained
+   variance, known for every seed.
 2. A measure counts if no sanity baseline does as well at it as the base.
-3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
-   comparisons of the run, and by the same test worse than none of them at the others. It does not help if every
-   interval against the base excludes a gain of one standard deviation of the base over seeds (where these are all
-   alike at a measure, any gain that was found). Anything else is undecided, as is a method that lacks a measure that
-   counts; one whose base is alike in all seeds at every measure, which is one seed; and a gain of an SAE with more
-   active latents than the base: more latents explain more, whatever the method.
+3. A method helps if it beats its base and all its controls at one measure, corrected for all comparisons of the run,
+   and by the same test is worse than none of them at the others. It does not help if every interval against the base
+   excludes a gain of one standard deviation of the base over seeds (any gain found, where these are all alike).
+   Anything else is undecided, and so is a method without a number at a measure that counts; one whose base is alike in
+   all seeds at every measure, which amounts to one seed; and a gain with more active latents than the base has, as
+   more latents explain more whatever the method.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DECISIVE = "decisive"
 """The run of a study that the rule applies to, on this model and with this many seeds or more."""
 MODEL, SEEDS = "smollm2", 5
 MOST_GROWTH = 0.01
-"""What a budget may gain by the last doubling. Growth within a run says nothing: as the rate falls to zero, every run
-grows at the end."""
+"""The most that the last doubling of a budget may gain. Growth within a run says nothing: as the learning rate falls to
+zero, every run grows at the end."""
 MOST_L0 = 1.05
-"""Relative to the base's: how closely a requested L0 is met."""
+"""Relative to the base's, as a requested L0 is met only about this closely."""
 Families = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """Values by SAE, seed and measure."""
 
@@ -62,10 +62,8 @@ class Difference:
         return "more" if self.mean > 0 else "less"
 
 
-def compare(
-    values: Mapping[str, Mapping[int, Mapping[str, float | None]]], against: Sequence[str], measures: Iterable[str]
-) -> list[Difference]:
-    """`values` by label, seed and measure. A measure that fewer than two seeds have is not compared."""
+def compare(values: Families, against: Sequence[str], measures: Iterable[str]) -> list[Difference]:
+    """All differences. A measure that fewer than two seeds have is not compared."""
     found = []
     for measure in measures:
         for label, own in values.items():
@@ -83,7 +81,7 @@ def compare(
 def _difference(label: str, against: str, measure: str, numbers: Sequence[float]) -> Difference:
     mean, count = statistics.fmean(numbers), len(numbers)
     error = statistics.stdev(numbers) / count**0.5
-    if error <= abs(mean) * ALIKE:  # without a spread of seeds to test by, the p of a test by their signs
+    if error <= abs(mean) * ALIKE:  # no spread over seeds to test against: the p of a sign test instead
         p = 1.0 if mean == 0.0 else 2.0 ** (1 - count)
     else:
         p = float(2 * stats.t.sf(abs(mean) / error, count - 1))
@@ -108,7 +106,7 @@ def corrected(found: Sequence[Difference]) -> list[Difference]:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the rule says about one SAE of a run, and the numbers behind it."""
+    """The rule's verdict on one SAE of a run, and the numbers behind it."""
 
     label: str
     verdict: str
@@ -182,67 +180,63 @@ def _notes_of_baselines(values: Families, useless: Sequence[str], used: Sequence
     baselines = [seeds for label, seeds in values.items() if is_baseline(label)]
     unasked = [measure for measure in used if not any(values_of(seeds, measure) for seeds in baselines)]
     if not baselines:
-        yield "no sanity baseline stands beside it"
+        yield "there is no sanity baseline"
     elif unasked:
         yield f"no sanity baseline has a number at {', '.join(unasked)}"
 
 
 def own_controls(label: str, methods: Sequence[str], controls: Sequence[str]) -> list[str]:
-    """The controls without those of another method: `encoders_scattered` is the control of `encoders`."""
+    """The controls except those of other methods: `encoders_scattered` is the control of `encoders`."""
     return [one for one in controls if not any(one.startswith(f"{other}_") for other in methods if other != label)]
 
 
 def _judge(
-    label: str,
-    base: str,
-    controls: Sequence[str],
-    values: Families,
-    found: Sequence[Difference],
-    used: Sequence[str],
+    label: str, base: str, controls: Sequence[str], values: Families, found: Sequence[Difference], used: Sequence[str]
 ) -> Finding:
     rivals = (base, *controls)
-    about = [one for one in found if one.label == label and one.against in rivals and one.measure in used]
-    own = {(one.against, one.measure): one for one in about}
-    to_base = [one for (other, _), one in own.items() if other == base]
+    own = (one for one in found if one.label == label and one.against in rivals and one.measure in used)
+    differences = {(one.against, one.measure): one for one in own}
+    to_base = [one for (other, _), one in differences.items() if other == base]
     if not to_base:
         return Finding(label, "undecided", "no measure that counts has a number")
-    lacking = [measure for measure in used if any((other, measure) not in own for other in rivals)]
-    worse = [f"worse than {one.against} at {one.measure}" for one in about if one.verdict == "less"]
+    missing = [measure for measure in used if any((other, measure) not in differences for other in rivals)]
+    worse = [f"worse than {one.against} at {one.measure}" for one in differences.values() if one.verdict == "less"]
     better = [
         one.measure
         for one in to_base
-        if all((other := own.get((rival, one.measure))) and other.verdict == "more" for rival in rivals)
+        if all((other := differences.get((rival, one.measure))) and other.verdict == "more" for rival in rivals)
     ]
     names = " and ".join(rivals)
-    lost = ", ".join(worse) or f"worse than {' or '.join(rivals)} at nothing"
-    gained = f"better than {names} at {', '.join(better)}" if better else f"better than all of {names} at nothing"
+    losses = ", ".join(worse) or f"worse than {' or '.join(rivals)} at nothing"
+    gains = f"better than {names} at {', '.join(better)}" if better else f"better than all of {names} at nothing"
     deviations = {one.measure: _deviation(values_of(values[base], one.measure)) for one in to_base}
-    open_ones = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
-    fewer = sorted({one.measure for one in own.values() if one.seeds < len(values[base])}, key=used.index)
-    partly = f"; of fewer than {len(values[base])} seeds: {', '.join(fewer)}" if fewer else ""
-    if lacking:
-        return Finding(label, "undecided", f"not measured: {', '.join(lacking)}; {gained}; {lost}{partly}")
+    possible = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
+    fewer = sorted({one.measure for one in differences.values() if one.seeds < len(values[base])}, key=used.index)
+    of_fewer = f"; of fewer than {len(values[base])} seeds: {', '.join(fewer)}" if fewer else ""
+    if missing:
+        return Finding(label, "undecided", f"not measured: {', '.join(missing)}; {gains}; {losses}{of_fewer}")
     if better and not worse:
         denser = _why_denser(values, label, base)
-        return Finding(label, "undecided" if denser else "helps", f"{gained}, {lost}{denser}{partly}")
-    if any(deviations.values()) and not open_ones:
-        return Finding(label, "does not help", f"no interval leaves room for a gain of one deviation; {lost}{partly}")
-    still = f"a gain is not excluded at {', '.join(open_ones) or 'any'}"
-    return Finding(label, "undecided", f"{gained}; {lost}; {still}{partly}")
+        return Finding(label, "undecided" if denser else "helps", f"{gains}, {losses}{denser}{of_fewer}")
+    if any(deviations.values()) and not possible:
+        why = f"no interval leaves room for a gain of one deviation; {losses}{of_fewer}"
+        return Finding(label, "does not help", why)
+    not_excluded = f"a gain is not excluded at {', '.join(possible) or 'any'}"
+    return Finding(label, "undecided", f"{gains}; {losses}; {not_excluded}{of_fewer}")
 
 
 def _why_denser(values: Families, label: str, base: str) -> str:
-    """What to say if an SAE has more active latents than the base, on average over seeds; otherwise empty."""
+    """A note if an SAE has more active latents than the base, on average over seeds; otherwise empty."""
     found = [values_of(values[one], "l0") for one in (label, base)]
     if not all(found):
         return ""
-    own, its = map(statistics.fmean, found)
-    return f"; not at equal sparsity, L0 {own:.1f} against {its:.1f}" if own > MOST_L0 * its else ""
+    own, of_base = map(statistics.fmean, found)
+    return f"; not at equal sparsity, L0 {own:.1f} against {of_base:.1f}" if own > MOST_L0 * of_base else ""
 
 
 def _may_gain(one: Difference, deviation: float) -> bool:
-    """Whether the interval leaves room for a gain of one deviation. If the seeds of the base are all alike, that is
-    zero, which the interval of an SAE just like the base always includes: then only a gain that was found counts."""
+    """Whether the interval leaves room for a gain of one deviation. If the base's seeds are all alike, that is zero,
+    which the interval of an SAE just like the base always includes: then only a gain that was found counts."""
     return one.mean + one.half_width >= deviation if deviation > 0.0 else one.mean > 0.0
 
 

@@ -40,7 +40,7 @@ class Line:
     run: str
     label: str
     values: dict[str, float | None]
-    """None for what was measured and gave no number."""
+    """None for a measure that gave no number."""
     problems: list[str]
     remarks: list[str] = field(default_factory=list)
     """Why numbers are missing, if an evaluation says so."""
@@ -64,7 +64,7 @@ Results = Sequence[tuple[Recipe, Sequence[Line]]]
 def read_lines(
     folder: RunFolder, eval_ids: Sequence[str], costs: bool = False, asked: Mapping[str, Any] | None = None
 ) -> list[Line]:
-    """The results of a finished run, and of its evaluations if these have the settings `asked` for."""
+    """The results of a finished run and, as far as they have the settings `asked` for, of its evaluations."""
     result = read_json(folder.path / "result.json")
     half = RunFolder(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json") if half.is_finished else {"saes": {}}
@@ -81,38 +81,31 @@ def read_lines(
     uneven = {eval_id: differing(found.values()) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
-        is_half = at_half.get("steps") == result["steps"] // 2
-        if label in at_half["saes"] and is_half:
+        problems = [] if result["steps"] > 0 else ["it made no step"]
+        if label in without_half:
+            problems.append(f"its growth is not known: {half.name} diverged, or has not ended")
+        elif label in at_half["saes"] and at_half["steps"] == result["steps"] // 2:
             now, then = sae["explained_variance"], at_half["saes"][label]["explained_variance"]
             values["growth"] = None if now is None or then is None else now - then
+        elif label in at_half["saes"]:
+            problems.append(
+                f"its growth is not known: expected {result['steps'] // 2} steps of {half.name}, found "
+                f"{at_half['steps']}: remove {half.path} and ask for the study again"
+            )
         if costs:
             seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
             values["state_mb"] = None if size is None else size / 1e6
         model = None
         remarks = [f"a warm-up or onset of {wanted} steps took {given}" for wanted, given in sae.get("cut_short", ())]
-        problems = [] if result["steps"] > 0 else ["it made no step"]
-        if label in at_half["saes"] and not is_half:
-            problems.append(
-                f"its growth is not known: expected {result['steps'] // 2} steps of {half.name}, found "
-                f"{at_half['steps']}: remove {half.path} and ask for the study again"
-            )
-        if label in without_half:
-            problems.append(f"its growth is not known: {half.name} diverged, or has not ended")
         for eval_id in eval_ids:
             document = documents[eval_id].get(label)
             if document is None:
                 (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
                 continue
-            if uneven[eval_id]:
-                problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
-                continue
-            if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
-                problems.append(f"{eval_id} is left out: its result is of weights that the SAE no longer has")
-                continue
-            other = of_other_settings(eval_id, document, (asked or {}).get(eval_id))
-            if other := other or of_other_store(eval_id, document, folder):
-                problems.append(f"{eval_id} is left out: its result is of {other}")
+            reason = f"results of this run differ in {uneven[eval_id]}" if uneven[eval_id] else ""
+            if reason := reason or why_outdated(eval_id, document, label, folder, (asked or {}).get(eval_id)):
+                problems.append(f"{eval_id} is left out: {reason}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {column_of(eval_id, metric, eval_ids): value for metric, value in found.items()}
@@ -124,11 +117,11 @@ def read_lines(
                 problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks, model))
-    return lines + [Line(folder.name, label, {}, [said]) for label, said in result.get("diverged", {}).items()]
+    return lines + [Line(folder.name, label, {}, [reason]) for label, reason in result.get("diverged", {}).items()]
 
 
 def column_of(eval_id: str, metric: str, among: Sequence[str]) -> str:
-    """The short name of a metric; with its evaluation's where core or another of these has the same."""
+    """The short name of a metric, after its evaluation's if core or another of these has one of the same name."""
     name = short_name(metric, evals.load(eval_id).summary)
     others = [evals.load(other).summary for other in {CORE, *among} - {eval_id}]
     is_shared = any(name == short_name(other, summary) for summary in others for other in summary)
@@ -145,8 +138,16 @@ def titles_of(eval_ids: Sequence[str]) -> dict[str, str]:
     }
 
 
-def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:
-    """How an earlier result differs that was left in place because an evaluation with these settings failed."""
+def why_outdated(eval_id: str, document: Mapping[str, Any], label: str, folder: RunFolder, asked: Any | None) -> str:
+    """Why a result is not about the run as it is now, with the settings asked for; empty if it is."""
+    if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
+        return "its result is of weights that the SAE no longer has"
+    difference = other_settings(eval_id, document, asked) or other_store(eval_id, document, folder)
+    return f"its result is of {difference}" if difference else ""
+
+
+def other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:
+    """The settings in which a result differs: it is an earlier one if the evaluation with those asked for failed."""
     if asked is None:
         return ""
     revision = evals.load(eval_id).revision
@@ -155,8 +156,8 @@ def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | No
     return describe_differences(document, wanted)
 
 
-def of_other_store(eval_id: str, document: Mapping[str, Any], folder: RunFolder) -> str:
-    """How a result differs if `sae-eval` has since measured the run in another way."""
+def other_store(eval_id: str, document: Mapping[str, Any], folder: RunFolder) -> str:
+    """How a result differs if `sae-eval` has since measured the run on other activations."""
     settings = settings_in(document)
     if not evals.load(eval_id).needs.store:
         return ""
@@ -164,7 +165,7 @@ def of_other_store(eval_id: str, document: Mapping[str, Any], folder: RunFolder)
         return "residuals computed from tokens (--from-tokens), not those of the store"
     found = settings.get("cache_id")
     own = None if found is None else cache_of(folder)[1]
-    return "" if found == own else f"the store with cache id {found}, and the run is of {own}"
+    return "" if found == own else f"the store with cache id {found}, but the run is of {own}"
 
 
 def model_of(document: Mapping[str, Any]) -> str | None:
@@ -172,7 +173,7 @@ def model_of(document: Mapping[str, Any]) -> str | None:
 
 
 def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
-    """Steps, and the explained variance of the batch, as the run logged them."""
+    """Steps and the explained variance of their batches, as the run logged them."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in read_log(folder.metrics):
         if isinstance(line.get(LOGGED), float):
@@ -186,13 +187,13 @@ def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, floa
     ours = document.get("saemill", {})
     if not names and ours.get("missing"):
         return [f"{eval_id} is of a part of its data: {ours['missing']}"]
-    said = f"its result says: {ours['remark']}" if ours.get("remark") else "its result does not say why"
-    reason = ours.get("missing") or said
+    remark = f"its result says: {ours['remark']}" if ours.get("remark") else "its result does not say why"
+    reason = ours.get("missing") or remark
     return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
 
 
 def measured_on(document: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    """The model and the store that a run's numbers are of, as far as its results say."""
+    """The model and the store that a run's numbers come from, as far as its results say."""
     store = document.get("saemill", {}).get("cache_id")
     if store is None:
         return []

@@ -1,9 +1,9 @@
-"""Plots of a run of several seeds, as PNG and SVG: a seed is a point, and a band is what seeds leave uncertain.
+"""Plots of a run with several seeds, as PNG and SVG.
 
-`RUN_measures`: a panel for each measure, a row for each SAE: its seeds, and the 95 % interval of their mean. The
-interval of the base runs through all rows, so that whatever lies outside it shows at a glance. The axis is as wide as
-what is compared: a sanity baseline far off is an arrow with its mean.
-`RUN_training`: explained variance over training, the mean of an SAE's seeds in the band from its least to its most.
+`RUN_measures`: a panel for each measure, a row for each SAE: its seeds as points, and the 95 % interval of their mean
+as a band. The base's interval runs through all rows, so that whatever lies outside it shows at a glance. The axis spans
+the SAEs that are compared: a sanity baseline outside it is an arrow with its mean.
+`RUN_training`: explained variance over training: the mean of an SAE's seeds, in a band from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..evaluate.output.figures.style import INK, Look, caption, look, new_figure
 from ..evaluate.output.plots import KINDS, save
 from .compare_and_decide import Families, half_width, is_baseline, values_of
 
-SMOOTHED = 40  # points of a curve at most: each is the mean of the batches that it stands for
+SMOOTHED = 40  # points of a curve at most, each the mean of several batches
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 """Steps and values over training by SAE, a list for each seed."""
 
@@ -29,7 +29,7 @@ Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 def draw_bands(
     run: str, title: str, values: Families, base: str, curves: Curves, out: Path, more_is_better: Collection[str] = ()
 ) -> list[Path]:
-    """Draw both plots, as far as there are numbers for them; `more_is_better` are measures."""
+    """Draw both plots, as far as there are numbers for them; `more_is_better` names measures."""
     out.mkdir(parents=True, exist_ok=True)
     looks = {label: look(place) for place, label in enumerate(values)}
     measures = draw_measures(title, values, base, looks, more_is_better)
@@ -38,7 +38,7 @@ def draw_bands(
     for name, figure in figures.items():
         paths = [out / f"{run}_{name}.{kind}" for kind in KINDS]
         for path in paths:
-            path.unlink(missing_ok=True)  # a plot of what is no longer there
+            path.unlink(missing_ok=True)  # an earlier plot, of which there may be no numbers now
         if figure is not None:
             save(figure, paths[0])
             written += paths
@@ -48,13 +48,15 @@ def draw_bands(
 def draw_measures(
     title: str, values: Families, base: str, looks: Mapping[str, Look], more_is_better: Collection[str] = ()
 ) -> Figure | None:
-    """A measure that one SAE alone has, such as growth, has no panel, nor one that is the same for all to four digits,
-    such as L0 on a top-k base."""
+    """A panel for each measure, except one that a single SAE has, such as growth, or that is the same for all to four
+    digits, such as L0 on a top-k base."""
     columns = list(dict.fromkeys(name for seeds in values.values() for one in seeds.values() for name in one))
-    numbers = {name: {label: values_of(seeds, name) for label, seeds in values.items()} for name in columns}
-    told = {name: {f"{n:.4g}" for some in found.values() for n in some} for name, found in numbers.items()}
-    has_several = {name: sum(map(bool, found.values())) > 1 for name, found in numbers.items()}
-    shown = {name: found for name, found in numbers.items() if len(told[name]) > 1 and has_several[name]}
+    shown = {}
+    for name in columns:
+        found = {label: values_of(seeds, name) for label, seeds in values.items()}
+        rounded = {f"{number:.4g}" for numbers in found.values() for number in numbers}
+        if len(rounded) > 1 and sum(map(bool, found.values())) > 1:
+            shown[name] = found
     if not shown:
         return None
     figure, axes = new_figure(len(shown), height=max(2.4, 1.0 + 0.26 * len(values)))
@@ -80,7 +82,7 @@ def draw_training(title: str, curves: Curves, looks: Mapping[str, Look]) -> Figu
         drawn = [points for points in seeds if points]
         if not drawn:
             continue
-        shortest = min(map(len, drawn))  # where a seed ends, the mean would be that of the others
+        shortest = min(map(len, drawn))  # beyond its end the mean would be over fewer seeds
         smooth = [smoothed(points[:shortest]) for points in drawn]
         steps = [step for step, _ in smooth[0]]
         at_step = list(zip(*([value for _, value in points] for points in smooth), strict=True))
@@ -98,14 +100,14 @@ def draw_training(title: str, curves: Curves, looks: Mapping[str, Look]) -> Figu
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `SMOOTHED` points, each the mean of its neighbours'."""
+    """At most `SMOOTHED` points, each the mean of as many consecutive ones as needed."""
     size = -(-len(points) // SMOOTHED)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(statistics.fmean(step for step, _ in part), statistics.fmean(v for _, v in part)) for part in parts]
 
 
 def _set_limits(axis: Axes, found: Mapping[str, Sequence[float]]) -> None:
-    """Those of what is compared or, if only baselines have the measure, of these, with its intervals."""
+    """Span the compared SAEs and their intervals or, if only baselines have the measure, those of the baselines."""
     compared = [own for label, own in found.items() if own and not is_baseline(label)] or filter(None, found.values())
     ends = [end for own in compared for end in (min(own), max(own), *_interval(own))]
     low, high = min(ends), max(ends)

@@ -1,4 +1,4 @@
-"""The table of a study, on the console and as table.md and table.json: numbers by SAE, and how they differ by seed."""
+"""A study's tables, on the console and as table.md and table.json: each SAE's numbers, and the differences by seed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MEASURES = (
     "tpp_threshold_10_total_metric",
     "tpp_threshold_50_total_metric",
 )
-"""The measures that SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each of its
-numbers is about pairs of seeds, so that five of them are not five independent ones."""
+"""The measures that SAEs are compared at (`docs/studies/questions.md`). How much another seed finds again is not among
+them: each of its numbers is about pairs of seeds, so those of five seeds are not independent."""
 
 
 def write_tables(results: Results, out: Path, console: Console) -> None:
@@ -43,11 +43,12 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
         ruler = ["---", "---", *("--:" for _ in head[2:])]
         markdown = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
         parts.append(f"**{title}**\n\n{markdown}")
-    remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select]
-    remarks += told_of(every, lambda line: line.remarks)
+    remarks = [ranking(recipe, lines) for recipe, lines in results if recipe.select]
+    remarks += by_subject(every, lambda line: line.remarks)
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
-    remarks += [f"failed: {problem}" for problem in told_of(every, lambda line: line.problems)]  # for readers of files
+    # In the file alone: the command itself prints its problems at the end.
+    remarks += [f"failed: {problem}" for problem in by_subject(every, lambda line: line.problems)]
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
@@ -59,37 +60,37 @@ def rows_of(lines: Iterable[Line]) -> list[dict[str, Any]]:
     return without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
 
 
-def told_of(lines: Iterable[Line], said: Callable[[Line], Iterable[str]]) -> list[str]:
-    """Each remark once, with its subject: the seeds of an SAE are one name, and all SAEs of a run are the run."""
-    about: dict[tuple[str, str], list[str]] = {}
-    everybody: dict[str, set[str]] = {}
+def by_subject(lines: Iterable[Line], remarks_of: Callable[[Line], Iterable[str]]) -> list[str]:
+    """Each remark once, after the SAEs it is about: seeds share a name, and all SAEs of a run are named as the run."""
+    labels_by_remark: dict[tuple[str, str], list[str]] = {}
+    labels_of_run: dict[str, set[str]] = {}
     for line in lines:
-        everybody.setdefault(line.run, set()).add(line.label)
-        for remark in said(line):
-            about.setdefault((line.run, remark), []).append(line.label)
-    told = []
-    for (run, remark), labels in about.items():
+        labels_of_run.setdefault(line.run, set()).add(line.label)
+        for remark in remarks_of(line):
+            labels_by_remark.setdefault((line.run, remark), []).append(line.label)
+    found = []
+    for (run, remark), labels in labels_by_remark.items():
         names = ", ".join(dict.fromkeys(SEED.sub("", label) for label in labels))
-        told.append(f"{run}: {remark}" if set(labels) == everybody[run] else f"{run}/{names}: {remark}")
-    return told
+        found.append(f"{run}: {remark}" if set(labels) == labels_of_run[run] else f"{run}/{names}: {remark}")
+    return found
 
 
-def selected(recipe: Recipe, lines: Sequence[Line]) -> str:
-    """Which SAE of a run is the best by what it is selected by; it is of one seed, so it only says where to look."""
+def ranking(recipe: Recipe, lines: Sequence[Line]) -> str:
+    """A run's SAEs by the measure that the recipe selects by. It has one seed, so this only shows where to look."""
     found = {line.label: value for line in lines if (value := line.values.get(recipe.select)) is not None}
     if not found:
         return f"{recipe.name}: nothing to select by, no SAE has {recipe.select}"
     order = sorted(found, key=lambda label: -found[label])
-    ranking = ", ".join(f"{label} {found[label]:.4g}" for label in order)
-    return f"{recipe.name}: selected by {recipe.select}: {order[0]} ({ranking})"
+    values = ", ".join(f"{label} {found[label]:.4g}" for label in order)
+    return f"{recipe.name}: selected by {recipe.select}: {order[0]} ({values})"
 
 
 def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Runs of one seed together; each run of several by itself, and then its differences."""
-    alone = [line for recipe, lines in results if recipe.seeds == 1 for line in lines]
-    if alone:
-        columns = _columns(alone)
-        cells = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
+    """One table for all runs with one seed; for each run with several its own, and then one of its differences."""
+    single = [line for recipe, lines in results if recipe.seeds == 1 for line in lines]
+    if single:
+        columns = _columns(single)
+        cells = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in single]
         eval_ids = dict.fromkeys(eval_id for recipe, _ in results if recipe.seeds == 1 for eval_id in recipe.evals)
         titles = titles_of(list(eval_ids))
         yield f"{results[0][0].study}: runs", ["run", "SAE", *(titles.get(one, one) for one in columns)], cells
@@ -109,12 +110,12 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
             head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
             yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
         if rows and recipe.name == DECISIVE:
-            cells = [[one.label, one.verdict, one.why] for one in ruled(recipe, lines, seeds, found)]
+            cells = [[one.label, one.verdict, one.why] for one in apply_rule(recipe, lines, seeds, found)]
             yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
 
 
-def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int, found: Sequence[Difference]) -> list[Finding]:
-    """What the rule says about a run, if it applies to it."""
+def apply_rule(recipe: Recipe, lines: Sequence[Line], seeds: int, found: Sequence[Difference]) -> list[Finding]:
+    """The rule's findings about a run, or why it does not apply."""
     values, outside = families(lines), why_outside({line.model for line in lines if line.values}, seeds)
     if outside is not None:
         return [Finding(label, "not asked", outside) for label in methods_of(values, recipe.against)]

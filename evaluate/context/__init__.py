@@ -1,1 +1,1 @@
-"""What every evaluation is given and may use: context, SAEs, results, data on disk or on the hub."""
+"""What evaluations work with: their context, SAEs, results, and data on disk or on the hub."""

@@ -31,7 +31,7 @@ class Context:
     dtype_name: Literal["bfloat16", "float16", "float32"] | None = None
     """None: the store's, or bfloat16 without a store."""
     from_tokens: bool = False
-    """Run the whole model from tokens even where the store's residuals would do."""
+    """Run the whole model from tokens, even if the store's residuals would do."""
     massive_norms: float | Literal["store's"] | None = "store's"
     """Rows whose norm is beyond this multiple of their layer's median are left out; None: every row counts."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -43,7 +43,7 @@ class Context:
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
     _no_room: str | None = None
-    """Why the model does not fit: text only, as the error would keep what was loaded in memory."""
+    """Why the model does not fit: text only, as the error would keep the loaded weights in memory."""
 
     @property
     def store(self) -> Store:
@@ -57,13 +57,12 @@ class Context:
 
     @property
     def without_tokens(self) -> str | None:
-        """What to do if the store was imported without tokens, so that those it holds are made up; None: they are
-        real."""
+        """What to do about a store imported without tokens, so that those it holds are made up; None: they are real."""
         if self.opened is None or self.manifest.corpus.settings.get("tokens") is not False:
             return None
         return (
-            f"{self.store.url} was imported without tokens: import it into another folder with --tokens FILE, and name "
-            "that by --cache"
+            f"{self.store.url} was imported without tokens: import it into another folder with --tokens FILE, and give "
+            "that folder with --cache"
         )
 
     @property
@@ -74,7 +73,7 @@ class Context:
         return self.massive_norms
 
     def massive(self, layer: Place) -> Massive | None:
-        """What is massive in a layer; None where every row counts, or the store does not hold the layer."""
+        """The massive rows of a layer; None if every row counts, or the store does not hold the layer."""
         if self.massive_multiple is None or site_of(layer) not in self.manifest.sites:
             return None
         if layer not in self._massive:
@@ -83,13 +82,13 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's dtype is the store's, so that a stored residual is exactly what the model computes."""
+        """The model's; by default the store's, so that a stored residual is exactly what the model computes."""
         name = self.dtype_name or (self.opened.manifest.model.dtype if self.opened else "bfloat16")
         return getattr(torch, name)
 
     @property
     def model(self) -> LanguageModel:
-        """The whole language model. Raises ModelMissing or MemoryTooSmall if it does not load, the same each time."""
+        """The whole language model. If it does not load, raises the same ModelMissing or MemoryTooSmall each time."""
         if self._no_room is not None:
             raise MemoryTooSmall(self._no_room)
         if self._model is None:
@@ -173,7 +172,7 @@ def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
 
 
 def require_same_shape(folder: Path, manifest: Manifest) -> None:
-    """For stores that record no revision: a model of another width or depth cannot have made them."""
+    """Refuse a model whose width or depth cannot have made the store, which may record no revision."""
     try:
         facts = read_facts(folder)
     except HarvestError as error:

@@ -1,4 +1,4 @@
-"""A cache on disk of what takes a model long to compute, as JSON files named after everything that decides it."""
+"""A disk cache of values that take a model long to compute: JSON files, named after everything that decides a value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..model.prefix_suffix import LanguageModel
 
 
 def decided_by(**facts: Any) -> str:
-    """The name of a value that exactly these facts decide: a cached value is found again only by the same facts."""
+    """A name for the value that these facts decide: a cached value is found only by exactly the same facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def remembered(folder: str | Path, name: str, decided: str, compute: Callable[[], Any]) -> Any:
     """What `compute` returned when first called under this name; it must be JSON.
 
-    A damaged file counts as none. If the disk takes no file, or the user has no home, as in containers, the value is
+    A damaged file is ignored. If none can be written, or the user has no home, as in some containers, the value is
     computed again next time.
     """
     try:
@@ -38,6 +38,6 @@ def remembered(folder: str | Path, name: str, decided: str, compute: Callable[[]
 
 
 def model_print(model: LanguageModel) -> str:
-    """A fingerprint of a model: tokenizer, dtype, and the sum of every parameter, including the head's: it is cheap."""
+    """A cheap fingerprint of a model: tokenizer, dtype, and the sum of every parameter, including the head's."""
     sums = [float(parameter.float().sum()) for parameter in model.model.parameters()]
     return json.dumps([model.tokenizer.digest, str(model.dtype), sums])

@@ -1,5 +1,5 @@
-"""Data that evaluations measure on: data sets on the hub by their real names, at a commit that results record, with
-errors that say what went wrong and what to do; and the revision of the running Python's library text."""
+"""Data that evaluations measure on: data sets on the hub, at a commit that results record, with errors that say what to
+do; and the revision of the running Python's library text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ...train.run.find_and_load_sae import ANSWER_SECONDS, ask_hub
 from ..errors import DataMissing
 
 _AWAY: list[Exception] = []
-"""Why the hub did not answer, so that it is not waited for twice."""
+"""Why the hub did not answer, kept so that nothing waits for it twice."""
 
 Revision = str | Mapping[str, str]
 """A revision of data: a digest or, for data sets on the hub, the commit of each."""
 
 
 def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]]:
-    """All rows of a split; data that only a script could read is refused."""
+    """All rows of a split. Data that only a script could read is refused."""
     from datasets.exceptions import DatasetsError  # here: it takes seconds to import
 
     try:
@@ -47,24 +47,23 @@ def load_json(dataset: str, file: str) -> Any:
 
 
 @cache
-def commit_of(dataset: str, *branch: str) -> str | None:
+def commit_of(dataset: str, branch: str | None = None) -> str | None:
     """The commit at which a data set is read, fixed for the life of the process: the hub's newest (of a branch, if one
     is named) or, if the hub does not answer, that of an earlier download. None: unknown."""
     from datasets import config  # here: it takes seconds to import
     from huggingface_hub import HfApi, constants
 
     if not (constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE or _AWAY):
-        of = {"revision": branch[0] if branch else None, "timeout": ANSWER_SECONDS}
-        found = ask_hub(lambda: HfApi().dataset_info(dataset, **of).sha)
+        found = ask_hub(lambda: HfApi().dataset_info(dataset, revision=branch, timeout=ANSWER_SECONDS).sha)
         if isinstance(found, str):
             return found
-        if isinstance(found, (TimeoutError, ConnectionError)):  # nor will it for the next data set
+        if isinstance(found, (TimeoutError, ConnectionError)):  # it will not answer for the next data set either
             _AWAY.append(found)
     return downloaded_commit(dataset)
 
 
 def downloaded_commit(dataset: str) -> str | None:
-    """The commit of what is on disk. Without the hub, `datasets` reads what it prepared last, whichever commit is
+    """The commit of the copy on disk. Without the hub, `datasets` reads what it prepared last, whichever commit is
     requested; files come from a snapshot. Both are in a folder named after the commit."""
     from datasets import config  # here: it takes seconds to import
     from huggingface_hub import constants
@@ -81,18 +80,18 @@ def downloaded_commit(dataset: str) -> str | None:
 
 def commits_of(datasets: Iterable[str], converted: Container[str] = ()) -> dict[str, str] | None:
     """The known commits, as an evaluation's `data_revision`; for data sets in `converted`, that of the conversion."""
-    found = {one: commit_of(one, *([CONVERSION] if one in converted else [])) for one in datasets}
+    found = {one: commit_of(one, CONVERSION) if one in converted else commit_of(one) for one in datasets}
     return {dataset: commit for dataset, commit in found.items() if commit} or None
 
 
-def data_meant(told: Revision | None, now: Revision | None) -> Revision | None:
-    """The data revision to judge a result by, from the one that it records. If the present one is unknown, its own
-    counts: the store may be gone, the hub may not answer, and older results record no commit of the hub."""
+def expected_data(recorded: Revision | None, now: Revision | None) -> Revision | None:
+    """The data revision to judge a result by: the present one, but the recorded one where that is unknown, as the store
+    may be gone and the hub may not answer. Older results record no commits, so none are expected."""
     if now is None:
-        return told
-    if isinstance(now, str) or isinstance(told, str):
+        return recorded
+    if isinstance(now, str) or isinstance(recorded, str):
         return now
-    return {dataset: now.get(dataset, commit) for dataset, commit in (told or {}).items()} or None
+    return {dataset: now.get(dataset, commit) for dataset, commit in (recorded or {}).items()} or None
 
 
 @cache

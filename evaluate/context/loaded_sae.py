@@ -32,8 +32,7 @@ MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 @dataclass(frozen=True, eq=False)
 class LoadedSae:
-    """One SAE in raw units, float32, and where it belongs. Its weights are read when they are first used, so that only
-    those of the SAEs in work are in memory."""
+    """One SAE in raw units, float32, and where it belongs. To save memory, its weights are read when first used."""
 
     label: str
     folder: Path  # of the SAE
@@ -56,17 +55,17 @@ class LoadedSae:
         return f"{self.run}/{self.label}" if self.run else self.label
 
     def make_home(self) -> None:
-        """Make the folder of its results, which an SAE of the Hub may lack; a run that was removed while it was
-        evaluated stays gone, or its name would be taken by what is no run."""
+        """Create the folder for its results, which an SAE from the Hub may lack. A run that was removed during its
+        evaluation stays gone: a folder that is not a run would take its name."""
         own = self.folder.resolve()
         if self.home.resolve() in (own, own.parent) and not own.is_dir():
-            raise SaeGone(f"{self.folder} was removed or moved meanwhile: nothing is written for it")
+            raise SaeGone(f"{self.folder} was removed or moved during its evaluation: nothing is written for it")
         self.home.mkdir(parents=True, exist_ok=True)
 
     def require_unchanged(self) -> None:
-        """Refuse to write what was measured on other weights than are there now: it would be taken for theirs."""
+        """Refuse to write results of weights that have since been replaced: they would pass for the new ones'."""
         if self.folder.is_dir() and source_of(self.folder).sha256 != self.sha256:
-            raise SaeGone(f"{self.folder} was written anew while it was evaluated: evaluate it again")
+            raise SaeGone(f"{self.folder} was overwritten during its evaluation: evaluate it again")
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -124,7 +123,7 @@ class LoadedSae:
         return self.layers[0]
 
     def to(self, device: torch.device) -> None:
-        """Move the SAE; `encoder`, which would keep the old memory in use, is made again there."""
+        """Move the SAE. `encoder` is rebuilt there: the old one would keep its memory in use."""
         if self.sae.b_dec.device != device:
             vars(self).pop("encoder", None)
             self.sae.to(device)
@@ -136,15 +135,14 @@ class LoadedSae:
 
     @property
     def together(self) -> int:
-        """The fewest windows that are encoded at once: two for the control, where each reads the other's attention."""
+        """The fewest windows to encode at once: two for the shuffled-attention control, as each reads the other's."""
         reads = self.needs >= {"attention", "row_of"}
         return 2 if reads and self.metadata.get("training_architecture_details", {}).get("shuffle_attention") else 1
 
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
         """Activations [W, T, F]; zero at special tokens if the SAE needs side inputs, which those lack. The control
-        takes windows two by two, so that its numbers do not depend on the batch size, except for a batch of an odd
-        number: its last window reads no attention."""
+        takes windows in pairs, so that batch sizes change no number; the last of an odd batch reads no attention."""
         if 1 < self.together < len(batch):
             return torch.cat([self.encode(batch.slice(start, start + 2)) for start in range(0, len(batch), 2)])
         x_WTD = batch.x(self.layers)
@@ -185,13 +183,13 @@ def attention_layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
 
 
 def batch_size_for(saes: Collection[LoadedSae], context: int, wanted: int) -> int:
-    """How many windows to read at once: as many as requested, but no more than the dense codes of the widest SAE allow;
-    whole pairs if there is a control that needs them."""
+    """How many windows to read at once: as many as requested, but no more than the dense codes of the widest SAE allow,
+    and whole pairs if a control needs them."""
     return whole(min(wanted, MOST_CODES // (context * max(sae.width for sae in saes))), together(saes))
 
 
 def together(saes: Iterable[LoadedSae]) -> int:
-    """The fewest windows that all of these SAEs can be given."""
+    """The fewest windows that all of these SAEs can encode at once."""
     return max(sae.together for sae in saes)
 
 

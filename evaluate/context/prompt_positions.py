@@ -1,7 +1,7 @@
 """Residuals and activations at single positions of prompts. N prompts, D width, F latents.
 
-A prompt is read at one position, counted from its end, so prompts may have any length. For an SAE that reads more than
-the residual there, activations are kept from the pass, and sparse: dense ones of all spots may not fit into memory.
+A prompt is read at one position, counted from its end, so prompts may have any length. Activations of an SAE that reads
+more than the residual there are kept from the pass, as sparse: dense ones of all spots may not fit into memory.
 """
 
 from __future__ import annotations

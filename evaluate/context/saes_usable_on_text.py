@@ -36,7 +36,7 @@ def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
 
 
 def require_places(subject: LoadedSae, longest: int) -> None:
-    """An SAE that reads positions knows those of the windows it was trained on, and none beyond them."""
+    """Refuse longer texts than an SAE that reads positions was trained on: it knows no positions beyond those."""
     context = subject.metadata.get("context_size")
     if isinstance(context, int) and context < longest:
         raise NotApplicable(
@@ -53,7 +53,7 @@ def split_fitting(
     longest: Callable[[], int],
     require: Require = require_layer,
 ) -> tuple[list[LoadedSae], list[Failure]]:
-    """The SAEs that an evaluation can take, and for each other one the reason why not: what `require` raises, that the
+    """The SAEs that an evaluation can take, and a failure for each of the others: what `require` raises, that the
     attention it reads is not available, or that texts are too long for it. `longest` returns the most tokens that a
     text has; it is called only if an SAE reads positions."""
     fitting: list[LoadedSae] = []
@@ -63,7 +63,8 @@ def split_fitting(
         try:
             require(subject, model)
             attention_of(context, [subject])
-            if "position" in subject.needs and "attention" not in subject.needs:  # links count places, and know none
+            # SAEs that read attention use positions only to count tokens back, so texts may have any length.
+            if "position" in subject.needs and "attention" not in subject.needs:
                 require_places(subject, longest())
         except (NotRun, WidthMismatch) as error:
             failures.append(Failure(subject, error))
@@ -73,7 +74,7 @@ def split_fitting(
 
 
 def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
-    """The attention to compute because some SAE reads it, kept as the store keeps it."""
+    """The attention that these SAEs read, to be computed and kept as in the store; None if they read none."""
     layers = attention_layers_of(subjects)
     if not layers:
         return None
@@ -88,7 +89,7 @@ def model_name_of(context: Context) -> str:
 
 
 def official_config(context: Context, config: Any, **fixed: Any) -> dict[str, Any]:
-    """The settings of a result under SAEBench's keys, along with ours; `fixed` are those that a `Config` lacks or holds
-    in another form."""
+    """A result's settings under SAEBench's keys, along with ours; `fixed` are those that a `Config` lacks or holds in
+    another form."""
     dtype = str(context.model.dtype).removeprefix("torch.")
     return {**deciding(to_json(config)), "model_name": model_name_of(context), "llm_dtype": dtype, **fixed}

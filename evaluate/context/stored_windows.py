@@ -1,7 +1,7 @@
-"""What measures on stored text read: windows of a split with the layers that all SAEs need, and which rows count.
+"""Reading stored text: windows of a split, with the layers that all SAEs need, and which of their rows count.
 
-They take dense codes [W, T, F] of one SAE at a time; batches are small enough for the widest SAE. Rows that
-count are neither special nor padding, nor massive in a layer that the SAE reads or writes.
+Measures take dense codes [W, T, F] of one SAE at a time; batches are small enough for the widest SAE. Rows that count
+are neither special nor padding, nor massive in a layer that the SAE reads or writes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, layers_o
 
 @dataclass
 class TextCount:
-    """How much text an SAE was measured on, added up batch by batch; as a string, what its result says."""
+    """How much text an SAE was measured on, added up batch by batch; as a string, for its result."""
 
     split: str = "test"
     windows: int = 0
@@ -38,11 +38,11 @@ class TextCount:
         self.massive += int((batch.keep & ~rows_WT).sum())
 
     def __str__(self) -> str:
-        said = f"{self.split} split, {counted(self.tokens, 'token')} of {counted(self.windows, 'window')}"
-        return f"{said}, {counted(self.massive, 'massive row')} left out" if self.massive else said
+        text = f"{self.split} split, {counted(self.tokens, 'token')} of {counted(self.windows, 'window')}"
+        return f"{text}, {counted(self.massive, 'massive row')} left out" if self.massive else text
 
     def and_traced(self, windows: int) -> str:
-        """The same, with how many of the windows latents were traced in, `windows` at most."""
+        """The same, with the number of windows that latents were traced in, `windows` at most."""
         traced = min(windows, self.windows)
         return f"{self}; traced in {counted(traced, 'window')}" if traced > 0 else str(self)
 
@@ -58,8 +58,8 @@ def read_windows(
     layers: Sequence[int] | None = None,
     first: int = 0,
 ) -> Iterator[Windows]:
-    """The first `windows` windows of a split, batch by batch, with a progress bar. `layers`: the layers whose residuals
-    are read, if not just those that the SAEs need. `first`: how many of them, in whole batches, were read before."""
+    """The first `windows` windows of a split, batch by batch, with a progress bar. `layers`: whose residuals are read;
+    by default those that the SAEs need. `first`: how many of the windows, in whole batches, were read before."""
     require_some(windows)
     total = min(windows, count_windows(context.store, split))
     if total == 0:
@@ -77,13 +77,13 @@ def read_windows(
 
 
 def require_some(windows: int) -> None:
-    """Refuse to read no windows: it would seem that the store has none."""
+    """Refuse to read no windows, which would look as if the store had none."""
     if windows < 1:
         raise SettingInvalid(f"windows: expected at least 1 to be read, found {windows}")
 
 
 def say_if_fewer(context: Context, title: str, config: Any, split: str = "test") -> None:
-    """Say so if more windows were requested than the split has; the default may be more than that without a message."""
+    """Say so if more windows were requested than the split has. A default may exceed that silently."""
     there = count_windows(context.store, split)
     if there < config.windows != type(config)().windows:
         context.say(f"{title}: asked for {config.windows:,} windows, but the {split} split has {there:,}: all are read")
@@ -98,7 +98,7 @@ def sums_of_codes(
     of_rows: Callable[[Tensor], Tensor],
 ) -> dict[LoadedSae, tuple[Tensor, TextCount]]:
     """What `of_rows` returns for an SAE's codes [N, F], summed over the rows that count in the first windows, so that
-    latents chosen by it do not depend on the batch size; and how much text that was."""
+    latents chosen by it do not depend on the batch size; and the amount of text."""
     sums: dict[LoadedSae, Tensor] = {}
     texts = {subject: TextCount() for subject in subjects}
     for batch in read_windows(context, subjects, title, windows, batch_windows):
@@ -118,7 +118,7 @@ def mean_of_rows(context: Context, layer: int) -> Tensor:
 
 
 def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
-    """bool [W, T]: those of `batch.keep` that are massive in no layer that the SAE reads or writes."""
+    """bool [W, T]: the rows in `batch.keep` that are massive in no layer that the SAE reads or writes."""
     acts: dict[Place, Tensor] = {layer: batch.resid[layer] for layer in layers_of([subject])}
     return without_massive(context, batch.keep, acts, subject.bounds)
 
@@ -126,8 +126,8 @@ def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tenso
 def without_massive(
     context: Context, rows_WT: Tensor, acts: Mapping[Place, Tensor], own: Mapping[str, float] | None = None
 ) -> Tensor:
-    """bool [W, T]: the rows whose norm is within the bound that training has for this store, at all these places. For
-    places that the store does not hold, it has no bound: those that the SAE was trained with apply (`own`)."""
+    """bool [W, T]: the rows whose norm is within the bounds that training has for this store, at all these places. For
+    places that the store does not hold, the bounds that the SAE was trained with apply (`own`)."""
     for place, acts_WTD in acts.items():
         bound = _bound_of(context, place, own or {})
         if bound is not None:
@@ -137,20 +137,20 @@ def without_massive(
 
 
 def tell_bounds(context: Context, subject: LoadedSae, places: Sequence[Place]) -> str | None:
-    """What a result says if the store does not show which rows are massive, although its settings name a multiple."""
+    """The remark on a result whose settings name a multiple, for places whose massive rows the store does not show."""
     if context.massive_multiple is None:
         return None
     bounded, unbounded = list[str](), list[str]()
     for place in places:
         if site_of(place) not in context.manifest.sites:
             (unbounded if _bound_of(context, place, subject.bounds) is None else bounded).append(say_place(place))
-    told = ((bounded, "the bound is that of the SAE's training"), (unbounded, "none is left out there"))
-    said = [f"massive rows of {', '.join(names)}, not held by the store: {what}" for names, what in told if names]
-    return "; ".join(said) or None
+    cases = ((bounded, "the bound is that of the SAE's training"), (unbounded, "none is left out there"))
+    remarks = [f"massive rows of {', '.join(names)}, not held by the store: {what}" for names, what in cases if names]
+    return "; ".join(remarks) or None
 
 
 def _bound_of(context: Context, place: Place, own: Mapping[str, float]) -> float | None:
-    """The norm beyond which a row is massive; None if every row counts, or if it is unknown."""
+    """The norm beyond which a row is massive; None if every row counts, or if the bound is unknown."""
     if context.massive_multiple is None:
         return None
     found = context.massive(place)

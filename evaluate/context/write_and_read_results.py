@@ -1,9 +1,9 @@
-"""Results: what an evaluation says about one SAE, as JSON in SAEBench's layout, next to the run.
+"""Results: what an evaluation found about one SAE, as JSON in SAEBench's layout, next to the run.
 
-<home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder, the SAE's own,
-or runs/hub/OWNER--NAME.
-Keys and their order are those of SAEBench 0.6.0; ours follow under `saemill` and in `extra`. There is
-no NaN in JSON: official metrics say -1, as SAEBench does, our own say null.
+<home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder, the SAE's own, or
+runs/hub/OWNER--NAME.
+Keys and their order are those of SAEBench 0.6.0; ours follow, under `saemill` and from `extra`. JSON has no NaN:
+official metrics have -1 instead, as in SAEBench, our own have null.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .loaded_sae import LoadedSae
 
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not name it until there is another
-DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
+DATA = "data_revision"  # among a result's settings: which text, if neither other settings nor the store determine it
 MOST_REMARKS = 6  # in one place
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
@@ -59,7 +59,7 @@ class Result:
     remark: str | None = None
     """Why this SAE cannot have some of the numbers."""
     measured_on: str | None = None
-    """Which text, and how much of it, in words for whoever reads the numbers."""
+    """Which text, and how much of it, in words."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def result_path(subject: LoadedSae, eval_id: str) -> Path:
 
 
 def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a result, all or nothing, and return the document as `read_result` reads it. `settings` are what decides it
-    besides the SAE."""
+    """Write a result atomically; return it as `read_result` reads it. `settings`: all it depends on besides the SAE."""
     path = result_path(result.subject, eval_id)
     result.subject.require_unchanged()
     result.subject.make_home()
@@ -85,14 +84,15 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
     text = json.dumps(whole | {DETAILS: []}, indent=2, allow_nan=False)
     document = json.loads(text)
     each = ",\n    ".join(json.dumps(one, allow_nan=False) for one in whole[DETAILS])
-    if each:  # a line for each: with indents inside they would take json much longer, and more of the disk
-        before, after = text.split(NO_DETAILS)  # the only one: what lies deeper has a larger indent
+    if each:  # one line per detail: indenting them would take json much longer, and more of the disk
+        before, after = text.split(NO_DETAILS)  # the only one: deeper keys have a larger indent
         text = f'{before}\n  "{DETAILS}": [\n    {each}\n  ]{after}'
     replace_file(path, text.encode() + b"\n")
     return _without_details(document)
 
 
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole document of a result, in SAEBench's layout."""
     subject = result.subject
     return {
         "eval_type_id": eval_id,
@@ -140,8 +140,7 @@ def sae_config(subject: LoadedSae) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A document as it was written, but for its details: core's are one object for each latent, and nothing reads
-    them."""
+    """A document without its details: core's are one object for each latent, and nothing reads them."""
     try:
         found = json.loads(_cut_details(path.read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -156,8 +155,8 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _cut_details(text: bytes) -> bytes:
-    """A results file without what its details hold, if it has indents as ours and SAEBench's have: no string of JSON
-    has a line break in it, and what ends inside the details is further in."""
+    """A results file with empty details, if it is indented as ours and SAEBench's are: no JSON string has a line break,
+    and lists that end inside the details are indented further."""
     start = text.find(DETAILS_BEGIN)
     end = text.find(DETAILS_END, start)
     return text if -1 in (start, end) else text[: start + len(DETAILS_BEGIN)] + text[end:]
@@ -168,8 +167,8 @@ def _without_details(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
-    """A number by its dotted name: one of the official metrics, or under a top-level key of ours; None for no number.
-    In our results a number that really is -1 is written as -1.0, which in SAEBench's own means no number too."""
+    """A number by its dotted name: an official metric, or one under a top-level key of ours; None for no number. A
+    number that really is -1 is written as -1.0 in our results; in SAEBench's own, that too means no number."""
     value = _at(document["eval_result_metrics"], metric)
     if value == UNMEASURED and (isinstance(value, int) or not ours_in(document)):
         return None
@@ -177,15 +176,15 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def tell_no_number(result: Result, summary: Sequence[str]) -> str | None:
-    """Which metrics of a summary were measured and gave no number, as a mean over nothing does."""
+def name_empty_metrics(result: Result, summary: Sequence[str]) -> str | None:
+    """Name the metrics of a summary that were measured and gave no number, as a mean over nothing does."""
     empty = [metric for metric in summary if _is_empty(result.metrics, metric) or _is_empty(result.extra, metric)]
     names = ", ".join(short_name(metric, summary) for metric in empty)
     return f"no number for {names}" if empty else None
 
 
 def _is_empty(place: Mapping[str, Any], path: str) -> bool:
-    """Whether there is something at a dotted path, and it is no number."""
+    """Whether there is a value at a dotted path that is not a number."""
     group, _, name = path.rpartition(".")
     entries = _at(place, group)
     value = entries.get(name, 0) if isinstance(entries, Mapping) else 0
@@ -200,7 +199,7 @@ def _at(place: Any, path: str) -> Any:
 
 
 def short_name(metric: str, among: Iterable[str] = ()) -> str:
-    """The last part of a dotted name; the whole name if others of these end alike."""
+    """The last part of a dotted name; the whole name if another of these ends alike."""
     last = metric.rsplit(".", 1)[-1]
     return metric if any(other.rsplit(".", 1)[-1] == last for other in among if other != metric) else last
 
@@ -219,19 +218,21 @@ def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
 def lines_of_each(
     results: Sequence[tuple[str, str, Mapping[str, Any]]], part: Literal["measured_on", "remark"] = "measured_on"
 ) -> list[str]:
-    """What text SAEs were measured on, or remarks, with their names if it is not the same of all; from names of SAEs,
-    evaluations, and results."""
-    names: dict[tuple[str, str], list[str]] = {}
+    """The text that SAEs were measured on, or the remarks about them, with their names if it is not the same for all.
+    `results` has the names of SAEs, evaluations, and results."""
+    names_by_text: dict[tuple[str, str], list[str]] = {}
     for name, eval_id, document in results:
-        if said := ours_in(document).get(part):
-            names.setdefault((eval_id, str(said)), []).append(name)
+        if text := ours_in(document).get(part):
+            names_by_text.setdefault((eval_id, str(text)), []).append(name)
     times = Counter(eval_id for _, eval_id, _ in results)
-    whose = ("" if len(found) == times[eval_id] else f" of {', '.join(found)}" for (eval_id, _), found in names.items())
-    return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
+    return [
+        f"{eval_id}: {text}" if len(names) == times[eval_id] else f"{eval_id} of {', '.join(names)}: {text}"
+        for (eval_id, text), names in names_by_text.items()
+    ]
 
 
-def few_of(lines: Sequence[str]) -> list[str]:
-    """The first remarks of many, such as those of 64 SAEs that differ in a count."""
+def first_few(lines: Sequence[str]) -> list[str]:
+    """The first of many remarks, such as those of 64 SAEs that differ in a count."""
     left = len(lines) - MOST_REMARKS
     return [*lines] if left <= 0 else [*lines[:MOST_REMARKS], f"{counted(left, 'more remark')} in the results' files"]
 
@@ -243,14 +244,14 @@ def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) ->
 
 
 def rounded_to(value: float, reach: float) -> tuple[str, str]:
-    """A number and its reach, both to the second digit of the reach, beyond which neither says anything."""
+    """A number and its reach, both to the second digit of the reach, beyond which neither is meaningful."""
     places = min(max(0, 1 - int(f"{reach:.1e}".partition("e")[2])), MOST_PLACES)
     return f"{value:,.{places}f}", f"{reach:,.{places}f}"
 
 
 def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> tuple[float, float] | None:
-    """The interval of a metric; None if there is none, or if it is of other rows: those of ours leave out massive ones,
-    which SAEBench's L0 counts."""
+    """The interval of a metric; None if there is none, or if it is over other rows: ours leave out massive ones, which
+    SAEBench's L0 counts."""
     if metric == "sparsity.l0" and _at(document, "saemill_metrics.massive.tokens"):
         return None
     found = _at(document, f"{intervals}.{metric.rsplit('.', 1)[-1]}") if intervals else None
@@ -262,14 +263,14 @@ def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str)
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it is of the weights, layers and hooks that the SAE has now."""
+    """The result on disk, if it belongs to the weights, layers and hooks that the SAE has now."""
     document, other = earlier_result(subject, eval_id)
     return None if other else document
 
 
 def earlier_result(subject: LoadedSae, eval_id: str) -> tuple[dict[str, Any] | None, str]:
-    """The result on disk, and what it is of if not of the weights, layers and hooks that the SAE has now: an SAE that
-    names no place has the one it is given."""
+    """The result on disk, and what it belongs to if not to the weights, layers and hooks that the SAE has now. An SAE
+    that names no place has the one it is given."""
     path = result_path(subject, eval_id)
     document = read_result(path) if path.is_file() else None
     if document is None:
@@ -283,25 +284,26 @@ def earlier_result(subject: LoadedSae, eval_id: str) -> tuple[dict[str, Any] | N
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
-    """Whether a result is of the SAE that is there now. Without `folder`, the result's path says where that is.
+    """Whether a result belongs to the weights that are there now. Without `folder`, the result's path says where.
 
     The SAE's files are read only if one was written, moved or copied since, or if they are not next to the result, as
-    of the Hub, where no time shows an earlier revision; for results without a digest, such as SAEBench's own, only file
+    on the Hub, where no time shows an earlier revision. For results without a digest, such as SAEBench's own, only file
     times are compared."""
     home, label = path.parents[2], path.name.removesuffix(RESULTS)
     folder = folder or (home if list_saes(home) == [home] else home / label)
-    files, measured, told = files_of(folder), path.stat().st_mtime, ours_in(document).get("sha256")
-    if told is None:
+    files, measured, recorded = files_of(folder), path.stat().st_mtime, ours_in(document).get("sha256")
+    if recorded is None:
         return not any(file.stat().st_mtime > measured for file in files)
     if not files:
         return True
     made = document.get("datetime_epoch_millis")
-    measured = min(measured, (made + 1) / 1000 if isinstance(made, (int, float)) else measured)  # of a copy, the former
-    # A folder's time is the only sign that it was moved, a link's that it leads elsewhere.
+    if isinstance(made, (int, float)):  # earlier than the file's own time if it is a copy
+        measured = min(measured, (made + 1) / 1000)
+    # A folder's time is the only sign that it was moved; a link's, that it leads elsewhere.
     times = [seen.st_ctime for place in (folder, *files) for seen in (place.stat(), place.lstat())]
     times += [file.stat().st_mtime for file in files]
     is_beside = folder.resolve() in (home.resolve(), (home.resolve() / label).resolve())
-    return (is_beside and max(times) <= measured) or source_of(folder).sha256 == told
+    return (is_beside and max(times) <= measured) or source_of(folder).sha256 == recorded
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -309,23 +311,23 @@ def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return settings_in(document) == dict(settings) and ours_in(document).get("missing") is None
 
 
-def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def is_from_missing_store(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a complete result was measured on a store, and these settings differ only in having none and in what
-    follows from that: another number type, a model by its name, no bound of its own for massive rows."""
+    follows from that: another number type, a named model, no bound of its own for massive rows."""
     found = settings_in(document)
-    of_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
-    asked = {name: value for name, value in settings.items() if name not in of_store}
-    asked |= {name: found[name] for name in of_store & found.keys()}
+    from_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
+    asked = {name: value for name, value in settings.items() if name not in from_store}
+    asked |= {name: found[name] for name in from_store & found.keys()}
     return settings["cache_id"] is None and found.get("cache_id") is not None and is_whole(document, asked)
 
 
 def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What decided a result besides the SAE."""
+    """Everything that a result depends on besides the SAE."""
     return ours_in(document).get("settings", {})
 
 
 def differing(documents: Iterable[Mapping[str, Any]]) -> str:
-    """The settings in which results of one evaluation differ, so that it is unknown which of them was meant."""
+    """The settings in which results of one evaluation differ, so that their numbers do not compare."""
     all_of = [flatten(settings_in(document)) for document in documents]
     keys = sorted({key for one in all_of for key in one})
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
@@ -344,22 +346,22 @@ def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any
 
 
 def places_in(document: Mapping[str, Any]) -> list[Any]:
-    """Where the SAE of a result reads and writes, as far as that says it."""
+    """Where the SAE of a result reads and writes, as far as the result says."""
     config = document.get("sae_cfg_dict")
     return _places_of(config if isinstance(config, Mapping) else {})
 
 
 def place_now(subject: LoadedSae) -> list[Any]:
-    """The same of an SAE, as its results will say it."""
+    """The same for an SAE, as its results will say."""
     return _places_of(sae_config(subject))
 
 
 def _places_of(config: Mapping[str, Any]) -> list[Any]:
-    metadata = config.get("metadata")
-    told = metadata if isinstance(metadata, Mapping) else {}
-    hook = told.get("hook", RESID if config else None)  # the residual stream is not named there
-    layer, name = (config.get(key, told.get(key)) for key in ("hook_layer", "hook_name"))  # SAELens 6: in metadata
-    return [layer, told.get("layers"), told.get("target_layers"), name, hook, told.get("target_hook", hook)]
+    found = config.get("metadata")
+    metadata = found if isinstance(found, Mapping) else {}
+    hook = metadata.get("hook", RESID if config else None)  # the residual stream is not named there
+    layer, name = (config.get(key, metadata.get(key)) for key in ("hook_layer", "hook_name"))  # SAELens 6: in metadata
+    return [layer, metadata.get("layers"), metadata.get("target_layers"), name, hook, metadata.get("target_hook", hook)]
 
 
 def agree(one: Iterable[Any], other: Iterable[Any]) -> bool:
@@ -368,7 +370,7 @@ def agree(one: Iterable[Any], other: Iterable[Any]) -> bool:
 
 
 def without_nan(value: Any, instead: Any) -> Any:
-    """The same value with every number that JSON does not have replaced."""
+    """The same value with every NaN and infinity replaced."""
     if isinstance(value, Mapping):
         return {key: without_nan(item, instead) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -380,7 +382,7 @@ def without_nan(value: Any, instead: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """How one evaluation of one SAE ended, with the result, so that it is not read from disk again."""
+    """The outcome of one evaluation of one SAE, with the result, so that it is not read from disk again."""
 
     subject: LoadedSae
     eval_id: str

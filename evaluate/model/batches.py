@@ -1,6 +1,6 @@
 """Batches of windows: from a split of the store in its order, or from text through the model.
 
-`Windows` are token rows with what evaluations read of them, on one device; `Sums` are sums over batches.
+`Windows` are token rows and their activations, on one device; `Sums` are sums over batches.
 
 W windows, T positions, D residual width, L layers.
 """
@@ -28,7 +28,7 @@ from .prefix_suffix import LanguageModel
 
 HOST = torch.device("cpu")
 PART_CHUNKS = 2  # of each layer, read as one part
-PARTS_IN_FLIGHT = 4  # so that readers have work with a single layer, too
+PARTS_IN_FLIGHT = 4  # enough to keep the readers busy with a single layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def slice_attention(rows: AttentionRows, start: int, stop: int) -> AttentionRows
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Sums over tokens, field by field; those of two batches add up."""
+    """Sums over tokens; those of two batches are added field by field."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -124,8 +124,8 @@ def store_batches(
 
 
 def _parts(store: Store, request: Request) -> Iterator[ShardArrays]:
-    """A few chunks of activations at a time, so that memory does not grow with shards. Of all else a shard has one
-    chunk, which is read once."""
+    """A few chunks of activations at a time, so that memory does not grow with the shards' size. Everything else is one
+    chunk per shard, which is read once."""
     shards = store.stream(replace(request, layers=()))
     if not request.layers:
         yield from shards
@@ -159,7 +159,7 @@ def run_windows(
     layers: Sequence[int],
     attention: AttentionSpec | None = None,
 ) -> Windows:
-    """Rows of tokens with the residuals that the model has there."""
+    """Rows of tokens with the model's residuals there, and the attention that is asked for."""
     tokens_WT, valid_WT = tokens_WT.to(model.device), valid_WT.to(model.device)
     blocks: dict[int, list[KeptRows]] = {layer: [] for layer in (attention.layers if attention else ())}
 
@@ -197,7 +197,7 @@ def make_rows(
 
 
 def attention_rows(csr: AttentionCsr, device: torch.device) -> AttentionRows:
-    """Attention as a store has it, on the device."""
+    """Attention as stored, on the device."""
     return AttentionRows(
         indptr=send(torch.from_numpy(csr.indptr.astype(np.int64)), device),
         indices=send(torch.from_numpy(csr.indices.astype(np.int64)), device),

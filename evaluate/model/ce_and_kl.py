@@ -1,10 +1,10 @@
 """Cross entropy and KL divergence of next-token distributions, without ever holding all logits.
 
-Nothing of the size rows x vocabulary outlives a chunk of rows, whose elementwise work goes in blocks that stay in the
-processor's cache.
+Nothing of the size rows x vocabulary outlives a chunk of rows. Elementwise work on a chunk goes block by block, so that
+it stays in the processor's cache.
 
-All arithmetic after the logits is float32. `kl_published` is SAEBench's formula to the letter, the
-logarithm of a softmax: not a number where a probability underflows, which does not affect `kl`.
+All arithmetic after the logits is float32. `kl_published` is SAEBench's formula to the letter, with the logarithm of a
+softmax: NaN where a probability underflows, which does not affect `kl`.
 N rows, V vocabulary.
 """
 
@@ -22,15 +22,15 @@ from .smaller_pieces import PieceSize, in_pieces
 LogitsOf = Callable[[int, int], Tensor]
 """Logits [stop - start, V] of the rows start..stop."""
 
-CHUNK_ELEMENTS = 1 << 24  # logits at once, unless that is too few rows: their memory is used again and again
-LEAST_ROWS = 256  # enough to pay for reading the weights of the head
+CHUNK_ELEMENTS = 1 << 24  # logits at once, in memory that is reused, unless that is fewer than LEAST_ROWS
+LEAST_ROWS = 256  # enough to pay for reading the head's weights
 BLOCK_ELEMENTS = 1 << 19  # float32 in a cache
 MAY_UNDERFLOW = -80.0  # a float32 probability below this logarithm may be zero
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one distribution, by row: float32 [N]."""
+    """Losses of one distribution for each row: float32 [N]."""
 
     ce: Tensor  # NaN where the row predicts nothing
     kl: Tensor
@@ -47,7 +47,7 @@ def logits_of(model: LanguageModel, hidden_ND: Tensor) -> LogitsOf:
 
 
 def rows_of_logits(model: LanguageModel, say: Callable[[str], None]) -> PieceSize:
-    """How many rows have logits at once; made once for all batches, since it remembers what did not fit."""
+    """How many rows have logits at once. Use one for all batches, as it remembers what did not fit."""
     return PieceSize(max(LEAST_ROWS, CHUNK_ELEMENTS // model.facts.vocab_size), "rows of logits", say)
 
 
@@ -75,7 +75,7 @@ def compare(
 
 
 def next_tokens(tokens_WT: Tensor, keep_WT: Tensor) -> Tensor:
-    """For each kept token the one that follows it in its window, -1 for the last: int64 [N]."""
+    """int64 [N]: for each kept token the next one in its window, -1 for the last."""
     following = torch.cat([tokens_WT[:, 1:], torch.full_like(tokens_WT[:, :1], -1)], dim=1)
     return following[keep_WT]
 
@@ -115,7 +115,7 @@ def _cross_entropy(logp_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def _blocks(logits_NV: Tensor) -> Iterator[slice]:
-    """As many rows at a time as stay in the processor's cache; on a GPU all."""
+    """As many rows at a time as fit in the processor's cache; on a GPU all."""
     rows, vocabulary = logits_NV.shape
     size = max(1, BLOCK_ELEMENTS // vocabulary if logits_NV.device.type == "cpu" else rows)
     return (slice(start, start + size) for start in range(0, rows, size))

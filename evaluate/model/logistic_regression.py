@@ -12,8 +12,7 @@ from ...cache_schema.numbers_in_words import counted
 
 
 def fitted(rows: np.ndarray, labels: np.ndarray, **settings: Any) -> Any:
-    """Fit a regression. As in SAEBench and sae-probes, one that runs out of iterations is taken without a warning:
-    `has_converged` says which."""
+    """Fit a regression. As in SAEBench and sae-probes, running out of iterations raises no warning."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
 
@@ -28,6 +27,6 @@ def has_converged(regression: Any) -> bool:
 
 
 def unconverged(converged: Collection[bool]) -> str | None:
-    """What a result's remark says of its probes: how many ran out of iterations, if any did."""
+    """The remark on a result whose probes ran out of iterations, if any did."""
     left = len(converged) - sum(converged)
     return f"{left:,} of {counted(len(converged), 'probe')} had not converged" if left else None

@@ -1,8 +1,7 @@
 """A causal language model in the parts that evaluations run: prefix, suffix, head.
 
-Prefix followed by suffix is the whole model to the bit, because a layer does not depend on who called it. Full
-windows share one mask and the harvest's function, so that a stored residual is exactly what the model computes here;
-a padded batch has a mask for each row.
+Prefix followed by suffix is the whole model to the bit. Full windows share one mask and the harvest's function, so that
+a stored residual is exactly what the model computes here; a padded batch has a mask for each row.
 
 W windows, T positions, D residual width, V vocabulary, N rows.
 """
@@ -69,8 +68,7 @@ class LanguageModel:
     @property
     def tokenizer(self) -> TextEncoder:
         if self.encoder is None:
-            said = "this model was made without a tokenizer, which evaluations on text need"
-            raise ModelMissing(self._obstacle or said)
+            raise ModelMissing(self._obstacle or "this model has no tokenizer, which evaluations on text need")
         return self.encoder
 
     @property
@@ -79,7 +77,7 @@ class LanguageModel:
 
     @property
     def special(self) -> tuple[int, ...]:
-        """Ids that stand for no text: BOS, EOS, padding and what else the tokenizer reserves."""
+        """Ids that stand for no text: BOS, EOS, padding and others that the tokenizer reserves."""
         reserved = self.encoder.special_tokens if self.encoder is not None else ()
         ends = self.model.config.eos_token_id  # some models have several
         found = {*reserved, self.eos, self.pad, self.model.config.bos_token_id}
@@ -96,7 +94,7 @@ class LanguageModel:
     ) -> dict[int, Tensor]:
         """The residual after each of `layers`; nothing above the highest is run.
 
-        `sinks` are handed the attention probabilities [w, H, T, T] of their layers, block by block.
+        `sinks` are given the attention probabilities [w, H, T, T] of their layers, block by block.
         """
         wanted: list[int] = [*layers, *(sinks or {})]
         if max(wanted) >= self.facts.num_layers:
@@ -123,7 +121,7 @@ class LanguageModel:
         return self.stack(input_ids=tokens_WT, use_cache=False).last_hidden_state
 
     def tapped(self, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> AbstractContextManager[None]:
-        """While this is active, functions read what passes these sites, or replace it."""
+        """While this is active, the functions read or replace the activations at these sites."""
         return tapped(self.stack, self.facts.model_type, taps)
 
     @torch.inference_mode()
@@ -143,7 +141,7 @@ class LanguageModel:
             return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
 
     def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None] | None = None) -> Tensor:
-        """The residual after layer + 1, from that after `layer`; `sink` is handed its attention probabilities."""
+        """The residual after layer + 1, from that after `layer`; `sink` is given its attention probabilities."""
         stack = self._part(layer + 1, layer + 2, normed=False)
         sinks = {} if sink is None else {layer + 1: sink}
         with torch.inference_mode():
@@ -157,8 +155,8 @@ class LanguageModel:
         valid_WT: Tensor,
         splice: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
-        """The next `count` tokens [W, count], greedily, with cached keys and values. The splice, which puts other
-        residuals in place of those after some layers, acts on the prompt alone."""
+        """The next `count` tokens [W, count], greedily, with cached keys and values. The splice, which replaces the
+        residuals after some layers, acts on the prompt alone."""
         from transformers import DynamicCache
 
         self._require_positions(tokens_WT.shape[1] + count)
@@ -172,7 +170,7 @@ class LanguageModel:
         return torch.cat(new, dim=1)
 
     def _require_positions(self, length: int) -> None:
-        """Require positions for `length` tokens: learned ones end where their table does."""
+        """Require positions for `length` tokens: a table of learned ones has an end."""
         if self._architecture.positions and length > self.facts.max_context:
             raise NotApplicable(
                 f"expected texts of at most {self.facts.max_context} tokens, the model's positions, found {length}: "
@@ -235,7 +233,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
         model, report = loaded[0].to(device), loaded[1]
     if report["missing_keys"]:
         raise ModelMissing(
-            f"{folder}: it lacks weights ({sorted(report['missing_keys'])[0]} first); fetch the model again"
+            f"{folder}: weights are missing ({sorted(report['missing_keys'])[0]} first); fetch the model again"
         )
     return make_language_model(model, folder)
 
@@ -254,7 +252,7 @@ def _room_for(folder: Path) -> Iterator[None]:
 
 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
-    """A model that is in memory, with the tokenizer of `source` if there is one."""
+    """A model in memory, with the tokenizer of `source` if there is one."""
     obstacle = None
     try:
         if source is not None:
@@ -263,7 +261,7 @@ def make_language_model(model: PreTrainedModel, source: str | Path | None) -> La
             return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
     except HarvestError as error:  # reported when text is needed: activations need none
         obstacle = str(error)
-    # What tokens mean is unknown; which are special, the configuration says.
+    # Without a tokenizer the configuration still says which tokens are special.
     eos = model.config.eos_token_id
     return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id, obstacle)
 

@@ -1,4 +1,4 @@
-"""Work in pieces, smaller ones if memory runs out."""
+"""Work in pieces that get smaller if memory runs out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ NO_ROOM = "Free some memory, or evaluate narrower SAEs or on another --device"
 
 
 class PieceSize:
-    """How many items are processed at once, in multiples of those that belong together. Halved when memory runs out,
-    never raised again."""
+    """How many items are processed at once: a multiple of `together`, halved when memory runs out, never raised."""
 
     def __init__(self, size: int, what: str, say: Callable[[str], None], together: int = 1) -> None:
         self.size = whole(size, together)
@@ -34,7 +33,7 @@ class PieceSize:
 
 
 def whole(size: int, together: int) -> int:
-    """The largest multiple of `together` that `size` holds, and at least one."""
+    """The largest multiple of `together` up to `size`, and at least `together`."""
     return max(together, size - size % together)
 
 
@@ -56,7 +55,7 @@ def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Ite
 
 
 def room_for_weights(device: torch.device) -> int:
-    """Bytes that SAEs may take at once: half of the host's free memory, or a quarter of a GPU's, where the model and
+    """Bytes that SAEs may take at once: half of the host's free memory, or a quarter of a GPU's, as the model and
     batches need the rest."""
     if device.type != "cuda":
         return free_bytes(device) // 2
@@ -65,7 +64,7 @@ def room_for_weights(device: torch.device) -> int:
 
 
 def within(room: int, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """The items in order, group by group: as many at once as have room, and at least one."""
+    """Consecutive groups of items, each as many as there is room for, and at least one."""
     group: list[T] = []
     for item in items:
         if group and sum(map(size_of, group)) + size_of(item) > room:
@@ -77,7 +76,7 @@ def within(room: int, items: Sequence[T], size_of: Callable[[T], int]) -> Iterat
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an error of its own; the CPU's allocator says it in words."""
+    """CUDA has its own error type; the CPU's allocator only a message."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return not isinstance(error, MemoryTooSmall)
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,6 +1,6 @@
 """The head of a language model alone: final norm and unembedding, without the layers below them.
 
-It says which tokens a direction of the residual stream promotes. Only two tables of the model are read.
+It shows which tokens a direction of the residual stream promotes. Only these tables of the model are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...harvest.model.products_in_16_bits import matmul
 from ..errors import ModelMissing
 from .smaller_pieces import NO_ROOM, is_out_of_memory
 
-# By whether input and output share one.
+# Modules that hold the unembedding, by whether it is tied to the embedding.
 TABLES = {True: ("embed_tokens", "embed_in", "wte"), False: ("lm_head", "embed_out")}
 
 
@@ -35,7 +35,7 @@ class Head:
 
     @torch.inference_mode()
     def promotes(self, directions_ND: Tensor) -> Tensor:
-        """Logits [N, V] of directions alone, scaled as the norm scales them; what the norm itself adds is taken off."""
+        """Logits [N, V] of directions alone, as the norm scales them, without what the norm adds to any input."""
         x = directions_ND.to(self.unembedding.dtype)
         return matmul(self.norm(x) - self.norm(torch.zeros_like(x)), self.unembedding.T)
 
@@ -64,13 +64,12 @@ def load_head(folder: Path, device: torch.device) -> Head:
 
 
 def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of modules outside the layers, by the last two parts of their names, which have four parts at most,
-    as in a text model that is part of a larger one."""
+    """The tensors of modules outside the layers, by the last two parts of their names."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
             for key in tables.keys():  # noqa: SIM118  # it is not a mapping
                 parts = key.split(".")
-                if 2 <= len(parts) <= 4 and parts[-2] in modules:
+                if 2 <= len(parts) <= 4 and parts[-2] in modules:  # four in a text model inside a larger one
                     yield ".".join(parts[-2:]), tables.get_tensor(key)
 
 

@@ -1,4 +1,4 @@
-"""What `sae-eval` does with its options: find SAEs, match them with their stores, evaluate, print."""
+"""What `sae-eval` does: find SAEs, match them with their stores, evaluate, print."""
 
 from __future__ import annotations
 
@@ -42,14 +42,13 @@ from .find_saes_to_evaluate import Absent, Problem, find_all, say_absent
 from .offer_training import offer_training
 from .run_evals import Keep, kept_rows, run_evals
 
-FAILED, NOT_RUN = 1, 3
+FAILED, NOT_RUN = 1, 3  # exit statuses, if anything failed or was not run
 Complain = Callable[[str], None]
 
 
 def run(words: Mapping[str, Any], complain: Complain) -> int:
-    """Evaluate, print and draw; return the exit status: 0 all done, 1 something failed, 3 something was not run. A
-    problem with one target does not stop the others."""
-    with errors_told(complain):
+    """Evaluate, print and draw; return the exit status. A problem with one target does not stop the others."""
+    with report_errors(complain):
         rows, problems, absent = measure(
             words, lambda problem: complain(f"error: {problem}"), may_train=is_at_terminal()
         )
@@ -57,9 +56,9 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
         print_results(console, rows, absent)
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
-        for problem in problems if rows else ():  # repeated: the first time was above the table
+        for problem in problems if rows else ():  # repeated, as the table may have scrolled the first report away
             complain(f"error: {problem}")
-        if not problems and (line := next_look(rows, words)):
+        if not problems and (line := suggest_browser(rows, words)):
             console.print(line)
         if words["is_json"]:
             print_json(document_of(rows, problems, absent))
@@ -70,22 +69,21 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
     return FAILED
 
 
-def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
-    """The command that makes browser pages of the latents; None if there are some, if they were requested just now, or
-    if there is no store to make them from."""
+def suggest_browser(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
+    """The command that makes browser pages; None if they exist, were just requested, or have no store to read."""
     if any(row.eval_id == BROWSER for row in rows):
         return None
     subjects = dict.fromkeys(row.subject for row in rows if row.document is not None)
-    bare = [one for one in subjects if set(one.hooks) == {RESID} and not (one.home / BROWSER).is_dir()]
-    ids = {url: id_of_store(url) for url in {words["cache"] or one.cache_url for one in bare}}
-    bare = [one for one in bare if ids[words["cache"] or one.cache_url]]
-    if not bare:
+    without_pages = [one for one in subjects if set(one.hooks) == {RESID} and not (one.home / BROWSER).is_dir()]
+    ids = {url: id_of_store(url) for url in {words["cache"] or one.cache_url for one in without_pages}}
+    possible = [one for one in without_pages if ids[words["cache"] or one.cache_url]]
+    if not possible:
         return None
     given = [] if words["runs"] == RUNS else ["runs"]
     given += [name for name in ("cache", "layer", "model", "dtype", "massive_norms") if words[name] is not None]
     options = chain.from_iterable((f"--{name.replace('_', '-')}", str(words[name])) for name in given)
     command = shlex.join(["sae-eval", *words["targets"], *options, "--evals", "browser"])
-    size = say_size(sum(subject.width for subject in bare) * LATENT_BYTES)
+    size = say_size(sum(subject.width for subject in possible) * LATENT_BYTES)
     return f"next: {command}    # pages that show all latents, about {size}"
 
 
@@ -108,24 +106,23 @@ def is_at_terminal() -> bool:
 def measure(
     words: Mapping[str, Any], refuse: Callable[[Problem], None], may_train: bool = False
 ) -> tuple[list[Row], list[Problem], list[Absent]]:
-    """Results of all targets that can be loaded, and the problems of the others. Each problem goes to `refuse` at once;
-    if that raises, nothing is evaluated. With `may_train`, the user is asked whether to train a missing run."""
+    """The results of all targets that can be loaded, and the problems of the others. Each problem goes to `refuse` at
+    once; if that raises, nothing is evaluated. With `may_train`, the user is asked whether to train a missing run."""
     if (launched := count_processes()) > 1:
         raise SettingInvalid(
             f"expected one process, found {launched}, each of which would evaluate all SAEs and write the same files: "
             "start a single one, or several separately, each with some of the SAEs (docs/cluster.md)"
         )
-    session = make_session(words)  # first: no run is trained for options that are then refused
+    session = make_session(words)  # first, so that no run is trained for options that are then refused
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
     found: list[Absent] = []
-    runs, layer, cache = Path(words["runs"]), words["layer"], words["cache"]
-    subjects, problems = find_all(words["targets"], runs, layer, cache, found.append)
+    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"], found.append)
     for problem in problems:
         refuse(problem)
     absent = list({one.folder.resolve(): one for one in found}.values())  # a run may be named twice
-    for line in say_absent(absent):  # told again with the results
+    for line in say_absent(absent):  # repeated with the results
         Watch().say(line)
     if words["compare"] and not words["cache"]:
         require_one_store(subjects)
@@ -155,13 +152,13 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     names = evals.names() if wanted == evals.ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
     defaults = {name: evals.load(name).config() for name in names}
     given: dict[str, dict[str, Any]] = {}
-    for said, value in parse_settings(settings).items():
-        head, key = split_key(said)
-        if head not in names or not key:
-            like = f"{names[0]}.KEY=VALUE of {', '.join(names)}"
-            near = nearest(said, flatten(to_json(defaults)))
-            raise SettingInvalid(f"expected a setting like {like}, found {said!r}{near}")
-        given.setdefault(head, {})[key] = value
+    for setting, value in parse_settings(settings).items():
+        name, key = split_key(setting)
+        if name not in names or not key:
+            example = f"{names[0]}.KEY=VALUE of {', '.join(names)}"
+            suggestion = nearest(setting, flatten(to_json(defaults)))
+            raise SettingInvalid(f"expected a setting like {example}, found {setting!r}{suggestion}")
+        given.setdefault(name, {})[key] = value
     configs = {name: with_settings(default, given.get(name, {}), name) for name, default in defaults.items()}
     for name, config in configs.items():
         evals.load(name).require(config)
@@ -182,7 +179,7 @@ def parse_multiple(text: str | None) -> float | Literal["store's"] | None:
 
 
 @contextmanager
-def errors_told(complain: Complain) -> Iterator[None]:
+def report_errors(complain: Complain) -> Iterator[None]:
     """Report an expected error as one message, without a traceback."""
     try:
         with tell_files():
@@ -196,11 +193,10 @@ def errors_told(complain: Complain) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Session:
-    """What was requested on the command line.
+    """The evaluations requested on the command line.
 
-    SAEs of one store share a context, so that the store is opened and the model loaded once for them. Those that have
-    something to measure are in memory together as far as there is room. A store that is missing, or is not the right
-    one, fails only its own SAEs.
+    SAEs of one store share a context: the store is opened once, and the model loaded once. SAEs that have something to
+    measure are in memory together as far as there is room. A missing or wrong store fails only its own SAEs.
     """
 
     configs: Mapping[str, Any]
@@ -226,19 +222,19 @@ class Session:
             return self._run_fitting(self.context(store), subjects)
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
-        """Run what needs no store and keep earlier results on it, unless the store was given by --cache."""
-        others = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
+        """Run what needs no store and keep earlier results from the missing one, unless --cache named it."""
+        storeless = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
         context, rows = self.context(None), list[Row]()
         if self.cache is None:
-            on_store = {name: config for name, config in self.configs.items() if name not in others}
+            on_store = {name: config for name, config in self.configs.items() if name not in storeless}
             rows += kept_rows(context, subjects, on_store, self.keep)
-        stands = {(row.subject, row.eval_id) for row in rows}
-        refused = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
-        rows += [row for row in refused if (row.subject, row.eval_id) not in stands]
-        if others or any(row.is_good for row in rows):
+        kept = {(row.subject, row.eval_id) for row in rows}
+        failed = [row for subject in subjects for row in self._fail(subject, error) if row.eval_id not in storeless]
+        rows += [row for row in failed if (row.subject, row.eval_id) not in kept]
+        if storeless or any(row.is_good for row in rows):
             context.say(str(error))
-        if others:
-            rows += replace(self, configs=others)._run_group(None, subjects)
+        if storeless:
+            rows += replace(self, configs=storeless)._run_group(None, subjects)
         return rows
 
     def _run_fitting(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
@@ -248,16 +244,16 @@ class Session:
             try:
                 require_fit(subject, context.opened, is_named=self.cache is not None)
             except EvalError as error:
-                rows += self._refused(subject, error)
+                rows += self._fail(subject, error)
             else:
                 fitting.append(subject)
         rows += (kept := kept_rows(context, fitting, self.configs, self.keep))
-        stands = {(row.subject, row.eval_id) for row in kept}
-        owed = [subject for subject in fitting if any((subject, name) not in stands for name in self.configs)]
-        groups = list(within(room_for_weights(context.device), owed, lambda subject: subject.num_bytes))
+        done = {(row.subject, row.eval_id) for row in kept}
+        pending = [subject for subject in fitting if any((subject, name) not in done for name in self.configs)]
+        groups = list(within(room_for_weights(context.device), pending, lambda subject: subject.num_bytes))
         if len(groups) > 1 and BROWSER in self.configs:
-            apart = "; ".join(", ".join(subject.name for subject in group) for group in groups)
-            context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are sought only within {apart}")
+            named = "; ".join(", ".join(subject.name for subject in group) for group in groups)
+            context.say(f"{BROWSER}: not all SAEs fit in memory at once: counterparts are sought only within {named}")
         for group in groups:
             try:
                 rows += run_evals(context, group, self.configs, kept)
@@ -266,7 +262,7 @@ class Session:
                     subject.release()
         return rows
 
-    def _refused(self, subject: LoadedSae, error: Exception) -> list[Row]:
+    def _fail(self, subject: LoadedSae, error: Exception) -> list[Row]:
         return [Row(subject, eval_id, "failed", str(error)) for eval_id in self.configs]
 
 
@@ -286,16 +282,16 @@ def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
         raise StoreGone(f"there is no store at {url}, the value of --cache: correct it{instead}") from error
 
 
-def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:
-    """Require that a store other than the one an SAE was trained on was named for it, has the same model, and has no
-    positions that the SAE was not trained at. Layers and hooks that the store lacks are left to the evaluations."""
+def require_substitute(subject: LoadedSae, store: Store, is_named: bool) -> None:
+    """Require that a store the SAE was not trained on was named for it, has the same model, and has no positions that
+    the SAE was not trained at. Missing layers and hooks are left to the evaluations."""
     name, revision, context = (subject.metadata.get(key) for key in ("model_name", "model_revision", "context_size"))
     manifest, model = store.manifest, store.manifest.model
-    told = str(name), model.id
-    if not all(one.count("/") == 1 for one in told):  # not owner/name on both sides: of a folder, compare the last part
-        told = [one.split("/")[-1] for one in told]
-    if name is None or told[0] != told[1]:
-        why = f", of the model {model.id}, not of {name or 'one that the SAE names'}"
+    names = str(name), model.id
+    if not all(one.count("/") == 1 for one in names):  # one is a folder, not owner/name: compare the last parts
+        names = [one.split("/")[-1] for one in names]
+    if name is None or names[0] != names[1]:
+        why = f", of the model {model.id}, " + (f"not of {name}" if name else "and the SAE names no model")
     elif None not in (revision, model.revision) and revision != model.revision:
         why = f", of revision {model.revision} of {model.id}, not {revision}"
     elif isinstance(context, int) and context < manifest.context:
@@ -311,8 +307,7 @@ def require_stand_in(subject: LoadedSae, store: Store, is_named: bool) -> None:
 
 
 def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = False) -> None:
-    """Require that the store is the one the SAE was trained on, as far as the SAE says, or was named for it and has the
-    same model; and that it has the SAE's width."""
+    """Require a store of the SAE's width: its own, as far as the SAE says, or a substitute that was named for it."""
     if store is None:
         return
     manifest = store.manifest
@@ -322,11 +317,11 @@ def require_fit(subject: LoadedSae, store: Store | None, *, is_named: bool = Fal
             f"{subject.name} reads or writes layer {highest}, but the model of {store.url} ({manifest.model.id}) has "
             f"{depth} layers, counted from 0"
         )
-    if subject.cache_id not in (None, manifest.cache_id):  # its own store is used if it is available
-        require_stand_in(subject, store, is_named and id_of_store(subject.cache_url) != subject.cache_id)
+    if subject.cache_id not in (None, manifest.cache_id):  # a substitute is only for a store that is not available
+        require_substitute(subject, store, is_named and id_of_store(subject.cache_url) != subject.cache_id)
     hook = subject.hooks[0]
     if hook != RESID and hook not in manifest.hooks:
-        return  # the store does not keep it; evaluations that read it say so
+        return  # the store does not keep it; evaluations that read it report that
     expected = manifest.width_of(hook) * len(subject.layers)
     if subject.d_in != expected:
         raise WidthMismatch(

@@ -1,4 +1,4 @@
-"""What a person reads at the end: the numbers that matter in tables, and why others are missing."""
+"""The report on the console: tables of the main numbers, and why others are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import (
     REACH,
     Row,
-    few_of,
+    first_few,
     heading,
     lines_of_each,
     metric_of,
@@ -46,24 +46,24 @@ GAP = 2  # between columns
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of all SAEs."""
+    """One metric for all SAEs."""
 
     title: str
     cells: Sequence[str]
 
     @property
     def width(self) -> int:
-        """With the gap before it; the title in one line."""
+        """Including the gap before it, with the title on one line."""
         return max(self.least_width, GAP + len(self.title))
 
     @property
     def least_width(self) -> int:
-        """The same with the title's words below each other."""
+        """The same with one word of the title per line."""
         return GAP + max(NUMBER_WIDTH, *map(len, (*self.title.split(), *self.cells)))
 
 
 def make_console(*, is_stderr: bool = False) -> Console:
-    """The console for the final report; a pipe gets room for a wide table."""
+    """The console for the report; a pipe gets room for a wide table."""
     console = open_console(stderr=is_stderr, highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -71,7 +71,7 @@ def make_console(*, is_stderr: bool = False) -> Console:
 
 
 def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent] = ()) -> None:
-    """Print the tables, warnings about numbers that cannot be right, then everything that is not in it and why."""
+    """Print the tables, warnings about numbers that cannot be right, then what is missing and why."""
     good = [row for row in rows if row.document is not None]
     names_of = shown_names(row.subject for row in rows)
     if good:
@@ -82,19 +82,18 @@ def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent
         for line in measured_on(good, names_of):
             console.print(line, style="dim")
     for row in good:
-        if traits := signs_of_no_learning(row.document or {}):
-            console.print(f"warning: {names_of[row.subject]}: {'; '.join(traits)}")
-    concerned: dict[tuple[str, str, str], list[str]] = {}
+        if signs := signs_of_no_learning(row.document or {}):
+            console.print(f"warning: {names_of[row.subject]}: {'; '.join(signs)}")
+    names_by_reason: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row.reason:
-            concerned.setdefault((row.status, row.eval_id, row.reason), []).append(names_of[row.subject])
-    told = {key: f"{key[0]}: {key[1]} of {', '.join(names)}: {key[2]}" for key, names in concerned.items()}
+            names_by_reason.setdefault((row.status, row.eval_id, row.reason), []).append(names_of[row.subject])
     in_files = {ours_in(row.document).get("remark") for row in good if row.document is not None}
-    for line in (
-        *(line for key, line in told.items() if key[2] not in in_files),
-        *few_of([line for key, line in told.items() if key[2] in in_files]),
-        *say_absent(absent),
-    ):
+    problems, remarks = list[str](), list[str]()
+    for (status, eval_id, reason), names in names_by_reason.items():
+        line = f"{status}: {eval_id} of {', '.join(names)}: {reason}"
+        (remarks if reason in in_files else problems).append(line)
+    for line in (*problems, *first_few(remarks), *say_absent(absent)):
         console.print(line)
     for home in dict.fromkeys(row.subject.home for row in good):
         console.print(f"results: {home / 'evals'}")
@@ -102,14 +101,14 @@ def print_results(console: Console, rows: Sequence[Row], absent: Sequence[Absent
 
 def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
     """The name of each SAE; if several share it, with the folder."""
-    each = dict.fromkeys(subjects)
-    times = Counter(subject.name for subject in each)
-    return {one: one.name if times[one.name] == 1 else f"{one.name} ({one.folder})" for one in each}
+    unique = dict.fromkeys(subjects)
+    times = Counter(subject.name for subject in unique)
+    return {one: one.name if times[one.name] == 1 else f"{one.name} ({one.folder})" for one in unique}
 
 
 def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequence[Absent]) -> dict[str, Any]:
-    """The same for scripts: the metrics of each evaluation's summary, the distance from each to the farther end of its
-    interval, and the text behind them; whole results are in the files."""
+    """The report as JSON: the metrics of each evaluation's summary, the distance from each to the farther end of its
+    interval, and the text they were measured on; whole results are in the files."""
     names_of = shown_names(row.subject for row in rows)
     return {
         "results": [
@@ -132,8 +131,8 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
 
 
 def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: int) -> Iterator[tuple[str, Table]]:
-    """One line for each SAE, one column for each metric in the evaluations' summaries, in one table without a title. If
-    it would be wider than `width`, each of several evaluations has its own below its name, or more than one."""
+    """One row per SAE and one column per metric in the evaluations' summaries, in one table without a title. If that
+    would be wider than `width`, each evaluation has its own titled table, or several."""
     found = {(row.subject, row.eval_id): numbers_of(row) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
     columns: dict[str, list[Column]] = {}
@@ -143,10 +142,10 @@ def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: i
         columns[eval_id] = [Column(heading(metric, summary), values) for metric, values in cells.items()]
     names = [names_of[subject] for subject in subjects]
     room = width - min(max(map(cell_len, ("SAE", *names))), width // 2)
-    whose = {eval_id: f"{eval_id}: " if len(columns) > 1 else "" for eval_id in columns}
-    every = [Column(whose[eval_id] + one.title, one.cells) for eval_id, own in columns.items() for one in own]
+    prefixes = {eval_id: f"{eval_id}: " if len(columns) > 1 else "" for eval_id in columns}
+    every = [Column(prefixes[eval_id] + one.title, one.cells) for eval_id, own in columns.items() for one in own]
     for eval_id, own in ({"": every} if sum(one.least_width for one in every) <= room else columns).items():
-        for number, part in enumerate(_that_fit(own, room)):
+        for number, part in enumerate(_split_to_fit(own, room)):
             is_roomy = sum(one.width for one in part) <= room
             table = Table(box=None, pad_edge=False, header_style="bold")
             table.add_column("SAE", width=width - room, overflow="fold")
@@ -157,8 +156,8 @@ def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: i
             yield "" if number or len(columns) == 1 else eval_id, table
 
 
-def _that_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
-    """Columns side by side, as many as there is room for, then the next."""
+def _split_to_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
+    """Consecutive groups of columns, each as many as fit side by side."""
     parts: list[list[Column]] = []
     for column in columns:
         if parts and sum(one.least_width for one in (*parts[-1], column)) <= room:
@@ -169,7 +168,7 @@ def _that_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
 
 
 def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[str]:
-    """Lines that say on what text the numbers were measured, and what a reach is."""
+    """Lines on the text that the numbers were measured on, and on what a reach is."""
     lines = lines_of_each([(names_of[row.subject], row.eval_id, row.document or {}) for row in rows])
     if any(reach is not None for row in rows for _, reach in numbers_of(row).values()):
         lines.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents")
@@ -177,7 +176,7 @@ def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[
 
 
 def numbers_of(row: Row) -> dict[str, tuple[float | None, float | None]]:
-    """Each metric in the evaluation's summary, with its reach; nothing without a result."""
+    """Each metric in the evaluation's summary, with its reach; empty without a result."""
     evaluation, document = evals.load(row.eval_id), row.document
     if document is None:
         return {}
@@ -188,7 +187,7 @@ def require_one_store(subjects: Iterable[LoadedSae]) -> None:
     """Refuse SAEs of several stores: they saw different tokens, so their numbers do not compare."""
     by_id: dict[str, list[str]] = {}
     for subject, name in shown_names(subjects).items():
-        if subject.cache_id is not None:  # one without is measured on the store it is given, as its results say
+        if subject.cache_id is not None:  # one without is measured on whichever store it is given
             by_id.setdefault(subject.cache_id, []).append(name)
     if len(by_id) > 1:
         listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())
@@ -199,7 +198,7 @@ def require_one_store(subjects: Iterable[LoadedSae]) -> None:
 
 
 def require_comparable(rows: Sequence[Row]) -> None:
-    """Require that results of one evaluation have the same settings, so that they can share a table."""
+    """Require that all results of an evaluation have the same settings, so that they can share a table."""
     names_of = shown_names(row.subject for row in rows)
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
         found = {row.subject: row.document for row in rows if row.eval_id == eval_id and row.document is not None}
@@ -221,7 +220,7 @@ def _cell(value: float | None, reach: float | None) -> str:
 
 
 def signs_of_no_learning(document: Mapping[str, Any]) -> list[str]:
-    """Metrics of a result that are no better than what takes no learning."""
+    """The metrics of a result that are no better than without any training."""
     return [
         f"{metric.rsplit('.', 1)[-1]} {value:.4g}, no better than {what} ({bound:g})"
         for metric, (bound, what) in NOTHING_LEARNED.items()

@@ -1,8 +1,8 @@
-"""Find what is to be evaluated: runs by name or path, single SAEs, folders of other tools, the Hub.
+"""Find the SAEs to evaluate: runs by name or path, single SAEs, folders of other tools, the Hub.
 
-1. A run gives all its SAEs; it must have ended.
-2. A folder of an SAE inside a run belongs to that run and its store.
-3. Any other folder says where it belongs, if at all, by `hook_name` in its cfg.json.
+1. A run stands for all its SAEs; it must have finished.
+2. An SAE's folder inside a run belongs to that run and its store.
+3. Any other folder names its layer, if at all, by `hook_name` in its cfg.json.
 4. An SAE from the Hub is in a cache that is not ours to write to: its results go to runs/hub.
 """
 
@@ -40,20 +40,20 @@ Problem = EvalError | TrainError
 
 @dataclass(frozen=True)
 class Absent:
-    """An SAE of a run that is not there to be evaluated."""
+    """A run's SAE that cannot be evaluated, because it has no folder."""
 
     folder: Path
     reason: str
     is_lost: bool
-    """Its folder is gone; otherwise it diverged, and there never was one."""
+    """Its folder was removed; otherwise it diverged and never had one."""
 
 
 def say_absent(absent: Iterable[Absent]) -> list[str]:
     """A line for each reason."""
-    folders: dict[str, list[str]] = {}
+    folders_by_reason: dict[str, list[str]] = {}
     for one in absent:
-        folders.setdefault(one.reason, []).append(str(one.folder))
-    return [f"not evaluated: {', '.join(found)}: {reason}" for reason, found in folders.items()]
+        folders_by_reason.setdefault(one.reason, []).append(str(one.folder))
+    return [f"not evaluated: {', '.join(folders)}: {reason}" for reason, folders in folders_by_reason.items()]
 
 
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
@@ -73,11 +73,11 @@ def find_all(
 ) -> tuple[list[LoadedSae], list[Problem]]:
     """All SAEs of all targets that can be found, and the problems of the others.
 
-    `layer` is for SAEs that do not say theirs; `cache` is the store that a missing run would be trained on. SAEs of a
-    run that have no weights are handed to `tell`.
+    `layer` is for SAEs that name none; `cache` is the store that a missing run would be trained on. A run's SAEs
+    without weights are passed to `tell`.
     """
     found: dict[Path, LoadedSae] = {}
-    homes: dict[Path, Path] = {}  # a run is the same by whatever path it was named
+    homes: dict[Path, Path] = {}  # a run is the same whatever path names it
     problems: list[Problem] = []
     targets = list(targets)
     for target in targets:
@@ -89,7 +89,7 @@ def find_all(
         home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_on_hub(target, runs) else None
         for folder, run in places:
             try:
-                is_alone = len(targets) == len(places) == 1  # of several, not all may have room at once
+                is_alone = len(targets) == len(places) == 1  # several may not fit in memory together
                 subject = make_subject(folder, run, layer, home, keeps=is_alone)
                 first = homes.setdefault(subject.home.resolve(), subject.home)
                 found.setdefault(folder.resolve(), subject if first == subject.home else replace(subject, home=first))
@@ -124,29 +124,28 @@ def find_places(
 def make_subject(
     folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None, keeps: bool = False
 ) -> LoadedSae:
-    """The SAE of a folder. A separate `home` for its results also gives it its name. With `keeps`, weights that had to
-    be read stay in memory."""
+    """The SAE of a folder. A separate `home` for its results also names it; with `keeps`, weights read here stay."""
 
-    @torch.inference_mode(False)  # wherever it is used first, gradients may flow through it later
+    @torch.inference_mode(False)  # gradients may flow through it later, wherever it is first used
     def read() -> SparseAutoencoder:
         sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
         if sizes and (sae.d_in, sae.num_latents) != sizes[:2]:
             raise SaeInvalid(
-                f"{folder}: expected {sizes[0]} inputs and {sizes[1]} latents, as its files told, found "
+                f"{folder}: expected {sizes[0]} inputs and {sizes[1]} latents, as its files said, found "
                 f"{sae.d_in} and {sae.num_latents}: it has changed since it was found, so evaluate it again"
             )
         return sae
 
     config = _config_of(folder)
-    sizes, metadata, sae = _sizes_told(folder, config), metadata_of(config), None
+    sizes, metadata, sae = _read_sizes(folder, config), metadata_of(config), None
     if sizes is None:  # a folder of another tool, whose settings may be anywhere
         sae = read()
         tables = (*sae.parameters(), *sae.buffers())
         sizes = sae.d_in, sae.num_latents, sum(table.numel() * table.element_size() for table in tables)
         metadata = {**sae.metadata, **metadata}
-    told = _told_of(metadata, folder, layer)
-    if (told.hook, told.target_hook) != (RESID, RESID):
-        metadata |= {"hook": told.hook, "target_hook": told.target_hook}
+    place = _place_of(metadata, folder, layer)
+    if (place.hook, place.target_hook) != (RESID, RESID):
+        metadata |= {"hook": place.hook, "target_hook": place.target_hook}
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
     subject = LoadedSae(
         label=(home or folder.resolve()).name,
@@ -159,8 +158,8 @@ def make_subject(
         width=sizes[1],
         num_bytes=sizes[2],
         config={**config, "metadata": metadata},
-        layers=told.layers,
-        target_layers=told.target_layers,
+        layers=place.layers,
+        target_layers=place.target_layers,
         cache_id=cache_id,
         cache_url=url,
     )
@@ -170,19 +169,19 @@ def make_subject(
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """cfg.json, if there is one; that of an older SAELens in today's keys."""
+    """cfg.json, if there is one, with an older SAELens' keys renamed to today's."""
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     return upgrade_config(config, folder) if config and (folder / WEIGHTS).is_file() else config
 
 
-def _sizes_told(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Inputs, latents and bytes in memory, where a folder in SAELens' layout tells them before its weights are read; a
-    signed SAE is evaluated with each latent twice."""
+def _read_sizes(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Inputs, latents and bytes in memory, if a folder in SAELens' layout gives them without reading its weights."""
     if not config or not (folder / WEIGHTS).is_file():
         return None
     shapes = read_shapes(folder / WEIGHTS)
     match shapes.get("W_enc", (config.get("d_in"), config.get("d_sae"))):
         case (int(d_in), int(width)):
+            # A signed SAE is evaluated with each latent twice.
             is_signed = "abstopk" in (config.get("gate"), config.get("architecture"))
             return d_in, width * (1 + is_signed), 4 * sum(map(math.prod, shapes.values())) * (1 + is_signed)
         case _:
@@ -191,10 +190,10 @@ def _sizes_told(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int]
 
 def _saes_of(run: RunFolder) -> list[Path]:
     if not run.is_finished:
-        raise RunUnfinished(f"{run.path} has not ended: it has no result.json. Continue it: {resume_command(run.path)}")
+        raise RunUnfinished(f"{run.path} has not ended: it has no result.json. Resume it: {resume_command(run.path)}")
     found = list_saes(run.path)
     if not found:
-        raise RunUnfinished(f"{run.path} holds no saved SAE: they were removed. Train it again")
+        raise RunUnfinished(f"{run.path} has no saved SAEs: they were removed. Train it again")
     return found
 
 
@@ -206,19 +205,19 @@ def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainErr
     store = cache or known_store()
     ways = []
     if not known:
-        ways.append(f"`{command_to_train(FIRST, store or STORES[0], runs)}` makes a first run")
+        ways.append(f"`{command_to_train(FIRST, store or STORES[0], runs)}` trains a first run")
     if found := studies_with(target):
         others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
         command = command_to_train(("--recipe", f"{found[0]}/{target}"), store or STORES[0], runs)
-        ways.append(f"`{command}` makes the one of the study {found[0]}{others}")
+        ways.append(f"`{command}` trains the one of the study {found[0]}{others}")
     first = "; first `make harvest`, as there is no store here yet" if ways and not store else ""
     return ". ".join([text, *ways]) + first
 
 
 def command_to_train(what: Sequence[str], store: str, runs: Path) -> str:
-    """What to type to train this on a store, into a folder of runs."""
-    place = [] if runs == Path(RUNS) else ["--out", str(runs)]
-    return shlex.join(["sae-train", *what, "--cache", store, *place])
+    """The command that trains this on a store, into a folder of runs."""
+    out = [] if runs == Path(RUNS) else ["--out", str(runs)]
+    return shlex.join(["sae-train", *what, "--cache", store, *out])
 
 
 def known_store() -> str | None:
@@ -230,20 +229,20 @@ def studies_with(run: str) -> list[str]:
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 
-def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Places:
-    """Where an SAE reads and writes: as it says or, if it names no place, as the user says."""
+def _place_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Places:
+    """Where an SAE reads and writes: as its metadata says or, if that names no place, in the layer `given`."""
     try:
-        told = read_places(metadata)
+        place = read_places(metadata)
     except SaeInvalid as error:
         raise SettingInvalid(f"{folder}: {error}") from None
-    if told is not None:
-        if given is not None and given not in told.layers:
-            named = ", ".join(map(str, told.layers))
+    if place is not None:
+        if given is not None and given not in place.layers:
+            named = ", ".join(map(str, place.layers))
             raise SettingInvalid(
                 f"{folder}: expected the layer that the SAE says it reads, {named}, found --layer {given}, which is "
                 "for SAEs that name none: leave it out"
             )
-        return told
+        return place
     if metadata.get("transcodes"):
         raise SettingInvalid(f"{folder}: {NO_PLACES}")
     if given is None:

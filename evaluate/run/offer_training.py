@@ -1,7 +1,7 @@
 """Offer to train a missing run that has a recipe of its name, if there is a terminal to ask at.
 
-README's three commands name such a run. Without a terminal, or without a store to train on, the command ends and says
-what makes the run.
+The README's three commands name such a run. Without a terminal or a store to train on, the command fails with the
+`sae-train` command to use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _is_missing(target: str, runs: Path) -> bool:
         return False
     try:
         find_places(target, runs)
-    except (EvalError, TrainError) as error:  # problems of a run that exists are reported with the others' results
+    except (EvalError, TrainError) as error:  # problems with an existing run are reported with the others' results
         return isinstance(error, TargetUnknown)
     return False
 
@@ -57,7 +57,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
     try:
         store = Store.open(cache)
     except StoreMissing:
-        return  # the error that follows says how the run is made
+        return  # the error that follows gives the command
     with store, open_process(device, console) as process:
         console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         if not run_names(runs):
@@ -66,8 +66,8 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
-            of_one = say_time(seconds * epoch / settled.total_steps)
-            console.print(f"one epoch takes about {of_one}: {command} --epochs 1")
+            epoch_time = say_time(seconds * epoch / settled.total_steps)
+            console.print(f"one epoch takes about {epoch_time}: {command} --epochs 1")
         saes = len(settled.config.members)
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, about {say_time(seconds)}"
         if not click.confirm(f"Train it now, then continue? {what}", default=seconds <= LONG_SECONDS, err=True):

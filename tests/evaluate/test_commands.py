@@ -212,7 +212,7 @@ def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path:
         hook: str = "resid", eval_id: str = "core", document: Any = (), store: str | None = small.store
     ) -> str | None:
         subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook), cache_url=store)
-        return command.next_look([Mock(subject=subject, eval_id=eval_id, document=document)], words)
+        return command.suggest_browser([Mock(subject=subject, eval_id=eval_id, document=document)], words)
 
     how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages that show all latents, about 8.19 MB"
     assert said() == how
@@ -286,7 +286,7 @@ def test_who_declines_or_has_no_store_is_told_the_command(
     words = words or ["--cache", small.store]
     result = type_("sae-eval", "run_4", *words, answer="n\n", code=1)
     assert ("[Y/n]" in result.stderr) == (words[1] == small.store)
-    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` makes the one" in result.stderr
+    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` trains the one" in result.stderr
     assert not Path("runs").exists()
 
 
@@ -296,12 +296,12 @@ def test_the_store_that_the_demo_leaves_is_found_and_named(
     """README names `sae-eval run_4`, and `make demo` may be all that was run before."""
     recipe_of_one(monkeypatch)
     said = type_("sae-eval", "run_4", code=1).stderr
-    assert "no store here yet" in said and "`sae-train --variant topk --cache ./store` makes a first run" in said
+    assert "no store here yet" in said and "`sae-train --variant topk --cache ./store` trains a first run" in said
     Path("demo").mkdir()
     Path("demo/store").symlink_to(small.store)
     result = type_("sae-eval", "run_4", answer="n\n", code=1)
     assert "timing a few steps of it on ./demo/store" in result.stderr and "[Y/n]" in result.stderr
-    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes the one" in result.stderr
+    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` trains the one" in result.stderr
     Path("store").symlink_to(small.store)  # what was harvested for oneself comes first
     assert "attention/run_4 --cache ./store`" in type_("sae-eval", "run_4", answer="n\n", code=1).stderr
 

@@ -92,9 +92,9 @@ def test_results_read_from_a_store_say_where_its_residuals_are_not_the_models_ow
     world = make_world(stored_as="int8")
     run = builder.run(world, "run_1", {"small": builder.make_sae()})
     wanted = ["--evals", "core,decoder_cosine,replacement"]
-    said = "the store keeps activations as int8: they are the model's own only nearly"
+    said = "the store keeps activations as int8, which only approximate the model's own"
     output = sae_eval("run_1", *wanted)
-    assert output.count(said) == 1 and "--from-tokens computes them anew" in output
+    assert output.count(said) == 1 and "--from-tokens recomputes them" in output
     kept = sae_eval("run_1", *wanted, "--resume")
     assert f"kept: core of run_1/small: {said}" in kept  # a result that is kept says it too
     for eval_id in ("decoder_cosine", "replacement"):
@@ -104,7 +104,7 @@ def test_results_read_from_a_store_say_where_its_residuals_are_not_the_models_ow
     assert said in rounded["saemill"]["remark"]
     sae_eval("run_1", "--from-tokens")
     (anew,) = results(run).values()
-    assert anew["saemill"]["remark"].endswith("here they are computed anew from tokens")
+    assert anew["saemill"]["remark"].endswith("here they are recomputed from tokens")
     losses = [found["eval_result_metrics"]["model_performance_preservation"] for found in (rounded, anew)]
     assert losses[0] != losses[1]
     assert losses[0]["ce_loss_without_sae"] == pytest.approx(losses[1]["ce_loss_without_sae"], rel=1e-2)
@@ -306,7 +306,7 @@ def test_a_run_of_a_recipe_says_how_it_is_made(run_1, sae_eval, tmp_path, monkey
     output = sae_eval("run_4", code=1)
     assert "no run 'run_4'" in output
     words = f"--recipe attention/run_4 --cache ./store --out {run_1.parent}"
-    assert f"`sae-train {words}` makes the one of the study attention" in output
+    assert f"`sae-train {words}` trains the one of the study attention" in output
 
 
 def test_a_run_that_has_not_ended(world, builder, sae_eval):
@@ -572,7 +572,8 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
         for name, found in results(run_1).items():
             assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
     said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", options=[])
-    assert "browser: no room for all SAEs at once: counterparts are sought only within run_1/large; run_1/small" in said
+    apart = "counterparts are sought only within run_1/large; run_1/small"
+    assert f"browser: not all SAEs fit in memory at once: {apart}" in said
 
 
 def test_weights_are_read_for_what_is_measured_and_released_with_their_group(run_1, sae_eval, monkeypatch):
@@ -783,7 +784,7 @@ def test_a_result_of_other_settings_is_kept_beside_the_new_one(run_1, sae_eval):
     place = run_1 / "evals/core/small_eval_results.json"
     before = place.read_bytes()
     said = " ".join(sae_eval("run_1/small").split())
-    assert "done. Its result with config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
+    assert "done. Its earlier result with config.n_eval_reconstruction_batches 1 (asked for: None) is now" in said
     (aside,) = place.parent.glob("small_eval_results.*.json")
     assert aside.read_bytes() == before != place.read_bytes()
     assert "Its result" not in sae_eval("run_1/small")  # of the same settings
@@ -1025,7 +1026,7 @@ def test_a_run_that_was_removed_while_it_was_evaluated_does_not_come_back(
 
     second_eval.evaluate = remove
     output = " ".join(sae_eval("run_1", "run_2", "--evals", "core,second", "--plots", code=1).split())
-    assert output.count("was removed or moved meanwhile") == 2 and not run_1.exists()
+    assert output.count("was removed or moved during its evaluation") == 2 and not run_1.exists()
     assert set(results(run_2, "second")) == {"other_eval_results.json"} and (run_2 / "report.html").is_file()
     assert len(second_eval.asked) == 1
 
@@ -1040,7 +1041,7 @@ def test_what_was_measured_on_other_weights_is_not_written(run_1, sae_eval, seco
         yield from evaluate(context, subjects, config)
 
     second_eval.evaluate = replace_weights
-    assert "run_1/small was written anew while it was evaluated" in sae_eval(
+    assert "run_1/small was overwritten during its evaluation" in sae_eval(
         "run_1", "--evals", "second", code=1, options=[]
     )
     assert set(results(run_1, "second")) == {"large_eval_results.json"}
@@ -1227,14 +1228,14 @@ def test_a_result_of_another_layer_or_of_other_weights_is_kept_beside_the_new_on
 
     (_, first), (said, second) = measure(5), measure(6)
     place = folder / "evals/decoder_cosine/topk_eval_results"
-    assert "done. Its result of layer 5 (blocks.5.hook_resid_post, resid) is now" in said
+    assert "done. Its earlier result of layer 5 (blocks.5.hook_resid_post, resid) is now" in said
     (aside,) = place.parent.glob(f"{place.name}.*.json")
     assert json.loads(aside.read_text()) == first
     said, third = measure(6)
     assert "Its result" not in said
     with (folder / "cfg.json").open("a") as file:
         file.write("\n")
-    assert "done. Its result of other weights is now" in measure(6)[0]
+    assert "done. Its earlier result of other weights is now" in measure(6)[0]
     asides = [json.loads(one.read_text()) for one in place.parent.glob(f"{place.name}.*.json")]
     assert len(asides) == 2 and first in asides and third in asides and second != third
 
@@ -1255,7 +1256,7 @@ def test_an_sae_of_another_tool_is_read_once_if_it_is_alone(builder, monkeypatch
         read.clear()
     (alone,) = find_subjects([str(folders[0])], tmp_path)
     WRITERS["dictionary_learning"](alone.folder, in_raw_units(builder.make_sae(seed=9)), {"layers": [builder.LAYER]})
-    with pytest.raises(SaeGone, match="written anew while it was evaluated"):
+    with pytest.raises(SaeGone, match="overwritten during its evaluation"):
         alone.require_unchanged()
 
 
@@ -1330,7 +1331,7 @@ def test_an_sae_is_measured_on_a_store_that_is_named_in_place_of_its_own(world, 
     ("told", "why"),
     [
         ({"model_name": "lab/other"}, ", not of lab/other"),
-        ({"model_name": None}, ", not of one that the SAE names"),
+        ({"model_name": None}, ", and the SAE names no model"),
         ({"context_size": 8}, "whose windows have 12 tokens, more than 8"),
         ({"hook_name": "blocks.1.hook_resid_post", "layers": [1], "target_layers": [1]}, "residuals of layer 1"),
     ],

@@ -140,7 +140,7 @@ def test_a_gain_over_a_base_whose_seeds_are_all_alike_is_not_said_to_be_none():
 
 
 def test_without_a_sanity_baseline_it_is_said_that_there_was_none():
-    assert found(GAINED).why.endswith("; no sanity baseline stands beside it")
+    assert found(GAINED).why.endswith("; there is no sanity baseline")
     baseline = family(gain=-0.3, other=-0.3)
     assert "baseline" not in found(GAINED | {"pca_k32_layer15": baseline}).why
     finding = found(without(GAINED | {"pca_k32_layer15": baseline}, "pca_k32_layer15", "ce"))

@@ -179,7 +179,7 @@ def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_w
     [
         ({"cache_id": CACHE_ID}, ""),
         ({"cache_id": None}, ""),
-        ({"cache_id": "f00d"}, f"the store with cache id f00d, and the run is of {CACHE_ID}"),
+        ({"cache_id": "f00d"}, f"the store with cache id f00d, but the run is of {CACHE_ID}"),
         ({"cache_id": CACHE_ID, "from_tokens": True}, "residuals computed from tokens (--from-tokens)"),
     ],
 )
@@ -319,7 +319,9 @@ def test_a_failure_of_training_ends_the_study_unless_it_diverged(error):
             raise error
 
     has_diverged = not isinstance(error, ConfigInvalid)
-    said = nullcontext() if has_diverged else pytest.raises(click.ClickException, match="sae-train ended with status 1")
+    said = (
+        nullcontext() if has_diverged else pytest.raises(click.ClickException, match="sae-train exited with status 1")
+    )
     with said:
         call(SimpleNamespace(main=command), "sae-train", [], Console(quiet=True))
 
@@ -331,7 +333,7 @@ def test_a_command_that_fails_ends_the_study():
         raise SystemExit(status)
 
     call(command, "sae-eval", ["--status", "1"], Console(quiet=True), (0, 1))
-    with pytest.raises(click.ClickException, match="sae-eval ended with status 3"):
+    with pytest.raises(click.ClickException, match="sae-eval exited with status 3"):
         call(command, "sae-eval", ["--status", "3"], Console(quiet=True), (0, 1))
 
 
@@ -432,9 +434,9 @@ def test_every_study_has_measures_of_its_own_and_compares_with_saes_that_it_trai
 
 
 def test_settings_of_evaluations_reach_those_runs_that_ask_for_them():
-    words = ("--set", "scr.data=stdlib", "--set", "browser.windows=9")
-    assert study.settings_of(words, ("core", "browser")) == ["--set", "browser.windows=9"]
-    assert study.settings_of(words, ("core",)) == []
+    settings = ("scr.data=stdlib", "browser.windows=9")
+    assert study.settings_of(settings, ("core", "browser")) == ["browser.windows=9"]
+    assert study.settings_of(settings, ("core",)) == []
 
 
 @pytest.mark.parametrize(("said", "message"), [("srcc.data=stdlib", "srcc.data"), ("scr.rows=2", "unknown setting")])
@@ -475,7 +477,7 @@ def test_a_run_that_tunes_names_the_best_and_one_that_weighs_costs_shows_them(tm
     write_tables([(tuned, lines)], tmp_path, Console(quiet=True))
     said = "- run_6: selected by explained_variance: weaker (weaker 0.8, base 0.7)"
     assert said in (tmp_path / "table.md").read_text()
-    assert "no SAE has explained_variance" in tables.selected(tuned, [])
+    assert "no SAE has explained_variance" in tables.ranking(tuned, [])
     folder = write_run(tmp_path / "run_2")
     result = json.loads((folder.path / "result.json").read_text())
     result["saes"]["one"] |= {"step_seconds": 0.004, "state_bytes": 3_000_000}
@@ -517,7 +519,7 @@ def test_a_base_at_half_length_is_no_run_of_its_own(tmp_path):
         (["tiered", "tierd"], "Error: unknown study 'tierd' (did you mean 'tiered'?)"),
         (["tiered", "--only", "run_99"], "Error: "),
         (["tiered", "--evals", "cores"], "Error: unknown evaluation 'cores' (did you mean 'core'"),
-        (["tiered", "--out", "file/runs"], "Error: file/runs/tiered cannot be made (Not a directory)"),
+        (["tiered", "--out", "file/runs"], "Error: file/runs/tiered cannot be created (Not a directory)"),
     ],
 )
 def test_bad_words_are_one_line_before_anything_is_trained(tmp_path, monkeypatch, words, said):
@@ -575,7 +577,7 @@ def test_a_table_is_of_one_course(tmp_path):
     begin(course)
     study.keep_course(course)
     with pytest.raises(
-        click.ClickException, match="begun with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: give"
+        click.ClickException, match="started with --tokens 1M --seeds 3, found --tokens 2M --seeds 3: give"
     ):
         study.keep_course(other)
 
@@ -595,7 +597,7 @@ def test_a_study_is_carried_out_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "sae_train", SimpleNamespace(main=train))
     monkeypatch.setattr(study, "sae_eval", SimpleNamespace(main=lambda *_, **__: None))
     CliRunner().invoke(study.main, ["tiered", *words])
-    refused = f"Error: another sae-study is at work in {tmp_path / 'tiered'}"
+    refused = f"Error: another sae-study is running in {tmp_path / 'tiered'}"
     assert [output.startswith(refused) for output in others] == [True, True, False]
     assert trained == ["tiered/run_0", "attention/run_0"]
     assert json.loads((tmp_path / "tiered/course.json").read_text())["options"] == []
@@ -611,12 +613,12 @@ def test_on_a_disk_without_locks_the_first_options_hold(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
-    with study._alone(course.out) as is_alone:
-        assert not is_alone
-        study.keep_course(course, is_alone)
-        study.keep_course(course, is_alone)
-        with pytest.raises(click.ClickException, match="begun with --tokens 1M --seeds 3, found --seeds 3: give"):
-            study.keep_course(replace(course, options=()), is_alone)
+    with study._lock(course.out) as is_locked:
+        assert not is_locked
+        study.keep_course(course, is_locked)
+        study.keep_course(course, is_locked)
+        with pytest.raises(click.ClickException, match="started with --tokens 1M --seeds 3, found --seeds 3: give"):
+            study.keep_course(replace(course, options=()), is_locked)
 
 
 def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):
@@ -624,7 +626,7 @@ def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):
     course = Course("./store", tmp_path, (), seeds=3)
     study.keep_course(course)
     begin(course)
-    with pytest.raises(click.ClickException, match="begun with --seeds 3, found no options: give the same options"):
+    with pytest.raises(click.ClickException, match="started with --seeds 3, found no options: give the same options"):
         study.keep_course(replace(course, seeds=None))
 
 
@@ -653,7 +655,7 @@ def test_a_table_is_of_one_store(tmp_path, monkeypatch):
 
 def test_what_is_evaluated_may_change_from_call_to_call(tmp_path):
     """Probing that turns out too long must not cost the runs that are there."""
-    study.keep_course(course := Course("./store", tmp_path, (), seeds=5, evaluation=("--set", "scr.data=stdlib")))
+    study.keep_course(course := Course("./store", tmp_path, (), seeds=5, evaluation=("scr.data=stdlib",)))
     begin(course)
     study.keep_course(Course("./store", tmp_path, (), seeds=5))
     with pytest.raises(click.ClickException, match="give the same options"):
@@ -694,7 +696,7 @@ def test_seeds_of_baselines_are_seeds():
 def test_a_remark_is_told_once_and_of_whom():
     lines = [Line("a", f"{name}_seed{n}", {}, [], ["short"]) for name in ("base", "guided") for n in (0, 1)]
     lines += [Line("b", "base_seed0", {}, [], ["short"]), Line("b", "other_seed0", {}, [])]
-    assert tables.told_of(lines, lambda line: line.remarks) == ["a: short", "b/base: short"]
+    assert tables.by_subject(lines, lambda line: line.remarks) == ["a: short", "b/base: short"]
 
 
 def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_path):
@@ -746,6 +748,6 @@ def test_sanity_baselines_are_no_comparisons():
 
 def test_an_evaluation_that_no_run_of_a_study_has_is_refused():
     recipes = study.choose("tiered", "decisive")
-    with pytest.raises(click.ClickException, match="--evals ravel: no run of tiered .* has it, but core, "):
+    with pytest.raises(click.ClickException, match="--evals ravel: the chosen runs of tiered have only core, "):
         study.restrict(recipes, "ravel")
     assert [found.evals for found in study.restrict(recipes, "core,ravel")] == [("core",)]

@@ -1,1 +1,1 @@
-"""What the plots are made of: the records of runs, one style, and panels that look the same everywhere."""
+"""The parts of plots: the records of runs, one style, and panels that look the same everywhere."""

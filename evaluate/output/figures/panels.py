@@ -20,13 +20,13 @@ from .seeds import groups_of, places_of
 from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
-LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that fit into a figure, and inches for each further one
-FEWEST_OF_CURVE = 10  # points
+LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that fit into a figure, and inches for each more
+FEWEST_OF_CURVE = 10  # points: with fewer, each has a mark
 Looks = Mapping[str, Look]
 
 
 class Panel(Protocol):
-    """Something that can be drawn from what it finds in some records."""
+    """Something that can be drawn from some records."""
 
     def finds(self, records: Sequence[Record]) -> bool: ...
 
@@ -40,7 +40,7 @@ class Lines:
     title: str
     y: str
     values: Callable[[Record], tuple[list[float], list[float]]]
-    limits: tuple[float, float] | None = None  # of a share; without it, an axis fits its values
+    limits: tuple[float, float] | None = None  # for a share; None: the axis fits its values
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.values(record)[1] for record in records)
@@ -60,7 +60,7 @@ class Lines:
 
 
 def mark_of(values: Sequence[float]) -> str | None:
-    """Of each point where they are so few that the line between them would pass for a curve, or is none."""
+    """A mark for each point if they are few: the line between them would pass for a measured curve, or be none."""
     return "o" if len(values) < FEWEST_OF_CURVE else None
 
 
@@ -116,11 +116,11 @@ def _draw_dots(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) 
 
 
 def series_of(names: str | tuple[str, ...], factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
-    """A logged number, or the first of several that an SAE has logged; in other units if needed."""
-    tried = (names,) if isinstance(names, str) else names
+    """A logged number, or the first of several that an SAE has logged, times `factor`."""
+    candidates = (names,) if isinstance(names, str) else names
 
     def values(record: Record) -> tuple[list[float], list[float]]:
-        steps, found = next((record.series(name) for name in tried if name in record.logged), ([], []))
+        steps, found = next((record.series(name) for name in candidates if name in record.logged), ([], []))
         return steps, [factor * value for value in found]
 
     return values
@@ -130,8 +130,7 @@ def draw_panels(
     panels: Sequence[Panel], records: Sequence[Record], title: str, among: Sequence[Record] = ()
 ) -> Figure | None:
     """All panels that any SAE has numbers for, and one legend for all; None if there is nothing to draw. A single bar
-    says no more than its number, which is in the table. If these are only some of the SAEs, `among` are all of
-    them."""
+    is left out: its number is in the table. If these are only some of the SAEs, `among` are all of them."""
     drawn = [panel for panel in panels if panel.finds(records) and (len(records) > 1 or not isinstance(panel, Bars))]
     if not drawn:
         return None
@@ -149,7 +148,7 @@ def draw_panels(
 
 
 def legend_of(records: Sequence[Record], among: Sequence[Record], has_lines: bool) -> tuple[list[Line2D], list[str]]:
-    """Handles and names of these among all SAEs, one for all seeds of one: lines if it has any, otherwise marks."""
+    """Handles and names of these among all SAEs, one for all seeds of an SAE: lines or, without any, marks."""
     groups, looks = groups_of(among), looks_of(among)
     shown = {groups[record.name]: looks[record.name] for record in records}
     seeds = Counter(groups[record.name] for record in records)
@@ -170,5 +169,5 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str]) 
 
 
 def looks_of(records: Sequence[Record]) -> dict[str, Look]:
-    """The look of each SAE, one for all seeds of one: by its place among all, whichever of them a panel shows."""
+    """The look of each SAE, the same for all its seeds: by its place among all, whichever of them a panel shows."""
     return {name: look(place) for name, place in places_of(records).items()}

@@ -1,6 +1,6 @@
-"""What plots and pages know about an SAE: its run's log, its settings, how it ended, and its evaluations.
+"""What plots and pages know about an SAE: its run's log, its settings, its outcome, and its evaluations.
 
-At the end: what all pages share, and how data reach their scripts.
+At the end: the files that all pages share, and how data reach their scripts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...context.write_and_read_results import (
     RESULTS,
     agree,
     differing,
-    few_of,
+    first_few,
     lines_of_each,
     metric_of,
     ours_in,
@@ -35,7 +35,7 @@ from ...errors import EvalError, ResultInvalid
 CURVE_POINTS = 200
 FILES = Path(__file__).parent / "web_files"  # the look and the charts that pages share
 Documents = Mapping[Path, Mapping[str, Any]]
-Now = Mapping[str, Sequence[Any]]
+Now = Mapping[str, Sequence[Any]]  # the weights and place that each SAE has now, by its label
 Say = Callable[[str], object]
 T = TypeVar("T")
 SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
@@ -50,7 +50,7 @@ CORE = {  # where core's results have what pages show; SAEBench's explained vari
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One SAE of one run."""
+    """One SAE of a run."""
 
     name: str  # in figures
     run: str
@@ -87,17 +87,17 @@ class Record:
         return None if document is None else metric_of(document, path)
 
     def held_out(self, name: str) -> float | None:
-        """As measured by core or, before core was run, by the run's own validation."""
+        """As measured by core or, without a result of core, by the run's own validation."""
         measured = self.metric("core", CORE[name])
         return self.outcome.get(name) if measured is None else measured
 
     @property
     def asked_l0(self) -> float | None:
-        """Active latents per token that the variant should have."""
+        """Active latents per token that the variant's settings ask for."""
         return self.setting("k", "target_l0")
 
     def setting(self, *names: str) -> float | None:
-        """The first of some settings of the variant that is a number."""
+        """The first of these settings of the variant that is a number."""
         found = (self.settings.get(name) for name in names)
         numbers = (float(value) for value in found if isinstance(value, (int, float)) and not isinstance(value, bool))
         return next(numbers, None)
@@ -108,7 +108,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a table: a heading, what it means in a few words, and where it comes from."""
+    """A column of a table: a heading, its meaning in a few words, and where its numbers come from."""
 
     heading: str
     meaning: str
@@ -147,8 +147,8 @@ def read_records(
     have the same name.
 
     `known` are results that are in memory already, by their path; with `only_known` no others are read, and SAEs
-    without any are left out: it has not been checked whether others compare. `now` says of which weights and place
-    results are to be, for SAEs by their labels.
+    without any are left out: it has not been checked whether others compare. `now` has the weights and place that
+    results must belong to, by the SAEs' labels.
     """
     times = Counter(run.name for run in runs)
     names = [run.name if times[run.name] == 1 else str(run.path) for run in runs]
@@ -185,18 +185,18 @@ def _records_of(
 def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
     """What a table's numbers were measured on, remarks, and for which of these evaluations they do not compare."""
     results = [(one.name, name, document) for one in records for name, document in one.documents.items()]
-    told = [f"{line}." for line in (*lines_of_each(results), *few_of(lines_of_each(results, "remark")))]
+    found = [f"{line}." for line in (*lines_of_each(results), *first_few(lines_of_each(results, "remark")))]
     for name in dict.fromkeys(evaluations):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
-            told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
+            found.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
     others = [one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None]
     if by_training := [one.name for one in others]:
-        told.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
-    return told
+        found.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
+    return found
 
 
 def thinned_log(path: Path) -> dict[str, list[Mapping[str, Any]]]:
-    """The lines of metrics.jsonl by SAE: of each as many as a chart can show, evenly spaced, with the last. Only these
+    """The lines of metrics.jsonl by SAE: for each as many as a chart can show, evenly spaced, with the last. Only these
     are parsed, as a log may have millions; `read_log` parses all."""
     if not path.is_file():
         return {}
@@ -205,7 +205,7 @@ def thinned_log(path: Path) -> dict[str, list[Mapping[str, Any]]]:
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n") and line != b"\n":
-                # Training writes the SAE first, then the step. A line that begins otherwise is read whatever it is.
+                # Training writes the SAE first, then the step. A line that begins otherwise is always parsed.
                 places[line.partition(b'"step"')[0] if line.startswith(b'{"sae"') else line].append(place)
             place += len(line)
         for line in _parsed(path, _lines_at(file, sorted(chain.from_iterable(map(_thinned, places.values()))))):
@@ -241,8 +241,7 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
 def read_documents(
     folder: Path, say: Say, known: Documents, only_known: bool = False, now: Now | None = None
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Results by label and evaluation that are of their SAE's weights and place now; one that cannot be read does not
-    affect the others."""
+    """Results for the SAEs' present weights and places, by label and evaluation, without any that cannot be read."""
     found: dict[str, dict[Path, Mapping[str, Any]]] = {}
     left_out = list[Path]()
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
@@ -257,35 +256,32 @@ def read_documents(
             found.setdefault(path.name.removesuffix(RESULTS), {})[path] = document
         else:
             left_out.append(path)
-    shown = {label: of_one_sae(one, known, (now or {}).get(label)) for label, one in found.items()}
+    shown = {label: of_one_version(one, known, (now or {}).get(label)) for label, one in found.items()}
     left_out += [path for label, documents in found.items() for path in documents if path not in shown[label]]
     if left_out:
         each = ", ".join(f"{path.parent.name} of {path.name.removesuffix(RESULTS)}" for path in sorted(left_out))
-        say(f"left out of pages and plots, as of other weights, another layer or hook than the SAE has now: {each}")
+        say(f"left out of pages and plots, from other weights, another layer or hook than the SAE has now: {each}")
     return {
         label: {path.parent.name: document for path, document in documents.items()}
         for label, documents in shown.items()
     }
 
 
-def of_one_sae(
-    documents: Documents, known: Documents, now: Sequence[Any] | None = None
-) -> dict[Path, Mapping[str, Any]]:
-    """Leave out results of other weights or another place than `now` or, without it, than those in memory are of or,
-    without any, the newest one: nothing else tells the revisions of an SAE of the Hub apart, or the layers that
-    `--layer` gave to one."""
+def of_one_version(documents: Documents, known: Documents, now: Sequence[Any] | None) -> dict[Path, Mapping[str, Any]]:
+    """The results with the weights and place `now` or, if that is None, with those of a result in memory or the newest
+    one: nothing else tells apart revisions of an SAE from the Hub, or the layers that `--layer` gave to one."""
 
-    def how_present(path: Path) -> tuple[bool, float]:
+    def recency(path: Path) -> tuple[bool, float]:
         return path.absolute() in known, documents[path].get("datetime_epoch_millis", 0)
 
     if now is None:
-        first = max((path for path in documents if ours_in(documents[path])), key=how_present, default=None)
-        now = first and weights_and_place(documents[first])
+        latest = max((path for path in documents if ours_in(documents[path])), key=recency, default=None)
+        now = latest and weights_and_place(documents[latest])
     return those_of(documents, now)
 
 
 def those_of(documents: Mapping[T, Mapping[str, Any]], now: Sequence[Any] | None) -> dict[T, Mapping[str, Any]]:
-    """The results of these weights and this place, as far as they say theirs; all if none is told."""
+    """The results with these weights and this place, as far as they name theirs; all if `now` is None."""
     return {key: one for key, one in documents.items() if now is None or agree(weights_and_place(one), now)}
 
 
@@ -298,5 +294,5 @@ def web_file(name: str) -> str:
 
 
 def script_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON that is safe inside a script: ASCII, and `<` is escaped: corpus text cannot end a script or begin one."""
+    """JSON that is safe inside a script: ASCII with `<` escaped, so corpus text can neither end nor begin one."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"), default=default).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""Which SAEs are one from several seeds: plots and pages show them as one, in one colour."""
+"""Which SAEs are seeds of the same one: plots and pages show them as one, in one colour."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .records import SEED, Record
 
 
 def groups_of(records: Sequence[Record]) -> dict[str, str]:
-    """By each SAE's name that of its group: the name without its seed, where nothing but seeds differs among those that
-    it is the name of."""
+    """Each SAE's name to that of its group: the name without its seed if all SAEs that share it differ by nothing but
+    their seeds, otherwise its own."""
     names = {
         record.name: record.name.removesuffix(record.label) + (SEED.sub("", record.label) or record.label)
         for record in records  # a run's name before the label may have a seed as well, and stays
@@ -24,7 +24,7 @@ def groups_of(records: Sequence[Record]) -> dict[str, str]:
 
 
 def places_of(records: Sequence[Record]) -> dict[str, int]:
-    """By each SAE's name the place of its group among all groups, which says how the SAE looks."""
+    """Each SAE's name to the place of its group among all groups, which decides its look."""
     groups = groups_of(records)
     places = {group: place for place, group in enumerate(dict.fromkeys(groups.values()))}
     return {name: places[group] for name, group in groups.items()}

@@ -1,8 +1,7 @@
 """One look for all plots: colours that colour-blind readers can tell apart, and text that is only text.
 
-An SAE has one colour in every panel, and so have all its seeds; from the eighth on, colours repeat
-with another line style, mark and hatching.
-Tiers and layers are ordered, so they have shades of one scale that no SAE has.
+An SAE has one colour in every panel, shared by all its seeds; from the eighth on, colours repeat with another line
+style, mark and hatching. Tiers and layers are ordered, so they have shades of one scale, which no SAE has.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ class Look:
 
 
 def look(place: int) -> Look:
-    """The look of the SAE at this place among all. Later lines are thinner: what they hide shows at their sides."""
+    """The look of the SAE at this place among all. Later lines are thinner, so that those below show at their sides."""
     width = THICKEST - (THICKEST - THINNEST) * min(place, len(COLOURS)) / len(COLOURS)
     again = place // len(COLOURS) % len(LINES)
     return Look(COLOURS[place % len(COLOURS)], LINES[again], MARKS[again], HATCHES[again], width)
 
 
 def shades(count: int) -> list[str]:
-    """Colours for a few ordered things, such as tiers or layers; dark to light."""
+    """Colours for a few ordered things, such as tiers or layers, from dark to light."""
     scale = colormaps["cividis"]
     places = [0.0] if count == 1 else [0.02 + 0.8 * i / (count - 1) for i in range(count)]
     return ["#{:02X}{:02X}{:02X}".format(*(round(255 * part) for part in scale(place)[:3])) for place in places]
@@ -58,7 +57,7 @@ def shades(count: int) -> list[str]:
 def new_figure(
     panels: int, columns: int = 3, width: float = WIDTH, height: float = HEIGHT, wide: int = 0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with this many panels, `columns` in a row; none is left empty. The first `wide` have a row each."""
+    """A figure with this many panels, `columns` in a row; the first `wide` have a row each."""
     columns = columns if wide else min(columns, panels)
     rows = wide + -(-(panels - wide) // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=DPI, layout="constrained")
@@ -66,7 +65,7 @@ def new_figure(
     places = [grid[row, :] for row in range(wide)]
     places += [grid[wide + place // columns, place % columns] for place in range(panels - wide)]
     axes = [figure.add_subplot(place) for place in places]
-    for axis in axes:  # no box, a faint grid behind, and the full number at every tick: no offset to add to it
+    for axis in axes:  # no box, a faint grid behind, and at every tick the full number, without a common offset
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(_in_full)
         axis.spines[["top", "right"]].set_visible(False)
@@ -82,14 +81,14 @@ def _in_full(value: float, _: object) -> str:
 
 
 def caption(axis: Axes, title: str, x: str, y: str) -> None:
-    """Title and axis labels; text of runs is never read as formulas."""
+    """Title and axis labels; names from runs are never read as formulas."""
     axis.set_title(title, fontsize=10, color=INK, parse_math=False)
     axis.set_xlabel(x, fontsize=9, color=INK, parse_math=False)
     axis.set_ylabel(y, fontsize=9, color=INK, parse_math=False)
 
 
 def first_of(title: str, drawn: int, found: int, what: str = "SAEs") -> str:
-    """A title that says so if not all are drawn."""
+    """The title, with a note if not all are drawn."""
     return title if drawn == found else f"{title} (first {drawn} of {found} {what})"
 
 
@@ -103,7 +102,7 @@ def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
 
 
 def shown(token: str) -> str:
-    """A token as a label: whitespace made visible, a middle dot for what the font cannot draw."""
+    """A token as a label: whitespace made visible, a middle dot for characters that the font lacks."""
     known = get_font(findfont(FontProperties())).get_charmap()
     inner = token[1:] if len(token) > 1 and token[0] == " " else token  # most tokens begin with a space
     marked = (SHOWN.get(letter, letter) for letter in inner)
@@ -111,6 +110,6 @@ def shown(token: str) -> str:
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values span so much that only a logarithmic axis shows them all."""
+    """Whether positive values span so much that only a logarithmic axis shows them all."""
     positive = [value for value in values if value > 0]
     return bool(positive) and len(positive) == len(values) and max(positive) > 20 * min(positive)

@@ -1,8 +1,8 @@
-"""The registry: every file of this folder is a plot, and its name is the image's.
+"""The plot registry: every file in this folder is a plot, and the image has its name.
 
-A file has `draw(records) -> Figure | None`, where None says that none of the SAEs has what it shows; a file with
-several plots has `PLOTS`, such functions by the images' names. No global state of matplotlib is touched: figures are
-objects that are drawn to files and dropped.
+A file has `draw(records) -> Figure | None`, where None means that no SAE has the data; a file with several plots has
+`PLOTS`, such functions by image name. No global state of matplotlib is touched: figures are objects that are drawn to
+files and dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ....train.disk.atomic_files import replace_file
 from ....train.file_registry import file_names, import_file
 from ..figures.records import Record
 
-KINDS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}  # with its metadata
+KINDS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}  # formats, with metadata
 Draw = Callable[[Sequence[Record]], Figure | None]
 
 
@@ -32,7 +32,7 @@ def all_plots() -> dict[str, Draw]:
 
 
 def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
-    """Every plot that these SAEs have the data for, as PNG, and as SVG for papers; several runs share each figure.
+    """Draw every plot that these SAEs have the data for, as PNG, and as SVG for papers; several runs share each figure.
 
     Returns the PNG files.
     """
@@ -43,7 +43,7 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
         path = out / f"{name}.png"
         if figure is None:
             for kind in KINDS:
-                path.with_suffix(f".{kind}").unlink(missing_ok=True)  # a plot of what is no longer there
+                path.with_suffix(f".{kind}").unlink(missing_ok=True)  # an earlier plot, whose data are gone
             continue
         save(figure, path)
         written.append(path)
@@ -51,9 +51,9 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw to one file for each format, each all or nothing, whatever else draws the same."""
+    """Draw to one file for each format, atomically, as others may draw the same plot."""
     FigureCanvasAgg(figure)
-    figure.draw_without_rendering()  # beside square panels and a shared colour bar one pass of the layout is too few
+    figure.draw_without_rendering()  # one layout pass is not enough with square panels and a shared colour bar
     for kind, metadata in KINDS.items():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=kind, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Heat maps, a panel per SAE: latents on the first tokens of a test window, what they are made of, who follows whom."""
+"""Heat maps, a panel per SAE: latents on the first tokens of a test window, their parts, and which follows which."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layers_and_tiers import has_no_tiers
 BLUES: Any = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "interpolation": "nearest"}
 MOST_PATTERNS, MOST_COMPOSITIONS, MOST_MATRICES = 6, 4, 9  # SAEs in one figure: more would be too small to read
 LATENTS = 16  # of each whose composition is drawn
-LEAST, LIMIT = 1 / 16, 3.0  # multiple of the base rate that is drawn as nothing; the scale's ends, in doublings
+LEAST, LIMIT = 1 / 16, 3.0  # smallest multiple of the base rate that is drawn; the scale's ends, in doublings
 
 
 def draw_each(
@@ -78,8 +78,7 @@ def draw_compositions(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_composition(axis: Axes, record: Record, heaviest: float) -> None:
-    """A row per latent, with the numbers of its parts by descending weight; dark where a part is heavy, alike in all
-    panels."""
+    """A row per latent with the numbers of its parts, heaviest first and darkest, on one scale for all panels."""
     latents = compositions_of(record)
     most = max(len(one["parts"]) for one in latents)
     weights = [[part["weight"] for part in one["parts"]] + [0.0] * (most - len(one["parts"])) for one in latents]

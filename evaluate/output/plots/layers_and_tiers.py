@@ -1,4 +1,4 @@
-"""By layer, what attention says about codes and how much it counts in the guidance; by tier, how active latents are."""
+"""By layer, how much attention explains of codes and counts in the guidance; by tier, how active latents are."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..figures.style import INK, LINES, caption, first_of, new_figure, shades
 
 CONTRIBUTION, WEIGHT, SHARE = "attention/contribution_", "mixing/weight_", "share_"
 ACTIVE, ACTIVITY = "active_share_", "tiers/activity_"  # of a tier: as measured, and as training logs it
-MEASURED = (  # by the evaluation `attention`, a number for each layer: its name, title, unit and factor
+MEASURED = (  # by the evaluation `attention` for each layer: name, title, unit and factor
     (SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
     ("similarity_gain_", "How much more alike attended tokens are", "cosine above the row's mean", 1.0),
 )
-MOST_LABELLED = 18  # the most upright bars with room for their numbers above them
+MOST_LABELLED = 18  # bars with room for their numbers above them
 MOST_TIERS = 8  # of an SAE
-MOST_BESIDE = 4  # SAEs with a group of bars each in a panel that others stand beside
+MOST_BESIDE = 4  # SAEs, with a group of bars each, in a panel that shares its row with others
 
 
 def measured_layers(record: Record) -> list[int]:
@@ -36,14 +36,14 @@ def _numbered(record: Record, evaluation: str, group: str, prefix: str) -> list[
 
 
 def draw_contribution(records: Sequence[Record]) -> Figure | None:
-    """Of each layer: explained similarity, a group of bars per SAE; its part in training, a panel per SAE."""
+    """For each layer: the similarity it explains, a group of bars per SAE; its part in training, a panel per SAE."""
     measured = [record for record in records if measured_layers(record)]
     logged = [record for record in records if record.numbered(CONTRIBUTION)]
     panels = len(MEASURED) * bool(measured) + len(logged)
     if not panels:
         return None
     layers = sorted({layer for r in records for layer in (*measured_layers(r), *r.numbered(CONTRIBUTION))})
-    if len(measured) > MOST_BESIDE:  # beside each other, bars would make a figure too wide to read on a page
+    if len(measured) > MOST_BESIDE:  # in one row, they would make a figure too wide to read on a page
         columns = 2 if len(measured) <= 2 * MOST_BESIDE else 3
         figure, axes = new_figure(panels, columns, height=3.6, wide=len(MEASURED))
     else:
@@ -63,7 +63,7 @@ def draw_contribution(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_mixing(records: Sequence[Record]) -> Figure | None:
-    """How much each layer's attention counts in the guidance, over training; a panel per SAE."""
+    """The weight of each layer's attention in the guidance, over training; a panel per SAE."""
     mixed = [record for record in records if record.numbered(WEIGHT)]
     if not mixed:
         return None
@@ -83,7 +83,7 @@ def draw_mixing(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], y: str) -> None:
-    """What an SAE logged about each layer, over training. A layer looks the same wherever it is among these layers."""
+    """A number that an SAE logged for each layer, over training. A layer has the same look in every panel."""
     colours = dict(zip(layers, shades(len(layers)), strict=True))
     for layer, name in record.numbered(prefix).items():
         line = LINES[layers.index(layer) % len(LINES)]
@@ -106,8 +106,7 @@ def tier_activity(record: Record, tier: int, is_measured: bool) -> float | None:
 
 
 def draw_tiers(records: Sequence[Record]) -> Figure | None:
-    """At the end: for SAEs that were measured on the test split, if there are any; otherwise for all, in the last
-    logged batch."""
+    """After training: of the SAEs measured on the test split or, without any, of all in the last logged batch."""
     is_measured = any(tier_activity(record, 1, True) is not None for record in records)
     shown = [record for record in records if tier_activity(record, 1, is_measured) is not None]
     if not shown:
@@ -126,7 +125,7 @@ def draw_tiers(records: Sequence[Record]) -> Figure | None:
 
 
 def has_no_tiers(record: Record) -> bool:
-    """Whether the evaluation `tiers` gave it equal shares of its latents for them."""
+    """Whether the evaluation `tiers` took equal shares of its latents instead."""
     return record.unstructured("tiers").get("tiers") == EQUAL_SHARES
 
 

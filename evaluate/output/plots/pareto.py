@@ -19,7 +19,7 @@ FLOOR = -0.5  # a lower score is drawn here, pointing down, with its number
 
 @dataclass(frozen=True)
 class Points:
-    """A score against L0, a point per SAE, with the score's interval where it was measured."""
+    """A score against L0, a point per SAE, with the score's interval if it was measured."""
 
     title: str
     y: str
@@ -64,12 +64,12 @@ PANELS = (
 
 
 def draw(records: Sequence[Record]) -> Figure | None:
-    """Only SAEs that core measured, if there are any: training's own numbers are of another split."""
+    """Only SAEs that core measured, if there are any: training's own numbers are from another split."""
     measured = [replace(record, outcome={}) for record in records if "core" in record.documents]
     lines = ["Quality against sparsity"]
     if any(panel.interval(record) for panel in PANELS for record in measured):
         lines.append("95 % intervals over documents")
     if uneven := differing(record.documents["core"] for record in measured):
-        said = f"these numbers do not compare: core's results differ in {uneven}"
-        lines += textwrap.wrap(said, 50)  # as many letters as one panel is wide
+        warning = f"these numbers do not compare: core's results differ in {uneven}"
+        lines += textwrap.wrap(warning, 50)  # characters that fit the width of a panel
     return draw_panels(PANELS, measured or records, "\n".join(lines), records)

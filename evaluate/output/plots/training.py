@@ -1,4 +1,4 @@
-"""Training: what was set differently, losses and tiers on the way, and how far it got."""
+"""Training: its settings, losses and tiers over its course, and how far it got."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
 
 
 def peak_rate(record: Record) -> float | None:
-    """The first logged learning rate without the warm-up in it: a short run logs none at the peak."""
+    """The first logged learning rate over the schedule's share there: a short run may log none at the peak."""
     steps, rates = record.series("lr")
     settings, total_steps = record.settings.get("optim"), record.asked.get("total_steps")
     if not rates or settings is None or total_steps is None:
         return max(rates, default=None)
     try:
         share = replace(from_json(Optim, settings), lr=1.0).schedule()
-    except StrictError:  # settings of a later version, say
+    except StrictError:  # for example the settings of a later version
         return max(rates)
     return rates[0] / share(int(steps[0]), total_steps)
 
@@ -89,7 +89,7 @@ PROGRESS = (
 
 
 def draw_progress(records: Sequence[Record]) -> Figure | None:
-    """Losses of several variants have other terms each, and are not set side by side."""
+    """The losses of different variants have different terms, and are not set side by side."""
     seen = [record for record in records if record.log or record.steps is not None]
     is_one = len({record.variant for record in seen}) == 1
     panels = [panel for panel in PROGRESS if is_one or panel is not LOSS]

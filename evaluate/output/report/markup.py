@@ -1,7 +1,7 @@
 """HTML from parts, so that nothing reaches the page unescaped.
 
-Text of a corpus is hostile: it may hold markup, scripts, control characters, or characters that turn the
-direction of everything after them. `text` takes strings from anywhere; only `Html` goes in as it is.
+Corpus text is hostile: it may hold markup, scripts, control characters, or characters that reverse the direction of
+everything after them. `text` takes strings from anywhere; only `Html` goes in as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def image(path: Path, title: str) -> Html:
 
 
 def _visible(letter: str) -> str:
-    """A letter, or a mark if it would be invisible or affect its neighbours."""
+    """A character, or a mark for one that would be invisible or affect its neighbours."""
     if letter == "\n":
         return LINE_BREAK
     if letter == "\t":

@@ -1,7 +1,7 @@
-"""A run as one HTML page that needs nothing else: its origin, curves, numbers, plots, and what its latents fire on.
+"""A run as one self-contained HTML page: its origin, curves, numbers, plots, and what its latents fire on.
 
-The page requests nothing from anywhere, and its policy forbids browsers to: images are inside it, and only its own
-script may run, by its digest. While a run trains, its page also loads `live.js` next to it, the same data updated.
+The page makes no requests, and its policy forbids them: images are inside it, and only its own script may run, by its
+digest. While a run trains, its page also loads updated data from `live.js` next to it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ HERE = Path(__file__).parent
 
 
 def write_page(folder: Path, records: Sequence[Record], plots: Path) -> Path:
-    """Write <folder>/report.html, with the plots of another folder; all or nothing."""
+    """Write <folder>/report.html atomically, with the plots from the folder `plots`."""
     path = folder / "report.html"
     has_browser = (folder / BROWSER).is_file()
     pictures = {quote(os.path.relpath(one, folder)): one for one in sorted(plots.glob("*.png"))}
     replace_file(path, page(folder.name, records, pictures, has_browser).encode())
-    if (folder / LIVE).exists():  # whoever watched the run train is brought to this page
+    if (folder / LIVE).exists():  # a page still open from training reloads as this one
         replace_file(folder / LIVE, b'saemill({"ended":true});\n')
     return path
 
 
 def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> None:
-    """Write the page of a run that trains, and the data that it loads again and again."""
+    """Write the page of a run that is training, and the data that it keeps loading."""
     course = course_of(records, run.read_config().get("total_steps", 0), pause)
     data = training_data(records, course)
     replace_file(run.path / LIVE, f"saemill({script_json(data)});\n".encode())
@@ -46,7 +46,7 @@ def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> 
 
 
 def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has_browser: bool = False) -> Html:
-    """The whole document; pictures are plots by their paths relative to it."""
+    """The whole document. `pictures` are the plots, by their paths relative to it."""
     link = element("p", element("a", "all latents, to browse and search", href=BROWSER)) if has_browser else Html("")
     numbers, *below = [
         element("section", card, class_="card") if card else card
@@ -56,7 +56,7 @@ def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has
 
 
 def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> Html:
-    """The document; what the script draws is between `above` and `below`."""
+    """The document; the script draws between `above` and `below`."""
     script = web_file("charts.js") + (HERE / "report.js").read_text(encoding="utf-8")
     head = joined(
         [
@@ -89,7 +89,7 @@ def _policy(script: str, data: Mapping[str, Any]) -> str:
 
 
 def origins(records: Sequence[Record]) -> Html:
-    """Where the numbers come from: a line for each run, which opens to the rest."""
+    """Where the numbers come from: a line for each run, which unfolds to the details."""
     runs = dict.fromkeys(record.run for record in records)
     return joined([_origin(run, [one for one in records if one.run == run], len(runs) > 1) for run in runs])
 
@@ -114,11 +114,11 @@ def _origin(run: str, records: Sequence[Record], is_named: bool) -> Html:
         "computed on": _part(made, "hardware").get("device"),
     }
     shown = {name: value for name, value in facts.items() if value}
-    told = ", ".join(filter(None, line))
-    if not (told or shown):
+    brief = ", ".join(filter(None, line))
+    if not (brief or shown):
         return Html("")
     rows = [part for name, value in shown.items() for part in (element("dt", name), element("dd", value))]
-    summary = element("summary", ": ".join(filter(None, [run, told])) if is_named or not told else told)
+    summary = element("summary", ": ".join(filter(None, [run, brief])) if is_named or not brief else brief)
     return element("details", summary, element("dl", *rows), class_="origin")
 
 
@@ -143,12 +143,12 @@ def _together(name: Any, more: Any) -> str:
 FIRST = ("pareto",)
 LATENTS_APART = ("activation_patterns", "composition_patterns", "transition_matrix")
 CURVES = ("hyperparameters", "training_metrics", "training_progression")
-"""Plots that the page's script draws, except the bars that they have for several SAEs."""
+"""Plots that the page's script draws too, but for the bars of several SAEs."""
 
 
 def figures(pictures: Mapping[str, Path], is_alone: bool) -> Html:
-    """Every plot with its name and its files for papers, the quality of SAEs first; heat maps of single latents and
-    what is drawn above are folded up. If there is only one SAE, of what is drawn above only the files."""
+    """Every plot with its name and its files for papers, the quality of SAEs first. Heat maps of single latents are
+    folded, and so are the plots whose curves are drawn above; for one SAE, these are only links."""
     if not pictures:
         return Html("")
     found = {path.stem: (address, path) for address, path in pictures.items()}
@@ -188,7 +188,7 @@ LATENTS = 12  # of an SAE: a page should be readable
 
 
 def contexts_of(records: Sequence[Record]) -> Html:
-    """What latents fire on: their strongest contexts, in a section for each SAE that has some."""
+    """The strongest contexts of latents, in a section for each SAE that has some."""
     sections = [_section(record) for record in records if record.unstructured("browser").get("latents")]
     return joined([element("h2", "What latents fire on"), *sections]) if sections else Html("")
 

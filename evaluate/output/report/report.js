@@ -1,8 +1,8 @@
-// Draws what a run logs: seeds of one SAE as their median and range, SAEs side by side. While the run trains, the same
-// data are requested again as a script, because a page opened from disk may add scripts and may read nothing else.
+// Draws a run's log: the seeds of an SAE as their median and range, SAEs together. While the run trains, its data are
+// loaded again and again as a script, because a page opened from disk may add scripts but read nothing else.
 
 W = 340; H = 170;
-const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
+const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], RELOAD_MS = 5000;
 const SAID = { l0: "L0, training batch", explained_variance: "Explained variance, training batch", l1: "L1", lr: "Learning rate" };
 const capital = (words) => words.slice(0, 1).toUpperCase() + words.slice(1);
 let data, isApart = false, chosen = new Map(); // chosen steps, by chart
@@ -13,10 +13,10 @@ function saemill(fresh) {
   else if (fresh.course.written !== data.course.written) draw(fresh);
 }
 
-function again() {
+function reload() {
   const script = document.createElement("script");
   script.src = `live.js?${Date.now()}`;
-  script.onload = script.onerror = () => { script.remove(); said(); setTimeout(again, AGAIN_MS); };
+  script.onload = script.onerror = () => { script.remove(); showAge(); setTimeout(reload, RELOAD_MS); };
   document.head.append(script);
 }
 
@@ -57,7 +57,7 @@ function draw(fresh) {
   chosen = new Map([...document.querySelectorAll("[data-keep][data-step]")].map((chart) => [chart.dataset.keep, Number(chart.dataset.step)]));
   const all = groups(), shown = all.filter((group) => !off.has(group.name));
   $("live").replaceChildren(...[progress(), compared(shown), all.length && training(all, shown)].filter(Boolean));
-  said();
+  showAge();
   if (focused) [...document.querySelectorAll("[data-keep]")].find((one) => one.dataset.keep === focused)?.focus({ preventScroll: true });
 }
 
@@ -72,31 +72,31 @@ function progress() {
     h("div", { class: "wide" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "SAE"), names.map((name) => h("th", { scope: "col" }, name.replaceAll("_", " "))))),
       h("tbody", {}, data.saes.map((sae) => h("tr", {}, h("td", {}, brief(sae.name, 40)), names.map((name) => h("td", {}, number(last(sae, name), 4)))))))));
 }
-function said() {
+function showAge() {
   if (!data.course || !$("heard")) return;
   const seconds = Math.max(0, Math.round(Date.now() / 1000 - data.course.written));
   const late = seconds > 60 + 10 * data.course.pause;
-  $("heard").textContent = late ? `\u00b7 nothing new for ${whole(Math.round(seconds / 60))} minutes: where it was stopped, sae-train --resume goes on` : `\u00b7 written ${seconds} s ago`;
+  $("heard").textContent = late ? `\u00b7 nothing new for ${whole(Math.round(seconds / 60))} minutes: if it was stopped, sae-train --resume continues it` : `\u00b7 written ${seconds} s ago`;
   $("heard").className = late ? "warn" : "quiet";
 }
 
 function training(all, shown) {
   const names = [...new Set(data.saes.flatMap((sae) => Object.keys(sae.curves)))].filter((name) => !AXIS.includes(name));
-  if (!names.length) return h("section", { class: "card quiet" }, "The run's folder has no log of its training.");
+  if (!names.length) return h("section", { class: "card quiet" }, "The run's folder has no training log.");
   const is = (test) => names.filter((name) => !FIRST.includes(name) && test(name)).sort();
   const parts = [["", FIRST.filter((name) => names.includes(name))], ["Course", is((name) => !name.includes("/"))]];
   for (const part of new Set(is((name) => name.includes("/")).map((name) => name.split("/")[0]))) parts.push([part, is((name) => name.startsWith(`${part}/`))]);
-  const still = [];
+  const unchanged = [];
   const sections = parts.map(([part, own]) => {
     const drawn = own.map((name) => [name, shown.map((group) => series(group, name)).filter(Boolean)]).filter(([name, found]) => {
-      const values = found.flatMap((one) => one.y), isStill = new Set(values).size === 1 && found.some((one) => one.x.length > 1);
-      if (isStill) still.push(`${name} ${number(values[0], 4)}`);
-      return values.length && !isStill;
+      const values = found.flatMap((one) => one.y), isUnchanged = new Set(values).size === 1 && found.some((one) => one.x.length > 1);
+      if (isUnchanged) unchanged.push(`${name} ${number(values[0], 4)}`);
+      return values.length && !isUnchanged;
     });
     return drawn.length ? h("div", {}, part && h("h2", {}, capital(part)), h("div", { class: "curves" }, drawn.map(([name, found]) => curve(name, part, found)))) : null;
   });
   return h("section", { class: "card" }, h("div", { class: "row-of between" }, h("h2", {}, "Training curves"), seeds()), legend(all), sections,
-    still.length > 0 && h("p", { class: "small quiet" }, `Unchanged: ${still.join(", ")}.`));
+    unchanged.length > 0 && h("p", { class: "small quiet" }, `Unchanged: ${unchanged.join(", ")}.`));
 }
 function curve(name, part, found) {
   const values = found.flatMap((one) => one.y), isWide = Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
@@ -125,7 +125,7 @@ function compared(shown) {
   W = innerWidth < 600 ? 340 : 620; H = 260;
   const chart = scatter(points, ["L0 (active latents per token)", "explained variance"]);
   W = 340; H = 170;
-  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : data.is_measured ? "As core measured." : "Of the validation split, as training measured."));
+  return h("section", { class: "card" }, h("h2", {}, "Sparsity and fidelity"), chart, h("p", { class: "small quiet" }, data.course ? "As last logged." : data.is_measured ? "As measured by core." : "On the validation split, as measured by training."));
 }
 
 beginTheme();
@@ -134,5 +134,5 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "t" && !event.ctrlKey && !event.metaKey && !event.altKey) turnTheme();
 });
 draw(JSON.parse($("data").textContent));
-if (data.course) setTimeout(again, AGAIN_MS);
+if (data.course) setTimeout(reload, RELOAD_MS);
 document.documentElement.dataset.ready = "true";

@@ -1,5 +1,5 @@
-"""The table of a run, one line for each SAE, one column for each number that was measured; and what its page's script
-draws: curves of all that was logged, which SAEs differ by seed, and how far a run is.
+"""The table of a run, with a line for each SAE and a column for each number that was measured; and the data for its
+page's script: curves of all that was logged, which SAEs differ only by seed, and the run's progress.
 
 An evaluation without a column here gets one for each metric of its summary.
 """
@@ -20,7 +20,7 @@ from .markup import Html, element, joined
 
 
 def with_massive(record: Record) -> float | None:
-    """Explained variance of all rows, where some are massive."""
+    """Explained variance of all rows, if some are massive."""
     massive = record.metric("core", "saemill_metrics.massive.tokens") or record.outcome.get("validation_massive")
     return record.held_out("explained_variance_with_massive") if massive else None
 
@@ -31,10 +31,10 @@ COLUMNS = (
     Column("penalty", "coefficient", lambda r: r.setting("penalty")),
     SHARED["l0"],
     SHARED["explained_variance"],
-    Column("with massive rows", "the same of all rows", with_massive),
+    Column("with massive rows", "the same over all rows", with_massive),
     SHARED["ce_score"],
     SHARED["kl_score"],
-    Column("dead", "of latents, as training ended", lambda r: r.outcome.get("dead_share")),
+    Column("dead", "of latents, at the end of training", lambda r: r.outcome.get("dead_share")),
     SHARED["probing"],
     measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
     measured("composed", "share of tier 2, of few", "tiers", "composition.coverage_few_2"),
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 def summary_columns(records: Sequence[Record]) -> list[Column]:
-    """Columns of evaluations that are not in `COLUMNS`; results of one that is not installed stay in their files."""
+    """Columns of evaluations that are not in `COLUMNS`. Results of one that is not installed stay in their files."""
     shown = {column.evaluation for column in COLUMNS}
     found = dict.fromkeys(name for record in records for name in record.documents if name not in shown)
     return [
@@ -76,23 +76,23 @@ def numbers_table(records: Sequence[Record]) -> Html:
 
 
 def variant(record: Record) -> list[Html]:
-    """The variant, shown below the name if that does not say it."""
+    """The variant, below a name that does not include it."""
     is_named = record.label == record.variant or record.label.startswith(f"{record.variant}_")
     return [] if is_named else [element("small", record.variant)]
 
 
 def remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     """What the numbers were measured on, and what they leave out."""
-    told = notes(records, [column.evaluation for column in columns if column.evaluation])
+    lines = notes(records, [column.evaluation for column in columns if column.evaluation])
     if any(reach(column, one) is not None for column in columns for one in records):
-        told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
+        lines.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
     massive = [
         f"{record.name}: {found:,} of {found + record.outcome['validation_tokens']:,} tokens of the validation split "
-        "are massive, their norm many times the median; explained variance is without."
+        "are massive, their norm many times the median; explained variance leaves them out."
         for record in records
         if (found := record.outcome.get("validation_massive"))
     ]
-    return [element("p", line, class_="faint") for line in (*told, *massive)]
+    return [element("p", line, class_="faint") for line in (*lines, *massive)]
 
 
 def reach(column: Column, record: Record) -> float | None:
@@ -117,14 +117,14 @@ DIGITS = 5
 
 def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The data for the script; `course` is the progress of a run that has not ended."""
-    is_measured = any("core" in record.documents for record in records)  # training's own numbers are of other text
+    is_measured = any("core" in record.documents for record in records)  # training's own numbers are from other text
     groups = groups_of(records)
-    saes = [{"name": r.name, "group": groups[r.name], **_curves(r), **_worth(r, is_measured)} for r in records]
+    saes = [{"name": r.name, "group": groups[r.name], **_curves(r), **_quality(r, is_measured)} for r in records]
     return {"saes": saes, "course": course, "is_measured": is_measured}
 
 
 def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, Any]:
-    """The progress of a run, and how often that is written."""
+    """The progress of a run, and the seconds until it is written again."""
     ends = [record.log[-1] for record in records if record.log]
     last = max(ends, key=lambda line: line.get("step", 0), default={"step": -1})
     speed = {"tokens_per_second": _rounded(last.get("tokens_per_second")) or 0.0}
@@ -141,8 +141,8 @@ def _curves(record: Record) -> dict[str, Any]:
     }
 
 
-def _worth(record: Record, is_measured: bool) -> dict[str, float | None]:
-    """Core's numbers where it measured any SAE, or those that training held out or, while it lasts, last logged."""
+def _quality(record: Record, is_measured: bool) -> dict[str, float | None]:
+    """Core's numbers if it measured any SAE, otherwise training's: on held-out text or, while it runs, last logged."""
     names = ("l0", "explained_variance")
     if is_measured:
         return {name: _rounded(record.metric("core", CORE[name])) for name in names}

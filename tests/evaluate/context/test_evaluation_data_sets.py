@@ -10,7 +10,7 @@ import pytest
 
 from saemill.evaluate.context import evaluation_data_sets as data_sets
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.evaluation_data_sets import data_meant, downloaded_commit
+from saemill.evaluate.context.evaluation_data_sets import downloaded_commit, expected_data
 from saemill.evaluate.evals import load
 from saemill.evaluate.evals.probing import sae_probes_package, saebench_texts
 from saemill.evaluate.evals.ravel.prompts_and_pairs import load_facts
@@ -137,9 +137,9 @@ def test_the_package_that_brings_prompts_is_named_by_its_version(monkeypatch):
 
 
 def test_a_result_is_judged_by_the_commits_that_it_tells_of():
-    assert data_meant(None, {"a": OLD}) is None  # of before they were kept
-    assert data_meant({"a": OLD}, None) == {"a": OLD}
-    assert data_meant({"a": OLD}, {"a": NEW, "b": NEW}) == {"a": NEW}
-    assert data_meant({"a": OLD, "b": OLD}, {"a": OLD}) == {"a": OLD, "b": OLD}
-    assert data_meant("sha256:1", {"a": OLD}) == {"a": OLD}
-    assert data_meant(None, "sha256:1") == "sha256:1"
+    assert expected_data(None, {"a": OLD}) is None  # of before they were kept
+    assert expected_data({"a": OLD}, None) == {"a": OLD}
+    assert expected_data({"a": OLD}, {"a": NEW, "b": NEW}) == {"a": NEW}
+    assert expected_data({"a": OLD, "b": OLD}, {"a": OLD}) == {"a": OLD, "b": OLD}
+    assert expected_data("sha256:1", {"a": OLD}) == {"a": OLD}
+    assert expected_data(None, "sha256:1") == "sha256:1"

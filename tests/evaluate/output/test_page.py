@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate import evals
-from saemill.evaluate.context.write_and_read_results import INTERVALS, few_of, heading, interval_of, lines_of_each
+from saemill.evaluate.context.write_and_read_results import INTERVALS, first_few, heading, interval_of, lines_of_each
 from saemill.evaluate.output.figures.records import Record, read_records, web_file
 from saemill.evaluate.output.figures.style import COLOURS, LINES
 from saemill.evaluate.output.report import table_and_curves
@@ -293,7 +293,7 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     assert "step 10 of 40" in page.inner_text("#live")
     log(live, range(10, 30))
     write_live_page(live, read_records([live], print), 5.0)
-    page.evaluate("again()")  # as it does by itself every few seconds
+    page.evaluate("reload()")  # as it does by itself every few seconds
     page.wait_for_selector("progress[value='30']")
     ends = {
         label: {"l0": 16.0 + place, "explained_variance": 0.625} for place, label in enumerate(("wide", "topk_seed0"))
@@ -301,11 +301,11 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     live.write_result({"steps": 40, "saes": ends})
     write_page(live.path, read_records([live], print), live.path)
     with page.expect_navigation():
-        page.evaluate("again()")
+        page.evaluate("reload()")
     page.wait_for_selector("html[data-ready]")
     assert page.locator("progress").count() == 0
     assert "0.625" in page.inner_text("table")
-    assert "Of the validation split, as training measured." in page.inner_text("body")
+    assert "On the validation split, as measured by training." in page.inner_text("body")
 
 
 def test_names_of_saes_stay_where_a_wide_table_is_moved(live, open_report):
@@ -355,7 +355,7 @@ def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):
     assert page.evaluate("document.activeElement.isOld") and said.inner_text() == before
     log(live, range(10, 30))
     write_live_page(live, read_records([live], print), 5.0)
-    page.evaluate("again()")
+    page.evaluate("reload()")
     page.wait_for_selector("progress[value='30']")
     assert said.inner_text() == before and before.startswith("step 8:")
     page.keyboard.press("ArrowRight")
@@ -405,7 +405,8 @@ def test_remarks_that_are_of_each_sae_are_told_of_a_few():
     told = [{"eval_result_metrics": {}, "saemill": {"remark": f"{n} probes had not converged"}} for n in range(9)]
     lines = lines_of_each([(f"sae_{n}", "position", document) for n, document in enumerate(told)], "remark")
     assert len(lines) == 9 and lines[3] == "position of sae_3: 3 probes had not converged"
-    assert few_of(lines) == [*lines[:6], "3 more remarks in the results' files"] and few_of(lines[:6]) == lines[:6]
+    assert first_few(lines) == [*lines[:6], "3 more remarks in the results' files"]
+    assert first_few(lines[:6]) == lines[:6]
 
 
 @pytest.mark.parametrize(("massive", "found"), [(0, (31.0, 33.0)), (7, None)])

@@ -1,4 +1,4 @@
-// What the pages share: elements, numbers as text, charts, light and dark. Text only ever becomes text nodes.
+// Shared by the pages: elements, numbers as text, charts, light and dark. Text only ever becomes text nodes.
 "use strict";
 
 // ---------------------------------------------------------------- elements
@@ -28,7 +28,7 @@ const number = (value, digits = 3) => value === null || value === undefined || N
 const whole = (value) => value.toLocaleString("en");
 const share = (value) => value === 0 ? "0" : value >= 1e-5 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
 
-// Characters that are invisible or turn the direction of their neighbours are written out; joiners inside words stay.
+// Characters that are invisible or change the direction of text are written out; joiners inside words stay.
 const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\p{Co}\p{Cn}\p{Cs}]|(?![\u200c\u200d])\p{Cf}/gu;
 const LONG = 80;
 function visible(text) {
@@ -43,7 +43,7 @@ function brief(text, most = LONG) {
 
 // ---------------------------------------------------------------- charts
 
-// Those of the plots, in their order; the ink stands for their black.
+// The plots' colours, in their order, with the ink for their black.
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "var(--ink)"];
 const colourOf = (place) => COLOURS[place % COLOURS.length];
 const DASHES = [null, "6 3", "2 3", "6 3 2 3"]; // for lines, when all colours are taken
@@ -76,14 +76,14 @@ function even(low, high) {
     for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
     return ticks;
   };
-  return [10, 5, 2, 1].map((one) => ticksAt(one * unit)).find((ticks) => ticks.length >= LEAST_TICKS) ?? []; // none where there is no value to draw
+  return [10, 5, 2, 1].map((one) => ticksAt(one * unit)).find((ticks) => ticks.length >= LEAST_TICKS) ?? []; // none if there is no value to draw
 }
 
 function axis(values, log) {
   const clean = values.filter((value) => value !== null && Number.isFinite(value) && (!log || value > 0));
   let low = Math.min(...clean), high = Math.max(...clean);
   if (log) { low = Math.log10(low); high = Math.log10(high); }
-  const apart = high - low > 1e-9 * Math.abs(high) ? high - low : 0; // steps between doubles that are neighbours would get nowhere
+  const apart = high - low > 1e-9 * Math.abs(high) ? high - low : 0; // ticks between neighbouring doubles would never advance
   const pad = apart * .12 || Math.abs(high) * .1 || .5;
   low -= pad; high += pad;
   const scale = (value) => ((log ? Math.log10(value) : value) - low) / (high - low);
@@ -102,7 +102,7 @@ function frame(x, y, names, label) {
   const width = W, height = H, left = 46, foot = 34;
   const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": label });
   const px = (value) => left + x.scale(value) * (width - left - 10), py = (value) => 8 + (1 - y.scale(value)) * (height - 8);
-  const digits = (ticks) => { // as many as distinguish neighbours
+  const digits = (ticks) => { // enough to tell neighbours apart
     const apart = Math.min(...ticks.slice(1).map((tick, place) => tick - ticks[place])), most = Math.max(...ticks.map(Math.abs));
     return Math.max(3, Math.min(7, Math.floor(Math.log10(most)) - Math.floor(Math.log10(apart)) + 1)) || 3;
   };
@@ -115,7 +115,7 @@ function frame(x, y, names, label) {
 function scatter(points, names) {
   const x = axis(points.map((point) => point.x), true), y = axis(points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]), false);
   const { chart, px, py } = frame(x, y, [`${names[0]}, log scale`, names[1]], `${names[1]} against ${names[0]}`);
-  let last = -Infinity; // names of near points stand below each other; one that would stand far from its point is left to the pointer
+  let last = -Infinity; // names of close points are stacked; one that would end up far from its point shows on hover only
   for (const point of [...points].sort((a, b) => b.y - a.y)) {
     let below = Math.max(py(point.y) + 4, last + 13);
     const group = s("g", { vars: { c: point.colour } });
@@ -134,9 +134,9 @@ function scatter(points, names) {
   return chart;
 }
 
-const FEWEST_OF_CURVE = 10; // points: a line through fewer would pass for what was measured between them
-// Each of `series` has a name, a colour, x and y; of several seeds y is the median, low and high the range. `chosen` is
-// the step that is read at first, if any.
+const FEWEST_OF_CURVE = 10; // points: with fewer, each has a mark, so that the line between them does not pass for data
+// Each of `series` has a name, a colour, x and y; for several seeds y is the median, and low and high are the range.
+// `chosen` is the step that is shown at first, if any.
 function lines(series, names, chosen) {
   const log = names[2] === "log";
   const x = axis(series.flatMap((one) => one.x), false), y = axis(series.flatMap((one) => [...one.y, ...one.low ?? [], ...one.high ?? []]), log);
@@ -157,7 +157,7 @@ function lines(series, names, chosen) {
   return readable(chart, series, px, names[0], chosen);
 }
 
-// What a chart says at a step: under the pointer, or by the arrow keys. A chart drawn anew is given `data-step` of the old.
+// Show a chart's values at a step, under the pointer or by the arrow keys. `data-step` survives when a chart is redrawn.
 function readable(chart, series, px, unit, chosen) {
   const steps = [...new Set(series.flatMap((one) => one.x))].sort((a, b) => a - b);
   const cross = s("line", { class: "cross", y1: 8, y2: H }), readout = h("p", { class: "readout", "aria-live": "polite" });
@@ -202,11 +202,11 @@ function setTheme(theme) {
 }
 function turnTheme() {
   const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  try { localStorage.setItem("saemill:theme", theme); } catch { /* it is forgotten */ }
+  try { localStorage.setItem("saemill:theme", theme); } catch { /* not remembered */ }
   setTheme(theme);
 }
 function beginTheme() {
   let theme = null;
-  try { theme = localStorage.getItem("saemill:theme"); } catch { /* none is kept */ }
+  try { theme = localStorage.getItem("saemill:theme"); } catch { /* none is stored */ }
   setTheme(theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 }
