@@ -74,7 +74,7 @@ class ThreadRanks:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return self._gather(tensor.detach().clone())
 
-    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+    def gather_on_first(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
         parts = self.gather(part)
         assert [len(one) for one in parts] == list(lengths)
         return None if self.rank else torch.cat(parts)
@@ -92,7 +92,7 @@ class ThreadRanks:
     def texts(self, value: str) -> list[str]:
         return self._gather(value)
 
-    def beside(self) -> ThreadRanks:
+    def for_another_thread(self) -> ThreadRanks:
         self._besides += 1
         return ThreadRanks(self.rank, self.size, self._turns, self._boards, f"{self._name}/{self._besides}")
 

@@ -1,11 +1,11 @@
-"""AuxK: dead latents learn to reconstruct what the live ones left over.
+"""AuxK: dead latents are trained to reconstruct what the live ones leave over.
 
 B rows, D width, M dead latents.
 1. Pre-activations of the dead latents only, [B, M].
 2. The k_aux largest of each row; sparse where k_aux is a small part of M.
 3. e_hat = their activations times their decoder rows, without the bias, which the residual e already lacks.
 4. Loss = ||e - e_hat||^2 / ||e - mean(e)||^2, with e constant.
-Only encoder and decoder rows of dead latents get its gradient, and modules that change pre-activations (a norm,
+Its gradient reaches only encoder and decoder rows of dead latents, and modules that change pre-activations (a norm,
 adapters on features).
 """
 
@@ -83,7 +83,7 @@ def _affine(x: Tensor, W: Tensor, b: Tensor, view: View) -> Tensor:
 
 
 def _product(view: View) -> Product:
-    """On a GPU the encoder's precision: in float32 the dense products here would take half of a step."""
+    """On a GPU, the encoder's precision: in float32 the dense products here would take half of a step."""
     return "float32" if reads_at_once(view.x) else product_on(view.x.device, view.sae.encoder_product)
 
 

@@ -1,7 +1,7 @@
 """Dense products: in float32 with the faster of two libraries, or at the rate of a GPU's matrix units.
 
-In float32 on a CPU torch calls MKL, which is slow on CPUs of other makers than its own; oneDNN was faster
-where both were timed, but must be called explicitly.
+In float32 on a CPU torch calls MKL, which is slow on CPUs that Intel did not make; oneDNN was faster wherever both
+were timed, but must be called explicitly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def packed(W: Tensor) -> Tensor:
-    """A bfloat16 W on a CPU in the layout for `linear_packed`, made once instead of at each product."""
+    """A bfloat16 W on a CPU in the layout for `linear_packed`, converted once instead of at each product."""
     if not has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return W
     return torch.ops.mkldnn._reorder_linear_weight(W, None)
@@ -75,7 +75,7 @@ def multiply(a: Tensor, b: Tensor, product: Product) -> Tensor:
 
 @contextmanager
 def matrix_units(product: Product) -> Iterator[None]:
-    """A context in which float32 products may round their factors to TF32, if that is the product."""
+    """A context in which float32 products may round their factors to TF32, if `product` is that."""
     if product != "tf32":
         yield
         return
@@ -89,5 +89,5 @@ def matrix_units(product: Product) -> Iterator[None]:
 
 
 def _low_product(a: Tensor, b: Tensor) -> Tensor:
-    """A GPU writes the float32 sums; elsewhere they are rounded once, when they are written."""
+    """A GPU can return the float32 sums; elsewhere they are rounded to bfloat16 on return."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)

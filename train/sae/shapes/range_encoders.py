@@ -23,7 +23,7 @@ ADAPTER = "adapter_coefficient"
 
 
 class RangeEncoders(Shape):
-    """The first P latents use the encoder of the row's range, the others the SAE's own."""
+    """The first P latents use the encoder of the row's range, the others that of the SAE."""
 
     needs_side = ("position",)
     makes_pre = True
@@ -57,12 +57,12 @@ class RangeEncoders(Shape):
 class Adapters(Shape):
     """x + c sigmoid(gate_r) MLP_r(layer norm of x), r the row's range; initially just x.
 
-    The second layer starts at zero and the coefficient c may rise over the run, so the base trains first.
+    The second layer starts at zero, and the coefficient c may rise over the run, so that the base trains first.
     """
 
     needs_side = ("position",)
     gates_each = False
-    """Whether there is a gate for each added number instead of one for each range."""
+    """Whether each added number has its own gate, instead of one gate for each range."""
 
     def __init__(
         self, width: int, hidden: int, context: int, ranges: int, lr_scale: float, generator: torch.Generator
@@ -94,7 +94,7 @@ class Adapters(Shape):
 class FeatureAdapters(Adapters):
     """After the features: pre + c sigmoid(gate_rf) MLP_r(layer norm of relu(pre)), before the gate of the SAE.
 
-    What a range adds depends on what fires without it, and the SAE's gate still decides how many latents fire.
+    What an adapter adds depends on what fires without it, and the SAE's gate still decides how many latents fire.
     """
 
     changes_pre = True
@@ -110,7 +110,7 @@ class FeatureAdapters(Adapters):
 def by_range(x: Tensor, here: Tensor, ranges: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Apply to each row the `change` of its range.
 
-    On a GPU all rows go through all ranges: otherwise the host would wait for the number of rows of each.
+    On a GPU all rows go through the changes of all ranges: otherwise the host would wait for each range's row count.
     """
     if not reads_at_once(here):
         changed = change(x, 0)

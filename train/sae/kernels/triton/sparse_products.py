@@ -1,8 +1,8 @@
-"""The sparse products: bag sums and pair dots, and sums of a segment.
+"""The sparse products: bag sums, pair dots and segment sums.
 
 B rows, D width, F latents, N entries. A bag sum gives each bag and block of columns to one program, which adds
 its entries in order. Pair dots take a fixed number of entries per program, whatever bag they are in, so
-a latent that fires in every row does not delay the end.
+a latent that fires in every row does not hold up the rest.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
