@@ -86,7 +86,7 @@ class Feed:
         return self._orders[kind][1].rows(share(where, self._rank, self._size))
 
     def _order(self, kind: Kind, block: Block, plan: BlockPlan) -> TokenOrder | WindowOrder:
-        if not block.counts(kind.layers).any():
+        if not block.trains_on(kind.layers).any():
             shards = sorted({piece.shard for piece in plan.pieces})
             where = ", ".join(map(say_place, kind.layers))
             raise NothingToTrain(

@@ -58,12 +58,12 @@ class Block:
         """int64 [N], the flat places of trainable tokens."""
         return np.flatnonzero(self.trains)
 
-    def counts(self, layers: Sequence[Place]) -> np.ndarray:
+    def trains_on(self, layers: Sequence[Place]) -> np.ndarray:
         """bool [W, T], the tokens that train an SAE on these layers: neither special nor massive in any of them."""
-        counts = self.trains
+        trains = self.trains
         for layer in layers:
-            counts = counts & ~self.massive[layer]
-        return counts
+            trains = trains & ~self.massive[layer]
+        return trains
 
 
 @dataclass(frozen=True, eq=False)

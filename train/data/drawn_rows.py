@@ -46,9 +46,9 @@ class Draw:
 
     def ordinary(self, needs: Needs) -> Tensor:
         """bool [B], the rows of `batch(needs)` that are not massive in any layer that it reads."""
-        counts = self.block.counts([layer for layer in needs.layers if layer in self.block.massive])
+        ordinary = self.block.trains_on([layer for layer in needs.layers if layer in self.block.massive])
         places = self.rows[needs.kind(self._bounded)].places
-        return torch.from_numpy(counts.ravel()[places]).to(self.device)
+        return torch.from_numpy(ordinary.ravel()[places]).to(self.device)
 
     def store_windows(self, kind: Kind) -> np.ndarray:
         """int64 [B], the index in the store of each row's window."""
@@ -87,11 +87,11 @@ class Draw:
         if needs.positions or needs.windows:
             side["position"] = self._once("position", kind, lambda: rows.places_on_device % block.context)
         if rows.windows is not None:
-            unread = [layer for layer in needs.layers if layer in block.massive and layer not in kind.layers]
+            with_massive = [layer for layer in needs.layers if layer in block.massive and layer not in kind.layers]
             side |= self._once(
                 "window",
-                (kind, *unread),
-                lambda: self._window_side(rows, self.ordinary(needs) if unread else None),
+                (kind, *with_massive),
+                lambda: self._window_side(rows, self.ordinary(needs) if with_massive else None),
             )
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
@@ -104,15 +104,17 @@ class Draw:
             self._computed[name, key] = compute()
         return self._computed[name, key]
 
-    def _window_side(self, rows: Rows, read: Tensor | None) -> dict[str, Tensor]:
+    def _window_side(self, rows: Rows, ordinary: Tensor | None) -> dict[str, Tensor]:
         """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row at a position, or -1. Rows not in
-        `read` [B] are left out of `row_of`: massive ones, which do not occur in training."""
+        `ordinary` [B] are left out of `row_of`: massive ones, which do not occur in training."""
         assert rows.sizes_on_device is not None
         context, count, sizes = self.block.context, len(rows.places), rows.sizes_on_device
         window = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=count)
         row_of = sizes.new_full((len(sizes), context), -1)
         numbers = torch.arange(count, device=sizes.device)
-        row_of[window, rows.places_on_device % context] = numbers if read is None else numbers.masked_fill(~read, -1)
+        row_of[window, rows.places_on_device % context] = (
+            numbers if ordinary is None else numbers.masked_fill(~ordinary, -1)
+        )
         return {"window": window, "row_of": row_of}
 
     def _attention(self, layer: int, rows: Rows) -> AttentionRows:
@@ -131,7 +133,7 @@ class TokenOrder:
     def __init__(self, block: Block, chosen: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
         places = block.trainable[chosen]
         self._length = len(places)
-        self._places = places[block.counts(layers).ravel()[places]] if layers else places
+        self._places = places[block.trains_on(layers).ravel()[places]] if layers else places
         self._on_device = send(torch.from_numpy(self._places), device)
 
     def rows(self, part: slice) -> Rows:
@@ -143,7 +145,7 @@ class WindowOrder:
     """The order in which a block's windows are drawn, by their index in the block; sent once."""
 
     def __init__(self, block: Block, windows: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
-        window, position = np.nonzero(block.counts(layers)[windows])
+        window, position = np.nonzero(block.trains_on(layers)[windows])
         sizes = np.bincount(window, minlength=len(windows))
         self._windows, self._places = windows, windows[window] * block.context + position
         self._starts = np.concatenate([[0], np.cumsum(sizes)])

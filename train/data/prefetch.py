@@ -153,7 +153,7 @@ class Stage:
             return resid.norms().cpu().numpy()
 
     def _pinned_like(self, places: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Page-locked memory of a piece's size; only at the start of a shard are pieces larger than the first."""
+        """Page-locked memory of a piece's size; pieces larger than the first occur only at the start of a shard."""
         for path, place in places.items():
             if path not in self._pinned or len(self._pinned[path]) < len(place):
                 self._pinned[path] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)

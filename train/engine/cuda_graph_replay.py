@@ -161,10 +161,10 @@ class Memory:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """A function that repeats the work, and the tensor for its result."""
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            # Other threads, such as the feed's, go on copying and allocating; only this one is recorded.
+            # Other threads, such as the feed's, keep copying and allocating; only this one is recorded.
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = work()
@@ -172,7 +172,7 @@ class Memory:
             except BaseException:
                 self._end(graph)
                 raise
-        here.wait_stream(self._stream)
+        current.wait_stream(self._stream)
         self._made += 1
         return graph.replay, result
 
@@ -187,11 +187,11 @@ class Memory:
         except RuntimeError:  # CUDA has aborted it, and torch leaves both in recording mode
             if _memories.get(self._device) is self:  # torch before 2.12 does not even release its page-locked part
                 del _memories[self._device]
-            here = self._stream.device_index
+            device_index = self._stream.device_index
             with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(here, self._pool)
+                torch._C._cuda_endAllocateToPool(device_index, self._pool)
             # For other users of the device's own generator, say a notebook: a copy of its state is in no recording.
-            generator = torch.cuda.default_generators[here]
+            generator = torch.cuda.default_generators[device_index]
             generator.graphsafe_set_state(generator.clone_state())
 
 

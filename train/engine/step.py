@@ -98,7 +98,7 @@ class Trainee:
         self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps not looked at yet
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
         self._random_state = assembly.generator.get_state()  # at the start of this step
-        # Without our own kernels the host reads what was selected.
+        # With torch's own kernels the host reads the selection.
         is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
         is_alone = self.ranks.size == 1 and self.latents.is_whole
         self.replays = Replays(name, is_recordable and is_alone and not extras_of(self.sae), self._undo)

@@ -186,7 +186,7 @@ class Processes(Group):
         dist.destroy_process_group()
 
     def leave(self, code: int) -> None:
-        """Have the interpreter's exit, after the reason is printed, end this process without a shutdown of the group.
+        """Exit when the interpreter does, after the reason is printed, but without shutting down the group.
 
         NCCL's shutdown waits for all processes of a machine, which wait for this one in gloo, whose connections close
         only afterwards. If the process just exits, the system closes them, and the others notice at once.
@@ -260,20 +260,20 @@ def join(device: str, has_sums: bool = True) -> tuple[Group, torch.device]:
         if chosen.type == "cuda":  # accelerate would set up nothing for messages between hosts
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=MEETING)
         state = PartialState(cpu=chosen.type == "cpu", timeout=MEETING)
-        place, group = torch.device(state.device or "cpu"), Processes()
+        own_device, group = torch.device(state.device or "cpu"), Processes()
     try:
-        require_one_kind(group.texts(place.type))
-        require_own_devices(group.texts(_gpu_identity(place)))
-        if place.type == "cuda":  # on all of them, each with its own GPU
+        require_one_kind(group.texts(own_device.type))
+        require_own_devices(group.texts(_gpu_identity(own_device)))
+        if own_device.type == "cuda":  # and so are the others', all different
             with joining():
                 group.begin_pulse()
                 if has_sums:
-                    dist.all_reduce(torch.zeros(1, device=place))
-                    torch.cuda.synchronize(place)
+                    dist.all_reduce(torch.zeros(1, device=own_device))
+                    torch.cuda.synchronize(own_device)
     except (TrainError, StoreError):
         group.leave(1)
         raise
-    return group, place
+    return group, own_device
 
 
 def require_one_kind(kinds: list[str]) -> None:

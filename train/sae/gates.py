@@ -94,9 +94,9 @@ class AnnealedRelu(Relu):
 
     @torch.no_grad()
     def observe(self, codes: Codes, side: Side) -> None:
-        now, then = side.knob("p", 1.0), side.knob("next_p", 1.0)
-        if now != then:
-            old, new = (side.latents.sum(side.ranks.mean(self.powers(codes, p))) for p in (now, then))
+        p, next_p = side.knob("p", 1.0), side.knob("next_p", 1.0)
+        if p != next_p:
+            old, new = (side.latents.sum(side.ranks.mean(self.powers(codes, power))) for power in (p, next_p))
             self.penalty_scale *= torch.where(new > 0, old / new.clamp_min(1e-30), 1.0)
 
 

@@ -166,8 +166,8 @@ class SparseAutoencoder(nn.Module):
         """The encoder rows of these latents, for a whole input row: [M, D_in]."""
         return self.W_enc[latents]
 
-    def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
-        """Pre-activations of these latents [B, M], for a constant x, if `encoder_rows` do not determine them.
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+        """Pre-activations of these latents [B, M], for a constant x; None if `encoder_rows` determine them.
 
         Their gradient reaches parameters of these latents and parameters shared by all, but no other latent's encoder.
         """
@@ -181,8 +181,8 @@ class SparseAutoencoder(nn.Module):
         """Zero the entries of a decoder-shaped table that latents may not write; in place."""
         return table_FD
 
-    def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
-        """Apply a wrapper's changes to codes of only some latents, with one column for each of `latents`."""
+    def with_factors(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
+        """Codes of only some latents, one column for each, times the factors that a wrapper gives them."""
         return codes
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:

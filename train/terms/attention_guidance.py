@@ -180,5 +180,5 @@ def _note_contributions(view: View, attention: Attention, links: Links, weights:
         return
     along = weights * cosines[links.row, links.key]
     by_layer = index_sum(along, links.layer, len(attention.layers))
-    for layer, share in zip(attention.layers, by_layer / by_layer.sum().clamp_min(1e-12), strict=True):
+    for layer, share in zip(attention.layers, by_layer / by_layer.sum().clamp_min(TINY), strict=True):
         view.note(f"attention/contribution_{layer}", share)

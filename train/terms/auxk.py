@@ -51,7 +51,7 @@ class AuxK:
     def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
         """Codes of the dead latents in this process, of `count` in total."""
         sae = view.sae
-        pre = sae.made_pre(view.x, view.side, dead)
+        pre = sae.pre_of_latents(view.x, view.side, dead)
         if pre is not None:
             codes = self._dense(pre, count, view)
         else:
@@ -60,7 +60,7 @@ class AuxK:
             read = x, sae.encoder_rows(dead), sae.b_enc[dead]
             is_sparse = self.k < DENSE_SHARE * count
             codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, view), count, view)
-        return sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+        return sae.with_factors(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
     def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, view: View) -> Codes:
         latents = view.side.latents

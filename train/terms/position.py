@@ -11,14 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..sae.extra_modules import Extra
+from ..sae.extra_modules import DECAY, Extra
 from ..sae.kernels.sparse_support import index_sum
 from ..sae.shapes.masks import FREE, HardMask, Mask, SoftMask, range_of
 from ..sae.shapes.range_encoders import Adapters
 from ..sae.shapes.shaped_sae import ShapedAutoencoder
 from ..sae.step_view import View
-
-DECAY = 0.99  # of the running mass
 
 
 def l1_before_mask(view: View) -> Tensor:

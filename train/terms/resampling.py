@@ -23,7 +23,7 @@ SMALLEST = 1e-300
 
 
 class Resampling(StepCounter):
-    """Counts steps, and gives dead latents new weights when it is due."""
+    """Counts steps, and gives dead latents new weights when they are due."""
 
     resampled: Tensor
 

@@ -57,8 +57,8 @@ class Dynamics(StepCounter):
     def __init__(
         self, group_sizes: Sequence[int], prune_every_steps: int = 1, prune_share: float = 0.0, floor: float = 0.0
     ) -> None:
-        """Latents are retired below `prune_share` of the mean variance, and left out of temporal losses below `floor`
-        of it."""
+        """Shares of the mean variance: latents below `prune_share` of it are retired, and those below `floor` left out
+        of the temporal losses."""
         super().__init__()
         groups = torch.arange(len(group_sizes)).repeat_interleave(
             torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
@@ -225,15 +225,15 @@ def inconsistency(
     past = past_rows(view.side, lag)
     if apart:
         past = torch.where(past >= 0, rows_apart(view.side, lag), -1)
-    held = past >= 0
-    then_BF = remembered(view.side, part.dense().detach(), mixing, start_F)
-    norms_then = (then_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
+    has_past = past >= 0
+    past_BF = remembered(view.side, part.dense().detach(), mixing, start_F)
+    past_norms = (past_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
     values, weight = part.values, part.per_latent(weight_F)
     norms = part.sum_over_latents(weight * values.square())
-    dots = part.sum_over_latents(weight * values * read_rows(then_BF, part, past))
-    either = held & ((norms.detach() > TINY) | (norms_then**2 > TINY))
+    dots = part.sum_over_latents(weight * values * read_rows(past_BF, part, past))
+    either = has_past & ((norms.detach() > TINY) | (past_norms**2 > TINY))
     # A silent row passes on no gradient: divided by almost zero, it would drown out all others.
-    cosine = torch.where(norms > TINY, dots, 0.0) / (norms.clamp_min(TINY).sqrt() * norms_then)
+    cosine = torch.where(norms > TINY, dots, 0.0) / (norms.clamp_min(TINY).sqrt() * past_norms)
     return torch.where(either, 1.0 - cosine, 0.0).sum() / view.side.ranks.share(either.sum())
 
 

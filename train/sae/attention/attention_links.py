@@ -145,10 +145,10 @@ def nearest_links(links: Links, side: Side) -> Links:
     rank = before[:-1] - before[links.offsets.long()[links.place]]
     key = (position - 1 - rank).clamp_min(0)
     key_row = row_of[window, key]
-    held = is_link & (key > 0) & (key_row >= 0)
-    weight = torch.where(held, 1.0 / (rank + 1), 0.0).to(links.share.dtype)
+    is_kept = is_link & (key > 0) & (key_row >= 0)
+    weight = torch.where(is_kept, 1.0 / (rank + 1), 0.0).to(links.share.dtype)
     total = index_sum(weight, links.place, links.attends.numel())
-    share = torch.where(held, weight / total[links.place], 0.0)
+    share = torch.where(is_kept, weight / total[links.place], 0.0)
     attends = links.attends & (total.view(links.attends.shape) > 0)
     return Links(links.layer, links.row, key, key_row.clamp_min(0), share, attends, links.context)
 
@@ -169,6 +169,6 @@ def same_token_links(links: Links, side: Side) -> Links:
     layers = len(attends)
     layer = torch.arange(layers, device=row.device).repeat_interleave(len(row), output_size=layers * len(row))
     row, key = row.repeat(layers), key.repeat(layers)
-    held = same_BT[row, key] & attends[layer, row]
-    share = torch.where(held, 1.0 / count_B.clamp_min(1)[row], 0.0).to(links.share.dtype)
+    is_kept = same_BT[row, key] & attends[layer, row]
+    share = torch.where(is_kept, 1.0 / count_B.clamp_min(1)[row], 0.0).to(links.share.dtype)
     return Links(layer, row, key, row_of[window[row], key].clamp_min(0), share, attends, links.context)

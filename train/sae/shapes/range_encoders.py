@@ -41,14 +41,14 @@ class RangeEncoders(Shape):
         if self.embedding is not None:
             embedding = self.embedding if latents is None else self.embedding.detach()
             x_centred = x_centred + rows_of(embedding, here)
+        W = self.W
         if latents is not None:
-            ranged_M = self.W[:, latents.clamp_max(own - 1)]
-            tables = torch.where((latents < own)[:, None], ranged_M, sae.W_enc[latents]).unbind(0)
-            read = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index]))
-            return read + sae.b_enc[latents]
-        tables = self.W.unbind(0)
-        ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index])) + sae.b_enc[:own]
-        return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
+            W = torch.where((latents < own)[:, None], W[:, latents.clamp_max(own - 1)], sae.W_enc[latents])
+        tables = W.unbind(0)
+        ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index]))
+        if latents is not None:
+            return ranged + sae.b_enc[latents]
+        return torch.cat([ranged + sae.b_enc[:own], linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
 
     def rescale(self, factor: float) -> None:
         self.W.mul_(factor)

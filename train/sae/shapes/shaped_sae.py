@@ -149,7 +149,7 @@ class ShapedAutoencoder(SparseAutoencoder):
     def encoder_input(self, x: Tensor, side: Side) -> Tensor:
         return super().encoder_input(self._adapted(x, side), side)
 
-    def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
         if not self._is_dense():
             return None
         with torch.no_grad():
@@ -181,7 +181,7 @@ class ShapedAutoencoder(SparseAutoencoder):
             values = torch.where(factor > 0, values, -math.inf)
         return super().open(replace(pre, values=values, pre=values), side)
 
-    def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
+    def with_factors(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
         factor = self._factor(codes, side, latents)
         return codes if factor is None else codes.with_values(codes.values * factor)
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from triton import knobs
 
 CHUNK = 2048  # latents that a program handles at once
-GROUPS = 16  # at least, for each wanted entry of a row
-MOST_GROUPS = 8192  # the most that one program holds in registers
+GROUPS = 16  # groups of a row for each wanted entry, at least
+MOST_GROUPS = 8192  # as many as one program holds in registers
 ROOM = 4  # latents that a row may offer for each wanted one
 BATCH_ROOM = 16  # the same for a batch, relative to the mean number wanted per row
 DIGIT_BITS = 4  # bits of a batch's smallest key that each pass finds
@@ -226,12 +226,12 @@ def top_latents(pre: Tensor, k: int) -> Tensor:
     rows, width = pre.shape
     bits = BITS[pre.dtype]
     out = torch.empty(rows, k, dtype=torch.int32, device=pre.device)
-    offered, offers, room = _all(pre)
+    offered, offers, room = _no_offers(pre)
     groups = _groups(width, k)
     if groups is not None:
         floors = torch.empty(rows, dtype=torch.int64, device=pre.device)
         _row_floors[(rows,)](pre, floors, k, F=_built_in(width), BITS=bits, GROUPS=groups, num_warps=_warps(groups))
-        offered, offers, room = _offered(pre, floors, 1, ROOM * k)
+        offered, offers, room = _make_offers(pre, floors, 1, ROOM * k)
     block = min(CHUNK, triton.next_power_of_2(width if groups is None else room))
     _top_of_row[(rows,)](
         pre, offered, offers, out, k, room, F=_built_in(width), BITS=bits, BLOCK=block, num_warps=_warps(block)
@@ -248,12 +248,12 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, width = pre.shape
     bits, device = BITS[pre.dtype], pre.device
     wanted = triton.cdiv(count, rows)  # mean per row
-    offered, offers, room = _all(pre)
+    offered, offers, room = _no_offers(pre)
     groups = _groups(width, wanted)
     if groups is not None:
         largest = torch.empty(rows, groups, dtype=torch.int64, device=device)
         _batch_groups[(rows,)](pre, largest, F=width, BITS=bits, GROUPS=groups, num_warps=_warps(groups))
-        offered, offers, room = _offered(pre, _kth_of_all(largest, count, bits), 0, BATCH_ROOM * wanted)
+        offered, offers, room = _make_offers(pre, _kth_of_all(largest, count, bits), 0, BATCH_ROOM * wanted)
     block = min(512, triton.next_power_of_2(width if groups is None else room))
     fixed = {"F": width, "BITS": bits, "BLOCK": block, "num_warps": _warps(block)}
     lowest = torch.zeros((), dtype=torch.int64, device=device)
@@ -278,14 +278,14 @@ def _groups(width: int, wanted: int) -> int | None:
     return groups if width > 2 * groups and groups >= 2 * wanted else None
 
 
-def _all(pre: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Offer nothing: every row is searched as a whole."""
-    some = torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device)
-    return some, some, 0
+def _no_offers(pre: Tensor) -> tuple[Tensor, Tensor, int]:
+    """No room for offers: every row is searched as a whole."""
+    too_many = torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device)
+    return too_many, too_many, 0
 
 
-def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
-    """The offers of each row [B, room], their numbers [B], and the room."""
+def _make_offers(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
+    """Each row's offer [B, room], their sizes [B], and the room."""
     rows, width = pre.shape
     offered = torch.empty(rows, room, dtype=torch.int32, device=pre.device)
     offers = torch.empty(rows, dtype=torch.int32, device=pre.device)

@@ -32,10 +32,10 @@ def _add_entries(total, entry, stop, rows, values, x, columns, inside, D, TOGETH
     """total + the sum of values[n] * x[rows[n]] over entry <= n < stop."""
     while entry < stop:
         entries = entry + tl.arange(0, TOGETHER)
-        there = entries < stop
-        row = tl.load(rows + entries, mask=there, other=0).to(tl.int64)
-        value = tl.load(values + entries, mask=there, other=0.0)
-        tile = tl.load(x + row[:, None] * D + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        valid = entries < stop
+        row = tl.load(rows + entries, mask=valid, other=0).to(tl.int64)
+        value = tl.load(values + entries, mask=valid, other=0.0)
+        tile = tl.load(x + row[:, None] * D + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         total += tl.sum(tile.to(tl.float32) * value[:, None], axis=0)
         entry += TOGETHER
     return total
