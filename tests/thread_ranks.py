@@ -60,7 +60,7 @@ class ThreadRanks:
     def __init__(self, rank: int, size: int, turns: Turns, boards: dict[Any, dict[int, Any]], name: str = "") -> None:
         self.rank, self.size = rank, size
         self._turns, self._boards, self._name = turns, boards, name
-        self._calls = self._besides = 0
+        self._calls = self._others = 0
 
     def _gather(self, value: Any) -> list[Any]:
         self._calls += 1
@@ -93,8 +93,8 @@ class ThreadRanks:
         return self._gather(value)
 
     def for_another_thread(self) -> ThreadRanks:
-        self._besides += 1
-        return ThreadRanks(self.rank, self.size, self._turns, self._boards, f"{self._name}/{self._besides}")
+        self._others += 1
+        return ThreadRanks(self.rank, self.size, self._turns, self._boards, f"{self._name}/{self._others}")
 
     def close(self) -> None:
         pass

@@ -45,8 +45,7 @@ def lp(view: View) -> Tensor:
     """Sum of a row's (activation / sqrt(D))^p, rescaled as p changes."""
     gate = view.sae.gate
     assert isinstance(gate, AnnealedRelu)
-    powers = gate.powers(view.codes, view.side.knob("p", 1.0))
-    return gate.penalty_scale * powers
+    return gate.penalty_scale * gate.powers(view.codes, view.side.knob("p", 1.0))
 
 
 @split("alike")

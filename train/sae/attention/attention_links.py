@@ -87,8 +87,7 @@ def links_of(
 ) -> Links:
     """The links of a batch; `row_of` [W, T] is the row at a position, or -1."""
     parts = [_layer_links(attention[layer], row_of, head, apart) for layer in layers]
-    number = [row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)]
-    layer = torch.cat(number)
+    layer = torch.cat([row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)])
     row, key, key_row, weight = (torch.cat(column) for column in zip(*parts, strict=True))
     place = layer * num_rows + row
     has_heads = head is None and any(attention[number].kept_mass.shape[1] > 1 for number in layers)
@@ -97,13 +96,13 @@ def links_of(
         layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
     mass = index_sum(weight, place, len(layers) * num_rows)
     attends = (mass >= min_mass) & (mass > 0)
-    kept, found = attends[place], attends.view(len(layers), num_rows)
+    is_kept, attends = attends[place], attends.view(len(layers), num_rows)
     if not reads_at_once(place):
-        share = torch.where(kept, weight / mass[place], 0.0)
-        return Links(layer, row, key, key_row, share, found, row_of.shape[1], has_heads)
-    kept = kept.nonzero().view(-1)
+        share = torch.where(is_kept, weight / mass[place], 0.0)
+        return Links(layer, row, key, key_row, share, attends, row_of.shape[1], has_heads)
+    kept = is_kept.nonzero().view(-1)
     share = weight[kept] / mass[place[kept]]
-    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, found, row_of.shape[1], has_heads)
+    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, attends, row_of.shape[1], has_heads)
 
 
 def _layer_links(

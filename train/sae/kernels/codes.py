@@ -72,9 +72,7 @@ class Codes:
     def fired(self) -> Tensor:
         """int64 [F], the number of rows in which each latent is not zero; no gradient."""
         active = self.values.detach() != 0
-        if self.support is None:
-            return active.sum(0)
-        return latent_count(self.support, active)
+        return active.sum(0) if self.support is None else latent_count(self.support, active)
 
     @cached_property
     def l0(self) -> Tensor:

@@ -22,9 +22,7 @@ Product = Literal["float32", "tf32", "bfloat16"]  # the precision of the factors
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b for x [..., D] and W [F, D]; the gradient is torch's own."""
-    if not _is_for_onednn(x, W):
-        return functional.linear(x, W, b)
-    return _by_onednn(x, W, b)
+    return _by_onednn(x, W, b) if _is_for_onednn(x, W) else functional.linear(x, W, b)
 
 
 def packed(W: Tensor) -> Tensor:
@@ -36,9 +34,7 @@ def packed(W: Tensor) -> Tensor:
 
 def linear_packed(x: Tensor, packed_W: Tensor, b: Tensor) -> Tensor:
     """x W^T + b in the type of all three, without gradient."""
-    if not packed_W.is_mkldnn:
-        return functional.linear(x, packed_W, b)
-    return _by_onednn(x, packed_W, b)
+    return _by_onednn(x, packed_W, b) if packed_W.is_mkldnn else functional.linear(x, packed_W, b)
 
 
 def _by_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

@@ -117,8 +117,7 @@ def group_errors(
     groups, order = torch.sort(prefix_N * support.num_rows + support.rows, stable=True)  # by (prefix, row)
     offsets = group_offsets(groups, prefixes * support.num_rows)
     grouped, values = Support(offsets, support.latents[order], support.num_latents), codes.values[order]
-    errors, residual = _NestedErrors.apply(values, W, b, target, grouped, prefixes, latents, codes.product)
-    return errors, residual
+    return _NestedErrors.apply(values, W, b, target, grouped, prefixes, latents, codes.product)
 
 
 def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
