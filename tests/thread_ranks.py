@@ -60,7 +60,7 @@ class ThreadRanks:
     def __init__(self, rank: int, size: int, turns: Turns, boards: dict[Any, dict[int, Any]], name: str = "") -> None:
         self.rank, self.size = rank, size
         self._turns, self._boards, self._name = turns, boards, name
-        self._calls = self._besides = 0
+        self._calls = self._others = 0
 
     def _gather(self, value: Any) -> list[Any]:
         self._calls += 1
@@ -74,7 +74,7 @@ class ThreadRanks:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return self._gather(tensor.detach().clone())
 
-    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+    def gather_on_first(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
         parts = self.gather(part)
         assert [len(part) for part in parts] == list(lengths)
         return None if self.rank else torch.cat(parts)
@@ -92,9 +92,9 @@ class ThreadRanks:
     def texts(self, value: str) -> list[str]:
         return self._gather(value)
 
-    def beside(self) -> ThreadRanks:
-        self._besides += 1
-        return ThreadRanks(self.rank, self.size, self._turns, self._boards, f"{self._name}/{self._besides}")
+    def for_another_thread(self) -> ThreadRanks:
+        self._others += 1
+        return ThreadRanks(self.rank, self.size, self._turns, self._boards, f"{self._name}/{self._others}")
 
     def close(self) -> None:
         pass

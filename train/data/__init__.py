@@ -1,1 +1,1 @@
-"""The stream: from a store's shards to batches on the device, in an order determined only by numbers."""
+"""The stream: from a store's shards to batches on the device, in an order that depends only on sizes and the seed."""

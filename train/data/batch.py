@@ -26,11 +26,11 @@ class Kind(NamedTuple):
 class Needs:
     """What a variant reads from the store, and which part of it is input, target or side input.
 
-    This is not the store's `Request`, which names arrays of some windows and knows nothing about SAEs: `joint_request`
-    (`batch_stream.py`) makes one from the needs of all SAEs of a run, so that what they share is read once.
+    The store's `Request` names arrays of some windows and knows nothing about SAEs: `joint_request` (`batch_stream.py`)
+    makes one from the needs of all SAEs of a run, so that what they share is read once.
 
     A row holds the activations of layers `inputs` side by side; the target those of `targets`, or the row
-    itself. `hook` says what to read of these layers, `to_hook` what to read of the target layers if that differs.
+    itself. `hook` is what to read in these layers, `to_hook` what to read in the target layers if that differs.
     With `windows` the rows are those of whole windows, without special tokens, and the side inputs
     `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row, or a massive one) locate them.
     """
@@ -53,7 +53,7 @@ class Needs:
 
     @property
     def target_places(self) -> tuple[Place, ...]:
-        """The places of the target; those of the input if it is its own target."""
+        """The places of the target; those of the input if there is no other target."""
         if self.targets is None:
             return self.input_places
         return tuple(place_of(self.to_hook or self.hook, layer) for layer in self.targets)
@@ -82,10 +82,10 @@ class Rows:
     """Which tokens of a block make up a batch, on the host and on the device."""
 
     places: np.ndarray  # int64 [B], flat places in the block
-    places_there: Tensor
+    places_on_device: Tensor
     windows: np.ndarray | None = None  # int64 [W], indices in the block, if whole windows are drawn
-    windows_there: Tensor | None = None
-    sizes_there: Tensor | None = None  # int64 [W], the number of rows of each window
+    windows_on_device: Tensor | None = None
+    sizes_on_device: Tensor | None = None  # int64 [W], the number of rows of each window
 
 
 @dataclass(frozen=True, eq=False)

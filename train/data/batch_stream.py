@@ -2,7 +2,7 @@
 
 `Feed` combines the plan (which tokens), the loader (their bytes) and the draw (their form). It serves any
 number of SAEs from one read; `rank` of `size` processes takes its share of every batch. Nothing is read for
-step `steps` and later.
+step `steps` or later.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Feed:
 
     @cached_property
     def batch_tokens(self) -> float:
-        """Tokens of the text per batch; if all SAEs draw whole windows, some are left out."""
+        """Mean number of text tokens per batch; where all SAEs draw whole windows, some windows are left out."""
         return self.plan.batch_tokens * (self.plan.windows_taken() if self.is_windowed else 1.0)
 
     @property
@@ -86,7 +86,7 @@ class Feed:
         return self._orders[kind][1].rows(share(where, self._rank, self._size))
 
     def _order(self, kind: Kind, block: Block, plan: BlockPlan) -> TokenOrder | WindowOrder:
-        if not block.counts(kind.layers).any():
+        if not block.trains_on(kind.layers).any():
             shards = sorted({piece.shard for piece in plan.pieces})
             where = ", ".join(map(say_place, kind.layers))
             raise NothingToTrain(
@@ -99,7 +99,7 @@ class Feed:
 
 
 def joint_request(needs: Iterable[Needs], split: str) -> Request:
-    """The request for everything that they read."""
+    """One request for everything that these SAEs read."""
     needs = tuple(needs)
     return Request.of(
         (site_of(place) for need in needs for place in need.layers),
@@ -121,7 +121,7 @@ def held_out(
 ) -> Iterator[Draw]:
     """About `tokens` tokens from the beginning of the validation split, in the order of the store.
 
-    Includes massive rows: `Draw.ordinary` tells which are not.
+    Includes massive rows; `Draw.ordinary` marks the others.
     """
     request, manifest = joint_request(needs, "validation"), store.manifest
     scales = {layer: stats[layer].scale.to(device) for layer in stats}

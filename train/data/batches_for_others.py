@@ -1,4 +1,4 @@
-"""A store's activations for other trainers: an iterator of tensors, and a torch data set that keeps its position.
+"""A store's activations for other trainers: an iterable torch data set that can save and restore its position.
 
 Order, read-ahead and batches are those of our own runs (`shuffle_order.py`, `batch_stream.py`): step s of seed 0 holds
 the tokens that step s of `sae-train` with `data.seed=0` trains on.
@@ -68,7 +68,7 @@ class Batches(IterableDataset[Tensor]):
         """Continue from the current position; after the end of a pass, start the next one."""
         if get_worker_info() is not None:
             raise ConfigInvalid(
-                "expected no worker processes, as batches are read ahead in threads, found one: set num_workers=0"
+                "expected no worker processes, because threads read batches ahead, found one: set num_workers=0"
             )
         if self._step == self._end:
             self._passes += 1
@@ -98,13 +98,13 @@ class Batches(IterableDataset[Tensor]):
         return {"step": self._step, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the same batches; a state of other batches is refused."""
+        """Continue from a saved position; a state saved from other batches is refused."""
         expected = self._identity
         wrong = [key for key in expected if state.get(key) != expected[key]]
         if wrong or not isinstance(step := state.get("step"), int) or step < 0:
             found = ", ".join(f"{key} {state.get(key)!r} (here {expected.get(key)!r})" for key in wrong or ["step"])
             raise StateInvalid(
-                f"expected a state of these same batches, found {found}: open them with the settings they had before"
+                f"expected a state saved from these same batches, found {found}: open them with their earlier settings"
             )
         self.close()
         self._step, self._passes = step, 1

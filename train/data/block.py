@@ -1,7 +1,7 @@
 """A block: some windows of a split, in memory, ready to be drawn from.
 
-It is on the device in its stored form (bfloat16 stays bfloat16 until a batch is drawn, int8 int8), and batches are
-assembled there. Tokens and documents are also on the host, for messages and measurements.
+It is on the device, in the store's own numbers (say bfloat16 or int8) until a batch is assembled there. Tokens and
+documents are also on the host, for messages and measurements.
 W windows, T context, H heads, D residual width, N trainable tokens, E entries of attention.
 """
 
@@ -37,13 +37,12 @@ class Block:
     pieces: tuple[Span, ...]
     documents: np.ndarray  # uint32 [W, T]
     trains: np.ndarray  # bool [W, T]
-    tokens_there: Tensor  # int32 [W, T], on the device; documents too
-    documents_there: Tensor
+    tokens_on_device: Tensor  # int32 [W, T]
+    documents_on_device: Tensor  # int32 [W, T]
     resid: dict[Place, StoredRows]  # [at least W * T, D]
     attention: dict[int, Attention] = field(default_factory=dict)
-    massive: dict[Place, np.ndarray] = field(
-        default_factory=dict
-    )  # bool [W, T], of layers where massive rows are left out
+    massive: dict[Place, np.ndarray] = field(default_factory=dict)
+    """bool [W, T], for layers whose massive rows are left out."""
 
     @property
     def context(self) -> int:
@@ -59,12 +58,12 @@ class Block:
         """int64 [N], the flat places of trainable tokens."""
         return np.flatnonzero(self.trains)
 
-    def counts(self, layers: Sequence[Place]) -> np.ndarray:
-        """bool [W, T]: the tokens that train an SAE on these layers: neither special nor massive in any of them."""
-        counts = self.trains
+    def trains_on(self, layers: Sequence[Place]) -> np.ndarray:
+        """bool [W, T], the tokens that train an SAE on these layers: neither special nor massive in any of them."""
+        trains = self.trains
         for layer in layers:
-            counts = counts & ~self.massive[layer]
-        return counts
+            trains = trains & ~self.massive[layer]
+        return trains
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ class StoredRows:
         return {site.path: self.stored} | ({} if self.scales is None else {scales_path(site): self.scales})
 
     def norms(self) -> Tensor:
-        """float32 [W, T], a few windows at a time, so that codes of a whole piece are never held as float32."""
+        """float32 [W, T], a few windows at a time: a whole piece in float32 would take too much memory."""
         if self.scales is None:
             return torch.linalg.vector_norm(self.stored, dim=-1, dtype=torch.float32)
         parts = (self.windows(slice(at, at + 16)).values() for at in range(0, len(self.stored), 16))
@@ -120,18 +119,18 @@ class Attention:
     kept_mass: Tensor  # float16 [W, H, T]
     begins: np.ndarray  # int64 [W + 1], where each window's entries start, on the host
 
-    def take(self, windows: np.ndarray, windows_there: Tensor) -> AttentionRows:
+    def take(self, windows: np.ndarray, windows_on_device: Tensor) -> AttentionRows:
         """The rows of some windows, in the order given."""
         heads, context = self.kept_mass.shape[1:]
         rows, count = heads * context, int((self.begins[windows + 1] - self.begins[windows]).sum())
-        lengths = self.indptr.diff().view(-1, rows)[windows_there]
+        lengths = self.indptr.diff().view(-1, rows)[windows_on_device]
         indptr = torch.cat([lengths.new_zeros(1), lengths.view(-1).cumsum(0)])
         # The entries of a window are contiguous, so all of them move by the same shift.
-        shift = self.indptr[windows_there * rows] - indptr[:-1:rows]
+        shift = self.indptr[windows_on_device * rows] - indptr[:-1:rows]
         entry = torch.arange(count, device=shift.device)
         entry += shift.repeat_interleave(lengths.sum(1), output_size=count)
         return AttentionRows(
-            indptr, as_whole(self.indices[entry]), self.data[entry].float(), self.kept_mass[windows_there].float()
+            indptr, as_int64(self.indices[entry]), self.data[entry].float(), self.kept_mass[windows_on_device].float()
         )
 
 
@@ -147,8 +146,8 @@ def as_signed(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == np.uint8 else array.view(f"<i{array.dtype.itemsize}")
 
 
-def as_whole(stored: Tensor) -> Tensor:
-    """int64: the numbers whose bits `as_signed` returned."""
+def as_int64(stored: Tensor) -> Tensor:
+    """int64: the unsigned numbers that `as_signed` took the bits of."""
     return stored.long() if stored.dtype == torch.uint8 else stored.long().bitwise_and_(256**stored.itemsize - 1)
 
 
@@ -163,6 +162,6 @@ def as_stored(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def owned(csr: AttentionCsr) -> AttentionCsr:
+def copied(csr: AttentionCsr) -> AttentionCsr:
     """A copy that stays valid when the memory it was read into is reused."""
     return AttentionCsr(csr.indptr.copy(), csr.indices.copy(), csr.data.copy(), csr.kept_mass.copy())

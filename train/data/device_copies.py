@@ -1,4 +1,4 @@
-"""Copies to and from a device without waiting, which on a GPU requires page-locked memory."""
+"""Copies to and from a device without waiting, for which a GPU needs page-locked memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def take_device(device: torch.device) -> None:
-    """Make a GPU the current device of this thread: streams, events and page-locked memory belong to one.
+    """Make a GPU this thread's current device: streams, events and page-locked memory belong to that device.
 
-    A device without a number means the thread's current one, and torch refuses to set it.
+    A device without a number is already the thread's current one, and torch refuses to set it.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 class NotRecordable(Exception):
-    """A step does something on the host that a replay of its launches would not repeat."""
+    """Raised in a step that does something on the host, which a replay of its launches would not repeat."""
 
 
 def is_recording() -> bool:

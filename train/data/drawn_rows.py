@@ -1,8 +1,8 @@
 """What one step draws from its block: rows of activations in the form that each SAE needs.
 
-A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that
-need the same kind of rows: tokens or whole windows. The same holds for everything else. All of it is made on the
-device, from the block there and a part of the order that was sent with it: a step sends nothing.
+A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that need the same
+kind of rows (tokens or whole windows), and so is everything else. All of it is made on the device, from the block and
+the order that was sent with it: a step sends nothing.
 B rows, W windows, T context, D residual width.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...cache_schema.sites import Place
 from .batch import AttentionRows, Batch, Kind, Needs, Rows
-from .block import Block, as_whole
+from .block import Block, as_int64
 from .device_copies import send
 
 
@@ -37,7 +37,7 @@ class Draw:
         self.device = device
         self._bounded = {layer for kind in rows for layer in kind.layers}
         self._scaled: dict[tuple[Kind, tuple[Place, ...]], Tensor] = {}
-        self._made: dict[tuple[str, Any], Any] = {}
+        self._computed: dict[tuple[str, Any], Any] = {}
 
     def batch(self, needs: Needs) -> Batch:
         kind = needs.kind(self._bounded)
@@ -45,10 +45,10 @@ class Draw:
         return Batch(self._activations(kind, needs.input_places), target, self._side(needs, kind))
 
     def ordinary(self, needs: Needs) -> Tensor:
-        """bool [B], the rows of `batch(needs)` that are not massive in any layer read."""
-        counts = self.block.counts([layer for layer in needs.layers if layer in self.block.massive])
+        """bool [B], the rows of `batch(needs)` that are not massive in any layer that it reads."""
+        ordinary = self.block.trains_on([layer for layer in needs.layers if layer in self.block.massive])
         places = self.rows[needs.kind(self._bounded)].places
-        return torch.from_numpy(counts.ravel()[places]).to(self.device)
+        return torch.from_numpy(ordinary.ravel()[places]).to(self.device)
 
     def store_windows(self, kind: Kind) -> np.ndarray:
         """int64 [B], the index in the store of each row's window."""
@@ -70,7 +70,7 @@ class Draw:
         """float32 [B, len(layers) * D], scaled."""
         if (kind, layers) not in self._scaled:
             if len(layers) == 1:
-                raw = self.block.resid[layers[0]].take(self.rows[kind].places_there)
+                raw = self.block.resid[layers[0]].take(self.rows[kind].places_on_device)
                 self._scaled[kind, layers] = raw.values().mul_(self._scales[layers[0]])
             else:
                 parts = [self._activations(kind, (layer,)) for layer in layers]
@@ -81,45 +81,47 @@ class Draw:
         rows, block = self.rows[kind], self.block
         side: dict[str, Any] = {}
         if needs.tokens:
-            side["token"] = self._once("token", kind, lambda: _read_rows(block.tokens_there, rows))
+            side["token"] = self._once("token", kind, lambda: _read_rows(block.tokens_on_device, rows))
         if needs.documents:
-            side["document"] = self._once("document", kind, lambda: _read_rows(block.documents_there, rows))
+            side["document"] = self._once("document", kind, lambda: _read_rows(block.documents_on_device, rows))
         if needs.positions or needs.windows:
-            side["position"] = self._once("position", kind, lambda: rows.places_there % block.context)
+            side["position"] = self._once("position", kind, lambda: rows.places_on_device % block.context)
         if rows.windows is not None:
-            unread = [layer for layer in needs.layers if layer in block.massive and layer not in kind.layers]
+            with_massive = [layer for layer in needs.layers if layer in block.massive and layer not in kind.layers]
             side |= self._once(
                 "window",
-                (kind, *unread),
-                lambda: self._window_side(rows, self.ordinary(needs) if unread else None),
+                (kind, *with_massive),
+                lambda: self._window_side(rows, self.ordinary(needs) if with_massive else None),
             )
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
             side["attention"] = {layer: self._attention(layer, rows) for layer in needs.attention_layers}
         return side
 
-    def _once(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
-        """The result of `make`, computed for the first SAE that needs it."""
-        if (name, of) not in self._made:
-            self._made[name, of] = make()
-        return self._made[name, of]
+    def _once(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, which runs for the first SAE that needs it."""
+        if (name, key) not in self._computed:
+            self._computed[name, key] = compute()
+        return self._computed[name, key]
 
-    def _window_side(self, rows: Rows, read: Tensor | None) -> dict[str, Tensor]:
-        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row at a position, or -1. Of other rows in
-        a window, readers find only those in `read` [B]: no massive ones, which do not occur in training."""
-        assert rows.sizes_there is not None
-        context, count, sizes = self.block.context, len(rows.places), rows.sizes_there
+    def _window_side(self, rows: Rows, ordinary: Tensor | None) -> dict[str, Tensor]:
+        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row at a position, or -1. Rows not in
+        `ordinary` [B] are left out of `row_of`: massive ones, which do not occur in training."""
+        assert rows.sizes_on_device is not None
+        context, count, sizes = self.block.context, len(rows.places), rows.sizes_on_device
         window = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=count)
         row_of = sizes.new_full((len(sizes), context), -1)
         numbers = torch.arange(count, device=sizes.device)
-        row_of[window, rows.places_there % context] = numbers if read is None else numbers.masked_fill(~read, -1)
+        row_of[window, rows.places_on_device % context] = (
+            numbers if ordinary is None else numbers.masked_fill(~ordinary, -1)
+        )
         return {"window": window, "row_of": row_of}
 
     def _attention(self, layer: int, rows: Rows) -> AttentionRows:
-        assert rows.windows is not None and rows.windows_there is not None
-        windows, there = rows.windows, rows.windows_there
-        # The windows are the same whichever of their rows are left out.
-        return self._once("attention", layer, lambda: self.block.attention[layer].take(windows, there))
+        assert rows.windows is not None and rows.windows_on_device is not None
+        windows, on_device = rows.windows, rows.windows_on_device
+        # Not by kind: windows are the same whichever of their rows are left out.
+        return self._once("attention", layer, lambda: self.block.attention[layer].take(windows, on_device))
 
 
 class TokenOrder:
@@ -131,33 +133,31 @@ class TokenOrder:
     def __init__(self, block: Block, chosen: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
         places = block.trainable[chosen]
         self._length = len(places)
-        self._places = places[block.counts(layers).ravel()[places]] if layers else places
-        self._there = send(torch.from_numpy(self._places), device)
+        self._places = places[block.trains_on(layers).ravel()[places]] if layers else places
+        self._on_device = send(torch.from_numpy(self._places), device)
 
     def rows(self, part: slice) -> Rows:
         start, stop = (edge * len(self._places) // self._length for edge in (part.start, part.stop))
-        return Rows(self._places[start:stop], self._there[start:stop])
+        return Rows(self._places[start:stop], self._on_device[start:stop])
 
 
 class WindowOrder:
     """The order in which a block's windows are drawn, by their index in the block; sent once."""
 
     def __init__(self, block: Block, windows: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
-        window, position = np.nonzero(block.counts(layers)[windows])
+        window, position = np.nonzero(block.trains_on(layers)[windows])
         sizes = np.bincount(window, minlength=len(windows))
         self._windows, self._places = windows, windows[window] * block.context + position
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         arrays = (self._places, windows, sizes)
-        self._there = tuple(send(torch.from_numpy(array), device) for array in arrays)
+        self._on_device = tuple(send(torch.from_numpy(array), device) for array in arrays)
 
     def rows(self, part: slice) -> Rows:
         """The rows of all trainable tokens in a part of the order."""
-        places = slice(self._starts[part.start], self._starts[part.stop])
-        places_there, windows_there, sizes_there = self._there
-        return Rows(
-            self._places[places], places_there[places], self._windows[part], windows_there[part], sizes_there[part]
-        )
+        own = slice(self._starts[part.start], self._starts[part.stop])
+        places, windows, sizes = self._on_device
+        return Rows(self._places[own], places[own], self._windows[part], windows[part], sizes[part])
 
 
 def _read_rows(table: Tensor, rows: Rows) -> Tensor:
-    return as_whole(table.reshape(-1).index_select(0, rows.places_there))
+    return as_int64(table.reshape(-1).index_select(0, rows.places_on_device))

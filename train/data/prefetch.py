@@ -2,9 +2,9 @@
 
 Two pools of memory take turns; if the whole split fits into one, it is read once. A pool is filled from the store piece
 by piece, several pieces at a time. On the CPU a piece is read directly into its place. For a GPU it is read into
-page-locked memory and copied from there on a separate stream, while the next piece is read. A block is refilled once
-the GPU has finished all work that was launched while the block was drawn from; the reading threads wait for that, no
-step does.
+page-locked memory and copied from there on a separate stream, while the next piece is read. A pool is refilled once
+the GPU has finished all work launched while its block was drawn from; the reading threads wait for that, but no step
+does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...cache_schema import AttentionCsr, Manifest, Request, Span, Store, shard_
 from ...cache_schema.massive_activations import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
 from ...cache_schema.token_counts_and_summary import trainable
-from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, owned, send_attention
+from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, copied, send_attention
 from .device_copies import take_device
 from .shuffle_order import BlockPlan, Plan
 
@@ -41,13 +41,13 @@ class Pool:
         device: torch.device,
         bounds: Mapping[Place, float] | None = None,
     ) -> None:
-        """`bounds`: the largest norm of a row that is not massive, by layer."""
+        """`bounds`: by layer, the largest norm of a row that is not massive."""
         manifest = store.manifest
         self._bounds = {place: bound for place, bound in (bounds or {}).items() if site_of(place) in request.sites}
         self._store, self._request, self._device = store, request, device
         is_gpu = device.type == "cuda"
         ids = torch.empty((2, max_windows, manifest.context), dtype=torch.int32, pin_memory=is_gpu)
-        self._ids, self._ids_there = ids, torch.empty_like(ids, device=device) if is_gpu else ids
+        self._ids, self._ids_on_device = ids, torch.empty_like(ids, device=device) if is_gpu else ids
         self._tokens, self._documents = ids.numpy().view("<u4")
         shape, dtype = (max_windows, manifest.context), TORCH_DTYPES[manifest.stored_dtype]
         self._resid = {
@@ -63,7 +63,7 @@ class Pool:
             self._stages.put(Stage(manifest, request, device))
         self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._drawn = torch.cuda.Event() if is_gpu else None
-        self.release()  # earlier contents of this memory may still be read by work launched on the GPU
+        self.release()  # the GPU may still be reading what this memory held before
 
     def fill(self, pieces: Sequence[Span], readers: Executor) -> Block:
         """Read a block; returns when it is complete."""
@@ -74,25 +74,25 @@ class Pool:
         attention = list(readers.map(self._load, pieces, starts[:-1]))
         self._store.require_not_replaced()
         windows = starts[-1]
-        tokens_there, documents_there = self._ids_there[:, :windows]
+        tokens_on_device, documents_on_device = self._ids_on_device[:, :windows]
         return Block(
             pieces=tuple(pieces),
             documents=self._documents[:windows],
             trains=trainable(self._store.manifest, self._tokens[:windows]),
-            tokens_there=tokens_there,
-            documents_there=documents_there,
+            tokens_on_device=tokens_on_device,
+            documents_on_device=documents_on_device,
             resid={layer: resid.flat() for layer, resid in self._resid.items()},
             attention=self._send_attention(attention),
             massive={layer: massive[:windows] for layer, massive in self._massive.items()},
         )
 
     def release(self) -> None:
-        """Mark that nothing more will be drawn; work on the GPU may still be in progress."""
+        """Mark that no more draws will follow; the GPU may still be working on earlier ones."""
         if self._drawn is not None:
             self._drawn.record(torch.cuda.current_stream(self._device))
 
     def _send_attention(self, parts: list[dict[int, AttentionCsr]]) -> dict[int, Attention]:
-        """Send attention of all pieces on this pool's own stream, whose memory is reused only by its next fill."""
+        """Send the pieces' attention on this pool's own stream: only its next fill reuses that stream's memory."""
         layers = parts[0] if parts else ()
         with on_stream(self._stream):
             joined = {layer: AttentionCsr.concat([part[layer] for part in parts]) for layer in layers}
@@ -111,10 +111,10 @@ class Pool:
             places = {path: place for layer, one in resid.items() for path, place in one.by_path(layer).items()}
             host = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
             found = self._store.read(self._request, piece, stage.targets(host, places))
-            stage.copy(places, (self._ids_there[:, rows], self._ids[:, rows]))
+            stage.copy(places, (self._ids_on_device[:, rows], self._ids[:, rows]))
             for layer, bound in self._bounds.items():
                 self._massive[layer][rows] = is_massive(stage.norms(resid[layer]), bound)
-            return {layer: owned(csr) for layer, csr in found.attention.items()}
+            return {layer: copied(csr) for layer, csr in found.attention.items()}
         finally:
             self._stages.put(stage)
 
@@ -153,7 +153,7 @@ class Stage:
             return resid.norms().cpu().numpy()
 
     def _pinned_like(self, places: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Page-locked memory of a piece's size; only at the start of a shard are pieces larger than the first."""
+        """Page-locked memory of a piece's size; pieces larger than the first occur only at the start of a shard."""
         for path, place in places.items():
             if path not in self._pinned or len(self._pinned[path]) < len(place):
                 self._pinned[path] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)
@@ -161,14 +161,14 @@ class Stage:
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """A context in which a GPU's work goes to this stream."""
+    """A context in which a GPU's work goes to this stream, if there is one."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 class Loader:
-    """Provides blocks, one after the other; call `close` at the end.
+    """Provides blocks one after the other; call `close` at the end.
 
-    The time that training waits is counted, separately for the first block, which cannot be read ahead.
+    Counts the time that training waits, separately for the first block, which cannot be read ahead.
     """
 
     def __init__(
@@ -185,40 +185,39 @@ class Loader:
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="saemill-block")
         count = 1 if plan.is_one_block else 2
         self._pools = [Pool(store, request, plan.max_windows, device, bounds) for _ in range(count)]
-        self._present: tuple[BlockPlan, Block] | None = None
+        self._current: tuple[BlockPlan, Block] | None = None
         self._next: tuple[BlockPlan, Future[Block]] | None = None
         self.first_wait_seconds = 0.0
         self.waited_seconds = 0.0
 
     def block(self, plan: BlockPlan) -> Block:
         """The block of this plan. The previous one must no longer be drawn from."""
-        if self._present is None or self._present[0].pieces != plan.pieces:
+        if self._current is None or self._current[0].pieces != plan.pieces:
             self._advance(plan)
-        assert self._present is not None
-        return self._present[1]
+        assert self._current is not None
+        return self._current[1]
 
     def close(self) -> None:
         """Stop reading and release the memory."""
         for executor in (self._filler, self._readers):
             executor.shutdown(wait=True, cancel_futures=True)
-        self._pools, self._present, self._next = [], None, None
+        self._pools, self._current, self._next = [], None, None
 
     def _advance(self, plan: BlockPlan) -> None:
-        """Make a block the current one, and start to read the next."""
-        started, is_first = time.perf_counter(), self._present is None
-        if self._present is not None:
+        """Make a block the current one, and start reading the next."""
+        started, is_first = time.perf_counter(), self._current is None
+        if self._current is not None:
             self._pools[0].release()
             self._pools.reverse()
         if self._next is None or self._next[0] != plan:
-            if self._next is not None and not self._next[1].cancel():  # a step out of order was requested
+            if self._next is not None and not self._next[1].cancel():  # a step was requested out of order
                 wait([self._next[1]])
             self._next = plan, self._filler.submit(self._pools[0].fill, plan.pieces, self._readers)
-        self._present = plan, self._next[1].result()
+        self._current = plan, self._next[1].result()
         self._next = None
         waited = time.perf_counter() - started
         self.first_wait_seconds += waited if is_first else 0.0
         self.waited_seconds += 0.0 if is_first else waited
-        # The run's length may be unknown.
         is_last = self._steps is not None and plan.first_step + plan.steps >= self._steps
         if len(self._pools) > 1 and not is_last:
             after = self._plan.after(plan)

@@ -24,7 +24,7 @@ class Stats:
     scale: Tensor  # [D], raw activation * scale = scaled activation; constant inside a layer
     mean: Tensor  # [D]
     variance: float  # E||x - mean||^2
-    massive: Massive | None = None  # the rows of a layer that are excluded; None if every row counts
+    massive: Massive | None = None  # the rows that are left out; None if every row counts
 
     @property
     def width(self) -> int:
@@ -42,7 +42,7 @@ def stats_from_moments(moments: Moments) -> Stats:
 
 
 def bounds_of(stats: Mapping[Place, Stats]) -> dict[Place, float]:
-    """The norm above which a raw row is massive, for layers where not every row counts."""
+    """The norm above which a raw row is massive, for layers whose massive rows are left out."""
     return {layer: one.massive.bound for layer, one in stats.items() if one.massive is not None}
 
 

@@ -1,13 +1,12 @@
 """The read order: which tokens make up step s, as a pure function of sizes, seed, epoch and step.
 
-A block is what is in memory at a time: pieces from all over the split, reassigned in each epoch. Its steps take its
-shuffled tokens one batch after the other, or its shuffled windows spread over the same steps, so that both kinds of
-variants read the same blocks at the same steps. Any step is located by arithmetic on counts; nothing before its block
-is ever read. The rest of a block after its last whole batch is left out for this epoch, a different part each time.
+A block is the part of the split in memory at one time: pieces from all over it, reassigned in each epoch. Its steps
+take its shuffled tokens one batch after the other, or its shuffled windows spread over the same steps, so that both
+kinds of variants read the same blocks at the same steps. Any step is located by arithmetic on counts; nothing before
+its block is ever read. What remains of a block after its last whole batch is left out, a different part each epoch.
 
-`SplitSizes` describes a split before anything trains: counts of trainable tokens fix the order, shares say how
-often two tokens or windows of an ideal batch would share a document (`ShuffleQuality`). Special tokens are in
-neither.
+`SplitSizes` describes a split before training starts: counts of trainable tokens fix the order, and probabilities are
+those that two tokens or windows of an ideal batch share a document (`ShuffleQuality`). Neither includes special tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class SplitSizes:
 
 
 def measure_split(store: Store, split: str) -> SplitSizes:
-    """Read the store's counts, or count its tokens if the store is older than these counts."""
+    """Read the store's counts, or count its tokens if the store is too old to have them."""
     manifest = store.manifest
     trainable, numbers = store.counts(split)
     sites = manifest.sites
@@ -103,7 +102,7 @@ class Plan:
         self.blocks = lru_cache(maxsize=4)(self._make_blocks)
 
     def steps_in(self, epochs: int, enough: float = math.inf) -> int:
-        """Steps in the first `epochs` epochs, or in as many of them as give enough steps."""
+        """Steps in the first `epochs` epochs, or in the first of them that together have `enough` steps."""
         while len(self._starts) <= epochs and self._starts[-1] < enough:
             dealt = deal(len(self.pieces), self.num_blocks, self.seed, len(self._starts) - 1)
             steps = sum(int(self._piece_tokens[members].sum()) // self.batch_tokens for members in dealt)
@@ -140,8 +139,8 @@ class Plan:
         return min(block.windows // block.steps for block in blocks)
 
     def windows_taken(self) -> float:
-        """Share of the first epoch's windows that are used when whole windows are drawn, as all batches of a block have
-        the same number."""
+        """Share of the first epoch's windows that are used when whole windows are drawn: every batch of a block has the
+        same number."""
         blocks = self.blocks(0)
         taken = sum(block.windows // block.steps * block.steps for block in blocks)
         return taken / max(1, sum(block.windows for block in blocks))
@@ -166,7 +165,7 @@ class Plan:
 
 
 def cut_pieces(sizes: SplitSizes, pool_tokens: int) -> list[Span]:
-    """Cut the split into runs of whole chunks inside shards, small enough that a block consists of many."""
+    """Cut the split into runs of whole chunks inside shards, small enough that a block has many of them."""
     wanted = pool_tokens // sizes.context // PIECES_PER_BLOCK
     length = min(max(wanted // sizes.chunk_windows, 1) * sizes.chunk_windows, sizes.shard_windows)
     first, last = sizes.first_window, sizes.first_window + sizes.windows
@@ -217,7 +216,7 @@ def share(rows: slice, rank: int, size: int) -> slice:
 
 
 def permutation(count: int, seed: int | None, epoch: int, block: int, purpose: int) -> np.ndarray:
-    """A permutation, independent for each part of the order; without a seed, the order of the store."""
+    """A permutation, independent for each epoch, block and purpose; without a seed, the order of the store."""
     if seed is None:
         return np.arange(count)
     return np.random.default_rng([seed, epoch, block, purpose]).permutation(count)
@@ -252,7 +251,7 @@ class ShuffleQuality:
 
     @property
     def ratio(self) -> float:
-        """Measured over ideal: 1 is perfect. Also 1 if no pair could share a document and none does."""
+        """Measured over ideal share: 1 is perfect. Also 1 if no pair could share a document and none does."""
         if self.ideal == 0.0:
             return 1.0 if self.same == 0 else float("inf")
         return self.share / self.ideal

@@ -1,7 +1,7 @@
-"""Adam with its settings, its state as plain named tensors.
+"""Adam: its settings, and its state as plain named tensors.
 
-One fused call updates all parameters, except tables that a GPU kernel updates one row at a time, which also keeps rows
-at length one; elsewhere `UnitDecoder` (`terms/constraints.py`) does that. The step count and the two moments are the
+One fused call updates all parameters except tables that a GPU kernel updates one row at a time. That kernel also keeps
+rows at length one; elsewhere `UnitDecoder` (`terms/constraints.py`) does. The step count and the two moments are the
 only state, so a checkpoint is a flat dictionary of tensors and a resumed run continues to the same bits.
 """
 
@@ -77,10 +77,10 @@ class Optim:
 
 
 class Adam:
-    """Adam over named parameters; a step is `begin` and `step`.
+    """Adam over named parameters; call `begin`, then `step`.
 
-    `by_row` names tables that are updated row by row, and whether their rows are kept at length one; `split` names
-    those of which this process holds only the rows of its latents.
+    `by_row` maps tables that are updated row by row to whether their rows are kept at length one; `split` names the
+    parameters of which this process holds only the rows of its own latents.
 
     On a GPU `step` involves only the device and can be recorded: the learning rate is in device memory, where `begin`
     writes it, and so is the step count of each table.
@@ -105,7 +105,7 @@ class Adam:
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
-        self._lr: dict[float, float | Tensor] = {}  # of the current step, by its multiple
+        self._lr: dict[float, float | Tensor] = {}  # the current step's rate, by its multiple
         scales = dict.fromkeys(self._lr_scales.get(name, 1.0) for name in self.parameters)
         self._rates: Tensor | None = None
         first = next(iter(self.parameters.values()), None)
@@ -127,24 +127,23 @@ class Adam:
     def step(self, frozen: Tensor | None = None) -> Tensor | None:
         """Update every parameter that has a gradient; return the norm of all gradients if it is clipped.
 
-        Where `frozen` is not zero, nothing changes: on a GPU a loss that is not finite sets
-        it, before the host has seen the loss.
+        If `frozen` is not zero, nothing changes: on a GPU a non-finite loss sets it before the host has seen the loss.
         """
         for name, (updates, is_unit) in self._by_row.items():
             if updates.gradients or self.parameters[name].grad is not None:
-                self._move_rows(name, updates, is_unit, frozen)
-        moving = [name for name, p in self.parameters.items() if p.grad is not None and name not in self._by_row]
-        if not moving:
+                self._update_by_row(name, updates, is_unit, frozen)
+        names = [name for name, p in self.parameters.items() if p.grad is not None and name not in self._by_row]
+        if not names:
             return None
-        gradients = [cast(Tensor, self.parameters[name].grad) for name in moving]
-        norm, divisor = self._clip(moving, gradients)
-        scales = [self._lr_scales.get(name, 1.0) for name in moving]
+        gradients = [cast(Tensor, self.parameters[name].grad) for name in names]
+        norm, divisor = self._clip(names, gradients)
+        scales = [self._lr_scales.get(name, 1.0) for name in names]
         for scale in dict.fromkeys(scales):
             together = [index for index, own in enumerate(scales) if own == scale]
-            self._move([moving[i] for i in together], [gradients[i] for i in together], scale, divisor, frozen)
+            self._update_fused([names[i] for i in together], [gradients[i] for i in together], scale, divisor, frozen)
         return norm
 
-    def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, frozen: Tensor | None) -> None:
+    def _update_by_row(self, name: str, updates: RowUpdates, is_unit: bool, frozen: Tensor | None) -> None:
         """Update one table with the kernel that sums gradients, applies Adam and writes one row at a time."""
         from ..sae.kernels.triton.row_update import AdamStep, update_rows
 
@@ -169,12 +168,12 @@ class Adam:
         )
         updates.low_version = table._version
 
-    def _move(
-        self, moving: list[str], gradients: list[Tensor], scale: float, divisor: Tensor | None, frozen: Tensor | None
+    def _update_fused(
+        self, names: list[str], gradients: list[Tensor], scale: float, divisor: Tensor | None, frozen: Tensor | None
     ) -> None:
         """One fused update of parameters that share a learning rate."""
         tables = (self.parameters, self._first, self._second)
-        parameters, first, second = ([table[name] for name in moving] for table in tables)
+        parameters, first, second = ([table[name] for name in names] for table in tables)
         settings = self.settings
         adam(
             parameters,
@@ -182,7 +181,7 @@ class Adam:
             first,
             second,
             [],
-            [self._steps[name] for name in moving],
+            [self._steps[name] for name in names],
             fused=True,
             grad_scale=divisor,
             found_inf=frozen,
@@ -196,12 +195,12 @@ class Adam:
         )
 
     def places(self) -> tuple[int, ...]:
-        """Addresses of the parameters, and versions of those of which copies are kept."""
+        """Addresses of the parameters, and versions of those that have a bfloat16 copy."""
         own = (parameter.data_ptr() for parameter in self.parameters.values())
         return *own, *(self.parameters[name]._version for name in self._by_row)
 
     def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """The two moments of a parameter, not copies."""
+        """The two moments of a parameter themselves, not copies."""
         (name,) = (name for name, own in self.parameters.items() if own is parameter)
         return self._first[name], self._second[name]
 
@@ -220,13 +219,13 @@ class Adam:
             state[f"{name}.steps"] = self._steps[name]
         return state
 
-    def _clip(self, moving: list[str], gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _clip(self, names: list[str], gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The norm of the gradients, and the divisor for the fused update."""
         if self.settings.clip_norm is None:
             return None, None
         norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
         if not self._latents.is_whole:
-            is_split = [name in self._split for name in moving]
+            is_split = [name in self._split for name in names]
             squares = [norm.square() * split for norm, split in zip(norms, is_split, strict=True)]
             totals = self._latents.sum(torch.stack(squares)).sqrt()
             norms = [total if split else norm for norm, total, split in zip(norms, totals, is_split, strict=True)]
@@ -235,8 +234,8 @@ class Adam:
 
 
 def _dense_part(gradient: Tensor | None, further: list[RowGradient]) -> Tensor | None:
-    """The part of a table's gradient beyond the entries of one support."""
+    """The dense gradient of a table plus that of all supports but the first, which the kernel adds itself."""
     total = gradient
-    for part in further:  # one table after the other: for a wide dictionary several at once would be too large
+    for part in further:  # one table at a time: a wide dictionary has no room for several
         total = part.table() if total is None else total.add_(part.table())
     return total

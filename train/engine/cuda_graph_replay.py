@@ -1,11 +1,11 @@
 """A step's launches, recorded once on a GPU and replayed as one.
 
-At 16,384 latents the host takes as long to launch a step's kernels, some two hundred, as a GPU takes to run them; a
-CUDA graph is one launch. It repeats exactly what was recorded, on the same memory, so a step is recorded only if the
-host decides nothing beyond its key: shapes, weights of terms, knobs, and the addresses of weights and of the list of
-dead latents. A term is a function of its view, so only what the host draws or counts could differ, and that is
-refused. Such steps are launched kernel by kernel, and so are all steps of an SAE that has extras or reads side inputs,
-or that shares its rows or latents with other processes.
+At 16,384 latents the host takes as long to launch a step's two hundred or so kernels as a GPU takes to run them; a
+CUDA graph is one launch. It repeats exactly what was recorded, on the same memory, so a step can be recorded only if
+the host decides nothing beyond its key: shapes, weights of terms, knobs, and the addresses of weights and of the list
+of dead latents. A term is a function of its view, so only what the host draws or counts could differ between replays.
+Steps that do so are launched kernel by kernel, and so are all steps of an SAE that has extras, reads side inputs, or
+shares its rows or latents with other processes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..data.device_copies import NotRecordable
 Measured = dict[str, Tensor]  # what a step reports: scalars by name
 Work = Callable[[Batch], Measured]
 
-SETTLED = 2  # steps with one key before it is recorded; doubled after each recording that was hardly used
+SETTLED = 2  # steps with a key before it is recorded; doubled after each recording that was hardly used
 SERVED_WELL = 3  # replays that make a recording worthwhile
-RENEWED = 256  # recordings after which a device gets new memory for them: each leaves gaps of other sizes in the old
-KEPT = 4  # keys: with massive rows left out, sizes of batches differ by a row
+RENEWED = 256  # recordings after which a device gets a new memory pool: each leaves gaps of different sizes in the old
+KEPT = 4  # keys at a time: where massive rows are left out, batch sizes differ by a row
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Replays:
     """The recordings of one SAE's step, while they are valid."""
 
     def __init__(self, name: str, is_possible: bool, undo: Callable[[], None]) -> None:
-        """`undo` reverts on the host a step that could not be recorded."""
+        """`undo` reverts the host's part of a step that could not be recorded."""
         self._name, self._undo = name, undo
         self.is_possible = is_possible
         self.served = 0
@@ -56,7 +56,7 @@ class Replays:
         self._memory: Memory | None = None
 
     def take(self, batch: Batch, key: Hashable, work: Work) -> Measured:
-        """Do the work of a step, launched or replayed; `key` is everything that the host decides."""
+        """Launch or replay a step; `key` is everything that the host decides in it."""
         if not self.is_possible or batch.side:
             return work(batch)
         given = (None if x is None else (x.shape, x.dtype, x.stride()) for x in (batch.x, batch.target))
@@ -75,7 +75,7 @@ class Replays:
         self._kinds.clear()
 
     def end(self) -> None:
-        """Stop recording, and release the device memory used, as much as a step's."""
+        """Stop recording, and release the recordings' memory, which is as much as a step's."""
         self.is_possible, self._memory = False, None
         self.forget()
 
@@ -94,13 +94,13 @@ class Replays:
             self._memory = memory_of(batch.x.device)
             self._memory.require_room()
             return record(batch, work, self._memory)
-        except NotRecordable:  # expected: what the host draws or counts must be redone in each step
+        except NotRecordable:  # expected of steps in which the host draws or counts
             kind.is_recordable = False
             self._patience *= 2
-        except RuntimeError as error:  # CUDA refuses with one, and so does a full device
+        except RuntimeError as error:  # CUDA refused, or the device is full
             failed = first_line(error)
         self._undo()
-        if failed is not None:  # outside the handler: the error holds what was recorded so far
+        if failed is not None:  # not in the handler, where the error still holds the partial recording
             self.end()
             warnings.warn(f"{self._name}: its steps are not recorded, which is slower: {failed}", stacklevel=2)
         return None
@@ -108,18 +108,18 @@ class Replays:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What a replay reads, and where it leaves its measurements."""
+    """A recorded step, the memory that it reads, and the memory to which it writes its measurements."""
 
     launch: Callable[[], None]
     inputs: tuple[Tensor, ...]
     names: tuple[str, ...]
-    told: Tensor  # float64 [names]
+    values: Tensor  # float64 [names]
 
     def replay(self, batch: Batch) -> Measured:
         for there, value in zip(self.inputs, _tensors(batch), strict=True):
             there.copy_(value)
         self.launch()
-        return dict(zip(self.names, self.told.clone(), strict=True))  # the next replay overwrites it
+        return dict(zip(self.names, self.values.clone(), strict=True))  # the next replay overwrites them
 
 
 def record(batch: Batch, work: Work, memory: Memory) -> Recording:
@@ -128,27 +128,27 @@ def record(batch: Batch, work: Work, memory: Memory) -> Recording:
     own = Batch(inputs[0], None if batch.target is None else inputs[1])
     names: list[str] = []
 
-    def tell() -> Tensor:
+    def measure() -> Tensor:
         measured = work(own)
         names.extend(measured)
         return torch.stack([value.detach().double() for value in measured.values()])
 
-    launch, told = memory.record(tell)
-    return Recording(launch, inputs, tuple(names), told)
+    launch, values = memory.record(measure)
+    return Recording(launch, inputs, tuple(names), values)
 
 
 class Memory:
-    """Memory and stream shared by all recordings on a device: they are made and replayed one after the other."""
+    """Memory pool and stream shared by all recordings on a device, which are made and replayed one at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._made = device, 0
         # A priority that nothing else here uses, so that torch gives the stream to no one else.
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=-1)
-        # A pool is released with its last recording and takes none afterwards, so this recording stays.
+        # A pool is released with its last recording and accepts no new one after that, so this one is kept.
         self._first, _ = self.record(lambda: torch.zeros(1, device=device))
 
     def require_room(self) -> None:
-        """Require room for a recording, in addition to that of launched steps."""
+        """Require room for a recording next to launched steps."""
         largest = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         if torch.cuda.mem_get_info(self._device)[0] < 2 * largest:
             torch.cuda.empty_cache()  # a recording cannot reuse memory cached by launched steps
@@ -161,37 +161,37 @@ class Memory:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """A function that repeats the work, and the tensor for its result."""
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            # Other threads, such as the feed's, copy and allocate meanwhile; only this one is recorded.
+            # Other threads, such as the feed's, keep copying and allocating; only this one is recorded.
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                told = work()
+                result = work()
                 graph.capture_end()
             except BaseException:
                 self._end(graph)
                 raise
-        here.wait_stream(self._stream)
+        current.wait_stream(self._stream)
         self._made += 1
-        return graph.replay, told
+        return graph.replay, result
 
     @property
     def is_used_up(self) -> bool:
         return self._made > RENEWED
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a failed recording, so that neither allocator nor random numbers behave as if it were running."""
+        """End a failed recording, so that the allocator and random numbers do not act as if it were still running."""
         try:
             graph.capture_end()
-        except RuntimeError:  # CUDA has aborted it, and torch leaves both as they were during it
+        except RuntimeError:  # CUDA has aborted it, and torch leaves both in recording mode
             if _memories.get(self._device) is self:  # torch before 2.12 does not even release its page-locked part
                 del _memories[self._device]
-            here = self._stream.device_index
+            device_index = self._stream.device_index
             with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(here, self._pool)
-            # For anyone who uses the device's own generator, say a notebook: a copy of its state is in no recording.
-            generator = torch.cuda.default_generators[here]
+                torch._C._cuda_endAllocateToPool(device_index, self._pool)
+            # For other users of the device's own generator, say a notebook: a copy of its state is in no recording.
+            generator = torch.cuda.default_generators[device_index]
             generator.graphsafe_set_state(generator.clone_state())
 
 

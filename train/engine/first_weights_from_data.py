@@ -1,18 +1,18 @@
 """Initial weights fitted to the first batch, so that no training step is spent on undoing the start.
 
-Random decoder rows with an encoder equal to them overshoot where many latents read each row: the reconstruction has 55
-times the variance with 16 latents for each dimension and a ReLU. Before the first step, without random numbers:
+Random decoder rows with an encoder equal to them overshoot where many latents read each row: with 16 latents for each
+dimension and a ReLU, the reconstruction has 55 times the variance. Before the first step, without random numbers:
 0. For SAEs that map one place to another, each decoder row is pointed to where the target is when its latent fires: a
    row as drawn says nothing about the target, and random output keeps the encoder from learning what to read.
 1. Thresholds, if the gate has them, are set so that the requested number of latents fire.
 2. All pre-activations are lowered by one amount, so that fewer latents fire and more weakly, until the least squares
    scale of the reconstruction is 1. A gate that chooses a number of latents keeps that number: if few rows have most
    of the squares, the best amount for those would leave all others without an active latent.
-3. What lowering would destroy (the requested number of active latents, the meaning of signed codes) is left to the
-   scale of the encoder.
+3. Where lowering would do harm (to the requested number of active latents, or the meaning of signed codes), the
+   encoder is scaled down instead.
 If the reconstruction explains almost nothing of the target at any scale, the SAE stays as drawn.
-Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder
-reconstructs its first batch better still, but ends worse at equal sparsity, with more dead latents (`docs/quality.md`).
+Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder would
+reconstruct the first batch better still, but end worse at equal sparsity, with more dead latents (`docs/quality.md`).
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def fit_start(
     def excess() -> float:
         return max(_excess(sae, batch.x, target, side) for side in sides)
 
-    amount = _search(_once_lowered(sae, excess), 1.0, most) if sae.gate.can_lower else 0.0
-    if sae.gate.keeps_number:  # no further than until rows have fewer active latents than the gate chooses
-        number = _once_lowered(sae, lambda: _l0(sae, batch.x, sides[-1]))
+    amount = _search(_when_lowered(sae, excess), 1.0, most) if sae.gate.can_lower else 0.0
+    if sae.gate.keeps_number:  # but not so far that rows have fewer active latents than the gate chooses
+        number = _when_lowered(sae, lambda: _l0(sae, batch.x, sides[-1]))
         amount = min(amount, _search(number, (1.0 - 2.0 * CLOSE) * number(0.0), math.inf))
     sae.lower(amount)
     left = excess()
@@ -92,8 +92,8 @@ def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Si
     return threshold
 
 
-def _once_lowered(sae: SparseAutoencoder, measure: Callable[[], float]) -> Callable[[float], float]:
-    """What would be measured if pre-activations were lowered by an amount."""
+def _when_lowered(sae: SparseAutoencoder, measure: Callable[[], float]) -> Callable[[float], float]:
+    """The measurement as a function of the amount by which pre-activations are lowered."""
 
     def measured(amount: float) -> float:
         sae.lower(amount)
@@ -129,7 +129,7 @@ def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> 
 
 
 def _search(falling: Callable[[float], float], goal: float, most: float) -> float:
-    """The amount from 0 to `most` at which a falling function reaches its goal; 0 if it is not above it at 0."""
+    """The amount from 0 to `most` at which a falling function reaches the goal; 0 if it starts at or below the goal."""
     low, high = 0.0, min(1.0, most)
     if not falling(low) > goal:
         return low

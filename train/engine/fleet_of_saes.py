@@ -1,8 +1,8 @@
 """The SAEs of a run, trained side by side on the same draws.
 
-Each has its own weights, optimiser, schedules, counters and random numbers, and sees the same rows as
-alone: it trains to the same bits in a fleet of any size. An SAE whose loss is no longer finite stops training and keeps
-the weights of the previous step; the others continue. In a checkpoint it has a smaller number of steps.
+Each has its own weights, optimiser, schedules, counters and random numbers, and sees the same rows as alone, so it
+trains to the same bits in a fleet of any size. An SAE whose loss is no longer finite stops training and keeps the
+weights of the previous step; the others continue. Checkpoints mark it by its smaller number of steps.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Fleet:
         split: Ranks | None = None,
         may_empty: bool = False,
     ) -> None:
-        """`may_empty`: other processes train SAEs of the run too, so it continues even if all of these diverge."""
+        """`may_empty`: the run continues even if all of these SAEs diverge, since other processes train more."""
         self.ranks = ranks
         self.steps_taken = 0
         self.diverged: dict[str, int] = {}  # by label: the steps that an SAE took before it diverged
@@ -100,21 +100,21 @@ class Fleet:
             windows = {kind: draw.store_windows(kind) for kind in draw.rows}
             self._past.append(Past(self.steps_taken, draw.block.pieces, windows))
         for label, trainee in self.training.items():
-            begun, (seconds, steps) = time.perf_counter(), self._spent[label]
+            started, (seconds, steps) = time.perf_counter(), self._spent[label]
             try:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
-                self._leave_out(label, self._add_place(label, error, draw))
+                self._stop_training(label, self._add_place(label, error, draw))
                 continue
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(f"{label}: {draw.device} has no memory left for a step", error) from None
-            self._spent[label] = seconds + time.perf_counter() - begun, steps + 1
+            self._spent[label] = seconds + time.perf_counter() - started, steps + 1
         self.steps_taken += 1
         return reports
 
     @property
     def lends_state(self) -> bool:
-        """Whether `state` gives tensors that the next step changes."""
+        """Whether `state` returns live tensors, which the next step changes."""
         return any(trainee.device.type == "cpu" for trainee in self.trainees.values())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -122,14 +122,14 @@ class Fleet:
         return {label: trainee.state() for label, trainee in self.trainees.items()}
 
     def look(self) -> None:
-        """Leave out SAEs whose loss was not finite in a step since the last look; raise if none is left."""
+        """Stop training SAEs whose loss was not finite in a step since the last look; raise if none is left."""
         for label, trainee in self.training.items():
             try:
                 trainee.look()
             except NonFiniteLoss as error:
-                self._leave_out(label, self._add_place(label, error, None))
+                self._stop_training(label, self._add_place(label, error, None))
 
-    def _leave_out(self, label: str, error: TrainError) -> None:
+    def _stop_training(self, label: str, error: TrainError) -> None:
         """Continue without an SAE that diverged. The last one's divergence, or any other error, ends the run."""
         if not isinstance(error, NonFiniteLoss) or not (self._may_empty or self.training.keys() - {label}):
             raise error from None
@@ -137,7 +137,7 @@ class Fleet:
         self._news.append(f"{error}. The others continue without it")
 
     def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
-        """The error with the part of the store that the step was trained on; a collective call."""
+        """The error, naming the part of the store that the step trained on; a collective call."""
         kind = self.needs[label].kind(bounds_of(self.stats))
         if draw is not None and error.is_input_finite is None:
             broken, windows, device = draw.non_finite_rows(kind), draw.store_windows(kind), draw.device
@@ -197,7 +197,7 @@ def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError) -> MemoryTooSmall:
-    """The error with the allocator's first sentences on what was requested and free, and what to change."""
+    """The error, with the allocator's sentences on requested and free memory, and what to change."""
     said = ". ".join(str(error).split(". ")[:3])
     return MemoryTooSmall(
         f"{what} ({said}). Use fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, "

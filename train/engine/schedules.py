@@ -1,7 +1,7 @@
 """Schedules: pure functions (step, total_steps) -> float, written as frozen records.
 
-A schedule has no state, so there is none to save: step s of a resumed run gets the same value as step s
-of an uninterrupted run. `step` counts from 0.
+A schedule has no state to save: step s of a resumed run gets the same value as in an uninterrupted run. `step` counts
+from 0.
 """
 
 from __future__ import annotations

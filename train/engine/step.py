@@ -1,14 +1,13 @@
-"""One training step of one SAE, and all the state that it leaves behind.
+"""One training step of one SAE, and everything that a resumed run needs to continue.
 
-Everything after the view of the batch is in `_work`, which a GPU may record and replay (`cuda_graph_replay.py`).
+The device's part of a step is `_work`, which a GPU may record and replay (`cuda_graph_replay.py`).
 
-On a GPU the host looks only every LOOK_EVERY steps, and no other step waits for the device. Between looks a loss that
-is not finite freezes the weights on the device, and the list of dead latents is that of the last look. These still
+On a GPU the host looks at losses only every LOOK_EVERY steps; other steps do not wait for the device. Between looks a
+non-finite loss freezes the weights on the device, and the list of dead latents is that of the last look. These still
 wait: the selection of a dictionary split by latents; a batch top-k where processes share the rows; a step in which
 latents of treesae change parents; one in which those of `tiered` move, and the next; a refit of pca.
 
-Nothing here names a variant, and no step reads global random state: an SAE in a fleet trains to the same
-bits as alone.
+No step reads global random state, so an SAE trains to the same bits in a fleet as alone.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from .adam import Adam
 from .count_dead_latents import LatentCounters
 from .cuda_graph_replay import Measured, Replays
 from .first_weights_from_data import fit_start
-from .terms_and_constraints import Assembly, cut, require_splittable, split_parameters, split_state
+from .terms_and_constraints import Assembly, keep_own_latents, require_splittable, split_parameters, split_state
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait, and listing the dead latents another
 RECORDS = {"cuda"}  # device types whose launches can be recorded
-WIDEST_ROW = 16384  # the widest table row updated row by row: a row is held in the registers of one program
-LOOKED_AT = "looked at: "  # prefix of values that the host reads later instead of waiting for the device
+WIDEST_ROW = 16384  # the widest row that a table updated row by row may have: one program holds it in registers
+LOOKED_AT = "looked at: "  # prefix of measurements kept for the next look
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +82,7 @@ class Trainee:
         if split is not None and split.size > 1:
             require_splittable(name, assembly)
             self.latents, self._split = SomeLatents(split, self.sae.num_latents), split_parameters(self.sae)
-            cut(self.sae, self._split, self.latents)
+            keep_own_latents(self.sae, self._split, self.latents)
         self.sae.to(self.device)
         by_row = self._tables_by_row()
         # The kernel that updates decoder rows keeps them at length one itself.
@@ -99,13 +98,12 @@ class Trainee:
         self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps not looked at yet
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
         self._random_state = assembly.generator.get_state()  # at the start of this step
-        # Without our own kernels the host reads what was selected.
+        # With torch's own kernels the host reads the selection.
         is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
         is_alone = self.ranks.size == 1 and self.latents.is_whole
         self.replays = Replays(name, is_recordable and is_alone and not extras_of(self.sae), self._undo)
 
     def step(self, batch: Batch) -> Report:
-        """Train on one batch."""
         knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
         if self._looks_late and self.step_index % LOOK_EVERY == 0:
             self.look()
@@ -116,20 +114,20 @@ class Trainee:
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         self.optimiser.begin(lr)
-        measured = self._measured(batch, weights, knobs, ranks)
+        measured = self._launch_or_replay(batch, weights, knobs, ranks)
         self.step_index += 1
         known = {f"weight/{name}": weight for name, weight in weights.items()}
         known |= {f"knob/{name}": knob for name, knob in knobs.items()}
         return Report(ranks.weight, measured, known | {"lr": lr})
 
-    def _measured(
+    def _launch_or_replay(
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
     ) -> Measured:
-        """Run the device's part of this step, recorded or not, and return its measurements."""
+        """Run the device's part of this step and return its measurements."""
         self._random_state = self.assembly.generator.get_state()
         key: tuple[Hashable, ...] = ()
         if self.replays.is_possible:
-            # Everything that the host decides in `_work`, and the tensors that it reads and changes.
+            # All that `_work` takes from the host, and the tensors that it reads and changes.
             key = *weights.items(), *knobs.items(), self.counters.place(), *self.optimiser.places()
         measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs, ranks))
         if self._looks_late:
@@ -140,14 +138,14 @@ class Trainee:
     def _work(
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
     ) -> Measured:
-        """The step from the view on. If it is recorded, the host may decide nothing in it except what the key holds."""
+        """The device's part of a step. To be recordable, it may depend on no host value that the key lacks."""
         view = self._view(batch, Side(batch.side, knobs, ranks, self.latents))
         # Reported values are measured here, before the weights change.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
         own_loss = loss = _weighted_sum(losses, weights)
         if not self.latents.is_whole:
-            losses = self._add_parts(losses)
+            losses = self._sum_parts(losses)
             loss = _weighted_sum(losses, weights)
         measured = self._require_finite(view, loss, losses) | {"loss": loss.detach()}
         with torch.no_grad():
@@ -172,15 +170,15 @@ class Trainee:
         return measured | view.notes | ({} if grad_norm is None else {"grad_norm": grad_norm})
 
     def _undo(self) -> None:
-        """Undo on the host a step that was not carried out on the device."""
+        """Undo the host's part of a step that did not run on the device."""
         self.optimiser.zero_grad()
         self.assembly.generator.set_state(self._random_state)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a bit-exact resume needs, as flat named tensors in host memory.
 
-        On a CPU they are the SAE's own, which the next step changes. If the SAE is split by latents this is a
-        collective call, and only the first process, which writes, gets the joined tensors.
+        On a CPU they are the live tensors, which the next step changes. If the SAE is split by latents, this is a
+        collective call, and only the first process, which saves them, gets whole tables.
         """
         self.look()
         whole = {
@@ -191,13 +189,13 @@ class Trainee:
 
     @property
     def state_bytes(self) -> int:
-        """Size of everything in `state`, with the latents of all processes."""
+        """Size of `state`, with the latents of all processes."""
         state = self._own_state()
         return sum(math.prod(self._whole_shape(name, own)) * own.element_size() for name, own in state.items())
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
-        """A context in which the first process has all latents, to measure and save but not to train; all enter it."""
+        """A collective context in which the first process has all latents, to measure and save but not to train."""
         parts = {**dict(self.sae.named_parameters()), "counters": self.counters.tokens_since_fired}
         parts = {name: parts[name] for name in (*self._split, "counters")} if self._split else {}
         own = {name: tensor.data for name, tensor in parts.items()}
@@ -248,8 +246,8 @@ class Trainee:
         """The shape of a tensor of the state with the latents of all processes."""
         return (self.latents.total, *own.shape[1:]) if self._is_part(name) else tuple(own.shape)
 
-    def _add_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses over all latents, for the log: of some, each process has a part."""
+    def _sum_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses over all latents, for the log; of a loss split in "parts" each process has computed one."""
         parts = [term.name for term in self.assembly.terms if term.name in losses and term.split == "parts"]
         values = {name: loss.detach() for name, loss in losses.items()}
         if parts:
@@ -273,26 +271,26 @@ class Trainee:
         )
 
     def look(self) -> None:
-        """Raise if a step since the last look had a loss that is not finite (no-op where each step is checked)."""
+        """Raise if a step since the last look had a non-finite loss (no-op where each step is checked)."""
         traces = list(self._traces)
         self._traces.clear()
         if not traces:
             return
-        checks = [torch.stack([told.pop("is_finite"), told.pop("is_input_finite")]) for _, told in traces]
+        checks = [torch.stack([trace.pop("is_finite"), trace.pop("is_input_finite")]) for _, trace in traces]
         for (step, losses), (is_finite, is_input_finite) in zip(traces, torch.stack(checks).tolist(), strict=True):
             if not is_finite:
                 losses = {name: float(value) for name, value in losses.items()}
                 raise NonFiniteLoss(step, losses, is_input_finite=bool(is_input_finite))
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
-        """Check the loss of the whole batch, so that all ranks stop or none; or return values for a later look."""
+        """Check the whole batch's loss, so that all ranks stop or none does; on a GPU, return values for `look`."""
         mean = view.side.ranks.mean
         if self._frozen is not None:
             is_finite = mean(loss.detach()).isfinite()
             self._frozen.copy_(torch.maximum(self._frozen, (~is_finite).float()))
-            looked = {name: mean(value.detach()) for name, value in losses.items()}
-            looked |= {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
-            return {LOOKED_AT + name: value for name, value in looked.items()}
+            trace = {name: mean(value.detach()) for name, value in losses.items()}
+            trace |= {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
+            return {LOOKED_AT + name: value for name, value in trace.items()}
         if not math.isfinite(float(mean(loss.detach()))):
             self.assembly.generator.set_state(self._random_state)  # as if the step had not been attempted
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
@@ -312,10 +310,10 @@ class Trainee:
     def _tables_by_row(self) -> dict[str, bool]:
         """The weight tables that a kernel can update row by row, and whether it keeps their rows at length one.
 
-        None of them if anything else needs their gradients: other ranks, a joint clip of all gradients, a constraint.
+        Empty if anything else needs their gradients: other ranks, clipping by the joint norm, a constraint.
         """
-        sees_all = self.ranks.size > 1 or self.assembly.optim.clip_norm is not None
-        if sees_all or any(constraint.table_use == "gradients" for constraint in self.assembly.constraints):
+        needs_gradients = self.ranks.size > 1 or self.assembly.optim.clip_norm is not None
+        if needs_gradients or any(constraint.table_use == "gradients" for constraint in self.assembly.constraints):
             return {}
         tables = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec}
         if not all(runs_triton(table) and table.shape[1] <= WIDEST_ROW for table in tables.values()):

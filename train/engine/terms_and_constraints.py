@@ -5,7 +5,7 @@ and never sees its own weight or the step; weights and knobs are schedules. A `C
 the module before and after the optimiser. New behaviour comes from combining these parts:
 `with_terms`, `replacing`, `with_constraints`, `with_knobs`, `with_extra`, `wrap`.
 
-The last functions say which SAEs can be split by latents, and which of their tensors are.
+The functions at the end decide which SAEs can be split by latents, and which of their tensors are.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Term:
     fn: Callable[[View], Tensor]
     weight: Schedule
     residual: Callable[[View], Tensor] | None = None
-    """For a term with its own reconstruction: target - x_hat, which it has already computed."""
+    """For a term with its own reconstruction: the target - x_hat that it has already computed."""
 
     @property
     def split(self) -> Split | None:
-        """What a process that holds some of the latents computes of it; None: it needs all of them."""
+        """How processes that hold some latents each compute it (see `step_view.split`); None: it needs all latents."""
         return getattr(self.fn, "split", None)
 
 
@@ -51,7 +51,7 @@ class Constraint:
     """Restricts weights or their gradients."""
 
     table_use: ClassVar[TableUse]
-    """How it uses the gradients of the weight tables. If nothing reads them, a step need not form them."""
+    """How it uses the gradients of the weight tables, which a step need not form if nothing reads them."""
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         """Called when gradients are complete, before the optimiser."""
@@ -84,7 +84,7 @@ class Assembly:
     target_stats: Stats
     extras: Mapping[str, Extra] = field(default_factory=dict)
     phases: Schedule = field(default=Constant(1.0))
-    """A factor of the learning rate, for variants that train in phases."""
+    """Multiplies the learning rate, for variants that train in phases."""
 
     def __post_init__(self) -> None:
         if self.dead_after_tokens < 1:
@@ -126,11 +126,11 @@ class Assembly:
         return replace(self, extras={**self.extras, name: extra})
 
     def wrap(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
-        """A copy with another module, made from this one's."""
+        """A copy whose module is wrapped in another."""
         return replace(self, sae=wrap(self.sae))
 
     def cut_short(self, total_steps: int) -> list[tuple[int, int]]:
-        """Steps that schedules ask for and a run of this length is too short for, each with the steps it gets."""
+        """Schedule phases that a run of this length is too short for: the steps requested, and the steps given."""
         schedules = [self.rate, *(term.weight for term in self.terms), *self.knobs.values()]
         return sorted({found for schedule in schedules for found in cut_short(schedule, total_steps)})
 
@@ -141,9 +141,9 @@ class Assembly:
 
 def require_splittable(name: str, assembly: Assembly) -> None:
     """Refuse an SAE if any of its parts needs all latents in one process."""
-    sae, needy = assembly.sae, [term.name for term in assembly.terms if term.split is None]
-    if type(sae) is not SparseAutoencoder or len(sae.extras) > 0 or not sae.gate.may_split or needy:
-        why = f" (its loss {needy[0]} does)" if needy else ""
+    sae, unsplit = assembly.sae, [term.name for term in assembly.terms if term.split is None]
+    if type(sae) is not SparseAutoencoder or len(sae.extras) > 0 or not sae.gate.may_split or unsplit:
+        why = f" (its loss {unsplit[0]} does)" if unsplit else ""
         raise ConfigInvalid(
             f"{name}: course.shard_width is for SAEs without parts that need all latents in one process{why}: "
             "leave it out, or train only its base if it has one"
@@ -157,15 +157,15 @@ def split_parameters(sae: SparseAutoencoder) -> tuple[str, ...]:
 
 
 def split_state(parameters: Iterable[str]) -> set[str]:
-    """The same for the names in a trainee's state."""
+    """The tensors of a trainee's state with a row or a number for each latent."""
     found = {"latents.tokens_since_fired", "latents.listed"}
     for name in parameters:
         found |= {f"sae.{name}", f"adam.{name}.first_moment", f"adam.{name}.second_moment"}
     return found
 
 
-def cut(sae: SparseAutoencoder, parameters: Iterable[str], latents: Latents) -> None:
-    """Keep only the latents of this process."""
+def keep_own_latents(sae: SparseAutoencoder, parameters: Iterable[str], latents: Latents) -> None:
+    """Cut the parameters to the latents of this process."""
     for name in parameters:
         module, _, own = name.rpartition(".")
         setattr(sae.get_submodule(module), own, nn.Parameter(latents.own(sae.get_parameter(name).detach()).clone()))

@@ -22,7 +22,7 @@ from .sums_over_processes import Ranks
 
 
 class Latents:
-    """The latents of this process, from number `first` on, out of `total`; in this base class, all of them."""
+    """The latents of this process, starting at number `first`, out of `total`; in this base class, all of them."""
 
     first = 0
     is_whole = True
@@ -39,7 +39,7 @@ class Latents:
         return own
 
     def agree(self, tensor: Tensor) -> Tensor:
-        """The first process's numbers, for decisions that all must share: different GPUs round differently."""
+        """The first process's numbers, for decisions on which all must agree: different GPUs round differently."""
         return tensor
 
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
@@ -51,15 +51,15 @@ class Latents:
         return table
 
     def whole(self, table: Tensor) -> Tensor | None:
-        """All rows of a split table, only on the first process's host; a collective call."""
+        """All rows of a split table, on the first process's host; None on the others. A collective call."""
         return table
 
     def join(self, part: Tensor) -> Tensor:
-        """The sum over processes, which all of them then use alike: the gradient of each part is that of the sum."""
+        """The sum over processes, which all of them then use: the gradient of each part is that of the sum."""
         return part
 
     def share(self, tensor: Tensor) -> Tensor:
-        """A tensor that all processes hold, for this one's latents to read: its gradient is the sum over processes."""
+        """A tensor that all processes hold and each one's latents read: its gradient is summed over processes."""
         return tensor
 
 
@@ -95,7 +95,7 @@ class SomeLatents(Latents):
     def whole(self, table: Tensor) -> Tensor | None:
         is_bool = table.dtype == torch.bool
         own = table.cpu().view(torch.uint8) if is_bool else table.cpu()
-        found = self._ranks.bring(own, [stop - start for start, stop in pairwise(self._starts)])
+        found = self._ranks.gather_on_first(own, [stop - start for start, stop in pairwise(self._starts)])
         return found if found is None or not is_bool else found.view(torch.bool)
 
     def join(self, part: Tensor) -> Tensor:

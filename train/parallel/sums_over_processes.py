@@ -1,13 +1,13 @@
 """What data parallelism needs from its processes, and the case of a single one.
 
-Each rank has its own rows of one global batch, and numbers of rows may differ. Whatever depends on the
-whole batch (gradients, the batch top-k, firing counts, normalisers) goes through these calls, so one
-process and many compute the same step.
+Each rank has its own rows of one global batch; numbers of rows may differ. Whatever depends on the whole batch
+(gradients, the batch top-k, firing counts, normalisers) goes through these calls, so one process and many compute the
+same step.
 
-`Reduction` sums the gradients of one step over ranks during the step's backward pass. A table is summed by itself, in
-place, as soon as its gradient is complete: the decoder's is sent while the encoder's is computed. Small parameters
-share a buffer. All ranks send in the same order, whatever order their gradients arrive in, so they never wait for
-different ones; and sums of the same buffers give the same bits each time.
+`Reduction` sums a step's gradients over ranks during its backward pass. A large table is summed in place and as soon
+as its gradient is complete: the decoder's is sent while the encoder's is computed. Small parameters share a buffer.
+All ranks send in the same order, whatever order their gradients arrive in, so they never wait for different ones; and
+sums of the same buffers give the same bits each time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 
 class Ranks:
-    """The processes of a run; in this base class, a single one. Every process makes the same calls in the same order;
-    arguments are left unchanged."""
+    """The processes of a run; in this base class, a single one. Every process makes the same calls in the same order.
+    Only `begin_sum` changes its argument."""
 
     rank = 0
     size = 1
@@ -31,15 +31,15 @@ class Ranks:
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Start to sum into the tensor itself; call the returned function to wait for the end."""
+        """Start summing into the tensor itself; the returned function waits for the result."""
         return lambda: None
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of each rank, in rank order; lengths may differ."""
         return [tensor]
 
-    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """On the first rank, the concatenated parts of all ranks, of these lengths; None on the others."""
+    def gather_on_first(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """On the first rank, the concatenated parts of all ranks, which have these lengths; None on the others."""
         return part
 
 
@@ -47,7 +47,7 @@ ONE_PROCESS = Ranks()
 
 
 class BatchRanks:
-    """The processes during one step, weighted by their numbers of rows, with the collective calls that a step uses."""
+    """The processes during one step, weighted by their numbers of rows, with a step's collective calls."""
 
     weight = 1.0
     """This rank's number of rows over the mean of all ranks'."""
@@ -56,7 +56,7 @@ class BatchRanks:
         self.rank, self.size, self.sum, self.gather = ranks.rank, ranks.size, ranks.sum, ranks.gather
 
     def rows(self, own: int) -> int:
-        """Number of rows of the global batch, of which `own` are this rank's."""
+        """Number of rows of the global batch, `own` of which are this rank's."""
         return own
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class Reduction:
-    """Hooks into the parameters when it is made; call `begin` before and `finish` after each backward pass."""
+    """Registers hooks on the parameters; call `begin` before and `finish` after each backward pass."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
         self._ranks = ranks
@@ -113,55 +113,55 @@ class Reduction:
     def begin(self) -> None:
         """Call before a backward pass."""
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._begun = 0
-        self._flying: list[tuple[list[nn.Parameter], Tensor, Callable[[], None]]] = []
+        self._sent = 0
+        self._in_flight: list[tuple[list[nn.Parameter], Tensor, Callable[[], None]]] = []
 
     def finish(self) -> None:
-        """Call after it: every gradient becomes the mean over ranks."""
-        self._send(all_of_them=True)
-        for moving, flat, wait in self._flying:
+        """Call after the backward pass: every gradient becomes the mean over ranks."""
+        self._send(is_last=True)
+        for parameters, flat, wait in self._in_flight:
             wait()
             flat.div_(self._ranks.size)
-            if len(moving) > 1:
-                for parameter, part in zip(moving, flat.split([p.numel() for p in moving]), strict=True):
+            if len(parameters) > 1:
+                for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                     parameter.grad = part.view_as(parameter)
-        self._flying.clear()
+        self._in_flight.clear()
 
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         self._missing[self._bucket_of[parameter]] -= 1
-        self._send(all_of_them=False)
+        self._send(is_last=False)
 
-    def _send(self, all_of_them: bool) -> None:
-        """Start every complete bucket whose turn it is; at the end all, without parameters that have no gradient."""
-        while self._begun < len(self._buckets) and (all_of_them or not self._missing[self._begun]):
-            moving = [p for p in self._buckets[self._begun] if p.grad is not None]
-            self._begun += 1
-            if moving:
-                flat = _flat(moving)
-                self._flying.append((moving, flat, self._ranks.begin_sum(flat)))
+    def _send(self, is_last: bool) -> None:
+        """Send the next buckets that are complete; in the end all of them, without parameters that have no gradient."""
+        while self._sent < len(self._buckets) and (is_last or not self._missing[self._sent]):
+            parameters = [p for p in self._buckets[self._sent] if p.grad is not None]
+            self._sent += 1
+            if parameters:
+                flat = _flat(parameters)
+                self._in_flight.append((parameters, flat, self._ranks.begin_sum(flat)))
 
 
 def _deal(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Large tables one by one, last first, as their gradients arrive; then small ones, whose order is arbitrary."""
     large = [p for p in reversed(parameters) if p.numel() * p.element_size() >= BUCKET_BYTES]
-    found, size = [[p] for p in large], BUCKET_BYTES
+    buckets, size = [[p] for p in large], BUCKET_BYTES
     for parameter in parameters:
         own = parameter.numel() * parameter.element_size()
         if own >= BUCKET_BYTES:
             continue
         if size + own > BUCKET_BYTES:
-            found.append([])
+            buckets.append([])
             size = 0
-        found[-1].append(parameter)
+        buckets[-1].append(parameter)
         size += own
-    return found
+    return buckets
 
 
-def _flat(moving: list[nn.Parameter]) -> Tensor:
-    """Their gradients, concatenated; for a single parameter the gradient itself."""
-    gradients = [cast(Tensor, parameter.grad) for parameter in moving]
+def _flat(parameters: list[nn.Parameter]) -> Tensor:
+    """The gradients, concatenated; for a single parameter the gradient itself."""
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     if len(gradients) > 1:
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
-    moving[0].grad = gradients[0].contiguous()
-    return moving[0].grad
+    parameters[0].grad = gradients[0].contiguous()
+    return parameters[0].grad

@@ -66,7 +66,7 @@ class Saver:
     def __init__(
         self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process, run_id: str
     ) -> None:
-        self._writer = Writer(folder, process.group.beside() if process.is_spread else SOLO)
+        self._writer = Writer(folder, process.group.for_another_thread() if process.is_spread else SOLO)
         self._folder, self._course, self._run_id = folder, course, run_id
         self._fleet, self._watch, self._group, self._team = fleet, watch, process.group, process.team
         self._saved_at, self._pause = time.perf_counter(), course.checkpoint_every_seconds

@@ -5,7 +5,7 @@ assigned to the layers in order, as evenly as possible. W_enc is [F, D_in], what
 [F, L D_out], zero where a layer is earlier than the latent's.
 
 To the encoder a row is L rows, one per layer. The pairs that the gate chose from [B, F] are the same in both views, in
-the same order, so that one sparse product reads and one writes, as in an SAE of one layer.
+the same order, so one sparse product reads and one writes, as in an SAE of one layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def deal(width: int, layers: int) -> list[int]:
 
 
 class CrossLayerSae(SparseAutoencoder):
-    """Encoders of each layer, decoders to it and to later ones. What is saved does not centre its input."""
+    """Latents that each read one layer and write to it and all later ones. The saved SAE does not centre its input."""
 
     is_plain = False
     layer_of: Tensor
@@ -41,7 +41,7 @@ class CrossLayerSae(SparseAutoencoder):
         encoder_product: Product,
         input_mean: Tensor | None,
     ) -> None:
-        """`rows` [F, D_in] are what each latent reads and, if widths allow, what it writes to its own layer."""
+        """`rows` [F, D_in] are what each latent reads and, as far as widths allow, writes to its own layer."""
         self.num_layers, self.sizes = layers, deal(len(rows), layers)
         layer_of = torch.arange(layers).repeat_interleave(torch.tensor(self.sizes), output_size=len(rows))
         d_out = len(b_dec) // layers

@@ -1,4 +1,4 @@
-"""Modules that train along with an SAE's own tables: how fast they learn, and how they observe steps."""
+"""Modules that train along with an SAE's own tables: their learning rates, and how they observe steps."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Part(nn.Module):
     lr_scale: float = 1.0
     """Multiple of the SAE's learning rate, for the parameters of this module."""
     unscaled: tuple[str, ...] = ()
-    """Names of its parameters that still learn at the SAE's own rate."""
+    """Names of its parameters that keep the SAE's own learning rate."""
 
 
 class Extra(Part):
-    """Trains along and is saved with the SAE, but no activation needs it; terms read `view.sae.extras[name]`."""
+    """Is trained and saved with the SAE, but needed by no activation; terms read `view.sae.extras[name]`."""
 
     def observe(self, view: View) -> None:
         """Called once after each step, without gradient; `view.note` writes numbers to the log."""
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
-        """bool [F], latents that auxiliary losses ignore at this step: permanently silent, or not theirs to revive."""
+        """bool [F], latents that auxiliary losses must not revive at this step."""
         return None
 
 
 class StepCounter(Extra):
     """Counts steps in a buffer whose value the host knows.
 
-    The GPU is read only after something else has written to the buffer, such as loading a state.
+    A GPU is read only after something else has written to the buffer, such as loading a state.
     """
 
     steps: Tensor
@@ -59,7 +59,7 @@ class StepCounter(Extra):
 
     @property
     def weight_of_step(self) -> float:
-        """Weight of the newest step in running means; early steps weigh the same, so means do not start at zero."""
+        """Weight of the newest step in running means; early steps weigh the same, so means do not start near zero."""
         return max(1.0 - DECAY, 1.0 / (self.steps_seen + 1))
 
     def add_step(self) -> None:
@@ -73,6 +73,6 @@ def extras_of(sae: SparseAutoencoder) -> list[Extra]:
 
 
 def retired_of(sae: SparseAutoencoder, knobs: Mapping[str, float]) -> Tensor | None:
-    """bool [F], the latents that any extra retires at this step; None if there are none."""
+    """bool [F], the latents that any extra retires at this step; None if no extra retires any."""
     found = [retired for extra in extras_of(sae) if (retired := extra.retired_latents(knobs)) is not None]
     return reduce(torch.logical_or, found) if found else None

@@ -7,7 +7,7 @@ without gradient. `open` turns the pre-activations at that support into activati
 The straight-through derivatives of a learned threshold (Rajamanoharan et al. 2024, JumpReLU): there is a rectangular
 window of width `bandwidth` around theta. jump(z, theta) = z where z > theta, else 0; inside the window its derivative
 by theta is -theta / bandwidth. heaviside(z, theta) = 1 where z > theta, else 0; inside the window its derivative by
-theta is -1 / bandwidth. Neither passes a gradient of the window on to z.
+theta is -1 / bandwidth. Neither passes the window's gradient on to z.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -35,11 +35,11 @@ class Gate(nn.Module):
     """Base class of gates."""
 
     can_lower = True
-    """Whether lower pre-activations mean smaller activations; not if they have signs."""
+    """Whether lower pre-activations mean smaller activations; false if activations have signs."""
     may_split = False
     """Whether its latents may be split over processes; its parameters then have one number for each latent."""
     keeps_number = False
-    """Whether it opens a fixed number of latents, however large pre-activations are."""
+    """Whether it opens a fixed number of latents, whatever the size of pre-activations."""
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         raise NotImplementedError
@@ -54,10 +54,10 @@ class Gate(nn.Module):
         """Update running statistics after a step; most gates have none."""
 
     def lower(self, amount: float) -> None:
-        """Adapt the gate's own offsets after pre-activations were lowered by this much."""
+        """Adapt the gate's own offsets to pre-activations that were lowered by this much."""
 
     def rescale(self, factor: float) -> None:
-        """The same for a factor."""
+        """Adapt the gate's own offsets to pre-activations that were multiplied by this factor."""
 
 
 class Relu(Gate):
@@ -94,9 +94,9 @@ class AnnealedRelu(Relu):
 
     @torch.no_grad()
     def observe(self, codes: Codes, side: Side) -> None:
-        now, then = side.knob("p", 1.0), side.knob("next_p", 1.0)
-        if now != then:
-            old, new = (side.latents.sum(side.ranks.mean(self.powers(codes, p))) for p in (now, then))
+        p, next_p = side.knob("p", 1.0), side.knob("next_p", 1.0)
+        if p != next_p:
+            old, new = (side.latents.sum(side.ranks.mean(self.powers(codes, power))) for power in (p, next_p))
             self.penalty_scale *= torch.where(new > 0, old / new.clamp_min(1e-30), 1.0)
 
 
@@ -158,7 +158,7 @@ class BatchTopK(Gate):
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        # One rank may hold most of the largest entries of all ranks, so each has that many candidates.
+        # One rank may hold all of the largest entries, so each offers `count` candidates.
         count = round(self.k * side.ranks.rows(pre.shape[0]))
         if not side.latents.is_whole:
             return split_batch(pre, count, side.latents)
@@ -186,8 +186,8 @@ class BatchTopK(Gate):
 class JumpRelu(Gate):
     """pre where pre > threshold, else 0; the threshold is trained through straight-through windows.
 
-    Threshold and bandwidth are given, and learned, in multiples of `unit`. `asked_l0` is the number of active latents
-    per row with which a fitted start begins.
+    Threshold and bandwidth are given, and the threshold trained, in multiples of `unit`. `asked_l0` is the number of
+    active latents per row at a fitted start.
     """
 
     may_split = True
@@ -238,7 +238,7 @@ class JumpRelu(Gate):
 
 
 class Gated(Gate):
-    """A gate pre > 0 decides whether a latent fires, a rescaled magnitude how strongly.
+    """The gate pre > 0 decides whether a latent fires, a rescaled magnitude how strongly.
 
     The encoder bias belongs to the gate; the magnitude shares the encoder's directions.
     """
@@ -275,7 +275,7 @@ def _above(pre: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _largest_of_rows(score: Tensor, k: int, side: Side) -> Support:
-    """The k largest of each row; if latents are split, those of them in this process."""
+    """The k largest of each row; if latents are split, this process's part of them."""
     if side.latents.is_whole:
         return support_topk(score, min(score.shape[1], k))
     return split_topk(score, min(side.latents.total, k), side.latents)
@@ -284,7 +284,7 @@ def _largest_of_rows(score: Tensor, k: int, side: Side) -> Support:
 def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
     """This rank's candidates that are among the `count` largest of all ranks.
 
-    Among equal ones, of which a product in bfloat16 has many, earlier ranks come first, then earlier places.
+    Among equals, of which a product in bfloat16 has many, earlier ranks come first, then earlier places.
     """
     own = pre.view(-1)[flat].float()
     found = lowest_of_batch(own, count, side.ranks.sum)
@@ -297,11 +297,11 @@ def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
 
 
 PLAIN_GATES = frozenset({Relu, AnnealedRelu, TopK, AbsTopK, BatchTopK, JumpRelu, Gated})
-"""Gates that the plain forms of saved SAEs support; others are saved with their variant."""
+"""Gates that the plain formats of saved SAEs support; others are saved with their variant."""
 
 
 def is_plain(gate: Gate) -> bool:
-    """Whether a saved SAE needs no more than a plain form: a subclass that keeps `infer` differs only in training."""
+    """Whether a plain format can save it: a subclass that keeps `infer` differs only in training."""
     return any(kind in PLAIN_GATES and type(gate).infer is kind.infer for kind in type(gate).__mro__)
 
 

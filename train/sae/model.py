@@ -5,8 +5,8 @@ row-major: the sparse products read and write whole latent rows.
 
 In training (`codes`) one dense product without gradient, in bfloat16 or TF32 if requested and supported by the
 hardware, decides where the gate may open. If it was in bfloat16, pre-activations there are recomputed in float32, with
-gradient. With a gate that has dense codes they are taken from that product, and all dense products of the step, also in
-the backward pass, have its precision. Inference (`encode`) is dense and float32 throughout.
+gradient. A gate with dense codes takes them from that product, and all dense products of the step, also in the backward
+pass, have its precision. Inference (`encode`) is dense and float32 throughout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Choose = Callable[[Tensor, Side], Support | None]
 class SparseAutoencoder(nn.Module):
     """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec, plus x W_skip^T if there is a skip.
 
-    A subclass whose inference needs more than these weights says so with `is_plain` and `needs_side`.
+    A subclass whose inference needs more than these weights sets `is_plain` and `needs_side`.
     """
 
     is_plain = True
@@ -53,7 +53,7 @@ class SparseAutoencoder(nn.Module):
         W_skip: Tensor | None = None,
         input_mean: Tensor | None = None,
     ) -> None:
-        """`input_mean`: what the encoder's input is centred by while training, in place of the decoder bias."""
+        """`input_mean` is subtracted from the encoder's input while training, in place of the decoder bias."""
         super().__init__()
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(W_enc.new_zeros(W_enc.shape[0]) if b_enc is None else b_enc)
@@ -65,12 +65,12 @@ class SparseAutoencoder(nn.Module):
         self.centres_input = centres_input
         self.register_buffer("input_mean", input_mean)
         self.encoder_product: Product = encoder_product
-        self.extras = nn.ModuleDict()  # modules that train along but no activation needs; set by the trainer
+        self.extras = nn.ModuleDict()  # trained along, but needed by no activation; set by the trainer
         self.extras_tensors: dict[str, Tensor] = {}  # the tensors of such modules in a loaded SAE, by name
         self.metadata: dict[str, Any] = {}  # metadata of a loaded SAE
 
     def parts(self) -> dict[str, Any]:
-        """The arguments for a module that wraps this one: its weights and gate, which are all of a plain SAE."""
+        """The arguments for a module that wraps this one: its weights and gate, which are all that a plain SAE has."""
         if type(self) is not SparseAutoencoder:
             kind = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
             raise ConfigInvalid(
@@ -95,9 +95,9 @@ class SparseAutoencoder(nn.Module):
         return f"{self._place()}: {widths}" + ("" if k is None else f", k {k}")
 
     def _place(self) -> str:
-        """What it reads, as far as its metadata says."""
-        told = (self.metadata.get(name) for name in ("model_name", "hook_name"))
-        return ", ".join(str(one) for one in told if one) or "an unnamed place"
+        """The model and hook that it reads, if its metadata names them."""
+        names = (self.metadata.get(key) for key in ("model_name", "hook_name"))
+        return ", ".join(str(name) for name in names if name) or "an unnamed place"
 
     def require_sound(self, where: str) -> None:
         """Refuse loaded tensors that refer to something invalid; weights may be any numbers."""
@@ -125,8 +125,8 @@ class SparseAutoencoder(nn.Module):
         return side.latents.share(self.b_dec) if self.centres_input and self.input_mean is None else None
 
     def bias_if_saved(self) -> Tensor:
-        """[F]: how much larger the encoder's biases are in the saved SAE, which subtracts the decoder bias or nothing
-        from its input, in place of the mean."""
+        """[F]: what saving adds to the encoder's biases, since a saved SAE subtracts the decoder bias or nothing from
+        its input, in place of the mean."""
         if self.input_mean is None:
             return torch.zeros_like(self.b_enc)
         saved = self.b_dec if self.centres_input else torch.zeros_like(self.input_mean)
@@ -166,8 +166,8 @@ class SparseAutoencoder(nn.Module):
         """The encoder rows of these latents, for a whole input row: [M, D_in]."""
         return self.W_enc[latents]
 
-    def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
-        """Pre-activations of these latents [B, M], for a constant x, if `encoder_rows` do not determine them.
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+        """Pre-activations of these latents [B, M], for a constant x; None if `encoder_rows` determine them.
 
         Their gradient reaches parameters of these latents and parameters shared by all, but no other latent's encoder.
         """
@@ -181,8 +181,8 @@ class SparseAutoencoder(nn.Module):
         """Zero the entries of a decoder-shaped table that latents may not write; in place."""
         return table_FD
 
-    def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
-        """Apply a wrapper's changes to codes of only some latents, with one column for each of `latents`."""
+    def with_factors(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
+        """Codes of only some latents, one column for each, times the factors that a wrapper gives them."""
         return codes
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:

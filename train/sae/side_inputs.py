@@ -1,8 +1,8 @@
 """Side inputs: what an SAE may read besides the activations, by name.
 
-Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are not loss
-weights (p, temperature). Reading an input that was not requested is an error, so that a
-variant cannot depend on an input that it would lack at inference.
+Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are not loss weights (p,
+temperature). Reading an input that was not requested is an error, so a variant cannot depend on one that it would lack
+at inference.
 """
 
 from __future__ import annotations

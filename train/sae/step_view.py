@@ -1,4 +1,4 @@
-"""What the terms of a step see: a batch of rows, and everything computed from it, each once.
+"""What the terms of a step see: a batch of rows, and everything computed from it.
 
 B rows, D width, F latents.
 """
@@ -25,8 +25,8 @@ Split = Literal["alike", "parts"]
 
 
 def split(kind: Split) -> Callable[[F], F]:
-    """Mark a term as usable with a dictionary split by latents: all processes compute the same value ("alike"), or each
-    a part of a sum ("parts"). A term that is not marked needs all latents in one process."""
+    """Mark a term as usable with a dictionary split by latents: each process computes the same value ("alike"), or a
+    part of a sum ("parts"). A term without the mark needs all latents in one process."""
 
     def mark(fn: F) -> F:
         setattr(fn, "split", kind)  # noqa: B010 (any function or class)
@@ -39,15 +39,15 @@ def once(compute: Callable[P, T]) -> Callable[P, T]:
     """Compute a function of a view, or a method of a frozen record, once per step for all callers."""
 
     @wraps(compute)
-    def kept(*args: P.args, **none: P.kwargs) -> T:
+    def cached(*args: P.args, **none: P.kwargs) -> T:
         *record, view = args
         key = (compute, *record)
-        values: dict[Any, T] = cast(View, view).kept
-        if key not in values:
-            values[key] = compute(*args, **none)
-        return values[key]
+        cache: dict[Any, T] = cast(View, view).cache
+        if key not in cache:
+            cache[key] = compute(*args, **none)
+        return cache[key]
 
-    return kept
+    return cached
 
 
 @once
@@ -57,7 +57,7 @@ def residual_of(view: View) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What the terms of a step see. Everything costly is computed once, when first asked for."""
+    """What the terms of a step see. Everything costly is computed once, when first requested."""
 
     x: Tensor
     target: Tensor
@@ -67,10 +67,10 @@ class View:
     stats: Stats  # of the target
     generator: torch.Generator
     retired: Tensor | None = None  # bool [F], latents that auxiliary losses ignore
-    list_dead: Callable[[], Tensor] | None = None  # the dead latents of the last look: listing them waits for the GPU
-    residual_by: Callable[[View], Tensor] = residual_of  # a term with its own reconstruction has it at no cost
+    list_dead: Callable[[], Tensor] | None = None  # those of the last look, as listing them waits for the GPU
+    residual_by: Callable[[View], Tensor] = residual_of  # a term with its own reconstruction already has the residual
     moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for code that moves entries
-    kept: dict[Any, Any] = field(default_factory=dict)  # results of `once`, by their function
+    cache: dict[Any, Any] = field(default_factory=dict)  # results of `once`, by function
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -107,10 +107,10 @@ class View:
 
     @property
     def still_dead(self) -> Tensor:
-        """bool [F], the dead latents that also do not fire in this batch."""
+        """bool [F], the dead latents that do not fire in this batch either."""
         return self.dead & (self.fired == 0)
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """Add a scalar to the log, besides the losses; it stays on the batch's device until it is read."""
-        is_tensor = isinstance(value, Tensor)  # cloned, as a parameter changes after this
+        """Add a scalar to the log; it stays on the batch's device until it is read."""
+        is_tensor = isinstance(value, Tensor)  # cloned, because a parameter changes later
         self.notes[name] = value.detach().clone() if is_tensor else self.x.new_full((), value)

@@ -1,9 +1,9 @@
-"""The selection for a dictionary split by latents: each process offers candidates, all choose alike.
+"""The selection for a dictionary split by latents: each process offers candidates, and all make the same choice.
 
 B rows, F latents of this process. The choice is the one that a single process with all latents would make if, among
 equal entries, it took the lowest latent (in a whole batch: the first row, then the lowest latent). Candidates are in
-ascending order of latents, and processes hold ascending ranges of them, so the place of a candidate identifies it, and
-only values are sent; of a whole batch not even those, except the places of equal entries at the threshold.
+ascending order of latents, and processes hold ascending ranges of them, so a candidate's place identifies it, and only
+values are sent. For a whole batch not even those are, only the places of equal entries at the threshold.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def split_batch(pre: Tensor, count: int, latents: Latents) -> Support:
 
 
 def lowest_of_batch(own: Tensor, count: int, total: Callable[[Tensor], Tensor]) -> tuple[float, int] | None:
-    """The smallest of the `count` largest of all processes' numbers, and how many that equal it are among them; None if
-    there are no more than `count`. `own` are this process's, positive and in float32; `total` sums over processes.
+    """The smallest of the `count` largest of all processes' numbers, and how many of these equal it; None if there are
+    no more than `count` numbers. `own` are this process's, positive and in float32; `total` sums over processes.
 
-    Bits of positive floats, read as integers, have the order of the floats. The number is found digit by digit, so that
-    processes exchange a few kilobytes of counts and no numbers.
+    Bits of positive floats, read as integers, sort like the floats. The number is found digit by digit, so processes
+    exchange a few kilobytes of counts and no numbers.
     """
     keys, shift, lowest, wanted = own.view(torch.int32), 31, 0, count
     for bits in (11, 10, 10):
@@ -98,6 +98,6 @@ def _first_of_batch(pre: Tensor, count: int) -> Tensor:
     flat = topk_batch(pre, min(count, pre.numel()))
     if flat.numel() < count or flat.numel() == pre.numel():
         return flat
-    places = (pre >= pre.view(-1)[flat].amin()).view(-1).nonzero().view(-1)  # those, and others that equal the lowest
+    places = (pre >= pre.view(-1)[flat].amin()).view(-1).nonzero().view(-1)  # also others that equal the lowest
     order = pre.view(-1)[places].sort(descending=True, stable=True).indices
     return places[order[:count]].sort().values

@@ -1,1 +1,1 @@
-"""What a variant is trained with: loss terms, pure functions of a view; and constraints on weights and gradients."""
+"""Loss terms, which are pure functions of a view, and constraints on weights and gradients."""

@@ -33,10 +33,9 @@ class Guidance:
 
     1. s_ij = cos(f_i, f_j) for the earlier tokens j of the window, and for n tokens of other windows.
     2. p_i = softmax over all of them of s_ij / temperature.
-    3. Mean over tokens of the divergence of p_i from A_i, an InfoNCE whose soft positives are what the
-       model attended to. Its gradient for the codes is that of the plain cross entropy. For the mixture it
-       is not: the cross entropy is linear in the layers' weights, so its minimum gives all weight to one
-       layer, the easiest.
+    3. Mean over tokens of the divergence of p_i from A_i, an InfoNCE whose soft positives are what the model
+       attended to. Its gradient for the codes is that of the plain cross entropy, but not for the mixture: the
+       cross entropy is linear in the layers' weights, so its minimum would give all weight to the easiest layer.
     """
 
     attention: Attention
@@ -61,7 +60,7 @@ class Guidance:
     def _negatives(self, view: View) -> Tensor:
         """[B, n]: cosines with random tokens of the batch, masked where the window is the same."""
         rows = view.x.shape[0]
-        picked = torch.randperm(rows, generator=_dice(view))[: self.negatives]
+        picked = torch.randperm(rows, generator=_generator(view))[: self.negatives]
         picked = send(picked, view.x.device)
         norms = inverse_norms(view)
         cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
@@ -76,7 +75,7 @@ class Consistency:
     c^l = A^l f is what layer l contributes to each token, c = sum_l w_l c^l; the loss is the mean over tokens
     of sum_l w_l ||c^l - c||^2 / (||c||^2 + eps). With the products K = f f^T of a window and
     q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + eps), so c is never computed.
-    The weights get no gradient here: the loss is zero wherever one layer has all the weight.
+    The weights get no gradient here, because the loss is zero wherever one layer has all the weight.
     """
 
     attention: Attention
@@ -84,10 +83,10 @@ class Consistency:
 
     def __call__(self, view: View) -> Tensor:
         links, by_row = self.attention.links(view), self.attention.by_row(view).detach()
-        brought = _brought(links, window_products(view))
-        by_layer = (by_row * _lengths(links, brought)).sum(0)
+        products_LBT = _contribution_products(links, window_products(view))
+        by_layer = (by_row * _lengths(links, products_LBT)).sum(0)
         A = mixture(links, link_weights(by_row, links), view.x.shape[0])
-        together = (A * (by_row[:, :, None] * brought).sum(0)).sum(1)
+        together = (A * (by_row[:, :, None] * products_LBT).sum(0)).sum(1)
         spread = (by_layer - together).clamp_min(0.0)
         return _mean_where(view, spread / (together + self.eps), has_links(by_row))
 
@@ -100,7 +99,7 @@ def window_products(view: View) -> Tensor:
 
 @once
 def inverse_norms(view: View) -> Tensor:
-    """[B]: 1 / ||f_i||, or 0 for a silent row, which thus passes on no gradient."""
+    """[B]: 1 / ||f_i||, or 0 for a silent row, which then passes on no gradient."""
     products = window_products(view)
     squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
     return torch.where(squares > TINY, squares.clamp_min(TINY).rsqrt(), 0.0)
@@ -133,17 +132,17 @@ def columns_of(codes: Codes, rows: Tensor) -> Tensor:
 
 
 def _earlier(view: View, cosines: Tensor) -> Tensor:
-    """Only tokens before i, except the attention sink's position, are candidates."""
+    """Cosines with the candidates: only tokens before i, except the attention sink."""
     places = places_of(view)
     position = torch.arange(cosines.shape[1], device=cosines.device)
     seen = (position < places.position[:, None]) & (position > 0) & (places.row_of >= 0)[places.window]
     return cosines.masked_fill(~seen, FAR_BELOW)
 
 
-def _brought(links: Links, products: Tensor) -> Tensor:
+def _contribution_products(links: Links, products: Tensor) -> Tensor:
     """[L, B, T]: A^l K."""
     layers, rows = links.attends.shape
-    brought = functional.embedding_bag(
+    products_LBT = functional.embedding_bag(
         links.key_row.to(torch.int32),
         products,
         links.offsets,
@@ -151,13 +150,13 @@ def _brought(links: Links, products: Tensor) -> Tensor:
         per_sample_weights=links.share.to(products.dtype),
         include_last_offset=True,
     )
-    return brought.view(layers, rows, links.context)
+    return products_LBT.view(layers, rows, links.context)
 
 
-def _lengths(links: Links, brought: Tensor) -> Tensor:
+def _lengths(links: Links, products_LBT: Tensor) -> Tensor:
     """[L, B]: ||c^l_i||^2."""
-    at_links = rows_of(brought.reshape(-1), links.place * links.context + links.key)
-    return index_sum(links.share.to(brought.dtype) * at_links, links.place, links.attends.numel()).view(
+    at_links = rows_of(products_LBT.reshape(-1), links.place * links.context + links.key)
+    return index_sum(links.share.to(products_LBT.dtype) * at_links, links.place, links.attends.numel()).view(
         links.attends.shape
     )
 
@@ -166,9 +165,9 @@ def _mean_where(view: View, losses: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, losses, 0.0).sum() / view.side.ranks.share(counts.sum())
 
 
-def _dice(view: View) -> torch.Generator:
-    """The SAE's own generator. Where ranks share a batch, one for this step: each rank draws according to its number of
-    rows, while the SAE's generator, saved from the first rank, must advance equally in all."""
+def _generator(view: View) -> torch.Generator:
+    """The SAE's own generator; where ranks share a batch, one for this step. Each rank draws according to its number of
+    rows, while the SAE's generator, which the first rank saves, must advance equally in all."""
     if view.side.ranks.size == 1:
         return view.generator
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
@@ -181,5 +180,5 @@ def _note_contributions(view: View, attention: Attention, links: Links, weights:
         return
     along = weights * cosines[links.row, links.key]
     by_layer = index_sum(along, links.layer, len(attention.layers))
-    for layer, share in zip(attention.layers, by_layer / by_layer.sum().clamp_min(1e-12), strict=True):
+    for layer, share in zip(attention.layers, by_layer / by_layer.sum().clamp_min(TINY), strict=True):
         view.note(f"attention/contribution_{layer}", share)

@@ -1,11 +1,11 @@
-"""AuxK: dead latents learn to reconstruct what the live ones left over.
+"""AuxK: dead latents are trained to reconstruct what the live ones leave over.
 
 B rows, D width, M dead latents.
 1. Pre-activations of the dead latents only, [B, M].
 2. The k_aux largest of each row; sparse where k_aux is a small part of M.
 3. e_hat = their activations times their decoder rows, without the bias, which the residual e already lacks.
 4. Loss = ||e - e_hat||^2 / ||e - mean(e)||^2, with e constant.
-Only encoder and decoder rows of dead latents get its gradient, and modules that change pre-activations (a norm,
+Its gradient reaches only encoder and decoder rows of dead latents, and modules that change pre-activations (a norm,
 adapters on features).
 """
 
@@ -51,7 +51,7 @@ class AuxK:
     def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
         """Codes of the dead latents in this process, of `count` in total."""
         sae = view.sae
-        pre = sae.made_pre(view.x, view.side, dead)
+        pre = sae.pre_of_latents(view.x, view.side, dead)
         if pre is not None:
             codes = self._dense(pre, count, view)
         else:
@@ -60,7 +60,7 @@ class AuxK:
             read = x, sae.encoder_rows(dead), sae.b_enc[dead]
             is_sparse = self.k < DENSE_SHARE * count
             codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, view), count, view)
-        return sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+        return sae.with_factors(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
     def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, view: View) -> Codes:
         latents = view.side.latents
@@ -83,7 +83,7 @@ def _affine(x: Tensor, W: Tensor, b: Tensor, view: View) -> Tensor:
 
 
 def _product(view: View) -> Product:
-    """On a GPU the encoder's precision: in float32 the dense products here would take half of a step."""
+    """On a GPU, the encoder's precision: in float32 the dense products here would take half of a step."""
     return "float32" if reads_at_once(view.x) else product_on(view.x.device, view.sae.encoder_product)
 
 

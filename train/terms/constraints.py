@@ -1,8 +1,4 @@
-"""Constraints on weights and on their gradients, one frozen record each.
-
-Those on gradients are a norm for each group of latents, and noise; the former acts on the tables with a row for each
-latent (encoder, decoder, encoder bias).
-"""
+"""Constraints on weights and on their gradients, one frozen record each."""
 
 from __future__ import annotations
 
@@ -26,9 +22,8 @@ BLOCK_ROWS = 256
 class UnitDecoder(Constraint):
     """Keep decoder rows at length one.
 
-    Before the step the component of each row's gradient along the row is removed, so that Adam's moments
-    do not accumulate what the normalisation would undo. An optimiser that works row by row does both itself,
-    and leaves this constraint out.
+    Before the step the component of each row's gradient along the row is removed, so that Adam's moments do not
+    accumulate what the normalisation would undo. Left out where an optimiser that works row by row does both itself.
     """
 
     table_use = "unit decoder"
@@ -72,7 +67,7 @@ class Still(Constraint):
 
 @dataclass(frozen=True)
 class WritesOnward(Constraint):
-    """Keep latents from writing to layers before their own, where their rows start at zero."""
+    """Keep latents from writing to layers before their own: those parts of their rows stay zero."""
 
     table_use = "gradients"
 
@@ -82,13 +77,13 @@ class WritesOnward(Constraint):
 
 
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:
-    """The table in blocks of rows that stay in cache between two passes."""
+    """The table in blocks of rows that stay in a CPU's cache between two passes."""
     return table.split(BLOCK_ROWS if table.device.type == "cpu" else table.shape[0])
 
 
 @dataclass(frozen=True)
 class TierGradients(Constraint):
-    """Log the norm of each tier's gradient, and scale it down to `clip_norm` if it is larger."""
+    """Log each tier's gradient norm (encoder, encoder bias, decoder), and scale it down to `clip_norm` if larger."""
 
     table_use = "gradients"
 
@@ -112,7 +107,7 @@ class TierGradients(Constraint):
 
 @dataclass(frozen=True, eq=False)
 class GradientNoise(Constraint):
-    """Add normal noise of `scale` times the root mean square of each gradient, so that it fades as learning does."""
+    """Add normal noise of `scale` times the root mean square of each gradient, so that it fades with the gradients."""
 
     table_use = "gradients"
 
@@ -129,7 +124,7 @@ class GradientNoise(Constraint):
             parameter.grad.add_(noise * size, alpha=self.scale)
 
     def _noise(self, parameter: Tensor) -> Tensor:
-        """A GPU draws its own from a seed of the SAE's generator: copying a table there would make the host wait."""
+        """A GPU draws its own, from a seed of the SAE's generator: the host would have to wait for a copied table."""
         if reads_at_once(parameter):
             return torch.randn(parameter.shape, generator=self.generator).to(parameter)
         refuse_recording("it draws a seed on the host")

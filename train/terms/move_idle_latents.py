@@ -1,19 +1,19 @@
-"""Structure optimisation: idle latents move to where most is left to explain, and tier boundaries follow.
+"""Structure optimisation: idle latents move to the tier that has most left to explain, and tier sizes follow.
 
 Every N steps:
 1. The relative residual of tier t is L_t / L_(t-1), L_(-1) = 1: the share that the tier leaves of what
    reached it. (L_t itself is always largest for the lowest tier, whose set is the smallest.)
 2. The tier with the largest relative residual receives latents that are dead or idle, the least active first.
 3. No tier grows or shrinks by more than a given share of its initial size.
-4. If requested, live latents move too, alone or by swapping two, if that lowers the weighted loss of the tiers.
-A dead latent that has moved is trained again by the auxiliary loss of its base, like any dead latent.
+4. If requested, live latents also move, alone or in swaps of two, if that lowers the weighted loss of the tiers.
+A dead latent that has moved is revived by the auxiliary loss of its base, like any dead latent.
 
 How live latents are moved (B rows, F latents, T tiers; e_u is what the set of tiers 0 to u leaves of the target, w_u
 the weight of its loss, a and d a latent's activation and decoder row):
-1. A latent that joins a set changes its loss by E[a^2] - 2 E[a <e_u, d>], one that leaves it by
+1. A latent that joins a set changes the set's loss by E[a^2] - 2 E[a <e_u, d>], one that leaves it by
    E[a^2] + 2 E[a <e_u, d>]: this gives the change from moving each latent to each tier, on the current batch.
 2. Take single moves that lower the loss, within the allowed drift of tier sizes; then swaps of two latents that do.
-3. Moves affect each other: compute the loss with all of them, and drop half until it is lower than before.
+3. Moves affect each other: compute the loss with all of them, and drop half of them until it is lower than before.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Structure(StepCounter):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         self._measure(view)
-        is_open = min(shares_on(view.side.knobs, len(self._sizes))) == 1  # a tier still off would attract all latents
-        if is_open and self.steps_seen % self.moves.every_steps == 0:  # these steps wait for a GPU
+        all_on = min(shares_on(view.side.knobs, len(self._sizes))) == 1  # a tier still off would attract all latents
+        if all_on and self.steps_seen % self.moves.every_steps == 0:  # these steps wait for a GPU
             tiers = tiers_of(view)
             before = tiers.membership.clone()
             after = self.reassigned(before, view.dead)
@@ -186,7 +186,7 @@ def _exchanges(
     def best(own: int, to: int) -> list[tuple[float, int]]:
         latents = (membership == own).nonzero().view(-1)
         changes = change_FT[latents, to]
-        order = changes.argsort(stable=True)[: 2 * most]  # more than are taken and may still be
+        order = changes.argsort(stable=True)[: 2 * most]  # enough: at most `most` of them are already taken
         pairs = zip(changes[order].tolist(), latents[order].tolist(), strict=True)
         return [(change, latent) for change, latent in pairs if latent not in taken]
 

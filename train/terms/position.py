@@ -1,7 +1,7 @@
-"""Latents and positions: the L1 before the mask, and the record of the range of each latent.
+"""Latents and positions: the L1 before the mask, and a record of each latent's range.
 
-B rows, F latents, R ranges. The record is saved with the SAE. For static slicing it is the only
-difference: a standard SAE whose latents are assigned to the range with most of their activation.
+B rows, F latents, R ranges. The record is saved with the SAE. It is all that static slicing adds to a standard SAE: it
+assigns each latent to the range with most of its activation.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..sae.extra_modules import Extra
+from ..sae.extra_modules import DECAY, Extra
 from ..sae.kernels.sparse_support import index_sum
 from ..sae.shapes.masks import FREE, HardMask, Mask, SoftMask, range_of
 from ..sae.shapes.range_encoders import Adapters
 from ..sae.shapes.shaped_sae import ShapedAutoencoder
 from ..sae.step_view import View
-
-DECAY = 0.99  # of the running mass
 
 
 def l1_before_mask(view: View) -> Tensor:
@@ -29,7 +27,7 @@ def l1_before_mask(view: View) -> Tensor:
 
 
 class MaskRecord(Extra):
-    """The range of each latent; measured where no mask defines it."""
+    """The range of each latent, measured if no mask defines it."""
 
     range: Tensor
     num_ranges: Tensor
@@ -58,7 +56,7 @@ class MaskRecord(Extra):
 
 
 class SoftMaskRecord(MaskRecord):
-    """The same, plus the centres of the masks, which determine the ranges."""
+    """Also records the centres of the masks, which determine the ranges."""
 
     centre: Tensor
     sigma: Tensor

@@ -1,4 +1,4 @@
-"""Reconstruction losses, also for nested prefixes of one dictionary that each reconstruct on their own; penalties.
+"""Reconstruction losses, also for nested prefixes of a dictionary that each reconstruct on their own, and penalties.
 
 B rows, D width of the target, F latents, M prefixes. Codes are split by prefix, so one pass over the active latents
 yields all M reconstructions. Activations grow with sqrt(D), so penalties on activity divide by it.
@@ -28,7 +28,7 @@ def l1(view: View) -> Tensor:
 
 @split("parts")
 def gate_l1(view: View) -> Tensor:
-    """The same for the codes of the gate path."""
+    """The same sum for the codes of the gate path."""
     return gate_path(view).mean_over_rows() / view.stats.width**0.5
 
 
@@ -45,8 +45,7 @@ def lp(view: View) -> Tensor:
     """Sum of a row's (activation / sqrt(D))^p, rescaled as p changes."""
     gate = view.sae.gate
     assert isinstance(gate, AnnealedRelu)
-    powers = gate.powers(view.codes, view.side.knob("p", 1.0))
-    return gate.penalty_scale * powers
+    return gate.penalty_scale * gate.powers(view.codes, view.side.knob("p", 1.0))
 
 
 @split("alike")
@@ -98,7 +97,7 @@ class Frequency:
         assert isinstance(gate, JumpRelu)
         marks = gate.marks(codes)
         share_F = view.side.ranks.mean(codes.with_values(marks).latent_totals() / codes.num_rows)
-        # 2 p p' - p'^2 with p' constant: the value and the gradient of p^2, without a table of gradients by latent.
+        # 2 p p' - p'^2 with p' constant has the value and the gradient of p^2, but needs no gradient through totals.
         twice = 2.0 * (marks * codes.per_latent(share_F)).sum() / codes.num_rows
         return (twice - share_F.square().sum()) / (self.common * self.target)
 
@@ -107,7 +106,7 @@ class Frequency:
 def dead_thresholds(view: View) -> Tensor:
     """Sum of the thresholds of the dead latents of a jump gate.
 
-    The published form moves the encoder too: all dead latents along one direction, the mean of x. At three times our
+    The published form also moves the encoders, all dead latents' along one direction, the mean of x. At three times our
     rate and a weight that revives them, that lowered explained variance from 0.81 to 0.6 (docs/quality.md).
     """
     assert isinstance(view.sae.gate, JumpRelu)

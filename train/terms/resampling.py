@@ -3,7 +3,7 @@
 B rows, F latents. Every N steps, up to a given share of the run, each dead latent takes a row of the batch, drawn with
 probability proportional to the square of its loss. Its decoder row becomes the residual of that row at length one, its
 encoder row the same direction at a fifth of the mean live length, its bias a fifth of the mean live bias.
-Adam's moments are kept: those of a long-silent latent have already faded.
+Adam's moments stay: those of a long-silent latent have already faded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST = 1e-300
 
 
 class Resampling(StepCounter):
-    """Counts steps, and gives dead latents new weights when it is time."""
+    """Counts steps, and gives dead latents new weights when they are due."""
 
     resampled: Tensor
 
@@ -44,7 +44,7 @@ class Resampling(StepCounter):
 
 
 def resample(view: View, dead_F: Tensor) -> None:
-    """Give some latents new weights; the host draws the random numbers, so that it does not wait for the GPU."""
+    """Give some latents new weights; the host draws the random numbers, so that it never waits for a GPU."""
     sae = view.sae
     fresh = normalize(view.residual[drawn_rows(view, len(dead_F))], dim=1)
     # All ranks use the rows of the first: tables must stay the same everywhere.
@@ -61,8 +61,8 @@ def resample(view: View, dead_F: Tensor) -> None:
 def drawn_rows(view: View, count: int) -> Tensor:
     """int64 [count], rows of the batch, each drawn with probability proportional to its squared loss."""
     chances = view.residual.square().sum(1).square().double()
-    # Summed as integers: a GPU adds floats in an order that changes from run to run, which could change the drawn row,
-    # and a resumed run must draw the same one.
+    # Summed as integers: a GPU adds floats in an order that changes from run to run, and a resumed run must draw the
+    # same rows.
     ends = (chances / chances.max().clamp_min(SMALLEST) * FINEST).long().cumsum(0)
-    dice = send(torch.rand(count, generator=view.generator), ends.device)
-    return torch.searchsorted(ends, (dice.double() * ends[-1]).long(), right=True).clamp_max(len(ends) - 1)
+    drawn = send(torch.rand(count, generator=view.generator), ends.device)
+    return torch.searchsorted(ends, (drawn.double() * ends[-1]).long(), right=True).clamp_max(len(ends) - 1)

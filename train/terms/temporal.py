@@ -4,11 +4,11 @@ After a given share of the run, every N steps, latents whose running variance is
 retired: they never fire again, and the auxiliary loss ignores them.
 
 Consistency: the codes of a group of latents should change slowly over the window.
-B rows, F latents, F_g of a group, j = i - lag the row that is compared with row i.
+B rows, F latents, F_g of them in a group, j = i - lag the row that row i is compared with.
 L = mean of 1 - cos(f_i, h_j) over pairs in which either row has an active latent; a silent row has
 cosine 0. h is the past, read without gradient: f itself, or with mixing m < 1 the running mean
-h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which in each document starts empty, or at random
-numbers, redrawn in each step, that have weight (1 - m)^n after n tokens.
+h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones). In each document it starts empty, or at random
+numbers, redrawn in each step, whose weight after n tokens is (1 - m)^n.
 Each scale draws a new lag in each step. Pairs stay within one document, and within pieces of the window
 whose length may grow over the run.
 """
@@ -57,8 +57,8 @@ class Dynamics(StepCounter):
     def __init__(
         self, group_sizes: Sequence[int], prune_every_steps: int = 1, prune_share: float = 0.0, floor: float = 0.0
     ) -> None:
-        """Shares of the mean variance: latents below `prune_share` are retired, those below `floor` left out of the
-        temporal losses."""
+        """Shares of the mean variance: latents below `prune_share` of it are retired, and those below `floor` left out
+        of the temporal losses."""
         super().__init__()
         groups = torch.arange(len(group_sizes)).repeat_interleave(
             torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
@@ -102,7 +102,7 @@ class Dynamics(StepCounter):
         view.note("temporal/lifetime", mean_lifetime(view))
         view.note("temporal/pruned", self.retired.sum())
         for scale in SCALES:
-            if not view.side.knob(f"temporal_{scale}", 0.0):  # otherwise its term has logged its weight
+            if not view.side.knob(f"temporal_{scale}", 0.0):  # otherwise the scale's term has logged it
                 view.note(f"temporal/weight_{scale}", view.x.new_zeros(()))
 
 
@@ -170,7 +170,7 @@ class Consistency:
     adaptive: Adaptive = "none"
     mixing: float = 1.0
     apart: bool = False
-    """The control: the past is that of another window."""
+    """A control: the past comes from another window."""
     start_std: float = 0.0
     """Standard deviation of the random numbers at which a mixed past starts; 0: it starts empty."""
 
@@ -195,7 +195,7 @@ class Consistency:
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
     """The codes of only the latents `start` to `stop`.
 
-    On a GPU all entries stay, the others as zeros of an extra latent, since selecting them would make the host wait.
+    On a GPU all entries stay, the others as zeros of an extra latent: to select entries the host would have to wait.
     """
     if codes.support is None:
         return Codes(codes.values[:, start:stop], None, codes.num_rows, stop - start)
@@ -219,21 +219,21 @@ def inconsistency(
     start_F: Tensor | None = None,
 ) -> Tensor:
     """Mean of 1 - cos(f_i, h_(i - lag)) with the latents weighted in the cosine."""
-    more = (0, part.num_latents - len(weight_F))
-    weight_F = functional.pad(weight_F, more)
-    start_F = None if start_F is None else functional.pad(start_F, more)
+    extra = (0, part.num_latents - len(weight_F))  # the extra latent of `part_of`
+    weight_F = functional.pad(weight_F, extra)
+    start_F = None if start_F is None else functional.pad(start_F, extra)
     past = past_rows(view.side, lag)
     if apart:
         past = torch.where(past >= 0, rows_apart(view.side, lag), -1)
-    held = past >= 0
-    then_BF = remembered(view.side, part.dense().detach(), mixing, start_F)
-    norms_then = (then_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
+    has_past = past >= 0
+    past_BF = remembered(view.side, part.dense().detach(), mixing, start_F)
+    past_norms = (past_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
     values, weight = part.values, part.per_latent(weight_F)
     norms = part.sum_over_latents(weight * values.square())
-    dots = part.sum_over_latents(weight * values * read_rows(then_BF, part, past))
-    either = held & ((norms.detach() > TINY) | (norms_then**2 > TINY))
-    # A silent row passes on no gradient: divided by almost zero it would drown out all others.
-    cosine = torch.where(norms > TINY, dots, 0.0) / (norms.clamp_min(TINY).sqrt() * norms_then)
+    dots = part.sum_over_latents(weight * values * read_rows(past_BF, part, past))
+    either = has_past & ((norms.detach() > TINY) | (past_norms**2 > TINY))
+    # A silent row passes on no gradient: divided by almost zero, it would drown out all others.
+    cosine = torch.where(norms > TINY, dots, 0.0) / (norms.clamp_min(TINY).sqrt() * past_norms)
     return torch.where(either, 1.0 - cosine, 0.0).sum() / view.side.ranks.share(either.sum())
 
 
@@ -280,7 +280,7 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | Non
 
 
 def gradient_ratio(view: View, loss: Tensor) -> Tensor:
-    """Norm of reconstruction's gradient over that of the loss, both for non-zero codes; has no gradient itself."""
+    """Norm of reconstruction's gradient over that of the loss, both for non-zero codes; without gradient."""
     (own,) = torch.autograd.grad(loss, view.codes.values, retain_graph=True)
     ratio = (_reconstruction_square(view) / _global_square(view, own).clamp_min(TINY)).sqrt()
     return ratio.clamp_max(MAX_RATIO)
@@ -297,7 +297,7 @@ def _reconstruction_square(view: View) -> Tensor:
 
 
 def _global_square(view: View, gradient: Tensor) -> Tensor:
-    """Squared norm, over all ranks, of a gradient for the codes; each rank's part is multiplied by its weight."""
+    """Squared norm, over all ranks, of a gradient for the codes, each rank's part scaled by its weight."""
     ranks = view.side.ranks
     shared = torch.where(view.codes.values != 0, ranks.weight / ranks.size * gradient, 0.0)
     return ranks.sum(shared.square().sum())

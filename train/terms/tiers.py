@@ -12,7 +12,7 @@ it leaves unexplained.
 Composition: decoder rows of a tier as sums of rows of the tier below, with non-negative weights. F_t latents in tier t.
 For each tier except the first, E_t = mean over its latents of ||row - C^t rows below||^2, with C^t [F_t, F_(t-1)] >= 0.
 Rows have length one, so 1 - E_t is the mean R^2 of the composition. Its gradient reaches C and both tiers' rows; the L1
-norm of C keeps the parts few.
+norm of C keeps compositions sparse.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..sae.step_view import View, once
 Importance = Literal["learned", "uncertainty", "fixed"]
 TIERS = "tiers"
 COMPOSITION = "composition"
-NEGLIGIBLE = 1e-3  # weights in a composition that are logged as none
+NEGLIGIBLE = 1e-3  # weights of a composition up to this are logged as zeros
 
 
 class Tiers(Extra):
@@ -84,7 +84,7 @@ class Tiers(Extra):
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
         """Latents of tiers that the curriculum has not switched on. Once on, they count as dead until they fire, and
-        the auxiliary loss revives them: without it while a tier rises, they find fewer planted children."""
+        the auxiliary loss revives them: without it during a tier's rise, fewer planted children were found."""
         is_off = [on == 0 for on in shares_on(knobs, self.num_tiers)]
         return numbers(is_off, self.membership).bool()[self.membership] if any(is_off) else None
 
@@ -164,10 +164,10 @@ def importance_loss(view: View) -> Tensor:
 
 
 class Composition(Extra):
-    """C2, C3, ...: the composition of each tier's latents; tiers are counted from 1 here.
+    """C2, C3, ...: the composition of each tier's latents, where the names count tiers from 1.
 
-    Where latents may change tiers, the matrices have room for the largest size of a tier; row i is the i-th
-    latent of the tier in ascending order, and rows beyond the tier's size are zero.
+    If latents may change tiers, the matrices have room for a tier's largest size; row i is the i-th latent of the tier
+    in ascending order, and rows beyond the tier's size are zero.
     """
 
     lr_scale = 10.0  # C must move by order 1, in steps of the learning rate
@@ -183,8 +183,8 @@ class Composition(Extra):
 
     @torch.no_grad()
     def follow(self, view: View, before: Tensor, after: Tensor) -> None:
-        """Adapt to a change of membership: latents that stayed keep their entries and the optimiser's moments of these,
-        others start at 0."""
+        """Adapt to a change of membership: latents that stayed keep their entries and the optimiser's moments of these;
+        all others start at 0."""
         for tier in range(1, int(after.max()) + 1):
             table = self._table(tier)
             (old_rows, new_rows), (old_columns, new_columns) = (_stayed(before, after, t) for t in (tier, tier - 1))
@@ -244,7 +244,7 @@ def composition_l1(view: View) -> Tensor:
 
 
 def _stayed(before: Tensor, after: Tensor, tier: int) -> tuple[Tensor, Tensor]:
-    """Old and new index in the tier of each latent that stayed in it."""
+    """The old and new indices in the tier of the latents that stayed in it."""
     was, now = before == tier, after == tier
     stayed = was & now
     return (was.cumsum(0) - 1)[stayed], (now.cumsum(0) - 1)[stayed]

@@ -20,7 +20,7 @@ from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.model.tokenizer import TextEncoder
 from saemill.train.kit.variant_registry import config_type
-from saemill.train.sae.attention.attention_links import READ_BESIDE
+from saemill.train.sae.attention.attention_links import LINK_SIDE_INPUTS
 
 
 class Numbers:
@@ -104,7 +104,7 @@ def test_texts_are_no_longer_than_the_windows_of_an_sae_that_reads_places(contex
     for each in places:
         monkeypatch.setattr(each.sae, "needs_side", ("position",))
     linked = replace(subject, config={"metadata": {**subject.metadata, "context_size": 8}})
-    monkeypatch.setattr(linked.sae, "needs_side", ("attention", "row_of", *READ_BESIDE["nearest"]))
+    monkeypatch.setattr(linked.sae, "needs_side", ("attention", "row_of", *LINK_SIDE_INPUTS["nearest"]))
     asked = []
     found, (failure,) = split_fitting(context, [plain, *places, linked], context.model, lambda: asked.append(1) or 9)
     assert found == [plain, places[0], linked] and failure.subject is places[1]

@@ -43,7 +43,7 @@ def with_codes(view: View, codes: Codes) -> View:
     """The view of an SAE that gives these codes."""
     sae = copy.copy(view.sae)
     sae.codes = lambda x, side: codes
-    return dataclasses.replace(view, sae=sae, kept={}, notes={})
+    return dataclasses.replace(view, sae=sae, cache={}, notes={})
 
 
 def mixed(guidance: Any, windows: Any, weights: Tensor) -> tuple[Tensor, list[Tensor], list[list[int]]]:

@@ -153,7 +153,7 @@ def move(trainee: Trainee, to: Move) -> None:
     counters = trainee.counters
     listed = counters.listed
     counters.tokens_since_fired, counters._listed = to(counters.tokens_since_fired), to(counters._listed)
-    counters._numbers = to(listed)
+    counters._list = to(listed)
 
 
 @pytest.mark.parametrize("case", WANTED)

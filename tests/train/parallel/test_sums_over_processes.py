@@ -145,7 +145,7 @@ def test_processes_of_srun_are_told_that_each_trains_alone(monkeypatch, recwarn)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert join("cpu")[0] is SOLO and not recwarn
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.warns(UserWarning, match="srun started 8 processes, and each trains everything by itself"):
+    with pytest.warns(UserWarning, match="srun started 8 processes, and each trains everything on its own"):
         assert join("cpu")[0] is SOLO
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun, one a node
     assert join("cpu")[0] is SOLO and len(recwarn) == 0

@@ -137,7 +137,7 @@ def test_dead_latents_learn_inside_their_ranges_only(rng, shaping):
     view = shaping.make_views(rng, sae)()
     dead = torch.tensor([0, 7, 19])
     codes = view.codes
-    part = sae.shape(type(codes)(torch.ones(len(view.x), 3).double(), None, len(view.x), 3), view.side, dead)
+    part = sae.with_factors(type(codes)(torch.ones(len(view.x), 3).double(), None, len(view.x), 3), view.side, dead)
     expected = oracle_factor("hard", mask, view.side["position"])[:, dead]
     torch.testing.assert_close(part.dense(), expected)
 

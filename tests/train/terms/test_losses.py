@@ -157,7 +157,7 @@ def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, re
 def test_the_auxiliary_loss_of_a_single_row_is_finite(rng):
     """It has no spread."""
     view = view_of(TopK(3), rng, torch.arange(LATENTS) < 6)
-    one = dataclasses.replace(view, x=view.x[:1], target=view.x[:1], kept={}, notes={})
+    one = dataclasses.replace(view, x=view.x[:1], target=view.x[:1], cache={}, notes={})
     loss = AuxK(2)(one)
     assert 0 < float(loss.detach()) < 1e5
     assert all(gradient.isfinite().all() for gradient in gradients(one, loss).values())

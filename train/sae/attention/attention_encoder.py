@@ -1,7 +1,8 @@
 """The attention that guides an SAE: which layers, how their rows are read and mixed, and an encoder that reads it.
 
 L layers, B rows, W windows, T context, E links. A layer's attention has weight
-w = softmax(theta / tau + log available) with learned theta; a row without links of some layers is mixed from the rest.
+w = softmax(theta / tau + log available) with learned theta; a row that some layers have no links for is mixed from the
+others.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ from ..kernels.window_gram import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
 from ..step_view import View, once
-from .attention_links import READ_BESIDE, LinkKind, Links, links_of, nearest_links, same_token_links
+from .attention_links import LINK_SIDE_INPUTS, LinkKind, Links, links_of, nearest_links, same_token_links
 
 MIXING = "mixing"  # the extra that holds the learned weights
 TEMPERATURE = "mixing_temperature"  # the knob that flattens them
 
 
 class Mixing(Extra):
-    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for readers of the
-    saved file."""
+    """Learned weights over layers, equal at first. `layers` and the last `weight` are for readers of the saved file."""
 
-    lr_scale = 10.0  # a few numbers that every token of a batch influences
+    lr_scale = 10.0  # theta is a few numbers that every token of a batch influences
 
     layers: Tensor
     available: Tensor
@@ -101,7 +101,7 @@ def mixing_weights(sae: SparseAutoencoder, side: Side, x: Tensor) -> Tensor:
 
 
 def mixing_of(sae: SparseAutoencoder) -> Mixing | None:
-    """The learned weights: a part of an SAE that reads attention, otherwise an extra; None for a single layer."""
+    """The learned weights: a module of an SAE that reads attention, else an extra; None for a single layer."""
     if MIXING in sae.extras:
         return cast(Mixing, sae.extras[MIXING])
     return cast(Any, getattr(sae, MIXING, None))
@@ -127,7 +127,7 @@ def places_of(view: View) -> Places:
 
 @dataclass(frozen=True)
 class Noted:
-    """A term that also logs the mixture, for SAEs whose mixture changes without a guidance term."""
+    """Wraps a term so that it also logs the mixture, for SAEs whose mixture changes without a guidance term."""
 
     fn: Callable[[View], Tensor]
     attention: Attention
@@ -149,10 +149,10 @@ def has_links(by_row_LB: Tensor) -> Tensor:
 
 
 class AttendedSae(SparseAutoencoder):
-    """An SAE whose encoder also reads the activations of attended tokens; it starts equal to the one it is made from.
+    """An SAE whose encoder also reads the activations of attended tokens; it starts equal to its base.
 
     pre_i = (x_i - c) W_enc^T + b_enc + sum_l w_l (A^l (x - c))_i V^l U^l, with V^l U^l of low rank, U zero at first and
-    c the centre of the input: b_dec, or while training the mean. Activations [B, D] are projected to the rank R first,
+    c the centre of the input: b_dec, or the mean while training. Activations [B, D] are first projected to the rank R,
     so that only R numbers are gathered per link.
     """
 
@@ -172,7 +172,7 @@ class AttendedSae(SparseAutoencoder):
         self.U = nn.Parameter(torch.zeros(base.num_latents, width))
         self.attention = attention
         self.mixing = mixing
-        self.needs_side = ("attention", "row_of", *READ_BESIDE[attention.kind])
+        self.needs_side = ("attention", "row_of", *LINK_SIDE_INPUTS[attention.kind])
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         center = self.trained_center(side)
@@ -202,11 +202,11 @@ class AttendedSae(SparseAutoencoder):
         """[B, L * R]: the weighted contribution of each layer's attention."""
         rows, layers = x.shape[0], len(self.attention.layers)
         if self.attention.apart and side["row_of"].shape[0] < 2:
-            return x.new_zeros(rows, self.V.shape[0])  # the control: a single window has no other to read from
+            return x.new_zeros(rows, self.V.shape[0])  # in this control a single window has no other to read from
         links = self.attention.read(side, rows)
         weights = link_weights(weights_by_row(mixing_weights(self, side, x), links), links)
         low = (self.centred(x) @ self.V.t()).view(rows, layers, -1).transpose(0, 1).reshape(layers * rows, -1)
-        brought = functional.embedding_bag(
+        gathered = functional.embedding_bag(
             (links.layer * rows + links.key_row).to(torch.int32),
             low,
             links.offsets,
@@ -214,4 +214,4 @@ class AttendedSae(SparseAutoencoder):
             per_sample_weights=weights.to(low.dtype),
             include_last_offset=True,
         )
-        return brought.view(layers, rows, -1).transpose(0, 1).reshape(rows, -1)
+        return gathered.view(layers, rows, -1).transpose(0, 1).reshape(rows, -1)

@@ -7,16 +7,14 @@ From the store's rows (window, head, query):
 3. a row that keeps less than `min_mass` of its probability is left out;
 4. the rest of each row is divided by its sum.
 
-On a GPU, where listing the remaining entries would make the host wait, dropped ones stay with a share of zero.
+On a GPU, where listing the remaining entries would make the host wait, dropped ones stay, with a share of zero.
 
-The control moves rows between windows (`apart`): a token then gets what a token at the same position of
-another window attended to. Everything else about the rows stays: how many keys, how far back, how sharp.
+A control, `apart`, moves rows between windows: a token then gets what a token at the same position of another window
+attended to. Everything else about the rows stays: how many keys, how far back, how sharp.
 
-Two more controls replace the model's attention with other links:
-- `nearest`: each token has as many links as its attention gave it, to the preceding tokens, weighted by
-  1 / distance;
+Two more controls replace the model's attention with other links, for tokens whose attention had links:
+- `nearest`: the same number of links, to the preceding tokens, weighted by 1 / distance;
 - `same_token`: links to earlier occurrences of the same token in the window, all with equal weight.
-A token counts only if its attention had links.
 L layers, B rows, W windows, T context, H heads, E links.
 """
 
@@ -38,8 +36,8 @@ from ..kernels.window_gram import other_window
 from ..side_inputs import Side
 
 LinkKind = Literal["attention", "nearest", "same_token"]
-READ_BESIDE = {"attention": (), "nearest": ("window", "position"), "same_token": ("window", "position", "token")}
-"""Side inputs from which the links are made, besides the attention."""
+LINK_SIDE_INPUTS = {"attention": (), "nearest": ("window", "position"), "same_token": ("window", "position", "token")}
+"""Side inputs that each kind of links needs besides the attention."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +51,7 @@ class Links:
     share: Tensor  # float32 [E], sums to one over the links of a layer and row
     attends: Tensor  # bool [L, B], the rows that a layer has links for
     context: int
-    has_heads: bool = False  # kept separate: several links of a layer and row may go to one key
+    has_heads: bool = False  # several heads, so several links of a layer and row may go to one key
 
     @property
     def place(self) -> Tensor:
@@ -67,7 +65,7 @@ class Links:
 
     @cached_property
     def is_first(self) -> Tensor:
-        """bool [E], marks one link of each layer and row to each key with a share."""
+        """bool [E], marks one link from each layer and row to each key with a share."""
         if not self.has_heads:
             return self.share > 0
         spot = self.place * self.context + self.key
@@ -89,8 +87,7 @@ def links_of(
 ) -> Links:
     """The links of a batch; `row_of` [W, T] is the row at a position, or -1."""
     parts = [_layer_links(attention[layer], row_of, head, apart) for layer in layers]
-    number = [row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)]
-    layer = torch.cat(number)
+    layer = torch.cat([row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)])
     row, key, key_row, weight = (torch.cat(column) for column in zip(*parts, strict=True))
     place = layer * num_rows + row
     has_heads = head is None and any(attention[number].kept_mass.shape[1] > 1 for number in layers)
@@ -99,13 +96,13 @@ def links_of(
         layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
     mass = index_sum(weight, place, len(layers) * num_rows)
     attends = (mass >= min_mass) & (mass > 0)
-    kept, found = attends[place], attends.view(len(layers), num_rows)
+    is_kept, attends = attends[place], attends.view(len(layers), num_rows)
     if not reads_at_once(place):
-        share = torch.where(kept, weight / mass[place], 0.0)
-        return Links(layer, row, key, key_row, share, found, row_of.shape[1], has_heads)
-    kept = kept.nonzero().view(-1)
+        share = torch.where(is_kept, weight / mass[place], 0.0)
+        return Links(layer, row, key, key_row, share, attends, row_of.shape[1], has_heads)
+    kept = is_kept.nonzero().view(-1)
     share = weight[kept] / mass[place[kept]]
-    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, found, row_of.shape[1], has_heads)
+    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, attends, row_of.shape[1], has_heads)
 
 
 def _layer_links(
@@ -127,14 +124,14 @@ def _layer_links(
         kept &= place // context % heads == head
     weight = attention.data / (heads if head is None else 1)
     if not reads_at_once(kept):
-        # Kept where they were: in one place, thousands of zeros would be summed one after the other.
+        # Dropped links keep their places: in a single one, thousands of zeros would be summed one after the other.
         return row.clamp_min(0), key, key_row.clamp_min(0), torch.where(kept, weight, 0.0)
     chosen = kept.nonzero().view(-1)
     return row[chosen], key[chosen], key_row[chosen], weight[chosen]
 
 
 def require_head(head: int, heads: int) -> None:
-    """Require a head that the store has: its heads are separate, or averaged into one."""
+    """Refuse a head that the store does not have, say because its heads were averaged into one."""
     if not 0 <= head < heads:
         found = "heads averaged into one" if heads == 1 else f"{heads} heads"
         raise ConfigInvalid(f"head: expected a head that the store has, found {head} and a store with {found}")
@@ -142,15 +139,15 @@ def require_head(head: int, heads: int) -> None:
 
 def nearest_links(links: Links, side: Side) -> Links:
     window, position, row_of = side["window"][links.row], side["position"][links.row], side["row_of"]
-    is_link = links.is_first  # not all are: there are links of further heads, and on a GPU some without a share
+    is_link = links.is_first  # the others are of further heads or, on a GPU, without a share
     before = torch.cat([is_link.new_zeros(1, dtype=torch.int64), is_link.cumsum(0)])
     rank = before[:-1] - before[links.offsets.long()[links.place]]
     key = (position - 1 - rank).clamp_min(0)
     key_row = row_of[window, key]
-    held = is_link & (key > 0) & (key_row >= 0)
-    weight = torch.where(held, 1.0 / (rank + 1), 0.0).to(links.share.dtype)
+    is_kept = is_link & (key > 0) & (key_row >= 0)
+    weight = torch.where(is_kept, 1.0 / (rank + 1), 0.0).to(links.share.dtype)
     total = index_sum(weight, links.place, links.attends.numel())
-    share = torch.where(held, weight / total[links.place], 0.0)
+    share = torch.where(is_kept, weight / total[links.place], 0.0)
     attends = links.attends & (total.view(links.attends.shape) > 0)
     return Links(links.layer, links.row, key, key_row.clamp_min(0), share, attends, links.context)
 
@@ -164,13 +161,13 @@ def same_token_links(links: Links, side: Side) -> Links:
     same_BT &= (place < position[:, None]) & (place > 0) & (row_of >= 0)[window]
     count_B = same_BT.sum(1)
     attends = links.attends & (count_B > 0)
-    # On a GPU all entries, as a list of those that are links would make the host wait.
+    # On a GPU all entries: listing those that are links would make the host wait.
     is_listed = reads_at_once(same_BT)
     place = same_BT.view(-1).nonzero().view(-1) if is_listed else torch.arange(same_BT.numel(), device=row_of.device)
     row, key = place // links.context, place % links.context
     layers = len(attends)
     layer = torch.arange(layers, device=row.device).repeat_interleave(len(row), output_size=layers * len(row))
     row, key = row.repeat(layers), key.repeat(layers)
-    held = same_BT[row, key] & attends[layer, row]
-    share = torch.where(held, 1.0 / count_B.clamp_min(1)[row], 0.0).to(links.share.dtype)
+    is_kept = same_BT[row, key] & attends[layer, row]
+    share = torch.where(is_kept, 1.0 / count_B.clamp_min(1)[row], 0.0).to(links.share.dtype)
     return Links(layer, row, key, row_of[window[row], key].clamp_min(0), share, attends, links.context)

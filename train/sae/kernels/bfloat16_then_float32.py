@@ -1,9 +1,9 @@
 """Products x W^T + b of which only the largest entries are needed: all in bfloat16, then those few in float32.
 
 bfloat16 has half the bytes and, where the processor multiplies it, about twice the rate. The error of such a product is
-bounded by the lengths of the rounding errors of each row (Cauchy-Schwarz), so entries that are skipped at the first
-look are never needed, provided that numbers and their squares are finite. Positive numbers sort like their bits as
-integers, which are compared faster. Rows for which the bound says nothing are computed as a whole. No gradient.
+bounded by the lengths of its rows' rounding errors (Cauchy-Schwarz), so entries that the first look skips are never
+needed, provided that numbers and their squares are finite. Positive numbers sort like their bits as integers, which are
+compared faster. Rows for which the bound is useless are computed as a whole. No gradient.
 
 N rows, D width, F latents.
 """
@@ -25,13 +25,13 @@ from .sparse_support import Support, support_from_flat
 
 KEPT = 1 - 2**-8  # the least share of a positive number that remains when it becomes bfloat16
 SUMMED = 2**-22  # an addition in float32 loses at most a quarter of this share of a number, and there are two looks
-NOTHING = np.int16((1 << 15) - 1)  # a bound that no number passes
-USUAL = 2.0  # times the median over rows: rows beyond that are computed as a whole
+UNREACHABLE = np.int16((1 << 15) - 1)  # a bound that no number reaches
+USUAL = 2.0  # times the median error: rows with a larger one are computed as a whole
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """W [F, D] and b [F]; on demand, their bfloat16 copies and the lengths for the bound."""
+    """W [F, D] and b [F], with their bfloat16 copies and the lengths for the bound, both computed on demand."""
 
     W: Tensor
     b: Tensor
@@ -58,8 +58,8 @@ class Affine:
     def bound(self, x_ND: Tensor) -> Tensor:
         """[N], the largest error of a row's coarse products before they become bfloat16."""
         length, rounded = x_ND.norm(dim=1), (x_ND - x_ND.to(torch.bfloat16)).norm(dim=1)
-        wrong = rounded * self.longest + length * self.lost + self.lost_bias
-        return (wrong + x_ND.shape[1] * SUMMED * length * self.longest) * (1 + 2**-8)
+        error = rounded * self.longest + length * self.lost + self.lost_bias
+        return (error + x_ND.shape[1] * SUMMED * length * self.longest) * (1 + 2**-8)
 
     def look(self, x_ND: Tensor) -> Tensor:
         """Coarse products, bfloat16 [N, F]."""
@@ -71,7 +71,7 @@ class Affine:
 
 
 def can_look_twice(x_ND: Tensor, W_FD: Tensor) -> bool:
-    """Whether the CPU is faster in bfloat16; always false on a GPU, which would have to be waited for."""
+    """Whether two looks are faster: on a CPU with fast bfloat16. On a GPU the host would have to wait in between."""
     is_plain = x_ND.dtype == W_FD.dtype == torch.float32 and x_ND.device.type == W_FD.device.type == "cpu"
     return is_plain and x_ND.numel() > 0 and has_fast_bfloat16("cpu")
 
@@ -82,24 +82,25 @@ def largest_products(affine: Affine, x_ND: Tensor, k: int) -> tuple[Tensor, Tens
         return largest_of_rows(linear(x_ND, affine.W, affine.b), k)
     coarse = affine.look(x_ND).view(torch.int16)
     reached = torch.from_numpy(most_of_groups(coarse, k)[:, 0].copy()).view(torch.bfloat16).float()
-    lowest = lowest_beside(reached, affine.bound(x_ND))
-    known = lowest > 0
-    if not bool(known.any()):
+    lowest = lowest_candidate(reached, affine.bound(x_ND))
+    is_bounded = lowest > 0
+    if not bool(is_bounded.any()):
         return topk_rows(linear(x_ND, affine.W, affine.b), k)
-    bound = np.where(known.numpy(), bits(lowest), NOTHING)
+    bound = np.where(is_bounded.numpy(), bits(lowest), UNREACHABLE)
     flat = torch.from_numpy(np.flatnonzero(coarse.numpy() >= bound[:, None]))
     support = support_from_flat(flat, *coarse.shape)
     values, latents = best_of(support, affine.look_again(x_ND, support), k)
-    if not bool(known.all()):
-        values[~known], latents[~known] = topk_rows(linear(x_ND[~known], affine.W, affine.b), k)
+    if not bool(is_bounded.all()):
+        whole = x_ND[~is_bounded]
+        values[~is_bounded], latents[~is_bounded] = topk_rows(linear(whole, affine.W, affine.b), k)
     return values, latents
 
 
 def products_above(affine: Affine, x_ND: Tensor, floor_F: Tensor, most_share: float) -> tuple[Tensor, Support] | None:
-    """The products above each latent's floor, with a few that are not; None if there are too many."""
-    wrong = affine.bound(x_ND)
-    usual = wrong <= USUAL * wrong.median()
-    lowest = floor_F - wrong.where(usual, 0).amax()
+    """The products above each latent's floor, and a few others; None if there are too many."""
+    error = affine.bound(x_ND)
+    usual = error <= USUAL * error.median()
+    lowest = floor_F - error.where(usual, 0).amax()
     if not bool((lowest > 0).all()):
         return None
     is_near = affine.look(x_ND).view(torch.int16).numpy() >= bits(lowest)
@@ -108,11 +109,11 @@ def products_above(affine: Affine, x_ND: Tensor, floor_F: Tensor, most_share: fl
     return None if support is None else (affine.look_again(x_ND, support), support)
 
 
-def lowest_beside(reached: Tensor, wrong: Tensor) -> Tensor:
-    """The lowest coarse product, before rounding, that may be as large as one that became `reached`."""
-    return reached * KEPT - 2 * wrong
+def lowest_candidate(reached: Tensor, error: Tensor) -> Tensor:
+    """The lowest coarse product, before rounding, that may in truth be as large as one that became `reached`."""
+    return reached * KEPT - 2 * error
 
 
 def bits(positive: Tensor) -> np.ndarray:
-    """int16, the bits of the next bfloat16 that is not above: a number at or above it stays so when rounded."""
+    """int16, the bits of the number rounded down to bfloat16: whatever is at or above it stays so when rounded."""
     return (positive.view(torch.int32) >> 16).to(torch.int16).numpy()

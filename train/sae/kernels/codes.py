@@ -1,9 +1,9 @@
 """Codes: an SAE's activations for a batch, sparse where that is faster and dense where not.
 
 B rows, F latents, N entries. The same elementwise code serves both forms: `values` is [N] at a
-support or [B, F] without one, and `per_latent` / `per_row` bring vectors into that shape. What is
-outside a support is exactly zero and has no gradient, so a gate must list in its support every
-entry whose value or derivative can differ from zero.
+support or [B, F] without one, and `per_latent` / `per_row` bring vectors into that shape. Entries outside
+a support are exactly zero and have no gradient, so a gate must include in its support every entry whose
+value or derivative can differ from zero.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class Codes:
     num_rows: int
     num_latents: int
     pre: Tensor | None = None  # the values before the gate, in the same places
-    product: Product = (
-        "float32"  # the precision of decoding dense codes, and of rows gathered for gradients of sparse ones
-    )
+    product: Product = "float32"
+    """The precision in which dense codes are decoded, and rows gathered for the gradients of sparse ones."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """Codes at the same places with changed values; `change` is elementwise."""
@@ -73,9 +72,7 @@ class Codes:
     def fired(self) -> Tensor:
         """int64 [F], the number of rows in which each latent is not zero; no gradient."""
         active = self.values.detach() != 0
-        if self.support is None:
-            return active.sum(0)
-        return latent_count(self.support, active)
+        return active.sum(0) if self.support is None else latent_count(self.support, active)
 
     @cached_property
     def l0(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Dense products: in float32 with the faster of two libraries, or at the rate of a GPU's matrix units.
 
-In float32 on a CPU torch calls MKL, which is slow on CPUs of other makers than its own; oneDNN was faster
-where both were timed, but must be called explicitly.
+In float32 on a CPU torch calls MKL, which is slow on CPUs that Intel did not make; oneDNN was faster wherever both
+were timed, but must be called explicitly.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ Product = Literal["float32", "tf32", "bfloat16"]  # the precision of the factors
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b for x [..., D] and W [F, D]; the gradient is torch's own."""
-    if not _is_for_onednn(x, W):
-        return functional.linear(x, W, b)
-    return _by_onednn(x, W, b)
+    return _by_onednn(x, W, b) if _is_for_onednn(x, W) else functional.linear(x, W, b)
 
 
 def packed(W: Tensor) -> Tensor:
-    """A bfloat16 W on a CPU in the layout for `linear_packed`, made once instead of at each product."""
+    """A bfloat16 W on a CPU in the layout for `linear_packed`, converted once instead of at each product."""
     if not has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return W
     return torch.ops.mkldnn._reorder_linear_weight(W, None)
@@ -36,9 +34,7 @@ def packed(W: Tensor) -> Tensor:
 
 def linear_packed(x: Tensor, packed_W: Tensor, b: Tensor) -> Tensor:
     """x W^T + b in the type of all three, without gradient."""
-    if not packed_W.is_mkldnn:
-        return functional.linear(x, packed_W, b)
-    return _by_onednn(x, packed_W, b)
+    return _by_onednn(x, packed_W, b) if packed_W.is_mkldnn else functional.linear(x, packed_W, b)
 
 
 def _by_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -75,7 +71,7 @@ def multiply(a: Tensor, b: Tensor, product: Product) -> Tensor:
 
 @contextmanager
 def matrix_units(product: Product) -> Iterator[None]:
-    """A context in which float32 products may round their factors to TF32, if that is the product."""
+    """A context in which float32 products may round their factors to TF32, if `product` is that."""
     if product != "tf32":
         yield
         return
@@ -89,5 +85,5 @@ def matrix_units(product: Product) -> Iterator[None]:
 
 
 def _low_product(a: Tensor, b: Tensor) -> Tensor:
-    """A GPU writes the float32 sums; elsewhere they are rounded once, when they are written."""
+    """A GPU can return the float32 sums; elsewhere they are rounded to bfloat16 on return."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)

@@ -20,7 +20,7 @@ def has_fast_bfloat16(device_type: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
         return False
-    # The public list of capabilities is younger than the oldest torch this package runs on.
+    # Private calls: the oldest supported torch lacks the public list of capabilities.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -29,7 +29,7 @@ SERVED = {"cuda"}  # device types whose tensors go to Triton; a test that interp
 
 
 def reads_at_once(tensor: Tensor) -> bool:
-    """Whether a shape may depend on this tensor's values. On a GPU the host would wait for them."""
+    """Whether shapes may depend on this tensor's values: on a GPU the host would have to wait for them."""
     return tensor.device.type in READ_AT_ONCE
 
 
@@ -39,7 +39,7 @@ def numbers(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers of an SAE that never change, kept permanently, so that a recorded step may read them."""
+    """Numbers of an SAE that never change; never freed, so that a recorded step may read them."""
     return _kept(tuple(values), like.dtype, like.device)
 
 
@@ -55,20 +55,20 @@ def write_numbers(there: Tensor, values: Sequence[Sequence[float]]) -> None:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the kernels of `kernels/triton/` are used for this tensor; otherwise torch's own are."""
+    """Whether this tensor goes to the kernels of `kernels/triton/`, or to torch's own."""
     return tensor.device.type in SERVED and has_triton(tensor.device)
 
 
 @lru_cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton is installed, as with CUDA builds of torch, and compiles for this device; warns once if not."""
-    reason = _why_not(device)
+    """Whether Triton, which comes with CUDA builds of torch, compiles for this device; warns once if not."""
+    reason = _why_no_triton(device)
     if reason is not None:
         warnings.warn(f"{device}: {reason}; steps here use torch's own kernels, which are slower", stacklevel=2)
     return reason is None
 
 
-def _why_not(device: torch.device) -> str | None:
+def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     from .triton import exact_top_k
@@ -76,6 +76,6 @@ def _why_not(device: torch.device) -> str | None:
     try:
         exact_top_k.top_latents(torch.zeros(1, 8, device=device), 1)
     except Exception as error:  # noqa: BLE001 (an old GPU, no C compiler, a driver: a compiler fails in many ways)
-        said = str(error).partition("\n")[0][:200]
-        return f"triton cannot compile for it ({type(error).__name__}: {said})"
+        first_line = str(error).partition("\n")[0][:200]
+        return f"triton cannot compile for it ({type(error).__name__}: {first_line})"
     return None

@@ -1,8 +1,8 @@
 """Squared errors of nested parts of a dictionary, with gradients, in one pass over the codes.
 
-B rows, D width, M prefixes, N entries. The support is reordered to (prefix, row): its bag sums are
-the M contributions [M, B, D], and running differences turn them into residuals in place. Group by
-group the gradients gather from one [B, D] slice, which stays in cache.
+B rows, D width, M prefixes, N entries. The support is sorted by (prefix, row): its bag sums are the M contributions
+[M, B, D], and running differences turn them into residuals in place. Gradients are gathered group by group, each from
+one [B, D] slice, which stays in cache.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -70,9 +70,9 @@ class _NestedErrors(torch.autograd.Function):
 def nested_errors(
     codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...], latents: Latents = ALL_LATENTS
 ) -> tuple[Tensor, Tensor]:
-    """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D].
+    """Mean over rows of the squared error of each prefix [M], and the residual of the last one [B, D].
 
-    With sparse codes a process may have only those of its latents: the reconstructions of all processes are summed.
+    Sparse codes may be those of only this process's latents: the reconstructions of all processes are summed.
     """
     if codes.support is None:
         assert latents.is_whole
@@ -83,7 +83,7 @@ def nested_errors(
 
 
 class Tiering:
-    """The latents of each tier, as the host needs them. Making it waits for a GPU, so it is made once."""
+    """The latents of each tier, as the host needs them. Made once, because a GPU must be waited for."""
 
     def __init__(self, tier_F: Tensor, num_tiers: int) -> None:
         self.tier = tier_F
@@ -117,8 +117,7 @@ def group_errors(
     groups, order = torch.sort(prefix_N * support.num_rows + support.rows, stable=True)  # by (prefix, row)
     offsets = group_offsets(groups, prefixes * support.num_rows)
     grouped, values = Support(offsets, support.latents[order], support.num_latents), codes.values[order]
-    errors, residual = _NestedErrors.apply(values, W, b, target, grouped, prefixes, latents, codes.product)
-    return errors, residual
+    return _NestedErrors.apply(values, W, b, target, grouped, prefixes, latents, codes.product)
 
 
 def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:

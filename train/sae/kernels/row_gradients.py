@@ -1,9 +1,8 @@
-"""What an optimiser that works row by row stores with a weight table, as `.grad` is stored with a parameter.
+"""What an optimiser that works row by row attaches to a weight table, like `.grad` to a parameter.
 
-A table's gradient is a sum of k B outer products, so most of a dense one would be written only to be read
-again. An optimiser that sums the entries itself registers this (`RowUpdates`); they then arrive in
-`table.row_updates.gradients`, and a dense gradient in `table.grad` is added to them. It also writes the
-bfloat16 copy of a table if a product reads one.
+A table's gradient is a sum of k B outer products; a dense one would be written only to be read again. An optimiser
+that sums the entries itself attaches `RowUpdates`; entries then arrive in `table.row_updates.gradients`, and a dense
+gradient in `table.grad` is added to them. It also writes the bfloat16 copy of a table if a product reads one.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class RowUpdates:
 
 
 def take_rows(table: nn.Parameter) -> RowUpdates:
-    """Have this table's gradients at a support arrive as entries from now on."""
+    """From now on, have this table's gradients at a support arrive as entries."""
     updates = RowUpdates()
     table.row_updates = updates  # pyright: ignore[reportAttributeAccessIssue]
     return updates

@@ -1,4 +1,4 @@
-"""Choosing the support from dense pre-activations; nothing here has a gradient.
+"""Choosing the support from dense pre-activations, without gradient.
 
 B rows, F latents. There are two exact shortcuts, both using a bound that only a few entries pass:
 - `topk_rows`: the k largest of a row lie in the k blocks with the largest maxima, so k * g
@@ -36,7 +36,7 @@ def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Same as `topk_rows`, in one thread with half the work, for when other cores are busy."""
+    """Same as `topk_rows`, with half the work but in one thread, for when other cores are busy."""
     rows, width = pre.shape
     if rows == 0 or not has_groups(width, k) or pre.device.type != "cpu" or pre.dtype != torch.float32:
         return topk_rows(pre, k)
@@ -48,18 +48,18 @@ def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def has_groups(width: int, k: int) -> bool:
-    """Whether a row can be divided into groups that are many compared with k."""
+    """Whether a row can be divided into many more groups than k."""
     return width % GROUP == 0 and width // GROUP >= 4 * k
 
 
 def most_of_groups(scores: Tensor, k: int) -> np.ndarray:
-    """[B, k], the k largest group maxima, the smallest of them first: few more than k entries of a row reach it."""
+    """[B, k], the k largest group maxima, the smallest first: at least k entries of a row reach it, and few more."""
     groups = scores.shape[1] // GROUP
     return np.partition(scores.view(-1, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
 
 
 def best_of(support: Support, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and latents [B, k] of the k largest of each row's few entries; if there are fewer, some mean nothing."""
+    """Values and latents [B, k] of the k largest of each row's few entries; if there are fewer, values of -inf."""
     counts = support.offsets.diff()
     place = torch.arange(max(int(counts.amax()), k))
     entry = (support.offsets[:-1, None] + place).clamp_max(len(values) - 1)

@@ -1,10 +1,9 @@
 """The three sparse products behind every step, without autograd.
 
-B rows, D width, F latents, N entries of a support. A bag sum is a sparse times dense product, pair
-dots are a dense times dense product sampled at the support. On a CPU bag sums use the embedding-bag
-kernels, which read each table row once and write no intermediate results: two to four times as fast as
-the CSR products of the sparse library at these shapes, whose sampled product is faster for pair dots.
-A GPU has its own kernels, and uses the bags if Triton is not installed.
+B rows, D width, F latents, N entries of a support. A bag sum is a sparse times dense product, pair dots are a dense
+times dense product sampled at the support. On a CPU, bag sums use the embedding-bag kernels, which read each table row
+once and write no intermediate results: two to four times as fast at these shapes as torch's CSR products. Pair dots use
+the sampled CSR product, which is the faster one there. A GPU has its own kernels, or the bags without Triton.
 """
 
 from __future__ import annotations
@@ -71,12 +70,12 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
 
 
 def gathered(rows_BD: Tensor, product: Product) -> Tensor:
-    """Rows for a GPU's kernels, which read them k times each for gradients: in bfloat16 if the product rounds to it."""
+    """Rows as a GPU's kernels gather them for gradients, k times each: in bfloat16 if the product rounds to it."""
     return rows_BD.to(torch.bfloat16) if product == "bfloat16" and runs_triton(rows_BD) else rows_BD
 
 
 def column_sum(rows_BD: Tensor) -> Tensor:
-    """Sum over rows: [D]; written as a product, it runs at memory speed."""
+    """Sum over rows: [D]; as a product it runs at memory speed."""
     return rows_BD.new_ones(rows_BD.shape[0]) @ rows_BD
 
 
@@ -120,6 +119,6 @@ def sampled_dots(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) 
 @cache
 def _allow_csr() -> None:
     """Suppress torch's warning, once per process, that CSR tensors are in beta."""
-    with ONE_AT_A_TIME, warnings.catch_warnings():  # this changes the filters of all threads, and restores them
+    with ONE_AT_A_TIME, warnings.catch_warnings():  # the filters belong to all threads
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1), check_invariants=False)

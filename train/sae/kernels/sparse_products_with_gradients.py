@@ -7,8 +7,8 @@
 5. `decode_dense`: the decoder's product without a support, at the rate of matrix units.
 6. `squared_error`: mean over rows of ||residual||^2, one pass each way.
 
-Every backward pass costs k / F of the dense one. Gradients equal autograd's for the dense formula; if the encoder's
-product is in bfloat16, a GPU's kernels gather the batch's rows for them in bfloat16, half the bytes.
+Every backward pass costs k / F of the dense one. Gradients equal autograd's for the dense formula, except that with
+the encoder's product in bfloat16 a GPU's kernels gather the batch's rows for them in bfloat16, half the bytes.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -109,8 +109,8 @@ class _Decode(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map, and the one that turns the gradient of its result into that of its argument: torch's own, of
-    table[index], adds in a different order each time if threads share many entries."""
+    """A linear map with its own backward pass: torch's, of table[index], adds in a different order each time if threads
+    share many entries."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, change: Change, back: Change) -> Tensor:
@@ -148,9 +148,9 @@ def affine(
 ) -> Tensor:
     """Pre-activations x W^T + b at the support, or everywhere without one.
 
-    x is already centred; `center` only receives the gradient that x would pass on to it. `known` are the
-    resulting values if the caller has them. Without a support `product` is the precision of the dense products,
-    with one only that of rows for the gradients.
+    x is already centred; `center` only receives the gradient that x would pass on to it. `known` is the result if the
+    caller already has it. Without a support, `product` is the precision of the dense products; with one, only that of
+    rows for the gradients.
     """
     return _Affine.apply(x, center, W, b, support, known, product)
 

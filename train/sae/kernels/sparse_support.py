@@ -1,8 +1,8 @@
 """Which latents are active for which row of a batch, in compressed-row form.
 
 B rows (tokens), F latents, N entries. Row b owns entries offsets[b] to offsets[b + 1]. Indices are
-int32, the type of the fast CPU paths. The weight gradients need the transposed support (latents as
-rows), which is computed once, when first used.
+int32, the type of the fast CPU paths. Weight gradients need the transposed support (latents as rows),
+which is computed once, when first used.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def support_from_flat(flat: Tensor, rows: int, num_latents: int) -> Support:
 
 def group_offsets(groups: Tensor, num_groups: int) -> Tensor:
     """int32 [num_groups + 1], where each group starts among ascending group numbers [N]."""
-    # By search: for a histogram the host would wait for its size from the GPU.
+    # By search: for a histogram the host would wait for a GPU.
     bounds = torch.arange(num_groups + 1, dtype=groups.dtype, device=groups.device)
     return torch.searchsorted(groups, bounds, out_int32=True)
 
@@ -95,5 +95,5 @@ def index_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 def sum_few(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Same as `index_sum`, by one reduction each: after a GPU's sort, one warp would add all entries of a sum."""
+    """Same as `index_sum`, by one reduction per sum: after a GPU's sort a single warp would add each sum's entries."""
     return torch.where(index == torch.arange(size, device=index.device)[:, None], values, values.new_zeros(())).sum(1)

@@ -1,10 +1,10 @@
-"""Dot products of codes with all codes of the same window, without ever making them dense.
+"""Dot products of codes with all codes of the same window, without ever making sparse codes dense.
 
-B rows, W windows, T context, F latents, N entries. Two tokens of a window have a product only through
-latents that both use. Entries are grouped by (window, latent); groups of one do not contribute to pairs.
+B rows, W windows, T context, F latents, N entries. Two tokens of a window have a product only through latents that both
+use. Entries are grouped by (window, latent); groups of one contribute to no pair.
 1. Each group becomes a table row [T]: the latent's values over the window.
 2. gram[i] = sum over the entries of row i of value * table[group]: a bag sum.
-3. Its gradient for an entry is the dot of the gradient (made symmetric) with the same table row.
+3. The gradient for an entry is the dot of gram's gradient, made symmetric, with the same table row.
 Both cost N * T; the products of dense codes would cost B * T * F.
 """
 
@@ -49,8 +49,8 @@ class Places:
 def other_window(window: Tensor, position: Tensor, windows: int, setting: str) -> Tensor:
     """Another window for each position, never its own; neighbouring positions get different ones.
 
-    The order of windows is drawn anew for each batch, so the shift need not be random: the random
-    numbers of the SAE stay those of a run without the control.
+    The order of windows is random in each batch, so the shift need not be: the SAE's random numbers stay those of a run
+    without the control.
     """
     if windows < 2:
         raise ConfigInvalid(
@@ -131,7 +131,7 @@ def _group(support: Support, window: Tensor) -> _Groups:
     """Group entries; ordered by latent, then by row, those of a group are contiguous.
 
     On a GPU, where the host would wait for the number of groups, there are as many groups as entries, including groups
-    of one: their contribution is correct, and already known.
+    of one: their contribution is correct, though already known.
     """
     turned = support.by_latent
     of_window = window[turned.rows]

@@ -1,1 +1,1 @@
-"""SAEs with an inner order: latents in ranges and tiers, masks by position, gates over time."""
+"""SAEs whose latents are ordered: in ranges and tiers, masked by position, gated over time."""

@@ -1,13 +1,14 @@
-"""Factors of activations: masks over positions, which say where in a window a latent may fire, and gates.
+"""Factors of activations: masks, which limit where in a window a latent may fire, and gates.
 
-p position, T context, F latents, c coefficient, R ranges; range r holds the positions r T / R to (r + 1) T / R. m_f(p)
-is
-- hard: 1 inside the latent's range of positions, 0 outside;
-- soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned centre mu_f; 0 where it falls below a cutoff, since
-  the tails of a Gaussian would count as activity everywhere without meaning;
-and free latents have 1 everywhere. A latent's activation is multiplied by 1 + c (m - 1). c is 1, or goes from
-exactly 0 to exactly 1 over a part of the run (progressive), optionally shifted along its sigmoid by a learned
-offset. Where the product is 0 no gradient passes: a latent learns only inside its mask.
+p position, T context, F latents, c coefficient, R ranges; range r holds the positions r T / R to (r + 1) T / R. The
+mask m_f(p) of a latent is
+- hard: 1 inside its range of positions, 0 outside;
+- soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned centre mu_f; 0 below a cutoff, because a Gaussian's tails would
+  count as activity everywhere without meaning anything;
+- free: 1 everywhere.
+A latent's activation is multiplied by 1 + c (m - 1). c is 1, or goes from exactly 0 to exactly 1 over a part of the run
+(progressive), optionally shifted along its sigmoid by a learned offset. Where the factor is 0 no gradient passes: a
+latent is trained only inside its mask.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Mask(Shape):
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
         mask = self.mask(codes, self.position(side), latents)
-        bound = codes.per_latent(_of(self.bound.to(mask.dtype), latents))
+        bound = codes.per_latent(_select(self.bound.to(mask.dtype), latents))
         return 1.0 + self.coefficient(side) * bound * (mask - 1.0)
 
     def coefficient(self, side: Side) -> Tensor | float:
@@ -71,7 +72,7 @@ class HardMask(Mask):
 
     def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
         here = range_of(position_B, self.context, self.ranges).float()
-        own = codes.per_latent(_of(self.range.float(), latents))
+        own = codes.per_latent(_select(self.range.float(), latents))
         return (codes.per_row(here) == own).float()
 
 
@@ -92,7 +93,7 @@ class SoftMask(Mask):
 
     def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
         position = position_B.to(self.centre.dtype)
-        distance = codes.per_row(position) - codes.per_latent(_of(self.centre, latents))
+        distance = codes.per_row(position) - codes.per_latent(_select(self.centre, latents))
         height = torch.exp(-0.5 * (distance / self.sigma).square())
         return torch.where(height >= self.cutoff, height, 0.0)
 
@@ -100,7 +101,7 @@ class SoftMask(Mask):
 class PositionGate(Shape):
     """Activations times 2 sigmoid(a_f + u_f . e(p)), of rank r in latents and positions.
 
-    u and a start at zero, so every factor starts at exactly 1 and the SAE as its base; without the 2 all activations
+    u and a start at zero, so every factor starts at exactly 1 and the SAE equal to its base; without the 2, activations
     would start at half their size.
     """
 
@@ -114,13 +115,13 @@ class PositionGate(Shape):
         self.e = nn.Parameter(torch.randn(context, rank, generator=generator))
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
-        a, u = _of(self.a, latents), _of(self.u, latents)
+        a, u = _select(self.a, latents), _select(self.u, latents)
         return 2.0 * affine(rows_of(self.e, side["position"]), None, u, a, codes.support).sigmoid()
 
 
 class TierGates(Shape):
     """The gates of a curriculum: one factor for all latents of a tier, from the tier's knob. Latents of a tier that is
-    not switched on yet stay silent; in the end all factors are 1."""
+    still off stay silent; in the end all factors are 1."""
 
     is_plain = True
     has_factor = True
@@ -133,13 +134,13 @@ class TierGates(Shape):
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
         on_T = numbers([side.knob(name, 1.0) for name in self.knobs], codes.values)
-        return codes.per_latent(on_T[_of(self.tier, latents)])
+        return codes.per_latent(on_T[_select(self.tier, latents)])
 
     def follow(self, membership_F: Tensor) -> None:
         self.tier.copy_(membership_F)
 
 
-def _of(table_F: Tensor, latents: Tensor | None) -> Tensor:
+def _select(table_F: Tensor, latents: Tensor | None) -> Tensor:
     return table_F if latents is None else table_F[latents]
 
 
@@ -157,6 +158,6 @@ def spread_over_ranges(width: int, ranges: int, share: float) -> Tensor:
 
 
 def spread_over_positions(width: int, context: int, share: float) -> Tensor:
-    """float32 [F]: centres of the first `share` of the latents, evenly over the window; the others' are unused."""
+    """float32 [F]: centres of the first `share` of the latents, spaced evenly over the window; the rest is unused."""
     bound = max(round(share * width), 1)
     return ((torch.arange(width) + 0.5) * context / bound).clamp_max(context - 1.0)

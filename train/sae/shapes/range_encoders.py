@@ -23,7 +23,7 @@ ADAPTER = "adapter_coefficient"
 
 
 class RangeEncoders(Shape):
-    """The first P latents use the encoder of the row's range, the others the SAE's own."""
+    """The first P latents use the encoder of the row's range, the others that of the SAE."""
 
     needs_side = ("position",)
     makes_pre = True
@@ -41,14 +41,14 @@ class RangeEncoders(Shape):
         if self.embedding is not None:
             embedding = self.embedding if latents is None else self.embedding.detach()
             x_centred = x_centred + rows_of(embedding, here)
+        W = self.W
         if latents is not None:
-            ranged_M = self.W[:, latents.clamp_max(own - 1)]
-            tables = torch.where((latents < own)[:, None], ranged_M, sae.W_enc[latents]).unbind(0)
-            read = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index]))
-            return read + sae.b_enc[latents]
-        tables = self.W.unbind(0)
-        ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index])) + sae.b_enc[:own]
-        return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
+            W = torch.where((latents < own)[:, None], W[:, latents.clamp_max(own - 1)], sae.W_enc[latents])
+        tables = W.unbind(0)
+        ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index]))
+        if latents is not None:
+            return ranged + sae.b_enc[latents]
+        return torch.cat([ranged + sae.b_enc[:own], linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
 
     def rescale(self, factor: float) -> None:
         self.W.mul_(factor)
@@ -57,12 +57,12 @@ class RangeEncoders(Shape):
 class Adapters(Shape):
     """x + c sigmoid(gate_r) MLP_r(layer norm of x), r the row's range; initially just x.
 
-    The second layer starts at zero and the coefficient c may rise over the run, so the base trains first.
+    The second layer starts at zero, and the coefficient c may rise over the run, so that the base trains first.
     """
 
     needs_side = ("position",)
     gates_each = False
-    """Whether there is a gate for each added number instead of one for each range."""
+    """Whether each added number has its own gate, instead of one gate for each range."""
 
     def __init__(
         self, width: int, hidden: int, context: int, ranges: int, lr_scale: float, generator: torch.Generator
@@ -94,7 +94,7 @@ class Adapters(Shape):
 class FeatureAdapters(Adapters):
     """After the features: pre + c sigmoid(gate_rf) MLP_r(layer norm of relu(pre)), before the gate of the SAE.
 
-    What a range adds depends on what fires without it, and the SAE's gate still decides how many latents fire.
+    What an adapter adds depends on what fires without it, and the SAE's gate still decides how many latents fire.
     """
 
     changes_pre = True
@@ -110,7 +110,7 @@ class FeatureAdapters(Adapters):
 def by_range(x: Tensor, here: Tensor, ranges: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Apply to each row the `change` of its range.
 
-    On a GPU all rows go through all ranges: otherwise the host would wait for the number of rows of each.
+    On a GPU all rows go through the changes of all ranges: otherwise the host would wait for each range's row count.
     """
     if not reads_at_once(here):
         changed = change(x, 0)

@@ -5,13 +5,13 @@ B rows, F latents, G groups. A `Shape` may change four things, none by default:
 2. `make_pre`: how pre-activations are computed (they are then dense, with a dense backward pass);
 3. `change_pre`: dense pre-activations, once computed (a norm);
 4. `factor`: a non-negative factor of each activation.
-The factor multiplies pre-activations, before the gate: for relu and top-k gates that is the same as
-after it, k is chosen among what is left, and thresholds (of a jump, of a batch top-k) mean the same in
-training and at inference. Only a gated SAE, whose magnitude has a bias, is multiplied after its gate.
-If all factors are 1 the codes are those of the plain SAE to the bit.
+The factor multiplies pre-activations, before the gate: for relu and top-k gates that is the same as after it, the k
+are chosen among what is left, and thresholds (of a jump, of a batch top-k) mean the same in training and at inference.
+Only a gated SAE, whose magnitude has a bias, is multiplied after its gate. If all factors are 1, the codes are those of
+the plain SAE to the bit.
 
-Instead of random rows, initial weights may be Xavier's uniform ones, or rows of orthogonal blocks, D wide. The
-decoder's rows keep length one.
+Instead of random rows, initial weights may be Xavier's uniform ones, or rows of orthogonal blocks, D wide. Decoder rows
+have length one in any case.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Shape(Part):
     makes_pre = False
     changes_pre = False
     sets_scale = False
-    """Whether it changes pre-activations so that the result has its own scale and offset."""
+    """Whether changed pre-activations have a scale and an offset of their own."""
     has_factor = False
     order: Tensor | None  # [T], the position that each position is read as
 
@@ -66,18 +66,18 @@ class Shape(Part):
         return x
 
     def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
-        """Pre-activations of all latents, or of some, with gradient only to their encoders."""
+        """Pre-activations of all latents, or of some, with gradient only to the encoders of those."""
         raise NotImplementedError
 
     def change_pre(self, pre: Tensor, side: Side) -> Tensor:
         return pre
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
-        """Factors in the shape of the codes' values; `latents` are the latents of the columns, if not all."""
+        """Factors in the shape of the codes' values; `latents` are those of the columns, if not all."""
         raise NotImplementedError
 
     def lower(self, amount: float) -> None:
-        """Only for shapes that set the scale: subtract this much from the output."""
+        """For shapes that set the scale: subtract this much from the output."""
         raise NotImplementedError
 
     def rescale(self, factor: float) -> None:
@@ -90,8 +90,8 @@ class Shape(Part):
 class PreNorm(Shape):
     """Layer norm of pre-activations within the groups of latents given by `group_F`: between tiers, or before a mask.
 
-    Each row's pre-activations of a group are centred and scaled to variance one, then each latent has its own gain and
-    bias. The information in a row's size is lost to the codes, so this is for comparison, not a default.
+    Each row's pre-activations of a group are centred and scaled to variance one; then each latent's own gain and bias
+    apply. Codes lose the information in a row's size, so this is for comparison, not a default.
     """
 
     changes_pre = True
@@ -128,7 +128,7 @@ class PreNorm(Shape):
 
 
 class ShapedAutoencoder(SparseAutoencoder):
-    """The SAE `inner`, its weights and gate, with shapes by name, applied in their order."""
+    """The weights and gate of the SAE `inner`, with shapes by name, applied in order."""
 
     def __init__(self, inner: SparseAutoencoder, shapes: Mapping[str, Shape]) -> None:
         super().__init__(**inner.parts())
@@ -149,23 +149,23 @@ class ShapedAutoencoder(SparseAutoencoder):
     def encoder_input(self, x: Tensor, side: Side) -> Tensor:
         return super().encoder_input(self._adapted(x, side), side)
 
-    def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
         if not self._is_dense():
             return None
         with torch.no_grad():
             x_centred = self.encoder_input(x, side)
-        pre = self._made(x_centred, side, latents)
-        if not any(shape.changes_pre for shape in self._each()):
+        pre = self._unchanged_pre(x_centred, side, latents)
+        if not any(shape.changes_pre for shape in self._shapes()):
             return pre
         with torch.no_grad():
-            pre_all = self._made(x_centred, side)
-        return self._changed(pre_all.index_copy(1, latents, pre), side)[:, latents]
+            pre_all = self._unchanged_pre(x_centred, side)
+        return self._changed_pre(pre_all.index_copy(1, latents, pre), side)[:, latents]
 
     def choose(self, pre_all: Tensor, side: Side) -> Support | None:
         factor = self._factor(codes_from_dense(pre_all, None), side)
         if factor is None:
             return super().choose(pre_all, side)
-        # A closed latent is never chosen, not even if nothing else is above zero; with signed codes zero comes last.
+        # A closed latent is never chosen, even if nothing else is above zero; among signed codes zero comes last.
         closed = -math.inf if self.gate.can_lower else 0.0
         return super().choose(torch.where(factor > 0, pre_all * factor, closed), side)
 
@@ -181,7 +181,7 @@ class ShapedAutoencoder(SparseAutoencoder):
             values = torch.where(factor > 0, values, -math.inf)
         return super().open(replace(pre, values=values, pre=values), side)
 
-    def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
+    def with_factors(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
         factor = self._factor(codes, side, latents)
         return codes if factor is None else codes.with_values(codes.values * factor)
 
@@ -190,12 +190,12 @@ class ShapedAutoencoder(SparseAutoencoder):
         return self.gate.open(self.pre_codes(x, side, self.gate.choose), self.b_enc, side)
 
     def follow(self, membership_F: Tensor) -> None:
-        """Latents have changed groups."""
-        for shape in self._each():
+        """Adapt after latents have changed groups."""
+        for shape in self._shapes():
             shape.follow(membership_F)
 
     def lower(self, amount: float) -> None:
-        last = next((shape for shape in reversed(self._each()) if shape.sets_scale), None)
+        last = next((shape for shape in reversed(self._shapes()) if shape.sets_scale), None)
         if last is None:
             super().lower(amount)
         else:
@@ -203,11 +203,11 @@ class ShapedAutoencoder(SparseAutoencoder):
             self.gate.lower(amount)
 
     def rescale(self, factor: float) -> None:
-        if not any(shape.sets_scale for shape in self._each()):
+        if not any(shape.sets_scale for shape in self._shapes()):
             super().rescale(factor)
         else:
             self.gate.rescale(factor)
-        for shape in self._each():
+        for shape in self._shapes():
             shape.rescale(factor)
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
@@ -221,35 +221,35 @@ class ShapedAutoencoder(SparseAutoencoder):
             return self.gate.infer(pre, self.b_enc) * factor
         return self.gate.infer(pre * factor, self.b_enc)
 
-    def _each(self) -> list[Shape]:
+    def _shapes(self) -> list[Shape]:
         return [cast(Shape, shape) for shape in self.shapes.values()]
 
     def _adapted(self, x: Tensor, side: Side) -> Tensor:
-        for shape in self._each():
+        for shape in self._shapes():
             x = shape.adapt(x, side)
         return x
 
     def _dense_pre(self, x: Tensor, side: Side) -> Tensor:
         """All pre-activations in float32, with gradient."""
-        return self._changed(self._made(self.centred(x), side), side)
+        return self._changed_pre(self._unchanged_pre(self.centred(x), side), side)
 
     def _is_dense(self) -> bool:
-        return any(shape.makes_pre or shape.changes_pre for shape in self._each())
+        return any(shape.makes_pre or shape.changes_pre for shape in self._shapes())
 
-    def _made(self, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
-        makers = [shape for shape in self._each() if shape.makes_pre]
+    def _unchanged_pre(self, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
+        makers = [shape for shape in self._shapes() if shape.makes_pre]
         if makers:
             return makers[0].make_pre(self, x_centred, side, latents)
         W, b = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[latents], self.b_enc[latents])
         return linear(x_centred, W, b)
 
-    def _changed(self, pre: Tensor, side: Side) -> Tensor:
-        for shape in self._each():
+    def _changed_pre(self, pre: Tensor, side: Side) -> Tensor:
+        for shape in self._shapes():
             pre = shape.change_pre(pre, side)
         return pre
 
     def _factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor | None:
-        factors = [shape.factor(codes, side, latents) for shape in self._each() if shape.has_factor]
+        factors = [shape.factor(codes, side, latents) for shape in self._shapes() if shape.has_factor]
         return math.prod(factors[1:], start=factors[0]) if factors else None
 
 
@@ -261,7 +261,7 @@ Init = Literal["tied", "xavier", "orthogonal"]
 def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator, ties: bool) -> None:
     """Give encoder and decoder other initial weights.
 
-    `ties`: Xavier's encoder equals its decoder, at Xavier's length. Drawn separately they reconstruct nothing at any
+    `ties`: Xavier's encoder equals its decoder, at Xavier's length. Drawn separately, they reconstruct nothing at any
     scale.
     """
     if how == "xavier":

@@ -77,7 +77,7 @@ def test_what_may_be_as_large_passes_the_bound():
     number = 1 + torch.arange(3072) / 1024
     reached = number.to(torch.bfloat16).float()
     for both in torch.arange(1, 200) / 2048:
-        bound = bfloat16_then_float32.bits(bfloat16_then_float32.lowest_beside(reached, both / 2))
+        bound = bfloat16_then_float32.bits(bfloat16_then_float32.lowest_candidate(reached, both / 2))
         assert ((number - both).to(torch.bfloat16).view(torch.int16).numpy() >= bound).all()
 
 

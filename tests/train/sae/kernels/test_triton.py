@@ -96,8 +96,8 @@ def test_a_batch_of_unlike_rows_keeps_its_largest(rng, monkeypatch, dtype, has_r
     pre[5] *= 2
     if not has_room:
         pre[5, ::2] = pre.max()
-    offer, offered = exact_top_k._offered, []
-    monkeypatch.setattr(exact_top_k, "_offered", lambda *told: offered.append(offer(*told)) or offered[-1])
+    offer, offered = exact_top_k._make_offers, []
+    monkeypatch.setattr(exact_top_k, "_make_offers", lambda *told: offered.append(offer(*told)) or offered[-1])
     offsets, latents = exact_top_k.top_of_batch(pre, num_rows * share)
     expected = torch.sort(pre.double().view(-1), descending=True, stable=True).indices[: num_rows * share].sort().values
     found = torch.repeat_interleave(torch.arange(num_rows, device=DEVICE), offsets.diff().long()) * width + latents

@@ -6,10 +6,10 @@ float32. Equal entries are taken in order of their place.
 1. The latents of a row are divided into groups. The k-th largest of the groups' maxima is a floor: at least k
    entries reach it, and with many more groups than k hardly more than k.
 2. Each row offers the latents that reach its floor. There is room for ROOM * k; a row that offers more, which can
-   happen if its groups differ a lot, is searched as a whole instead, and everything waits for it.
+   happen if its groups differ a lot, is searched as a whole instead, and delays all others.
 3. Among the offered entries the k-th largest key is found bit by bit: try a key and count those at or above it.
 
-A batch is treated in the same way: it has one floor for all rows, which offer different numbers of entries, as tokens
+A batch is treated in the same way, with one floor for all rows. Rows offer different numbers of entries, because tokens
 differ, and have room for BATCH_ROOM times their share. So entries are read twice, in order, whatever k.
 """
 
@@ -25,8 +25,8 @@ from torch import Tensor
 from triton import knobs
 
 CHUNK = 2048  # latents that a program handles at once
-GROUPS = 16  # at least, for each wanted entry of a row
-MOST_GROUPS = 8192  # the most that one program holds in registers
+GROUPS = 16  # groups of a row for each wanted entry, at least
+MOST_GROUPS = 8192  # as many as one program holds in registers
 ROOM = 4  # latents that a row may offer for each wanted one
 BATCH_ROOM = 16  # the same for a batch, relative to the mean number wanted per row
 DIGIT_BITS = 4  # bits of a batch's smallest key that each pass finds
@@ -87,7 +87,7 @@ def _batch_groups(pre, out, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.cons
 
 @triton.jit
 def _offer(pre, floors, floor_stride, offered, counts, room, F, BITS: tl.constexpr, CHUNK: tl.constexpr):
-    """offered[row, :]: the latents that reach the row's floor, in rising order, as many as there is room for."""
+    """offered[row, :]: the latents that reach the row's floor, in ascending order, up to `room` of them."""
     row = tl.program_id(0).to(tl.int64)
     floor = tl.load(floors + row * floor_stride).to(tl.uint32)
     count = tl.zeros((), tl.int32)
@@ -104,7 +104,7 @@ def _offer(pre, floors, floor_stride, offered, counts, room, F, BITS: tl.constex
 
 @triton.jit
 def _load_offered(pre, offered, row, count, room, start, F, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Latents, whether they are any, and keys, from `start` on: of what the row offers, or of all that it holds."""
+    """A block of latents from `start` on, which of them are valid, and keys: of the row's offer, or the whole row."""
     places = start + tl.arange(0, BLOCK)
     if count <= room:
         valid = places < count
@@ -118,7 +118,7 @@ def _load_offered(pre, offered, row, count, room, start, F, BITS: tl.constexpr, 
 
 @triton.jit
 def _write(pre, offered, row, count, room, lowest, ties, out, F, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """To `out` the latents above the lowest key and the first `ties` of those equal to it."""
+    """Write to `out` the latents above the lowest key and the first `ties` of those equal to it."""
     stop = tl.where(count <= room, count, F)
     start = tl.zeros((), tl.int32)
     written = tl.zeros((), tl.int32)
@@ -135,7 +135,7 @@ def _write(pre, offered, row, count, room, lowest, ties, out, F, BITS: tl.conste
 
 @triton.jit
 def _top_of_row(pre, offered, counts, out, k, room, F, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row, :k], in rising order."""
+    """out[row, :k], in ascending order."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row)
     stop = tl.where(count <= room, count, F)
@@ -156,9 +156,9 @@ def _top_of_row(pre, offered, counts, out, k, room, F, BITS: tl.constexpr, BLOCK
     _write(pre, offered, row, count, room, lowest, k - above, out + row * k, F, BITS, BLOCK)
 
 
-@triton.jit(do_not_specialize=["shift"])  # or each digit would be compiled by itself
+@triton.jit(do_not_specialize=["shift"])  # otherwise each digit would be compiled separately
 def _count_digits(keys, prefix, counts, numel, shift, BLOCK: tl.constexpr):
-    """counts[program, t]: how many keys are at or above the prefix with digit t behind it."""
+    """counts[program, t]: how many keys are at or above the prefix followed by digit t."""
     program = tl.program_id(0)
     places = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(keys + places, mask=places < numel, other=0).to(tl.uint32)
@@ -172,7 +172,7 @@ def _count_digits(keys, prefix, counts, numel, shift, BLOCK: tl.constexpr):
 def _count_offered_digits(
     pre, offered, offers, prefix, counts, room, shift, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """counts[row, t]: how many of a row's keys are at or above the prefix with digit t behind it."""
+    """counts[row, t]: how many of a row's keys are at or above the prefix followed by digit t."""
     row = tl.program_id(0).to(tl.int64)
     lowest = tl.load(prefix).to(tl.uint32)
     count = tl.load(offers + row)
@@ -226,12 +226,12 @@ def top_latents(pre: Tensor, k: int) -> Tensor:
     rows, width = pre.shape
     bits = BITS[pre.dtype]
     out = torch.empty(rows, k, dtype=torch.int32, device=pre.device)
-    offered, offers, room = _all(pre)
+    offered, offers, room = _no_offers(pre)
     groups = _groups(width, k)
     if groups is not None:
         floors = torch.empty(rows, dtype=torch.int64, device=pre.device)
         _row_floors[(rows,)](pre, floors, k, F=_built_in(width), BITS=bits, GROUPS=groups, num_warps=_warps(groups))
-        offered, offers, room = _offered(pre, floors, 1, ROOM * k)
+        offered, offers, room = _make_offers(pre, floors, 1, ROOM * k)
     block = min(CHUNK, triton.next_power_of_2(width if groups is None else room))
     _top_of_row[(rows,)](
         pre, offered, offers, out, k, room, F=_built_in(width), BITS=bits, BLOCK=block, num_warps=_warps(block)
@@ -248,44 +248,44 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, width = pre.shape
     bits, device = BITS[pre.dtype], pre.device
     wanted = triton.cdiv(count, rows)  # mean per row
-    offered, offers, room = _all(pre)
+    offered, offers, room = _no_offers(pre)
     groups = _groups(width, wanted)
     if groups is not None:
         largest = torch.empty(rows, groups, dtype=torch.int64, device=device)
         _batch_groups[(rows,)](pre, largest, F=width, BITS=bits, GROUPS=groups, num_warps=_warps(groups))
-        offered, offers, room = _offered(pre, _kth_of_all(largest, count, bits), 0, BATCH_ROOM * wanted)
+        offered, offers, room = _make_offers(pre, _kth_of_all(largest, count, bits), 0, BATCH_ROOM * wanted)
     block = min(512, triton.next_power_of_2(width if groups is None else room))
-    told = {"F": width, "BITS": bits, "BLOCK": block, "num_warps": _warps(block)}
+    fixed = {"F": width, "BITS": bits, "BLOCK": block, "num_warps": _warps(block)}
     lowest = torch.zeros((), dtype=torch.int64, device=device)
     counts = torch.empty(rows, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
     for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        _count_offered_digits[(rows,)](pre, offered, offers, lowest, counts, room, shift, **told)
+        _count_offered_digits[(rows,)](pre, offered, offers, lowest, counts, room, shift, **fixed)
         lowest = _with_digit(lowest, counts, count, shift)
     above, equal = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
-    _count_kept[(rows,)](pre, offered, offers, lowest, above, equal, room, **told)
+    _count_kept[(rows,)](pre, offered, offers, lowest, above, equal, room, **fixed)
     before = equal.cumsum(0) - equal
     ties = torch.minimum((count - above.sum() - before).clamp_min(0), equal).to(torch.int32)
     offsets = torch.zeros(rows + 1, dtype=torch.int32, device=device)
     torch.cumsum(above + ties, 0, dtype=torch.int32, out=offsets[1:])
     out = torch.empty(count, dtype=torch.int32, device=device)
-    _write_kept[(rows,)](pre, offered, offers, lowest, offsets, ties, out, room, **told)
+    _write_kept[(rows,)](pre, offered, offers, lowest, offsets, ties, out, room, **fixed)
     return offsets, out
 
 
 def _groups(width: int, wanted: int) -> int | None:
-    """How many groups to divide the latents into; None if searching all of them is as cheap."""
+    """How many groups to divide the latents into; None if searching all latents is as cheap."""
     groups = min(MOST_GROUPS, max(1024, 1 << (GROUPS * wanted - 1).bit_length()))
     return groups if width > 2 * groups and groups >= 2 * wanted else None
 
 
-def _all(pre: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Offer nothing: every row is searched as a whole."""
-    some = torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device)
-    return some, some, 0
+def _no_offers(pre: Tensor) -> tuple[Tensor, Tensor, int]:
+    """No room for offers: every row is searched as a whole."""
+    too_many = torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device)
+    return too_many, too_many, 0
 
 
-def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
-    """The offers of each row [B, room], their numbers [B], and the room."""
+def _make_offers(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
+    """Each row's offer [B, room], their sizes [B], and the room."""
     rows, width = pre.shape
     offered = torch.empty(rows, room, dtype=torch.int32, device=pre.device)
     offers = torch.empty(rows, dtype=torch.int32, device=pre.device)
@@ -307,15 +307,15 @@ def _kth_of_all(keys: Tensor, count: int, bits: int) -> Tensor:
 
 
 def _with_digit(lowest: Tensor, counts: Tensor, count: int, shift: int) -> Tensor:
-    """The key with its next digit: the largest that at least `count` keys reach. All remaining keys reach digit 0."""
+    """The key with its next digit, the largest that at least `count` keys reach; all of these reach digit 0."""
     enough = (counts.sum(0, dtype=torch.int64) >= count)[1:].sum()
     return lowest + (enough << shift)
 
 
 def _built_in(width: int) -> int | tl.constexpr:
-    """A dictionary's width is a compile-time constant. The number of dead latents, among which AuxK chooses, changes
-    every few steps, so it is an argument; otherwise each number would be compiled, which takes seconds. (The
-    interpreter accepts no argument as the end of a range.)"""
+    """A dictionary's width as a compile-time constant. The number of dead latents, among which AuxK chooses, changes
+    every few steps, so it stays an argument: compiling for each number would take seconds. (The interpreter accepts no
+    argument as the end of a range.)"""
     return tl.constexpr(width) if width % 1024 == 0 or knobs.runtime.interpret else width
 
 

@@ -7,8 +7,8 @@ Entries are added in a fixed order, without atomics, so the same step gives the 
 The table and its moments are streamed once (`evict_first`), so that the batch's rows, which are read k times, stay
 in the cache.
 
-A latent that fires often would delay the end. So the entries are cut into chunks of CHUNK; chunks that belong to
-a single latent are summed beforehand, by separate programs, and enter as one row each.
+A latent that fires often would hold up the rest, so entries are cut into chunks of CHUNK. Chunks that belong to a
+single latent are summed beforehand, by separate programs, and enter as one row each.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64  # most entries that one program adds before it passes on a sum
-TOGETHER = 2  # rows loaded at once; of 2, 4 and 8 the fastest on an H100 at D 2304, by 9 %
+TOGETHER = 2  # rows loaded at once; the fastest of 2, 4 and 8 on an H100 at D 2304, by 9 %
 PER_WARP = 512  # elements of a row that each warp of a program holds
 
 
@@ -32,10 +32,10 @@ def _add_entries(total, entry, stop, rows, values, x, columns, inside, D, TOGETH
     """total + the sum of values[n] * x[rows[n]] over entry <= n < stop."""
     while entry < stop:
         entries = entry + tl.arange(0, TOGETHER)
-        there = entries < stop
-        row = tl.load(rows + entries, mask=there, other=0).to(tl.int64)
-        value = tl.load(values + entries, mask=there, other=0.0)
-        tile = tl.load(x + row[:, None] * D + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        valid = entries < stop
+        row = tl.load(rows + entries, mask=valid, other=0).to(tl.int64)
+        value = tl.load(values + entries, mask=valid, other=0.0)
+        tile = tl.load(x + row[:, None] * D + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         total += tl.sum(tile.to(tl.float32) * value[:, None], axis=0)
         entry += TOGETHER
     return total
@@ -45,10 +45,10 @@ def _add_entries(total, entry, stop, rows, values, x, columns, inside, D, TOGETH
 def _add_chunks(
     latents, rows, values, x, sums, N, D, CHUNK: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """sums[chunk], where all entries of the chunk are of one latent; other chunks are left to the latents."""
+    """sums[chunk], where all entries of the chunk belong to one latent; `_update` adds the other chunks itself."""
     chunk = tl.program_id(0)
     start = chunk * CHUNK
-    if start + CHUNK <= N:  # noqa: SIM102 (a kernel's `and` would load behind the end)
+    if start + CHUNK <= N:  # noqa: SIM102 (a kernel's `and` would load past the end)
         if tl.load(latents + start) == tl.load(latents + start + CHUNK - 1):
             columns = tl.arange(0, BLOCK_D)
             inside = columns < D
@@ -110,7 +110,7 @@ def _update(
         gradient = _add_entries(gradient, tail, stop, rows, values, x, columns, inside, D, TOGETHER)
 
         weight = tl.load(weights + place, mask=inside, other=0.0, eviction_policy="evict_first")
-        if UNIT:  # what points along a row would only change its length, which is put back to one
+        if UNIT:  # the part along the row would only change its length, which is set to one again
             gradient -= weight * tl.sum(weight * gradient)
         gradient += weight_decay * weight
         mean = tl.load(first + place, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -128,8 +128,8 @@ def _update(
 
 
 class AdamStep(NamedTuple):
-    """Adam's settings, and the values of the step: on the table's device, where a replay reads the current ones. In the
-    order in which the kernel takes them."""
+    """Adam's settings and a step's values, in the kernel's order; the tensors are on the table's device, where a replay
+    reads their current values."""
 
     lr: Tensor
     bias: Tensor  # float64 [2]: of the two moments, 1 - beta ** steps, steps counted from 1
@@ -150,11 +150,11 @@ def update_rows(
     low: Tensor | None = None,
     unit: bool = False,
 ) -> None:
-    """Move a table [F, D] by the gradient sum of values[n] * x[rows[n]] over the entries of each latent.
+    """Update a table [F, D], whose gradient is the sum of values[n] * x[rows[n]] over the entries of each latent.
 
-    `entries`: offsets [F + 1], latents [N], rows [N] and values [N] ordered by latent, and x [B, D]. `dense` is a
-    gradient of other losses in table form, `low` a bfloat16 copy to write as well, `unit` keeps rows at length
-    one. If `frozen` is not zero, nothing changes.
+    `entries`: offsets [F + 1], latents [N], rows [N] and values [N] ordered by latent, and x [B, D]. `dense` is the
+    gradient of other losses in table form, `low` a bfloat16 copy to write as well, `unit` keeps rows at length one. If
+    `frozen` is not zero, nothing changes.
     """
     num_latents, width = weights.shape
     offsets, latents, rows, values, x = _no_entries(weights) if entries is None else entries

@@ -1,8 +1,8 @@
-"""The sparse products: bag sums and pair dots, and sums of a segment.
+"""The sparse products: bag sums, pair dots and segment sums.
 
 B rows, D width, F latents, N entries. A bag sum gives each bag and block of columns to one program, which adds
 its entries in order. Pair dots take a fixed number of entries per program, whatever bag they are in, so
-a latent that fires in every row does not delay the end.
+a latent that fires in every row does not hold up the rest.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -30,10 +30,10 @@ def _bag_sum(table, indices, offsets, weights, out, D, COLUMNS: tl.constexpr, TO
     total = tl.zeros((COLUMNS,), tl.float32)
     while entry < stop:
         entries = entry + tl.arange(0, TOGETHER)
-        there = entries < stop
-        index = tl.load(indices + entries, mask=there, other=0).to(tl.int64)
-        weight = tl.load(weights + entries, mask=there, other=0.0)
-        rows = tl.load(table + index[:, None] * D + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        valid = entries < stop
+        index = tl.load(indices + entries, mask=valid, other=0).to(tl.int64)
+        weight = tl.load(weights + entries, mask=valid, other=0.0)
+        rows = tl.load(table + index[:, None] * D + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         total += tl.sum(rows.to(tl.float32) * weight[:, None], axis=0)
         entry += TOGETHER
     tl.store(out + bag * D + columns, total, mask=inside)
@@ -54,18 +54,18 @@ def _pair_dots(
 ):
     """out[order[n]] = <left[left_index[n]], right[right_index[n]]>."""
     entries = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    there = entries < N
-    left_row = tl.load(left_index + entries, mask=there, other=0).to(tl.int64)
-    right_row = tl.load(right_index + entries, mask=there, other=0).to(tl.int64)
+    valid = entries < N
+    left_row = tl.load(left_index + entries, mask=valid, other=0).to(tl.int64)
+    right_row = tl.load(right_index + entries, mask=valid, other=0).to(tl.int64)
     total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
     for start in range(0, D, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        both = there[:, None] & (columns < D)[None, :]
+        both = valid[:, None] & (columns < D)[None, :]
         a = tl.load(left + left_row[:, None] * D + columns[None, :], mask=both, other=0.0)
         b = tl.load(right + right_row[:, None] * D + columns[None, :], mask=both, other=0.0)
         total += a.to(tl.float32) * b.to(tl.float32)
-    place = tl.load(order + entries, mask=there, other=0)
-    tl.store(out + place, tl.sum(total, axis=1), mask=there)
+    place = tl.load(order + entries, mask=valid, other=0)
+    tl.store(out + place, tl.sum(total, axis=1), mask=valid)
 
 
 def pair_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, order: Tensor) -> Tensor:
