@@ -45,7 +45,7 @@ def described(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "described"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     source = ModelSource("owner/name", "c0ffee", folder, to_download=10_460_000_000)
-    monkeypatch.setattr(run, "look", lambda *_: source)
+    monkeypatch.setattr(run, "fetch_description", lambda *_: source)
     monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("was downloaded"))
     monkeypatch.setattr(hugging_face, "find_repository", lambda text: hugging_face.Repository(text.dataset, "c0ffee"))
     return source
@@ -126,7 +126,7 @@ def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, describe
     ):
         assert words in before
     watch, again = watched()
-    monkeypatch.setattr(run, "look", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
+    monkeypatch.setattr(run, "fetch_description", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
     harvest(make_config(model="owner/name"), watch)
     assert "to write" not in again.getvalue()  # it is written
 
@@ -137,7 +137,7 @@ def test_memory_beside_a_gpu_is_that_of_page_locked_blocks(make_config: Make, de
     acts = [11 * manifest.context * manifest.width_of(site.hook) * 2 for site in manifest.sites]
     exact, locked = (estimate_cost.memory_of_shards(manifest, is_pinned) for is_pinned in (False, True))
     assert locked - exact == 2 * sum(2 ** math.ceil(math.log2(size)) - size for size in acts) > 0
-    said = estimate_cost.tell(plan, manifest, None, torch.device("cuda"))
+    said = estimate_cost.cost_lines(plan, manifest, None, torch.device("cuda"))
     assert any(f"about {say_size(locked)} for two shards" in line for line in said)
 
 
