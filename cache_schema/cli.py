@@ -39,7 +39,7 @@ from .watch import follow
 NOT_HARVESTED = ("import",)  # corpora that no model can harvest again
 RERUN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
-NPY = "A .npy file, or a folder of them,"
+NPY = "A .npy file or a folder of them, of shape"
 
 for shell in (Bash, Fish, Zsh):  # for every command: each imports this module
     add_completion_class(shell)
@@ -208,21 +208,29 @@ Examples:
 )
 @click.argument("url")
 @click.option(
-    "--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help=f"{NPY} [W, T, D], or [N, D]."
+    "--resid",
+    "resid_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help=f"{NPY} [windows, tokens, width] or [rows, width].",
 )
 @click.option(
-    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="The same for a hook: mlp_in:4=mlp_in.npy."
+    "--acts",
+    "act_files",
+    metavar="HOOK:LAYER=FILE",
+    multiple=True,
+    help="The same for a hook: mlp_in:4=mlp_in.npy.",
 )
 @click.option(
     "--tokens",
     "tokens_file",
     type=click.Path(path_type=Path),
-    help=f"{NPY} [W, T], or [N]; with --saelens only if that folder has none.",
+    help=f"{NPY} [windows, tokens] or [rows]; with --saelens only if that folder has none.",
 )
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
 @click.option(
-    "--context", type=click.IntRange(1), help="Cut rows [N, D], or vLLM's requests, into windows of this many tokens."
+    "--context", type=click.IntRange(1), help="Cut [rows, width], or vLLM's requests, into windows of this many tokens."
 )
 @click.option(
     "--layer",

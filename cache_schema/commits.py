@@ -202,8 +202,8 @@ def compact(files: Files, manifest: Manifest, holds_claim: bool = True) -> Index
     """Bring the index up to date.
 
     Writers may compact at the same time, and the last one to write wins; so each checks again after writing, and
-    writes again until the index has every record. Without the claim all records are looked for,
-    even those in the index: another process may be removing shards, and its index may have been overwritten.
+    writes again until the index has every record. Without the claim all records are looked for, even those in the
+    index: another process may be removing shards, and its index may have been overwritten.
     """
     empty = Index(manifest.cache_id, format=manifest.format)
     while True:

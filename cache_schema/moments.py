@@ -28,7 +28,7 @@ class Moments:
     mean: np.ndarray  # float64 [D]
     mean_norm: float  # mean of ||x||
     mean_square_norm: float  # mean of ||x||^2
-    windows: int  # averaged over in norm_by_position
+    windows: int  # that norm_by_position averages over
     norm_by_position: np.ndarray  # float64 [T], mean of ||x|| at each position, special tokens included
 
     @property

@@ -228,8 +228,8 @@ def compacts_after(shard: int, shards: int) -> bool:
 
 
 def refresh(files: Files, manifest: Manifest, holds_claim: bool = True) -> bool:
-    """Bring the index up to date and, if the caller `holds_claim`, write missing counts and summary, for
-    which the whole store is read. Return whether the store is finished."""
+    """Bring the index up to date and, if the caller `holds_claim`, write missing counts and summary, for which the
+    whole store is read. Return whether the store is finished."""
     index = compact(files, manifest, holds_claim)
     is_finished = bool(index.mask(manifest.shards).all())
     if not holds_claim:

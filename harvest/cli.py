@@ -50,7 +50,7 @@ Examples:
     help="Keep the residual stream after this layer.  [default: 19 for a Gemma-2 of 26 layers, else the middle one]",
 )
 @click.option(
-    "--resid-layers", metavar="LAYERS", help="Also keep it after these layers: 17..20, or -2..+1 relative to --layer."
+    "--resid-layers", metavar="LAYERS", help="Layers after which to keep it too: 17..20, or -2..+1 relative to --layer."
 )
 @click.option(
     "--attention-layers",
@@ -61,7 +61,7 @@ Examples:
     "--hooks",
     metavar="HOOKS",
     default=RESID,
-    help=f"What to keep of these layers: {','.join(HOOKS)}. For other layers: {RESID},mlp_in:12..19.",
+    help=f"What to keep at these layers: {','.join(HOOKS)}. At other layers: {RESID},mlp_in:12..19.",
 )
 @click.option("--attention-mass", default=0.95, help="Keep the largest keys until they carry this much attention.")
 @click.option("--attention-topk", default=16, help="Keep at most this many keys per row.")
@@ -80,15 +80,15 @@ Examples:
 @click.option("--dataset", help=f"{dataset_help()}.  [default: {STDLIB} for pocket and smollm2, else {OPENWEBTEXT}]")
 @click.option("--dataset-config", help="Configuration of a data set on the hub.")
 @click.option("--dataset-split", default="train")
-@click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
+@click.option("--dataset-revision", help="Commit or branch.  [default: the latest, pinned]")
 @click.option("--column", default="text", help="The column with the text.")
-@click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
+@click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k for stdlib or pocket]")
 @click.option("--context", default=128, help="Tokens in a window.")
 @click.option(
     "--packing",
     type=click.Choice(["concat", "documents"]),
     default="concat",
-    help="concat: join documents with BOS between them; documents: one per window, without ends that fill none.",
+    help="concat: join documents with BOS between them; documents: one per window, cutting off the rest.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16")
 @click.option(
@@ -110,7 +110,7 @@ Examples:
     "--worker",
     default="1/1",
     metavar="I/N",
-    help="This is the I-th of N processes; after its share it helps with those of others.",
+    help="This is process I of N; when its share is done, it helps with the others'.",
 )
 @click.option("--out", default="./store", help="The store: a folder, or an fsspec URL (s3://...).")
 @click.option(

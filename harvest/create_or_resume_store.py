@@ -31,15 +31,7 @@ from .corpus.source import Corpus, part_of, revision_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
-from .store_plan import (
-    TEST,
-    Plan,
-    corpus_spec,
-    make_manifest,
-    require_known_tokens,
-    settings_of_existing,
-    settings_of_new,
-)
+from .store_plan import TEST, Plan, corpus_spec, make_manifest, require_known_tokens, settings_of_new, settings_of_store
 from .tokenise_corpus import PackingJob, saved_corpus_state, spool_corpus, spool_folder
 
 POLL_SECONDS = 0.5  # at first; it doubles
@@ -146,9 +138,9 @@ def _corpus_of_existing(plan: Plan, found: Manifest, watch: Watch) -> CorpusSpec
     """The corpus that the plan's store must have. A remote one stays at the recorded commit, without network access."""
     options, recorded, pinned = plan.corpus, found.corpus, source_of(plan.corpus).pinned
     if pinned and options.dataset == recorded.id and not _names_another_commit(options.revision, recorded.revision):
-        return corpus_spec(plan, recorded.id, recorded.revision, settings_of_existing(pinned(options), found))
+        return corpus_spec(plan, recorded.id, recorded.revision, settings_of_store(pinned(options), found))
     corpus = open_corpus(options)
-    return corpus_spec(plan, corpus.id, revision_of(corpus, watch.say), settings_of_existing(corpus.settings, found))
+    return corpus_spec(plan, corpus.id, revision_of(corpus, watch.say), settings_of_store(corpus.settings, found))
 
 
 def _names_another_commit(revision: str | None, recorded: str | None) -> bool:

@@ -100,7 +100,7 @@ def weights_on_store_disk(source: ModelSource, files: Files) -> int:
 
 def require_space(url: str, free: int | None, needed: int, *, is_started: bool = False, weights: int = 0) -> None:
     """Refuse a harvest that does not fit the disk, together with `weights` that go onto it too. `free` is None for an
-    object store, which is unlimited. An existing store keeps its settings."""
+    object store, which is unlimited. An existing store has another remedy: it keeps its settings."""
     if free is not None and needed + weights > free:
         remedy = "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
         if is_started:

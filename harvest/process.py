@@ -34,7 +34,7 @@ class Process:
 def open_process(device: str, worker: Worker) -> Iterator[Process]:
     """The share that a launcher gave this process, combined with the one given by --worker.
 
-    Only shares given by hand have rests to take: processes of one launch run together, but a worker may never start.
+    Workers with a --worker share help with each other's shards: unlike processes of one launch, some may never start.
     """
     takes_rest = worker.count > 1
     launched = count_processes()

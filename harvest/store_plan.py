@@ -171,7 +171,7 @@ def settings_of_new(plan: Plan, settings: dict[str, Any], part: str | None = Non
     return settings | ({TEST: test} if test != PER_MILLE["test"] else {}) | ({PART: part} if part else {})
 
 
-def settings_of_existing(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
+def settings_of_store(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
     """The corpus's own settings, plus those decided when the store was created, whatever they would be now."""
     return settings | {key: found.corpus.settings[key] for key in (TEST, PART, BATCH) if key in found.corpus.settings}
 

@@ -124,7 +124,7 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def _digest(self) -> str:
-        """The hash of all files; a large corpus's is cached.
+        """The hash of all files, cached for a large corpus.
 
         Reading starts one tick of the file system's clock after the stamp was taken, so that any write that it may have
         missed, wholly or in part, changes the stamp. No clock but this process's own is needed.

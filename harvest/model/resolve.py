@@ -56,7 +56,7 @@ ANSWER_SECONDS = 5
 DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 FILES = [*DESCRIPTION, *WEIGHTS]
-# A cached snapshot is incomplete without those of these that its repository has. Weights are checked separately.
+# A complete cached snapshot has each of these that its repository has. Weights are checked separately.
 NEEDED = [CONFIG_FILE, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
 OTHER_FILES = ["original/*", "consolidated*"]  # duplicates of the weights
 SNAPSHOTS = "snapshots"  # in a model's folder of the hub's cache; holds folders named by commit
