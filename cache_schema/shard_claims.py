@@ -147,19 +147,16 @@ class LockClaims:
 
     def _lock(self, kind: int, number: int, wait: bool = False) -> None:
         try:
-            self._ask_kernel(kind, number, wait)
+            if hasattr(fcntl, "F_OFD_SETLK"):
+                request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, number, 1, 0)
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+            else:  # not Linux: per-process locks are the next best
+                flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+                fcntl.lockf(self._fd, flags, 1, number)
         except (BlockingIOError, PermissionError):  # held
             raise
         except OSError as error:
             raise no_locks(error, self._path) from error
-
-    def _ask_kernel(self, kind: int, number: int, wait: bool) -> None:
-        if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: per-process locks are the next best
-            flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-            fcntl.lockf(self._fd, flags, 1, number)
-            return
-        request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, number, 1, 0)
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
 
 
 class LeaseClaims:

@@ -117,9 +117,9 @@ class LocalCorpus(InOrder):
     @property
     def to_hash(self) -> str:
         """In words: the reading needed for the revision, if that takes long; else empty."""
-        size = self._stamp[1]
         if not self._is_large or self._cached_digest():
             return ""
+        _, size = self._stamp
         return f"reading {say_size(size)} of {self._path}, {counted(len(self.files), 'file')}, for the corpus's digest"
 
     @cached_property
@@ -142,7 +142,15 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def _stamp(self) -> tuple[str, int]:
-        return _stamp_of(self.files)
+        """A hash that changes if a file is changed or replaced, and the total size. It includes the ctime, which
+        programs cannot set."""
+        total, size = hashlib.sha256(), 0
+        for file in self.files:
+            stat = os.stat(file)
+            size += stat.st_size
+            identity = (os.path.abspath(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+            total.update(f"{identity}\n".encode())
+        return total.hexdigest(), size
 
     @property
     def _is_large(self) -> bool:
@@ -204,18 +212,6 @@ class LocalCorpus(InOrder):
             yield from _blocks_of_text(file)
         else:
             yield _text_of(file)
-
-
-def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:
-    """A hash that changes if a file is changed or replaced, and the total size. It includes the ctime, which programs
-    cannot set."""
-    total, size = hashlib.sha256(), 0
-    for file in files:
-        stat = os.stat(file)
-        size += stat.st_size
-        identity = (os.path.abspath(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
-        total.update(f"{identity}\n".encode())
-    return total.hexdigest(), size
 
 
 def _is_read(file: Path) -> bool:
