@@ -68,7 +68,7 @@ class NumpySource:
                 f"consecutive rows from one text (1 if none are consecutive), found {shape}"
                 + (f" with --context {context}" if context is not None else "")
             )
-        self.windows, self.context, self.d_model = _require_some(windows)
+        self.windows, self.context, self.d_model = _require_not_empty(windows)
         self.dtype = _stored_dtype(dtypes.pop())
         self.sites = tuple(sorted(acts))
         rows = shape[0] * self.context // self._rows_per_window
@@ -158,7 +158,7 @@ class SaelensSource:
         self._rows = rows.with_format("numpy")
         hook, feature = _hook_column(folder, self._rows.features)
         self._hook = hook
-        self.windows, self.context, self.d_model = _require_some((len(self._rows), *feature.shape))
+        self.windows, self.context, self.d_model = _require_not_empty((len(self._rows), *feature.shape))
         self.dtype = _stored_dtype(feature.dtype)
         self.sites = (_site_of(hook, layer),)
         has_ids = "token_ids" in self._rows.features
@@ -328,7 +328,7 @@ def _load(path: Path) -> np.ndarray:
     return array
 
 
-def _require_some(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _require_not_empty(shape: tuple[int, ...]) -> tuple[int, ...]:
     if 0 in shape:
         raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
     return shape

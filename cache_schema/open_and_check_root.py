@@ -56,7 +56,7 @@ def read_root(files: Files) -> Root:
     try:
         raw = files.read(ROOT)
     except KeyError:
-        raise StoreMissing(f"there is no store at {files.url} (no {ROOT}). {_instead_of(files.url)}") from None
+        raise StoreMissing(f"there is no store at {files.url} (no {ROOT}). {_suggest_another(files.url)}") from None
     document = decode_json(raw, where, _REMEDY)
     attributes = document.get("attributes")
     if not isinstance(attributes, dict) or "saemill" not in attributes:
@@ -87,7 +87,7 @@ def require_not_replaced(files: Files, opened: Root) -> None:
         )
 
 
-def _instead_of(url: str) -> str:
+def _suggest_another(url: str) -> str:
     """The remedy for a missing store: one inside that folder, such as ./demo/store for ./demo, or a new one."""
     with suppress(OSError):  # it is only a hint
         for found in sorted(Path(url).glob(f"*/{ROOT}")):

@@ -91,7 +91,7 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
         os.close(fd)
 
 
-def no_locks(error: OSError, path: Path) -> StoreUnreachable:
+def locking_failed(error: OSError, path: Path) -> StoreUnreachable:
     """The error for a disk that does not support locks."""
     return StoreUnreachable(
         error.errno,
@@ -156,7 +156,7 @@ class LockClaims:
         except (BlockingIOError, PermissionError):  # held
             raise
         except OSError as error:
-            raise no_locks(error, self._path) from error
+            raise locking_failed(error, self._path) from error
 
 
 class LeaseClaims:

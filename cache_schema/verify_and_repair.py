@@ -56,10 +56,10 @@ def verify_shards(store: Store) -> Iterator[ShardReport]:
 
 def digest(store: Store) -> str:
     """One hash of all committed shards, computed from the bytes on disk, not taken from the records."""
-    return store_digest(store.manifest, _sound_records(store))
+    return store_digest(store.manifest, _verified_records(store))
 
 
-def _sound_records(store: Store) -> Iterator[CommitRecord]:
+def _verified_records(store: Store) -> Iterator[CommitRecord]:
     """The record of each committed shard, one at a time: a large store's records fill gigabytes."""
     memory: Memory = {}
     for shard in np.flatnonzero(store.committed).tolist():

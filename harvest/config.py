@@ -13,7 +13,7 @@ from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
 from ..cache_schema.strict_json import nearest
-from .corpus import require_heeded
+from .corpus import refuse_unused
 from .corpus.source import DatasetOptions
 from .errors import SettingInvalid
 from .pack_windows import Packing
@@ -81,7 +81,7 @@ class HarvestConfig:
             problem = "for those of other layers. Leave out one of the two" if kept else f"for none. Add {RESID}"
             raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} {problem}")
         if self.corpus is not None:
-            require_heeded(self.corpus)
+            refuse_unused(self.corpus)
         if self.context < 2:
             raise SettingInvalid(f"--context: expected at least 2 (BOS and one token), found {self.context}")
         for name in ("shard_windows", "batch_windows"):

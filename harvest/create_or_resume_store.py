@@ -24,7 +24,7 @@ from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_dis
 from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.numbers_in_words import say_time
 from ..cache_schema.open_and_check_root import has_root
-from ..cache_schema.shard_claims import no_locks
+from ..cache_schema.shard_claims import locking_failed
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
 from .corpus.source import Corpus, part_of, revision_of
@@ -48,7 +48,7 @@ def resume_store(plan: Plan, process: Process, files: Files, watch: Watch) -> St
     """A writer for an existing store, which must be the plan's."""
     writer = StoreWriter.open(plan.config.out)
     try:
-        require_ours(plan, writer.manifest, files.url, watch)
+        require_same_plan(plan, writer.manifest, files.url, watch)
     except BaseException:
         writer.close()
         raise
@@ -77,7 +77,7 @@ def find_corpus(plan: Plan, files: Files) -> Corpus:
     whenever a name on the hub moves to another."""
     folder, started = spool_folder(files), None
     if folder.exists():
-        _require_own(folder)
+        _require_own_folder(folder)
         started = source_of(plan.corpus).open_again(plan.corpus, saved_corpus_state(folder))
     return started or open_corpus(plan.corpus)
 
@@ -126,7 +126,7 @@ def describe_shortage(asked: int, filled: int, context: int, test: int) -> str:
     )
 
 
-def require_ours(plan: Plan, found: Manifest, url: str, watch: Watch) -> None:
+def require_same_plan(plan: Plan, found: Manifest, url: str, watch: Watch) -> None:
     """Require an existing store to have the plan's settings and corpus, and its shard size if one was asked for."""
     wanted = make_manifest(plan, _corpus_of_existing(plan, found, watch), found.windows, found.splits)
     if plan.config.shard_windows is None:
@@ -203,7 +203,7 @@ def _is_locked(files: Files) -> bool | None:
         os.close(fd)
 
 
-def _require_own(folder: Path) -> None:
+def _require_own_folder(folder: Path) -> None:
     """Refuse another user's folder: it could hold forged tokens, or links to files that would be truncated."""
     if folder.parent.resolve() != Path(tempfile.gettempdir()).resolve():
         return
@@ -227,7 +227,7 @@ def lock_spool(folder: Path) -> Iterator[None]:
     """Let one process at a time tokenise for a store; the lock shows waiting workers that one is running."""
     with name_full_disk(f"making {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_own(folder)
+        _require_own_folder(folder)
         fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take_lock(fd, folder)
@@ -248,4 +248,4 @@ def _take_lock(fd: int, folder: Path) -> None:
                 ) from None
             time.sleep(0.05)  # a waiting worker takes it for a moment, to see whether it is held
         except OSError as error:
-            raise no_locks(error, folder / LOCK_FILE) from error
+            raise locking_failed(error, folder / LOCK_FILE) from error

@@ -23,15 +23,15 @@ from ..cache_schema.numbers_in_words import counted, say_busy, say_size, say_tim
 from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
 from .corpus.source import Corpus, part_of, revision_of
-from .create_or_resume_store import find_corpus, require_ours, require_place
+from .create_or_resume_store import find_corpus, require_place, require_same_plan
 from .errors import CorpusEmpty
 from .estimate_cost import (
     Cost,
     announce_tokens,
     bytes_by_array,
     describe_splits,
+    forecast_manifest,
     least_bytes,
-    manifest_before,
     measure_cost,
     needed_bytes,
     sizes_of,
@@ -109,11 +109,11 @@ def dry_run(config: HarvestConfig, watch: Watch | None = None) -> Estimate:
             announce_tokens(plan, files, watch, refuses=False)
         corpus = None if is_started else find_corpus(plan, files)  # raises if there is none
         if plan.source.to_download is None:
-            work, sample = _rest_of(plan, files, watch) if corpus is None else _whole(plan, corpus, watch)
+            work, sample = _remaining_work(plan, files, watch) if corpus is None else _all_work(plan, corpus, watch)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
         else:
-            manifest = manifest_before(plan)
-            work = _rest_of(plan, files, watch)[0] if corpus is None else Work(manifest, range(manifest.shards))
+            manifest = forecast_manifest(plan)
+            work = _remaining_work(plan, files, watch)[0] if corpus is None else Work(manifest, range(manifest.shards))
             sizes = {path: most / work.manifest.tokens for path, most in bytes_by_array(work.manifest).items()}
             cost = Cost(sizes, tokens_per_second(plan, work.manifest, process.device))
     weights = weights_on_store_disk(plan.source, files) if work.shards else 0
@@ -173,7 +173,7 @@ def render(estimate: Estimate) -> RenderableType:
     return Group(sizes, facts)
 
 
-def _whole(plan: Plan, corpus: Corpus, watch: Watch) -> tuple[Work, np.ndarray]:
+def _all_work(plan: Plan, corpus: Corpus, watch: Watch) -> tuple[Work, np.ndarray]:
     """A harvest from the start."""
     revision = revision_of(corpus, watch.say)
     spec = corpus_spec(plan, corpus.id, revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
@@ -181,10 +181,10 @@ def _whole(plan: Plan, corpus: Corpus, watch: Watch) -> tuple[Work, np.ndarray]:
     return Work(manifest, range(manifest.shards)), _first_windows(plan, corpus)
 
 
-def _rest_of(plan: Plan, files: Files, watch: Watch) -> tuple[Work, np.ndarray]:
+def _remaining_work(plan: Plan, files: Files, watch: Watch) -> tuple[Work, np.ndarray]:
     """The rest of an existing store; refused, as by the harvest, if its settings differ."""
     with Store(files) as store:
-        require_ours(plan, store.manifest, files.url, watch)
+        require_same_plan(plan, store.manifest, files.url, watch)
         shards = np.flatnonzero(~store.committed).tolist()
         tokens, _ = store.beginning(shards[0] if shards else 0)
     return Work(store.manifest, shards, is_started=True), tokens

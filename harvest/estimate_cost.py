@@ -146,7 +146,7 @@ LONG_WORK = 1e13  # multiplications, a minute or two on a processor: from here o
 
 def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> None:
     """Print a new store's cost; refuse one that the disk cannot hold if the corpus is sure to fill it."""
-    manifest = manifest_before(plan)
+    manifest = forecast_manifest(plan)
     if source_of(plan.corpus).pinned:
         weights = weights_on_store_disk(plan.source, files)
         require_space(files.url, files.free_bytes(), least_bytes(manifest), weights=weights)
@@ -176,7 +176,7 @@ def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True
     watch.say(f"to tokenise: {say_size(needed)} in {folder} until the store has it; {say_size(free)} available")
 
 
-def manifest_before(plan: Plan) -> Manifest:
+def forecast_manifest(plan: Plan) -> Manifest:
     """The manifest of a new store, if the corpus holds all tokens asked for."""
     spec = corpus_spec(plan, plan.corpus.dataset, None, settings_of_new(plan, {}))
     return expected_manifest(plan, spec, plan.windows)

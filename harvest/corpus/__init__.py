@@ -35,7 +35,7 @@ def source_of(options: DatasetOptions) -> Source:
     return next(source for source in sources().values() if source.takes(options))
 
 
-def require_heeded(options: DatasetOptions) -> None:
+def refuse_unused(options: DatasetOptions) -> None:
     """Refuse options given with --dataset that would have no effect."""
     heeds = source_of(options).heeds
     for name, option in options.given.items():

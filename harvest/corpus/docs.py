@@ -48,7 +48,7 @@ class DocsCorpus(InOrder):
         self._unfit: Counter[str] = Counter()  # counts of the `_files` skipped after reading, by reason
 
     @cached_property
-    def _seen(self) -> tuple[dict[str, Path], Counter[str], str]:
+    def _scan(self) -> tuple[dict[str, Path], Counter[str], str]:
         """Each distinct file once, by hash; counts of skipped files by reason; in words, folders not entered."""
         names, not_entered = names_under(self._folder)
         found: dict[str, Path] = {}
@@ -62,7 +62,7 @@ class DocsCorpus(InOrder):
 
     @property
     def _files(self) -> dict[str, Path]:
-        if files := self._seen[0]:
+        if files := self._scan[0]:
             return files
         more = f"; {self.left_alone}" if self.left_alone else ""
         raise CorpusEmpty(f"{self._folder} holds no documentation ({', '.join(SUFFIXES)}, or these with .gz){more}")
@@ -70,7 +70,7 @@ class DocsCorpus(InOrder):
     @property
     def left_alone(self) -> str:
         """In words: how many files are skipped, by reason."""
-        _, others, not_entered = self._seen
+        _, others, not_entered = self._scan
         counts = others + self._unfit
         kinds = "; ".join(f"{count:,} {why}" for why, count in counts.most_common())
         report = f"{counted(counts.total(), 'file')} of {self._folder} left alone ({kinds}). {REMEDY}" if counts else ""

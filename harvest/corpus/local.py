@@ -62,7 +62,7 @@ class LocalCorpus(InOrder):
     def files(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
-        files = [file for file in self._seen[0] if _is_read(file)]
+        files = [file for file in self._scan[0] if _is_read(file)]
         if not files:
             more = f"; {self.left_alone}" if self.left_alone else ""
             raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)}){more}")
@@ -73,7 +73,7 @@ class LocalCorpus(InOrder):
         """In words: the folder's files that are not read, hidden ones that are, and the remedy."""
         if self._path.is_file():
             return ""
-        files, no_files, not_entered = self._seen
+        files, no_files, not_entered = self._scan
         is_hidden = {file: any(part.startswith(".") for part in file.relative_to(self._path).parts) for file in files}
         others = Counter(file.suffix.lower() for file in files if not is_hidden[file] and not _is_read(file))
         hidden = [file for file in files if is_hidden[file]]
@@ -97,7 +97,7 @@ class LocalCorpus(InOrder):
         return f"{count}. Move unintended files out of the folder" if names else ""
 
     @cached_property
-    def _seen(self) -> tuple[list[Path], list[Path], str]:
+    def _scan(self) -> tuple[list[Path], list[Path], str]:
         """Files under a folder, and names without a file that look like text or folders, both in order; in words, the
         folders that were not entered."""
         names, not_entered = names_under(self._path)

@@ -91,7 +91,7 @@ def choose(model: str) -> Choice:
         return Choice(model)
     if _cached(FIRST_CHOICE, None):
         return Choice(FIRST_CHOICE, None, _banner(FIRST_CHOICE, "its weights are in the local cache"))
-    obstacle = _ask_in_time(lambda: _obstacle(FIRST_CHOICE))
+    obstacle = _answer_in_time(lambda: _why_not_downloadable(FIRST_CHOICE))
     if obstacle is None:
         return Choice(FIRST_CHOICE, None, _banner(FIRST_CHOICE, "it can be downloaded"))
     return Choice(POCKET, None, _banner(POCKET, f"{FIRST_CHOICE} is not cached and {obstacle}"))
@@ -210,7 +210,7 @@ def _snapshot(model: str, revision: str | None, **options: Any) -> Any:
         raise ModelUnavailable(f"{model}: {_explain(error, model)}") from error
 
 
-def _obstacle(model: str) -> str | None:
+def _why_not_downloadable(model: str) -> str | None:
     """The reason why a model cannot be downloaded, or None, found by asking for one small file."""
     try:
         get_hf_file_metadata(hf_hub_url(model, CONFIG_FILE), timeout=ANSWER_SECONDS)
@@ -247,7 +247,7 @@ def _explain(error: Exception, model: str) -> str:
     return f"the hub could not be reached ({first_line(error)}): {remedy}{near}"
 
 
-def _ask_in_time(question: Callable[[], str | None]) -> str | None:
+def _answer_in_time(question: Callable[[], str | None]) -> str | None:
     """The answer of `question`, or a message that there was none in time: a name lookup without a network can hang."""
     answers: list[str | None] = []
 
