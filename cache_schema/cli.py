@@ -62,8 +62,7 @@ def as_json(
 
 
 def read_count(text: str) -> int | None:
-    """Parse `10M`, `1.5B`, `200k`, `1e6`, `10,000` or plain digits; None if it is not a whole number. Commas may only
-    separate thousands."""
+    """Parse `10M`, `1.5B`, `200k`, `1e6`, `10,000` (commas at thousands only) or digits; None if not a whole number."""
     plain = text.strip().replace("_", "")
     plain = plain.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", plain) else plain.lower()
     found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)(e\d{1,2}|[kmbg]?)", plain)

@@ -151,8 +151,7 @@ def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> Itera
 
 
 def read_in_order(read: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Yield `read(item)` for each item in order, `READ_AT_ONCE` at a time. At most `HELD` are read ahead: a million
-    records would fill gigabytes."""
+    """Yield `read(item)` for each item in order, `READ_AT_ONCE` at a time and at most `HELD` ahead, to bound memory."""
     running: deque[Future[T]] = deque()
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         try:
@@ -271,8 +270,7 @@ def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
 def read_checked(
     cls: type[T], files: Files, manifest: Manifest, key: str, remedy: str = REBUILD_HINT
 ) -> tuple[T, str] | None:
-    """A record of this store in a known format, and its location; None if there is none. The default remedy is for a
-    file that can be rebuilt."""
+    """A record of this store in a known format, and its location; None if there is none."""
     raw = read_if_there(files, key)
     if raw is None:
         return None

@@ -72,8 +72,7 @@ def default_multiple(manifest: Manifest) -> float | None:
 
 
 def is_massive(norms: Any, bound: Any) -> Any:
-    """bool, like `norms`, an array or a tensor. False for norms that are not finite: those are damage, which results
-    must show."""
+    """bool, like `norms`, an array or a tensor. False for norms that are not finite: results must show such damage."""
     return (norms > bound) & (norms < math.inf)
 
 
@@ -125,8 +124,7 @@ def measure_massive(
 
 
 def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int, enough: int) -> int:
-    """Count the tokens in a split's first windows that are neither special nor massive in any of these layers, up to
-    about `enough`."""
+    """Count tokens of a split's first windows, neither special nor massive in any of `bounds`; stop at `enough`."""
     manifest, found = store.manifest, 0
     request = Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))
     chunk = max(map(store.chunk_windows, request.sites), default=manifest.shard_windows)

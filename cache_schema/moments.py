@@ -67,8 +67,7 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
 
 
 def measure(resid_WTD: np.ndarray, is_special_WT: np.ndarray, dtype: str | None = None) -> Moments:
-    """The moments of residuals [W, T, D], given as floats or as stored in `dtype`. Windows are converted one at a time,
-    to bound memory."""
+    """The moments of residuals [W, T, D], given as floats or as stored in `dtype`; converted window by window."""
     windows, context, width = resid_WTD.shape
     total = np.zeros(width)
     norms = np.empty((windows, context))

@@ -50,8 +50,7 @@ REMOTE_READERS = 16  # an object store answers slowly but many at once
 
 
 def shard_memory(manifest: Manifest, request: Request, windows: int | None = None) -> dict[str, np.ndarray]:
-    """Reusable memory for each array of a request, by path, large enough for any span of a shard, or for spans of at
-    most `windows`."""
+    """Reusable memory for each array of a request, by path, large enough for any span of a shard or of `windows`."""
     validate_request(manifest, request)
     paths = [path for path, wanted in zip(BEGINNING, (request.tokens, request.documents), strict=True) if wanted]
     paths += [site.path for site in request.sites]

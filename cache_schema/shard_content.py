@@ -158,8 +158,7 @@ def digests_by_path(
 def array_digest(*arrays: np.ndarray) -> str:
     """Digest of the values of one or more arrays, one after the other, as little-endian bytes.
 
-    Fast enough to hash every committed byte without slowing the harvest. Guards against damage and mix-ups, not
-    forgery.
+    Fast enough to hash every committed byte without slowing the harvest; no protection against forgery.
     """
     state = xxhash.xxh3_128()
     for array in arrays:

@@ -29,8 +29,7 @@ def is_special(ids_WT: Tensor, special_tokens: Collection[int]) -> Tensor:
 def measure(
     layer: int, resid_WTD: Tensor, is_special_WT: Tensor, hook: str = RESID, first: int | None = None
 ) -> Moments:
-    """Moments over a batch of windows; `first` is the number of its first window in the store. Raises on infinities and
-    NaN, in special tokens too."""
+    """Moments over a batch whose first window is the store's window `first`. Raises on any infinity or NaN."""
     counted_WT = (~is_special_WT).double()
     norm_WT, sum_D = _norms_and_sum(resid_WTD, counted_WT)
     _validate_finite(layer, hook, norm_WT, resid_WTD.dtype, first)

@@ -142,8 +142,7 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def _stamp(self) -> tuple[str, int]:
-        """A hash that changes if a file is changed or replaced, and the total size. It includes the ctime, which
-        programs cannot set."""
+        """A hash that changes with any file (its ctime cannot be set by programs), and the total size."""
         total, size = hashlib.sha256(), 0
         for file in self.files:
             stat = os.stat(file)

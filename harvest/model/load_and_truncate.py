@@ -219,8 +219,7 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of the text part. The model type is checked first: transformers asks to run downloaded code for
-    types that it does not know."""
+    """The configuration of the text part. The type is checked first: for unknown ones transformers asks to run code."""
     raw = _read_json(folder / CONFIG_FILE)
     kind: Any = raw.get("model_type")
     architecture_of(TEXT_PARTS.get(kind, kind))
