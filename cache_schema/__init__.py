@@ -1,4 +1,4 @@
-"""The store: what is on disk, who may write it, and what a reader may ask. Imports numpy and zarr, never torch."""
+"""The store: its files, its writers and its readers. Imports numpy and zarr, never torch."""
 
 from .csr import AttentionCsr
 from .errors import (

@@ -28,7 +28,7 @@ from .info import describe, render
 from .layout import BEGINNING, SHARD_TOKENS
 from .manifest import Codec, Manifest
 from .numbers_in_words import counted, numbered
-from .reader import GONE, Store
+from .reader import CANNOT_HARVEST_AGAIN, Store
 from .shell_completion import Bash, Fish, Zsh
 from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
@@ -37,11 +37,11 @@ from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_d
 from .watch import follow
 
 NOT_HARVESTED = ("import",)  # corpora that no model can harvest again
-AGAIN = "Run the same import or harvest again to write what is missing"
+RERUN = "Run the same import or harvest again to write what is missing"
 TOKEN = click.IntRange(0, 2**32 - 1)
-NPY = "A .npy file, or a folder of them,"
+NPY = "A .npy file or a folder of them, of shape"
 
-for shell in (Bash, Fish, Zsh):  # of all commands: each imports this module
+for shell in (Bash, Fish, Zsh):  # for every command: each imports this module
     add_completion_class(shell)
 
 EXAMPLES = """\b
@@ -62,8 +62,7 @@ def as_json(
 
 
 def read_count(text: str) -> int | None:
-    """The number that `10M`, `1.5B`, `200k`, `1e6`, `10,000` or plain digits stand for; None if it is not a number.
-    Commas may only separate thousands."""
+    """Parse `10M`, `1.5B`, `200k`, `1e6`, `10,000` (commas at thousands only) or digits; None if not a whole number."""
     plain = text.strip().replace("_", "")
     plain = plain.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", plain) else plain.lower()
     found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)(e\d{1,2}|[kmbg]?)", plain)
@@ -74,8 +73,8 @@ def read_count(text: str) -> int | None:
     return int(value) if value == int(value) else None
 
 
-def example(words: str) -> str:
-    return f"\b\nExample:\n  sae-store {words}"
+def example(command: str) -> str:
+    return f"\b\nExample:\n  sae-store {command}"
 
 
 @click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -117,7 +116,7 @@ def watch(url: str, every: float) -> None:
 @click.argument("url")
 @as_json("Print the findings as JSON; the exit status is the same.")
 def verify(url: str, is_json: bool) -> None:
-    """Read every byte and compare it with what was committed."""
+    """Read every byte and check it against the commit records."""
     with _report(), Store.open(url) as store:
         damage = _find_damage(store)
         wrong = [] if damage else find_wrong_derived(store)
@@ -134,14 +133,14 @@ def verify(url: str, is_json: bool) -> None:
         print_json({**facts, "damage": [to_json(item) for item in damage], "derived_damaged": wrong})
         sys.exit(1 if damage or wrong else 0)
     if missing:
-        click.echo(f"not committed yet: {missing} of {counted(shards, 'shard')}. {AGAIN}")
+        click.echo(f"not committed yet: {missing} of {counted(shards, 'shard')}. {RERUN}")
     if damage:
         click.echo(f"damaged: {numbered('shard', broken)} ({len(broken)} of {shards})")
-    gone = _shards_without_tokens(damage)
-    if wrong or len(gone) < len(broken):
-        click.echo(f"Repair {'the others' if gone else 'them'} with: sae-store repair {shlex.quote(url)}")
+    lost = _shards_without_tokens(damage)
+    if wrong or len(lost) < len(broken):
+        click.echo(f"Repair {'the others' if lost else 'them'} with: sae-store repair {shlex.quote(url)}")
     with _report():
-        _refuse_if_gone(gone)
+        _refuse_if_lost(lost)
     if damage or wrong:
         sys.exit(1)
     click.echo(f"{counted(shards - missing, 'shard')} read, all exactly as committed")
@@ -151,7 +150,7 @@ def verify(url: str, is_json: bool) -> None:
 @click.argument("url")
 @as_json("Print JSON.")
 def digest_command(url: str, is_json: bool) -> None:
-    """Print one hash of all content, independent of host, path, codec and order of work."""
+    """Print one hash of the whole content, independent of host, path, codec and order of writing."""
     with _report(), Store.open(url) as store:
         found = digest(store)
         shards, committed = store.manifest.shards, int(store.committed.sum())
@@ -166,7 +165,7 @@ def digest_command(url: str, is_json: bool) -> None:
 @main.command(name="repair", epilog=example("repair ./store"))
 @click.argument("url")
 @click.option("--remove-only", is_flag=True, help="Remove the damaged shards without harvesting them again.")
-@click.option("--model", help="Where the model is now: a folder, a file or an id.  [default: as it was harvested]")
+@click.option("--model", help="Where the model is now: a folder, a file or an id.  [default: as in the harvest]")
 @click.option("--device", help="The device to harvest on: auto, cpu, cuda, cuda:1 and so on.  [default: auto]")
 def repair_command(url: str, remove_only: bool, model: str | None, device: str | None) -> None:
     """Undo the commits of damaged shards and harvest only those again."""
@@ -180,8 +179,8 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
             wrong = [] if damage else find_wrong_derived(store)
         for item in damage:
             click.echo(str(item))
-        gone = _shards_without_tokens(damage)
-        damaged = sorted({item.shard for item in damage} - set(gone))
+        lost = _shards_without_tokens(damage)
+        damaged = sorted({item.shard for item in damage} - set(lost))
         undo = partial(repair, url, damaged, wrong)
         if damaged and not remove_only:
             _reharvest(url, manifest, damaged, undo, device, model)
@@ -190,10 +189,10 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
             for key in wrong:
                 click.echo(f"{key} was inconsistent with the shards: rebuilt")
             if damaged:
-                click.echo(f"removed: {numbered('shard', damaged)}. {AGAIN}")
+                click.echo(f"removed: {numbered('shard', damaged)}. {RERUN}")
             elif not damage and not wrong:
                 click.echo("nothing is damaged")
-        _refuse_if_gone(gone)
+        _refuse_if_lost(lost)
 
 
 @main.command(
@@ -208,34 +207,42 @@ Examples:
 )
 @click.argument("url")
 @click.option(
-    "--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help=f"{NPY} [W, T, D], or [N, D]."
+    "--resid",
+    "resid_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help=f"{NPY} [windows, tokens, width] or [rows, width].",
 )
 @click.option(
-    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="The same for a hook: mlp_in:4=mlp_in.npy."
+    "--acts",
+    "act_files",
+    metavar="HOOK:LAYER=FILE",
+    multiple=True,
+    help="The same for a hook: mlp_in:4=mlp_in.npy.",
 )
 @click.option(
     "--tokens",
     "tokens_file",
     type=click.Path(path_type=Path),
-    help=f"{NPY} [W, T], or [N]; with --saelens only if its folder has none.",
+    help=f"{NPY} [windows, tokens] or [rows]; with --saelens only if that folder has none.",
 )
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
 @click.option(
-    "--context", type=click.IntRange(1), help="Cut rows [N, D], or vLLM's requests, into windows of this many."
+    "--context", type=click.IntRange(1), help="Cut [rows, width], or vLLM's requests, into windows of this many tokens."
 )
 @click.option(
     "--layer",
     "layers",
     type=click.IntRange(0),
     multiple=True,
-    help="The layer of each --resid file, or each layer that vLLM was asked for (its id L + 1 is after layer L).",
+    help="The layer of each --resid file, or each layer that vLLM saved (its id L + 1 is after layer L).",
 )
 @click.option("--model", required=True, help="The model that made the activations, for the record.")
 @click.option(
-    "--special-token", "special_tokens", type=TOKEN, multiple=True, help="Id of a token that never trains, such as BOS."
+    "--special-token", "special_tokens", type=TOKEN, multiple=True, help="Id of a token not to train on, such as BOS."
 )
-@click.option("--bos-token", type=TOKEN, help="Id of the token that windows begin with; it never trains.")
+@click.option("--bos-token", type=TOKEN, help="Id of the token that windows begin with; not trained on.")
 @click.option(
     "--validation", "validation_share", default=0.05, show_default=True, help="Share of windows to validate on."
 )
@@ -244,7 +251,7 @@ Examples:
     "--shard-windows",
     type=click.IntRange(1),
     help="Windows per shard. Fewer need less memory and give the same store.  "
-    f"[default: {SHARD_TOKENS:,} tokens, or as the store was begun]",
+    f"[default: {SHARD_TOKENS:,} tokens, or as in the existing store]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(
@@ -253,7 +260,7 @@ Examples:
     help="Store activations in this type, with one scale per token: half the bytes of bfloat16.  [default: as given]",
 )
 @click.option(
-    "--keep-massive", is_flag=True, help="Treat rows of massive norm like all others, unless a run says otherwise."
+    "--keep-massive", is_flag=True, help="Treat rows of massive norm like all others, unless a run overrides it."
 )
 def import_command(url: str, **options: Any) -> None:
     """Make a store at URL from existing activations."""
@@ -264,8 +271,8 @@ def import_command(url: str, **options: Any) -> None:
         source = _open_source(**options)
         with _progress(("reading", "parts"), ("importing", "shards")) as (read, write):
             manifest = import_store(url, source, settings, lambda _, total: write(total), read)
-    held = ", ".join(map(str, manifest.sites))
-    click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
+    places = ", ".join(map(str, manifest.sites))
+    click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {places}: {url}")
     sizes = {name: stop - start for name, (start, stop) in manifest.splits.items()}
     click.echo(f"windows: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}")
     if source.left_out:
@@ -274,15 +281,15 @@ def import_command(url: str, **options: Any) -> None:
         click.echo(f"warning: {source.warning}", err=True)
     if cuts_documents(source, manifest):
         click.echo(
-            "warning: windows of one document are in two splits, because there are too few documents for each split to "
-            "have its own: held-out data is then easier than it looks. Import more documents into another folder",
+            "warning: there are too few documents for each split to have its own, so one document's windows are in two "
+            "splits: held-out data is then easier than it looks. Import more documents into another folder",
             err=True,
         )
     for name, asked in (("validation", settings.validation_share), ("test", settings.test_share)):
         if sizes[name] > 2 * asked * manifest.windows:
             click.echo(
-                f"warning: {sizes[name] / manifest.windows:.0%} of the windows are for {name}, and {asked:.0%} were "
-                "asked for: no document is in two splits, and some of the last ones are long. Import them into another "
+                f"warning: {sizes[name] / manifest.windows:.0%} of the windows are for {name}, not {asked:.0%} as "
+                "asked: no document is in two splits, and some of the last ones are long. Import them into another "
                 f"folder, with the files of long documents first, or with another --{name}",
                 err=True,
             )
@@ -303,7 +310,7 @@ def _open_source(
             raise click.UsageError("--vllm goes with --layer and --context only: its files hold everything else")
         return VllmSource(vllm_folder, layers, context)
     if context is not None and saelens_folder is not None:
-        raise click.UsageError("--context goes with --vllm and with rows: SAELens' activations are in windows already")
+        raise click.UsageError("--context is for --vllm and for rows: SAELens' activations are already in windows")
     if (saelens_folder is None) == (not (resid_files or act_files)):
         raise click.UsageError("give either --resid with --layer and --acts, or --saelens, or --vllm")
     if saelens_folder is not None:
@@ -320,13 +327,13 @@ def _open_source(
             raise click.UsageError(f"--acts {text}: expected HOOK:LAYER=FILE such as mlp_in:4=mlp_in.npy{near}")
         site = Site(found[1], int(found[2]))
         if site in files:
-            raise click.UsageError(f"--acts {text}: a file of {site} is already given")
+            raise click.UsageError(f"--acts {text}: a file for {site} is already given")
         files[site] = Path(found[3])
     return NumpySource(files, tokens_file, context)
 
 
 def open_console(**options: Any) -> Console:
-    """A console for people. A width too small for anything, as from COLUMNS=0, counts as not set."""
+    """A console of a usable width: one too small for any text, as from COLUMNS=0, counts as not set."""
     console = Console(**options)
     if console.width < 20:
         console.width = 80
@@ -334,7 +341,7 @@ def open_console(**options: Any) -> Console:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print the one JSON document of a command."""
+    """Print a command's JSON document."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
@@ -353,9 +360,9 @@ def _shards_without_tokens(damage: list[Damage]) -> list[int]:
     return sorted({item.shard for item in damage if item.array in BEGINNING})
 
 
-def _refuse_if_gone(gone: list[int]) -> None:
-    if gone:
-        raise StoreError(f"the tokens or documents of {numbered('shard', gone)} are damaged. {GONE}")
+def _refuse_if_lost(lost: list[int]) -> None:
+    if lost:
+        raise StoreError(f"the tokens or documents of {numbered('shard', lost)} are damaged. {CANNOT_HARVEST_AGAIN}")
 
 
 def _reharvest(
@@ -365,7 +372,7 @@ def _reharvest(
     harvesters = list(entry_points(group="saemill.reharvest"))  # functions like `harvest.run.reharvest`
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         undo()
-        click.echo(f"removed: {numbered('shard', shards)}. {AGAIN}")
+        click.echo(f"removed: {numbered('shard', shards)}. {RERUN}")
         return
     harvesters[0].load()(url, shards, device, model, undo)
     click.echo(f"harvested again: {numbered('shard', shards)}")
@@ -373,9 +380,9 @@ def _reharvest(
 
 @contextmanager
 def _report() -> Iterator[None]:
-    """Print an error of the store as one line instead of a traceback; an interrupt exits with its usual status, 130."""
+    """Print a store error as one line instead of a traceback; an interrupt exits with the usual status, 130."""
     try:
-        with tell_files():
+        with report_file_errors():
             yield
     except StoreError as error:
         click.echo(f"error: {error}", err=True)
@@ -385,8 +392,8 @@ def _report() -> Iterator[None]:
 
 
 @contextmanager
-def tell_files() -> Iterator[None]:
-    """End the command with one line if a file cannot be read or written; print warnings without their place in code."""
+def report_file_errors() -> Iterator[None]:
+    """Exit with one line if a file cannot be read or written; print warnings without their source line."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -394,8 +401,8 @@ def tell_files() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        said = (error.strerror or type(error).__name__).lower()
-        click.echo(f"{said}: {error.filename}. Change its permissions, or give another", err=True)
+        reason = (error.strerror or type(error).__name__).lower()
+        click.echo(f"{reason}: {error.filename}. Change its permissions, or give another", err=True)
         sys.exit(1)
     finally:
         warnings.formatwarning = before
@@ -403,8 +410,7 @@ def tell_files() -> Iterator[None]:
 
 @contextmanager
 def _progress(*bars: tuple[str, str]) -> Iterator[list[Callable[[int], None]]]:
-    """A progress bar on standard error for each verb and unit; each yielded function takes the total and counts one
-    more."""
+    """A progress bar on standard error per (verb, unit); each yielded function takes the total and counts one up."""
     verb, unit = TextColumn("{task.description}"), TextColumn("{task.fields[unit]}")
     columns = (verb, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
 

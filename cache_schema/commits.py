@@ -1,8 +1,8 @@
 """Commit records: a shard exists if and only if its record does.
 
-Records are compacted into one index file. A reader takes the index and looks only for records that the
-index does not name, so that opening a finished store reads two files and lists no folder. The index is
-derived: it can be deleted at any time and is rebuilt from the records.
+Records are compacted into one index file. A reader takes the index and looks only for records that are not in
+it, so that opening a finished store reads two files and lists no folder. The index is derived: it can be deleted
+at any time and is rebuilt from the records.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .manifest import Manifest, check_format
 from .strict_json import StrictError, from_json, to_json
 
 READ_AT_ONCE = 16  # an object store answers each after some 30 ms
-HELD = 256  # answers that came early: records of 2 kB, or lines of moments of some ten kB
-DEVICES_ASKED = 32  # at most so many shards have their devices looked up
+HELD = 256  # answers read ahead: records of 2 kB, or lines of moments of some ten kB
+DEVICES_ASKED = 32  # the most shards whose devices are looked up
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
-MADE_AGAIN = "It can be deleted: `sae-store repair` rebuilds it"
+REBUILD_HINT = "It can be deleted: `sae-store repair` rebuilds it"
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -78,10 +78,10 @@ class CommitRecord:
 
 @dataclass(frozen=True)
 class DeviceRecord:
-    """What a shard was computed on, as far as it decides the last digits of its values.
+    """The device that computed a shard, with everything that affects the last digits of its values.
 
-    It is stored next to the record and enters no id and no digest: only the values count. A shard whose commit is
-    undone keeps it, so that whoever computes it again can be told where it came from.
+    It is stored next to the record and is part of no id or digest: only the values count. A shard whose commit is
+    undone keeps it, so that a repair can report where the shard came from.
     """
 
     type: str  # cpu, cuda
@@ -97,7 +97,7 @@ class DeviceRecord:
 
 @dataclass(frozen=True)
 class Index:
-    """All records in one file: which shards there are, and the sums over them."""
+    """All records in one file: the committed shards, and sums over them."""
 
     cache_id: str
     committed: tuple[tuple[int, int], ...] = ()  # ranges of shards, first and last plus one
@@ -106,7 +106,7 @@ class Index:
     format: int = 1
 
     def mask(self, shards: int) -> np.ndarray:
-        steps = np.zeros(shards + 1, np.int8)  # there are gaps between ranges, so no two edges meet
+        steps = np.zeros(shards + 1, np.int8)  # ranges have gaps between them, so no two edges coincide
         edges = np.array(self.committed, np.int64).reshape(-1, 2)
         steps[edges[:, 0]] = 1
         steps[edges[:, 1]] = -1
@@ -114,7 +114,7 @@ class Index:
 
 
 def read_index(files: Files, manifest: Manifest) -> Index:
-    """The index, or an empty one where none was written yet."""
+    """The index, or an empty one if none was written yet."""
     found = read_checked(Index, files, manifest, INDEX)
     if found is None:
         return Index(manifest.cache_id, format=manifest.format)
@@ -123,7 +123,7 @@ def read_index(files: Files, manifest: Manifest) -> Index:
     if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] <= edges[-1] <= manifest.shards):
         raise ManifestInvalid(
             f"{where}: expected rising ranges of the {manifest.shards} shards, found {list(index.committed)}. "
-            f"{MADE_AGAIN}"
+            f"{REBUILD_HINT}"
         )
     return index
 
@@ -150,14 +150,13 @@ def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> Itera
     return read_in_order(lambda shard: read_record(files, manifest, shard), shards.tolist())
 
 
-def read_in_order(read: Callable[[S], T], asked: Iterable[S]) -> Iterator[T]:
-    """What `read` returns of each, in order, with `READ_AT_ONCE` always under way; a million records would fill
-    gigabytes, so no more are read ahead than `HELD`."""
+def read_in_order(read: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Yield `read(item)` for each item in order, `READ_AT_ONCE` at a time and at most `HELD` ahead, to bound memory."""
     running: deque[Future[T]] = deque()
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         try:
-            for one in asked:
-                running.append(pool.submit(read, one))
+            for item in items:
+                running.append(pool.submit(read, item))
                 if len(running) == HELD:
                     yield running.popleft().result()
             while running:
@@ -176,7 +175,7 @@ def write_device(files: Files, shard: int, device: DeviceRecord) -> None:
 
 
 def read_devices(files: Files, shards: Sequence[int]) -> dict[int, DeviceRecord]:
-    """What a sample of shards was computed on, where known: older stores and imports do not record it."""
+    """The devices of a sample of shards, where known: older stores and imports do not record them."""
     found = {}
     for at in np.unique(np.linspace(0, len(shards) - 1, DEVICES_ASKED).round().astype(int)) if shards else ():
         key = f"{COMMITS}/{device_name(shards[at])}"
@@ -198,36 +197,36 @@ def find_committed(files: Files, manifest: Manifest, index: Index | None = None)
     return mask
 
 
-def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
+def compact(files: Files, manifest: Manifest, holds_claim: bool = True) -> Index:
     """Bring the index up to date.
 
-    Writers may compact at the same time, and the last one to write wins; so each looks again after it
-    has written, and writes again as long as the index lacks a record. Without the claim all records are looked for,
-    even those that the index names: another process may be removing shards, and its index may have been overwritten.
+    Writers may compact at the same time, and the last one to write wins; so each checks again after writing, and
+    writes again until the index has every record. Without the claim all records are looked for, even those in the
+    index: another process may be removing shards, and its index may have been overwritten.
     """
-    nothing = Index(manifest.cache_id, format=manifest.format)
+    empty = Index(manifest.cache_id, format=manifest.format)
     while True:
         index = read_index(files, manifest)
         indexed = index.mask(manifest.shards)
-        committed = find_committed(files, manifest, index if is_alone else nothing)
+        committed = find_committed(files, manifest, index if holds_claim else empty)
         if np.array_equal(committed, indexed):
             return index
-        base = nothing if (indexed & ~committed).any() else index
+        base = empty if (indexed & ~committed).any() else index
         records = _read_records(files, manifest, np.flatnonzero(committed & ~base.mask(manifest.shards)))
         try:
             extended = _extend(base, committed, records)
         except StoreUnfinished:
-            if is_alone:
+            if holds_claim:
                 raise
             continue  # one was removed after they were listed
         files.replace(INDEX, encode_index(extended))
 
 
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
-    """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone.
+    """Undo commits. The index goes first: a kill in between leaves the shards committed, never half removed.
 
-    A writer that gave up waiting may have overwritten this index, and written a summary, while the records were still
-    there.
+    Index and summary are brought up to date again at the end: a writer that gave up waiting may have written either
+    while the records were still there.
     """
     gone = sorted(set(shards))
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
@@ -236,7 +235,7 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     files.replace(INDEX, encode_index(derive_index(files, manifest, committed)))
     for shard in gone:
         files.remove(record_key(shard))
-    compact(files, manifest, is_alone=False)
+    compact(files, manifest, holds_claim=False)
     files.remove(SUMMARY)
 
 
@@ -247,7 +246,7 @@ def derive_index(files: Files, manifest: Manifest, committed: np.ndarray) -> Ind
 
 
 def encode_index(index: Index) -> bytes:
-    """The same bytes as `encode_json`, nine times as fast: there may be 100,000 ranges, and each writer writes them."""
+    """The same bytes as `encode_json`, nine times as fast: every writer writes it, and it may have 100,000 ranges."""
     rest = encode_json(to_json(replace(index, committed=())))
     spans = ",\n".join(f"  [\n   {start},\n   {stop}\n  ]" for start, stop in index.committed)
     return rest.replace(b'"committed": []', f'"committed": [\n{spans}\n ]'.encode(), 1) if spans else rest
@@ -269,10 +268,9 @@ def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 
 def read_checked(
-    cls: type[T], files: Files, manifest: Manifest, key: str, remedy: str = MADE_AGAIN
+    cls: type[T], files: Files, manifest: Manifest, key: str, remedy: str = REBUILD_HINT
 ) -> tuple[T, str] | None:
-    """A record of this store in a known format, and its location; None if the store has none. The default remedy is
-    for a file that can be rebuilt."""
+    """A record of this store in a known format, and its location; None if there is none."""
     raw = read_if_there(files, key)
     if raw is None:
         return None

@@ -1,8 +1,8 @@
 """Attention as CSR: rows in the order (window, head, query), columns are key positions in the window.
 
-A row keeps the few largest probabilities of one query; they are not renormalised, and `kept_mass`
-says how much of the row they are. All work is on whole arrays; nothing loops over rows.
-Shapes: W windows, H heads (1 where heads were averaged), T context, R = W * H * T rows, E entries.
+A row keeps the few largest probabilities of one query, not renormalised; `kept_mass` is their sum. All
+operations are on whole arrays; nothing loops over rows.
+Shapes: W windows, H heads (1 if heads were averaged), T context, R = W * H * T rows, E entries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class AttentionCsr:
     """One layer's sparsified attention over some windows."""
 
-    indptr: np.ndarray  # uint32 [R + 1], starts at 0; int64 where shards joined in memory have 2^32 entries
+    indptr: np.ndarray  # uint32 [R + 1], starts at 0; int64 if parts joined in memory have 2^32 entries
     indices: np.ndarray  # uint8 or uint16 [E], strictly increasing inside a row
     data: np.ndarray  # float16 [E]
     kept_mass: np.ndarray  # float16 [W, H, T]
@@ -45,7 +45,7 @@ class AttentionCsr:
         return len(self.indices)
 
     def slice(self, start: int, stop: int) -> AttentionCsr:
-        """Windows start..stop as views; only indptr is copied, because it must start at 0 again."""
+        """Windows start..stop as views; only indptr is copied, to start at 0 again."""
         rows = self.heads * self.context
         indptr = self.indptr[start * rows : stop * rows + 1]
         first, last = (int(indptr[0]), int(indptr[-1])) if len(indptr) else (0, 0)
@@ -69,13 +69,13 @@ class AttentionCsr:
         )
 
     def dense(self) -> np.ndarray:
-        """float32 [W, H, T, T], zeros where nothing was kept: for small windows and for tests."""
+        """float32 [W, H, T, T], zero where nothing was kept: for small windows and tests."""
         dense = np.zeros((self.windows * self.heads * self.context, self.context), np.float32)
         dense[self.row_of_entry(), self.indices] = self.data
         return dense.reshape(self.windows, self.heads, self.context, self.context)
 
     def to_scipy(self) -> csr_matrix:
-        """float32 [W * H * T, T]: scipy computes with no float16. Rows are (window, head, query)."""
+        """float32 [W * H * T, T], as scipy does not support float16. Rows are (window, head, query)."""
         from scipy.sparse import csr_matrix  # imported late: reading a store does not need it
 
         rows = self.windows * self.heads * self.context
@@ -132,7 +132,7 @@ def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | No
 
 
 def _find_entry_problem(csr: AttentionCsr, lengths: np.ndarray, causal: bool) -> str | None:
-    """Check the rules about single entries. The causal limit is checked at row ends only, as indices are sorted."""
+    """Check the rules for single entries; the causal limit at row ends only, because indices are sorted."""
     if not csr.entries:
         return None
     if int(csr.indices.max()) >= csr.context:

@@ -1,8 +1,8 @@
 """The bytes under the keys of a store: on a local disk, or at any fsspec URL.
 
-Two classes with the same methods. A key is a path relative to the store. The rest of the package relies
-on this: `write` is durable once `settle` has returned, `replace` is all or nothing, and a missing key
-raises `KeyError`. Every other failure of a disk or a network is a `StoreUnreachable`.
+Two classes with the same methods. A key is a path relative to the store. `write` is durable once `settle` has
+returned, `replace` is all or nothing, and a missing key raises `KeyError`. Every other failure of a disk or a
+network raises `StoreUnreachable`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .errors import AddressInvalid, StoreError, StoreFull, StoreUnreachable
 
 PAGE = 1000  # the most names that one listing request returns
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-EXISTS, CONFLICT = 412, 409  # S3's answers to "create it": it exists; it is being removed at this moment
-CONFLICT_PAUSES = (0.1, 0.3, 1.0)  # seconds, before trying again
-_BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
+EXISTS, CONFLICT = 412, 409  # S3's refusals to create an object: it exists; it is being removed right now
+CONFLICT_PAUSES = (0.1, 0.3, 1.0)  # seconds between attempts
+_BLOCK = 2**20  # bytes checksummed at a time, right after reading, while they are in the processor's cache
 
 
 def open_files(url: str | os.PathLike[str]) -> Files:
     """Local paths get plain file calls; everything else goes through fsspec."""
-    # s3fs asks for each object's size first if it may fetch it in several pieces at once
+    # otherwise s3fs asks for each object's size first, to fetch it in several pieces at once
     options = {"max_concurrency": 1} if os.fspath(url).startswith("s3://") else {}
     try:
-        if not os.fspath(url):  # it would mean the current folder
+        if not os.fspath(url):  # fsspec would take the current folder
             raise ValueError("an empty name")
         fs, path = fsspec.core.url_to_fs(os.fspath(url), **options)
     except (ImportError, ValueError) as error:
@@ -51,7 +51,7 @@ def open_files(url: str | os.PathLike[str]) -> Files:
 
 
 def require_folder(path: Path, asked: str) -> None:
-    """Require a path that is, or can become, a folder this process can write to; nothing is created to find out."""
+    """Require a path that is, or can become, a folder writable by this process; creates nothing."""
     there = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not there.exists():
         raise AddressInvalid(
@@ -64,8 +64,8 @@ def require_folder(path: Path, asked: str) -> None:
 
 
 def read_if_there(files: Files, key: str) -> bytes | None:
-    """The file's bytes, or None if there is none. Also used to ask whether a file exists: this is one request, while
-    asking an object store whether a key exists costs a listing as well."""
+    """The file's bytes, or None if it does not exist. Also used to check for a file: this is one request, whereas
+    `exists` on an object store costs a listing as well."""
     try:
         return files.read(key)
     except KeyError:
@@ -76,8 +76,8 @@ class LocalFiles:
     """A folder on a local disk."""
 
     list_beyond = 2000
-    """With more names than this to look for, list the folder instead of asking for each: that is a request to a shared
-    disk, while a listing brings thousands at once. On a disk of this machine both take 1 to 2.5 us a name."""
+    """With more names than this to look for, list the folder instead of asking for each name: on a shared disk each is
+    a request, while a listing brings thousands at once. On a local disk both take 1 to 2.5 us a name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -86,7 +86,7 @@ class LocalFiles:
     def read(self, key: str) -> bytes:
         with name_failure(f"reading {key} of {self.url}"):
             try:
-                return _read_surely(self.root / key)
+                return _read_fresh(self.root / key)
             except (FileNotFoundError, NotADirectoryError):
                 raise KeyError(key) from None
 
@@ -111,10 +111,10 @@ class LocalFiles:
             return _is_there(self.root / key)
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are in the folder, in this order.
+        """The subset of `names` found in the folder, in the same order.
 
         One call per name: a listing would read every name in a folder that may hold a million. `os.access` is the
-        fastest, but says no whatever went wrong, so one of the missing names is asked for once more."""
+        fastest, but returns False on any error, so one of the missing names is checked again with `os.stat`."""
         with name_failure(f"looking into {folder} of {self.url}"):
             try:
                 fd = os.open(self.root / folder, os.O_RDONLY)
@@ -141,27 +141,27 @@ class LocalFiles:
                 os.close(fd)
 
     def refuse_links(self, path: Path) -> None:
-        """In a store from elsewhere a link may lead anywhere, even one in place of a folder."""
+        """Refuse to write through links: in a store from elsewhere any file or folder may be one, and lead anywhere."""
         for part in (path, *path.parents):
             if part == self.root:
                 return
             if part.is_symlink():
                 raise StoreUnreachable(
                     errno.ELOOP,
-                    f"{part} is a symbolic link, and nothing is written through one. Remove it, or put what it leads "
-                    "to in its place, then run the same command again",
+                    f"{part} is a symbolic link, and nothing is written through one. Remove it, or replace it by its "
+                    "target, then run the same command again",
                 )
 
     def settle(self, folders: Iterable[str]) -> None:
-        """Make the names of files written in these folders durable."""
+        """Make the names of the files in these folders durable."""
         for folder in folders:
             with self._name_failure(folder):
                 sync(self.root / folder)
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write a whole file or none of it; the caller ensures that no one else replaces this key."""
+        """Write a whole file or none of it; the caller ensures that no one else is replacing this key."""
         path = self.root / key
-        temporary = path.with_name(f".{path.name}.tmp")  # one name per key: what a killed writer left is reused
+        temporary = path.with_name(f".{path.name}.tmp")  # one name per key: a killed writer's leftover is reused
         with self._name_failure(key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)
@@ -175,7 +175,7 @@ class LocalFiles:
                 return []
 
     def remove(self, key: str) -> None:
-        """Remove it durably: a power cut must not bring back the record of a shard that was found damaged."""
+        """Remove a file durably: a power cut must not bring back the record of a damaged shard."""
         path = self.root / key
         with self._name_failure(key):
             self.refuse_links(path.parent)
@@ -193,10 +193,10 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A prefix in an object store, or anything else that fsspec knows. A PUT there is all or nothing."""
+    """A prefix in an object store, or any other fsspec location. A PUT there is all or nothing."""
 
     list_beyond = 100_000
-    """With more names than this to look for, read a whole listing: none of its pages could be skipped."""
+    """With more names than this to look for, read the whole listing: hardly any page could be skipped."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, url: str) -> None:
         self.fs = fs
@@ -221,8 +221,8 @@ class RemoteFiles:
             return cast(int, self.fs.size(f"{self.path}/{key}"))
 
     def exists(self, key: str) -> bool:
-        """Ask afresh: fsspec would answer from its last listing, which lacks another writer's newer record. On some
-        file systems its own `exists` says no whatever went wrong."""
+        """Bypass fsspec's cached listing, which lacks other writers' newer records, and its `exists`, which in some
+        implementations returns False on any error."""
         with self._name_failure("looking for", key):
             self.fs.invalidate_cache(f"{self.path}/{key}")
             try:
@@ -232,7 +232,7 @@ class RemoteFiles:
             return True
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
-        """Use one listing: a request covers a thousand names, while asking for each takes a request per name."""
+        """Use one listing: a request brings a thousand names."""
         found = set(self.list(folder)) if names else set()
         return [name for name in names if name in found]
 
@@ -247,7 +247,7 @@ class RemoteFiles:
             self.fs.pipe_file(f"{self.path}/{key}", data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a whole file unless it exists; return whether it was written."""
+        """Write a whole file unless the key exists; return whether it was written."""
         with self._name_failure("writing", key):
             pauses = iter(CONFLICT_PAUSES)
             while True:
@@ -280,7 +280,7 @@ class RemoteFiles:
 
     @contextmanager
     def _name_failure(self, doing: str, key: str) -> Iterator[None]:
-        """Turn what a network or its library raises, after its own retries, into one of our errors."""
+        """Turn any error of a network or its library, after its own retries, into one of our errors."""
         try:
             yield
         except (StoreError, KeyError):
@@ -298,13 +298,13 @@ Files = LocalFiles | RemoteFiles
 
 
 def _status_of(error: OSError) -> int | None:
-    """The HTTP status that botocore received: s3fs recognises a refusal only by AWS's own wording."""
+    """The HTTP status that botocore received: s3fs recognises refusals only by AWS's own wording."""
     answer: Any = getattr(error.__cause__, "response", None)
     return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
 
 
 class S3Files(RemoteFiles):
-    """Files on S3, whose listings are sorted and can begin at any name."""
+    """Files on S3, whose listings are sorted and can start at any name."""
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """Fetch only the listing pages that could hold one of the names, skipping long stretches of others."""
@@ -317,7 +317,7 @@ class S3Files(RemoteFiles):
                     "list_objects_v2",
                     Bucket=bucket,
                     Prefix=path,
-                    StartAfter=path + left[0][:-1],  # exclusive: no name of ours lies in between
+                    StartAfter=path + left[0][:-1],  # exclusive, and none of our names lies in between
                     MaxKeys=PAGE,
                     **s3.req_kw,
                 )
@@ -325,7 +325,7 @@ class S3Files(RemoteFiles):
             found.update(page)
             if not answer.get("IsTruncated"):
                 break
-            if page != sorted(page) or not page or page[-1] < left[0]:  # an S3-compatible server that lists differently
+            if page != sorted(page) or not page or page[-1] < left[0]:  # a server that lists in another order
                 return super().which_exist(folder, names)
             left = left[bisect_right(left, page[-1]) :]
         return [name for name in names if name in found]
@@ -333,7 +333,7 @@ class S3Files(RemoteFiles):
 
 @contextmanager
 def name_full_disk(doing: str) -> Iterator[None]:
-    """Turn 'no space left' into an error that says what was being done."""
+    """Turn 'no space left' into an error that names the operation."""
     try:
         yield
     except OSError as error:
@@ -348,7 +348,7 @@ def name_full_disk(doing: str) -> Iterator[None]:
 
 @contextmanager
 def name_failure(doing: str) -> Iterator[None]:
-    """Turn a disk's error, a full disk included, into one that says what was being done."""
+    """Turn a disk's error, a full disk included, into one that names the operation."""
     try:
         with name_full_disk(doing):
             yield
@@ -363,8 +363,8 @@ def name_failure(doing: str) -> Iterator[None]:
 
 
 def _is_there(path: Path | str, folder: int | None = None) -> bool:
-    """Whether the file exists, relative to an open folder if one is given; other errors are raised. `os.access` says
-    no whatever went wrong, as does `Path.exists` from Python 3.14 on."""
+    """Whether the file exists, relative to an open folder if given. Other errors are raised, unlike by `os.access`, and
+    by `Path.exists` from Python 3.14 on."""
     try:
         os.stat(path, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -372,8 +372,8 @@ def _is_there(path: Path | str, folder: int | None = None) -> bool:
     return True
 
 
-def _read_surely(path: Path) -> bytes:
-    """Read a file that a network disk may remember as missing until its folder is opened."""
+def _read_fresh(path: Path) -> bytes:
+    """Read a file, even if a network disk has cached it as missing: opening its folder refreshes that."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -406,24 +406,24 @@ def _fill(fd: int, block: np.ndarray, offset: int) -> bool:
 
 
 def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
-    """Write everything: write(2) may write less than it was given, above all beyond 2 GiB."""
+    """Write everything: write(2) may write less than it was given, and always does beyond 2 GiB."""
     for buffer in buffers:
         view = buffer.data
         while len(view):
             view = view[os.write(fd, view) :]
 
 
-_flushed: set[Path] = set()  # folders whose names this process knows to be on disk
+_flushed: set[Path] = set()  # folders whose names are known to be on disk
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, and flush their names: a power cut could otherwise take a folder and its contents.
+    """Make a folder and its parents, and flush their names: a power cut could otherwise lose a folder and its contents.
 
-    The name of an existing folder is flushed too, once: whoever made it may have died before flushing it.
+    The name of an existing folder is flushed too, once: its creator may have died before doing so.
     """
     if path.is_dir():
         if path not in _flushed:
-            with suppress(PermissionError):  # a folder that we may not read, so not one that we made
+            with suppress(PermissionError):  # unreadable, so we did not make it
                 sync(path.parent)
     else:
         make_folder(path.parent)

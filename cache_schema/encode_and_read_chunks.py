@@ -1,11 +1,11 @@
-"""Chunks: encode an array for disk, and read rows of one, chunk by chunk and checked, into allocated memory.
+"""Chunks: encode arrays for disk, and read rows of them, with checksums verified, into allocated memory.
 
-A chunk is the little-endian array, compressed or not, followed by four bytes of crc32c over it:
-exactly what zarr's own codec chain writes, but at the speed of memory, which zarr's path is not.
+A chunk is the little-endian array, compressed or not, followed by four bytes of crc32c over it: exactly what
+zarr's own codec chain writes, but at the speed of memory.
 
-Rows are windows, or shards for arrays that have a line per shard. A chunk that is wanted whole is read
-into its place. Of one that is wanted in part all bytes are read, because its checksum covers them, but only the
-blocks that hold the part are decompressed.
+Rows are windows, or shards for arrays that have a line per shard. A whole chunk is read straight into its place.
+For part of a chunk all bytes are read, because the checksum covers them, but only the blocks that hold the part
+are decompressed.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ CHECKSUM_BYTES = 4
 BLOSC_HEADER_BYTES = 16
 _COPIED = 2  # flag of a blosc frame whose values are not compressed
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-# What zarr's codecs raise on bytes that are not theirs.
+# What zarr's codecs raise on bytes that they did not write.
 _UNDECODABLE = (ArithmeticError, EOFError, RuntimeError, TypeError, ValueError, gzip.BadGzipFile, zlib.error)
 
 
 def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
-    """The buffers to write one after the other; an array that is stored raw is not copied."""
+    """The buffers to write one after the other; raw arrays are not copied."""
     body = as_bytes(np.ascontiguousarray(chunk, layout.dtype))
     if layout.codec != "raw":
-        found = BLOSC[layout.codec]
-        compressor, shuffle = found["cname"].encode(), _SHUFFLES[found["shuffle"]]
-        typed = body.view(layout.dtype)
-        body = np.frombuffer(blosc.compress(typed, compressor, found["clevel"], shuffle, found["blocksize"]), np.uint8)
+        blosc_options = BLOSC[layout.codec]
+        name, level, blocksize = (blosc_options[key] for key in ("cname", "clevel", "blocksize"))
+        shuffle = _SHUFFLES[blosc_options["shuffle"]]
+        packed = blosc.compress(body.view(layout.dtype), name.encode(), level, shuffle, blocksize)
+        body = np.frombuffer(packed, np.uint8)
     return [body, checksum_of(body)]
 
 
 def plan_reads(layout: ArrayLayout, start: int, stop: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """The chunks that hold rows start..stop of the array: the index of each, its first element that is wanted, and its
-    share of `out`."""
+    """The chunks that hold rows start..stop of the array: each one's index, first wanted element and share of `out`."""
     length = layout.chunks[0]
     for index in range(start // length, -(-stop // length)):
         base = index * length
@@ -55,7 +55,7 @@ def plan_reads(layout: ArrayLayout, start: int, stop: int, out: np.ndarray) -> I
 
 
 def read_chunk(files: Files, layout: ArrayLayout, index: int, first: int, out: np.ndarray) -> None:
-    """Read, check and decode one chunk, or part of it from its element `first` on, into its place."""
+    """Read, check and decode one chunk, or the part from element `first` on, into `out`."""
     key, tail = layout.chunk_key(index), np.zeros(CHECKSUM_BYTES, np.uint8)
     try:
         if layout.codec != "raw" or out.nbytes != layout.chunk_bytes:
@@ -70,7 +70,7 @@ def read_chunk(files: Files, layout: ArrayLayout, index: int, first: int, out: n
 
 
 def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop: int, out: np.ndarray) -> None:
-    """The slow way, for layouts that only zarr knows. Chunks are looked for first: zarr reads absent ones as fill."""
+    """The slow way, for layouts that only zarr knows. Chunks are looked up first: zarr reads missing ones as fill."""
     grid = array.shards or array.chunks
     inner = (range(-(-size // length)) for size, length in zip(array.shape[1:], grid[1:], strict=True))
     for index in itertools.product(range(start // grid[0], -(-stop // grid[0])), *inner):
@@ -84,7 +84,7 @@ def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop:
 
 
 def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str, first: int = 0) -> None:
-    """Check `stored` (uint8, a whole chunk) and decode it into `out` (contiguous), from its element `first` on."""
+    """Check `stored` (uint8, a whole chunk) and decode it into `out` (contiguous), from element `first` on."""
     body, found = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
     if len(stored) <= CHECKSUM_BYTES:
         raise ShardCorrupt(f"{where}: truncated to {len(stored)} bytes")
@@ -110,10 +110,10 @@ def decode(layout: ArrayLayout, stored: np.ndarray, out: np.ndarray, where: str,
 
 
 def _frame_of(body: np.ndarray, wanted: slice) -> tuple[np.ndarray, int, int]:
-    """A blosc frame with only the blocks that hold the `wanted` bytes; where it begins in the chunk, and its size.
+    """A blosc frame of only the blocks that hold the `wanted` bytes, its offset in the chunk and its decompressed size.
 
-    numcodecs decompresses whole frames only. After its header a frame lists where its blocks begin, in whatever order
-    they were written.
+    numcodecs decompresses whole frames only. A frame's header is followed by the offsets of its blocks, which may have
+    been written in any order.
     """
     plain, block = (int(body[at : at + 4].view("<u4")[0]) for at in (4, 8))
     listed = BLOSC_HEADER_BYTES + 4 * -(-plain // max(1, block))
@@ -122,7 +122,7 @@ def _frame_of(body: np.ndarray, wanted: slice) -> tuple[np.ndarray, int, int]:
     starts = body[BLOSC_HEADER_BYTES:listed].view("<u4").astype(np.int64)
     written = np.append(np.sort(starts), len(body))
     ends = written[np.searchsorted(written, starts, "right").clip(max=len(starts))]
-    first = max(0, min(wanted.start // block, plain // block - 1))  # a shorter last block does not come alone
+    first = max(0, min(wanted.start // block, plain // block - 1))  # blosc cannot read a shorter last block on its own
     last = -(-wanted.stop // block)
     blocks = [body[start:end] for start, end in zip(starts[first:last], ends[first:last], strict=True)]
     places = np.cumsum([BLOSC_HEADER_BYTES + 4 * len(blocks), *map(len, blocks)]).astype("<u4")

@@ -1,4 +1,4 @@
-"""Everything that can go wrong with a store. A message says what was expected, what was found and what to do next."""
+"""Everything that can go wrong with a store. Each message has what was expected, what was found and what to do next."""
 
 
 class StoreError(Exception):
@@ -10,11 +10,11 @@ class StoreError(Exception):
 
 
 class AddressInvalid(StoreError, ValueError):
-    """The address names no place for a store, or a kind of storage that is unknown or whose library is missing."""
+    """The address is not a place for a store, or its kind of storage is unknown or lacks its library."""
 
 
 class LaunchInvalid(StoreError, ValueError):
-    """The environment does not say how many processes were launched, or they cannot connect."""
+    """The number of launched processes cannot be read from the environment, or they cannot connect."""
 
 
 class StoreMissing(StoreError, FileNotFoundError):
@@ -26,7 +26,7 @@ class StoreMismatch(StoreError, ValueError):
 
 
 class StoreBusy(StoreError, BlockingIOError):
-    """Another writer is working on what this one wants."""
+    """Another writer holds the claim that this one needs."""
 
 
 class StoreUnfinished(StoreError, LookupError):
@@ -34,11 +34,11 @@ class StoreUnfinished(StoreError, LookupError):
 
 
 class StoreFull(StoreError, OSError):
-    """The disk is full, or too small for what is about to be written."""
+    """The disk is full, or too small for the coming write."""
 
 
 class StoreUnreachable(StoreError, OSError):
-    """The store's location answers with an error, or not at all; what is committed is not affected."""
+    """The store's location answers with an error, or not at all; committed shards are not affected."""
 
 
 class ManifestInvalid(StoreError, ValueError):
@@ -70,4 +70,4 @@ class CsrInvalid(ShardCorrupt):
 
 
 class ImportInvalid(StoreError, ValueError):
-    """The shapes, types or tokens of activations from elsewhere do not fit together."""
+    """The shapes, types or tokens of imported activations do not fit together."""

@@ -1,6 +1,6 @@
 """Existing activations as sources of an import: numpy files, cached activations of SAELens, hidden states of vLLM.
 
-A source returns activations of windows start..stop, so that a file of any size is imported one shard at a time.
+A source returns the activations of windows start..stop, so that files of any size are imported shard by shard.
 W windows, T context, D residual width.
 """
 
@@ -20,10 +20,10 @@ from numpy.lib.format import open_memmap
 from .errors import ImportInvalid
 from .numbers_in_words import counted, some_of
 from .sites import RESID, Site, site_named
-from .stored_dtypes import STORED_AS, say_not_uint32
+from .stored_dtypes import STORED_AS, why_not_uint32
 
 _DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}
-# Of the tensors in vLLM's files.
+# For the tensors in vLLM's files.
 _VLLM_TYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8"}
 _VLLM_ACTS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -38,7 +38,7 @@ class Source(Protocol):
     sites: tuple[Site, ...]
     tokens: np.ndarray | None  # uint32 [W, T]; None if unknown
     document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
-    left_out: str  # in words: what is in no window, and the files not read; empty if nothing was left out
+    left_out: str  # in words: rows in no window and files not read; empty if there are none
     warning: str
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 class NumpySource:
     """`.npy` files, or folders of them: for each site activations [W, T, D], or rows [N, D] in runs of T, and
-    tokens [W, T] or [N] if there are any."""
+    optionally tokens [W, T] or [N]."""
 
     warning = ""
 
@@ -59,34 +59,34 @@ class NumpySource:
         shape, ids = shapes.pop(), None if tokens is None else _Joined(tokens)
         cut = context or (ids.shape[1] if ids is not None and len(ids.shape) == 2 else None)
         if len(shape) == 3 and context in (None, shape[1]):
-            self._at_once, windows = 1, shape
+            self._rows_per_window, windows = 1, shape
         elif len(shape) == 2 and cut:
-            self._at_once, windows = cut, (shape[0] // cut, cut, shape[1])
+            self._rows_per_window, windows = cut, (shape[0] // cut, cut, shape[1])
         else:
             raise ImportInvalid(
                 f"expected activations [windows, tokens, width], or [rows, width] with --context T, the number of "
                 f"consecutive rows from one text (1 if none are consecutive), found {shape}"
                 + (f" with --context {context}" if context is not None else "")
             )
-        self.windows, self.context, self.d_model = _require_some(windows)
+        self.windows, self.context, self.d_model = _require_not_empty(windows)
         self.dtype = _stored_dtype(dtypes.pop())
         self.sites = tuple(sorted(acts))
-        rows = shape[0] * self.context // self._at_once
+        rows = shape[0] * self.context // self._rows_per_window
         self.tokens = None if ids is None else _windows_of(ids, rows, self.windows, self.context)
         self.document_of = np.arange(self.windows, dtype=np.uint32)
         rest = rows - self.windows * self.context
-        if any(length % self._at_once for joined in self._acts.values() for length in joined.lengths[:-1]):
+        if any(length % self._rows_per_window for joined in self._acts.values() for length in joined.lengths[:-1]):
             self.warning = (
                 f"windows of {self.context:,} rows run across files, whose lengths are not multiples of that: "
-                "if each file is a text of its own, some windows hold parts of two"
+                "if each file is a separate text, some windows hold parts of two"
             )
-        said = f"{counted(rest, 'row')}, which fill no window of {self.context:,}" if rest else ""
+        unused = f"{counted(rest, 'row')}, which fill no window of {self.context:,}" if rest else ""
         folders = [*self._acts.values(), *([] if ids is None else [ids])]
         read = {file for joined in folders for file in joined.files}
-        self.left_out = "; ".join(filter(None, (said, *(joined.say_others(read) for joined in folders))))
+        self.left_out = "; ".join(filter(None, (unused, *(joined.say_others(read) for joined in folders))))
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
-        rows = self._acts[site].rows(start * self._at_once, stop * self._at_once)
+        rows = self._acts[site].rows(start * self._rows_per_window, stop * self._rows_per_window)
         values = np.ascontiguousarray(rows, STORED_AS[self.dtype])  # a file may be big-endian
         return values.reshape(stop - start, self.context, self.d_model)
 
@@ -98,22 +98,22 @@ class _Joined:
         self.files = sorted(path.glob("*.npy"), key=_by_numbers) if path.is_dir() else [path]
         if not self.files:
             for other in sorted(path.iterdir()):
-                _load(other)  # raises an error that says what to do with this kind of file
+                _load(other)  # its error has the remedy for this kind of file
             raise ImportInvalid(f"{path}: expected .npy files in this folder, found none")
         self._path = path
-        found = [(array.shape, array.dtype) for array in map(_load, self.files)]  # keeping a map keeps its file open
+        found = [(array.shape, array.dtype) for array in map(_load, self.files)]  # a map keeps its file open
         kinds = {(shape[1:], dtype) for shape, dtype in found}
         if len(kinds) != 1:
-            told = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds))
+            listed = ", ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds))
             raise ImportInvalid(
-                f"{path}: expected .npy files of one type, and of one shape except for length, found {told}"
+                f"{path}: expected .npy files of one type, and of one shape except for length, found {listed}"
             )
         (shape, self.dtype), *_ = kinds
         self.lengths = [shape[0] for shape, _ in found]
         self.shape = (sum(self.lengths), *shape)
 
     def say_others(self, read: Collection[Path]) -> str:
-        """In words: the files of the folder that no option reads."""
+        """In words: the folder's files that no option reads."""
         return say_other_files(self._path, read, "the .npy files at its top") if self._path.is_dir() else ""
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -140,12 +140,12 @@ def _by_numbers(file: Path) -> list[tuple[int, str]]:
 
 class SaelensSource:
     """A folder written by SAELens' cache runner: one row per window, one column named after the hook, and token_ids
-    if they were asked for; otherwise tokens [W, T] may come from a file."""
+    if they were saved; otherwise tokens [W, T] may come from a file."""
 
     warning = ""
 
     def __init__(self, folder: Path, layer: int | None, tokens: Path | None = None) -> None:
-        from datasets import Dataset, load_from_disk  # only this import needs it
+        from datasets import Dataset, load_from_disk  # imported late: only this format needs it
 
         try:
             rows = load_from_disk(str(folder))
@@ -158,7 +158,7 @@ class SaelensSource:
         self._rows = rows.with_format("numpy")
         hook, feature = _hook_column(folder, self._rows.features)
         self._hook = hook
-        self.windows, self.context, self.d_model = _require_some((len(self._rows), *feature.shape))
+        self.windows, self.context, self.d_model = _require_not_empty((len(self._rows), *feature.shape))
         self.dtype = _stored_dtype(feature.dtype)
         self.sites = (_site_of(hook, layer),)
         has_ids = "token_ids" in self._rows.features
@@ -176,13 +176,13 @@ class SaelensSource:
         return values.reshape(stop - start, self.context, self.d_model)
 
     def _read(self, column: str, start: int, stop: int) -> Any:
-        """Select this column alone: rows are decoded whole, and the tokens of all windows are read at once."""
+        """Select this column alone: whole rows are decoded, and the tokens of all windows are read at once."""
         return self._rows.select_columns(column)[start:stop][column]
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor is stored. It is mapped only while it is read: a map keeps its file open, and there are many."""
+    """Where a tensor is stored. It is mapped only while it is read: a map keeps one of many files open."""
 
     path: Path
     offset: int
@@ -193,7 +193,7 @@ class _Tensor:
         try:
             return np.array(np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[part])
         except (OSError, ValueError) as error:
-            raise ImportInvalid(f"{self.path} changed while it was read ({error}). Import again") from None
+            raise ImportInvalid(f"{self.path} changed while it was being read ({error}). Import again") from None
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,8 @@ class VllmSource:
     """A folder of hidden states written by vLLM (`extract_hidden_states`): one safetensors file per request, with
     `hidden_states` [tokens, layers, width] and `token_ids` [tokens].
 
-    Files say neither which layers they hold nor in what order the requests came: layers are given by the user, files
-    are read in order of name. A request is a document. Requests differ in length and windows do not, so each is cut
-    into windows and its rest left out.
+    The files record neither their layers nor the order of requests: layers are given by the user, and files are read
+    in order of name. A request is a document. Each is cut into windows, and the rest is left out.
     """
 
     warning = ""
@@ -270,8 +269,8 @@ def _say_left_out(lengths: Sequence[int], context: int) -> str:
     if not rest:
         return ""
     short = sum(length < context for length in lengths)
-    told = f"; {short:,} of {counted(len(lengths), 'request')} are shorter than one" if short else ""
-    return f"{rest:,} of {counted(sum(lengths), 'token')}, which fill no window of {context:,}{told}"
+    too_short = f"; {short:,} of {counted(len(lengths), 'request')} are shorter than one" if short else ""
+    return f"{rest:,} of {counted(sum(lengths), 'token')}, which fill no window of {context:,}{too_short}"
 
 
 def _read_vllm(path: Path) -> _Sequence:
@@ -290,7 +289,7 @@ def _read_vllm(path: Path) -> _Sequence:
         ) from None
     if len(hidden.shape) != 3 or tokens.shape != hidden.shape[:1] or kind not in _VLLM_ACTS or tokens.dtype.kind != "i":
         raise ImportInvalid(
-            f"{path}: expected hidden_states [tokens, layers, width] of BF16, F16 or F32 and as many token_ids, "
+            f"{path}: expected hidden_states [tokens, layers, width] of BF16, F16 or F32 and token_ids [tokens], "
             f"found {kind} {list(hidden.shape)} and {tokens.dtype} {list(tokens.shape)}"
         )
     return _Sequence(hidden, tokens, _VLLM_ACTS[kind])
@@ -300,7 +299,7 @@ def _tensor(path: Path, entry: dict[str, Any], begin: int) -> tuple[_Tensor, str
     first, last = entry["data_offsets"]
     dtype, shape = np.dtype(_VLLM_TYPES[entry["dtype"]]), tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-        raise ValueError(f"{entry} has numbers that are no sizes")
+        raise ValueError(f"{entry} has invalid sizes")
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not 0 <= first <= last <= path.stat().st_size - begin or last - first != size or size == 0:
         raise ValueError(f"{entry} does not fit the file")
@@ -329,14 +328,14 @@ def _load(path: Path) -> np.ndarray:
     return array
 
 
-def _require_some(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _require_not_empty(shape: tuple[int, ...]) -> tuple[int, ...]:
     if 0 in shape:
         raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
     return shape
 
 
 def _windows_of(tokens: _Joined, rows: int, windows: int, context: int) -> np.ndarray:
-    """uint32 [W, T], from tokens that come one per row or in windows already."""
+    """uint32 [W, T], from tokens given one per row or in windows."""
     if tokens.shape not in ((rows,), (windows, context)):
         raise ImportInvalid(
             f"expected tokens of shape {(windows, context)}, or one per row: {rows}; found {tokens.shape}"
@@ -349,13 +348,13 @@ def _stored_dtype(name: str) -> str:
     if name not in _DTYPES:
         raise ImportInvalid(
             f"expected activations as float32, float16 or bfloat16 bits in uint16, found {name}. "
-            "Convert them first: an import never rounds on its own"
+            "Convert them first: an import never rounds unasked"
         )
     return _DTYPES[name]
 
 
 def as_tokens(tokens: np.ndarray) -> np.ndarray:
-    if found := say_not_uint32(tokens):
+    if found := why_not_uint32(tokens):
         raise ImportInvalid(f"expected token ids from 0 to 2^32 - 1, found {found}")
     return np.ascontiguousarray(tokens, np.uint32)
 
@@ -371,14 +370,14 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
 
 def _site_of(name: str, given: int | None) -> Site:
     """The site of a column named as in TransformerLens, or after a layer, whose output is the residual stream after it.
-    For any other name the user knows best: with a layer given, it is stored as residuals."""
+    Under any other name, activations are stored as residuals of the `given` layer."""
     if name.endswith("blocks.0.hook_resid_pre"):
         raise ImportInvalid(f"{name} is the embedding, before the first layer: a store has no place for it")
     found = site_named(name)
     if found is None:
         if given is None:
             raise ImportInvalid(
-                f"cannot tell from the name {name!r} where in the model these activations are from: give --layer L "
+                f"cannot tell from the name {name!r} where in the model these activations come from: give --layer L "
                 "if they are the residual stream after layer L"
             )
         return Site(RESID, given)

@@ -1,7 +1,7 @@
 """Make a store from activations harvested elsewhere, so that they can be trained on too.
 
-Windows keep their order: row i of the source is window i of the store. Splits are therefore cut by
-position; windows that a source knows to be of one document are all in one split.
+Windows keep their order: row i of the source is window i of the store. Splits are therefore cut by position; windows
+that a source assigns to one document are all in one split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FINGERPRINT_WINDOWS = 256  # hashed at a time; part of every import's fingerprin
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What the arrays do not say themselves."""
+    """Settings that the arrays themselves do not contain."""
 
     model: str
     special_tokens: tuple[int, ...] = ()
@@ -37,10 +37,10 @@ class ImportSettings:
     validation_share: float = 0.05
     test_share: float = 0.05
     shard_windows: int | None = None
-    """None: as many as fill `SHARD_TOKENS`; a store that is begun keeps its own."""
+    """None: enough to fill `SHARD_TOKENS`, or as in the existing store."""
     codec: Codec = "raw"
     keep_massive: bool = False
-    """Every row counts, however large its norm, unless a run asks otherwise."""
+    """Every row counts, however large its norm, unless a run overrides it."""
     stored_as: SmallDtype | None = None
 
 
@@ -51,8 +51,8 @@ def import_store(
     on_shard: Callable[[int, int], None],
     on_read: Callable[[int], None] = lambda parts: None,
 ) -> Manifest:
-    """Write the source as a store, or resume an earlier import of the same source where it stopped. `on_read` is called
-    for each part of the source that is read beforehand, to know which source it is, with how many there are."""
+    """Write the source as a store, or resume an earlier import of the same source. `on_shard` gets the shard and the
+    number of shards. `on_read` gets the number of parts, once per part read for the fingerprint beforehand."""
     if isinstance(files := open_files(url), LocalFiles):
         require_folder(files.root.absolute(), url)
     tokens = source.tokens
@@ -78,7 +78,7 @@ def import_store(
             on_shard(shard, manifest.shards)
         if left:
             raise StoreBusy(
-                f"another import is writing {len(left)} of {manifest.shards} shards of {url}: wait for it to end, "
+                f"another import is writing {len(left)} of {manifest.shards} shards of {url}: wait for it to finish, "
                 "then run this command again"
             )
         return writer.manifest
@@ -128,11 +128,11 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
         starts = np.arange(windows)
 
     def border(left: int, behind: int, before: int) -> int:
-        """The start of a document, between two others, that leaves about so many windows after it."""
+        """The start of a document between `behind` and `before` that leaves about `left` windows after it."""
         here = starts[(starts > behind) & (starts < before)]
         return int(here[np.abs(here - (windows - left)).argmin()]) if len(here) else 0
 
-    first = int(starts[1]) if validation and test else 0  # train is what comes before it
+    first = int(starts[1]) if validation and test else 0  # at least this document is for train
     seen = border(test, first, windows) if test else windows
     train = border(validation + test, 0, seen) if validation else seen
     if train < 1:
@@ -141,7 +141,7 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
 
 
 def _fingerprint(source: Source, tokens: np.ndarray, on_read: Callable[[int], None]) -> str:
-    """Imported values alone decide the stored bytes, so their digest stands for both model run and corpus."""
+    """Imported values alone decide the stored bytes, so their digest identifies both model run and corpus."""
     starts, parts = range(0, source.windows, FINGERPRINT_WINDOWS), list[str]()
     for site in source.sites:
         for start in starts:
@@ -154,7 +154,7 @@ def _fingerprint(source: Source, tokens: np.ndarray, on_read: Callable[[int], No
 
 
 def _finite_acts(source: Source, site: Site, start: int, stop: int) -> np.ndarray:
-    """Activations of some windows; not finite is an error before anything is written, as a begun store is fixed."""
+    """Activations of some windows, required to be finite before anything is written: a started store is fixed."""
     values = source.acts(site, start, stop)
     for window, stored in enumerate(values, start):
         if not all_finite(stored, source.dtype):

@@ -1,8 +1,8 @@
-"""What a person wants to know about a store, from its root and index; row norms come from a sample of shards.
+"""The facts that `sae-store info` shows, from a store's root and index; row norms come from a sample of shards.
 
-For attention that is what can guide training: links to other tokens, and how much of the rest is sinks. A link goes
+For attention these are links to other tokens, which can guide training, and the sinks' share of the rest. A link goes
 from a token to an earlier one, neither of them special, and not to the window's first token, which is an attention
-sink. Links are counted over a few whole shards spread evenly over the store.
+sink. Links are counted in a few whole shards, spread evenly over the store.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .sites import Place, key_of, place_of, say_place
 
 SHARDS = 4
 LINKS = ("links", "link_mass", "bos_mass", "self_mass")
-BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto uses if the real one cannot be reached
+BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # used by MODEL=auto if Gemma cannot be reached
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """Plain JSON values, which `render` lays out. Links and massive rows are read from the store's shards."""
+    """The facts as plain JSON values, which `render` lays out. Links and massive rows are read from a few shards."""
     links = {layer: _links(store, layer) for layer in store.manifest.attention.layers}
     places = [place_of(site.hook, site.layer) for site in store.manifest.sites]
     massive = {place: _massive_rows(store, place) for place in places}
@@ -77,12 +77,12 @@ def facts(store: Store) -> dict[str, Any]:
         "attention_kept_mass": {layer: totals.kept_mass for layer, totals in kept.items()},
         "attention_entries_per_row": {layer: totals.entries / max(totals.rows, 1) for layer, totals in kept.items()},
         "attention_left_out": list(manifest.attention.left_out),
-        "computed_on": sorted(set(map(str, devices.values()))),  # by a sample of the shards
+        "computed_on": sorted(set(map(str, devices.values()))),  # from a sample of the shards
     }
 
 
 def _links(store: Store, layer: int) -> dict[str, float] | None:
-    """Links per row, where the mass goes, and the number of shards read; None if they are damaged."""
+    """Links per row, the mass by target and the number of shards read; None if any of them is damaged."""
     spans = spread(store.manifest, store.committed, SHARDS)
 
     def count_in(span: Span) -> np.ndarray:
@@ -97,7 +97,7 @@ def _links(store: Store, layer: int) -> dict[str, float] | None:
 
 
 def _massive_rows(store: Store, layer: Place) -> dict[str, Any] | None:
-    """None if the shards read are damaged; `verify` says how."""
+    """None if a shard that was read is damaged; `verify` reports the damage."""
     spans = sample_few(store.manifest, layer, store.committed)
     try:
         found = measure_massive(store, layer, MULTIPLE, spans, with_mean=False)
@@ -119,18 +119,18 @@ def _massive_rows(store: Store, layer: Place) -> dict[str, Any] | None:
 
 
 def render(facts: dict[str, Any]) -> RenderableType:
-    """Small tables: what the store is, its size, its attention and its massive rows."""
+    """Small tables: the store's properties, sizes, attention and massive rows."""
     head = Table.grid(padding=(0, 2))
     for name, value in {"store": facts["url"], **describe_lines(facts)}.items():
         head.add_row(Text(name, "bold"), Text(value))  # names and paths are not markup
     verify = f"sae-store verify {shlex.quote(facts['url'])}"
-    said = f"not measured, as shards that were read are damaged: {some_of(facts['damaged'])}: {verify}"
-    damaged = [Text(said, "yellow")] if facts["damaged"] else []
+    warning = f"not measured, because shards that were read are damaged: {some_of(facts['damaged'])}: {verify}"
+    damaged = [Text(warning, "yellow")] if facts["damaged"] else []
     return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts), *damaged)
 
 
 def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
-    """What the store is, in words: one line per property."""
+    """One line of text per property of the store."""
     revision = f" at {facts['revision']}" if facts["revision"] else ""
     bundled = " (the small bundled model, not Gemma-2-2B)" if (facts["model"], facts["revision"]) == BUNDLED else ""
     unfinished, indexed = facts["shards"] - facts["shards_committed"], facts["shards_indexed"]
@@ -152,10 +152,16 @@ def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
     return lines | ({"computed on": "; ".join(facts["computed_on"])} if facts["computed_on"] else {})
 
 
-def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
-    table = Table("array", "bytes per token", "share", title="Size by array", title_justify="left")
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table; all columns but the first are right-justified."""
+    table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
+    return table
+
+
+def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
+    table = make_table("Size by array", "array", "bytes per token", "share")
     total = sum(facts["bytes_per_token"].values())
     for path, size in facts["bytes_per_token"].items():
         table.add_row(Text(path), f"{size:,.1f}", f"{size / max(total, 1e-9):.1%}")
@@ -170,9 +176,7 @@ def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
     if shards < facts["shards_committed"]:
         title += f"; links, BOS and self in {counted(shards, 'shard')}"
     columns = ("layer", "kept mass", "entries a row", "links a row", "their mass", "to BOS", "to self")
-    table = Table(*columns, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table(title, *columns)
     for layer, mass in facts["attention_kept_mass"].items():
         found = facts["attention_links"][layer]
         parts = [""] * len(LINKS) if found is None else [f"{found[name]:.3f}" for name in LINKS]
@@ -187,12 +191,10 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
         return []
     first = next(iter(found.values()))
     title = f"Massive rows: norm beyond {first['multiple']:g} times the median" + (
-        "" if first["left_out"] else " (they count: the import asked for it)"
+        "" if first["left_out"] else " (trained on, as the import asked)"
     )
     columns = ("place", "median norm", "massive", "of tokens", "of squared norm", "RMS norm", "RMS norm without")
-    table = Table(*columns, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table(title, *columns)
     for place, row in found.items():
         where = f" in {counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
         table.add_row(
@@ -212,8 +214,8 @@ def _join(layers: list[int]) -> str:
 
 
 def count_links(csr: AttentionCsr, special_WT: np.ndarray) -> np.ndarray:
-    """float64 [5]: the number of rows of non-special tokens, one per head where heads are stored apart, and over them
-    the sums of `LINKS`."""
+    """float64 [5]: the number of rows of non-special tokens, one per head if heads are stored separately, and the sums
+    of `LINKS` over them."""
     row, key = csr.row_of_entry(), csr.indices.astype(np.int64)
     window, query = row // (csr.heads * csr.context), row % csr.context
     counts = ~special_WT[window, query]

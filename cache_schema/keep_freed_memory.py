@@ -1,9 +1,8 @@
 """Keep large freed blocks inside the process.
 
-glibc hands every block above 32 MB back to the system as soon as it is freed, and the next step pays
-for the same pages again: a tenth of a training step at 10,000 latents, a sixth of a forward pass in
-bfloat16. One call at the start of a process that trains or harvests turns this off; except on Linux
-with glibc it does nothing.
+glibc returns every block above 32 MB to the system as soon as it is freed, and the next step pays for the
+same pages again: a tenth of a training step at 10,000 latents, a sixth of a forward pass in bfloat16. One
+call at the start of a process that trains or harvests turns this off. It does nothing without Linux and glibc.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import ctypes
 import sys
 
 SMALLER_THAN_SHARDS = 32 << 20
-"""For a harvest: a shard's arrays are larger, and one's freed memory must not lie idle while the next is filled."""
+"""For a harvest: a shard's arrays are larger, and must not stay allocated while the next shard is filled."""
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -27,6 +26,6 @@ def keep_large_blocks(up_to: int | None = None) -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    # To keep blocks of any size, turn mapped blocks off: older glibc caps their threshold at 32 MB.
+    # To keep blocks of any size, turn mapping off: older glibc caps its threshold at 32 MB.
     sizes = libc.mallopt(_M_MMAP_MAX, 0) if up_to is None else libc.mallopt(_M_MMAP_THRESHOLD, up_to)
     return bool(sizes) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -1,7 +1,7 @@
 """Every name, shape and chunk of a store, and the zarr documents that describe them. Nothing else builds paths.
 
-A manifest fixes all arrays before the first shard is written; `arrays_of(manifest)` lists them. The
-zarr v3 documents are built here as plain JSON, so that their bytes do not depend on zarr's version.
+A manifest fixes all arrays before the first shard is written; `arrays_of(manifest)` lists them. The zarr v3
+documents are built here as plain JSON, so that their bytes do not depend on zarr's version.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
 COUNTS = "stats/counts.json"
 BEGINNING = ("tokens", "documents")  # arrays that are complete before the first shard is written
-ATTENTION_PARTS = ("indptr", "indices", "data", "kept_mass")  # of a layer, as `AttentionCsr` has them
+ATTENTION_PARTS = ("indptr", "indices", "data", "kept_mass")  # of a layer, as in `AttentionCsr`
 MAX_CHUNK_BYTES = 2**31 - 17  # compressors take no more; a chunk read in part needs memory for all of it
-SHARD_TOKENS = 256 * 128  # of a new store: a shard lies in memory, and is lost if its writer dies
+SHARD_TOKENS = 256 * 128  # default: a shard is held in memory, and lost if its writer dies
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
-# Moments of one shard and place form one float64 line: these columns, then norm_by_position [T], mean [D].
+# Moments of one shard and site are one float64 line: these columns, then norm_by_position [T], mean [D].
 MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
 
-BLOSC: dict[Codec, dict[str, Any]] = {  # every codec but raw, by the names of zarr's own codec
+BLOSC: dict[Codec, dict[str, Any]] = {  # every codec but raw, with the options of zarr's blosc codec
     "lz4": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
-    # Large blocks of shuffled bytes: signs and exponents get an entropy code of their own, separate from mantissas.
+    # Large blocks of shuffled bytes: signs and exponents get an entropy code separate from the mantissas'.
     "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 2**19},
 }
 
@@ -83,7 +83,7 @@ class ArrayLayout:
 
 
 def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
-    """The codec chain: bytes, compression if any, and always a crc32c over what is on disk."""
+    """The codec chain: bytes, compression if any, and always a crc32c over the bytes on disk."""
     chain: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
     if dtype.itemsize == 1:
         chain = [{"name": "bytes"}]
@@ -135,7 +135,7 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
 
 
 def find_too_large(manifest: Manifest) -> ArrayLayout | None:
-    """An array whose chunks would be too large to be written or read, if there is one."""
+    """The first array whose chunks would be too large to write or read, if any."""
     return next((array for array in arrays_of(manifest).values() if array.chunk_bytes > MAX_CHUNK_BYTES), None)
 
 
@@ -176,11 +176,11 @@ def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> Arr
         )
     chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
     if len(chunks) != len(shape) or not all(type(length) is int and length > 0 for length in chunks):
-        raise ValueError(f"expected {len(shape)} positive integers as chunk shape, found {chunks}")
+        raise ValueError(f"expected a chunk shape of {len(shape)} positive integers, found {chunks}")
     codecs = (codec for codec in get_args(Codec) if codec_documents(codec, expected.dtype) == document["codecs"])
     codec = next(codecs, None)
-    separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
-    if codec is None or chunks[1:] != shape[1:] or not separator:
+    has_our_keys = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+    if codec is None or chunks[1:] != shape[1:] or not has_our_keys:
         return None
     found = replace(expected, chunks=tuple(chunks), codec=codec)
     return found if found.chunk_bytes <= MAX_CHUNK_BYTES else None
@@ -225,12 +225,12 @@ def _moments_array(manifest: Manifest, site: Site) -> ArrayLayout:
 
 
 def is_line(path: str) -> bool:
-    """Whether the array has one line per shard, not one row per window."""
+    """Whether the array has one line per shard instead of one row per window."""
     return path.endswith(("/indptr", "/indices", "/data")) or path.startswith("stats/")
 
 
 def moment_columns(context: int, width: int) -> dict[str, tuple[int, int]]:
-    """Name -> first and last-plus-one column of a shard's line of moments; the mean comes last."""
+    """Name -> first and last-plus-one column in a shard's line of moments; the mean comes last."""
     columns = {name: (i, i + 1) for i, name in enumerate(MOMENT_SCALARS)}
     norms, mean = len(MOMENT_SCALARS), len(MOMENT_SCALARS) + context
     return columns | {"norm_by_position": (norms, mean), "mean": (mean, mean + width)}
@@ -239,7 +239,7 @@ def moment_columns(context: int, width: int) -> dict[str, tuple[int, int]]:
 def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
     rows = manifest.shard_windows * manifest.attention.heads * manifest.context
     entries = rows * min(manifest.attention.topk, manifest.context)
-    codec = "zstd" if manifest.codec == "raw" else manifest.codec  # lines end in zeros: they are never stored raw
+    codec = "zstd" if manifest.codec == "raw" else manifest.codec  # lines end in zeros, so they are never stored raw
     indices = index_dtype(manifest.context).newbyteorder("<")
     kept_shape = (manifest.windows, manifest.attention.heads, manifest.context)
 
@@ -264,11 +264,11 @@ def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
 
 
 def windows_of_a_shard(context: int) -> int:
-    """The default of a new store: a power of two, which chunks of any size divide."""
+    """The default for a new store: a power of two, so that chunks of any size divide it."""
     return 2 ** (max(1, SHARD_TOKENS // context).bit_length() - 1)
 
 
 def _chunk_windows(shard_windows: int, window_bytes: int) -> int:
-    """The largest number of windows that divides a shard and takes at most CHUNK_BYTES, or one."""
+    """The largest divisor of a shard's windows that takes at most CHUNK_BYTES, or 1."""
     limit = max(1, min(shard_windows, CHUNK_BYTES // window_bytes))
     return next(n for n in range(limit, 0, -1) if shard_windows % n == 0)

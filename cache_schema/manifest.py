@@ -1,4 +1,4 @@
-"""How a store describes itself: the records in the root's attributes["saemill"]."""
+"""A store's description of itself: the records in the root's attributes["saemill"]."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
 from .strict_json import LATER, StrictError, flatten, from_json, nearest, to_json
 
-FORMAT = 3  # the highest that is read; `seal` decides which one a store is written in
+FORMAT = 3  # the highest that is read; `seal` chooses the one for a new store
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 Sink = Literal["bos", "self"]
 MOST_SHARDS = 10**8  # readers keep a byte for each
-NOT_IDENTITY = ("cache_id", "codec", "shard_windows")  # how values are laid out, not what they are
-PART = "part"  # in a corpus's settings: only this part of what its id names was read
+NOT_IDENTITY = ("cache_id", "codec", "shard_windows")  # these decide the layout, not the values
+PART = "part"  # in a corpus's settings: only this part of the named corpus was read
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model that computed the residuals, as far as it decides their bits."""
+    """The model, with everything about it that decides the bits of its activations."""
 
     id: str
     d_model: int
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     revision: str | None = None
     num_layers: int | None = None
-    tokenizer: str | None = None  # a hash of the vocabulary and its rules; None if there are no tokens
+    tokenizer: str | None = None  # a hash of vocabulary and rules; None if there are no tokens
     bos_token: int | None = None
     special_tokens: tuple[int, ...] = ()  # ids that never train and are never replaced
 
@@ -54,7 +54,7 @@ class AttentionSpec:
     """Which attention is kept and how much of it."""
 
     layers: tuple[int, ...] = ()
-    heads: int = 1  # heads stored per row; 1 where they were averaged
+    heads: int = 1  # stored heads; 1 if they were averaged
     averaged: bool = True
     topk: int = 16
     mass: float = 0.95
@@ -100,7 +100,7 @@ class Manifest:
     shard_windows: int = 256
     codec: Codec = "raw"
     hooks: dict[str, HookSpec] = field(default_factory=dict, metadata={LATER: True})
-    stored_as: SmallDtype | None = field(default=None, metadata={LATER: True})  # None: as the model computed them
+    stored_as: SmallDtype | None = field(default=None, metadata={LATER: True})  # None: as computed by the model
     format: int = 1  # set by `seal`
     cache_id: str = ""
 
@@ -128,7 +128,7 @@ class Manifest:
 
     @property
     def stored_dtype(self) -> str:
-        """The type of activations in the store; those of `stored_as` come with one scale per token."""
+        """The type of activations in the store; `stored_as` types come with one scale per token."""
         return self.stored_as or self.model.dtype
 
     @property
@@ -149,7 +149,7 @@ class Manifest:
 
 
 def cache_id(manifest: Manifest) -> str:
-    """32 hexadecimal digits of SHA-256 over the canonical JSON of what decides the stored values.
+    """32 hexadecimal digits of SHA-256 over the canonical JSON of all settings that decide the stored values.
 
     Left out on purpose: codec, shard size, and anything about the machine, the path or the date.
     """
@@ -159,7 +159,7 @@ def cache_id(manifest: Manifest) -> str:
 
 
 def seal(manifest: Manifest) -> Manifest:
-    """The manifest with what follows from it filled in: the lowest format that can express it, and its cache id."""
+    """The manifest completed: with the lowest format that can express it, and its cache id."""
     manifest = replace(manifest, format=3 if manifest.stored_as else 2 if manifest.hooks else 1)
     return replace(manifest, cache_id=cache_id(manifest))
 
@@ -176,7 +176,7 @@ def read_manifest(raw: Any, where: str) -> Manifest:
 
 
 def check_format(found: Any, where: str) -> None:
-    """Refuse records of a later format before looking at anything else in them."""
+    """Refuse records of a later format before reading anything else in them."""
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ManifestInvalid(f"{where}: expected a format number of at least 1, found {found!r}")
     if found > FORMAT:
@@ -186,9 +186,9 @@ def check_format(found: Any, where: str) -> None:
 
 
 def require_same(url: str, found: Manifest, wanted: Manifest) -> None:
-    """Refuse to resume a store that was begun with other settings, listing each on a line."""
+    """Refuse to resume a store with other settings; the error lists each difference on a line."""
     old, new = flatten(found.to_json()), flatten(wanted.to_json())
-    keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # both follow from the others
+    keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # derived from the others
     differences = [
         f"  {key}: the store has {_in_words(old.get(key))}, but {_in_words(new.get(key))} was asked for"
         for key in keys

@@ -5,9 +5,8 @@ its norm exceeds a multiple of the layer's median norm; the median does not move
 
 Norms are measured here, from the residuals, and recorded nowhere: a store of any age and origin is measured the same
 way, by every reader, to the same bits. At most `SAMPLE_BYTES` of a layer are read, spread evenly over the store: the
-median and the moments of a million rows are exact enough for every use. They are whole shards if several fit, else
-parts of shards, as the text of a store may be in the order of its sources. A mere description of a store reads
-`FEW_BYTES`.
+median and the moments of a million rows are exact enough for every use. Whole shards are read if several fit, else
+parts of many shards, because a store's text may be ordered by source. `sae-store info` reads only `FEW_BYTES`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MULTIPLE = 10.0
 """The default multiple of the median norm."""
 KEEP = "keep_massive"  # in the settings of an imported corpus: every row counts, by choice of the importer
 SAMPLE_BYTES = 2**30
-SEVERAL, PARTS = 3, 32  # so many whole shards are enough; where fewer fit, so many parts are read
+SEVERAL, PARTS = 3, 32  # whole shards that are enough, and parts read if fewer shards fit
 FEW_BYTES, FEW_SHARDS = 2**26, 4
 BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's cache
 
@@ -49,8 +48,8 @@ class Massive:
     rms_norm: float  # of all rows
     shards: int  # read
     shards_in_store: int
-    in_parts: bool  # of some of these shards not all windows
-    ordinary: Moments  # of the other rows; norms by position are not measured, the mean only on request
+    in_parts: bool  # whether some of these shards were read only in part
+    ordinary: Moments  # of the other rows, without norms by position; the mean only on request
 
     @property
     def bound(self) -> float:
@@ -58,28 +57,27 @@ class Massive:
         return self.multiple * self.median
 
     def __str__(self) -> str:
-        part = f" in {'parts of ' if self.in_parts else ''}{self.shards} of {self.shards_in_store} shards"
-        part = part if self.in_parts or self.shards < self.shards_in_store else ""
+        sampled = f" in {'parts of ' if self.in_parts else ''}{self.shards} of {self.shards_in_store} shards"
+        sampled = sampled if self.in_parts or self.shards < self.shards_in_store else ""
         return (
-            f"{self.massive:,} of {self.rows:,} tokens{part} ({self.massive / max(self.rows, 1):.3%}) have a norm "
+            f"{self.massive:,} of {self.rows:,} tokens{sampled} ({self.massive / max(self.rows, 1):.3%}) have a norm "
             f"beyond {self.multiple:g} times the median of {self.median:,.4g}, "
             f"and {self.square_share:.1%} of all squared norm"
         )
 
 
 def default_multiple(manifest: Manifest) -> float | None:
-    """The multiple for a store if none is asked for; None: every row counts."""
+    """The multiple for a store if none was given; None: every row counts."""
     return None if manifest.corpus.settings.get(KEEP) else MULTIPLE
 
 
 def is_massive(norms: Any, bound: Any) -> Any:
-    """bool, like `norms`, an array or a tensor. False for norms that are not finite: they are damage of another kind,
-    which results show and this must not hide."""
+    """bool, like `norms`, an array or a tensor. False for norms that are not finite: results must show such damage."""
     return (norms > bound) & (norms < math.inf)
 
 
 def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:
-    """float32 [...]: the norms of residuals [..., D] as a store holds them, with `scales` [...] if it has any."""
+    """float32 [...]: the norms of residuals [..., D] as stored, with their `scales` [...], if any."""
     rows = stored.reshape(-1, stored.shape[-1])
     norms = np.empty(len(rows), np.float32)
     for start, block in _float_blocks(rows, dtype):
@@ -91,11 +89,11 @@ def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) 
 def measure_massive(
     store: Store, layer: Place, multiple: float, spans: list[Span] | None = None, *, with_mean: bool = True
 ) -> Massive:
-    """The massive rows of a layer and the moments of the others, over `spans` or over a sample of its own. The mean
-    takes a second read of everything."""
+    """The massive rows of a layer and the moments of the others, over `spans` or else a `sample`. The mean requires a
+    second read of everything."""
     manifest = store.manifest
     spans = sample(manifest, layer, store.committed) if spans is None else spans
-    # Of each span the norms and which of them count: few bytes beside the residuals.
+    # Each span's norms, and which of them count: few bytes compared with the residuals.
     norms = [(_norms(part, site_of(layer)), counts_WT) for part, counts_WT in _read(store, layer, spans)]
     seen = np.concatenate([np.zeros(0, np.float32), *(norms_WT[counts_WT] for norms_WT, counts_WT in norms)])
     seen = seen[np.isfinite(seen)].astype(np.float64)
@@ -126,8 +124,7 @@ def measure_massive(
 
 
 def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int, enough: int) -> int:
-    """How many tokens in the first windows of a split are neither special nor massive in any of these layers; reading
-    stops once there are enough."""
+    """Count tokens of a split's first windows, neither special nor massive in any of `bounds`; stop at `enough`."""
     manifest, found = store.manifest, 0
     request = Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))
     chunk = max(map(store.chunk_windows, request.sites), default=manifest.shard_windows)
@@ -144,7 +141,7 @@ def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, wind
 
 
 def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
-    """Whole committed shards, spread evenly, or parts if fewer than `SEVERAL` fit into `SAMPLE_BYTES`."""
+    """Whole committed shards, spread evenly, or parts of them if fewer than `SEVERAL` fit into `SAMPLE_BYTES`."""
     most, shards = _windows_in(SAMPLE_BYTES, manifest, layer), np.flatnonzero(committed)
     if most >= SEVERAL * manifest.shard_windows or not len(shards):
         return sample_whole(manifest, layer, committed)
@@ -152,20 +149,20 @@ def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span
     if most >= (len(shards) - 1) * manifest.shard_windows + stop - start:
         return spread(manifest, committed, len(shards))
     chunk = arrays_of(manifest)[site_of(layer).path].chunks[0]
-    each = max(chunk, most // PARTS // chunk * chunk)
-    a_shard = -(-manifest.shard_windows // each)
-    parts = np.arange((len(shards) - 1) * a_shard - (start - stop) // each)
+    part_windows = max(chunk, most // PARTS // chunk * chunk)
+    per_shard = -(-manifest.shard_windows // part_windows)
+    parts = np.arange((len(shards) - 1) * per_shard - (start - stop) // part_windows)
     spans = []
-    for part in _evenly(parts, max(FEW_SHARDS, min(PARTS, most // each))).tolist():
-        shard = int(shards[part // a_shard])
+    for part in _evenly(parts, max(FEW_SHARDS, min(PARTS, most // part_windows))).tolist():
+        shard = int(shards[part // per_shard])
         start, stop = manifest.shard_range(shard)
-        start += part % a_shard * each
-        spans.append(Span(shard, start, min(start + each, stop)))
+        start += part % per_shard * part_windows
+        spans.append(Span(shard, start, min(start + part_windows, stop)))
     return spans
 
 
 def sample_whole(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
-    """Whole committed shards, however few fit: the sample of runs that began before parts were read."""
+    """Whole committed shards, however few fit: the sample of runs started by versions that read no parts."""
     return spread(manifest, committed, max(1, _windows_in(SAMPLE_BYTES, manifest, layer) // manifest.shard_windows))
 
 
@@ -173,8 +170,8 @@ def sample_few(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[
     """Whole shards, or the first windows of a few shards if whole ones would exceed `FEW_BYTES`."""
     most = _windows_in(FEW_BYTES, manifest, layer)
     spans = spread(manifest, committed, max(FEW_SHARDS, most // manifest.shard_windows))
-    each = max(1, most // max(1, len(spans)))
-    return [replace(span, stop=min(span.stop, span.start + each)) for span in spans]
+    windows = max(1, most // max(1, len(spans)))
+    return [replace(span, stop=min(span.stop, span.start + windows)) for span in spans]
 
 
 def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
@@ -188,13 +185,13 @@ def _evenly(numbers: np.ndarray, most: int) -> np.ndarray:
 
 
 def _windows_in(size: int, manifest: Manifest, layer: Place) -> int:
-    """How many windows of a layer take at most so many bytes."""
+    """The number of a layer's windows that fit into `size` bytes."""
     row = arrays_of(manifest)[site_of(layer).path]
     return size // (manifest.context * row.shape[-1] * row.dtype.itemsize)
 
 
 def _sum_of(store: Store, layer: Place, spans: list[Span], counts: list[np.ndarray]) -> np.ndarray:
-    """float64 [D], of the rows of each span that count."""
+    """float64 [D]: the sum of the rows of each span that count."""
     site = site_of(layer)
     total = np.zeros(store.manifest.width_of(site.hook))
     for (part, _), counts_WT in zip(_read(store, layer, spans), counts, strict=True):
@@ -212,7 +209,7 @@ def _norms(part: ShardArrays, site: Site) -> np.ndarray:
 
 
 def _read(store: Store, layer: Place, spans: list[Span]) -> Iterator[tuple[ShardArrays, np.ndarray]]:
-    """Each span's residuals, and which of its tokens are not special, bool [W, T]; valid until the next."""
+    """Each span's residuals, and a mask bool [W, T] of its tokens that are not special; valid until the next."""
     for arrays in store.stream(Request.of([site_of(layer)], tokens=True), spans, in_flight=1):
         assert arrays.tokens is not None
         yield arrays, trainable(store.manifest, arrays.tokens)

@@ -1,11 +1,11 @@
 """Moments of one layer's residuals: per shard, and merged so that the order of work does not matter.
 
-Each shard keeps its own moments in float64; the moments of a store are always merged in shard order,
-so that any number of workers in any order gives the same bits. Means are merged pairwise by count
-(Chan, Golub and LeVeque), never by summing large sums.
+Each shard keeps its own moments in float64; a store's moments are always merged in shard order, so that any number
+of workers in any order gives the same bits. Means are merged pairwise by count (Chan, Golub and LeVeque), never by
+adding up large sums.
 
-`count`, `mean`, `mean_square_norm` are over tokens that are not special (BOS, padding and the like:
-their residuals are outliers that no trainer sees); `norm_by_position` is over all tokens.
+`count`, `mean`, `mean_square_norm` leave out special tokens (BOS, padding and the like: their residuals are outliers
+that are never trained on); `norm_by_position` is over all tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Moments:
     mean: np.ndarray  # float64 [D]
     mean_norm: float  # mean of ||x||
     mean_square_norm: float  # mean of ||x||^2
-    windows: int  # windows that norm_by_position is over
+    windows: int  # that norm_by_position averages over
     norm_by_position: np.ndarray  # float64 [T], mean of ||x|| at each position, special tokens included
 
     @property
@@ -67,8 +67,7 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
 
 
 def measure(resid_WTD: np.ndarray, is_special_WT: np.ndarray, dtype: str | None = None) -> Moments:
-    """The moments of residuals [W, T, D], as floats or as a store holds them in `dtype`; a window is converted at a
-    time to bound memory."""
+    """The moments of residuals [W, T, D], given as floats or as stored in `dtype`; converted window by window."""
     windows, context, width = resid_WTD.shape
     total = np.zeros(width)
     norms = np.empty((windows, context))

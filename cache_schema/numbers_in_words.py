@@ -1,4 +1,4 @@
-"""Numbers and errors for a person: how many, how large, how long, what went wrong."""
+"""Counts, sizes, times and errors in readable words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from rich.filesize import decimal
 
-NAMES_TOLD = 8
+NAMES_SHOWN = 8
 
 
 def counted(number: int, noun: str) -> str:
@@ -22,7 +22,7 @@ def numbered(noun: str, numbers: Collection[int]) -> str:
 
 def some_of(names: Sequence[str]) -> str:
     """The first few of many names, with a note if there are others."""
-    return ", ".join(names[:NAMES_TOLD]) + (", and others" if len(names) > NAMES_TOLD else "")
+    return ", ".join(names[:NAMES_SHOWN]) + (", and others" if len(names) > NAMES_SHOWN else "")
 
 
 def say_size(number: int) -> str:
@@ -38,12 +38,12 @@ def say_time(seconds: float) -> str:
 
 
 def say_busy() -> str:
-    """That this machine has been busy, so that a time measured on it may be too long; empty if it has not. By whom, and
-    whether it still is, nobody tells. To be asked before measuring, which keeps it busy too."""
+    """A warning that this machine has been busy, so that a time measured on it may be too long; empty if it has not.
+    Call it before measuring, which is itself load."""
     cores = os.cpu_count() or 1
     try:
         load = os.getloadavg()[0]
-    except OSError:  # not every system tells
+    except OSError:  # not on every system
         return ""
     if load <= cores / 2:
         return ""
@@ -52,7 +52,7 @@ def say_busy() -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or the error's type if it is empty. For a hub's error, the hub's own
-    message: the first line of the error itself may be the request's number."""
-    said = getattr(error, "server_message", None) or str(error)
-    return said.strip().partition("\n")[0] or type(error).__name__
+    """The first line of another library's error, or its type if that is empty. For a hub's error, of the server's
+    message, because the error itself may start with a request id."""
+    message = getattr(error, "server_message", None) or str(error)
+    return message.strip().partition("\n")[0] or type(error).__name__

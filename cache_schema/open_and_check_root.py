@@ -18,27 +18,27 @@ _REMEDY = "Restore the file, or harvest the store again"
 
 @dataclass(frozen=True)
 class Root:
-    """How a store describes itself. An array without a layout is one that only zarr itself can read."""
+    """A store's description of itself. An array without a layout can be read only by zarr itself."""
 
     manifest: Manifest
     arrays: dict[str, ArrayLayout | None]
     raw: bytes = field(repr=False)
 
     @property
-    def cuts(self) -> dict[str, tuple[tuple[int, ...], str] | None]:
-        """Chunks and codec of every array."""
+    def chunking(self) -> dict[str, tuple[tuple[int, ...], str] | None]:
+        """Chunks and codec of every array; None for those that only zarr reads."""
         return {path: layout and (layout.chunks, layout.codec) for path, layout in self.arrays.items()}
 
     @property
-    def cut_anew(self) -> list[str]:
+    def rechunked(self) -> list[str]:
         """Arrays that another tool or version has given other chunks or codecs."""
         ours = arrays_of(self.manifest)
-        return [path for path, cut in self.cuts.items() if cut != (ours[path].chunks, ours[path].codec)]
+        return [path for path, found in self.chunking.items() if found != (ours[path].chunks, ours[path].codec)]
 
 
 def require_writable(url: str, root: Root) -> None:
     """Refuse arrays chunked by another tool: shards written in our own chunks could not be read next to them."""
-    if paths := root.cut_anew:
+    if paths := root.rechunked:
         raise StoreMismatch(
             f"{url}: {', '.join(paths)} has chunks or codecs other than saemill's: such a store can be read but not "
             "written. Harvest or import into another folder"
@@ -46,7 +46,7 @@ def require_writable(url: str, root: Root) -> None:
 
 
 def has_root(files: Files) -> bool:
-    """Whether there is a store; a failed connection raises, or a new store would be begun over an existing one."""
+    """Whether there is a store. A failed connection raises: a False would start a new store over an existing one."""
     return read_if_there(files, ROOT) is not None
 
 
@@ -56,7 +56,7 @@ def read_root(files: Files) -> Root:
     try:
         raw = files.read(ROOT)
     except KeyError:
-        raise StoreMissing(f"there is no store at {files.url} (no {ROOT}). {_instead_of(files.url)}") from None
+        raise StoreMissing(f"there is no store at {files.url} (no {ROOT}). {_suggest_another(files.url)}") from None
     document = decode_json(raw, where, _REMEDY)
     attributes = document.get("attributes")
     if not isinstance(attributes, dict) or "saemill" not in attributes:
@@ -69,26 +69,26 @@ def read_root(files: Files) -> Root:
 
 
 def require_not_replaced(files: Files, opened: Root) -> None:
-    """Refuse another store in the place of the one that was opened: chunks are found by their names alone, which are
-    the same in every store. No writer changes a root, and a repair describes the same store with it."""
+    """Refuse a store other than the one that was opened: chunks are found by name alone, and the names are the same in
+    every store. Writers never change a root, and a repair rewrites it with the same manifest and chunks."""
     raw = read_if_there(files, ROOT)
     if raw == opened.raw:
         return
-    again = "Put the first one back, or give the path where it is now, and run the command again"
+    again = "Put the first one back, or give its new path, and run the command again"
     if raw is None:
-        raise StoreMissing(f"the store at {files.url} was removed or moved while it was read. {again}")
+        raise StoreMissing(f"the store at {files.url} was removed or moved while it was being read. {again}")
     found = read_root(files)
-    if (found.manifest, found.cuts) != (opened.manifest, opened.cuts):
+    if (found.manifest, found.chunking) != (opened.manifest, opened.chunking):
         was, now = opened.manifest.cache_id, found.manifest.cache_id
         other = now if now != was else "the same activations in other shards, chunks or codecs"
         raise StoreMismatch(
-            f"the store at {files.url} was replaced while it was read: expected cache id {was}, as when it was opened, "
+            f"the store at {files.url} was replaced while it was being read: expected cache id {was}, as when opened, "
             f"found {other}. {again}"
         )
 
 
-def _instead_of(url: str) -> str:
-    """The remedy where there is no store: one inside that folder, such as ./demo/store for ./demo, or a new one."""
+def _suggest_another(url: str) -> str:
+    """The remedy for a missing store: one inside that folder, such as ./demo/store for ./demo, or a new one."""
     with suppress(OSError):  # it is only a hint
         for found in sorted(Path(url).glob(f"*/{ROOT}")):
             if found.is_file() and b'"saemill"' in found.read_bytes():

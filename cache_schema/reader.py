@@ -42,7 +42,7 @@ from .sites import RESID, Site, by_hook
 from .token_counts_and_summary import Counts, SplitCounts, count_split, read_counts, read_summary
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
-GONE = (
+CANNOT_HARVEST_AGAIN = (
     "Shards are harvested from their tokens and documents, so these cannot be harvested again: "
     "restore their files from a copy, or harvest the corpus into a new store"
 )
@@ -50,8 +50,7 @@ REMOTE_READERS = 16  # an object store answers slowly but many at once
 
 
 def shard_memory(manifest: Manifest, request: Request, windows: int | None = None) -> dict[str, np.ndarray]:
-    """Reusable memory for each array that a request names, by path, large enough for any span of a shard, or for one
-    of so many windows."""
+    """Reusable memory for each array of a request, by path, large enough for any span of a shard or of `windows`."""
     validate_request(manifest, request)
     paths = [path for path, wanted in zip(BEGINNING, (request.tokens, request.documents), strict=True) if wanted]
     paths += [site.path for site in request.sites]
@@ -77,12 +76,12 @@ class Store:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], *, expect_cache_id: str | None = None, via_zarr: bool = False) -> Store:
-        """Open the store at a path or fsspec URL. `via_zarr` reads through zarr itself: slower, same bytes."""
+        """Open the store at a path or fsspec URL. `via_zarr` reads through zarr itself: slower, but the same bytes."""
         store = cls(url, via_zarr=via_zarr)
         if expect_cache_id is not None and store.manifest.cache_id != expect_cache_id:
             raise StoreMismatch(
                 f"expected the store with cache id {expect_cache_id} at {store.url}, found {store.manifest.cache_id}. "
-                "Give the path of the store that was used before"
+                "Give the path of the store used before"
             )
         return store
 
@@ -102,7 +101,7 @@ class Store:
             self._pool = None
 
     def spans(self, request: Request) -> list[Span]:
-        """The request cut at shard borders; an error if a shard is not committed yet."""
+        """The request cut at shard borders; raises if a shard is not committed yet."""
         validate_request(self.manifest, request)
         spans = spans_of(self.manifest, request)
         self._require_committed(spans)
@@ -127,7 +126,7 @@ class Store:
                     running.append(self._begin(request, spans.popleft(), free.pop()))
                 reading = running.popleft()
                 found = reading.finish()
-                if not running or running[0].span.shard != reading.span.shard:  # a request of its own, once a shard
+                if not running or running[0].span.shard != reading.span.shard:  # costs a request, so once per shard
                     self.require_not_replaced()
                 yield found
                 free.append(reading.memory)
@@ -136,17 +135,17 @@ class Store:
                 reading.cancel()
 
     def require_not_replaced(self) -> None:
-        """Refuse a store that another has replaced since it was opened. `stream` asks after each shard and every read
-        that fails; whoever calls `read` asks when it has read enough to be worth a request."""
+        """Refuse a store that has been replaced since it was opened. `stream` checks after each shard, and any failed
+        read checks; callers of `read` check once they have read enough to be worth a request."""
         require_not_replaced(self.files, self._root)
 
     def chunk_windows(self, site: Site) -> int:
-        """Windows of a chunk of activations as they are in this store, which another tool may have cut anew."""
+        """Windows per chunk of activations in this store, which another tool may have rechunked."""
         layout = self._layouts[site.path]
         return layout.chunks[0] if layout else self.manifest.shard_windows
 
     def beginning(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents of a shard, committed or not: they were written before the first shard."""
+        """Tokens and documents of a shard, committed or not: all are written before the first shard."""
         tokens, documents = (self.read_beginning(path, shard) for path in BEGINNING)
         return tokens, documents
 
@@ -157,7 +156,7 @@ class Store:
         return tokens[part], documents[part]
 
     def counts(self, split: str) -> tuple[np.ndarray, SplitCounts]:
-        """How many tokens of each window train (int64 [windows of the split]), and the split's numbers."""
+        """The number of trainable tokens per window (int64 [windows of the split]), and the split's totals."""
         spans = self.spans(Request(tokens=True, split=split))
         found = self._counts
         if found is None:
@@ -180,7 +179,7 @@ class Store:
         return read_record(self.files, self.manifest, shard)
 
     def moments(self, layer: int, hook: str = RESID) -> Moments:
-        """Moments of a layer over the whole store; exact, in whatever order the shards were written."""
+        """Moments of a layer over the whole store; the same bits whatever order the shards were written in."""
         validate_request(self.manifest, Request.of([Site(hook, layer)]))
         if not self.committed.all():
             missing = int((~self.committed).sum())
@@ -195,8 +194,8 @@ class Store:
 
     def merged_moments(self, sites: Sequence[Site]) -> dict[Site, Moments]:
         """Moments of these places, from the lines of all shards in order."""
-        asked = ((site, shard) for site in sites for shard in range(self.manifest.shards))
-        lines = read_in_order(lambda one: self.shard_moments(one[0].layer, one[1], one[0].hook), asked)
+        pairs = ((site, shard) for site in sites for shard in range(self.manifest.shards))
+        lines = read_in_order(lambda pair: self.shard_moments(pair[0].layer, pair[1], pair[0].hook), pairs)
         return {site: merge(islice(lines, self.manifest.shards)) for site in sites}
 
     def shard_moments(self, layer: int, shard: int, hook: str = RESID) -> Moments:
@@ -226,7 +225,7 @@ class Store:
         self._require_committed([span])
         is_whole = (span.start, span.stop) == self.manifest.shard_range(span.shard)
         futures: dict[str, list[Future[None]]] = {}
-        for path in sorted(memory, key=lambda path: not path.endswith("/indptr")):  # for which other lines wait
+        for path in sorted(memory, key=lambda path: not path.endswith("/indptr")):  # other lines wait for it
             start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
             if is_line(path) and not is_whole and self._layouts[path] is not None:
                 jobs = [partial(self._read_part_of_line, path, span, memory, futures)]
@@ -236,9 +235,9 @@ class Store:
         return _Reading(self, request, span, memory, [future for found in futures.values() for future in found])
 
     def _read_part_of_line(
-        self, path: str, span: Span, memory: Mapping[str, np.ndarray], begun: Mapping[str, list[Future[None]]]
+        self, path: str, span: Span, memory: Mapping[str, np.ndarray], running: Mapping[str, list[Future[None]]]
     ) -> None:
-        """A span's part of a shard's attention, to its place in the line."""
+        """Read a span's part of a line of attention into its place."""
         layout, line, pointers = self._layouts[path], memory[path][0], f"{path.rpartition('/')[0]}/indptr"
         assert layout is not None
         rows = self.manifest.attention.heads * self.manifest.context
@@ -246,10 +245,10 @@ class Store:
         if path == pointers:
             part = slice(first, last + 1)
         else:
-            for future in begun[pointers]:
+            for future in running[pointers]:
                 future.result()
             indptr = memory[pointers][0]
-            part = slice(*(min(int(indptr[row]), len(line)) for row in (first, last)))  # `_attention` finds wrong ones
+            part = slice(*(min(int(indptr[row]), len(line)) for row in (first, last)))  # `_attention` checks them
         index, row = divmod(span.shard, layout.chunks[0])
         read_chunk(self.files, layout, index, row * layout.shape[1] + part.start, line[part])
 
@@ -261,7 +260,7 @@ class Store:
         return [partial(read_with_zarr, self._zarr_array(path), self.files, path, start, stop, out)]
 
     def _run(self, job: Callable[[], None], shard: int, path: str) -> None:
-        """Run a job; report damage with its place and its remedy."""
+        """Run a job; add place and remedy to any damage it finds."""
         try:
             job()
         except ShardCorrupt as error:
@@ -270,8 +269,8 @@ class Store:
     def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
         self.require_not_replaced()
         url = shlex.quote(self.url)
-        mend = GONE if path in BEGINNING else f"`sae-store repair {url}` repairs it"
-        return type(error)(f"shard {shard}, array {path}: {error}. `sae-store verify {url}` lists all damage. {mend}")
+        remedy = CANNOT_HARVEST_AGAIN if path in BEGINNING else f"`sae-store repair {url}` repairs it"
+        return type(error)(f"shard {shard}, array {path}: {error}. `sae-store verify {url}` lists all damage. {remedy}")
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -280,7 +279,7 @@ class Store:
         return self._pool
 
     def _zarr_array(self, path: str) -> zarr.Array:
-        """Open an array with zarr, which parses the documents itself and fails in many ways."""
+        """Open an array with zarr, which parses the documents itself and raises many kinds of errors."""
         try:
             if self._zarr_root is None:
                 self._zarr_root = zarr.open_group(self.url, mode="r")
@@ -306,7 +305,7 @@ class _Reading:
     futures: list[Future[None]]
 
     def finish(self) -> ShardArrays:
-        """Wait for every chunk; the first damage found is raised once nothing is in flight."""
+        """Wait for every chunk; raise the first damage found once nothing is in flight."""
         wait(self.futures)
         for future in self.futures:
             future.result()
@@ -331,12 +330,12 @@ class _Reading:
         wait(self.futures)
 
     def _attention(self, layer: int) -> AttentionCsr:
-        """The span's rows of a shard's lines, checked against the rules of the layout."""
+        """The span's rows from the shard's lines, checked against the rules of the layout."""
         manifest, windows = self.store.manifest, self.span.windows
         indptr, indices, data, kept_mass = (self.memory[attention_path(layer, part)] for part in ATTENTION_PARTS)
         whole = AttentionCsr(indptr[0], indices[0], data[0], kept_mass)
         first = self.span.start - self.span.shard * manifest.shard_windows
-        csr = replace(whole.slice(first, first + windows), kept_mass=kept_mass[:windows])  # only of this span
+        csr = replace(whole.slice(first, first + windows), kept_mass=kept_mass[:windows])  # which has no other windows
         try:
             if first == 0 and (begin := whole.indptr[0]):
                 raise CsrInvalid(f"expected the first row to start at entry 0, found {begin}: a gap at the start")

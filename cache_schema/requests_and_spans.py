@@ -1,4 +1,4 @@
-"""What a reader asks of a store and what it gets: requests, spans and the arrays of a span."""
+"""Requests to a store, the spans that they are read in, and the arrays of a span."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from .strict_json import nearest
 class Request:
     """Which arrays to read, and of which windows. `windows` is a range within the split, or within the store.
 
-    `layers` are those of the residual stream, `hooks` the layers of other hooks:
-    `{"mlp_in": (19,), "mlp_out": (19,)}`.
-    `exact` asks for activations as the model computed them, to the bit.
+    `layers` are for the residual stream, `hooks` for other hooks: `{"mlp_in": (19,), "mlp_out": (19,)}`.
+    `exact` requires activations bit for bit as the model computed them.
     """
 
     layers: tuple[int, ...] = ()
@@ -37,27 +36,27 @@ class Request:
 
     @classmethod
     def of(cls, sites: Iterable[Site], **more: Any) -> Self:
-        """The request for these places."""
+        """The request for these sites."""
         hooks = by_hook(sites)
         return cls(layers=hooks.pop(RESID, ()), hooks=hooks, **more)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every place whose activations are asked for."""
+        """The requested sites, each once."""
         asked = [(RESID, self.layers), *self.hooks.items()]
         return tuple(dict.fromkeys(Site(hook, layer) for hook, layers in asked for layer in layers))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Windows start..stop of one shard, counted over the whole store."""
+    """Windows start..stop of one shard, numbered over the whole store."""
 
     shard: int
     start: int
     stop: int
 
     def cut(self, length: int, shard_windows: int) -> Iterator[Span]:
-        """The span, cut wherever a multiple of `length` windows of its shard ends."""
+        """The span, cut at multiples of `length` windows from the start of its shard."""
         shard = self.shard * shard_windows
         for start in range(shard, self.stop, length):
             part = Span(self.shard, max(start, self.start), min(start + length, self.stop))
@@ -82,11 +81,11 @@ class ShardArrays:
     dtype: str = "bfloat16"  # of `acts`
 
     def at(self, site: Site) -> np.ndarray:
-        """The activations of one place, as stored."""
+        """The activations of one site, as stored."""
         return self.acts[site.hook][site.layer]
 
     def values(self, site: Site) -> np.ndarray:
-        """float32 [W, T, D]: the activations of one place, as numbers."""
+        """float32 [W, T, D]: the activations of one site."""
         return to_float32(self.at(site), self.dtype, self.scales.get(site))
 
     @property
@@ -96,7 +95,7 @@ class ShardArrays:
 
 
 def validate_request(manifest: Manifest, request: Request) -> None:
-    """Raise one error that names everything the store does not hold."""
+    """Raise one error that names everything requested that the store does not hold."""
     if request.exact and manifest.stored_as:
         raise RequestInvalid(
             f"expected activations exactly as {manifest.model.id} computed them, found a store that keeps them as "
@@ -119,8 +118,8 @@ def validate_request(manifest: Manifest, request: Request) -> None:
         problems.append(f"a split {request.split!r}{nearest(request.split, manifest.splits)}")
     if problems:
         options = " and ".join(dict.fromkeys(absent))
-        mend = f". Ask for others, or harvest into another --out with these {options}" if absent else ""
-        raise RequestInvalid(f"the store does not hold {' and '.join(problems)}{mend}")
+        remedy = f". Ask for others, or harvest into another --out with these {options}" if absent else ""
+        raise RequestInvalid(f"the store does not hold {' and '.join(problems)}{remedy}")
 
 
 def validate_span(manifest: Manifest, span: Span) -> None:

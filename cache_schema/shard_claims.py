@@ -1,8 +1,8 @@
 """Who may write a shard, or the index: one writer at a time.
 
-On a local disk a claim is a lock on one byte of one file, which the kernel releases however the
-writer ends. On an object store it is an object that only the first writer can create; a living writer
-renews it, and a claim whose writer died lapses after `LEASE_SECONDS`.
+On a local disk a claim is a lock on one byte of one file, which the kernel releases however the writer exits.
+On an object store it is an object that only the first writer can create; a living writer renews it, and a dead
+writer's claim lapses after `LEASE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .disk_and_cloud_files import Files, LocalFiles, RemoteFiles, make_folder, n
 from .errors import StoreBusy, StoreUnreachable
 from .layout import LOCK
 
-CREATION = 2**40  # the number of the claim on a store's creation: no shard has it
-DERIVED = 2**40 + 1  # that of the claim on index and summary
+CREATION = 2**40  # the number of the claim on a store's creation: above any shard's
+DERIVED = 2**40 + 1  # the number of the claim on index and summary
 LEASE_SECONDS = 600
 RENEW_SECONDS = 120
-SURE = 1 / 60  # of a lease: a claim this young is not checked again; only a clock off by a lease could have taken it
-HELD_TRIED, FREE_TRIED = 16, 64  # how many held, and how many free, shards a writer tries in one pass
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of a disk without locks
-DERIVED_SECONDS = 60  # the longest that a writer waits for another that is bringing the index up to date
-PAUSE, SUMMARY_PAUSE = 4, 30  # the most seconds between two looks: while waiting for that, and for a summary
+FRESH = 1 / 60  # of a lease: a claim this young needs no check; only a clock off by a lease could have taken it
+HELD_TRIED, FREE_TRIED = 16, 64  # held and free shards that a writer tries in one pass
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # raised on a disk without locks
+DERIVED_SECONDS = 60  # the longest wait for another writer that is bringing the index up to date
+PAUSE, SUMMARY_PAUSE = 4, 30  # longest seconds between two attempts, waiting for the index and for a summary
 
 
 def open_claims(files: Files) -> Claims:
@@ -41,9 +41,9 @@ def open_claims(files: Files) -> Claims:
 
 
 def find_held(files: Files, shards: int) -> dict[int, str] | None:
-    """Shards that are claimed right now, and by whom as far as can be known; None if it cannot be known."""
+    """Shards that are claimed right now, with their writers as far as known; None if claims cannot be seen."""
     if isinstance(files, LocalFiles):
-        with name_failure(f"asking who writes into {files.url}"):
+        with name_failure(f"looking for the writers of {files.url}"):
             return _find_locked(files.root / LOCK, shards)
     names = [name for name in files.list("claims") if name.removesuffix(".json").isdecimal()]
     held = {}
@@ -56,12 +56,12 @@ def find_held(files: Files, shards: int) -> dict[int, str] | None:
 
 
 def _is_running(lease: Any) -> bool:
-    """A lease that ends in more than two leases' time came from a wrong clock or is no number: it does not count."""
+    """Whether a lease is valid; one that ends more than two leases from now is not, but came from a wrong clock."""
     return time.time() <= lease["until"] <= time.time() + 2 * LEASE_SECONDS
 
 
 def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
-    """The kernel names any lock in a range, not the first, and no process for one that belongs to an open file."""
+    """Ask the kernel, which reports any one lock in a range, not the first, and not the process that holds it."""
     if not hasattr(fcntl, "F_OFD_GETLK"):
         return None
     held: dict[int, str] = {}
@@ -91,8 +91,8 @@ def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
         os.close(fd)
 
 
-def no_locks(error: OSError, path: Path) -> StoreUnreachable:
-    """The error for a lock that fails although nobody holds it."""
+def locking_failed(error: OSError, path: Path) -> StoreUnreachable:
+    """The error for a disk that does not support locks."""
     return StoreUnreachable(
         error.errno,
         f"{error.strerror} while locking {path}: expected a disk whose file system has locks (NFS 4, Lustre with "
@@ -104,7 +104,7 @@ class LockClaims:
     """Byte-range locks that belong to the open file, so that two writers in one process also exclude each other."""
 
     if_killed = ""
-    """What to add to a message about a taken claim: when it ends if its writer was killed."""
+    """For messages about a held claim: when it becomes free if its writer was killed."""
 
     def __init__(self, files: LocalFiles) -> None:
         self._path = files.root / LOCK
@@ -114,7 +114,7 @@ class LockClaims:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def take(self, number: int) -> bool:
-        """Try to claim; False when another writer holds it."""
+        """Try to claim; False if another writer holds it."""
         try:
             self._lock(fcntl.F_WRLCK, number)
         except (BlockingIOError, PermissionError):
@@ -122,20 +122,20 @@ class LockClaims:
         return True
 
     def keeps(self, number: int) -> bool:
-        """Whether a claim is still this writer's: a writer that sleeps through a lease may have lost it."""
-        return True  # the kernel takes no lock from a living process
+        """Whether a claim is still held: a writer that was suspended for longer than a lease may have lost it."""
+        return True  # a living process keeps its locks
 
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
 
     def worth_trying(self, numbers: list[int]) -> list[int]:
-        """All of them; where each try costs requests, a few in random order, some free and some held by others."""
-        return numbers  # trying one is a single system call
+        """All of them; if each attempt costs requests, a random few, some free and some held by others."""
+        return numbers  # an attempt is a single system call
 
     @contextmanager
-    def hold_derived(self, must: bool = False, until: Callable[[], bool] | None = None) -> Iterator[bool]:
-        """Wait for the claim on index and summary and hold it for a block. If the wait is given up, yield False, or
-        with `must` raise StoreBusy. With `until` wait for the claim or for that, however long."""
+    def hold_derived(self, is_required: bool = False, until: Callable[[], bool] | None = None) -> Iterator[bool]:
+        """Wait for the claim on index and summary and hold it during a block. After too long a wait, yield False, or
+        with `is_required` raise StoreBusy. With `until`, wait for the claim or for `until()`, however long."""
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
         try:
             yield True
@@ -147,19 +147,16 @@ class LockClaims:
 
     def _lock(self, kind: int, number: int, wait: bool = False) -> None:
         try:
-            self._ask_kernel(kind, number, wait)
+            if hasattr(fcntl, "F_OFD_SETLK"):
+                request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, number, 1, 0)
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+            else:  # not Linux: per-process locks are the next best
+                flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+                fcntl.lockf(self._fd, flags, 1, number)
         except (BlockingIOError, PermissionError):  # held
             raise
         except OSError as error:
-            raise no_locks(error, self._path) from error
-
-    def _ask_kernel(self, kind: int, number: int, wait: bool) -> None:
-        if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: per-process locks are the next best
-            flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-            fcntl.lockf(self._fd, flags, 1, number)
-            return
-        request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, number, 1, 0)
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+            raise locking_failed(error, self._path) from error
 
 
 class LeaseClaims:
@@ -170,8 +167,8 @@ class LeaseClaims:
     def __init__(self, files: RemoteFiles) -> None:
         self._files = files
         self._owner = uuid.uuid4().hex
-        self._held: dict[int, float] = {}  # number -> when it was last known to be this writer's
-        self._turn = threading.Lock()  # or a renewal could bring back a claim that is just being released
+        self._held: dict[int, float] = {}  # number -> when it was last known to be held
+        self._lock = threading.Lock()  # or a renewal could bring back a claim that is just being released
         self._closed = threading.Event()
         self._renewal: threading.Thread | None = None
 
@@ -181,16 +178,16 @@ class LeaseClaims:
             if not self._has_lapsed(number):
                 return False
             self._files.remove(self._key(number))
-            asked = 0.0  # another writer may have seen it lapse too and remove this one: `keeps` has to check
+            asked = 0.0  # another writer may have seen it lapse too and remove this one: make `keeps` check
             if not self._create(number):
                 return False
-        with self._turn:
+        with self._lock:
             self._held[number] = asked
         self._keep_renewing()
         return True
 
     def release(self, number: int) -> None:
-        with self._turn:
+        with self._lock:
             if number not in self._held:  # lost
                 return
             del self._held[number]
@@ -198,9 +195,9 @@ class LeaseClaims:
                 self._files.remove(self._key(number))
 
     def keeps(self, number: int) -> bool:
-        with self._turn:
+        with self._lock:
             now, known = time.time(), self._held.get(number)
-            if known is None or 0 <= now - known < SURE * LEASE_SECONDS:
+            if known is None or 0 <= now - known < FRESH * LEASE_SECONDS:
                 return known is not None
             if is_mine := self._is_mine(number):
                 self._held[number] = now
@@ -209,10 +206,10 @@ class LeaseClaims:
             return is_mine
 
     def worth_trying(self, numbers: list[int]) -> list[int]:
-        """Some, drawn afresh each time; some of the held ones too, as only trying one shows that its writer died.
+        """A random sample, which includes held ones: only an attempt shows that their writer died.
 
-        Near the end of a harvest thousands of workers look for what is left while thousands of shards are in work: if
-        each tried each, that would be more requests than all before. A worker that has written any looks again.
+        Near the end of a harvest thousands of workers look for work while thousands of shards are being written: if
+        each tried all, they would make more requests than the harvest before. A worker that wrote any tries again.
         """
         claimed = set(self._files.list("claims"))
         held, free = [], []
@@ -220,26 +217,26 @@ class LeaseClaims:
             (held if f"{number}.json" in claimed else free).append(number)
         return [
             number
-            for some, most in ((free, FREE_TRIED), (held, HELD_TRIED))
-            for number in random.sample(some, min(len(some), most))
+            for group, most in ((free, FREE_TRIED), (held, HELD_TRIED))
+            for number in random.sample(group, min(len(group), most))
         ]
 
     @contextmanager
-    def hold_derived(self, must: bool = False, until: Callable[[], bool] | None = None) -> Iterator[bool]:
-        """Wait for its holder, so that of many writers that end together only one reads the records.
+    def hold_derived(self, is_required: bool = False, until: Callable[[], bool] | None = None) -> Iterator[bool]:
+        """Wait for the holder, so that of many writers that finish together only one reads the records.
 
-        But for the index not for as long as a dead holder would keep it: without the claim no addition is lost, as a
-        PUT is all or nothing and whoever writes last looks again. A writer that removes something must hold it, and
-        looks again afterwards: one that gave up waiting may have added it back. For a summary, which takes minutes,
-        wait `until` it is there: a living holder renews its claim, that of a dead one lapses.
+        For the index the wait is shorter than a dead holder's lease: without the claim no addition is lost, because a
+        PUT is all or nothing and the last to write checks again. A writer that removes something must hold the claim,
+        and check again afterwards: one that gave up waiting may have added it back. For a summary, which takes minutes,
+        wait `until` it exists: a living holder renews its claim, and a dead one's lapses.
         """
         pause, end = 0.05, time.monotonic() + DERIVED_SECONDS
         while not (is_mine := self.take(DERIVED)):
             if until() if until else time.monotonic() >= end:
                 break
-            time.sleep(pause * random.uniform(0.5, 1.5))  # or all waiting writers would ask at once
+            time.sleep(pause * random.uniform(0.5, 1.5))  # random, so that waiting writers do not all ask at once
             pause = min(2 * pause, SUMMARY_PAUSE if until else PAUSE)
-        if must and not is_mine:
+        if is_required and not is_mine:
             raise StoreBusy(
                 f"another writer is bringing the index of {self._files.url} up to date. Wait for it, then try again"
                 f"{self.if_killed}"
@@ -251,7 +248,7 @@ class LeaseClaims:
                 self.release(DERIVED)
 
     def close(self) -> None:
-        """Claims were released one by one; any that was not lapses."""
+        """Stop renewing; a claim that was not released lapses."""
         self._closed.set()
         if self._renewal is not None:
             self._renewal.join()
@@ -263,14 +260,14 @@ class LeaseClaims:
 
     def _renew(self) -> None:
         while not self._closed.wait(RENEW_SECONDS):
-            with self._turn:
+            with self._lock:
                 held = tuple(self._held)
             for number in held:
-                with self._turn, suppress(Exception):  # whatever a network raises: a lease outlasts several renewals
+                with self._lock, suppress(Exception):  # whatever a network raises: a lease outlasts several renewals
                     self._renew_one(number)
 
     def _renew_one(self, number: int) -> None:
-        """Renew a claim, unless it was just released, or lapsed while this process slept and was taken by another."""
+        """Renew a claim, unless it was just released, or taken by another after this process was suspended."""
         asked = time.time()
         if number not in self._held:
             return
@@ -286,7 +283,7 @@ class LeaseClaims:
         return number not in self._held and self._is_mine(number)
 
     def _is_mine(self, number: int) -> bool:
-        """If the answer to a successful creation was lost, the server refuses the second attempt: check the owner."""
+        """Whether this writer owns the claim: if the answer to its creation was lost, the retry was refused."""
         try:
             return self._lease(number)["owner"] == self._owner
         except (KeyError, TypeError, ValueError, RecursionError):
@@ -299,7 +296,7 @@ class LeaseClaims:
         return json.loads(self._files.read(self._key(number)))
 
     def _has_lapsed(self, number: int) -> bool:
-        """Also true of a claim released in between, and of an unreadable one, which would hold its shard forever."""
+        """Also true of a claim released in between, and of an unreadable one, which would otherwise never lapse."""
         try:
             return not _is_running(self._lease(number))
         except (KeyError, TypeError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a shard consists of, and how it is cut into the chunks of the store's arrays."""
+"""The content of a shard, and how it is cut into the chunks of the store's arrays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .stored_dtypes import STORED_AS, to_codes
 class ShardContent:
     """All arrays of one shard, activations as the model computed them. W its windows, T context."""
 
-    tokens: np.ndarray  # [W, T]; written when the store is begun, here for the shard's digest
+    tokens: np.ndarray  # [W, T]; written when the store is created, here for the shard's digest
     documents: np.ndarray  # [W, T]; likewise
     acts: Mapping[Site, np.ndarray]  # [W, T, width] as stored: bfloat16 as uint16
     moments: Mapping[Site, Moments]
@@ -42,7 +42,7 @@ class ShardContent:
 
 @dataclass(frozen=True)
 class ShardPart:
-    """One array's share of a shard: its rows, from the first row of a chunk on."""
+    """One array's share of a shard: its rows, starting at a chunk border."""
 
     layout: ArrayLayout
     first_chunk: int
@@ -53,7 +53,7 @@ class ShardPart:
         return -(-len(self.values) // self.layout.chunks[0])
 
     def chunk(self, at: int) -> np.ndarray:
-        """The part's `at`-th chunk; the last one of an array is filled up with the fill value."""
+        """The part's `at`-th chunk; an array's last one is padded with the fill value."""
         length = self.layout.chunks[0]
         rows = self.values[at * length : (at + 1) * length]
         if len(rows) == length:
@@ -74,7 +74,7 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
         return ShardPart(layout, first, values)
 
     def line(path: str, values: np.ndarray, rest: int) -> ShardPart:
-        """Values as a full line: `rest` is what behind them stands for nothing."""
+        """Values padded with `rest` to a full line."""
         full = np.full((1, arrays[path].shape[1]), rest, values.dtype)
         full[0, : len(values)] = values
         return part(path, full)
@@ -85,7 +85,7 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
         parts.append(part(moments_path(site.layer, site.hook), to_line(found)[None]))
     for layer, csr in content.attention.items():
         parts += [
-            line(attention_path(layer, "indptr"), csr.indptr, csr.indptr[-1]),  # missing windows have empty rows
+            line(attention_path(layer, "indptr"), csr.indptr, csr.indptr[-1]),  # rows of missing windows are empty
             line(attention_path(layer, "indices"), csr.indices, 0),
             line(attention_path(layer, "data"), csr.data, 0),
             part(attention_path(layer, "kept_mass"), csr.kept_mass),
@@ -94,7 +94,7 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
 
 
 def as_stored(manifest: Manifest, content: ShardContent) -> ShardContent:
-    """The same content with activations as the store keeps them. Moments stay those of what the model computed."""
+    """The same content with activations as the store keeps them. Moments stay those of the computed activations."""
     if manifest.stored_as is None:
         return content
     small = {site: to_codes(acts, manifest.model.dtype, manifest.stored_as) for site, acts in content.acts.items()}
@@ -106,7 +106,7 @@ def as_stored(manifest: Manifest, content: ShardContent) -> ShardContent:
 
 
 def validate_content(manifest: Manifest, shard: int, content: ShardContent) -> None:
-    """Refuse arrays that are not those of the manifest, before anything is written."""
+    """Refuse arrays that do not fit the manifest, before anything is written."""
     start, stop = manifest.shard_range(shard)
     problems = _missing(manifest, content)
     expected = (stop - start, manifest.context)
@@ -146,8 +146,7 @@ def digests_by_path(
     scales: Mapping[Site, np.ndarray],
     attention: Mapping[int, AttentionCsr],
 ) -> dict[str, str]:
-    """Path -> digest of an array's values, independent of padding and of how they are stored; `plain` has the paths of
-    its arrays already."""
+    """Path -> digest of an array's values, independent of padding and codec; `plain` is keyed by path already."""
     arrays = dict(plain)
     arrays |= {site.path: values for site, values in acts.items()}
     arrays |= {scales_path(site): values for site, values in scales.items()}
@@ -159,8 +158,7 @@ def digests_by_path(
 def array_digest(*arrays: np.ndarray) -> str:
     """Digest of the values of one or more arrays, one after the other, as little-endian bytes.
 
-    It runs at the speed of memory, so that every committed byte can be hashed without slowing the harvest. It guards
-    against damage and mix-ups, not against forgery.
+    Fast enough to hash every committed byte without slowing the harvest; no protection against forgery.
     """
     state = xxhash.xxh3_128()
     for array in arrays:
@@ -196,7 +194,7 @@ def _moments_problems(manifest: Manifest, content: ShardContent) -> list[str]:
 
 
 def _attention_problems(manifest: Manifest, windows: int, content: ShardContent) -> list[str]:
-    """Types must match exactly: the digest is of the values as they are stored."""
+    """Types must match exactly: digests are over the values as stored."""
     kept = (windows, manifest.attention.heads, manifest.context)
     types = {"indptr": np.uint32, "indices": index_dtype(manifest.context), "data": np.float16, "kept_mass": np.float16}
     problems = []
@@ -212,6 +210,6 @@ def _attention_problems(manifest: Manifest, windows: int, content: ShardContent)
 
 
 def totals_of(csr: AttentionCsr) -> AttentionTotals:
-    """The sums over a layer's attention that a record keeps."""
+    """The sums over a layer's attention, for the commit record."""
     units = int(np.round(csr.kept_mass.astype(np.float64).sum() * 2**24))
     return AttentionTotals(csr.kept_mass.size, csr.entries, units)

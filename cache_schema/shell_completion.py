@@ -1,4 +1,4 @@
-"""Completion in a shell where click's own goes wrong: of `--option=value`, and in fish of values with commas."""
+"""Shell completion that fixes click's for `--option=value` and, in fish, for values with commas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from click.shell_completion import BashComplete, CompletionItem, FishComplete, S
 class Bash(BashComplete):
     def get_completion_args(self) -> tuple[list[str], str]:
         args, incomplete = super().get_completion_args()
-        return [word for word in args if word != "="], incomplete  # bash takes `--option=value` for three words
+        return [word for word in args if word != "="], incomplete  # bash splits `--option=value` into three words
 
 
 class _WholeWord(ShellComplete):

@@ -37,7 +37,7 @@ class Site(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The path of its array in a store."""
+        """The path of the site's array in a store."""
         return f"{self.hook}/layer_{self.layer}"
 
     def __str__(self) -> str:
@@ -53,12 +53,12 @@ def site_named(name: str) -> Site | None:
     found = IN_A_LAYER.search(name)
     layer, place = (int(found[1]), found[2]) if found else (0, "unknown")
     if place == "hook_resid_pre" and layer > 0:
-        return Site(RESID, layer - 1)  # before a layer is after the previous one
+        return Site(RESID, layer - 1)  # the input of a layer is the output of the one before
     return Site(_HOOKS_OF[place], layer) if place in _HOOKS_OF else None
 
 
 Place = int | Site
-"""The key of tables of activations: a layer for the residual stream after it, otherwise a site."""
+"""A key for activations: a layer number for the residual stream after that layer, otherwise a site."""
 
 
 def place_of(hook: str, layer: int) -> Place:
@@ -70,7 +70,7 @@ def site_of(place: Place) -> Site:
 
 
 def key_of(place: Place) -> str:
-    """The key in JSON: the layer's number for the residual stream, otherwise the path."""
+    """The key in JSON: the layer number for the residual stream, otherwise the path."""
     return place.path if isinstance(place, Site) else str(place)
 
 

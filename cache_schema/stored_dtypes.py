@@ -1,6 +1,6 @@
 """Element types of activations: how each is stored, and how stored bits become float32.
 
-numpy has no bfloat16, so its bits are stored as uint16 and the array's attributes say so; likewise those of fp8
+numpy has no bfloat16, so its bits are stored as uint16, with the type in the array's attributes; likewise fp8
 (float8_e4m3fn) as uint8. int8 and fp8 are codes: a token's activations are its codes times its scale, so that a row
 of massive norm costs no other row precision.
 """
@@ -21,7 +21,7 @@ STORED_AS = {
     "fp8": np.dtype("u1"),
 }
 
-# What a reader without checks sees where nothing was written: NaN, never zeros; in int8 an unused code.
+# Fill values, for readers without checks: NaN, never zeros; in int8 an unused code.
 UNWRITTEN = {
     "bfloat16": 0x7FFF,
     "float16": float("nan"),
@@ -31,12 +31,12 @@ UNWRITTEN = {
 }
 EXPONENT = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 LARGEST: dict[SmallDtype, float] = {"int8": 127.0, "fp8": 448.0}  # the value of the largest code
-ROUND_VALUES = 2**16  # at a time, so that they stay in the processor's cache
+ROUND_VALUES = 2**16  # rounded at a time, so that they stay in the processor's cache
 LEAST_SCALE = np.finfo(np.float32).tiny  # rows that would need a smaller scale become zeros
 
 
-def say_not_uint32(ids: np.ndarray) -> str:
-    """In words: why an array of tokens or documents cannot be stored as uint32; empty if it can."""
+def why_not_uint32(ids: np.ndarray) -> str:
+    """The reason why tokens or documents cannot be stored as uint32, in words; empty if they can."""
     if ids.dtype.kind not in "iu":
         return f"{ids.dtype}"
     if not ids.size or np.can_cast(ids.dtype, np.uint32):
@@ -54,8 +54,8 @@ def to_float32(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None)
 
 
 def all_finite(stored: np.ndarray, dtype: str) -> bool:
-    """Whether stored activations are finite. Of 16 bits the exponent's are looked at, which takes no copy in float32:
-    they are all set in NaN and infinity alone."""
+    """Whether stored activations are finite. For 16 bits this tests the exponent, all ones only in NaN and infinity,
+    without a copy in float32."""
     if dtype not in EXPONENT:
         return bool(np.isfinite(stored).all())
     exponent = EXPONENT[dtype]
@@ -63,7 +63,7 @@ def all_finite(stored: np.ndarray, dtype: str) -> bool:
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values as stored, rounded to nearest even where bits are lost."""
+    """float32 values in stored form, rounded to nearest even."""
     if dtype != "bfloat16":
         return values.astype(STORED_AS[dtype])
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -90,7 +90,7 @@ def to_codes(stored: np.ndarray, dtype: str, small: SmallDtype) -> tuple[np.ndar
 def _fp8_codes(values: np.ndarray) -> np.ndarray:
     """float8_e4m3fn of float32 values no larger than 448, rounded to nearest even as torch does.
 
-    Made from their upper sixteen bits, the last one set if any bit below was: enough to round to three bits.
+    Looked up by their upper sixteen bits, the last one set if any lower bit is: enough to round to three bits.
     """
     halves = values.view("<u2")
     return _fp8_by_upper_bits().take(halves[:, 1::2] | (halves[:, ::2] != 0))

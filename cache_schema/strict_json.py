@@ -1,9 +1,9 @@
 """Frozen dataclasses to JSON and back, strictly.
 
-Reading collects every problem before it raises, each with the path of the value it is about
-(`model.d_model: expected a whole number, found 'x'`); an unknown key is a problem, reported with similar names.
-Nothing is coerced except what JSON cannot express: lists become tuples, integers become floats where a
-float is declared, and object keys become integers where the mapping is declared with integer keys.
+Reading collects every problem before it raises, each with the path of its value (`model.d_model: expected a whole
+number, found 'x'`); an unknown key is a problem, reported with similar names. Nothing is coerced except types that
+JSON lacks: lists become tuples, integers become floats where a float is declared, and object keys become integers
+where the mapping is declared with integer keys.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LATER = "later"
-"""In a field's metadata: added after stores had been written, so left out of the JSON if empty."""
+"""In a field's metadata: added after stores had been written, so omitted from the JSON if empty."""
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
-_hints_of = cache(typing.get_type_hints)  # resolving them takes longer than reading a record
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it, so that each integer has one form
+_hints_of = cache(typing.get_type_hints)  # resolving hints takes longer than reading a record
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as written by `str`, so that each integer has one form
 
 
 class StrictError(ValueError):
@@ -59,7 +59,7 @@ def from_json(cls: type[T], raw: Any, where: str = "") -> T:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values in nested objects, by dotted names; an empty object counts as a value."""
+    """The values of nested objects, by dotted names; an empty object counts as a value."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
@@ -67,7 +67,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or all known names if none is near. Of dotted names the last part may be near alone."""
+    """` (did you mean 'x'?)`, or all known names if none is similar. Dotted names also match by their last part."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
     if not close:
@@ -152,9 +152,9 @@ def _read_sequence(kind: Any, origin: type, raw: Any, where: str, problems: list
         if len(raw) != len(args):
             return _mismatch(where, f"{len(args)} items", raw, problems)
         kinds = list(args)
-    elif args[0] in _SCALARS and set(map(type, raw)) <= {args[0]}:  # there may be millions: all at once
+    elif args[0] in _SCALARS and set(map(type, raw)) <= {args[0]}:  # fast path: there may be millions
         return origin(raw)
-    elif typing.get_origin(args[0]) is tuple and _are_rows(raw, typing.get_args(args[0])):  # likewise
+    elif typing.get_origin(args[0]) is tuple and _are_rows(raw, typing.get_args(args[0])):  # fast path, likewise
         return origin(map(tuple, raw))
     else:
         kinds = [args[0]] * len(raw)
@@ -163,7 +163,7 @@ def _read_sequence(kind: Any, origin: type, raw: Any, where: str, problems: list
 
 
 def _are_rows(raw: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether all are lists of exactly these types."""
+    """Whether all items are lists of exactly these types."""
     return set(map(type, raw)) <= {list} and {tuple(map(type, row)) for row in raw} <= {kinds}
 
 

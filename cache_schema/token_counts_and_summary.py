@@ -1,21 +1,21 @@
-"""What is derived from a store and kept in it, so that no reader has to read all of it first.
+"""Derived files in a store, which spare readers from reading all of it first.
 
-stats/counts.json: how many tokens of each window train. Derived from tokens and documents and written with them. Older
-stores lack it: a reader then counts for itself and gets the same numbers. Special tokens are in none of the counts.
+stats/counts.json: the number of trainable tokens in each window. Derived from tokens and documents and written with
+them. Older stores lack it: a reader then counts the tokens and gets the same numbers. Special tokens are never counted.
 
 stats/summary.json: the moments and kept mass of a finished store, merged once, in shard order. Derived from the lines
-under stats/ and from the index; without it a reader merges the lines itself and gets the same bits.
+under stats/ and from the index; without it a reader merges the lines and gets the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from .commits import MADE_AGAIN, read_checked
+from .commits import REBUILD_HINT, read_checked
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
 from .layout import COUNTS, SUMMARY, encode_json
@@ -31,9 +31,9 @@ Ids = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class SplitCounts:
-    tokens: int  # that train
+    tokens: int  # trainable
     same_document: float  # the chance that two of them share a document
-    same_first_document: float  # the chance that two windows begin in one document
+    same_first_document: float  # the chance that two windows start in the same document
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ def read_counts(files: Files, manifest: Manifest) -> Counts | None:
     counts, where = found
     if len(counts.trainable) != manifest.windows:
         raise ManifestInvalid(
-            f"{where}: expected {manifest.windows} windows, found {len(counts.trainable)}. {MADE_AGAIN}"
+            f"{where}: expected {manifest.windows} windows, found {len(counts.trainable)}. {REBUILD_HINT}"
         )
     if not 0 <= min(counts.trainable, default=0) <= max(counts.trainable, default=0) <= manifest.context:
-        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {MADE_AGAIN}")
+        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {REBUILD_HINT}")
     for split, (start, stop) in manifest.splits.items():
         tokens, total = sum(counts.trainable[start:stop]), counts.splits.get(split)
         if total is None or tokens != total.tokens:
             raise ManifestInvalid(
                 f"{where}: expected {total and total.tokens} tokens in the windows of {split}, found {tokens}. "
-                f"{MADE_AGAIN}"
+                f"{REBUILD_HINT}"
             )
     return counts
 
@@ -123,7 +123,7 @@ def _add_up(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The fields of `Moments` for a hook in one layer, in the order of the file."""
+    """The fields of `Moments` for a hook in one layer, in the order of the JSON file."""
 
     count: int
     mean_norm: float
@@ -151,13 +151,14 @@ class Summary:
 
     def moments(self, layer: int, hook: str = RESID) -> Moments:
         fields = vars(self.sites[Site(hook, layer)]).items()
-        found = {name: np.array(it) if isinstance(it, tuple) else it for name, it in fields}
-        return Moments(**cast(dict[str, Any], found))
+        found: dict[str, Any] = {name: np.array(it) if isinstance(it, tuple) else it for name, it in fields}
+        return Moments(**found)
 
 
 def summarise(moments: Moments) -> LayerSummary:
-    found = {name: tuple(it.tolist()) if isinstance(it, np.ndarray) else it for name, it in vars(moments).items()}
-    return LayerSummary(**cast(dict[str, Any], found))
+    fields = vars(moments).items()
+    found: dict[str, Any] = {name: tuple(it.tolist()) if isinstance(it, np.ndarray) else it for name, it in fields}
+    return LayerSummary(**found)
 
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:
@@ -168,5 +169,5 @@ def read_summary(files: Files, manifest: Manifest) -> Summary | None:
     lengths = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
     found = {site: (len(moments.norm_by_position), len(moments.mean)) for site, moments in summary.sites.items()}
     if found != lengths:
-        raise ManifestInvalid(f"{where}: expected layers, positions and widths of this store. {MADE_AGAIN}")
+        raise ManifestInvalid(f"{where}: expected layers, positions and widths of this store. {REBUILD_HINT}")
     return summary

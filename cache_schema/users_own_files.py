@@ -10,9 +10,9 @@ from pathlib import Path
 EXTRA = "SAEMILL_EXTRA"
 
 
-def and_own(folders: Iterable[str], below: str) -> list[str]:
-    """A package's `__path__` plus the same place in the folder that SAEMILL_EXTRA names: its files belong to the
-    package too, and can import from it as if they were there."""
+def with_users_files(folders: Iterable[str], below: str) -> list[str]:
+    """A package's `__path__` plus the same subfolder of SAEMILL_EXTRA, whose files become part of the package and can
+    import from it."""
     extra = os.environ.get(EXTRA)
     if not extra:
         return list(folders)
@@ -25,8 +25,8 @@ def and_own(folders: Iterable[str], below: str) -> list[str]:
     return [*folders, str(own)]
 
 
-def digest_of_own(below: str = ".") -> str | None:
-    """A digest of the Python files in that folder, or in one below it; None if SAEMILL_EXTRA is not set."""
+def digest_of_users_files(below: str = ".") -> str | None:
+    """A digest of the Python files in SAEMILL_EXTRA, or in its subfolder `below`; None if that is not set."""
     extra = os.environ.get(EXTRA)
     if not extra:
         return None

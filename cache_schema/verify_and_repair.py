@@ -1,4 +1,4 @@
-"""Read everything and compare it with the commit records; undo the commits of what is damaged."""
+"""Read everything and compare it with the commit records; undo the commits of damaged shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Memory = dict[Request, dict[str, np.ndarray]]  # reused for shard after shard
 
 @dataclass(frozen=True)
 class Damage:
-    """One array of one shard that differs from what was committed."""
+    """One array of one shard that differs from the committed one."""
 
     shard: int
     array: str
@@ -40,7 +40,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What reading one shard found."""
+    """The findings for one shard."""
 
     shard: int
     record: CommitRecord | None  # None if it cannot be read, or if the shard is not committed
@@ -48,19 +48,19 @@ class ShardReport:
 
 
 def verify_shards(store: Store) -> Iterator[ShardReport]:
-    """Read every shard, in order, and report on each; of an uncommitted shard, read the tokens it will be made from."""
+    """Read every shard, in order, and report on each; of an uncommitted one, only tokens and documents can be read."""
     memory: Memory = {}
     for shard in range(store.manifest.shards):
         yield _verify_shard(store, shard, memory) if store.committed[shard] else _verify_beginning(store, shard)
 
 
 def digest(store: Store) -> str:
-    """One hash of all that is committed, computed from the bytes on disk, not from what the records claim."""
-    return store_digest(store.manifest, _sound_records(store))
+    """One hash of all committed shards, computed from the bytes on disk, not taken from the records."""
+    return store_digest(store.manifest, _verified_records(store))
 
 
-def _sound_records(store: Store) -> Iterator[CommitRecord]:
-    """The record of each committed shard, one at a time, as those of a large store fill gigabytes."""
+def _verified_records(store: Store) -> Iterator[CommitRecord]:
+    """The record of each committed shard, one at a time: a large store's records fill gigabytes."""
     memory: Memory = {}
     for shard in np.flatnonzero(store.committed).tolist():
         report = _verify_shard(store, shard, memory)
@@ -82,7 +82,7 @@ def store_digest(manifest: Manifest, records: Iterable[CommitRecord]) -> str:
 
 
 def find_wrong_derived(store: Store) -> list[str]:
-    """Which of index, counts and summary do not match the shards; every shard must have been found sound before."""
+    """Which of index, counts and summary do not match the shards, all of which must have been verified before."""
     files, manifest = store.files, store.manifest
     index = read_index(files, manifest)
     covered = index.mask(manifest.shards)
@@ -98,7 +98,7 @@ def find_wrong_derived(store: Store) -> list[str]:
 
 
 def _is_wrong(read: Callable[[], object], derive: Callable[[], object]) -> bool:
-    """Whether a file differs from what is derived. `read` gives None if there is no such file, which is no fault."""
+    """Whether a file differs from its derivation. A missing file, for which `read` returns None, is not wrong."""
     try:
         found = read()
     except ManifestInvalid:
@@ -120,35 +120,35 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
                 raise StoreBusy(
                     f"shard {shard} of {url} is being written right now. Wait for that, then repair{claims.if_killed}"
                 )
-        with claims.hold_derived(must=bool(damaged or wrong)) as is_alone:
+        with claims.hold_derived(is_required=bool(damaged or wrong)) as holds_claim:
             for key in wrong:
                 files.remove(key)
             if damaged:
                 forget(files, manifest, damaged)
-            refresh(files, manifest, is_alone)
+            refresh(files, manifest, holds_claim)
     finally:
-        for shard in damaged:  # or a refused repair would hold them as a dead writer does
+        for shard in damaged:  # or a failed repair would hold them like a dead writer
             claims.release(shard)
         claims.close()
 
 
 def drop_broken_derived(url: str) -> list[str]:
-    """Remove unreadable index, counts and summary, rewrite array documents; return what was repaired."""
+    """Remove unreadable index, counts and summary, and rewrite wrong array documents; return the repaired keys."""
     files = open_files(url)
     root = read_root(files)
-    manifest, mended = root.manifest, []
+    manifest, repaired = root.manifest, []
     for key, read in ((INDEX, read_index), (SUMMARY, read_summary), (COUNTS, read_counts)):
         try:
             read(files, manifest)
         except ManifestInvalid:
             files.remove(key)
-            mended.append(key)
-    kept = {array_document_key(path) for path in root.cut_anew}
+            repaired.append(key)
+    kept = {array_document_key(path) for path in root.rechunked}
     for key, data in documents_of(manifest).items():
         if key not in kept and read_if_there(files, key) != data:
             files.replace(key, data)
-            mended.append(key)
-    return mended
+            repaired.append(key)
+    return repaired
 
 
 def _verify_shard(store: Store, shard: int, memory: Memory) -> ShardReport:
@@ -175,7 +175,7 @@ def _verify_shard(store: Store, shard: int, memory: Memory) -> ShardReport:
         if value != expected:
             damage.append(Damage(shard, path, f"array {path}: expected {expected} as in the record, found {value}"))
     for layer, totals in sums.items():
-        if record.attention.get(layer) != totals:  # the totals that `info` and the summary use
+        if record.attention.get(layer) != totals:  # used by `info` and the summary
             name = f"attention/layer_{layer}"
             problem = f"{name}: expected {record.attention.get(layer)} as in the record, found {totals}"
             damage.append(Damage(shard, name, problem))
@@ -193,7 +193,7 @@ def _verify_beginning(store: Store, shard: int) -> ShardReport:
 
 
 def _single_requests(store: Store) -> dict[str, Request]:
-    """One request for each part that can be damaged by itself."""
+    """One request for each part that can be damaged independently."""
     manifest = store.manifest
     requests = {"tokens": Request(tokens=True), "documents": Request(documents=True)}
     requests |= {site.path: Request.of([site]) for site in manifest.sites}
@@ -203,7 +203,7 @@ def _single_requests(store: Store) -> dict[str, Request]:
 
 
 def _digests(store: Store, shard: int, request: Request, arrays: ShardArrays) -> dict[str, str]:
-    """Path -> digest of what one request reads."""
+    """Path -> digest of each array that one request reads."""
     plain = {path: values for path in BEGINNING if (values := getattr(arrays, path)) is not None}
     for hook, layer in request.sites:
         plain[moments_path(layer, hook)] = to_line(store.shard_moments(layer, shard, hook))

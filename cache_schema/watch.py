@@ -1,6 +1,6 @@
-"""The progress of all writers of a store: what is committed, what is held and by whom, the rate and the time left.
+"""The progress of a store's writers: shards committed and held, by whom, the rate and the time left.
 
-Reads the index, newer records, as every reader does, and the claims; takes no claim.
+Reads the index and newer records, as every reader does, and the claims; takes no claim.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .numbers_in_words import say_time
 from .open_and_check_root import read_root
 from .shard_claims import find_held
 
-LOOK_BACK_SECONDS = 300.0  # the rate is over these: workers come and go
+LOOK_BACK_SECONDS = 300.0  # the rate is over recent shards only: workers come and go
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Progress:
     shards: int
     committed: int
     held: dict[int, str] | None
-    """Shard -> its writer; None if the system cannot tell."""
+    """Shard -> its writer; None if claims cannot be seen."""
     rate: float | None
-    """Recent shards per second; None until two looks differ."""
+    """Recent shards per second; None until more were committed."""
 
     @property
     def is_whole(self) -> bool:
@@ -59,7 +59,7 @@ def follow(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Progress]:
-    """Report progress again and again, until the store is whole."""
+    """Report progress every `every` seconds until the store is whole."""
     files = open_files(url)
     manifest = read_root(files).manifest
     seen: deque[tuple[float, int]] = deque()

@@ -1,8 +1,8 @@
 """Write a store: all tokens first, then shards in any order, each committed by its record.
 
-The root document is the last file of the beginning: without it there is no store. A shard's record is written once its
-chunks are flushed: a kill at any instant leaves either the whole shard or none of it. Nothing that is written depends
-on who writes it, when, or in which order.
+The root document is written after all tokens: without it there is no store. A shard's record is written once its
+chunks are flushed: a kill at any instant leaves either the whole shard or none of it. No stored byte depends on who
+writes it, when, or in which order.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from .reader import Store
 from .shard_claims import CREATION, open_claims
 from .shard_content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .sites import RESID
-from .stored_dtypes import say_not_uint32
+from .stored_dtypes import why_not_uint32
 from .strict_json import to_json
 from .token_counts_and_summary import LayerSummary, Summary, count_all, read_summary, summarise, write_counts
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 REMOTE_WRITERS = 16  # an object store answers slowly but many at once
-COMPACT_EVERY = 64  # one shard in so many brings the index up to date, whoever writes it
-MOST_COMPACTIONS = 1000  # per store: each looks for every missing record, which takes long with many thousand shards
+COMPACT_EVERY = 64  # about one shard in 64 brings the index up to date, whoever writes it
+MOST_COMPACTIONS = 1000  # per store: each looks for every missing record, which is slow with many thousand shards
 
 
 class StoreWriter:
-    """Writes one store; make it with `create` or `open`, and close it."""
+    """Writes one store. Made by `create` or `open`; must be closed."""
 
     def __init__(self, files: Files, manifest: Manifest) -> None:
         self.files = files
@@ -62,7 +62,7 @@ class StoreWriter:
     def create(
         cls, url: str | os.PathLike[str], manifest: Manifest, tokens: np.ndarray, documents: np.ndarray
     ) -> StoreWriter:
-        """Begin a store, or resume one with the same settings."""
+        """Start a store, or resume one with the same settings."""
         files, manifest = open_files(url), seal(manifest)
         if array := find_too_large(manifest):
             raise ManifestInvalid(
@@ -93,7 +93,7 @@ class StoreWriter:
 
     @property
     def if_killed(self) -> str:
-        """What to add to a message about a held shard: when it is free again if its writer was killed."""
+        """For messages about a held shard: when it becomes free if its writer was killed."""
         return self._claims.if_killed
 
     def pending(self) -> list[int]:
@@ -101,13 +101,13 @@ class StoreWriter:
         return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
 
     def left(self) -> tuple[list[int], int]:
-        """The pending shards that are worth trying, and how many are pending in all."""
+        """The pending shards worth trying now, and the number of all pending ones."""
         pending = self.pending()
         return self._claims.worth_trying(pending), len(pending)
 
     @contextmanager
     def claim(self, shard: int) -> Iterator[bool]:
-        """Hold a shard; yields False if another writer holds it or has committed it meanwhile."""
+        """Hold a shard; yields False if another writer holds it or has committed it."""
         if not self._claims.take(shard):
             yield False
             return
@@ -117,10 +117,10 @@ class StoreWriter:
             self._claims.release(shard)
 
     def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord | None:
-        """Write a claimed shard and commit it; `device` is what computed it.
+        """Write a claimed shard and commit it; `device` is the one that computed it.
 
-        Returns None and writes nothing if the claim has lapsed and another writer has it: that one may have committed
-        the shard, and another device computes other bytes.
+        Returns None and writes nothing if the claim has lapsed and another writer has it: that writer may have
+        committed the shard already, and another device computes other bytes.
         """
         validate_content(self.manifest, shard, content)
         if not self._claims.keeps(shard):
@@ -138,8 +138,8 @@ class StoreWriter:
             write_device(self.files, shard, device)
         write_record(self.files, record)
         if compacts_after(shard, self.manifest.shards):
-            with self._claims.hold_derived() as is_alone:
-                compact(self.files, self.manifest, is_alone)
+            with self._claims.hold_derived() as holds_claim:
+                compact(self.files, self.manifest, holds_claim)
         return record
 
     def _write_chunks(self, tasks: Sequence[tuple[ShardPart, int]]) -> list[int]:
@@ -161,16 +161,16 @@ class StoreWriter:
         return sum(buffer.nbytes for buffer in buffers)
 
     def _size_of(self, layout: ArrayLayout, shard: int) -> int:
-        """Size on disk of a chunk that was written when the store was begun; looked up if it is compressed."""
+        """Size on disk of a chunk of tokens or documents; looked up if it is compressed."""
         if layout.codec == "raw":
             return layout.chunk_bytes + CHECKSUM_BYTES
         return self.files.size(layout.chunk_key(shard))
 
     def _begin(self, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Write the store's beginning, unless a store of the same settings exists."""
+        """Write tokens and root, unless a store with the same settings exists."""
         if not self._claims.take(CREATION):
             raise StoreBusy(
-                f"another process is creating {self.files.url} right now. Wait for it to end, then try again"
+                f"another process is creating {self.files.url} right now. Wait for it to finish, then try again"
                 f"{self.if_killed}"
             )
         try:
@@ -195,7 +195,7 @@ class StoreWriter:
         write_counts(self.files, counts)
         if not self._claims.keeps(CREATION):
             raise StoreBusy(
-                f"another process has begun a store at {self.files.url} meanwhile. Run the same command again"
+                f"another process has started a store at {self.files.url} in the meantime. Run the same command again"
             )
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
@@ -203,11 +203,11 @@ class StoreWriter:
         """Bring derived files up to date: the index, and the summary of a finished store."""
         try:
             if self.files.exists(ROOT):
-                with self._claims.hold_derived() as is_alone:
-                    is_finished = refresh(self.files, self.manifest, is_alone)
-                if is_finished and not is_alone:
-                    with self._claims.hold_derived(until=lambda: self.files.exists(SUMMARY)) as is_alone:
-                        if is_alone:
+                with self._claims.hold_derived() as holds_claim:
+                    is_finished = refresh(self.files, self.manifest, holds_claim)
+                if is_finished and not holds_claim:
+                    with self._claims.hold_derived(until=lambda: self.files.exists(SUMMARY)) as holds_claim:
+                        if holds_claim:
                             refresh(self.files, self.manifest)
         finally:
             self._release()
@@ -220,22 +220,22 @@ class StoreWriter:
 def compacts_after(shard: int, shards: int) -> bool:
     """Whether the writer that commits this shard brings the index up to date.
 
-    Counting its own shards would not do: with thousands of writers none writes enough. These shards are spread evenly,
-    by multiples of the golden ratio, so that writers that take every n-th shard get equally many, whatever n is.
+    Counting its own shards would not do: none of thousands of writers writes enough. The chosen shards are spread
+    evenly, by multiples of the golden ratio, so that writers of every n-th shard get equally many, whatever n is.
     """
     every = max(COMPACT_EVERY, shards // MOST_COMPACTIONS)
     return (shard + 1) * 0x9E3779B1 % 2**32 < 2**32 // every
 
 
-def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> bool:
-    """Derive again what is missing of the index and, if the caller `is_alone` as it holds the claim, of counts and
-    summary, which read the whole store. Return whether the store is finished."""
-    index = compact(files, manifest, is_alone)
+def refresh(files: Files, manifest: Manifest, holds_claim: bool = True) -> bool:
+    """Bring the index up to date and, if the caller `holds_claim`, write missing counts and summary, for which the
+    whole store is read. Return whether the store is finished."""
+    index = compact(files, manifest, holds_claim)
     is_finished = bool(index.mask(manifest.shards).all())
-    if not is_alone:
+    if not holds_claim:
         return is_finished
     if not files.exists(COUNTS):
-        with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are repaired
+        with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted after their repair
             write_counts(files, count_all(manifest, store.ids))
     if is_finished and read_summary(files, manifest) is None:
         files.replace(SUMMARY, encode_json(to_json(derive_summary(files, manifest, index))))
@@ -263,7 +263,7 @@ def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:
 def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarray) -> None:
     expected = (manifest.windows, manifest.context)
     for name, array in (("tokens", tokens), ("documents", documents)):
-        found = say_not_uint32(array)
+        found = why_not_uint32(array)
         if found or array.shape != expected:
             raise ShardInvalid(
                 f"expected {name} as integers from 0 to 2^32 - 1 of shape {expected}, found {found or array.dtype} "

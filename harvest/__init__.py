@@ -1,4 +1,4 @@
-"""From a language model and a corpus to a store, in one pass of the model.
+"""From a language model and a corpus to a store, in one pass over the corpus.
 
 `saemill.harvest(model="pocket", layer=19, out="./store")` takes the options of `sae-harvest` and returns the store.
 """

@@ -1,4 +1,4 @@
-"""One forward pass over a batch of windows: the wanted residuals, hooks and sparsified attention, nothing else.
+"""One forward pass over a batch of windows, for the wanted residuals, hooks and sparsified attention.
 
 Activations are kept by reference, without copies; dense probabilities are dropped block by block.
 """
@@ -22,12 +22,12 @@ class Captured:
     """The results of one batch, on the device that computed them."""
 
     acts: dict[Site, Tensor]
-    """[windows, context, width] in the dtype of the model."""
+    """[windows, context, width] in the model's dtype."""
     attention: dict[int, KeptRows]
 
 
 def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captured:
-    """Run a batch of full windows through the model and keep what it was truncated for."""
+    """Run a batch of full windows through the model and keep what `model.wanted` names."""
     blocks: dict[int, list[KeptRows]] = {layer: [] for layer in model.wanted.attention_layers}
 
     def keep(layer: int, probs_WHTT: Tensor) -> None:
@@ -39,7 +39,7 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
 
 @torch.inference_mode()
 def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[Site, Tensor]:
-    """The forward pass: returns activations by site; attention probabilities go to the sinks, block by block."""
+    """Run the forward pass and return activations by site; attention probabilities go to the sinks, block by block."""
     with kept(model.stack, model.facts.model_type, model.wanted.sites) as acts:
         model.stack(input_ids=ids_WT, use_cache=False, sinks=sinks)
     return acts

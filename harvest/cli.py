@@ -1,4 +1,4 @@
-"""`sae-harvest`: run a model over a corpus once and keep residuals and attention in a store."""
+"""`sae-harvest`: run a model over a corpus once and keep activations and attention in a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from ..cache_schema import Store, StoreError, StoreMissing
-from ..cache_schema.cli import as_json, open_console, print_json, tell_files
+from ..cache_schema.cli import as_json, open_console, print_json, report_file_errors
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.layout import SHARD_TOKENS
@@ -50,20 +50,20 @@ Examples:
     help="Keep the residual stream after this layer.  [default: 19 for a Gemma-2 of 26 layers, else the middle one]",
 )
 @click.option(
-    "--resid-layers", metavar="LAYERS", help="Also keep it after these layers: 17..20, or -2..+1 counted from --layer."
+    "--resid-layers", metavar="LAYERS", help="Layers after which to keep it too: 17..20, or -2..+1 relative to --layer."
 )
 @click.option(
     "--attention-layers",
     metavar="LAYERS",
-    help=f"Layers whose attention to keep, or none.  [default: {ATTENTION_AROUND}, as far as the model has them]",
+    help=f"Layers whose attention to keep, or none.  [default: {ATTENTION_AROUND}, where the model has them]",
 )
 @click.option(
     "--hooks",
     metavar="HOOKS",
     default=RESID,
-    help=f"What to keep of these layers: {','.join(HOOKS)}. For other layers: {RESID},mlp_in:12..19.",
+    help=f"What to keep at these layers: {','.join(HOOKS)}. At other layers: {RESID},mlp_in:12..19.",
 )
-@click.option("--attention-mass", default=0.95, help="Keep keys until they carry this much attention.")
+@click.option("--attention-mass", default=0.95, help="Keep the largest keys until they carry this much attention.")
 @click.option("--attention-topk", default=16, help="Keep at most this many keys per row.")
 @click.option(
     "--leave-out",
@@ -75,20 +75,20 @@ Examples:
     "--attention-heads",
     type=click.Choice(["mean", "all"]),
     default="mean",
-    help="Keep the mean over a layer's heads, or the rows of each head.",
+    help="Keep the mean over a layer's heads, or each head's rows.",
 )
 @click.option("--dataset", help=f"{dataset_help()}.  [default: {STDLIB} for pocket and smollm2, else {OPENWEBTEXT}]")
-@click.option("--dataset-config", help="Configuration of a data set of the hub.")
+@click.option("--dataset-config", help="Configuration of a data set on the hub.")
 @click.option("--dataset-split", default="train")
-@click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
-@click.option("--column", default="text", help="The column that holds the text.")
-@click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib or for pocket]")
+@click.option("--dataset-revision", help="Commit or branch.  [default: the latest, pinned]")
+@click.option("--column", default="text", help="The column with the text.")
+@click.option("--tokens", metavar="N", help="How many: 200k, 10M, 1.5B.  [default: 10M; 600k for stdlib or pocket]")
 @click.option("--context", default=128, help="Tokens in a window.")
 @click.option(
     "--packing",
     type=click.Choice(["concat", "documents"]),
     default="concat",
-    help="concat: join documents with BOS between them; documents: one per window, leaving out what does not fill one.",
+    help="concat: join documents with BOS between them; documents: one per window, cutting off the rest.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16")
 @click.option(
@@ -100,7 +100,7 @@ Examples:
 @click.option(
     "--shard-windows",
     type=int,
-    help=f"Windows per shard, the unit of work.  [default: {SHARD_TOKENS:,} tokens, or as the store was begun]",
+    help=f"Windows per shard, the unit of work.  [default: {SHARD_TOKENS:,} tokens, or as in the existing store]",
 )
 @click.option(
     "--batch-windows", type=int, help="Windows per forward pass.  [default: 2,048 tokens, 512 for small models]"
@@ -110,21 +110,21 @@ Examples:
     "--worker",
     default="1/1",
     metavar="I/N",
-    help="This is the I-th of N processes; after its share it takes on what others have left.",
+    help="This is process I of N; when its share is done, it helps with the others'.",
 )
 @click.option("--out", default="./store", help="The store: a folder, or an fsspec URL (s3://...).")
 @click.option(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Show what it would cost without writing a store. A GGUF file is converted for this, once.",
+    help="Show the size and time without writing a store. A GGUF file is converted for this, once.",
 )
 @as_json()
 def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
     """Run a language model over a corpus once; keep residuals, attention and tokens in a store.
 
-    If stopped at any point, the same command resumes where it was. Several processes share the work under
-    `accelerate launch` or `torchrun`, or each with its own --worker.
+    If stopped at any point, the same command resumes. Several processes share the work under `accelerate launch` or
+    `torchrun`, or each with its own --worker.
     """
     with _reported(options["out"]):
         config = make_config(options)
@@ -146,7 +146,7 @@ def make_config(options: dict[str, Any]) -> HarvestConfig:
 
 
 def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
-    said = DatasetOptions(
+    given = DatasetOptions(
         dataset=options["dataset"] or "",
         config=options["dataset_config"],
         split=options["dataset_split"],
@@ -154,9 +154,9 @@ def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
         column=options["column"],
     )
     if options["dataset"] is not None:
-        return said
-    for words in said.beside.values():
-        raise SettingInvalid(f"{words} goes with --dataset: give that too, for example {OPENWEBTEXT}")
+        return given
+    for option in given.given.values():
+        raise SettingInvalid(f"{option} needs --dataset: give that too, for example {OPENWEBTEXT}")
     return None
 
 
@@ -174,28 +174,28 @@ def _harvest(config: HarvestConfig, is_json: bool) -> None:
         return
     with Store.open(config.out) as store:
         open_console().print(render_store(describe(store)))
-        if store.manifest.sites:  # not only attention
+        if store.manifest.sites:  # empty if only attention is kept
             click.echo(f"next: {training_command(store.manifest, config)}")
     for line in finished.fell_back:
         click.echo(line)
 
 
 def training_command(manifest: Manifest, config: HarvestConfig) -> str:
-    """A command that trains an SAE on the store: on residuals if it holds any, else on an MLP, else on what it has. Of
-    several layers it names the one asked for, or the middle one."""
+    """A command that trains an SAE on the store: on residuals if it holds any, else on an MLP, else on its first hook.
+    Of several layers it names the one asked for, or the middle one."""
     hooks = by_hook(manifest.sites)
     hook, variant = next(iter(hooks)), "topk"
     layers = hooks[hook]
     if RESID not in hooks and (both := sorted({*hooks.get("mlp_in", ())} & {*hooks.get("mlp_out", ())})):
         hook, variant, layers = "mlp_in", "transcoder", tuple(both)
     layer = config.layer if config.layer in layers else layers[len(layers) // 2]
-    of_hook = "" if hook == RESID else f" --set hook={hook}"
-    of_layer = f" --layer {layer}" if len(hooks[hook]) > 1 else ""
-    return f"sae-train --variant {variant}{of_hook}{of_layer} --cache {shlex.quote(config.out)}"
+    hook_option = "" if hook == RESID else f" --set hook={hook}"
+    layer_option = f" --layer {layer}" if len(hooks[hook]) > 1 else ""
+    return f"sae-train --variant {variant}{hook_option}{layer_option} --cache {shlex.quote(config.out)}"
 
 
 def _document_of(finished: Finished) -> dict[str, Any]:
-    """For scripts: what `sae-store info` shows of the store so far, and which model was used in place of another."""
+    """For scripts: the facts of `sae-store info` once the store is finished, and the banner of a fallback model."""
     with Store.open(finished.url) as store:
         facts = describe(store) if finished.committed == finished.shards else {"url": finished.url}
     return {**facts, "shards": finished.shards, "shards_committed": finished.committed, "remarks": finished.fell_back}
@@ -210,33 +210,33 @@ def _estimate(config: HarvestConfig, is_json: bool) -> None:
         print_json(document_of(estimate))
     elif estimate.speaks:
         open_console().print(render(estimate))
-    is_begun, weights = estimate.work.is_begun, estimate.weights_beside
-    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_begun=is_begun, weights=weights)
+    is_started, weights = estimate.work.is_started, estimate.weights_on_store_disk
+    require_space(config.out, estimate.free_bytes, estimate.least_bytes, is_started=is_started, weights=weights)
 
 
 @contextmanager
 def _reported(url: str) -> Iterator[None]:
-    """Print an expected error as one line; on an interruption say what is safe."""
+    """Print an expected error as one line; on an interrupt, report what has been kept."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with tell_files():
+        with report_file_errors():
             yield
     except (HarvestError, StoreError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo(f"stopped. {_what_is_safe(url)}; the same command continues from there", err=True)
+        click.echo(f"stopped. {_what_is_kept(url)}; the same command resumes from there", err=True)
         sys.exit(130)
 
 
-def _what_is_safe(url: str) -> str:
+def _what_is_kept(url: str) -> str:
     try:
         with Store.open(url) as store:
             return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
     except StoreMissing:
-        return "What was tokenised up to a few seconds ago is kept"
+        return "All but the last few seconds of tokenising are kept"
     except StoreError:  # the disk or the network is gone, which may be why it was stopped
-        return "What is committed is safe"
+        return "Committed shards are safe"
 
 
 if __name__ == "__main__":

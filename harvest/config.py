@@ -1,4 +1,4 @@
-"""What a user asks of a harvest, and how the command line's values are parsed."""
+"""The settings of a harvest, and how the command line's values are parsed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
 from ..cache_schema.strict_json import nearest
-from .corpus import require_heeded
+from .corpus import refuse_unused
 from .corpus.source import DatasetOptions
 from .errors import SettingInvalid
 from .pack_windows import Packing
@@ -21,11 +21,11 @@ from .pack_windows import Packing
 Dtype = Literal["bfloat16", "float16", "float32"]
 Heads = Literal["mean", "all"]
 
-# Tokens of a forward pass: the same on every machine, because the batch decides the last bits of a residual.
+# Tokens per forward pass: the same on every machine, because the batch decides the last bits of a residual.
 BATCH_TOKENS = 2048
-SMALL_BATCH_TOKENS = 512  # for models so narrow that their activations then stay in a CPU's cache
+SMALL_BATCH_TOKENS = 512  # for models so narrow that this keeps their activations in a CPU's cache
 SMALL_WIDTH = 512
-MOST_BATCH_WINDOWS = 256  # of a few tokens each
+MOST_BATCH_WINDOWS = 256  # reached by windows of a few tokens each
 ATTENTION_AROUND = "-2..+1"
 ANY_LAYER = 2**40  # stands for --resid-layers where only the hooks that use them matter
 
@@ -49,11 +49,11 @@ class HarvestConfig:
     model: str = "auto"
     layer: int | None = None
     resid_layers: tuple[int, ...] | str = "none"
-    """As text: layers besides `layer`, as `read_layers` parses them."""
+    """Layers besides `layer`; text is parsed by `read_layers`."""
     attention_layers: tuple[int, ...] | str | None = None
-    """None: `ATTENTION_AROUND`, as far as the model has those layers."""
+    """None: `ATTENTION_AROUND`, where the model has those layers."""
     hooks: Mapping[str, tuple[int, ...]] | str = field(default_factory=dict)
-    """Hook -> layers, besides the residual stream. As text: everything to keep, as `read_hooks` parses it."""
+    """Hook -> layers, besides the residual stream; text, parsed by `read_hooks`, names everything to keep."""
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
@@ -66,22 +66,22 @@ class HarvestConfig:
     stored_as: SmallDtype | None = None
     codec: Codec = "raw"
     shard_windows: int | None = None
-    """None: as many as fill `SHARD_TOKENS`, or a batch if that is more; a store that is begun keeps its own."""
+    """None: enough to fill `SHARD_TOKENS`, or a batch if that is more; an existing store keeps its own."""
     batch_windows: int | None = None
     device: str = "auto"
     worker: Worker = Worker()
 
     def __post_init__(self) -> None:
-        # refuse what cannot be parsed before looking for a model
+        # refuse values that cannot be parsed before looking for a model
         resid = read_layers(self.resid_layers, None, "--resid-layers")
         attention = self.attention_layers
         keeps_attention = attention is None or read_layers(attention, None, "--attention-layers")
         kept = read_hooks(self.hooks, None, (ANY_LAYER,)).get(RESID, ())
         if resid and ANY_LAYER not in kept:
-            found = "those of other layers. Leave out one of the two" if kept else f"none. Add {RESID}"
-            raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for {found}")
+            problem = "for those of other layers. Leave out one of the two" if kept else f"for none. Add {RESID}"
+            raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} {problem}")
         if self.corpus is not None:
-            require_heeded(self.corpus)
+            refuse_unused(self.corpus)
         if self.context < 2:
             raise SettingInvalid(f"--context: expected at least 2 (BOS and one token), found {self.context}")
         for name in ("shard_windows", "batch_windows"):
@@ -90,8 +90,8 @@ class HarvestConfig:
                 raise SettingInvalid(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
         if self.batch_windows is not None and self.batch_windows > self.windows_per_shard:
             raise SettingInvalid(
-                f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}), as no "
-                "batch is larger than its shard. Lower it, leave it out, or give larger shards"
+                f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}): "
+                "no batch is larger than its shard. Lower it, leave it out, or give larger shards"
             )
         for name in () if keeps_attention else ("attention_mass", "attention_topk", "attention_heads", "leave_out"):
             if getattr(self, name) != getattr(HarvestConfig, name):
@@ -117,7 +117,7 @@ class HarvestConfig:
 
 
 def parse_count(text: str) -> int:
-    """A number as `read_count` parses it, or an error."""
+    """Parse --tokens, or raise."""
     count = read_count(text)
     if count is None:
         raise SettingInvalid(f"--tokens: expected a whole number such as 200k, 10M or 1.5B, found {text!r}")
@@ -126,8 +126,7 @@ def parse_count(text: str) -> int:
 
 def read_layers(layers: tuple[int, ...] | str, layer: int | None, option: str) -> tuple[int, ...]:
     """Layers in rising order, as their order does not change the store, from numbers or text: `17,19`, `17..20` or,
-    counted from `layer`, `-2..+1`; `none` for no layer. While `layer` is unknown (None), a range such as `17..+1` is
-    parsed but not filled."""
+    relative to `layer`, `-2..+1`; `none` for no layer. While `layer` is unknown (None), ranges need not rise."""
     if isinstance(layers, tuple):
         return tuple(sorted(set(layers)))
     if layers.strip().lower() == "none":
@@ -145,7 +144,7 @@ def read_hooks(
     hooks: Mapping[str, tuple[int, ...]] | str, layer: int | None, layers: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Hook -> layers, the residual stream included, from a mapping of the other hooks or from text such as
-    `resid,mlp_in,mlp_out`, all at the same `layers`, or `resid,mlp_in:12..19`, which gives its own."""
+    `resid,mlp_in,mlp_out`, all at the same `layers`, or `resid,mlp_in:12..19`, with layers of its own."""
     if not isinstance(hooks, str):
         return by_hook(Site(hook, number) for hook, own in {RESID: layers, **hooks}.items() for number in own)
     sites: list[Site] = []
@@ -158,7 +157,7 @@ def read_hooks(
 
 
 def _parse_layer(text: str, layer: int, option: str) -> int:
-    found = re.fullmatch(r"([+-]?)(\d{1,4})", text.strip())  # bounded: a range is filled before any check
+    found = re.fullmatch(r"([+-]?)(\d{1,4})", text.strip())  # bounded: ranges are filled before any check
     if found is None:
         raise SettingInvalid(f"{option}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
     return layer + int(text) if found[1] else int(text)

@@ -1,8 +1,8 @@
-"""What can go wrong in a harvest, one class per condition."""
+"""The errors of a harvest, one class per condition."""
 
 from huggingface_hub.errors import StrictDataclassError
 
-# What transformers raises on files that do not describe a model or a tokenizer.
+# Raised by transformers on files that do not describe a model or a tokenizer.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -24,7 +24,7 @@ class ModelUnavailable(HarvestError, OSError):
 
 
 class WeightsIncomplete(HarvestError, ValueError):
-    """A checkpoint lacks weights of the layers that were asked for."""
+    """A checkpoint lacks weights of the requested layers."""
 
 
 class UnsupportedArchitecture(HarvestError, ValueError):
@@ -32,15 +32,15 @@ class UnsupportedArchitecture(HarvestError, ValueError):
 
 
 class LayerOutOfRange(HarvestError, ValueError):
-    """The model does not have the residual or attention layer."""
+    """The model does not have a requested layer."""
 
 
 class HookMissing(HarvestError, ValueError):
-    """The model's family has no such hook, or its place has not been declared."""
+    """The model's family has no such hook, or `architectures` does not list it."""
 
 
 class ContextTooLong(HarvestError, ValueError):
-    """Windows are longer than the model was made for, or than stored positions allow."""
+    """Windows are longer than the model or stored positions allow."""
 
 
 class NonFiniteResidual(HarvestError, ArithmeticError):
@@ -64,7 +64,7 @@ class CorpusUnavailable(HarvestError, LookupError):
 
 
 class CorpusEmpty(HarvestError, ValueError):
-    """The corpus holds no text at all."""
+    """The corpus holds no text."""
 
 
 class SplitEmpty(HarvestError, ValueError):
@@ -76,32 +76,32 @@ class DocumentInvalid(HarvestError, ValueError):
 
 
 class NetworkLost(HarvestError, ConnectionError):
-    """The connection was lost too many times in a row; what was read is kept."""
+    """The connection was lost too many times in a row; all text read so far is kept."""
 
 
 class TokenizerUnsuitable(HarvestError, ValueError):
-    """The tokenizer cannot make windows: it has no BOS or no fast implementation, or its rules are not known."""
+    """The tokenizer cannot make windows: it has no BOS or no fast implementation, or its rules are unknown."""
 
 
 class TokensMissing(HarvestError, TimeoutError):
-    """The worker that tokenises for all the others did not write the tokens in time."""
+    """The first worker, which tokenises for all, did not write the tokens in time."""
 
 
 class ModelDiffers(HarvestError, ValueError):
-    """The model found is not the one that the store was begun with."""
+    """The model found is not the one that the store was harvested with."""
 
 
 class DeviceFull(HarvestError, MemoryError):
-    """The device has no memory left for the model or for a batch of windows."""
+    """The device has no memory left for the model or a batch of windows."""
 
 
 def name_window(window: int, first: int | None) -> str:
-    """The window's name in messages: its number in the store, or in the batch if no store is made."""
+    """A window's name in messages: its number in the store, or in the batch if there is no store."""
     return f"window {window} of the batch" if first is None else f"window {first + window} of the store"
 
 
 def say_overflow(dtype: str) -> str:
-    """In words: what to do about a model's infinities and NaN."""
+    """The remedy, in words, for a model's infinities and NaN."""
     if dtype == "float32":
         return "the model computes them even in float32: check its weights"
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"

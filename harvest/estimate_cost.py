@@ -1,8 +1,8 @@
-"""What a harvest will cost, before it is begun: bytes by array, and time.
+"""The cost of a harvest before it starts: bytes by array, and time.
 
 Sizes are first bounded from the manifest alone: residuals are exact, and an attention row holds at most topk keys.
-Chunks are written whole, even those of a shorter last shard. If that bound leaves a doubt, or time is asked for, a few
-batches are harvested into a store in memory by the very code that will harvest the rest.
+Chunks are written whole, even those of a shorter last shard. If the bound may not fit the disk, or for a dry run, a few
+batches are harvested into a store in memory by the same code that harvests the rest.
 
 Before weights are downloaded or text is read, a new store's cost is forecast from the model's configuration. Sizes
 follow from the manifest: exact for residuals, an upper bound for attention. Time is measured on layers of the model's
@@ -33,7 +33,7 @@ from ..cache_schema.manifest import seal
 from ..cache_schema.numbers_in_words import say_size, say_time
 from ..cache_schema.stored_dtypes import STORED_AS
 from .corpus import source_of
-from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
+from .model.load_and_truncate import Wanted, make_random, name_full_device, truncate
 from .model.resolve import ModelSource
 from .progress import Watch
 from .shards import Harvester, harvest_shards
@@ -53,25 +53,25 @@ class Cost:
 
 
 def bound_bytes(manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
-    """The most that each array of these shards takes on disk; exact for arrays that are stored raw."""
-    alike = Counter(stop - start for start, stop in map(manifest.shard_range, shards))  # all but the last one
+    """The most bytes that each array of these shards takes on disk; exact for arrays stored raw."""
+    by_length = Counter(stop - start for start, stop in map(manifest.shard_range, shards))
     sizes = {}
     for path, array in arrays_of(manifest).items():
         chunk = array.chunk_bytes + CHECKSUM_BYTES + (0 if array.codec == "raw" else BLOSC_HEADER_BYTES)
-        chunks = {windows: 1 if is_line(path) else math.ceil(windows / array.chunks[0]) for windows in alike}
-        sizes[path] = chunk * sum(count * chunks[windows] for windows, count in alike.items())
+        chunks = {windows: 1 if is_line(path) else math.ceil(windows / array.chunks[0]) for windows in by_length}
+        sizes[path] = chunk * sum(count * chunks[windows] for windows, count in by_length.items())
     return sizes
 
 
 def least_bytes(manifest: Manifest) -> int:
-    """The least that a store takes: its tokens and its activations, compressed at best to half."""
+    """The least bytes that a store takes: its tokens and its activations, compressed at best to half."""
     arrays = arrays_of(manifest)
     acts = sum(math.prod(arrays[site.path].shape) * arrays[site.path].dtype.itemsize for site in manifest.sites)
     return acts // (1 if manifest.codec == "raw" else 2) + 8 * manifest.tokens
 
 
 def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
-    """Harvest a few batches into memory: the first one warms up, the others are timed."""
+    """Harvest a few batches into memory: the first is a warm-up, the others are timed."""
     batch = harvester.batch_windows
     tokens = np.resize(tokens, (batch * (1 + TIMED_BATCHES), tokens.shape[1]))
     windows = len(tokens)
@@ -91,19 +91,19 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
     return Cost({path: size / tokens_timed for path, size in sizes.items()}, tokens_timed / seconds)
 
 
-def weights_beside(source: ModelSource, files: Files) -> int:
+def weights_on_store_disk(source: ModelSource, files: Files) -> int:
     """Bytes of weights still to be downloaded onto the store's own disk."""
     if source.to_download is None or not isinstance(files, LocalFiles):
         return 0
     return source.to_download if on_one_disk(files.root, Path(constants.HF_HUB_CACHE)) else 0
 
 
-def require_space(url: str, free: int | None, needed: int, *, is_begun: bool = False, weights: int = 0) -> None:
-    """Refuse what the disk cannot hold, with the `weights` that go onto it too; `free` is None for an object store,
-    which is not limited. A store that is begun keeps its settings."""
+def require_space(url: str, free: int | None, needed: int, *, is_started: bool = False, weights: int = 0) -> None:
+    """Refuse a harvest that does not fit the disk, together with `weights` that go onto it too. `free` is None for an
+    object store, which is unlimited. An existing store has another remedy: it keeps its settings."""
     if free is not None and needed + weights > free:
         remedy = "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
-        if is_begun:
+        if is_started:
             remedy = (
                 "Free some space and run the same command again: it resumes where it stopped. Or remove the store "
                 "first, then ask for fewer --tokens or layers, or try --codec zstd; or give another --out"
@@ -125,8 +125,8 @@ def tokens_in(manifest: Manifest, shards: Sequence[int]) -> int:
 
 
 def sizes_of(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
-    """What each array of these shards will take: as measured if compressed, as the padding of chunks compresses to
-    nothing."""
+    """The bytes that each array of these shards will take: as bounded if raw, else as measured, because the padding of
+    chunks compresses to nothing."""
     tokens, most, arrays = tokens_in(manifest, shards), bound_bytes(manifest, shards), arrays_of(manifest)
     return {
         path: most[path] if path in arrays and arrays[path].codec == "raw" else int(per_token * tokens)
@@ -135,33 +135,33 @@ def sizes_of(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> dict[str,
 
 
 def needed_bytes(sizes: Mapping[str, int]) -> int:
-    """The space that must be free for arrays of these sizes."""
+    """The free space required for arrays of these sizes."""
     total = sum(sizes.values())
     return total + RESERVE_BYTES if total else 0
 
 
 TRIAL_VOCABULARY = 256  # for the layers that are timed: a whole embedding would take memory but no time
-LONG_WORK = 1e13  # multiplications that take a processor more than a minute or two: worth the seconds of a trial
+LONG_WORK = 1e13  # multiplications, a minute or two on a processor: from here on, time the layers first
 
 
 def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> None:
-    """Print what a new store will take; refuse what the disk cannot hold if the corpus is sure to fill it."""
-    manifest = manifest_before(plan)
+    """Print a new store's cost; refuse one that the disk cannot hold if the corpus is sure to fill it."""
+    manifest = forecast_manifest(plan)
     if source_of(plan.corpus).pinned:
-        weights = weights_beside(plan.source, files)
+        weights = weights_on_store_disk(plan.source, files)
         require_space(files.url, files.free_bytes(), least_bytes(manifest), weights=weights)
-    watch.say(tell(plan, manifest, files.free_bytes(), device))
+    watch.say(cost_lines(plan, manifest, files.free_bytes(), device))
     announce_tokens(plan, files, watch)
     if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
         rate = tokens_per_second(plan, manifest, device)
-        said = f"time: about {say_time(manifest.tokens / rate)} for one process on {device}"
-        watch.say(f"{said}, by its layers ({rate:,.0f} tokens/s)")
+        seconds = say_time(manifest.tokens / rate)
+        watch.say(f"time: about {seconds} for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
 
 
 def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True) -> None:
-    """The same for the tokens of a remote store: they are kept on a disk of this machine until the store has them.
+    """Print the disk space that a remote store's tokens take on this machine until the store has them.
 
-    Those of a local store are next to it, on a disk that needs far more room for the store itself.
+    A local store's tokens are next to it, on a disk that needs far more space for the store itself.
     """
     if isinstance(files, LocalFiles):
         return
@@ -176,14 +176,14 @@ def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True
     watch.say(f"to tokenise: {say_size(needed)} in {folder} until the store has it; {say_size(free)} available")
 
 
-def manifest_before(plan: Plan) -> Manifest:
-    """The manifest of a store whose corpus holds all tokens asked for."""
+def forecast_manifest(plan: Plan) -> Manifest:
+    """The manifest of a new store, if the corpus holds all tokens asked for."""
     spec = corpus_spec(plan, plan.corpus.dataset, None, settings_of_new(plan, {}))
     return expected_manifest(plan, spec, plan.windows)
 
 
 def bytes_by_array(manifest: Manifest) -> dict[str, int]:
-    """The most that each array takes, with the arrays of a layer's attention together."""
+    """The most bytes that each array takes, with the arrays of a layer's attention added up."""
     sizes: dict[str, int] = {}
     for path, most in bound_bytes(manifest, range(manifest.shards)).items():
         name = path.rsplit("/", 1)[0] if path.startswith("attention/") else path
@@ -191,29 +191,29 @@ def bytes_by_array(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def tell(plan: Plan, manifest: Manifest, free: int | None, device: torch.device) -> list[str]:
-    """Lines to print: what will be kept, its size by array, and what will be downloaded."""
+def cost_lines(plan: Plan, manifest: Manifest, free: int | None, device: torch.device) -> list[str]:
+    """Lines to print: tokens, size by array, memory and downloads."""
     sizes = bytes_by_array(manifest)
     total = sum(sizes.values())
     arrays = ", ".join(f"{name} {say_size(most)}" for name, most in sizes.items() if most >= 0.01 * total)
     at = "" if free is None else f"; {say_size(free)} free"
     memory = memory_of_shards(manifest, is_pinned=device.type == "cuda")
     lines = [
-        f"to harvest: {manifest.tokens:,} tokens ({tell_splits(manifest)}) if the corpus holds as many",
+        f"to harvest: {manifest.tokens:,} tokens ({describe_splits(manifest)}) if the corpus is large enough",
         f"to write: {say_size(total)} at most ({arrays}){at}",
         f"memory: about {say_size(memory)} for two shards; less with --shard-windows",
     ]
     if plan.encoder.is_bos_of_configuration:
         bos = plan.encoder.backend.id_to_token(plan.encoder.bos_token)
-        lines.append(f"BOS: {bos}, from the model's configuration, as its tokenizer names none")
+        lines.append(f"BOS: {bos}, from the model's configuration, because its tokenizer names none")
     if plan.source.to_download is not None:
         lines.append(f"to download: {say_size(plan.source.to_download)} of weights into {constants.HF_HUB_CACHE}")
     return lines
 
 
 def memory_of_shards(manifest: Manifest, is_pinned: bool) -> int:
-    """Memory in use while one shard is computed and the previous one is written; page-locked, as beside a GPU, each
-    place's activations take a power of two."""
+    """Memory in use while one shard is computed and the previous one is written. If page-locked, for a GPU, each site's
+    activations take a power of two."""
     windows = min(manifest.shard_windows, manifest.windows)
     row = windows * manifest.context * STORED_AS[manifest.model.dtype].itemsize
     sizes = [row * manifest.width_of(site.hook) for site in manifest.sites]
@@ -222,13 +222,13 @@ def memory_of_shards(manifest: Manifest, is_pinned: bool) -> int:
     return 2 * (acts + sum(array.chunk_bytes for array in lines))
 
 
-def tell_splits(manifest: Manifest) -> str:
+def describe_splits(manifest: Manifest) -> str:
     counts = {name: (end - start) * manifest.context for name, (start, end) in manifest.splits.items()}
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def tokens_per_second(plan: Plan, manifest: Manifest, device: torch.device) -> float:
-    """The rate of a whole harvest, from the time of one layer, of one more, and of keeping one layer's attention."""
+    """The rate of a whole harvest, from the times of one layer, of two, and of one whose attention is kept."""
     kept = bool(plan.wanted.attention_layers)
     one = _seconds_per_token(plan, manifest, device, 1, keep_attention=False)
     two = _seconds_per_token(plan, manifest, device, 2, keep_attention=False)
@@ -242,7 +242,9 @@ def _seconds_per_token(
 ) -> float:
     wanted = Wanted((layers - 1,), (layers - 1,) if keep_attention else ())
     dtype = getattr(torch, plan.config.dtype)
-    with memory_of(device, "layers to be timed", "Choose another --device, or wait for other programs on it to end"):
+    with name_full_device(
+        device, "layers to be timed", "Choose another --device, or wait for other programs on it to finish"
+    ):
         model = truncate(make_random(plan.source.folder, layers, TRIAL_VOCABULARY, dtype, device), wanted)
     attention = replace(manifest.attention, layers=wanted.attention_layers) if keep_attention else AttentionSpec()
     trial = replace(manifest, layers=wanted.resid_layers, attention=attention, hooks={})

@@ -1,4 +1,4 @@
-"""What downloads share: the errors of a lost network, quiet progress bars, and room on the disk."""
+"""Shared by downloads: the errors of a lost network, quiet progress bars, and a check for disk space."""
 
 import sys
 from pathlib import Path
@@ -12,14 +12,14 @@ from ..cache_schema.disk_and_cloud_files import free_bytes_at
 from ..cache_schema.numbers_in_words import say_size
 from .errors import ModelUnavailable
 
-# The last is raised if a proxy is set that needs a package which is not installed.
+# ImportError is raised if a proxy needs a package that is not installed.
 NETWORK_ERRORS = (OSError, HTTPError, ImportError)
-TRIES = 2  # inside `datasets`, for a read that fails, 5 to 60 seconds apart: streams are retried here anyway
+TRIES = 2  # of a failed read inside `datasets`, 5 to 60 seconds apart: streams are retried here anyway
 INSTALL = "install the missing package, `pip install socksio` for a SOCKS proxy, or unset the proxy"
 
 
 def load_dataset(*args: Any, **kwargs: Any) -> Any:
-    """`datasets.load_dataset`, imported late, as it takes seconds, and without progress bars off a terminal."""
+    """`datasets.load_dataset`, imported late because it takes seconds, without progress bars off a terminal."""
     import datasets
     from datasets import config
 
@@ -30,7 +30,7 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
 
 
 def require_room(name: str, needed: int, folder: Path) -> None:
-    """Refuse model files that the disk cannot hold, before they are made or downloaded."""
+    """Refuse model files that do not fit the disk, before they are written or downloaded."""
     free = free_bytes_at(folder)
     if needed > free:
         raise ModelUnavailable(

@@ -1,15 +1,15 @@
 """Documents to windows: full rows of `context` tokens, BOS first, never padded.
 
-`concat`, as in SAEBench's core evaluation: documents are joined with a BOS between them; a document that
-does not end with its row continues in the next one, after a BOS of its own. Where a row's first BOS and
-the one between documents meet, there is only one. `documents`: each row holds a single document.
+`concat`, as in SAEBench's core evaluation: documents are joined with a BOS between them; a document longer than the
+rest of its row continues in the next, after that row's own BOS. A document that starts a row gets one BOS, not two.
+`documents`: each row holds a single document.
 
-What fills no window is left out: under `concat` the end of the last row, under `documents` the end of
-every document. Nothing else is lost, and nothing appears twice.
+Tokens that fill no window are left out: under `concat` the end of the last row, under `documents` the end of every
+document. Nothing else is lost, and nothing appears twice.
 
 How `concat` works without a loop over tokens:
 1. Cut documents at every BOS, so that a piece is one BOS and the text after it.
-2. Walk over pieces, not tokens, to find the slots where each piece and its text begin.
+2. Walk over pieces, not tokens, to find the slots where each piece and its text start.
 3. Fill all slots with BOS, then scatter the text to its slots by arithmetic on whole arrays.
 """
 
@@ -37,7 +37,7 @@ class Windows:
 
 @dataclass
 class Packer:
-    """Packs documents one after another; keeps the row that is not full yet."""
+    """Packs documents one after another; keeps the unfinished row."""
 
     context: int
     bos: int
@@ -45,9 +45,9 @@ class Packer:
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))  # in the unfinished row
     documents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
     short: int = 0
-    """Under `documents`: how many filled no window."""
+    """Under `documents`: the number that filled no window."""
     left_over: int = 0
-    """Under `documents`: tokens of these, and of the ends of others."""
+    """Under `documents`: tokens of these and of the ends of others."""
 
     def __post_init__(self) -> None:
         if self.context < 2:
@@ -94,7 +94,7 @@ class Packer:
 
 
 def _with_bos_in_front(texts: Sequence[np.ndarray], bos: int) -> tuple[np.ndarray, np.ndarray]:
-    """All documents in one array, each beginning with one BOS, and where each starts."""
+    """All documents in one array, each with a single BOS in front, and the start of each."""
     opened = [text if text[0] == bos else np.concatenate([np.array([bos], np.uint32), text]) for text in texts]
     starts = np.cumsum([0, *(len(text) for text in opened[:-1])])
     return np.concatenate(opened), starts
@@ -107,7 +107,7 @@ def _walk(cursor: int, lengths: np.ndarray, context: int) -> tuple[np.ndarray, n
         begins.append(cursor)
         cursor += 1
         if length and cursor % context == 0:
-            cursor += 1  # the BOS took the last slot of its row, so the next row has one of its own
+            cursor += 1  # this BOS took the last slot of its row: skip the next row's own
         firsts.append(cursor)
         room = context - cursor % context
         breaks = max(0, -(-(length - room) // (context - 1)))
@@ -116,7 +116,7 @@ def _walk(cursor: int, lengths: np.ndarray, context: int) -> tuple[np.ndarray, n
 
 
 def _slots(firsts: np.ndarray, lengths: np.ndarray, context: int) -> np.ndarray:
-    """The slot of every token: one further for each row that its piece has begun."""
+    """The slot of every token: shifted by one for each row that its piece has started."""
     ends = np.cumsum(lengths)
     within = np.arange(int(ends[-1])) - np.repeat(ends - lengths, lengths)
     first = np.repeat(firsts, lengths)

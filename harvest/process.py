@@ -1,4 +1,4 @@
-"""This process among those that harvest together: its share, and the device it computes on."""
+"""This process among those that harvest together: its share and its device."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Process:
 
     device: torch.device
     worker: Worker
-    speaks: bool = True  # only the first of a launch, as its processes share a terminal
-    takes_rest: bool = False  # whether it continues, after its share, with what other workers have left
+    speaks: bool = True  # only the first of a launch, because its processes share a terminal
+    takes_rest: bool = False  # whether it helps with other workers' shards after its share
 
     @property
     def is_first(self) -> bool:
@@ -32,9 +32,9 @@ class Process:
 
 @contextmanager
 def open_process(device: str, worker: Worker) -> Iterator[Process]:
-    """The share that a launcher gave this process, combined with the one given by hand.
+    """The share that a launcher gave this process, combined with the one given by --worker.
 
-    Processes of one launch end together; workers that are started by hand may never begin.
+    Workers with a --worker share help with each other's shards: unlike processes of one launch, some may never start.
     """
     takes_rest = worker.count > 1
     launched = count_processes()
@@ -47,10 +47,10 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
         )
     from accelerate import PartialState
 
-    # Without a GPU it takes each process for the only one, unless it is told that they are on CPUs.
+    # Without a GPU, PartialState takes each process for the only one unless cpu=True.
     is_on_cpu = device == "cpu" or not torch.cuda.is_available()
     with joining():
-        if not is_on_cpu:  # nothing is summed: NCCL, the default, would keep polling for processes that have ended
+        if not is_on_cpu:  # nothing is summed, and NCCL, the default, would keep polling for processes that have exited
             dist.init_process_group("gloo")
         state = PartialState(cpu=is_on_cpu)
     try:

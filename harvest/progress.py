@@ -1,4 +1,4 @@
-"""The progress of a harvest or an evaluation: a live bar on a terminal, a line now and then in a log."""
+"""The progress of a harvest or an evaluation: a live bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..cache_schema.cli import open_console
 from ..cache_schema.numbers_in_words import say_time
 
 LOG_SECONDS = 30.0
-WIDE = 110  # columns; with fewer there is no room for a bar and the time since the beginning
-NARROW_COLUMNS = len("  66%  left 0:00:00")  # what is not the title and the facts
+WIDE = 110  # columns; with fewer there is no room for a bar and the elapsed time
+NARROW_COLUMNS = len("  66%  left 0:00:00")  # all but the title and the facts
 WIDE_COLUMNS = NARROW_COLUMNS + len(" " * 20 + " 0:00:00 ")
 
 
@@ -29,14 +29,14 @@ class Stage:
         self._room = watch.console.width - cell_len(title) - (WIDE_COLUMNS if watch.is_wide else NARROW_COLUMNS)
         self._began = self._logged = time.monotonic()
         self._done = 0
-        self._before: int | None = None  # what earlier runs have done, which says nothing about the rate
+        self._before: int | None = None  # done by earlier runs, and not part of the rate
 
     def __call__(self, amount: int, facts: str = "") -> None:
-        """Report that `amount` more is done; `facts` are shown next to it, the first ones where there is no room."""
+        """Report that `amount` more is done; as many of the `facts` are shown next to it as fit."""
         self._show(self._done + amount, facts)
 
     def reach(self, done: int, facts: str = "") -> None:
-        """Report how much is done by now; the first call reports what earlier runs have done."""
+        """Report the total done so far; the first call sets the amount done by earlier runs."""
         self._before = done if self._before is None else self._before
         self._show(done, facts)
 
@@ -44,8 +44,8 @@ class Stage:
         self._done = done
         rate = (done - (self._before or 0)) / max(time.monotonic() - self._began, 1e-9)
         facts = f"{done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s{facts and ', '}{facts}"
-        beginnings = accumulate(facts.split(", "), "{}, {}".format)
-        fitting = [one for one in beginnings if cell_len(one) <= self._room]
+        prefixes = accumulate(facts.split(", "), "{}, {}".format)
+        fitting = [prefix for prefix in prefixes if cell_len(prefix) <= self._room]
         self._bar.update(self._task, completed=done, facts=fitting[-1] if fitting else "")
         if not self._watch.console.is_terminal and time.monotonic() - self._logged > LOG_SECONDS:
             self._logged = time.monotonic()
@@ -54,7 +54,7 @@ class Stage:
 
 
 class Watch:
-    """Where progress and messages are shown."""
+    """Shows progress and messages."""
 
     def __init__(self, console: Console | None = None, is_quiet: bool = False) -> None:
         self.console = console or open_console(stderr=True, quiet=is_quiet, highlight=False)

@@ -1,13 +1,13 @@
-"""A whole harvest: model and corpus to a store, from the start or from where an earlier one stopped.
+"""A whole harvest: model and corpus to a store, from the start or resumed.
 
-1. Choose the model, or use the one that the store was begun with; read its configuration and tokenizer, refuse
-   what they do not have, report what a new store will cost, and find its corpus. Only then download weights, and
-   for an existing store only if shards are left to harvest.
-2. If there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
-   others wait for it. If there is one, its settings must be the same, and nothing is tokenised again.
-3. Check that the disk can hold what all workers have yet to write.
-4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards; a worker
-   that was started by hand then continues with what others have left.
+1. Choose the model, or use the existing store's; read its configuration and tokenizer, refuse layers that it does not
+   have, report the cost of a new store, and find its corpus. Only then download weights, and for an existing store
+   only if shards are left to harvest.
+2. If there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the others wait for
+   it. If there is one, its settings must be the same, and nothing is tokenised again.
+3. Check that the disk can hold the pending shards of all workers.
+4. Load the model, truncated to the wanted layers, and harvest this worker's share of the pending shards; a worker with
+   a share given by --worker then helps with those of others.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from .config import HarvestConfig
 from .create_or_resume_store import (
     create_store,
     find_corpus,
-    go_on_with_store,
     lock_spool,
     require_place,
+    resume_store,
     wait_for_tokens,
 )
 from .errors import HarvestError, ModelDiffers, ModelUnavailable
 from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, sizes_of, tokens_in
 from .model.load_and_truncate import Wanted, find_device, load_model
-from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_recorded, look
+from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_description, fetch_recorded
 from .process import Process, open_process
 from .progress import Stage, Watch
-from .shards import Harvester, find_others, harvest_shards
+from .shards import Harvester, harvest_shards, other_devices_warning
 from .store_plan import BATCH, Plan, make_plan
 from .tokenise_corpus import spool_folder
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a harvest ended."""
+    """The outcome of a harvest."""
 
     url: str
     shards: int  # in the store
     committed: int  # of these, by any worker
-    speaks: bool  # whether this process reports: one that shares a terminal does only if it finished the work
-    fell_back: tuple[str, ...] = ()  # repeated at the end if another model was used in place of the real one
+    speaks: bool  # whether this process reports: of a launch, the first and any that finished the store
+    fell_back: tuple[str, ...] = ()  # the banner, repeated at the end if a fallback model was used
 
 
 def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
@@ -65,12 +65,12 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
         watch = watch or Watch(is_quiet=not process.speaks)
         if config.model == AUTO and not process.is_first:
             wait_for_tokens(files, watch)  # the first worker decides for all
-        is_begun = has_root(files)
+        is_started = has_root(files)
         plan = decide(config, watch)
         writer = None
-        if not is_begun:
+        if not is_started:
             writer, plan = _begin(plan, process, files, watch)
-        writer = writer or go_on_with_store(plan, process, files, watch)
+        writer = writer or resume_store(plan, process, files, watch)
         try:
             written = _harvest_share(plan, process, writer, watch)
         finally:
@@ -82,13 +82,13 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
 
 
 def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[StoreWriter | None, Plan]:
-    """The first worker's writer, and the plan with its weights. If another process has begun the store: no writer, once
-    its tokens are written, and that store's plan, as the other may have found another commit of the model."""
+    """The first worker's writer, and the plan with its weights. If another process creates the store: None, once the
+    tokens are written, and that store's plan, because the other may have found another commit of the model."""
     if process.is_first:
         announce(plan, process.device, files, watch)
-        corpus = find_corpus(plan, files)  # before hours of download for a text that does not exist
+        corpus = find_corpus(plan, files)  # it may not exist: check before hours of download
         is_long = plan.source.to_download is not None
-        with lock_spool(spool_folder(files)) if is_long else nullcontext():  # workers that wait see that one is at work
+        with lock_spool(spool_folder(files)) if is_long else nullcontext():  # shows waiting workers that one is running
             plan = with_weights(plan)
         if writer := create_store(plan, corpus, files, watch):
             return writer, plan
@@ -100,7 +100,7 @@ def _begin(plan: Plan, process: Process, files: Files, watch: Watch) -> tuple[St
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
-    """Choose the model and check that it has what is wanted. This is decided once per store, the commit included."""
+    """Choose the model and check it against the settings. Model and commit are decided once per store."""
     files = open_files(config.out)
     choice = None
     if has_root(files):
@@ -109,11 +109,11 @@ def decide(config: HarvestConfig, watch: Watch) -> Plan:
         config = replace(config, shard_windows=config.shard_windows or manifest.shard_windows)
     choice = choice or choose(config.model)
     watch.say(choice.banner)
-    return make_plan(config, look(choice, watch.say), choice)
+    return make_plan(config, fetch_description(choice, watch.say), choice)
 
 
 def with_weights(plan: Plan) -> Plan:
-    """The plan with its whole model on this machine."""
+    """The plan with the model's weights on this machine."""
     if plan.source.to_download is None:
         return plan
     return replace(plan, source=fetch(Choice(plan.source.id, plan.source.revision)))
@@ -126,32 +126,32 @@ def reharvest(
     model: str | None = None,
     undo: Callable[[], None] = lambda: None,
 ) -> None:
-    """Harvest the given shards again from the store's own tokens and the model that it was begun with.
+    """Harvest the given shards again from the store's own tokens and model.
 
-    `undo` removes what exists of them, and is called once the model is loaded.
+    `undo` removes the present ones, and is called once the model is loaded.
     """
     manifest = read_root(open_files(url)).manifest
     if BATCH not in manifest.corpus.settings:
         raise StoreError(
             f"{url} was not written by a harvest: expected {BATCH} in the settings of its corpus, found none. No shard "
-            "was removed. Remove the damaged ones with --remove-only, then write them again with what wrote the others"
+            "was removed. Remove the damaged ones with --remove-only, then write them again like the others"
         )
     try:
         harvester = make_harvester(manifest, fetch_recorded(manifest.model, model), find_device(device or "auto"))
     except HarvestError as error:
         where = (
-            "Give the model's present place with --model; or remove"
+            "Give the model's present location with --model; or remove"
             if isinstance(error, (ModelUnavailable, ModelDiffers))
             else "Or remove"
         )
         raise StoreError(
             f"{error}. No shard was removed. {where} the damaged shards with --remove-only, then run the same "
-            "harvest, which writes what is missing"
+            "harvest, which writes the missing ones"
         ) from error
     undo()
     with StoreWriter.open(url) as writer:
         try:
-            _warn_of_others(writer, harvester, shards, Watch())
+            _warn_of_other_devices(writer, harvester, shards, Watch())
             busy = harvest_shards(writer, harvester, sorted(shards), lambda _: None)
         except HarvestError as error:
             raise StoreError(f"{error}. Running the same harvest again also writes the missing shards") from error
@@ -169,7 +169,7 @@ def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device
 
 
 def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Watch) -> int:
-    """Harvest this worker's part of what is pending, then what others have left; return how many shards it wrote."""
+    """Harvest this worker's pending shards, then help with the others'; return the number of shards written."""
     manifest, pending = writer.manifest, writer.pending()
     shards = [shard for shard in pending if process.worker.takes(shard)]
     if process.takes_rest:
@@ -178,43 +178,42 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
         return 0
     keep_large_blocks(SMALLER_THAN_SHARDS)
     harvester = make_harvester(manifest, with_weights(plan).source, process.device)
-    begun = sorted(set(range(manifest.shards)) - set(pending))[:1]
-    _warn_of_others(writer, harvester, [*begun, *shards], watch)
+    first_committed = sorted(set(range(manifest.shards)) - set(pending))[:1]
+    _warn_of_other_devices(writer, harvester, [*first_committed, *shards], watch)
     if not is_bound_to_fit(writer.files, manifest, pending):  # all workers fill the same disk
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
         needed = needed_bytes(sizes_of(cost, manifest, pending))
-        require_space(writer.files.url, writer.files.free_bytes(), needed, is_begun=True)
+        require_space(writer.files.url, writer.files.free_bytes(), needed, is_started=True)
     sizes: Counter[str] = Counter()
     elsewhere: list[int] = []
-    written, undone, is_first_look = 0, len(shards), True
+    written, remaining, is_first_pass = 0, len(shards), True
     while shards:
         with watch.stage("harvesting", tokens_in(manifest, shards), stays=True) as stage:
             report = partial(report_shard, stage, sizes, manifest.context, writer.files)
             elsewhere = harvest_shards(writer, harvester, shards, report)
         done = len(shards) - len(elsewhere)
-        written, undone = written + done, undone - done
-        if not process.takes_rest or not (done or is_first_look):  # the first pass is over this worker's own share
+        written, remaining = written + done, remaining - done
+        if not process.takes_rest or not (done or is_first_pass):  # the first pass is over this worker's own share
             break
-        shards, undone = writer.left()
-        is_first_look = False
-    if undone:
-        untried = undone - len(elsewhere)  # on an object store each try costs requests
-        some = f"; {untried} not tried, whose claims may have lapsed" if untried else ""
-        left = f"left to other writers, which hold or have committed them: {counted(undone, 'shard')}"
-        watch.say(f"{left}{some}{writer.if_killed}")
+        shards, remaining = writer.left()
+        is_first_pass = False
+    if remaining:
+        untried = remaining - len(elsewhere)  # on an object store each attempt costs requests
+        note = f"; {untried} not tried, whose claims may have lapsed" if untried else ""
+        left = f"left to other writers, which hold or have committed them: {counted(remaining, 'shard')}"
+        watch.say(f"{left}{note}{writer.if_killed}")
     return written
 
 
-def _warn_of_others(writer: StoreWriter, harvester: Harvester, shards: Sequence[int], watch: Watch) -> None:
+def _warn_of_other_devices(writer: StoreWriter, harvester: Harvester, shards: Sequence[int], watch: Watch) -> None:
     """Warn if other shards of the store were computed on another kind of device."""
-    said = find_others(read_devices(writer.files, shards), harvester.computes_on)
-    if said:
-        watch.say(said)
+    if warning := other_devices_warning(read_devices(writer.files, shards), harvester.computes_on):
+        watch.say(warning)
 
 
 def report_shard(stage: Stage, sizes: Counter[str], context: int, files: Files, record: CommitRecord) -> None:
-    """Report one more committed shard; `sizes` holds the bytes of the shards before it."""
+    """Report a committed shard; `sizes` adds up the bytes of all of them."""
     start, stop = record.windows
     sizes["bytes"] += sum(array.bytes for array in record.arrays.values())
     free = files.free_bytes()

@@ -3,9 +3,9 @@
 1. Claim a shard and read its tokens back from the store: any worker may do any shard, in any order.
 2. Run its windows through the model in batches that depend only on the manifest.
 3. On a CUDA device, a batch is measured and copied to the host by a second stream while the next one runs.
-4. One thread in the background writes and commits the shard while the next one is computed: never more
-   than two shards are in memory.
-The device and its settings, as far as they show in the last digits, are recorded with each shard.
+4. A background thread writes and commits the shard while the next one is computed: never more than two shards are in
+   memory.
+The device, and its settings that affect the last digits, are recorded with each shard.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ..cache_schema.moments import merge
 from ..cache_schema.sites import Site
 from ..cache_schema.stored_dtypes import STORED_AS
 from .capture import Captured, capture
-from .model.load_and_truncate import TruncatedModel, memory_of
+from .model.load_and_truncate import TruncatedModel, name_full_device
 from .model.products_in_16_bits import is_widened
 from .sparsify_attention import to_csr
 from .stats import is_special, measure
 
 Report = Callable[[CommitRecord], None]
 SMALLER_BATCH = (
-    "Wait for other programs on it to end, then run this again; a smaller --batch-windows needs a new store, "
-    "as batches decide the last digits of its values"
+    "Wait for other programs on it to finish, then run this again; a smaller --batch-windows needs a new store, "
+    "because batches decide the last digits of its values"
 )
 
 
 @dataclass(frozen=True)
 class Harvester:
-    """A model, and what a store needs from it."""
+    """A model, and the store that it is harvested for."""
 
     model: TruncatedModel
     manifest: Manifest
@@ -56,7 +56,7 @@ class Harvester:
 
 
 def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[int], report: Report) -> list[int]:
-    """Compute, write and commit; return the shards that other writers hold or have finished meanwhile."""
+    """Compute, write and commit; return the shards that other writers hold or have committed."""
     elsewhere = []
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="saemill-commit") as background, Store(writer.files) as store:
@@ -65,14 +65,14 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                 if not stack.enter_context(writer.claim(shard)):
                     elsewhere.append(shard)
                     continue
-                with memory_of(harvester.device, f"batches of {harvester.batch_windows} windows", SMALLER_BATCH):
+                with name_full_device(harvester.device, f"batches of {harvester.batch_windows} windows", SMALLER_BATCH):
                     first, _ = harvester.manifest.shard_range(shard)
                     content = compute_shard(harvester, *store.beginning(shard), first)
                 if writing is not None:
                     writing.result()
                 keep = partial(_write, writer, harvester, shard, claim=stack.pop_all(), report=report, lost=elsewhere)
                 writing = background.submit(keep, content)
-                del content  # or it would stay in memory while the next shard is computed
+                del content  # frees it before the next shard is computed
     if writing is not None:
         writing.result()
     return elsewhere
@@ -87,7 +87,7 @@ def compute_shard(
         collector.add(start, tokens_WT[start : start + harvester.batch_windows])
     collector.finish()
     moments, parts = {site: merge(found) for site, found in collector.moments.items()}, collector.attention
-    attention = {layer: AttentionCsr.concat(parts.pop(layer)) for layer in tuple(parts)}  # frees parts as it joins them
+    attention = {layer: AttentionCsr.concat(parts.pop(layer)) for layer in tuple(parts)}  # frees joined parts
     return ShardContent(tokens_WT, documents_WT, collector.acts, moments, attention)
 
 
@@ -138,7 +138,7 @@ class _Collector:
         """Start a batch, then collect the previous one."""
         ids = torch.from_numpy(tokens_WT.astype(np.int64))
         if self._stream is not None:
-            ids = _pinned(ids)  # a copy from pageable memory may wait for everything queued
+            ids = _pinned(ids)  # a copy from pageable memory may wait for all queued work
         ids = ids.to(self.harvester.device, non_blocking=True)
         captured = capture(self.harvester.model, ids, self.harvester.manifest.attention)
         done = torch.cuda.current_stream(self.harvester.device).record_event() if self._stream else None
@@ -159,7 +159,7 @@ class _Collector:
         self._stream.wait_event(launched.done)
         with torch.cuda.stream(self._stream):
             self._take(launched)
-        self._stream.synchronize()  # only then may the copied tensors be freed
+        self._stream.synchronize()  # before the copied tensors are freed
 
     @torch.inference_mode()
     def _take(self, batch: _Launched) -> None:
@@ -174,12 +174,12 @@ class _Collector:
 
 
 def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.ndarray:
-    """Memory for a shard. If page-locked, a GPU copies into it at bus speed and nothing has to wait."""
+    """Memory for a shard. If page-locked, a GPU copies into it at bus speed without blocking."""
     if not is_pinned:
         return np.empty(shape, dtype)
     try:
         return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
-    except RuntimeError:  # the host can lock no more pages: copies are slower, with the same result
+    except RuntimeError:  # the host cannot lock more pages: copies are slower, with the same result
         return np.empty(shape, dtype)
 
 
@@ -191,7 +191,7 @@ def _pinned(ids: Tensor) -> Tensor:
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
-    """The device with torch's present settings; for a CPU also how it computes models of this dtype."""
+    """The device with torch's present settings; for a CPU also how it computes products in this dtype."""
     precise = torch.get_float32_matmul_precision() == "highest"
     if device.type == "cuda":
         settings = torch.backends.cuda.matmul
@@ -204,14 +204,14 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
     return DeviceRecord(device.type, name, torch.__version__, "ieee" if precise else "tf32", bool(reduced))
 
 
-def find_others(recorded: dict[int, DeviceRecord], here: DeviceRecord) -> str:
+def other_devices_warning(recorded: dict[int, DeviceRecord], here: DeviceRecord) -> str:
     """A warning about shards from other devices; empty if all came from a device like this one."""
     others = {shard: device for shard, device in recorded.items() if device != here}
     if not others:
         return ""
     shard = min(others)
-    more = " and others" if len(others) > 1 else ""  # the number is unknown, as only a sample was read
+    more = " and others" if len(others) > 1 else ""  # the number is unknown: only a sample was read
     return (
         f"warning: shard {shard}{more} was computed on {others[shard]}; this is {here}. Results here differ in the "
-        "last digits, and so does the store's digest: for the same bits, resume on the device that began the store"
+        "last digits, and so does the store's digest: for the same bits, resume on the device that started the store"
     )

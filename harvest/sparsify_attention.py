@@ -1,14 +1,14 @@
-"""Dense attention rows to CSR: the few keys that carry the mass, and how much of it they carry.
+"""Dense attention rows to CSR: the few keys that carry the mass, and their share of it.
 
 1. Average the heads, or keep them all; round to float16, the precision that is stored. Sinks that are left out
-   become zero: they take no slot, and the mass asked for is a share of what a row's other keys carry.
-2. Pack each entry into one int32, probability above reversed key position. Packed entries are all
-   different, so the k largest are the same set on every device, and ties go to the lower position.
+   become zero: they take no slot, and `mass` is a share of the mass of a row's other keys.
+2. Pack each entry into one int32, probability above reversed key position. Packed entries are all different, so the k
+   largest are the same set on every device, and ties go to the lower position.
 3. Keep the k largest of a row, up to the one at which their sum reaches `mass`; drop zeros.
 4. Repack with the position on top and sort: ascending keys, dropped entries last.
 5. On the host: the entries not dropped, row after row, are the CSR.
 
-Shape suffixes: W windows, H heads (1 where averaged), Q queries, T keys, K kept at most.
+Shape suffixes: W windows, H heads (1 if averaged), Q queries, T keys, K kept at most.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from .errors import ContextTooLong, NonFiniteAttention, name_window, say_overflo
 MAX_CONTEXT = 1 << 15  # a position shares an int32 with the 16 bits of a float16
 DROPPED = (1 << 31) - 1  # sorts after every kept entry; its low half is a NaN, so no entry equals it
 LOW_HALF = (1 << 16) - 1
-SHORT_ROW = 256  # up to here numpy sorts a row of int32 ten times as fast as torch.topk selects from it
+SHORT_ROW = 256  # up to this length numpy sorts a row of int32 ten times as fast as torch.topk selects from it
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Sparsified rows on the device that computed them: a fixed number of slots per row, so no device has to wait."""
+    """Sparsified rows on their device, with a fixed number of slots per row, so that no device has to synchronise."""
 
     packed: Tensor
     """int32 [W, H, Q, K]: key position << 16 | float16 bits, ascending; dropped slots hold DROPPED and come last."""
     kept_mass: Tensor
-    """float16 [W, H, Q]: sum of the kept probabilities of a row; NaN where they are not numbers."""
+    """float16 [W, H, Q]: sum of a row's kept probabilities; NaN if the row was not finite or all zeros."""
 
     @staticmethod
     def concat(parts: Sequence[KeptRows]) -> KeptRows:
-        """Rows of several runs of windows as one."""
+        """The rows of consecutive batches of windows."""
         packed = torch.cat([part.packed for part in parts])
         return KeptRows(packed, torch.cat([part.kept_mass for part in parts]))
 
@@ -56,7 +56,7 @@ def require_context(context: int) -> None:
 
 
 def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
-    """Keep what `spec` asks for of each row of attention probabilities; a mass of 1 keeps all but zeros."""
+    """Keep the largest of each row of attention probabilities, as `spec` asks; a mass of 1 keeps all but zeros."""
     context = probs_WHQT.shape[-1]
     require_context(context)
     if spec.averaged:
@@ -83,7 +83,7 @@ def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
 
 
 def sinks(spec: AttentionSpec, context: int, device: torch.device | str = "cpu") -> Tensor:
-    """bool [Q, T]: keys that are left out."""
+    """bool [Q, T]: the keys that are left out."""
     found = torch.zeros(context, context, dtype=torch.bool, device=device)
     if "bos" in spec.left_out:
         found[:, 0] = True
@@ -93,8 +93,8 @@ def sinks(spec: AttentionSpec, context: int, device: torch.device | str = "cpu")
 
 
 def to_csr(layer: int, rows: KeptRows, first: int | None = None, dtype: str | None = None) -> AttentionCsr:
-    """The rows of one layer on the host; `first` is the store's number of their first window. An error if probabilities
-    are not finite, with advice for the model's `dtype`."""
+    """The rows of one layer on the host; `first` is the number of their first window in the store. Raises if
+    probabilities are not finite, with a remedy for the model's `dtype`."""
     kept_mass = rows.kept_mass.cpu().numpy()
     _validate_mass(layer, kept_mass, first, dtype)
     packed = rows.packed.cpu().numpy().reshape(kept_mass.size, -1)
@@ -111,7 +111,7 @@ def to_csr(layer: int, rows: KeptRows, first: int | None = None, dtype: str | No
 
 
 def _pack_by_value(probs: Tensor) -> Tensor:
-    """int32 that orders by probability, then by lower position: bits of the float16 above the rest."""
+    """int32 that orders by probability, then by lower position: the float16's bits above the reversed position."""
     bits = probs.view(torch.int16).int()
     reversed_positions = LOW_HALF - torch.arange(probs.shape[-1], dtype=torch.int32, device=probs.device)
     return bits << 16 | reversed_positions
@@ -131,7 +131,7 @@ def _ascending(packed: Tensor) -> Tensor:
 
 
 def _validate_mass(layer: int, kept_mass: np.ndarray, first: int | None, dtype: str | None) -> None:
-    """Refuse rows that are not finite: the model has overflowed."""
+    """Refuse rows that are not finite, because the model has overflowed."""
     is_number = np.isfinite(kept_mass)
     if not is_number.all():
         window, _, query = np.argwhere(~is_number)[0]

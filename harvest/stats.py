@@ -1,7 +1,7 @@
 """Moments of a batch of residuals, computed where the residuals are; `cache_schema.moments` merges them.
 
-Everything is accumulated in float64. Means over channels leave out special tokens (the first token of a window
-is an attention sink, with a residual of another size); norms by position are over all tokens.
+Everything is accumulated in float64. Means leave out special tokens (a window's first token is an attention sink,
+with a residual of another magnitude); norms by position are over all tokens.
 
 Shape suffixes: W windows, T positions, D channels.
 """
@@ -17,7 +17,7 @@ from ..cache_schema import Moments
 from ..cache_schema.sites import RESID
 from .errors import NonFiniteResidual, name_window, say_overflow
 
-SUMMED_BY_ONE = 32_768  # the most numbers that torch sums in one thread
+SUMMED_BY_ONE_THREAD = 32_768  # the most numbers that torch sums in one thread
 BLOCK_TOKENS = 1024  # converted to float64 at a time: small enough to stay in a CPU's cache
 
 
@@ -29,8 +29,7 @@ def is_special(ids_WT: Tensor, special_tokens: Collection[int]) -> Tensor:
 def measure(
     layer: int, resid_WTD: Tensor, is_special_WT: Tensor, hook: str = RESID, first: int | None = None
 ) -> Moments:
-    """Moments over a batch of windows; `first` is the store's number of its first window. Infinities and NaN are an
-    error, in special tokens too."""
+    """Moments over a batch whose first window is the store's window `first`. Raises on any infinity or NaN."""
     counted_WT = (~is_special_WT).double()
     norm_WT, sum_D = _norms_and_sum(resid_WTD, counted_WT)
     _validate_finite(layer, hook, norm_WT, resid_WTD.dtype, first)
@@ -46,12 +45,12 @@ def measure(
 
 
 def _sum(values_WT: Tensor) -> float:
-    """A sum that is the same on any number of threads: they share a sum over all numbers, but not one per window."""
-    return float(values_WT.sum() if values_WT.numel() <= SUMMED_BY_ONE else values_WT.sum(1).sum())
+    """A sum to the same bits on any number of threads: they split a sum over all numbers, but not one per window."""
+    return float(values_WT.sum() if values_WT.numel() <= SUMMED_BY_ONE_THREAD else values_WT.sum(1).sum())
 
 
 def _norms_and_sum(resid_WTD: Tensor, counted_WT: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm of every token, and the sum of the tokens that count; converted a few windows at a time."""
+    """The norm of every token, and the sum over counted tokens; converted a few windows at a time."""
     windows, context, d_model = resid_WTD.shape
     norm_WT = counted_WT.new_empty(windows, context)
     sum_D = counted_WT.new_zeros(d_model)

@@ -30,7 +30,7 @@ BATCH = "batch_windows"
 
 @dataclass(frozen=True)
 class Plan:
-    """A harvest, as far as it is decided without reading the corpus or the weights."""
+    """Everything about a harvest that is decided without reading the corpus or the weights."""
 
     config: HarvestConfig
     source: ModelSource
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def _name(self) -> str:
-        """The model as asked for: a folder may have the same name as the bundled model."""
+        """The model as asked for, because a folder may have the same name as the bundled model."""
         return self.choice.name if self.choice else ""
 
     @property
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def fell_back(self) -> tuple[str, ...]:
-        """What was printed if `auto` chose the small model in place of the real one."""
+        """The banner, if `auto` fell back to the small model."""
         return self.choice.banner if self.choice and self.choice.name == POCKET else ()
 
     @property
@@ -95,7 +95,7 @@ class Plan:
 
 
 def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None = None) -> Plan:
-    """Read the model's configuration and tokenizer, and refuse what it does not have."""
+    """Read the model's configuration and tokenizer, and refuse settings that do not fit them."""
     facts = read_facts(source.folder)
     wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
@@ -108,7 +108,7 @@ def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None 
 
 
 def _require_known(token: int, what: str, facts: ModelFacts) -> None:
-    """Refuse a token that was added to the tokenizer only: it has no row in the model's embedding."""
+    """Refuse a token that was added only to the tokenizer: the model's embedding has no row for it."""
     if token >= facts.vocab_size:
         raise TokenizerUnsuitable(
             f"{what} is {token}, but the model knows {facts.vocab_size:,} tokens: it was added to the "
@@ -117,19 +117,19 @@ def _require_known(token: int, what: str, facts: ModelFacts) -> None:
 
 
 def require_known_tokens(packed: np.ndarray, facts: ModelFacts) -> None:
-    """Check tokens before the first shard: the embedding would fail, on a GPU without saying where."""
+    """Check tokens before the first shard: the embedding would fail, on a GPU without a location."""
     if packed.size:
         _require_known(int(packed.max()), "the largest token of the text", facts)
 
 
 def _require_chunks_that_fit(plan: Plan) -> None:
-    """Refuse chunks that are too large now, not after the corpus has been tokenised and the model loaded."""
+    """Refuse chunks that are too large before the corpus is tokenised and the model loaded."""
     shards = -(-plan.windows // plan.config.windows_per_shard)
     if shards > MOST_SHARDS:
-        of = counted(plan.config.windows_per_shard, "window")
+        size = counted(plan.config.windows_per_shard, "window")
         raise SettingInvalid(
-            f"--tokens {plan.tokens}: {shards:,} shards of {of}, but a store has at most {MOST_SHARDS:,}. Lower it, or "
-            "raise --shard-windows"
+            f"--tokens {plan.tokens}: {shards:,} shards of {size}, but a store has at most {MOST_SHARDS:,}. Lower it, "
+            "or raise --shard-windows"
         )
     manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
     if array := find_too_large(manifest):
@@ -141,13 +141,13 @@ def _require_chunks_that_fit(plan: Plan) -> None:
 
 
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
-    """The layers asked for, counted from the model's usual one unless another is named."""
+    """The layers asked for, relative to the model's usual one unless another is named."""
     layer = facts.usual_layer if config.layer is None else config.layer
     resid = read_layers(config.resid_layers, layer, "--resid-layers")
     if not isinstance(config.resid_layers, tuple):
         resid = tuple(sorted({layer, *resid}))
     kept = read_hooks(config.hooks, layer, resid)
-    if config.attention_layers is None:  # the default: near the first and the last layer some do not exist
+    if config.attention_layers is None:  # the default, without layers that do not exist
         around = read_layers(ATTENTION_AROUND, layer, "--attention-layers")
         attention = tuple(each for each in around if 0 <= each < facts.num_layers)
     else:
@@ -158,22 +158,21 @@ def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
 
 
 def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str, Any]) -> CorpusSpec:
-    """The corpus, with everything that decides windows and batches."""
+    """The corpus, with all settings that decide windows and batches."""
     batch = plan.config.batch_windows or settings.get(BATCH) or plan.windows_per_batch
     decided = {"tokens": plan.tokens, BATCH: batch}
     return CorpusSpec(name, revision, plan.config.packing, settings | decided)
 
 
 def settings_of_new(plan: Plan, settings: dict[str, Any], part: str | None = None) -> dict[str, Any]:
-    """The corpus's own settings, and what is decided when a store is begun: how much is for tests, and whether the
-    corpus is only a part of what its name stands for."""
+    """The corpus's own settings, plus those decided when a store is created: its test share, and the `part` of the
+    corpus that can be read, if not all."""
     test = per_mille_for_tests(plan.tokens)
-    told = {TEST: test} if test != PER_MILLE["test"] else {}
-    return settings | told | ({PART: part} if part else {})
+    return settings | ({TEST: test} if test != PER_MILLE["test"] else {}) | ({PART: part} if part else {})
 
 
-def settings_of_begun(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
-    """The corpus's own settings, and what was decided when the store was begun, whatever would be decided now."""
+def settings_of_store(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
+    """The corpus's own settings, plus those decided when the store was created, whatever they would be now."""
     return settings | {key: found.corpus.settings[key] for key in (TEST, PART, BATCH) if key in found.corpus.settings}
 
 

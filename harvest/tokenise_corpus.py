@@ -1,9 +1,8 @@
 """All windows of a corpus, on disk, before the first forward pass: resumable, in bounded memory.
 
-A document belongs to a split by its text alone; documents of full splits are counted and skipped. Every few seconds,
-and when the network is lost, a checkpoint records how much of the splits' files is valid and how far the corpus was
-read: a later start cuts the files there and resumes. The windows depend neither on the batches nor on where a run was
-stopped.
+A document's split depends on its text alone; documents of full splits are counted and skipped. Every few seconds, and
+when the network is lost, a checkpoint records the valid length of the splits' files and the position in the corpus: a
+later run truncates the files and resumes. The windows depend neither on batches nor on interruptions.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0
 ARRAYS = ("tokens", "documents")
 CHECKPOINT = "checkpoint.json"
-BYTES_PER_TOKEN = 2 * 4 * len(ARRAYS)  # for each array, the splits and then all of them joined
+BYTES_PER_TOKEN = 2 * 4 * len(ARRAYS)  # each array twice: by split, and joined
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class PackedCorpus:
 
 @dataclass(frozen=True)
 class PackingJob:
-    """What decides the windows, besides the corpus and the tokenizer."""
+    """The settings that decide the windows, besides the corpus and the tokenizer."""
 
     windows: int
     context: int
@@ -66,9 +65,9 @@ class Spool:
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
         self.empty = 0  # of these documents
-        self.counts_all = True  # that packers leave out; earlier versions did not count these
+        self.counts_all = True  # whether all left-out tokens are counted: earlier versions did not
         self.has_text = False
-        self.starts_anew = False  # although there are files, of other text or settings
+        self.discards = False  # whether existing files, of other text or settings, are discarded
         self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
         self._fingerprint = fingerprint | asdict(job)
 
@@ -77,13 +76,13 @@ class Spool:
         return self.counts == self.quotas
 
     def resume(self) -> dict[str, Any] | None:
-        """Go back to the last checkpoint of the same job; return the state of the corpus there, or None."""
-        with self._named():
+        """Return to the last checkpoint of the same job; return its corpus state, or None."""
+        with self._name_failure():
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint = self._read_checkpoint()
             if checkpoint is None:
-                self.starts_anew = self._checkpoint.exists()
-                # It may be another job's, and these files would pass for its text.
+                self.discards = self._checkpoint.exists()
+                # It may be another job's, and must not describe the new files.
                 self._checkpoint.unlink(missing_ok=True)
                 sync(self.folder)
                 for split, array in self._keys():
@@ -91,7 +90,7 @@ class Spool:
                 return None
             self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
             self.has_text = checkpoint["has_text"]
-            self.empty = checkpoint.get("empty", 0)  # an earlier version did not count these
+            self.empty = checkpoint.get("empty", 0)  # not counted by an earlier version
             self.counts_all = checkpoint.get("counts_all", False)
             for split, array in self._keys():
                 os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
@@ -101,18 +100,18 @@ class Spool:
             return checkpoint["corpus"]
 
     def append(self, split: str, texts: list[list[int]], numbers: list[int]) -> None:
-        """Pack documents and write the windows they complete, up to the split's share."""
+        """Pack documents and write the windows that they complete, up to the split's quota."""
         self.has_text = self.has_text or any(texts)
         windows = self._packers[split].pack(texts, numbers)
         wanted = min(len(windows), self.quotas[split] - self.counts[split])
         for array, values in zip(ARRAYS, (windows.tokens, windows.documents), strict=True):
-            with self._named(), self._path(split, array).open("ab") as file:
+            with self._name_failure(), self._path(split, array).open("ab") as file:
                 file.write(values[:wanted].tobytes())
         self.counts[split] += wanted
 
     def checkpoint(self, corpus_state: dict[str, Any]) -> None:
-        """Make a later start resume after what was appended so far."""
-        with self._named():
+        """Record everything appended so far, for a later run to resume after."""
+        with self._name_failure():
             for split, array in self._keys():
                 sync(self._path(split, array))
         rows = {name: [packer.tokens.tolist(), packer.documents.tolist()] for name, packer in self._packers.items()}
@@ -130,11 +129,12 @@ class Spool:
         LocalFiles(self.folder).replace(CHECKPOINT, json.dumps(document).encode())
 
     def say_left_out(self) -> str:
-        """In words: the text that filled no window; empty under `concat`, which joins it to the next document's."""
-        packers, least = self._packers.values(), "" if self.counts_all else "at least "
+        """In words: the text that filled no window; empty under `concat`, which joins it to the next document."""
+        packers, at_least = self._packers.values(), "" if self.counts_all else "at least "
         short, tokens = sum(packer.short for packer in packers), sum(packer.left_over for packer in packers)
-        said = f"--packing documents left out {least}{counted(tokens, 'token')}: those of {counted(short, 'document')} "
-        return f"{said}shorter than a window of {self.job.context}, and the ends of others" if tokens else ""
+        total = f"--packing documents left out {at_least}{counted(tokens, 'token')}: those of"
+        documents = f"{counted(short, 'document')} shorter than a window of {self.job.context}"
+        return f"{total} {documents}, and the ends of others" if tokens else ""
 
     def join(self) -> PackedCorpus:
         """All splits in sequence, read from disk as needed."""
@@ -148,19 +148,19 @@ class Spool:
 
     def _joined(self, array: str, windows: int) -> np.ndarray:
         path = self.folder / f"{array}.u32"
-        with self._named():
+        with self._name_failure():
             with path.open("wb") as out:
                 for split in self.quotas:
                     with self._path(split, array).open("rb") as part:
                         shutil.copyfileobj(part, out, 1 << 24)
             return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
 
-    def _named(self) -> AbstractContextManager[None]:
-        """Turn a disk's error into one that says what was being done."""
+    def _name_failure(self) -> AbstractContextManager[None]:
+        """Turn a disk's error into one that names the operation."""
         return name_failure(f"tokenising into {self.folder}")
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint; None also if damaged, or if files are shorter than it says: the rest would become zeros."""
+        """The checkpoint; None also if it is damaged, or if files are shorter: the rest would become zeros."""
         try:
             checkpoint = json.loads(self._checkpoint.read_bytes())
             if checkpoint["fingerprint"] != self._fingerprint:
@@ -179,8 +179,8 @@ class Spool:
 
 
 def spool_folder(files: Files) -> Path:
-    """The folder for tokens: next to a local store, on its disk (inside it if the store is a disk itself); for a remote
-    store in the folder for temporary files."""
+    """The folder for tokens: next to a local store, on its disk (inside it if it is a mount point); for a remote store
+    among temporary files."""
     if isinstance(files, LocalFiles):
         root = files.root.resolve()  # a link's target may be on another disk
         return root / ".spool" if root.is_mount() else root.with_name(f"{root.name}.spool")
@@ -188,8 +188,8 @@ def spool_folder(files: Files) -> Path:
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
 
-def state_of_begun(folder: Path) -> State:
-    """The state of the corpus at the last checkpoint of any job; empty if none can be read."""
+def saved_corpus_state(folder: Path) -> State:
+    """The corpus state of the last checkpoint, of any job; empty if none can be read."""
     try:
         state = json.loads((folder / CHECKPOINT).read_bytes())["corpus"]
     except (FileNotFoundError, KeyError, TypeError, ValueError):
@@ -205,17 +205,17 @@ def spool_corpus(
     report: Callable[[int, int], None] = lambda windows, documents: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Spool, PackedCorpus]:
-    """Tokenise and pack until all splits are full. `report` is called with windows packed and documents read, `say`
-    with messages about what is not resumed and about text that the store will lack."""
+    """Tokenise and pack until all splits are full. `report` is called with the numbers of windows packed and documents
+    read, `say` with messages about discarded tokens and left-out text."""
     fingerprint = {
         "corpus": [corpus.id, corpus.revision, corpus.settings],
         "tokenizer": [encoder.digest, encoder.bos_token],
     }
     spool = Spool(folder, job, encoder.bos_token, fingerprint)
     state = spool.resume()
-    if spool.starts_anew:
-        say(f"tokenising starts over: {folder} is damaged, or of other text or settings")
-    if left := left_alone_by(corpus):  # now, so that a user who named a wrong folder need not wait
+    if spool.discards:
+        say(f"tokenising starts over: {folder} is damaged, or has other text or settings")
+    if left := left_alone_by(corpus):  # early, in case the user named a wrong folder
         say(f"warning: {left}")
     report(sum(spool.counts.values()), spool.documents)
     if not spool.is_full:
@@ -228,9 +228,9 @@ def spool_corpus(
     if (found := left_alone_by(corpus)) != left:
         say(f"warning: {found}")
     if spool.empty:
-        said = f"{spool.empty:,} of {counted(spool.documents, 'document')} read of {corpus.id} are empty or null"
-        has_columns = "column" in corpus.settings
-        say(f"warning: {said}" + (". If their text is in another column, name it with --column" if has_columns else ""))
+        remedy = ". If their text is in another column, name it with --column" if "column" in corpus.settings else ""
+        share = f"{spool.empty:,} of {counted(spool.documents, 'document')}"
+        say(f"warning: {share} read from {corpus.id} are empty or null{remedy}")
     if left_out := spool.say_left_out():
         say(left_out)
     _require_text(spool, corpus)
@@ -253,7 +253,7 @@ def _fill(
 
 
 def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
-    """Tokenise and pack one batch, split by split. A document's number is its place in the corpus."""
+    """Tokenise and pack one batch, split by split. A document's number is its index in the corpus."""
     by_split: dict[str, tuple[list[str], list[int]]] = {name: ([], []) for name in spool.quotas}
     for number, text in enumerate(texts, spool.documents):
         split = split_of(text, spool.job.test_per_mille)
@@ -268,20 +268,20 @@ def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in lists of bounded size, each closed in time for a checkpoint.
+    """Documents in lists of bounded size, each completed in time for a checkpoint.
 
-    If the network is lost, what came before is still yielded. Not so for any other error: at an interruption, or at
-    a document that is not text, the corpus already counts a document that has not been packed, and a checkpoint there
-    would silently skip it.
+    If the network is lost, the documents before are still yielded. Not for any other error: at an interrupt, or at a
+    document that is not text, the corpus already counts a document that has not been packed, and a checkpoint would
+    silently skip it.
     """
-    batch, characters, began = [], 0, time.monotonic()
+    batch, characters, start = [], 0, time.monotonic()
     try:
         for text in documents:
             batch.append(text)
             characters += len(text)
-            if characters >= BATCH_CHARACTERS or time.monotonic() - began > CHECKPOINT_SECONDS:
+            if characters >= BATCH_CHARACTERS or time.monotonic() - start > CHECKPOINT_SECONDS:
                 yield batch
-                batch, characters, began = [], 0, time.monotonic()
+                batch, characters, start = [], 0, time.monotonic()
     except NetworkLost:
         yield batch
         raise
@@ -289,7 +289,7 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _require_text(spool: Spool, corpus: Corpus) -> None:
-    """Require that every split has a window."""
+    """Require that every split has at least one window."""
     if not spool.has_text:
         what = "no text in its documents" if spool.documents else "no document"
         raise CorpusEmpty(f"the corpus {corpus.id} holds {what}. Give one with text in it")
@@ -298,12 +298,12 @@ def _require_text(spool: Spool, corpus: Corpus) -> None:
         raise SplitEmpty(
             f"the {spool.documents:,} documents of corpus {corpus.id} fill no window of {spool.job.context} tokens in "
             f"{' and '.join(empty)}: documents go to train, validation and test by a hash of their text. "
-            f"{what_fills_windows(spool.job.packing)}"
+            f"{window_remedy(spool.job.packing)}"
         )
 
 
-def what_fills_windows(packing: Packing) -> str:
-    """In words: what to do if a corpus fills too few windows."""
+def window_remedy(packing: Packing) -> str:
+    """The remedy, in words, for a corpus that fills too few windows."""
     if packing == "concat":
         return "Give more text, or a smaller --context"
     return "Give longer documents or more of them, --packing concat, which joins short ones, or a smaller --context"

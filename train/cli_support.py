@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..cache_schema import StoreError
-from ..cache_schema.cli import tell_files
+from ..cache_schema.cli import report_file_errors
 from .config.recipe import runs_of, studies
 from .errors import RunInterrupted, TrainError
 from .kit.variant_registry import names
@@ -21,7 +21,7 @@ from .run.run_folder import RUNS, run_names
 def tell_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code instead of a traceback."""
     try:
-        with tell_files():
+        with report_file_errors():
             yield
     except RunInterrupted as stop:
         with suppress(OSError):  # its terminal is closed

@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cache_schema.users_own_files import and_own
+from ...cache_schema.users_own_files import with_users_files
 from ...train.file_registry import file_names, import_file, require_known
 from ..errors import EvaluationInvalid, UnknownEval
 
 if TYPE_CHECKING:
     from .evaluation_contract import Evaluation
 
-__path__ = and_own(__path__, "evaluate/evals")
+__path__ = with_users_files(__path__, "evaluate/evals")
 
 CONTRACT = "evaluation_contract"
 ALL = "all"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
-from ...cache_schema.cli import print_json, tell_files
+from ...cache_schema.cli import print_json, report_file_errors
 from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ...cache_schema.launcher_environment import count_processes
 from ...cache_schema.numbers_in_words import say_size
@@ -182,7 +182,7 @@ def parse_multiple(text: str | None) -> float | Literal["store's"] | None:
 def report_errors(complain: Complain) -> Iterator[None]:
     """Report an expected error as one message, without a traceback."""
     try:
-        with tell_files():
+        with report_file_errors():
             yield
     except RunInterrupted as stop:  # from a run that was trained on the way
         complain(str(stop))

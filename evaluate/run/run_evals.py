@@ -20,7 +20,7 @@ from ...cache_schema import StoreError
 from ...cache_schema.numbers_in_words import first_line
 from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import to_json
-from ...cache_schema.users_own_files import digest_of_own
+from ...cache_schema.users_own_files import digest_of_users_files
 from ...harvest.errors import HarvestError
 from ...train.errors import TrainError
 from .. import evals
@@ -134,7 +134,7 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     if evaluation.revision != 1:  # results that name no revision have the first
         settings["revision"] = evaluation.revision
     if evals.is_own(eval_id):  # the user's own file: no commit of this package shows its changes
-        settings["own_files"] = digest_of_own("evaluate")
+        settings["own_files"] = digest_of_users_files("evaluate")
     if evaluation.needs.store and (context.opened is not None or context.massive_norms != "store's"):
         settings["massive_norms"] = context.massive_multiple
     data = evaluation.data_revision(context, config)

@@ -1,4 +1,4 @@
-"""The registry: every file in this folder is a source of documents; `source` defines what such a file contains."""
+"""The registry: every file in this folder is a source of documents; `source` has their contract."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import importlib
 import pkgutil
 from functools import cache
 
-from ...cache_schema.users_own_files import and_own
+from ...cache_schema.users_own_files import with_users_files
 from ..errors import SettingInvalid, SourceInvalid
 from .source import Corpus, DatasetOptions, Source
 
-__path__ = and_own(__path__, "harvest/corpus")
+__path__ = with_users_files(__path__, "harvest/corpus")
 
 CONTRACT = "source"
 
 
 @cache
 def sources() -> dict[str, Source]:
-    """All sources by name, in the order in which they are tried."""
+    """All sources by name, in the order they are tried."""
     names = [info.name for info in pkgutil.iter_modules(__path__) if info.name != CONTRACT]
     found = {name: _load(name) for name in names}
     return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
@@ -31,24 +31,24 @@ def _load(name: str) -> Source:
 
 
 def source_of(options: DatasetOptions) -> Source:
-    """The first source that takes what the user names."""
+    """The first source that takes the user's --dataset."""
     return next(source for source in sources().values() if source.takes(options))
 
 
-def require_heeded(options: DatasetOptions) -> None:
+def refuse_unused(options: DatasetOptions) -> None:
     """Refuse options given with --dataset that would have no effect."""
     heeds = source_of(options).heeds
-    for name, words in options.beside.items():
+    for name, option in options.given.items():
         if name not in heeds:
-            raise SettingInvalid(f"{words} has no effect with --dataset {options.dataset}. Leave it out")
+            raise SettingInvalid(f"{option} has no effect with --dataset {options.dataset}. Leave it out")
 
 
 def open_corpus(options: DatasetOptions) -> Corpus:
-    """The corpus that the user names."""
+    """Open the corpus that the user names."""
     return source_of(options).open(options)
 
 
 def dataset_help() -> str:
-    """What --dataset may be."""
+    """The help text of --dataset."""
     *others, last = (source.help for source in sources().values())
     return f"{', '.join(others)}, or {last}"

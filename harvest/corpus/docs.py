@@ -1,9 +1,9 @@
 """A corpus of installed documentation, such as /usr/share/doc: HTML, text and its markups, plain or gzipped.
 
-Each file is one document, HTML without its tags. Equal files count once. They come in the order of their hashes, so
-that the first part of a large folder is a sample of all of it, and no path affects the text. Files that are not UTF-8
-or nearly empty are skipped, as are changelogs and licences, which are not documentation: all skipped files are counted
-for the user.
+Each file is one document, HTML without its tags. Identical files count once. Files are read in the order of their
+hashes, so that the first part of a large folder is a sample of all of it, and paths do not affect the text. Files that
+are not UTF-8 or nearly empty are skipped, as are changelogs and licences, which are not documentation: the numbers of
+skipped files are reported to the user.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .source import DatasetOptions, InOrder, Source, checked_text, names_under
 PREFIX = "docs:"
 HTML_SUFFIXES = (".html", ".htm")
 SUFFIXES = (*HTML_SUFFIXES, ".txt", ".md", ".rst", ".adoc", ".pod")
-NO_DOCUMENTATION = ("changelog", "copyright", "license")
+NOT_DOCUMENTATION = ("changelog", "copyright", "license")
 MIN_CHARACTERS = 200
 LARGEST_BYTES = 8 << 20  # longer files are generated tables
-READING = 1  # the version of the rules below: other rules would give another text
+READING = 1  # the version of the rules below, which decide the text
 REMEDY = (
     f"To have text in them read, put it, as UTF-8, into .txt files of {MIN_CHARACTERS} characters to "
     f"{LARGEST_BYTES >> 20} MiB"
@@ -45,11 +45,11 @@ class DocsCorpus(InOrder):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._unfit: Counter[str] = Counter()  # of the `_files` read so far, counts of those not taken, by reason
+        self._unfit: Counter[str] = Counter()  # counts of the `_files` skipped after reading, by reason
 
     @cached_property
-    def _seen(self) -> tuple[dict[str, Path], Counter[str], str]:
-        """Each distinct file once, by hash; counts of other files by reason; in words, folders not entered."""
+    def _scan(self) -> tuple[dict[str, Path], Counter[str], str]:
+        """Each distinct file once, by hash; counts of skipped files by reason; in words, folders not entered."""
         names, not_entered = names_under(self._folder)
         found: dict[str, Path] = {}
         others: Counter[str] = Counter()
@@ -62,7 +62,7 @@ class DocsCorpus(InOrder):
 
     @property
     def _files(self) -> dict[str, Path]:
-        if files := self._seen[0]:
+        if files := self._scan[0]:
             return files
         more = f"; {self.left_alone}" if self.left_alone else ""
         raise CorpusEmpty(f"{self._folder} holds no documentation ({', '.join(SUFFIXES)}, or these with .gz){more}")
@@ -70,11 +70,11 @@ class DocsCorpus(InOrder):
     @property
     def left_alone(self) -> str:
         """In words: how many files are skipped, by reason."""
-        _, others, not_entered = self._seen
+        _, others, not_entered = self._scan
         counts = others + self._unfit
         kinds = "; ".join(f"{count:,} {why}" for why, count in counts.most_common())
-        said = f"{counted(counts.total(), 'file')} of {self._folder} left alone ({kinds}). {REMEDY}" if counts else ""
-        return ". ".join(filter(None, (said, not_entered)))
+        report = f"{counted(counts.total(), 'file')} of {self._folder} left alone ({kinds}). {REMEDY}" if counts else ""
+        return ". ".join(filter(None, (report, not_entered)))
 
     @property
     def revision(self) -> str:
@@ -92,13 +92,13 @@ class DocsCorpus(InOrder):
 
 
 class _Unfit(Exception):
-    """A file's text is not taken; the message is the reason."""
+    """A file is skipped; the message is the reason."""
 
 
 def _why_not(file: Path) -> str:
     """The reason why a file is not read; empty if it is."""
     plain = file.name.lower().removesuffix(".gz")
-    if plain.startswith(NO_DOCUMENTATION):
+    if plain.startswith(NOT_DOCUMENTATION):
         return "changelogs, copyrights or licences"
     if not plain.endswith(SUFFIXES):
         return "with another suffix"
@@ -108,7 +108,7 @@ def _why_not(file: Path) -> str:
 
 
 def _digest_of(file: Path) -> str:
-    """The hash of a file of any size: one that is too long to be text still counts in the revision."""
+    """The hash of a file of any size: one that is too long to be read still counts in the revision."""
     kind = b"html:" if _is_html(file) else b"text:"
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.sha256(kind)).hexdigest()
@@ -119,7 +119,7 @@ def _is_html(file: Path) -> bool:
 
 
 def _text_of(file: Path) -> str:
-    """The text of a file that a reader sees."""
+    """The visible text of a file."""
     try:
         with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as opened:
             raw = opened.read(LARGEST_BYTES + 1)
@@ -137,7 +137,7 @@ def _text_of(file: Path) -> str:
 
 
 class _Page(HTMLParser):
-    """Collects the words of a page, with line breaks where its blocks end."""
+    """Collects the text of a page, with line breaks around blocks."""
 
     HIDDEN = frozenset({"head", "script", "style", "nav", "svg", "template", "noscript"})
     INLINE = frozenset(
@@ -168,7 +168,7 @@ class _Page(HTMLParser):
             self.parts.append("\n")
 
     def parse_marked_section(self, i: int, report: bool = True) -> int:
-        """Treat sections of unknown name as comments, as browsers and later Pythons do; earlier ones raise an error."""
+        """Treat unknown sections as comments, as browsers and later Pythons do; earlier Pythons raise an error."""
         try:
             return super().parse_marked_section(i, report)
         except AssertionError:

@@ -1,11 +1,11 @@
 """A corpus from the Hugging Face hub, streamed.
 
 1. Pin the revision to a commit, so that the text is the same tomorrow. A state records the commit, so that a
-   resumed harvest stays with it.
-2. Read a repository whose data comes from a script through its parquet conversion instead: nothing
-   downloaded is ever run.
-3. When the network is lost, wait and continue after the last document, a bounded number of times. What waiting
-   cannot fix, such as a missing data set or a damaged file, ends the stream at once.
+   resumed harvest keeps it.
+2. Read a repository whose data comes from a script through its parquet conversion instead: no downloaded code is
+   ever run.
+3. When the network is lost, wait and continue after the last document, a bounded number of times. Errors that waiting
+   cannot fix, such as a missing data set or a damaged file, end the stream at once.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ REFUSALS = (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-REFUSING = (401, 403, 404)  # answers of a hub that will be the same next time
+REFUSING = (401, 403, 404)  # statuses that will be the same next time
 DAMAGE = (ValueError, EOFError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
-WAITS_SECONDS = (1, 4, 15, 60, 120, 300)  # after so many failures in a row without a document in between, stop
-WORTH_TELLING = 60  # waits of at least so many seconds are reported
+WAITS_SECONDS = (1, 4, 15, 60, 120, 300)  # after failures in a row, without a document in between
+REPORTED_SECONDS = 60  # waits of at least this length are reported
 TIMEOUT_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A data set on the hub: what to load, at a fixed commit."""
+    """A data set on the hub at a fixed commit."""
 
     id: str
     commit: str
-    files: tuple[str, ...] = ()  # parquet files to read; empty if `datasets` finds them by itself
-    part: str | None = None  # for a conversion that keeps only the beginning of a very large data set
+    files: tuple[str, ...] = ()  # parquet files to read; empty if `datasets` finds them
+    part: str | None = None  # for a conversion that has only the start of a very large data set
 
 
 class HubCorpus:
@@ -93,7 +93,7 @@ class HubCorpus:
         return {"documents": self._read, "stream": self._position, "options": asdict(self._source), "pinned": pinned}
 
     def _stream(self) -> Iterator[dict[str, Any]]:
-        """Rows from the present position on, across broken connections unless too many come in a row."""
+        """Rows from the current position on, reconnecting unless too many failures come in a row."""
         failures = 0
         while True:
             try:
@@ -102,7 +102,7 @@ class HubCorpus:
                     rows.load_state_dict(self._position)
                 for row in rows:
                     failures = 0
-                    self._position = rows.state_dict()  # here, as after a failure it may count a row that never came
+                    self._position = rows.state_dict()  # now: after a failure it may count a row never received
                     yield row
                 return
             except UnicodeDecodeError as error:
@@ -111,7 +111,7 @@ class HubCorpus:
                     "Choose another --dataset-revision, or convert the files and give them as a local --dataset"
                 ) from error
             except (*NETWORK_ERRORS, *DAMAGE) as error:
-                _refuse_what_stays(self.id, error, self._read)
+                _refuse_if_permanent(self.id, error, self._read)
                 self._wait(failures, error)
                 failures += 1
 
@@ -119,11 +119,11 @@ class HubCorpus:
         if failures == len(self._waits):
             raise NetworkLost(
                 f"the connection to {self.id} was lost {failures + 1} times in a row after {self._read:,} documents "
-                f"({first_line(error)}). Nothing is lost. Run the same command again: it continues from there"
+                f"({first_line(error)}). Nothing is lost. Run the same command again: it resumes from there"
             ) from error
-        if self._waits[failures] >= WORTH_TELLING:
-            said = f"the connection to {self.id} is lost ({first_line(error)}): trying again in"
-            warnings.warn(f"{said} {self._waits[failures]} seconds", stacklevel=2)
+        if self._waits[failures] >= REPORTED_SECONDS:
+            problem = f"the connection to {self.id} is lost ({first_line(error)})"
+            warnings.warn(f"{problem}: trying again in {self._waits[failures]} seconds", stacklevel=2)
         time.sleep(self._waits[failures])
 
     def _text(self, row: dict[str, Any]) -> str:
@@ -136,7 +136,7 @@ class HubCorpus:
 
 
 def settings_of(options: DatasetOptions) -> dict[str, Any]:
-    """What decides the text of a data set on the hub, apart from its id and commit."""
+    """The settings that decide the text of a data set on the hub, apart from its id and commit."""
     return {"config": options.config, "split": options.split, "column": options.column}
 
 
@@ -147,13 +147,13 @@ def open_hub(source: DatasetOptions) -> HubCorpus:
     except HFValidationError as error:
         _refuse(source.dataset, error, "it is neither a local file or folder nor a valid name on the hub")
     except NETWORK_ERRORS as error:
-        _refuse_what_stays(source.dataset, error, 0)
+        _refuse_if_permanent(source.dataset, error, 0)
         _refuse(source.dataset, error, "check the network, or use a local file or `--dataset stdlib`")
     return HubCorpus(source, repository, partial(_load, source, repository))
 
 
 def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
-    """The data set at the commit that a state was taken from, if all of the user's options for it are the same."""
+    """The data set at the commit that a state was taken from, if the user's options are the same."""
     if state.get("options") != asdict(source):
         return None
     kept = state["pinned"]
@@ -162,7 +162,7 @@ def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
 
 
 def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
-    """The commit to read, and the files if they must be named."""
+    """The commit to read, and the files if they must be listed."""
     from huggingface_hub import HfApi
 
     api = api or HfApi()
@@ -184,16 +184,16 @@ def _converted_files(names: Sequence[str], source: DatasetOptions) -> tuple[str,
     """The files of a conversion: CONFIG/SPLIT/*.parquet, or CONFIG/partial-SPLIT/ for a very large data set."""
     folders = sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".parquet") and name.count("/") == 2})
     wanted = (source.split, f"{PARTIAL}{source.split}")
-    fitting = [
+    matching = [
         folder for folder in folders if folder.split("/")[1] in wanted and source.config in (None, folder.split("/")[0])
     ]
-    if len(fitting) != 1:
+    if len(matching) != 1:
         raise CorpusUnavailable(
             f"{source.dataset}: expected one config with a split {source.split!r}, found "
-            f"{', '.join(fitting or folders) or 'no parquet conversion'}. "
+            f"{', '.join(matching or folders) or 'no parquet conversion'}. "
             "Choose with --dataset-config and --dataset-split"
         )
-    return tuple(sorted(name for name in names if name.startswith(f"{fitting[0]}/") and name.endswith(".parquet")))
+    return tuple(sorted(name for name in names if name.startswith(f"{matching[0]}/") and name.endswith(".parquet")))
 
 
 def _load(source: DatasetOptions, repository: Repository) -> Any:
@@ -211,8 +211,8 @@ def _load(source: DatasetOptions, repository: Repository) -> Any:
         ) from error
 
 
-def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
-    """End the stream on an error that waiting cannot fix."""
+def _refuse_if_permanent(dataset: str, error: Exception, documents: int) -> None:
+    """Raise on an error that waiting cannot fix."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import FileNotFoundDatasetsError
 
@@ -224,7 +224,7 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
     if isinstance(error, ImportError):
         _refuse(dataset, error, INSTALL)
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL_DISK):
-        _refuse(dataset, error, "files are kept under HF_HOME: make room there, or set it to a writable folder")
+        _refuse(dataset, error, "files are kept under HF_HOME: free some space there, or set it to a writable folder")
     if _is_damage(error):
         raise CorpusUnavailable(
             f"data set {dataset} is damaged after document {documents:,} ({first_line(error)}). "
@@ -233,7 +233,7 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the bytes arrived but are wrong: pyarrow raises a bare OSError for a corrupt page."""
+    """Whether the bytes arrived but are corrupt: pyarrow raises a bare OSError for a corrupt page."""
     is_bare = type(error) is OSError and error.errno is None
     return is_bare or (isinstance(error, DAMAGE) and not isinstance(error, NETWORK_ERRORS))
 

@@ -1,12 +1,12 @@
 """A corpus of local files: text, jsonl, parquet, or a folder of any of these.
 
-A single text file, whatever its suffix, holds documents separated by blank lines or, if it has no blank line, one
-document per line; a suffix of packed files or of other row formats is refused. In a folder each text file is one
-document. jsonl and parquet files hold one document per row. A folder's files are read in the order of their names;
-other files in it are left alone. Hidden files are read like all others, as stores that were begun with them must find
-the same text. Both are counted for the user.
+A single text file, whatever its suffix, holds documents separated by blank lines or, without blank lines, one document
+per line; suffixes of compressed files and of other row formats are refused. In a folder each text file is one document.
+jsonl and parquet files hold one document per row. A folder's files are read in the order of their names, hidden ones
+included, because existing stores were made with them; files of other kinds are skipped. Hidden and skipped files are
+reported to the user.
 
-The identity is a hash of the bytes, never the path. That of a large corpus is kept beside the user's models, under a
+The identity is a hash of the bytes, never the path. A large corpus's hash is cached with the user's models, under a
 hash of its files' paths, sizes, inodes and times, so that not every worker reads all of it at every start.
 """
 
@@ -43,26 +43,26 @@ NO_TEXT: dict[str, str] = {
 }
 NAME_REMEDY = f"If it holds text, rename it to one of {', '.join(TEXT_SUFFIXES)}"
 PARQUET_ROWS = 256
-LARGE_BYTES, LARGE_FILES = 1 << 30, 10_000  # from either of them on, a corpus's digest is kept
-TICK_SECONDS = 2.0  # no file system's times are coarser
-LARGEST_BYTES = 64_000_000  # of a document of plain text: the tokenizer takes over a hundred bytes for each of them
+LARGE_BYTES, LARGE_FILES = 1 << 30, 10_000  # from either on, a corpus's digest is cached
+TICK_SECONDS = 2.0  # the coarsest resolution of any file system's times
+LARGEST_BYTES = 64_000_000  # of a plain text document: the tokenizer needs over a hundred bytes of memory for each
 
 
 class LocalCorpus(InOrder):
-    """Documents of a file, or of all files under a folder."""
+    """The documents of a file, or of all files under a folder."""
 
     id = "local"
 
     def __init__(self, path: Path, column: str = "text") -> None:
         self._path = path
         self._column = column
-        self._file = 0  # the file that is read; `_before`: documents in those before it
+        self._file = 0  # the current file; `_before` counts the documents in earlier ones
 
     @cached_property
     def files(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
-        files = [file for file in self._seen[0] if _is_read(file)]
+        files = [file for file in self._scan[0] if _is_read(file)]
         if not files:
             more = f"; {self.left_alone}" if self.left_alone else ""
             raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)}){more}")
@@ -70,15 +70,15 @@ class LocalCorpus(InOrder):
 
     @cached_property
     def left_alone(self) -> str:
-        """In words: which files of a folder are not read, which hidden ones are read, and what to do."""
+        """In words: the folder's files that are not read, hidden ones that are, and the remedy."""
         if self._path.is_file():
             return ""
-        files, no_files, not_entered = self._seen
+        files, no_files, not_entered = self._scan
         is_hidden = {file: any(part.startswith(".") for part in file.relative_to(self._path).parts) for file in files}
         others = Counter(file.suffix.lower() for file in files if not is_hidden[file] and not _is_read(file))
         hidden = [file for file in files if is_hidden[file]]
-        said = self._say_others(others), self._say_no_files(no_files), not_entered, self._say_hidden(hidden)
-        return ". ".join(filter(None, said))
+        reports = self._say_others(others), self._say_no_files(no_files), not_entered, self._say_hidden(hidden)
+        return ". ".join(filter(None, reports))
 
     def _say_others(self, suffixes: Counter[str]) -> str:
         if not suffixes:
@@ -88,25 +88,25 @@ class LocalCorpus(InOrder):
         return f"{counted(suffixes.total(), 'file')} of {self._path} left alone ({kinds}). To have one read: {remedies}"
 
     def _say_no_files(self, names: Sequence[Path]) -> str:
-        said = f"{counted(len(names), 'name')} of {self._path} left alone (links that lead nowhere, pipes and the like)"
-        return f"{said}: {some_of(list(map(str, names)))}. To have one read: put a file in its place" if names else ""
+        count = f"{counted(len(names), 'name')} of {self._path} left alone (broken links, pipes and the like)"
+        return f"{count}: {some_of(list(map(str, names)))}. To have one read: put a file in its place" if names else ""
 
     def _say_hidden(self, files: Iterable[Path]) -> str:
         names = [f"{file.relative_to(self._path)}" for file in files if _is_read(file)]
-        said = f"{counted(len(names), 'hidden file')} of {self._path} read as text ({some_of(names)})"
-        return f"{said}. Move unintended files out of the folder" if names else ""
+        count = f"{counted(len(names), 'hidden file')} of {self._path} read as text ({some_of(names)})"
+        return f"{count}. Move unintended files out of the folder" if names else ""
 
     @cached_property
-    def _seen(self) -> tuple[list[Path], list[Path], str]:
-        """Files under a folder, and names of text or of folders that lead to none, both in order; in words, folders
-        that were not entered."""
+    def _scan(self) -> tuple[list[Path], list[Path], str]:
+        """Files under a folder, and names without a file that look like text or folders, both in order; in words, the
+        folders that were not entered."""
         names, not_entered = names_under(self._path)
         names.sort(key=lambda name: name.relative_to(self._path).as_posix())
         files, no_files = list[Path](), list[Path]()
         for name in names:
             if name.is_file():
                 files.append(name)
-            elif (_is_read(name) or not name.suffix) and not name.name.startswith(".#"):  # these are Emacs' locks
+            elif (_is_read(name) or not name.suffix) and not name.name.startswith(".#"):  # not Emacs' lock links
                 no_files.append(name)
         return files, no_files, not_entered
 
@@ -116,51 +116,58 @@ class LocalCorpus(InOrder):
 
     @property
     def to_hash(self) -> str:
-        """In words: what will be read for the revision, if that takes long; else empty."""
-        size = self._stamp[1]
-        if not self._is_large or self._kept_digest():
+        """In words: the reading needed for the revision, if that takes long; else empty."""
+        if not self._is_large or self._cached_digest():
             return ""
+        _, size = self._stamp
         return f"reading {say_size(size)} of {self._path}, {counted(len(self.files), 'file')}, for the corpus's digest"
 
     @cached_property
     def _digest(self) -> str:
-        """The hash of all files; of a large corpus as it was kept, or kept from now on.
+        """The hash of all files, cached for a large corpus.
 
-        It is read after the tick of the clock in which its stamp was taken, so a write that it may have missed, wholly
-        or in part, gives the files another stamp. That takes no other clock than this process's own.
+        Reading starts one tick of the file system's clock after the stamp was taken, so that any write that it may have
+        missed, wholly or in part, changes the stamp. No clock but this process's own is needed.
         """
         if not self._is_large:
             return self._hash_files()
-        if kept := self._kept_digest():
-            return kept
+        if cached := self._cached_digest():
+            return cached
         time.sleep(TICK_SECONDS)
         digest = self._hash_files()
-        with suppress(OSError):  # a full disk, or a home that cannot be written to: it is computed again next time
-            self._keeping.parent.mkdir(parents=True, exist_ok=True)
-            self._keeping.write_text(digest, encoding="utf-8")
+        with suppress(OSError):  # a full disk or an unwritable home: computed again next time
+            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+            self._cache_file.write_text(digest, encoding="utf-8")
         return digest
 
     @cached_property
     def _stamp(self) -> tuple[str, int]:
-        return _stamp_of(self.files)
+        """A hash that changes with any file (its ctime cannot be set by programs), and the total size."""
+        total, size = hashlib.sha256(), 0
+        for file in self.files:
+            stat = os.stat(file)
+            size += stat.st_size
+            identity = (os.path.abspath(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+            total.update(f"{identity}\n".encode())
+        return total.hexdigest(), size
 
     @property
     def _is_large(self) -> bool:
         return self._stamp[1] >= LARGE_BYTES or len(self.files) >= LARGE_FILES
 
     @property
-    def _keeping(self) -> Path:
+    def _cache_file(self) -> Path:
         return Path(constants.HF_HOME) / "saemill" / "corpora" / self._stamp[0]
 
-    def _kept_digest(self) -> str | None:
-        """The digest that was kept for the files as they are now, if it was written whole."""
+    def _cached_digest(self) -> str | None:
+        """The cached digest of the files as they are now; None if there is none or it is truncated."""
         with suppress(OSError, ValueError):
-            if re.fullmatch("sha256:[0-9a-f]{64}", kept := self._keeping.read_text(encoding="utf-8")):
-                return kept
+            if re.fullmatch("sha256:[0-9a-f]{64}", cached := self._cache_file.read_text(encoding="utf-8")):
+                return cached
         return None
 
     def _hash_files(self) -> str:
-        """A hash over the hashes of all files, in order; if text is mixed with rows, with the kind of each."""
+        """A hash over the hashes of all files, in order, and over their kinds if text is mixed with rows."""
         total = hashlib.sha256()
         is_mixed = len(set(map(_has_rows, self.files))) > 1
         for file in self.files:
@@ -177,8 +184,8 @@ class LocalCorpus(InOrder):
         return {"kind": kind} | ({"column": self._column} if has_columns else {})
 
     def documents(self, state: State | None = None) -> Iterator[str]:
-        """All documents, or those after `state`. Files before the one it was taken in are not opened; a state of an
-        earlier version names none, and all are read again."""
+        """All documents, or those after `state`. Files before the one it was taken in are not opened, unless it is from
+        an earlier version, which recorded no file."""
         self._file, self._before = ((state or {}).get(name, 0) for name in ("file", "before"))
         return super().documents(state)
 
@@ -186,7 +193,7 @@ class LocalCorpus(InOrder):
         return super().state() | {"file": self._file, "before": self._before}
 
     def _texts(self) -> Iterator[str]:
-        """All texts from the present file on."""
+        """All texts from the current file on."""
         count = self._before
         for number in range(self._file, len(self.files)):
             self._file, self._before = number, count
@@ -204,18 +211,6 @@ class LocalCorpus(InOrder):
             yield from _blocks_of_text(file)
         else:
             yield _text_of(file)
-
-
-def _stamp_of(files: Iterable[Path]) -> tuple[str, int]:
-    """A hash of what shows whether files were changed or replaced, and their bytes. Among it is the time of the last
-    change, which programs cannot set."""
-    total, size = hashlib.sha256(), 0
-    for file in files:
-        found = os.stat(file)
-        size += found.st_size
-        shown = (os.path.abspath(file), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
-        total.update(f"{shown}\n".encode())
-    return total.hexdigest(), size
 
 
 def _is_read(file: Path) -> bool:
@@ -237,7 +232,7 @@ def _blocks_of_text(file: Path) -> Iterator[str]:
             if len(block) > LARGEST_BYTES:
                 raise _too_large(
                     f"{file}, line {start}",
-                    "Blank lines separate the documents of a text file, and if there are none, each line is one. Put "
+                    "Blank lines separate the documents of a text file; without any, each line is one. Put "
                     "blank lines where documents end, or remove the few that make documents of many lines",
                 )
             if block and (whole_lines or not line.strip()):
@@ -263,7 +258,7 @@ def _too_large(where: str, remedy: str) -> DocumentInvalid:
 
 
 def _has_blank_line_inside(file: Path) -> bool:
-    """Whether there is a blank line between two that are not."""
+    """Whether a blank line lies between two other lines."""
     seen_text = seen_blank = False
     with file.open("rb") as lines:
         for line in lines:
@@ -309,19 +304,16 @@ def _rows_of_parquet(file: Path, column: str) -> Iterator[str]:
             row = 0
             for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
                 for cell in batch.column(0):
-                    yield _text_of_cell(cell, f"{file}, row {row}")
+                    where = f"{file}, row {row}"
+                    try:
+                        yield cell_text(cell.as_py(), where)
+                    except UnicodeDecodeError as error:
+                        raise _not_utf8(where, error) from None
                     row += 1
     except (pyarrow.ArrowInvalid, OSError) as error:  # a corrupt page is an OSError
         raise CorpusUnavailable(
             f"{file} cannot be read as parquet: {error}. Restore or remove it, then run again"
         ) from None
-
-
-def _text_of_cell(cell: Any, where: str) -> str:
-    try:
-        return cell_text(cell.as_py(), where)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, error) from None
 
 
 def _decoded(raw: bytes, where: str) -> str:
@@ -339,14 +331,14 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> DocumentInvalid:
 
 
 def is_local(options: DatasetOptions) -> bool:
-    """Whether the path exists, or the name can only have been meant as a path."""
+    """Whether the path exists, or the name can only be meant as a path."""
     name = options.dataset
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES
     return not name or is_path or os.path.exists(os.path.expanduser(name))
 
 
 def open_local(options: DatasetOptions) -> LocalCorpus:
-    path = Path(os.path.expanduser(options.dataset))  # the home of an unknown user stays as it is, without an error
+    path = Path(os.path.expanduser(options.dataset))  # `~unknown` stays as it is, without an error
     if not options.dataset or not path.exists():  # an unset shell variable must not mean this folder
         raise CorpusUnavailable(
             f"there is no file or folder {options.dataset!r}. Give a text, jsonl or parquet file or a folder of them, "
@@ -358,9 +350,9 @@ def open_local(options: DatasetOptions) -> LocalCorpus:
             f".parquet, found {path.suffix}. {remedy}"
         )
     corpus = LocalCorpus(path, options.column)
-    if "column" in options.beside and "column" not in corpus.settings:
+    if "column" in options.given and "column" not in corpus.settings:
         raise SettingInvalid(
-            f"{options.beside['column']}: {options.dataset} is plain text, which has no columns. Leave it out"
+            f"{options.given['column']}: {options.dataset} is plain text, which has no columns. Leave it out"
         )
     return corpus
 

@@ -1,11 +1,11 @@
-"""The contract of a corpus source: what its file defines, what a corpus is, and which options a user gives.
+"""The contract of a corpus source: its file, the corpus that it opens, and the user's options.
 
 A file `harvest/corpus/NAME.py` is the source NAME. It ends with
 
     SOURCE = Source(help="...", takes=takes, open=open_it)
 
 and nothing else is edited: `--dataset` and its help, the plan, the manifest and the tests find it by its file.
-Importing it must be quick: what takes seconds to import is imported by `open`.
+Importing it must be quick: slow imports belong in `open`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ State = dict[str, Any]  # plain JSON
 STDLIB = "stdlib"
 SMALL_TOKENS = 600_000  # a minute or so of the pocket model on two cores
 OPENWEBTEXT = "Skylion007/openwebtext"
-BESIDE = {  # given with --dataset: what a source may use, and the option's name
+COMPANIONS = {  # fields that a source may use, and the options, given with --dataset, that set them
     "config": "--dataset-config",
     "split": "--dataset-split",
     "revision": "--dataset-revision",
@@ -35,7 +35,7 @@ BESIDE = {  # given with --dataset: what a source may use, and the option's name
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """The user's options for the text: --dataset and those that go with it."""
+    """The user's options for the text: --dataset and its companions."""
 
     dataset: str
     config: str | None = None
@@ -44,20 +44,21 @@ class DatasetOptions:
     column: str = "text"
 
     @property
-    def beside(self) -> dict[str, str]:
-        """The options given with --dataset, by name, as the user types them."""
-        said = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
-        return {name: f"{BESIDE[name]} {value}" for name, value in said.items() if name in BESIDE}
+    def given(self) -> dict[str, str]:
+        """The companions of --dataset that differ from their defaults, by field, as the user types them."""
+        defaults = {field.name: field.default for field in fields(self) if field.name in COMPANIONS}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        return {name: f"{COMPANIONS[name]} {getattr(self, name)}" for name in changed}
 
 
 class Corpus(Protocol):
     """Documents in a fixed order, which can be read from any point on.
 
-    `id`, `revision` and `settings` decide the text and name no path of this machine: they go into the manifest and
-    the cache id, so two corpora that agree in them have the same documents. A corpus that can read only a part of what
-    its id names gives it in `part`, and stores record that. One whose `revision` reads for long says so in `to_hash`.
-    Files it skips that may hold text it reports in `left_alone`, which is read before its documents and again after
-    them, when it may report more.
+    `id`, `revision` and `settings` decide the text and contain no paths of this machine: they go into the manifest and
+    the cache id, so two corpora that agree in them have the same documents. Three attributes are optional: `part`, if
+    only a part of the text named by the id can be read, which stores record; `to_hash`, a message to show if computing
+    `revision` takes long; `left_alone`, a report of skipped files that may hold text, read before the documents and
+    again after them, when it may have grown.
     """
 
     @property
@@ -69,27 +70,27 @@ class Corpus(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Whatever else decides the text, as plain JSON."""
+        """Everything else that decides the text, as plain JSON."""
         ...
 
     def documents(self, state: State | None = None) -> Iterator[str]:
         """All documents, or those after the one at which `state` was taken: the same ones each time.
 
-        Each goes through `checked_text`. What cannot be read is a HarvestError that says where and what to do; a
-        lost connection is NetworkLost, after which `state()` still counts every document that was yielded.
+        Each goes through `checked_text`. Unreadable text raises a HarvestError with its place and the remedy; a lost
+        connection raises NetworkLost, after which `state()` still counts every document that was yielded.
         """
         ...
 
     def state(self) -> State:
-        """The position that the last `documents` has reached."""
+        """The position that the last call of `documents` has reached."""
         ...
 
 
 class InOrder:
-    """Base of a corpus whose texts are quickly skipped: its state is the number of documents yielded."""
+    """Base of a corpus that can skip texts quickly: its state is the number of documents yielded."""
 
     _read = 0
-    _before = 0  # documents before those of `_texts`, where that does not begin with the first
+    _before = 0  # documents that come before the first of `_texts`
 
     def _texts(self) -> Iterator[str]:
         """All texts, in order."""
@@ -110,63 +111,63 @@ class Source:
     """One kind of corpus, as its file declares it."""
 
     help: str
-    """The values of --dataset that mean this source: `sae-harvest --help` lists these texts."""
+    """The values of --dataset for this source, as listed by `sae-harvest --help`."""
     takes: Callable[[DatasetOptions], bool]
-    """Whether the user means this source; uses no network, and accepts a name that only this source could explain."""
+    """Whether the user means this source, without the network; also for a bad name that only it can explain."""
     open: Callable[[DatasetOptions], Corpus]
-    """Open the corpus; CorpusUnavailable, with what to do, if there is none."""
+    """Open the corpus; if there is none, raise CorpusUnavailable with the remedy."""
     rank: int = 0
-    """Sources are tried by rank: 0 names of their own, 1 paths, 2 whatever no other takes."""
+    """Sources are tried by rank: 0 for fixed names and prefixes, 1 for paths, 2 for everything else."""
     tokens: int | None = None
-    """The default number of tokens; None: what suits the model."""
-    heeds: tuple[str, ...] = tuple(BESIDE)
-    """Which of the options that go with --dataset it uses; the others are refused if given."""
+    """The default number of tokens; None: a default that suits the model."""
+    heeds: tuple[str, ...] = tuple(COMPANIONS)
+    """The companions of --dataset that it uses; the others are refused if given."""
     pinned: Callable[[DatasetOptions], dict[str, Any]] | None = None
-    """For a remote corpus: its `settings` without the network, so that a store resumes while it is unreachable."""
+    """For a remote corpus: its `settings` without the network, so that a store can resume while it is unreachable."""
     open_again: Callable[[DatasetOptions, State], Corpus | None] = lambda *_: None
-    """For a remote corpus: the text that a state was taken from, whatever its name means by now; None if the user asks
-    for another, or no state of it was kept."""
+    """For a remote corpus: the text that a state was taken from, whatever its name refers to now; None if the user asks
+    for another text, or the state is empty."""
 
 
 def part_of(corpus: Corpus) -> str | None:
-    """The part that can be read of what the corpus's id names; None: all of it."""
+    """The part of the text named by the corpus's id that can be read; None: all of it."""
     return getattr(corpus, "part", None)
 
 
 def revision_of(corpus: Corpus, say: Callable[[str], None]) -> str:
-    """The corpus's revision, with a message to `say` before it is read for long to find it."""
+    """The corpus's revision, with a message to `say` first if computing it takes long."""
     if to_hash := getattr(corpus, "to_hash", ""):
         say(to_hash)
     return corpus.revision
 
 
 def left_alone_by(corpus: Corpus) -> str:
-    """In words: what a corpus skips that may hold text or reads unintentionally, and what to do; may be empty."""
+    """In words: files that a corpus skips or may read unintentionally, and the remedy; may be empty."""
     return getattr(corpus, "left_alone", "")
 
 
 def names_under(folder: Path) -> tuple[list[Path], str]:
-    """Everything under a folder that is not a folder, in no order; and, in words, which folders were not entered:
-    links, which may lead in circles, and those that the user may not open."""
+    """All names under a folder except folders, in no order; and, in words, the folders that were not entered: links,
+    which may form cycles, and those that the user may not open."""
     names: list[Path] = []
-    shut: list[str] = []
+    skipped: list[str] = []
 
-    def pass_over(error: OSError) -> None:
+    def skip(error: OSError) -> None:
         if not isinstance(error, PermissionError):  # such as a lost disk: half a folder would be another text
             raise error
-        shut.append(error.filename)
+        skipped.append(error.filename)
 
-    for place, folders, files in os.walk(folder, onerror=pass_over):
+    for place, folders, files in os.walk(folder, onerror=skip):
         names += (Path(place, name) for name in files)
-        shut += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
-    if not shut:
+        skipped += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+    if not skipped:
         return names, ""
-    said = f"{counted(len(shut), 'folder')} not entered (links, or without permission)"
-    return names, f"{said}: {some_of(sorted(shut))}. To have one read: put a copy in its place"
+    count = f"{counted(len(skipped), 'folder')} not entered (links, or without permission)"
+    return names, f"{count}: {some_of(sorted(skipped))}. To have one read: put a copy in its place"
 
 
 def checked_text(value: object, where: str) -> str:
-    """A document that can be written as UTF-8, or an error that says which one cannot."""
+    """Require a document that can be encoded as UTF-8."""
     if not isinstance(value, str):
         raise DocumentInvalid(
             f"{where}: expected text, found {type(value).__name__}. Remove it, or name another --column"
@@ -176,12 +177,12 @@ def checked_text(value: object, where: str) -> str:
     except UnicodeEncodeError as error:
         raise DocumentInvalid(
             f"{where}: {value[error.start]!r} at character {error.start} is an unpaired surrogate, which UTF-8 cannot "
-            "hold. Correct or remove this document, then run again"
+            "encode. Correct or remove this document, then run again"
         ) from None
     return value
 
 
 def cell_text(value: object, where: str) -> str:
-    """The same for a cell of a column. A null is an empty document: a row without text has none to lose, and a data set
-    on the hub cannot be corrected by its reader. The number of empty ones is reported after tokenising."""
+    """`checked_text` for a cell of a column. A null is an empty document: no text is lost, and readers cannot correct a
+    data set on the hub. The number of empty documents is reported after tokenising."""
     return "" if value is None else checked_text(value, where)

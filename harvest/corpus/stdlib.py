@@ -1,9 +1,9 @@
 """A corpus that every machine has: the text of the running Python's standard library.
 
-So a demo, a test and the pocket model need no download. What builds generate, sites install or container images drop
-is left out, so that the same Python gives the same text; if a distribution has patched a file after all, `text_digest`
-shows it. One file is one document, except for the language reference of `pydoc`, whose topics are documents of plain
-English of their own.
+Demos, tests and the pocket model therefore need no download. Files that builds generate, sites install or container
+images drop are left out, so that the same Python gives the same text; if a distribution has patched a file after all,
+`text_digest` differs. One file is one document, except `pydoc`'s language reference, whose topics in plain English are
+documents of their own.
 """
 
 from __future__ import annotations
@@ -68,14 +68,11 @@ def text_digest(documents: Iterable[tuple[str, str]]) -> str:
 
 def _source_names(root: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not _is_left_out(name)]
+        # config-3.11-... is specific to a build
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS and not name.startswith("config-")]
         for file in files:
             if file.endswith(".py") and not file.startswith(EXCLUDED_PREFIXES):
                 yield (Path(folder) / file).relative_to(root).as_posix()
-
-
-def _is_left_out(folder: str) -> bool:
-    return folder in EXCLUDED_FOLDERS or folder.startswith("config-")  # config-3.11-...: of this build only
 
 
 def _decode(raw: bytes) -> str | None:

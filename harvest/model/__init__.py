@@ -1,1 +1,1 @@
-"""Language models as harvest and evaluation need them: found, loaded, truncated and hooked."""
+"""Find, load, truncate and hook language models for harvest and evaluation."""

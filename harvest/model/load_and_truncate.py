@@ -1,8 +1,8 @@
 """Load a causal language model and cut it down to what a harvest asks for.
 
-The layers above, the final norm and the vocabulary projection are neither computed nor kept in memory. Of a last layer
-whose attention alone is wanted, only its input norm and the query and key projections are kept. All code that runs is
-transformers' own; `architectures` says where its parts are found, `hooks` reads them.
+The layers above, the final norm and the vocabulary projection are neither computed nor kept in memory. If only the
+attention of the last layer is wanted, only its input norm and its query and key projections are kept. All model code is
+transformers' own; `architectures` locates its parts, `hooks` reads them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-GEMMA2_LAYER = 19  # of 26: the layer of the studies
+GEMMA2_LAYER = 19  # of 26: the layer used in the studies
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TEXT_PARTS = {"gemma3": "gemma3_text"}  # models that also see images: their text part is a decoder of its own
-TEXT_KEYS = (r"^language_model\.model\.", r"^model\.language_model\.", r"^language_model\.")  # its weights, in files
+TEXT_PARTS = {"gemma3": "gemma3_text"}  # models that also read images, and the decoder that is their text part
+TEXT_KEYS = (r"^language_model\.model\.", r"^model\.language_model\.", r"^language_model\.")  # its weights in files
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ModelFacts:
     num_heads: int
     max_context: int
     vocab_size: int
-    num_key_heads: int | None = None  # None: as many as heads
-    head_width: int | None = None  # None: the heads share the width
+    num_key_heads: int | None = None  # None: the same as heads
+    head_width: int | None = None  # None: the width divided by the heads
 
     @staticmethod
     def of(config: PretrainedConfig) -> ModelFacts:
@@ -72,7 +72,7 @@ class ModelFacts:
 
     @property
     def usual_layer(self) -> int:
-        """The layer that is harvested if none is named."""
+        """The default layer to harvest."""
         return GEMMA2_LAYER if (self.model_type, self.num_layers) == ("gemma2", 26) else self.num_layers // 2
 
     def width_of(self, hook: str) -> int:
@@ -97,22 +97,22 @@ class Wanted:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every place whose activations are captured, residuals first."""
+        """Every site whose activations are captured, residuals first."""
         hooks = {RESID: self.resid_layers, **self.hooks}
         return tuple(Site(hook, layer) for hook, layers in hooks.items() for layer in layers)
 
     @property
     def whole_layers(self) -> int:
-        """How many layers are computed in full."""
+        """The number of layers computed in full."""
         return max((*(site.layer + 1 for site in self.sites), *self.attention_layers), default=0)
 
     @property
     def num_layers(self) -> int:
-        """How many layers are loaded: one more than computed in full if only its attention is wanted."""
+        """The number of layers loaded, including a last one of which only attention is computed."""
         return max((self.whole_layers, *(layer + 1 for layer in self.attention_layers)))
 
     def validate(self, facts: ModelFacts) -> None:
-        """Require that every layer exists and that there is at least one to compute."""
+        """Require that all layers exist, and that there is at least one."""
         options = {"residual": "--layer, --resid-layers", "attention": "--layer, --attention-layers"}
         kinds = {"residual": self.resid_layers, "attention": self.attention_layers, **self.hooks}
         for kind, layers in kinds.items():
@@ -125,12 +125,12 @@ class Wanted:
                     f"Ask for layers in that range ({options.get(kind, '--layer, --hooks')})"
                 )
         if self.num_layers == 0:
-            raise LayerOutOfRange("no residual, no hook and no attention layer is asked for. Name at least one layer")
+            raise LayerOutOfRange("no residual, hook or attention layer is asked for. Name at least one layer")
 
 
 @dataclass(frozen=True)
 class TruncatedModel:
-    """A decoder stack that computes what is wanted and stops there."""
+    """A decoder stack that computes only what is wanted."""
 
     stack: Any
     """transformers' base model, truncated."""
@@ -151,24 +151,26 @@ def load_model(
     facts = ModelFacts.of(config)
     wanted.validate(facts)
     stack = _load_stack(folder, _shortened(config, wanted.num_layers), dtype)
-    with memory_of(device, "the model", "Choose another --device, or lower layers: those above them are not loaded"):
+    with name_full_device(
+        device, "the model", "Choose another --device, or lower layers: those above them are not loaded"
+    ):
         return _truncated(stack.to(device), facts, wanted)
 
 
 @contextmanager
-def memory_of(device: str | torch.device, what: str, remedy: str) -> Iterator[None]:
-    """Turn a full device into an error with the allocator's first sentences, which say what was asked and free."""
+def name_full_device(device: str | torch.device, what: str, remedy: str) -> Iterator[None]:
+    """Turn out-of-memory into an error with the allocator's first sentences, on requested and free memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = ". ".join(str(error).split(". ")[:3])
-        raise DeviceFull(f"{device} has no memory left for {what} ({said}). {remedy}") from None
+        details = ". ".join(str(error).split(". ")[:3])
+        raise DeviceFull(f"{device} has no memory left for {what} ({details}). {remedy}") from None
 
 
 def make_random(
     folder: Path, num_layers: int, vocabulary: int, dtype: torch.dtype, device: str | torch.device
 ) -> PreTrainedModel:
-    """Some layers of a model's shape, with random weights and a small vocabulary, to measure a layer's time."""
+    """Layers of a model's shape, with random weights and a small vocabulary, to time them."""
     from transformers import AutoModel
 
     config: Any = _shortened(read_config(folder), num_layers)
@@ -178,7 +180,7 @@ def make_random(
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a model, or none if one is missing; of two sets, the one that transformers loads."""
+    """The safetensors files that transformers would load for a model, or none if one is missing."""
     files = [folder / WEIGHTS_FILE]
     if not files[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
         shards = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
@@ -191,7 +193,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
-    """Truncate a model that is in memory already; it is changed in place, not copied."""
+    """Truncate a model in memory, in place."""
     facts = ModelFacts.of(model.config)
     wanted.validate(facts)
     require_parts(model.base_model, architecture_of(facts.model_type))  # before anything is changed
@@ -217,23 +219,22 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of the part that reads text. The model type is checked first: transformers asks to run
-    downloaded code for types it does not know."""
-    said = _read_json(folder / CONFIG_FILE)
-    kind: Any = said.get("model_type")
+    """The configuration of the text part. The type is checked first: for unknown ones transformers asks to run code."""
+    raw = _read_json(folder / CONFIG_FILE)
+    kind: Any = raw.get("model_type")
     architecture_of(TEXT_PARTS.get(kind, kind))
-    if quantised := said.get("quantization_config"):
+    if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UnsupportedArchitecture(
             f"{folder / CONFIG_FILE}: its weights are quantised (quantization_config: {method or 'of no name'}), which "
-            "needs third-party code to run. Name the model that they were made from, or a GGUF file, which is converted"
+            "needs third-party code to run. Name the model they were quantised from, or a GGUF file, which is converted"
         )
-    if said.get("reorder_and_upcast_attn"):
+    if raw.get("reorder_and_upcast_attn"):
         raise UnsupportedArchitecture(
             f"{folder / CONFIG_FILE}: reorder_and_upcast_attn, which makes GPT-2 compute attention in another order "
-            "and type, is not supported: the harvest would not be what the model computes"
+            "and type, is not supported: the harvest would differ from the model's computation"
         )
-    from transformers import AutoConfig  # here, as it takes seconds to import
+    from transformers import AutoConfig  # imported late: it takes seconds
 
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -266,7 +267,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
     if not find_weights(folder):
         raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
     register_attention()
-    config.transformers_weights = None  # a configuration may name a file other than those of `find_weights`
+    config.transformers_weights = None  # or a configuration could name another file than `find_weights`
     try:
         with without_report():
             stack, report = AutoModel.from_pretrained(
@@ -275,7 +276,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
                 dtype=dtype,
                 attn_implementation=ATTENTION,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that they are listed in the report
+                ignore_mismatched_sizes=True,  # lists them in the report instead of raising
                 output_loading_info=True,
                 **names_in_files(config, ""),
             )
@@ -292,9 +293,9 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Silence the report on weights, as layers are left out on purpose; what matters in it is checked afterwards.
+    """Silence transformers' report on weights, because layers are left out on purpose; `validate_report` checks it.
 
-    Silence the bar too: harvests and evaluations show their own progress, and off a terminal it is control characters.
+    The progress bar too: harvests and evaluations show their own, and off a terminal it prints control characters.
     """
     from transformers.utils import logging
 
@@ -310,17 +311,17 @@ def without_report() -> Iterator[None]:
 
 
 def validate_report(report: dict[str, Any], folder: Path) -> None:
-    """Refuse missing weights: transformers fills them with random numbers."""
+    """Refuse missing weights, which transformers fills with random numbers."""
     absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if absent:
         raise WeightsIncomplete(
-            f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}. "
+            f"{folder}: {len(absent)} weights are missing or have another shape, the first is {absent[0]}. "
             "Download the model again"
         )
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a CUDA device if there is one."""
+    """The named device; `auto` is a CUDA device if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -335,5 +336,5 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except RuntimeError as error:
-        said = f"--device {name}: {first_line(error)}. Expected auto, cpu, cuda or cuda:1 and the like"
-        raise SettingInvalid(said) from None
+        message = f"--device {name}: {first_line(error)}. Expected auto, cpu, cuda or cuda:1 and the like"
+        raise SettingInvalid(message) from None

@@ -1,7 +1,7 @@
 """Products of 16-bit models on processors without instructions for them: in float32, rounded once.
 
-There torch takes many times as long for such layers and attention as in float32 (docs/performance.md). The
-instructions of other processors sum in float32 too, so only the order of the sums differs from theirs.
+On these, torch's own 16-bit layers and attention take many times as long as in float32 (docs/performance.md). Other
+processors' instructions sum in float32 too, so only the order of summation differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 def widen_products(model: nn.Module) -> None:
-    """Replace the layers of a model where that is faster; their weights stay as they are."""
+    """Replace a model's layers by widened ones where that is faster; weights are unchanged."""
     for module in model.modules():
         is_linear, is_conv1d = type(module) is nn.Linear, type(module).__name__ == "Conv1D"
         if (is_linear or is_conv1d) and is_widened(module.weight.device.type, module.weight.dtype):
@@ -27,7 +27,7 @@ class WidenedLinear(nn.Linear):
 
 
 class WidenedConv1D(nn.Module):
-    """GPT-2's kind of layer in transformers, whose weight is transposed."""
+    """transformers' Conv1D, as in GPT-2: a linear layer with a transposed weight."""
 
     weight: Tensor
     bias: Tensor
@@ -57,7 +57,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache
 def is_widened(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether products of this type are made in float32. torch cannot tell for processors other than x86."""
+    """Whether products of this type are computed in float32: only on x86, as torch detects nothing on others."""
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.cpu._is_avx2_supported():
         return False
     if dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: what in it decides a store's tokens, and batches of text to token ids."""
+"""A model's tokenizer: its identity, and batches of text to token ids."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .load_and_truncate import CONFIG_FILE
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns documents into token ids without BOS: windows get theirs when they are packed."""
+    """Turns documents into token ids without BOS, which is added when windows are packed."""
 
     backend: Any  # of the `tokenizers` library: encodes a batch on all cores
     bos_token: int
     special_tokens: tuple[int, ...]
-    is_bos_of_configuration: bool = False  # whether the tokenizer itself names none
+    is_bos_of_configuration: bool = False  # because the tokenizer itself names none
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -44,17 +44,17 @@ def load_encoder(source: str | Path) -> TextEncoder:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """transformers' tokenizer, with the rules of tokenizer.json, which some of its classes replace by their own."""
+    """transformers' tokenizer, but with the rules of tokenizer.json, which some of its classes override."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    alone: dict[str, Any] = {"trust_remote_code": False}  # if unset, a terminal is asked whether to run their code
+    options: dict[str, Any] = {"trust_remote_code": False}  # if unset, transformers asks on a terminal
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **alone)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         file = Path(source, "tokenizer.json")
         if not file.is_file() or not getattr(tokenizer, "is_fast", False):
             return tokenizer
         is_as_published = _rules_of(tokenizer.backend_tokenizer) == _rules_of(Tokenizer.from_file(str(file)))
-        return tokenizer if is_as_published else PreTrainedTokenizerFast.from_pretrained(source, **alone)
+        return tokenizer if is_as_published else PreTrainedTokenizerFast.from_pretrained(source, **options)
     except UNREADABLE as error:
         raise TokenizerUnsuitable(
             f"{source} has no tokenizer that can be loaded ({error}). Save one next to the model "
@@ -63,7 +63,7 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def _rules_of(backend: Tokenizer) -> list[Any]:
-    """What decides a text's tokens besides vocabulary and merges, which every class takes from the file."""
+    """The rules that decide tokens besides vocabulary and merges, which every class takes from the file."""
     stages = [stage and stage.__getstate__() for stage in (backend.normalizer, backend.pre_tokenizer)]
     return [*stages, *(getattr(backend.model, name, None) for name in ("byte_fallback", "ignore_merges"))]
 
@@ -86,8 +86,8 @@ def make_encoder(tokenizer: Any, name: str) -> TextEncoder:
 
 
 def _bos_of_configuration(tokenizer: Any, folder: Path) -> int | None:
-    """The BOS that a configuration names and its tokenizer does not, as in Qwen's models. Only special tokens count:
-    some configurations have an arbitrary number."""
+    """The BOS that a configuration names although the tokenizer does not, as in Qwen's models. It must be a special
+    token: some configurations have an arbitrary number."""
     try:
         found = json.loads((folder / CONFIG_FILE).read_bytes()).get("bos_token_id")
     except FileNotFoundError:

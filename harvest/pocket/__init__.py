@@ -1,7 +1,7 @@
 """The bundled pocket model: a 26-layer Gemma-2 small enough to ship with the package.
 
-`MODEL_FOLDER` is an ordinary Hugging Face folder; MODEL_CARD.md says what the model
-is good for. The folder is made by the scripts in `bench/pocket/`.
+`MODEL_FOLDER` is an ordinary Hugging Face folder, made by the scripts in `bench/pocket/`. MODEL_CARD.md has the
+model's uses and limits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 
 def load_model(dtype: torch.dtype | None = None, folder: Path = MODEL_FOLDER) -> Gemma2ForCausalLM:
     """The model, in its stored bfloat16 or in another dtype, with eager attention."""
-    from transformers import Gemma2ForCausalLM  # here, as it takes seconds to import
+    from transformers import Gemma2ForCausalLM  # imported late: it takes seconds
 
     model = Gemma2ForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", attn_implementation="eager", local_files_only=True
@@ -27,7 +27,7 @@ def load_model(dtype: torch.dtype | None = None, folder: Path = MODEL_FOLDER) ->
 
 
 def load_tokenizer(folder: Path = MODEL_FOLDER) -> PreTrainedTokenizerFast:
-    """Its tokenizer, which puts BOS first and knows every byte."""
+    """Its tokenizer, which puts BOS first and can encode every byte."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -297,7 +297,7 @@ def test_a_store_that_another_began_meanwhile_keeps_its_root(synthetic, material
         return count(*args)
 
     monkeypatch.setattr(writer_module, "count_all", sleep_and_count)
-    with pytest.raises(StoreBusy, match="begun a store at .* meanwhile"):
+    with pytest.raises(StoreBusy, match="started a store at .* in the meantime"):
         StoreWriter.create(url, manifest, corpus.tokens, corpus.documents)
     with Store.open(url) as store:
         assert store.manifest.codec == "lz4"

@@ -368,7 +368,7 @@ def test_a_store_that_was_moved_while_it_was_read_is_called_neither_damaged_nor_
     folder, manifest = finished
     with Store.open(folder) as store:
         folder.rename(folder.with_name("moved"))
-        with pytest.raises(StoreMissing, match="removed or moved while it was read"):
+        with pytest.raises(StoreMissing, match="removed or moved while it was being read"):
             store.read(EVERYTHING, Span(0, *manifest.shard_range(0)))
 
 

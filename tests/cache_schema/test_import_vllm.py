@@ -76,7 +76,7 @@ def test_requests_and_tokens_that_fill_no_window_are_counted(tmp_path: Path) -> 
     expected = "152 of 368 tokens, which fill no window of 4; 50 of 52 requests are shorter than one"
     assert "54 windows" in said and f"left out: {expected}\n" in said
     whole = run("import", tmp_path / "whole", *words, "--context", 1)
-    cut = "windows of one document are in two splits"
+    cut = "one document's windows are in two splits"
     assert "left out" not in whole and cut not in whole and cut in said
     (tmp_path / "states" / "request-0" / "states.pt").touch()
     others = f"1 other file of {tmp_path / 'states'} ('request-0/states.pt'): only its .safetensors files are read"
@@ -132,7 +132,7 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path: Path) -> None
     source = VllmSource(tmp_path, (3, 19), None)
     file = tmp_path / "request-0" / "hidden_states.safetensors"
     file.write_bytes(file.read_bytes()[:90])
-    with pytest.raises(ImportInvalid, match="hidden_states.safetensors changed while it was read"):
+    with pytest.raises(ImportInvalid, match="hidden_states.safetensors changed while it was being read"):
         source.acts(Site("resid", 3), 0, 1)
 
 
@@ -145,7 +145,7 @@ def test_windows_of_no_tokens_are_refused(tmp_path: Path, context: int) -> None:
 
 def test_a_context_beside_what_has_windows_is_refused(tmp_path: Path) -> None:
     words = ("--saelens", tmp_path / "cached", "--model", "m", "--context", 4)
-    assert "--context goes with --vllm" in run("import", tmp_path / "store", *words, code=2)
+    assert "--context is for --vllm" in run("import", tmp_path / "store", *words, code=2)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_a_context_beside_what_has_windows_is_refused(tmp_path: Path) -> None:
             [(0, 100), (100, 200), (200, 300)],
             ["33% of the windows are for validation", "33% of the windows"],
         ),
-        ([400], [(0, 90), (90, 95), (95, 100)], ["windows of one document are in two splits"]),
-        ([200, 200], [(0, 90), (90, 95), (95, 100)], ["windows of one document are in two splits"]),
-        ([4, 4, 392], [(0, 1), (1, 2), (2, 100)], ["98% of the windows are for test, and 5% were asked for"]),
+        ([400], [(0, 90), (90, 95), (95, 100)], ["one document's windows are in two splits"]),
+        ([200, 200], [(0, 90), (90, 95), (95, 100)], ["one document's windows are in two splits"]),
+        ([4, 4, 392], [(0, 1), (1, 2), (2, 100)], ["98% of the windows are for test, not 5% as asked"]),
     ],
 )
 def test_every_split_that_is_asked_for_has_windows(tmp_path: Path, lengths: list, splits: list, large: list) -> None:

@@ -506,7 +506,7 @@ def test_a_record_that_goes_after_it_was_listed_is_looked_for_again(synthetic, m
         with pytest.raises(StoreUnfinished, match="shard 1"):
             commits.compact(files, manifest)
     else:
-        assert commits.compact(files, manifest, is_alone=False).committed == ((0, 1), (2, 5))
+        assert commits.compact(files, manifest, holds_claim=False).committed == ((0, 1), (2, 5))
 
 
 @pytest.mark.parametrize("shards", [1000, 10**5])
@@ -571,7 +571,7 @@ def test_a_claim_that_another_took_over_is_left_to_it(clock):
     files = open_files(f"memory://{uuid.uuid4().hex}")
     slept, other = make_claims(files), make_claims(files)
     assert slept.take(0) and slept.take(1)
-    with slept._turn:  # it renews nothing meanwhile
+    with slept._lock:  # it renews nothing meanwhile
         files.remove("claims/0.json")
         assert other.take(0)
     other.close()  # so that only the first one could still change it

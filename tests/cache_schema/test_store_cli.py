@@ -546,7 +546,7 @@ def test_info_names_what_it_could_not_measure_as_shards_are_damaged(synthetic, t
     flip_byte(tmp_path, f"resid/layer_{layer}", "c.0.0.0")
     facts, page = json.loads(run("info", tmp_path, "--json").output), run("info", tmp_path)
     assert facts["damaged"] == [f"layer {layer}"] and facts["massive_rows"][str(layer)] is None
-    said = f"not measured, as shards that were read are damaged: layer {layer}: sae-store verify {tmp_path}"
+    said = f"not measured, because shards that were read are damaged: layer {layer}: sae-store verify {tmp_path}"
     assert page.exit_code == 0 and said.replace(" ", "") in "".join(page.output.split())
     flip_byte(tmp_path, "tokens", "c.0.0")
     found = json.loads(run("info", tmp_path, "--json").output)["damaged"]

@@ -27,7 +27,7 @@ from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run, render
 from saemill.harvest.errors import ContextTooLong, CorpusUnavailable, DeviceFull, SettingInvalid
-from saemill.harvest.estimate_cost import Cost, bytes_by_array, manifest_before, tokens_per_second
+from saemill.harvest.estimate_cost import Cost, bytes_by_array, forecast_manifest, tokens_per_second
 from saemill.harvest.model.load_and_truncate import load_model
 from saemill.harvest.model.resolve import Choice, ModelSource
 from saemill.harvest.progress import Watch
@@ -45,7 +45,7 @@ def described(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "described"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     source = ModelSource("owner/name", "c0ffee", folder, to_download=10_460_000_000)
-    monkeypatch.setattr(run, "look", lambda *_: source)
+    monkeypatch.setattr(run, "fetch_description", lambda *_: source)
     monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("was downloaded"))
     monkeypatch.setattr(hugging_face, "find_repository", lambda text: hugging_face.Repository(text.dataset, "c0ffee"))
     return source
@@ -126,18 +126,18 @@ def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, describe
     ):
         assert words in before
     watch, again = watched()
-    monkeypatch.setattr(run, "look", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
+    monkeypatch.setattr(run, "fetch_description", lambda *_: ModelSource("owner/name", "c0ffee", model_folder))
     harvest(make_config(model="owner/name"), watch)
     assert "to write" not in again.getvalue()  # it is written
 
 
 def test_memory_beside_a_gpu_is_that_of_page_locked_blocks(make_config: Make, described):
     """Of 26 layers of Gemma-2-2B 63 GB were told, and 112 were locked."""
-    manifest = replace(manifest_before(plan := plan_of(make_config(), described)), shard_windows=11)
+    manifest = replace(forecast_manifest(plan := plan_of(make_config(), described)), shard_windows=11)
     acts = [11 * manifest.context * manifest.width_of(site.hook) * 2 for site in manifest.sites]
     exact, locked = (estimate_cost.memory_of_shards(manifest, is_pinned) for is_pinned in (False, True))
     assert locked - exact == 2 * sum(2 ** math.ceil(math.log2(size)) - size for size in acts) > 0
-    said = estimate_cost.tell(plan, manifest, None, torch.device("cuda"))
+    said = estimate_cost.cost_lines(plan, manifest, None, torch.device("cuda"))
     assert any(f"about {say_size(locked)} for two shards" in line for line in said)
 
 
@@ -166,14 +166,14 @@ def test_sizes_told_are_those_written(make_config: Make, model_folder, shard_win
     """To the byte where nothing is compressed, else at most: chunks of a shard with few windows are written whole."""
     config = make_config(shard_windows=shard_windows, batch_windows=4)
     plan = plan_of(config, ModelSource("tiny", "c0ffee", model_folder))
-    told, estimate = bytes_by_array(manifest_before(plan)), dry_run(config, Watch(is_quiet=True))
+    told, estimate = bytes_by_array(forecast_manifest(plan)), dry_run(config, Watch(is_quiet=True))
     harvest(config)
     written = Counter()
     with Store.open(config.out) as store:
         for shard in range(store.manifest.shards):
             for path, array in store.record(shard).arrays.items():
                 written[path] += array.bytes
-        assert store.manifest.splits == manifest_before(plan).splits
+        assert store.manifest.splits == forecast_manifest(plan).splits
     for path in ("resid/layer_2", "stats/layer_2", "tokens", "documents"):
         assert told[path] == estimate.sizes[path] == written[path]
     for layer in config.attention_layers:
@@ -187,7 +187,7 @@ def test_the_rate_counts_layers_and_kept_attention(make_config: Make, model_fold
     monkeypatch.setattr(
         estimate_cost, "_seconds_per_token", lambda *_, keep_attention: {1: 3.0, 2: 5.0}[_[-1]] + 4.0 * keep_attention
     )
-    rate = tokens_per_second(plan, manifest_before(plan), torch.device("cpu"))
+    rate = tokens_per_second(plan, forecast_manifest(plan), torch.device("cpu"))
     assert rate == pytest.approx(1 / (3 + 3 * 2 + 3 * 4))
 
 

@@ -248,7 +248,7 @@ def test_bad_settings_get_one_line_and_write_nothing(type_: Type, tmp_path, more
 def test_what_goes_with_a_dataset_is_refused_without_one(tmp_path, more):
     result = CliRunner().invoke(main, [more, "--model=./nothing", f"--out={tmp_path}/store"])
     assert result.exit_code == 1
-    assert result.output.startswith(f"error: {more.replace('=', ' ')} goes with --dataset")
+    assert result.output.startswith(f"error: {more.replace('=', ' ')} needs --dataset")
 
 
 @pytest.mark.parametrize("below", ["", "/store", "/runs/store"])
@@ -347,7 +347,7 @@ def test_ctrl_c_where_the_store_is_out_of_reach(monkeypatch):
         raise StoreUnreachable(5, "the network is away")
 
     monkeypatch.setattr(cli.Store, "open", unreachable)
-    assert cli._what_is_safe("s3://somewhere") == "What is committed is safe"
+    assert cli._what_is_kept("s3://somewhere") == "Committed shards are safe"
 
 
 @pytest.mark.usefixtures("sigterm_is_harmless")
@@ -364,7 +364,7 @@ def test_a_stop_says_what_is_safe(type_: Type, monkeypatch):
     monkeypatch.setattr(shards, "compute_shard", interrupted)
     result = type_()
     assert result.exit_code == 130
-    assert "3 of 8 shards are committed; the same command continues" in result.output
+    assert "3 of 8 shards are committed; the same command resumes" in result.output
     monkeypatch.undo()
     assert type_().exit_code == 0
 

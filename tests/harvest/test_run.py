@@ -72,7 +72,7 @@ from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
-from saemill.harvest.shards import describe_device, find_others
+from saemill.harvest.shards import describe_device, other_devices_warning
 from saemill.harvest.tokenise_corpus import Spool, spool_folder
 
 from .conftest import digest_of
@@ -234,7 +234,7 @@ def share_of(monkeypatch):
             if_killed=claims.if_killed,
         )
         monkeypatch.setattr(run, "make_harvester", lambda *_: None)
-        monkeypatch.setattr(run, "_warn_of_others", lambda *_: None)
+        monkeypatch.setattr(run, "_warn_of_other_devices", lambda *_: None)
         monkeypatch.setattr(run, "is_bound_to_fit", lambda *_: True)
         monkeypatch.setattr(run, "harvest_shards", harvest_shards)
         said = io.StringIO()
@@ -335,7 +335,9 @@ def test_a_download_for_all_is_seen_by_those_who_wait(make_config: Make, model_f
         seen.append(create_or_resume_store._is_locked(open_files(make_config().out)))
         return ModelSource(choice.name, "c0ffee", model_folder)
 
-    monkeypatch.setattr(run, "look", lambda choice, _: ModelSource(choice.name, "c0ffee", model_folder, to_download=7))
+    monkeypatch.setattr(
+        run, "fetch_description", lambda choice, _: ModelSource(choice.name, "c0ffee", model_folder, to_download=7)
+    )
     monkeypatch.setattr(run, "fetch", fetch)
     harvest(make_config(model="somebody/model"))
     assert seen[0] is True
@@ -410,11 +412,11 @@ def chosen(model_folder, monkeypatch) -> list[Choice]:
     """What was fetched; every model has the files of the tiny one."""
     choices: list[Choice] = []
 
-    def look(choice: Choice, _: object) -> ModelSource:
+    def fetch_description(choice: Choice, _: object) -> ModelSource:
         choices.append(choice)
         return ModelSource(choice.name, "c0ffee", model_folder)
 
-    monkeypatch.setattr(run, "look", look)
+    monkeypatch.setattr(run, "fetch_description", fetch_description)
     return choices
 
 
@@ -429,7 +431,7 @@ def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch
     assert run.harvest(replace(config, worker=Worker(1, 2)), Watch(Console(file=said, width=200))).committed == 8
     dry_run(config, Watch(is_quiet=True))
     assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, "c0ffee")] * 2
-    assert said.getvalue().startswith(f"model: {name}, because the store at --out was begun with it\nto insist: ")
+    assert said.getvalue().startswith(f"model: {name}, because the store at --out was started with it\nto insist: ")
 
 
 @pytest.mark.parametrize("name", ["pocket", "smollm2"])
@@ -492,7 +494,9 @@ def test_who_has_waited_or_lost_the_race_takes_the_commit_of_the_store(
 @pytest.mark.usefixtures("share_only")
 def test_weights_are_not_fetched_to_be_told_that_settings_differ(make_config: Make, model_folder, monkeypatch):
     """Nor for a dry run, nor where nothing is left to harvest."""
-    monkeypatch.setattr(run, "look", lambda choice, _: ModelSource(choice.name, "c0ffee", model_folder, to_download=7))
+    monkeypatch.setattr(
+        run, "fetch_description", lambda choice, _: ModelSource(choice.name, "c0ffee", model_folder, to_download=7)
+    )
     monkeypatch.setattr(run, "fetch", lambda choice: ModelSource(choice.name, "c0ffee", model_folder))
     config = make_config(model="somebody/model")
     harvest(replace(config, worker=Worker(0, 2)))
@@ -504,7 +508,7 @@ def test_weights_are_not_fetched_to_be_told_that_settings_differ(make_config: Ma
         with pytest.raises(StoreMismatch, match="attention.topk"):
             dry_run(replace(config, attention_topk=8), Watch(is_quiet=True))
         rest = dry_run(config, Watch(is_quiet=True))
-        assert (rest.to_download, list(rest.work.shards), rest.work.is_begun) == (7, [1, 3, 5, 7], True)
+        assert (rest.to_download, list(rest.work.shards), rest.work.is_started) == (7, [1, 3, 5, 7], True)
         assert rest.least_bytes == least_bytes(rest.work.manifest) // 2 < rest.needed_bytes
     harvest(config)
     monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("fetched the weights"))
@@ -544,7 +548,7 @@ def test_no_batch_is_said_to_be_larger_than_its_shard(make_config: Make, monkeyp
         watch = Watch(is_quiet=True)
         plan, files = run.decide(config, watch), open_files(config.out)
         process = Process(torch.device("cpu"), Worker())
-        with run.create_store(plan, run.find_corpus(plan, files), files, watch) or run.go_on_with_store(
+        with run.create_store(plan, run.find_corpus(plan, files), files, watch) or run.resume_store(
             plan, process, files, watch
         ) as writer:
             return writer.manifest.corpus.settings["batch_windows"]
@@ -611,7 +615,7 @@ def test_a_dry_run_counts_what_is_left(make_config: Make):
     harvest(replace(config, worker=Worker(0, 2)))
     rest = dry_run(config, quiet)
     assert list(rest.work.shards) == [1, 3, 5, 7]
-    assert rest.work.manifest.tokens == 4000 and rest.work.is_begun
+    assert rest.work.manifest.tokens == 4000 and rest.work.is_started
     tokens = 16 * 32 * 3 + 13 * 32  # the last shard is a short one
     assert rest.seconds == pytest.approx(tokens / rest.cost.tokens_per_second)
     assert rest.needed_bytes == sum(rest.sizes.values()) + RESERVE_BYTES
@@ -796,8 +800,8 @@ def test_processors_that_make_products_of_16_bits_otherwise_are_told_apart(monke
     is_widened.cache_clear()
     (native, whole), (widened, same) = found[True], found[False]
     assert whole == same == native
-    assert "was computed on cpu" in find_others({0: native}, widened)
-    assert ", 16-bit products in float32), torch" in find_others({0: native}, widened)
+    assert "was computed on cpu" in other_devices_warning({0: native}, widened)
+    assert ", 16-bit products in float32), torch" in other_devices_warning({0: native}, widened)
 
 
 def test_of_many_shards_few_are_asked_what_computed_them(tmp_path, monkeypatch):
@@ -983,14 +987,18 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
 @pytest.mark.parametrize(
     ("asked", "filled", "told"),
     [
-        (78_125, 3_125, "; 22.5 % of its documents are for tests, .* instead of 4 %.* begin it with --tokens 400000"),
+        (
+            78_125,
+            3_125,
+            "; 22.5 % of its documents are for tests, .* instead of 4 %.* start again with --tokens 400000",
+        ),
         (78_125, 70_000, ""),
         (781_250, 78_125, ""),  # 4.6 % for tests, where its own count would have 22.5 %
         (4_000, 3_000, ""),
     ],
 )
 def test_a_corpus_that_ends_early_says_what_its_tests_cost(asked, filled, told):
-    said = create_or_resume_store.tell_shortage(asked, filled, 128, per_mille_for_tests(asked * 128))
+    said = create_or_resume_store.describe_shortage(asked, filled, 128, per_mille_for_tests(asked * 128))
     assert re.fullmatch(f"the corpus fills {filled:,} windows of the {asked:,} asked for{told}", said)
 
 
@@ -1007,7 +1015,7 @@ def test_files_of_a_folder_that_are_no_text_are_told(make_config: Make, text_fil
 
 def test_a_short_corpus_is_told(make_config: Make, monkeypatch):
     said = io.StringIO()
-    monkeypatch.setattr(create_or_resume_store, "tell_shortage", lambda *numbers: f"short: {numbers}")
+    monkeypatch.setattr(create_or_resume_store, "describe_shortage", lambda *numbers: f"short: {numbers}")
     run.harvest(make_config(tokens=10**6), Watch(Console(file=said, width=200)))
     with Store.open(make_config().out) as store:
         assert f"short: ({10**6 // 32}, {store.manifest.windows}, 32, 40)" in said.getvalue()
@@ -1087,7 +1095,9 @@ def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, model_fol
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run, "look", lambda *_: ModelSource("somebody/model", "c0ffee", model_folder, to_download))
+    monkeypatch.setattr(
+        run, "fetch_description", lambda *_: ModelSource("somebody/model", "c0ffee", model_folder, to_download)
+    )
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(StoreFull, match=r"full while making \S+spool\."):
         harvest(make_config())

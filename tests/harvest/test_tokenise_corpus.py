@@ -276,7 +276,7 @@ def test_documents_without_text_are_told(tmp_path, settings, more):
     with pytest.raises(KeyboardInterrupt):
         spool_corpus(ListCorpus(texts, 301, settings=settings), encoder, job, tmp_path)
     spool_corpus(ListCorpus(texts, settings=settings), encoder, job, tmp_path, say=said.append)
-    assert said == [f"warning: 400 of 800 documents read of list are empty or null{more}"]
+    assert said == [f"warning: 400 of 800 documents read from list are empty or null{more}"]
     spool_corpus(ListCorpus(make_texts(400)), encoder, job, tmp_path / "full", say=said.append)
     assert len(said) == 1
 

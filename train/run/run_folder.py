@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ...cache_schema.strict_json import flatten
-from ...cache_schema.users_own_files import EXTRA, digest_of_own
+from ...cache_schema.users_own_files import EXTRA, digest_of_users_files
 from ..disk.atomic_files import encode_line, read_json, take_lock, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_command
 
@@ -257,8 +257,8 @@ def run_names(root: str | os.PathLike[str]) -> list[str]:
 
 def provenance(hardware: Mapping[str, Any]) -> dict[str, Any]:
     """Where a run comes from; never part of its identity."""
-    own, program = digest_of_own(), Path(sys.argv[0]).name
-    # The command that the user typed; it may have called other commands.
+    own, program = digest_of_users_files(), Path(sys.argv[0]).name
+    # The saemill command that was typed, which may have called others.
     command = without_password(shlex.join([program, *sys.argv[1:]])) if program.startswith("sae-") else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

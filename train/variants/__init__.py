@@ -1,5 +1,5 @@
 """Every file here is a variant, and its name is the variant's id."""
 
-from ...cache_schema.users_own_files import and_own
+from ...cache_schema.users_own_files import with_users_files
 
-__path__ = and_own(__path__, "train/variants")
+__path__ = with_users_files(__path__, "train/variants")

@@ -288,7 +288,7 @@ def test_names_of_a_folder_that_lead_to_no_file_are_counted(tmp_path):
     for name in (".#b.txt", "d.png"):  # what would not be read either, or is an editor's
         (tmp_path / name).symlink_to(tmp_path / "gone")
     assert read(tmp_path) == ["text"]
-    said = f"3 names of {tmp_path} left alone (links that lead nowhere, pipes and the like): {tmp_path}/a.txt, "
+    said = f"3 names of {tmp_path} left alone (broken links, pipes and the like): {tmp_path}/a.txt, "
     said += f"{tmp_path}/books, {tmp_path}/c.txt. To have one read: put a file in its place"
     assert left_alone_by(LocalCorpus(tmp_path)) == said
     (tmp_path / "b.txt").unlink()

@@ -75,7 +75,7 @@ def test_a_network_that_stays_away_stops_resumable(parquet):
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_folder_that_takes_no_files_is_no_lost_network(number, parquet):
     network = Network(parquet, [21, 21, 21], error=OSError(number, os.strerror(number), "/cache"))
-    with pytest.raises(CorpusUnavailable, match="kept under HF_HOME: make room there"):
+    with pytest.raises(CorpusUnavailable, match="kept under HF_HOME: free some space there"):
         list(HubCorpus(SOURCE, PINNED, network.load, waits=(0, 0)).documents())
     assert network.loads == 1
 

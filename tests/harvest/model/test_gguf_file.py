@@ -341,7 +341,7 @@ def not_in_utf8(file: Path, tiny: Path) -> None:
 
 BAD: list[tuple[Callable[[Path, Path], object], type[HarvestError], str]] = [
     (lambda file, _: None, ModelUnavailable, "no such GGUF file"),
-    (lambda file, _: file.write_bytes(b"PK\3\4 something"), ModelUnavailable, "does not begin like one"),
+    (lambda file, _: file.write_bytes(b"PK\3\4 something"), ModelUnavailable, "does not start like one"),
     (truncated, ModelUnavailable, "damaged or truncated"),
     (cut_in_its_header, ModelUnavailable, "damaged or truncated"),
     (of_architecture, UnsupportedArchitecture, "'mamba'; GGUF files of llama, qwen2, qwen3"),

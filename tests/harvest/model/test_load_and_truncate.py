@@ -152,7 +152,7 @@ def test_loading_says_nothing_about_what_was_left_out_and_keeps_the_verbosity(fo
         (Wanted((5,)), "residual of layer 5: the model has layers 0 to 4.*--resid-layers"),
         (Wanted((4,), (2, 3, 4, 5)), "attention of layer 5: the model has layers 0 to 4.*--attention-layers"),
         (Wanted((-1,)), "residual of layer -1"),
-        (Wanted(), "no residual, no hook and no attention layer"),
+        (Wanted(), "no residual, hook or attention layer"),
     ],
 )
 def test_layers_that_do_not_exist(folder, make_model, wanted, message):
@@ -328,7 +328,7 @@ def test_weights_that_the_files_do_not_hold(broken):
 def test_weights_of_another_shape(broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    with pytest.raises(WeightsIncomplete, match="of another shape"):
+    with pytest.raises(WeightsIncomplete, match="have another shape"):
         load_model(broken, RESID_2)
 
 

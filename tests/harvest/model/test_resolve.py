@@ -28,7 +28,15 @@ from saemill.cache_schema import ModelSpec
 from saemill.cache_schema.info import BUNDLED
 from saemill.harvest.errors import ModelDiffers, ModelUnavailable
 from saemill.harvest.model import resolve
-from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch, fetch_recorded, look
+from saemill.harvest.model.resolve import (
+    FIRST_CHOICE,
+    Choice,
+    choose,
+    choose_again,
+    fetch,
+    fetch_description,
+    fetch_recorded,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -146,18 +154,18 @@ def test_auto_falls_back_to_the_pocket_model_and_says_why(hub, failure, message)
 
 
 def test_a_look_at_a_model_leaves_its_weights_on_the_hub_and_knows_their_size(hub):
-    found = look(Choice("owner/name"))
+    found = fetch_description(Choice("owner/name"))
     assert (found.revision, found.to_download) == (COMMIT, 1000)
     assert sorted(file.name for file in hub.snapshot.iterdir()) == ["config.json", "tokenizer.json"]
     assert fetch(Choice("owner/name")).to_download is None
-    assert look(Choice("owner/name")).to_download is None  # they are here now
+    assert fetch_description(Choice("owner/name")).to_download is None  # they are here now
 
 
 def test_a_hub_that_does_not_say_how_large_files_are_is_helped_out(hub):
     hub.bytes = None
-    assert look(Choice(FIRST_CHOICE)).to_download == 10_460_000_000
+    assert fetch_description(Choice(FIRST_CHOICE)).to_download == 10_460_000_000
     hub.snapshot.joinpath("config.json").unlink()
-    assert look(Choice("owner/name")).to_download == 0
+    assert fetch_description(Choice("owner/name")).to_download == 0
 
 
 def test_a_disk_without_room_for_the_weights_is_told_before_the_download(hub, monkeypatch):

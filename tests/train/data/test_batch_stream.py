@@ -276,7 +276,7 @@ def test_no_step_is_drawn_from_another_store_in_its_place(write_store, tmp_path)
         blocks = feed.plan.blocks(0)
         feed.draw(0)
         (tmp_path / "next").replace(tmp_path / "store")  # in one operation: the next block is being read meanwhile
-        with pytest.raises(StoreMismatch, match="was replaced while it was read"):
+        with pytest.raises(StoreMismatch, match="was replaced while it was being read"):
             for step in range(sum(block.steps for block in blocks)):
                 feed.draw(step)
         feed.close()
