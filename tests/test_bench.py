@@ -209,7 +209,7 @@ def test_a_claim_refuses_a_run_of_other_settings(bench, tmp_path, what):
     (tmp_path / "result.json").write_text(json.dumps({"tokens": 96}))
     run, asked = claims.Run(tmp_path), {"cache_id": "a", "width": 8, "tokens": 99}
     claims.require_same_settings([run], **asked)
-    with pytest.raises(Exception, match="choose another --runs"):
+    with pytest.raises(Exception, match="expected store .*choose another --runs"):
         claims.require_same_settings([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
 
 

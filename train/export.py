@@ -84,8 +84,8 @@ def main(
         if kind is None or target is None:
             raise click.UsageError("expected --to KIND and --out FOLDER, or --push-to-hub OWNER/NAME")
         folders = find_saes(source, runs) if kind == CIRCUIT_TRACER else [find_sae(source, runs)]
-        extras = {name for folder in folders for name in names_of_extras(folder)}
-        left_out = [] if kind == "sae_lens" else sorted(extras)
+        whole = kind == "sae_lens"  # its layout keeps the extras
+        left_out = [] if whole else sorted({name for folder in folders for name in names_of_extras(folder)})
         if kind == CIRCUIT_TRACER:
             difference, compared = export_set(folders, target), "reconstructions differ"
         else:

@@ -13,7 +13,7 @@ N tokens, F latents, D residual width, M tiers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
@@ -130,10 +130,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         listed["compositions"] = list_compositions(subject, seen[subject], words, config)
         listed["traced"] = list_traced(seen[subject], effects[subject], words)
         remark = impossible if subject.is_single_layer else UNTRACED
-        still_missing = None if remark else missing
+        lacks = None if remark else missing
         text = seen[subject].text.and_traced(config.trace_windows if effects[subject] else 0)
-        result = Result(subject, to_json(config), metrics, unstructured=listed, measured_on=text)
-        yield replace(result, remark=remark, missing=still_missing)
+        yield Result(
+            subject, to_json(config), metrics, unstructured=listed, remark=remark, missing=lacks, measured_on=text
+        )
 
 
 def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]:

@@ -132,7 +132,8 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
 
 def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: int) -> Iterator[tuple[str, Table]]:
     """One row per SAE and one column per metric in the evaluations' summaries, in one table without a title. If that
-    would be wider than `width`, each evaluation has its own titled table, or several."""
+    would be wider than `width`, each evaluation has its own, or several; if there are several evaluations, the first of
+    each is titled."""
     found = {(row.subject, row.eval_id): numbers_of(row) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
     columns: dict[str, list[Column]] = {}

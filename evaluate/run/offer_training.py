@@ -1,6 +1,6 @@
 """Offer to train a missing run that has a recipe of its name, if there is a terminal to ask at.
 
-The README's three commands name such a run. Without a terminal or a store to train on, the command fails with the
+The README names such a run, `run_4`. Without a terminal or a store to train on, the command fails with the
 `sae-train` command to use.
 """
 

@@ -24,7 +24,7 @@ from ..kit.variant_contract import Variant
 from .parse_settings import split_key, with_settings
 from .recipe import Recipe, Sae
 
-LONGEST_LABEL = 180  # file names in checkpoints have at most 200 characters, and baselines add a suffix
+LONGEST_LABEL = 180  # checkpoints allow 200 characters before .safetensors, and baselines add a suffix
 NAMES_ELSEWHERE = {  # other libraries' names of settings
     "learning_rate": "optim.lr",
     "lr_warm_up_steps": "optim.warmup_steps",

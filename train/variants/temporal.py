@@ -1,8 +1,8 @@
 """Temporal: latents that change slowly over the window, at three time scales, on any base.
 
-Three quarters of the dictionary are encouraged to stay the same, over 1-4, 5-16 and 17-128 tokens; the last quarter is
-free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it equals its base on
-whole windows, to the bit.
+Three quarters of the dictionary are encouraged to stay the same, one each over 1-4, 5-16 and 17-128 tokens; the last
+quarter is free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it equals
+its base on whole windows, to the bit.
 """
 
 from __future__ import annotations

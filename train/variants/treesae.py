@@ -155,7 +155,7 @@ def quotas(share_P: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Moving:
-    """When latents change parents: at intervals until a share of the run, at most its last step, then to the root."""
+    """When latents change parents: at intervals until a share of the run, then once to the root."""
 
     every_fraction: float
     until_fraction: float

@@ -208,9 +208,8 @@ def make_spots(prompts: Sequence[str], classes: WordClasses, model: LanguageMode
 def word_position(model: LanguageModel, template: str) -> int:
     """Where the word ends in a prompt, counted from its end; -6 for SAEBench's template and Gemma's tokens."""
     tail = template.split("{word}")[1]
-    word, line = model.tokenizer.encode(
-        ["A", f"A{tail}"]
-    )  # not of the tail alone: some tokenizers put a space before every text
+    # The tail is not encoded alone, because some tokenizers put a space before every text.
+    word, line = model.tokenizer.encode(["A", f"A{tail}"])
     return len(word) - len(line) - 1
 
 

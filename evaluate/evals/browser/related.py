@@ -36,7 +36,7 @@ def by_direction(
     rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool, advance: Callable[[int], object] = lambda rows: None
 ) -> Near:
     """The nearest by cosine of decoder rows; in the same table, a row is not its own neighbour. `advance` is called
-    with the number of rows done."""
+    with the number of further rows done."""
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)

@@ -172,7 +172,7 @@ def max_cosine(
 ) -> Tensor:
     """The largest cosine of each row with any of `others_FD`, or by default with any other row: [F].
 
-    -inf where there is no other row. By default, `advance` is called with the number of pairs done.
+    -inf where there is no other row. By default, `advance` is called with the number of further pairs done.
     """
     unit = functional.normalize(rows_FD, dim=1)
     if others_FD is not None:

@@ -128,7 +128,7 @@ def set_exams(material: Material, config: Config) -> list[Exam]:
     exams = [paper.exam(remembered_questions(material.model, paper, config.cache)) for paper in material.papers]
     for papers, kind in ((material.forget, "to forget"), (material.retain, "to retain")):
         if not any(len(exam) for exam in exams if exam.name in {paper.name for paper in papers}):
-            raise NotApplicable(f"the model answers no question on the text {kind} correctly: nothing can be measured")
+            raise NotApplicable(f"the model correctly answers no question about what it is {kind}: nothing to measure")
     return exams
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
@@ -94,16 +92,15 @@ def test_samples_of_tables(official):
     assert spurious(table, (21, 13), (0, 1), 20, SEED) == expected["spurious"]
 
 
-def test_samples_of_streams(official):
+def test_samples_of_streams(official, monkeypatch):
     classes = saebench_texts.CLASSES[saebench_texts.GITHUB]
     cut = saebench_texts.split_shuffled(saebench_texts.collect_files(maker.files(), 40), classes, 30, 10, SEED)
     assert [
         {name: [[file[:6], len(file)] for file in files] for name, files in part.items()} for part in cut
     ] == official.outputs["samples"]["files"]
-    speeches = {
-        language: [row["translation"][language] for row in islice(maker.speeches(pair), 31)]
-        for language, pair in saebench_texts.SPEECHES.items()
-    }
+    monkeypatch.setattr(saebench_texts, "commit_of", lambda *_: None)
+    monkeypatch.setattr(saebench_texts, "load_dataset", lambda _, pair, **options: maker.speeches(pair))
+    speeches = saebench_texts.read_speeches(30)
     cut = saebench_texts.split_shuffled(speeches, saebench_texts.CLASSES[saebench_texts.EUROPARL], 20, 10, SEED)
     assert list(cut) == official.outputs["samples"]["speeches"]
 

@@ -159,7 +159,9 @@ def test_a_selection_without_two_attributes_of_the_data_is_named(
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5, float("nan")])
 def test_a_split_without_pairs_on_either_side_is_refused(context, builder, config, share):
-    with pytest.raises(SettingInvalid, match=f"train_test_split: expected a share .*found {share}"):
+    with pytest.raises(
+        SettingInvalid, match=f"train_test_split: expected a share .*more than 0 and less than 1, found {share}"
+    ):
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config(train_test_split=share)))
 
 

@@ -103,7 +103,7 @@ def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
 def test_a_model_that_knows_nothing_of_it_is_not_run(tiny, builder):
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
     context.use(tiny)
-    with pytest.raises(NotApplicable, match="answers no question on the text to forget"):
+    with pytest.raises(NotApplicable, match="correctly answers no question about what it is to forget"):
         list(unlearning.evaluate(context, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
 
 
