@@ -225,8 +225,8 @@ def compact(files: Files, manifest: Manifest, holds_claim: bool = True) -> Index
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half removed.
 
-    Index and summary are brought up to date again at the end: a writer that gave up waiting may have written either
-    while the records were still there.
+    At the end the index is brought up to date and the summary removed again: a writer that gave up waiting may have
+    written either while the records were still there.
     """
     gone = sorted(set(shards))
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again

@@ -88,7 +88,7 @@ Examples:
     "--packing",
     type=click.Choice(["concat", "documents"]),
     default="concat",
-    help="concat: join documents with BOS between them; documents: one per window, cutting off the rest.",
+    help="concat: join documents with BOS between them; documents: one per window, leaving out tokens that fill none.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16")
 @click.option(

@@ -159,7 +159,8 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
 
 
 def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True) -> None:
-    """Print the disk space that a remote store's tokens take on this machine until the store has them.
+    """Print the disk space that a remote store's tokens take on this machine until the store has them; if it `refuses`,
+    raise an error when the disk lacks it.
 
     A local store's tokens are next to it, on a disk that needs far more space for the store itself.
     """

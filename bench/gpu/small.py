@@ -2,7 +2,7 @@
 
 One process imports everything once; each job is a fork of it with its own time limit, so that a job that fails, hangs
 or breaks the device's context is reported and the next one starts. Nothing here touches CUDA before a fork; if a fork
-has no CUDA all the same (because some import args for the device), each job is a new process instead. Independent jobs
+has no CUDA all the same (because some import asked for the device), each job is a new process instead. Independent jobs
 run several at a time: a small run is mostly start-up, and none is timed.
 """
 
