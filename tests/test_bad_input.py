@@ -134,7 +134,7 @@ def use_browser(home: Path, file: Path, about: dict[str, Any], made: Path) -> No
     (home / "browser/data/run.js").write_bytes(b'saemill("run",' + file.read_bytes() + b");\n")
     shutil.rmtree(made, ignore_errors=True)
     browser.is_there(SimpleNamespace(home=home, label="topk"))  # type: ignore[arg-type]
-    told: Any = SimpleNamespace(say=lambda _: None, path=made, meet=lambda _: None)
+    told: Any = SimpleNamespace(say=lambda _: None, path=made, include=lambda _: None)
     kept = browser.keep_others(told, home, told, about, [], told)
     assert [sae["folder"] for sae in kept] == sorted((path.name for path in made.glob("data/*")), reverse=True)
 

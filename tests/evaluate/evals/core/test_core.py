@@ -247,7 +247,7 @@ def test_tokens_that_are_made_up_are_not_run(make_world, open_context, builder):
     result = run(open_context(world), [subject])["sae"]
     assert "imported without tokens" in result.remark and result.metrics["sparsity"]["l0"] > 0
     assert result.missing is None  # nothing that could come: a store with them is another one
-    with pytest.raises(DataMissing, match="by --cache, or leave out --from-tokens"):
+    with pytest.raises(DataMissing, match="with --cache, or leave out --from-tokens"):
         run(open_context(world, from_tokens=True), [subject])
 
 
