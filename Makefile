@@ -39,8 +39,7 @@ STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard trai
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
 STUDY_MODEL  := $(if $(filter auto,$(MODEL)),pocket,$(MODEL))
 # The plan of docs/studies/questions.md.
-DECIDE_PASSES := $$(case {} in (attention|attention_plan|temporal) echo 4;; (*) echo 2;; esac)
-DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs $(DECIDE_PASSES) --width 1152)
+DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs 4 --width 1152)
 DECIDE_MEASURED := $(if $(filter smollm2,$(MODEL)),--eval-set core.n_eval_reconstruction_batches=4 --eval-set tiers.trace_windows=0)
 DECIDE_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),1200k))
 STUDY_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),500k))
