@@ -46,6 +46,7 @@ RECORD = "gguf.json"
 # to NFC.
 CONVERTER = 3
 DIGITS = 16  # of the digest, in a store's revision
+LONGEST_ARRAY = 2**22  # items; each takes the reader some hundred bytes, and the largest vocabularies have 2**18
 # Tested to convert to the same model. Gemma-2 is missing: its GGUF files do not record how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Rules for splitting text before merges, by their names in GGUF files, besides those that transformers knows; for all
@@ -141,6 +142,8 @@ def read_header(file: Path) -> Header:
 
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if config.num_hidden_layers > len(reader.tensors):  # building that many would take all memory
+            raise ValueError(f"{config.num_hidden_layers:,} layers, but {len(reader.tensors):,} tensors")
         weights = [weight.numel() for weight in _empty_model(config).parameters()]
     except UNREADABLE as error:
         raise ModelUnavailable(f"{file}: no model can be made from its header ({error}). Download it again") from error
@@ -156,14 +159,30 @@ def read_header(file: Path) -> Header:
 
 def _open_reader(file: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, GGUFValueType
     except ImportError:
         raise ModelUnavailable(f"{file.name}: reading GGUF needs the package gguf: `pip install gguf`") from None
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ModelUnavailable(f"{file}: expected a GGUF file, but it does not start like one. Download it again")
+
+    class Reader(GGUFReader):
+        """The package's reader, which would go on past the end of the file for as long as a damaged count says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *options: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *options, **named)
+            if len(found) < count:
+                raise ValueError("it ends within its header")
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            is_array = raw_type == GGUFValueType.ARRAY
+            if is_array and (count := int(self._get(orig_offs + 4, "uint64")[0])) > LONGEST_ARRAY:
+                raise ValueError(f"expected arrays of at most {LONGEST_ARRAY:,} items in its header, found {count:,}")
+            return super()._get_field_parts(orig_offs, raw_type)
+
     try:
-        return GGUFReader(file)
+        return Reader(file)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
         if "GGMLQuantizationType" in str(error):
             reason = f"its quantisation is not known to the package gguf ({error}). Update that, or use another file"

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -395,6 +396,23 @@ def test_mutated_headers_are_read_or_refused_by_name(tiny):
 @pytest.mark.timeout(3600)
 def test_mutated_headers_are_read_or_refused_by_name_for_long(tiny):
     try_headers(tiny, inputs=2000, first=random.randrange(10**9))
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "value", "message"),
+    [
+        ("llama.block_count", "I", 2**28, "268,435,456 layers, but 48 tensors"),
+        ("tokenizer.ggml.token_type", "Q", 2**40, "at most 4,194,304 items in its header, found 1,099,511,627,776"),
+        ("tokenizer.ggml.token_type", "Q", 2**22, "it ends within its header"),
+    ],
+)
+def test_a_header_with_an_absurd_count_is_refused_before_it_takes_all_memory(tiny, field, kind, value, message):
+    damaged, file = bytearray(tiny.read_bytes()), tiny.with_name("absurd.gguf")
+    size = struct.calcsize(f"<{kind}")  # a field's name, the type of its value and, of an array, that of its items
+    struct.pack_into(f"<{kind}", damaged, damaged.index(field.encode()) + len(field) + size, value)
+    file.write_bytes(damaged)
+    with pytest.raises(ModelUnavailable, match=message):
+        gguf_file.read_header(file)
 
 
 @pytest.mark.parametrize("changes", [{"fields": {"split.count": 2}}, {"extra": 4}], ids=["a part", "scaled rotary"])
