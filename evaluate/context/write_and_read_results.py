@@ -245,6 +245,8 @@ def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) ->
 
 def rounded_to(value: float, reach: float) -> tuple[str, str]:
     """A number and its reach, both to the second digit of the reach, beyond which neither is meaningful."""
+    if not reach:
+        return f"{value:.4g}", "0"
     places = min(max(0, 1 - int(f"{reach:.1e}".partition("e")[2])), MOST_PLACES)
     return f"{value:,.{places}f}", f"{reach:,.{places}f}"
 

@@ -165,6 +165,7 @@ def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, s
     ours = results(run_1)["small_eval_results.json"]["saemill_metrics"]
     value, (low, high) = ours["explained_variance"], ours["confidence_95"]["explained_variance"]
     assert " ± ".join(rounded_to(value, max(high - value, value - low))) in output
+    assert rounded_to(32.0, 0.0) == ("32", "0")  # a reach of nothing takes no digits away
     tokens, documents = ours["massive"]["of_tokens"], ours["documents"]["sparsity"]
     assert f"core: test split, {tokens:,} tokens of {documents} documents; CE and KL on " in output
     assert f"{ours['documents']['losses']} documents" in output.split("CE and KL on ")[1].partition("\n")[0]

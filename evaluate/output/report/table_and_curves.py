@@ -106,8 +106,8 @@ def cell(record: Record, column: Column) -> Html:
     value, found = column.value(record), reach(column, record)
     if value is None:
         return element("td", "\N{EN DASH}")
-    if not found:
-        return element("td", f"{value:{column.form}}", *([] if found is None else [element("small", f"{REACH} 0")]))
+    if found is None:
+        return element("td", f"{value:{column.form}}")
     number, distance = rounded_to(value, found)
     return element("td", number, element("small", f"{REACH} {distance}"))
 
