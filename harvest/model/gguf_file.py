@@ -141,9 +141,10 @@ def read_header(file: Path) -> Header:
     from transformers import AutoConfig
 
     try:
+        layers = _read_field(reader, f"{_read_field(reader, 'general.architecture', file)}.block_count", file) or 0
+        if layers > len(reader.tensors):  # a configuration and a model of that many would take all memory
+            raise ValueError(f"{layers:,} layers, but {len(reader.tensors):,} tensors")
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        if config.num_hidden_layers > len(reader.tensors):  # building that many would take all memory
-            raise ValueError(f"{config.num_hidden_layers:,} layers, but {len(reader.tensors):,} tensors")
         weights = [weight.numel() for weight in _empty_model(config).parameters()]
     except UNREADABLE as error:
         raise ModelUnavailable(f"{file}: no model can be made from its header ({error}). Download it again") from error
