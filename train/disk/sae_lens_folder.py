@@ -186,7 +186,13 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
     return {"standard": kind, "jumprelu": f"jumprelu_{kind}"}.get(plain.architecture)
 
 
-CONFIG_TYPES = {"architecture": str | None, "gate": str | None, "metadata": dict, "knobs": dict, "needs_side": list}
+CONFIG_TYPES = {
+    "architecture": (str, type(None)),
+    "gate": (str, type(None)),
+    "metadata": (dict,),
+    "knobs": (dict,),
+    "needs_side": (list,),
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -197,9 +203,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except ConfigInvalid as error:
         raise SaeInvalid(f"{error}, or export the SAE again") from error
-    for name, kind in CONFIG_TYPES.items():
-        if name in config and not isinstance(config[name], kind):
-            expected = getattr(kind, "__name__", "str or null")
+    for name, kinds in CONFIG_TYPES.items():
+        if name in config and not isinstance(config[name], kinds):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise SaeInvalid(f"{path}: expected {name} as a {expected}, found {config[name]!r:.60}")
     return config
 

@@ -76,6 +76,6 @@ def _why_no_triton(device: torch.device) -> str | None:
     try:
         exact_top_k.top_latents(torch.zeros(1, 8, device=device), 1)
     except Exception as error:  # noqa: BLE001 (an old GPU, no C compiler, a driver: a compiler fails in many ways)
-        first_line = str(error).partition("\n")[0][:200]
-        return f"triton cannot compile for it ({type(error).__name__}: {first_line})"
+        reason = str(error).partition("\n")[0][:200]  # nothing, if the error says nothing
+        return f"triton cannot compile for it ({type(error).__name__}: {reason})"
     return None
