@@ -20,7 +20,7 @@ from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, spee
 from torch.profiler import ProfilerActivity, profile
 
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
-from saemill.train.data.batch import AttentionRows, Batch
+from saemill.train.data.batch import AttentionRows, Batch, rounded_up
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
@@ -32,24 +32,19 @@ ALLOWED = 1.35  # times the base's time
 TOTAL_STEPS = 1000
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    side = {name: value.to(device) for name, value in batch.side.items() if name != "attention"}
-    attention = {
-        layer: AttentionRows(*(getattr(rows, field.name).to(device) for field in dataclasses.fields(rows)))
-        for layer, rows in batch.side["attention"].items()
-    }
-    return Batch(batch.x.to(device), side=side | {"attention": attention})
-
-
-def make_batch(generator: torch.Generator, windows: int, context: int, d_model: int) -> Batch:
-    """Whole windows, each without its special first token."""
+def make_batch(generator: torch.Generator, windows: int, context: int, d_model: int, device: torch.device) -> Batch:
+    """Whole windows, each without its special first token; on a GPU with as many entries of attention in each layer, as
+    in a run."""
     rows = windows * (context - 1)
     window, place = torch.arange(rows) // (context - 1), torch.arange(rows) % (context - 1) + 1
     row_of = torch.full((windows, context), -1)
     row_of[window, place] = torch.arange(rows)
     attention = {layer: make_attention(generator, windows, context) for layer in LAYERS}
+    if device.type == "cuda":
+        room = rounded_up(max(len(rows.indices) for rows in attention.values()))
+        attention = {layer: rows.padded(room) for layer, rows in attention.items()}
     side = {"window": window, "position": place, "row_of": row_of, "attention": attention}
-    return Batch(torch.randn(rows, d_model, generator=generator), side=side)
+    return Batch(torch.randn(rows, d_model, generator=generator), side=side).map(lambda tensor: tensor.to(device))
 
 
 def make_attention(generator: torch.Generator, windows: int, context: int) -> AttentionRows:
@@ -105,9 +100,9 @@ def steps(trainee: Trainee, batch: Batch, count: int) -> None:
 def measure(base: str, settings: dict[str, Any]) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     shape = (settings["windows"], settings["context"], settings["d_model"])
-    batch = to_device(make_batch(generator, *shape), torch.device(settings["device"]))
+    batch = make_batch(generator, *shape, torch.device(settings["device"]))
     pair = make_pair(base, batch, settings["width"], settings["sparsity"], settings["product"])
-    batches = {"base": Batch(batch.x), "hierarchical": batch}  # a GPU replays only steps that read no attention
+    batches = {"base": Batch(batch.x), "hierarchical": batch}
     for who, trainee in pair.items():
         steps(trainee, batches[who], 4 if batch.x.is_cuda else 1)
     rows, count = batch.x.shape[0], settings["steps"]

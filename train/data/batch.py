@@ -5,11 +5,12 @@ B rows, W windows, T context, H heads, D width.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...cache_schema.sites import RESID, Place, place_of, site_of
@@ -74,7 +75,29 @@ class Batch:
 
     x: Tensor  # [B, D_in]
     target: Tensor | None = None  # [B, D_out]; None: x itself
-    side: Mapping[str, Any] = field(default_factory=dict)
+    side: Mapping[str, Any] = field(default_factory=dict)  # tensors, and the attention of each layer
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed, say moved to another device."""
+        target = None if self.target is None else change(self.target)
+        return Batch(change(self.x), target, {name: _map(value, change) for name, value in self.side.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, always in the same order."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _map(part, change) for name, part in value.items()}
+    return value.map(change) if isinstance(value, AttentionRows) else change(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,3 +119,24 @@ class AttentionRows:
     indices: Tensor  # int64 [entries], key position in the window
     data: Tensor  # float32 [entries]
     kept_mass: Tensor  # float32 [W, H, T]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> AttentionRows:
+        return AttentionRows(change(self.indptr), change(self.indices), change(self.data), change(self.kept_mass))
+
+    def padded(self, room: int) -> AttentionRows:
+        """The same rows with `room` entries in all: to each row about as many are added, of no weight, to position 0.
+
+        In a single row, thousands of zeros would be summed one after the other.
+        """
+        rows, entries = len(self.indptr) - 1, len(self.indices)
+        added = torch.arange(rows + 1, device=self.indptr.device) * (room - entries) // rows  # before each row
+        place = torch.arange(entries, device=added.device)
+        place += added[:-1].repeat_interleave(self.indptr.diff(), output_size=entries)
+        indices, data = (column.new_zeros(room).index_copy_(0, place, column) for column in (self.indices, self.data))
+        return AttentionRows(self.indptr + added, indices, data, self.kept_mass)
+
+
+def rounded_up(count: int) -> int:
+    """One of few sizes, at most an eighth more: what a GPU recorded of a step serves tensors of one size."""
+    step = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // step) * step

@@ -119,10 +119,14 @@ class Attention:
     kept_mass: Tensor  # float16 [W, H, T]
     begins: np.ndarray  # int64 [W + 1], where each window's entries start, on the host
 
+    def entries(self, windows: np.ndarray) -> int:
+        """The number of entries in some windows."""
+        return int((self.begins[windows + 1] - self.begins[windows]).sum())
+
     def take(self, windows: np.ndarray, windows_on_device: Tensor) -> AttentionRows:
         """The rows of some windows, in the order given."""
         heads, context = self.kept_mass.shape[1:]
-        rows, count = heads * context, int((self.begins[windows + 1] - self.begins[windows]).sum())
+        rows, count = heads * context, self.entries(windows)
         lengths = self.indptr.diff().view(-1, rows)[windows_on_device]
         indptr = torch.cat([lengths.new_zeros(1), lengths.view(-1).cumsum(0)])
         # The entries of a window are contiguous, so all of them move by the same shift.

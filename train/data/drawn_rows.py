@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.sites import Place
-from .batch import AttentionRows, Batch, Kind, Needs, Rows
+from .batch import AttentionRows, Batch, Kind, Needs, Rows, rounded_up
 from .block import Block, as_int64
 from .device_copies import send
 
@@ -120,8 +120,17 @@ class Draw:
     def _attention(self, layer: int, rows: Rows) -> AttentionRows:
         assert rows.windows is not None and rows.windows_on_device is not None
         windows, on_device = rows.windows, rows.windows_on_device
+        by_layer = self.block.attention
+
+        def take() -> AttentionRows:
+            found = by_layer[layer].take(windows, on_device)
+            if self.device.type != "cuda":
+                return found
+            # Layers of one size, and batches of few: steps with the same sizes are replayed (`cuda_graph_replay.py`).
+            return found.padded(rounded_up(max(attention.entries(windows) for attention in by_layer.values())))
+
         # Not by kind: windows are the same whichever of their rows are left out.
-        return self._once("attention", layer, lambda: self.block.attention[layer].take(windows, on_device))
+        return self._once("attention", layer, take)
 
 
 class TokenOrder:

@@ -1,13 +1,17 @@
 """How long ago each latent fired.
 
 F latents. The counters decide which latents are dead, and belong to the trainer's state, not to the SAE's. Counting
-stays on the device; to list the dead latents the host must wait for their number.
+stays on the device. To list the dead latents the host must wait for their number, so on a GPU they are listed at looks,
+in memory that stays where it is and with some others up to one of few sizes: recorded steps read that memory.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..data.batch import rounded_up
+from ..sae.step_view import DeadLatents
 
 
 class LatentCounters:
@@ -16,7 +20,8 @@ class LatentCounters:
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self._listed = torch.zeros(num_latents, dtype=torch.bool, device=device)
-        self._list = torch.zeros(0, dtype=torch.int64, device=device)
+        self._order = torch.arange(num_latents, device=device)
+        self._room = 0
         self._is_stale = True
         self._was_read = False
 
@@ -31,19 +36,25 @@ class LatentCounters:
         self._is_stale = True
 
     @property
-    def listed(self) -> Tensor:
-        """int64, the latents that were dead at the last `list_dead`, in ascending order."""
+    def listed(self) -> DeadLatents:
+        """The latents that were dead at the last `list_dead`, then some others, each in ascending order."""
         self._was_read = True
-        if self._is_stale:
-            found = self._listed.nonzero().view(-1)
-            # A list of unchanged length keeps its address, from which recorded steps read.
-            self._list = self._list.copy_(found) if self._list.shape == found.shape else found
-            self._is_stale = False
-        return self._list
+        self._list()
+        latents = self._order[: self._room]
+        return DeadLatents(latents, self._listed[latents])
 
-    def place(self) -> tuple[int, ...]:
-        """Where a recorded step finds the list; empty until a step reads it, so that an unused list is never made."""
-        return (self.listed.data_ptr(), len(self._list)) if self._was_read else ()
+    def size(self) -> int | None:
+        """The size of the list, once a step has read it: an unread list is never made."""
+        if not self._was_read:
+            return None
+        self._list()
+        return self._room
+
+    def _list(self) -> None:
+        if self._is_stale:
+            self._order.copy_(torch.argsort(self._listed.byte(), descending=True, stable=True))
+            self._room = min(rounded_up(int(self._listed.sum())), len(self._order))
+            self._is_stale = False
 
     @torch.no_grad()
     def update(self, fired_F: Tensor, tokens: int) -> None:

@@ -2,10 +2,11 @@
 
 At 16,384 latents the host takes as long to launch a step's two hundred or so kernels as a GPU takes to run them; a
 CUDA graph is one launch. It repeats exactly what was recorded, on the same memory, so a step can be recorded only if
-the host decides nothing beyond its key: shapes, weights of terms, knobs, and the addresses of weights and of the list
-of dead latents. A term is a function of its view, so only what the host draws or counts could differ between replays.
-Steps that do so are launched kernel by kernel, and so are all steps of an SAE that has extras, reads side inputs, or
-shares its rows or latents with other processes.
+the host decides nothing beyond its key: shapes, which terms count, knobs, the number of listed dead latents, and the
+addresses of tables. A term is a function of its view, so only what the host draws or counts could differ between
+replays. What is drawn by `view.draw` is drawn again for each replay. Steps that draw or count otherwise are launched
+kernel by kernel, and so are all steps of an SAE that has extras which are not said to be recordable, or that shares its
+rows or latents with other processes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ import contextlib
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import count
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ...cache_schema.numbers_in_words import first_line
-from ..data.batch import Batch
-from ..data.device_copies import NotRecordable
+from ..data.batch import Batch, rounded_up
+from ..data.device_copies import NotRecordable, page_locked, send
 
 Measured = dict[str, Tensor]  # what a step reports: scalars by name
 Work = Callable[[Batch], Measured]
+HostDraw = Callable[[], Tensor]
 
 SETTLED = 2  # steps with a key before it is recorded; doubled after each recording that was hardly used
 SERVED_WELL = 3  # replays that make a recording worthwhile
 RENEWED = 256  # recordings after which a device gets a new memory pool: each leaves gaps of different sizes in the old
-KEPT = 4  # keys at a time: where massive rows are left out, batch sizes differ by a row
+KEPT = 32  # keys at a time: windows differ in how many rows are special or massive, and so do batches of windows
 
 
 @dataclass(eq=False)
@@ -45,22 +48,32 @@ class Kind:
 class Replays:
     """The recordings of one SAE's step, while they are valid."""
 
-    def __init__(self, name: str, is_possible: bool, undo: Callable[[], None]) -> None:
-        """`undo` reverts the host's part of a step that could not be recorded."""
-        self._name, self._undo = name, undo
+    def __init__(self, name: str, is_possible: bool, generator: torch.Generator, undo: Callable[[], None]) -> None:
+        """`undo` reverts the host's part of a step that was not executed, and what it drew from the generator."""
+        self._name, self._generator, self._undo = name, generator, undo
         self.is_possible = is_possible
         self.served = 0
         """How many steps have been replayed."""
         self._kinds: dict[Hashable, Kind] = {}  # ordered by last use
         self._patience = SETTLED
         self._memory: Memory | None = None
+        self._inputs: dict[int, Tensor] = {}  # memory for each input, shared by recordings for different sizes
+        self._drawn: list[tuple[HostDraw, Tensor]] | None = None  # by the step that is being recorded
+
+    def draw(self, on_host: HostDraw, device: torch.device) -> Tensor:
+        """On the device, what the host draws in a step; a replay of the step draws it again."""
+        drawn = on_host()
+        if self._drawn is None:
+            return send(drawn, device)
+        there = torch.empty_like(drawn, device=device)
+        self._drawn.append((on_host, there))
+        return there
 
     def take(self, batch: Batch, key: Hashable, work: Work) -> Measured:
         """Launch or replay a step; `key` is everything that the host decides in it."""
-        if not self.is_possible or batch.side:
+        if not self.is_possible:
             return work(batch)
-        given = (None if x is None else (x.shape, x.dtype, x.stride()) for x in (batch.x, batch.target))
-        kind = self._kind((key, *given))
+        kind = self._kind((key, *((x.shape, x.dtype, x.stride()) for x in batch.tensors())))
         kind.seen += 1
         if kind.recording is None and kind.is_recordable and kind.seen > self._patience:
             kind.recording = self._record(kind, batch, work)
@@ -77,6 +90,7 @@ class Replays:
     def end(self) -> None:
         """Stop recording, and release the recordings' memory, which is as much as a step's."""
         self.is_possible, self._memory = False, None
+        self._inputs.clear()
         self.forget()
 
     def _kind(self, key: Hashable) -> Kind:
@@ -93,8 +107,8 @@ class Replays:
         try:
             self._memory = memory_of(batch.x.device)
             self._memory.require_room()
-            return record(batch, work, self._memory)
-        except NotRecordable:  # expected of steps in which the host draws or counts
+            return self._record_with_draws(batch, work, self._memory)
+        except NotRecordable:  # expected of steps in which the host decides something else
             kind.is_recordable = False
             self._patience *= 2
         except RuntimeError as error:  # CUDA refused, or the device is full
@@ -105,36 +119,67 @@ class Replays:
             warnings.warn(f"{self._name}: its steps are not recorded, which is slower: {failed}", stacklevel=2)
         return None
 
+    def _record_with_draws(self, batch: Batch, work: Work, memory: Memory) -> Recording:
+        own, before = self._copy(batch), self._generator.get_state()
+        self._drawn = drawn = []
+        try:
+            recording = record(own, work, memory, drawn)
+        finally:
+            self._drawn = None
+        after = self._generator.get_state()
+        self._generator.set_state(before)
+        for draw, _ in drawn:
+            draw()
+        if not torch.equal(self._generator.get_state(), after):
+            raise NotRecordable("the host draws random numbers for something else than `view.draw`")
+        self._generator.set_state(before)  # its first replay draws
+        return recording
+
+    def _copy(self, batch: Batch) -> Batch:
+        """A copy in memory that recordings for other sizes share, since only one at a time is replayed."""
+        number = count()
+
+        def copy(value: Tensor) -> Tensor:
+            index = next(number)
+            memory = self._inputs.get(index)
+            if memory is None or memory.dtype != value.dtype or memory.numel() < value.numel():
+                size = rounded_up(value.numel())
+                memory = self._inputs[index] = torch.empty(size, dtype=value.dtype, device=value.device)
+            return memory[: value.numel()].view(value.shape).copy_(value)
+
+        return batch.map(copy)
+
 
 @dataclass(frozen=True, eq=False)
 class Recording:
     """A recorded step, the memory that it reads, and the memory to which it writes its measurements."""
 
     launch: Callable[[], None]
-    inputs: tuple[Tensor, ...]
+    inputs: list[Tensor]
+    drawn: list[tuple[HostDraw, Tensor]]
     names: tuple[str, ...]
     values: Tensor  # float64 [names]
 
     def replay(self, batch: Batch) -> Measured:
-        for there, value in zip(self.inputs, _tensors(batch), strict=True):
+        for there, value in zip(self.inputs, batch.tensors(), strict=True):
             there.copy_(value)
+        for draw, there in self.drawn:
+            there.copy_(page_locked(draw(), there.device), non_blocking=True)
         self.launch()
         return dict(zip(self.names, self.values.clone(), strict=True))  # the next replay overwrites them
 
 
-def record(batch: Batch, work: Work, memory: Memory) -> Recording:
-    """Record a step. Nothing is executed yet."""
-    inputs = tuple(value.clone() for value in _tensors(batch))
-    own = Batch(inputs[0], None if batch.target is None else inputs[1])
+def record(batch: Batch, work: Work, memory: Memory, drawn: list[tuple[HostDraw, Tensor]]) -> Recording:
+    """Record a step on this batch's memory; `work` adds to `drawn`. Nothing is executed yet."""
     names: list[str] = []
 
     def measure() -> Tensor:
-        measured = work(own)
+        measured = work(batch)
         names.extend(measured)
         return torch.stack([value.detach().double() for value in measured.values()])
 
     launch, values = memory.record(measure)
-    return Recording(launch, inputs, tuple(names), values)
+    return Recording(launch, batch.tensors(), drawn, tuple(names), values)
 
 
 class Memory:
@@ -204,7 +249,3 @@ def memory_of(device: torch.device) -> Memory:
     if memory is None or memory.is_used_up:
         memory = _memories[device] = Memory(device)
     return memory
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    return (batch.x,) if batch.target is None else (batch.x, batch.target)

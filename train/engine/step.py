@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.device_copies import NotRecordable, fetch, is_recording
+from ..data.device_copies import fetch
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.dictionary_over_processes import Latents, SomeLatents
 from ..parallel.sums_over_processes import ONE_PROCESS, BatchRanks, Ranks, Reduction, share_batch
 from ..sae.extra_modules import Part, extras_of, retired_of
-from ..sae.kernels.hardware import reads_at_once, runs_triton
+from ..sae.kernels.hardware import reads_at_once, runs_triton, write_numbers
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import View
@@ -97,11 +97,13 @@ class Trainee:
         self._looks_late = not reads_at_once(self.sae.b_enc)
         self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps not looked at yet
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
+        self._weights = torch.zeros(len(assembly.terms), device=self.device)  # of the terms' losses, for a GPU
         self._random_state = assembly.generator.get_state()  # at the start of this step
         # With torch's own kernels the host reads the selection.
         is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
         is_alone = self.ranks.size == 1 and self.latents.is_whole
-        self.replays = Replays(name, is_recordable and is_alone and not extras_of(self.sae), self._undo)
+        is_recordable &= all(extra.is_recordable for extra in extras_of(self.sae))
+        self.replays = Replays(name, is_recordable and is_alone, assembly.generator, self._undo)
 
     def step(self, batch: Batch) -> Report:
         knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
@@ -114,6 +116,8 @@ class Trainee:
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         self.optimiser.begin(lr)
+        if self._looks_late:
+            write_numbers(self._weights, list(weights.values()))
         measured = self._launch_or_replay(batch, weights, knobs, ranks)
         self.step_index += 1
         known = {f"weight/{name}": weight for name, weight in weights.items()}
@@ -128,7 +132,8 @@ class Trainee:
         key: tuple[Hashable, ...] = ()
         if self.replays.is_possible:
             # All that `_work` takes from the host, and the tensors that it reads and changes.
-            key = *weights.items(), *knobs.items(), self.counters.place(), *self.optimiser.places()
+            counted = (name for name, weight in weights.items() if weight != 0.0)
+            key = *counted, *knobs.items(), self.counters.size(), *self.optimiser.places()
         measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs, ranks))
         if self._looks_late:
             names = [name for name in measured if name.startswith(LOOKED_AT)]
@@ -143,10 +148,11 @@ class Trainee:
         # Reported values are measured here, before the weights change.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
-        own_loss = loss = _weighted_sum(losses, weights)
+        factors = dict(zip(weights, self._weights.unbind(), strict=True)) if self._looks_late else weights
+        own_loss = loss = _weighted_sum(losses, factors)
         if not self.latents.is_whole:
             losses = self._sum_parts(losses)
-            loss = _weighted_sum(losses, weights)
+            loss = _weighted_sum(losses, factors)
         measured = self._require_finite(view, loss, losses) | {"loss": loss.detach()}
         with torch.no_grad():
             residual = view.residual.reshape(-1)
@@ -165,8 +171,6 @@ class Trainee:
             self.counters.update(view.fired, ranks.rows(view.x.shape[0]))
             for extra in extras_of(self.sae):
                 extra.observe(view)
-        if is_recording() and not torch.equal(self.assembly.generator.get_state(), self._random_state):
-            raise NotRecordable("it draws random numbers on the host")
         return measured | view.notes | ({} if grad_norm is None else {"grad_norm": grad_norm})
 
     def _undo(self) -> None:
@@ -268,6 +272,7 @@ class Trainee:
             list_dead=(lambda: self.counters.listed) if self._looks_late else None,
             residual_by=assembly.residual_by,
             moments=self.optimiser.moments,
+            drawing=self.replays.draw,
         )
 
     def look(self) -> None:
@@ -322,7 +327,7 @@ class Trainee:
         return {"W_enc": False, "W_dec": is_unit}
 
 
-def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float] | Mapping[str, Tensor]) -> Tensor:
     return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
 

@@ -33,7 +33,8 @@ them there. Lowering is meaningless for signed codes, whose gate sets `can_lower
 
 Rules:
 1. Random numbers come only from `assembly.generator`, seeded by `seed`, so that an SAE trains to the same bits alone,
-   with others, and after a resume.
+   with others, and after a resume. A term draws by `view.draw`, or a GPU launches its steps kernel by kernel; so it
+   does for an SAE with an extra that is not `is_recordable`.
 2. Everything that training changes is a parameter or a buffer of `sae` or of an extra, so that checkpoints hold it.
 3. A gradient reaches every parameter within a few steps (except in a baseline).
 4. The (row, latent) pairs of a `Support` are distinct and ordered by row: sparse sums add them unchecked.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class Part(nn.Module):
 
 class Extra(Part):
     """Is trained and saved with the SAE, but needed by no activation; terms read `view.sae.extras[name]`."""
+
+    is_recordable: ClassVar[bool] = False
+    """Whether a GPU may record its part of a step and replay it: the host keeps nothing of one step for the next, and
+    decides nothing by numbers that change."""
 
     def observe(self, view: View) -> None:
         """Called once after each step, without gradient; `view.note` writes numbers to the log."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..data.device_copies import send
 from ..data.scaling import Stats
 from .kernels.codes import Codes
 from .model import SparseAutoencoder
@@ -56,6 +57,20 @@ def residual_of(view: View) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class DeadLatents:
+    """M latents, each at most once; on a GPU some that are not dead fill the list."""
+
+    latents: Tensor  # int64 [M]
+    is_dead: Tensor | None = None  # bool [M]; None: all are
+
+    def only(self, table_M: Tensor) -> Tensor:
+        """[M, ...] with zeros for those that are not dead, which get no gradient through it."""
+        if self.is_dead is None:
+            return table_M
+        return torch.where(self.is_dead.view(-1, *[1] * (table_M.ndim - 1)), table_M, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """What the terms of a step see. Everything costly is computed once, when first requested."""
 
@@ -67,9 +82,10 @@ class View:
     stats: Stats  # of the target
     generator: torch.Generator
     retired: Tensor | None = None  # bool [F], latents that auxiliary losses ignore
-    list_dead: Callable[[], Tensor] | None = None  # those of the last look, as listing them waits for the GPU
+    list_dead: Callable[[], DeadLatents] | None = None  # those of the last look, as listing them waits for the GPU
     residual_by: Callable[[View], Tensor] = residual_of  # a term with its own reconstruction already has the residual
     moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for code that moves entries
+    drawing: Callable[[Callable[[], Tensor], torch.device], Tensor] = lambda draw, device: send(draw(), device)
     cache: dict[Any, Any] = field(default_factory=dict)  # results of `once`, by function
     notes: dict[str, Tensor] = field(default_factory=dict)
 
@@ -90,9 +106,9 @@ class View:
 
     @property
     @once
-    def dead_latents(self) -> Tensor:
-        """int64, the dead latents that auxiliary losses may use, in ascending order."""
-        return self.dead_and_wanted.nonzero().view(-1) if self.list_dead is None else self.list_dead()
+    def dead_latents(self) -> DeadLatents:
+        """The dead latents that auxiliary losses may use."""
+        return DeadLatents(self.dead_and_wanted.nonzero().view(-1)) if self.list_dead is None else self.list_dead()
 
     @property
     def dead_and_wanted(self) -> Tensor:
@@ -109,6 +125,11 @@ class View:
     def still_dead(self) -> Tensor:
         """bool [F], the dead latents that do not fire in this batch either."""
         return self.dead & (self.fired == 0)
+
+    def draw(self, on_host: Callable[[], Tensor]) -> Tensor:
+        """What the host draws from the SAE's generator, on the device. A GPU may replay a step for other batches of the
+        same shape: of the host's work only this function is done again, so it may depend on shapes alone."""
+        return self.drawing(on_host, self.x.device)
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Add a scalar to the log; it stays on the batch's device until it is read."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.device_copies import send
+from ..parallel.sums_over_processes import BatchRanks
 from ..sae.attention.attention_encoder import Attention, has_links, link_weights, mixture, places_of
 from ..sae.attention.attention_links import Links
 from ..sae.kernels.codes import Codes
@@ -59,9 +59,8 @@ class Guidance:
 
     def _negatives(self, view: View) -> Tensor:
         """[B, n]: cosines with random tokens of the batch, masked where the window is the same."""
-        rows = view.x.shape[0]
-        picked = torch.randperm(rows, generator=_generator(view))[: self.negatives]
-        picked = send(picked, view.x.device)
+        rows, count, ranks, generator = view.x.shape[0], self.negatives, view.side.ranks, view.generator
+        picked = view.draw(lambda: torch.randperm(rows, generator=_generator(ranks, generator))[:count])
         norms = inverse_norms(view)
         cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
         window = places_of(view).window
@@ -165,12 +164,12 @@ def _mean_where(view: View, losses: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, losses, 0.0).sum() / view.side.ranks.share(counts.sum())
 
 
-def _generator(view: View) -> torch.Generator:
+def _generator(ranks: BatchRanks, generator: torch.Generator) -> torch.Generator:
     """The SAE's own generator; where ranks share a batch, one for this step. Each rank draws according to its number of
     rows, while the SAE's generator, which the first rank saves, must advance equally in all."""
-    if view.side.ranks.size == 1:
-        return view.generator
-    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
+    if ranks.size == 1:
+        return generator
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 @torch.no_grad()

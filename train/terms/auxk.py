@@ -22,7 +22,7 @@ from ..sae.kernels.dense_products import Product, linear, product_on
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.select_top_k import support_topk
 from ..sae.kernels.sparse_products_with_gradients import affine, squared_error
-from ..sae.step_view import View, split
+from ..sae.step_view import DeadLatents, View, split
 from ..sae.top_k_over_processes import lowest_of_topk, split_topk
 
 LEAST_SPREAD = 1e-3  # share of the squared error: identical rows have no spread to divide by
@@ -41,40 +41,50 @@ class AuxK:
     def __call__(self, view: View) -> Tensor:
         error, latents = view.residual, view.side.latents
         dead = view.dead_latents
-        count = latents.count(dead.numel())
+        own = dead.latents.numel()
+        count = latents.count(own)
         if count == 0:
             return error.new_zeros(())
         codes = self._codes(view, dead, count)
-        error_hat = latents.join(codes.decode(view.sae.W_dec[dead]) if dead.numel() else torch.zeros_like(error))
+        error_hat = latents.join(codes.decode(view.sae.W_dec[dead.latents]) if own else torch.zeros_like(error))
         return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
-    def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
-        """Codes of the dead latents in this process, of `count` in total."""
+    def _codes(self, view: View, dead: DeadLatents, count: int) -> Codes:
+        """Codes of the dead latents in this process, of `count` in total. Others in the list are zeros that are chosen
+        last, and so add nothing."""
         sae = view.sae
-        pre = sae.pre_of_latents(view.x, view.side, dead)
+        pre = sae.pre_of_latents(view.x, view.side, dead.latents, dead.is_dead)
         if pre is not None:
-            codes = self._dense(pre, count, view)
+            codes = self._dense(dead.only(pre.t()).t(), dead, count, view)
         else:
             with torch.no_grad():
                 x = sae.encoder_input(view.x, view.side)
-            read = x, sae.encoder_rows(dead), sae.b_enc[dead]
-            is_sparse = self.k < DENSE_SHARE * count
-            codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, view), count, view)
-        return sae.with_factors(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+            read = x, dead.only(sae.encoder_rows(dead.latents)), dead.only(sae.b_enc[dead.latents])
+            if self.k < DENSE_SHARE * count:
+                codes = self._sparse(*read, dead, view)
+            else:
+                codes = self._dense(_affine(*read, view), dead, count, view)
+        return sae.with_factors(codes.map(torch.relu) if self.rectified else codes, view.side, dead.latents)
 
-    def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, view: View) -> Codes:
+    def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, dead: DeadLatents, view: View) -> Codes:
         latents = view.side.latents
         with torch.no_grad():
-            pre = _affine(x, W_MD, b_M, view)
-            score = pre.abs() if self.signed else pre
+            score = self._score(_affine(x, W_MD, b_M, view), dead)
             support = support_topk(score, self.k) if latents.is_whole else split_topk(score, self.k, latents)
         return Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], b_M.numel())
 
-    def _dense(self, pre: Tensor, count: int, view: View) -> Codes:
+    def _dense(self, pre: Tensor, dead: DeadLatents, count: int, view: View) -> Codes:
         if self.k < count:
-            score = pre.detach().abs() if self.signed else pre.detach()
+            score = self._score(pre.detach(), dead)
             pre = torch.where(score >= lowest_of_topk(score, self.k, view.side.latents), pre, 0.0)
         return replace(codes_from_dense(pre, None), product=_product(view))
+
+    def _score(self, pre: Tensor, dead: DeadLatents) -> Tensor:
+        """[B, M]: the largest are chosen."""
+        if self.signed:
+            return pre.abs()
+        # Rectified, a negative number is worth no more than the zero of a latent that is not dead.
+        return pre if self.rectified or dead.is_dead is None else pre.masked_fill(~dead.is_dead, -torch.inf)
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, view: View) -> Tensor:

@@ -29,6 +29,7 @@ def l1_before_mask(view: View) -> Tensor:
 class MaskRecord(Extra):
     """The range of each latent, measured if no mask defines it."""
 
+    is_recordable = True
     range: Tensor
     num_ranges: Tensor
     mass: Tensor

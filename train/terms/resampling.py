@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..data.device_copies import send
 from ..sae.extra_modules import StepCounter
 from ..sae.step_view import View
 
@@ -64,5 +63,6 @@ def drawn_rows(view: View, count: int) -> Tensor:
     # Summed as integers: a GPU adds floats in an order that changes from run to run, and a resumed run must draw the
     # same rows.
     ends = (chances / chances.max().clamp_min(SMALLEST) * FINEST).long().cumsum(0)
-    drawn = send(torch.rand(count, generator=view.generator), ends.device)
+    generator = view.generator
+    drawn = view.draw(lambda: torch.rand(count, generator=generator))
     return torch.searchsorted(ends, (drawn.double() * ends[-1]).long(), right=True).clamp_max(len(ends) - 1)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.device_copies import send
 from ..engine.terms_and_constraints import Constraint
 from ..sae.extra_modules import StepCounter
 from ..sae.kernels.codes import Codes
@@ -188,8 +187,9 @@ class Consistency:
 
     def _start(self, view: View) -> Tensor:
         """[F_g]"""
-        drawn = torch.randn(self.stop - self.start, generator=view.generator)
-        return send(self.start_std * drawn, view.x.device).to(view.x.dtype)
+        width, generator = self.stop - self.start, view.generator
+        drawn = view.draw(lambda: torch.randn(width, generator=generator))
+        return self.start_std * drawn
 
 
 def part_of(codes: Codes, start: int, stop: int) -> Codes:

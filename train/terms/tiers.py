@@ -42,6 +42,7 @@ NEGLIGIBLE = 1e-3  # weights of a composition up to this are logged as zeros
 class Tiers(Extra):
     """Which tier each latent belongs to, and the importance of each tier."""
 
+    is_recordable = True
     lr_scale = 30.0  # s_t must move by order 1, in steps of the learning rate
     membership: Tensor
     weight: Tensor
@@ -170,6 +171,7 @@ class Composition(Extra):
     in ascending order, and rows beyond the tier's size are zero.
     """
 
+    is_recordable = True
     lr_scale = 10.0  # C must move by order 1, in steps of the learning rate
 
     def __init__(self, room: Sequence[int]) -> None:

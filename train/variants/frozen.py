@@ -33,6 +33,7 @@ ANCHOR = "anchor"
 class Anchor(Extra):
     """The initial decoder rows."""
 
+    is_recordable = True
     rows: Tensor
 
     def __init__(self, rows: Tensor) -> None:

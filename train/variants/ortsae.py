@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.device_copies import send
 from ..data.scaling import Stats
 from ..engine.schedules import Every
 from ..engine.terms_and_constraints import Assembly, Term
@@ -28,8 +27,8 @@ class Overlap:
     chunk: int
 
     def __call__(self, view: View) -> Tensor:
-        W_dec = view.sae.W_dec
-        order = send(torch.randperm(len(W_dec), generator=view.generator), W_dec.device)
+        W_dec, generator = view.sae.W_dec, view.generator
+        order = view.draw(lambda: torch.randperm(len(W_dec), generator=generator))
         parts = W_dec[order].tensor_split(-(-len(W_dec) // self.chunk))
         overlaps = (_nearest_cosine(part).square().sum() for part in parts if len(part) > 1)  # a lone row has none
         return sum(overlaps, W_dec.new_zeros(())) / len(W_dec)

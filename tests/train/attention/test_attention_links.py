@@ -57,6 +57,24 @@ def test_entries_that_are_left_out_stay_where_they_were(guidance, rng, monkeypat
     assert int(torch.bincount(links.place).max()) < 0.05 * len(links.place)
 
 
+@pytest.mark.parametrize("more", [0, 1, 500])
+@pytest.mark.parametrize("apart", [False, True])
+def test_padded_rows_have_the_same_links(guidance, rng, monkeypatch, more, apart):
+    """Those of a GPU, which gets as many entries in one batch as in the next; evenly spread over the rows."""
+    windows = guidance.make_windows(rng, windows=30)
+    room = max(len(rows.indices) for rows in windows.attention.values()) + more
+    padded = {layer: rows.padded(room) for layer, rows in windows.attention.items()}
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+    read = {"row_of": windows.row_of, "num_rows": windows.rows, "apart": apart}
+    expected, links = (links_of(attention, guidance.LAYERS, **read) for attention in (windows.attention, padded))
+    assert len(links.share) == room * len(guidance.LAYERS) and torch.equal(links.attends, expected.attends)
+    for index in range(len(guidance.LAYERS)):
+        torch.testing.assert_close(dense(links, index, windows.rows), dense(expected, index, windows.rows))
+    for layer, rows in padded.items():
+        added = rows.indptr.diff() - windows.attention[layer].indptr.diff()
+        assert int(added.max() - added.min()) <= 1
+
+
 def test_the_control_gives_each_token_the_row_of_another_window(guidance, rng):
     """Windows without holes, so that nothing but the window changes."""
     windows = guidance.make_windows(rng, windows=4)

@@ -145,15 +145,16 @@ def move(trainee: Trainee, to: Move) -> None:
     for module in sae.modules():
         to.module(module)
     trainee.device, trainee._looks_late, trainee._frozen = GPU, True, torch.zeros((), device=GPU)
+    trainee._weights = to(trainee._weights)
     by_row = trainee._tables_by_row()
     trainee._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
     trainee.optimiser = Adam(dict(sae.named_parameters()), assembly.optim, _lr_scales(sae), by_row)
     trainee.optimiser._lr = dict.fromkeys(trainee.optimiser._scales, 0.1)  # torch has no fake update of one there
     trainee._traces = deque()
     counters = trainee.counters
-    listed = counters.listed
+    counters.size()
     counters.tokens_since_fired, counters._listed = to(counters.tokens_since_fired), to(counters._listed)
-    counters._list = to(listed)
+    counters._order = to(counters._order)
 
 
 @pytest.mark.parametrize("case", WANTED)

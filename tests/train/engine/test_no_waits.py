@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saemill.train.data.batch import AttentionRows, Batch
+from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
 from saemill.train.sae.extra_modules import retired_of
@@ -131,31 +131,19 @@ def _place() -> str:
     return " < ".join(f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in _frames()[::-1][:4]) or "backward"
 
 
-def on_device(value: Any, device: str) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: on_device(part, device) for name, part in value.items()}
-    if isinstance(value, AttentionRows):
-        return AttentionRows(**{name: part.to(device) for name, part in vars(value).items()})
-    return value
-
-
 def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch]:
     """A trainee in the middle of a run, some of its latents dead, and a batch for its next step."""
     settings = ON_A_GPU[case]
     config = battery.quick(case.split()[0], width=24, k=3, target_l0=3.0, **settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
     trainee = Trainee(case, config.build(battery.D), battery.STEPS, device)
-    first, then = (
-        Batch(on_device(b.x, device), on_device(b.target, device), on_device(b.side, device))
-        for b in battery.batches(config, 2, rows=WINDOW_ROWS if config.needs().windows else ROWS)
-    )
+    drawn = battery.batches(config, 2, rows=WINDOW_ROWS if config.needs().windows else ROWS)
+    first, then = (batch.map(lambda tensor: tensor.to(device)) for batch in drawn)
     trainee.step(first)
     trainee.step_index = WARM + 1
     trainee.counters.tokens_since_fired[:4] = 10**9
     trainee.counters.list_dead(10**8, retired_of(trainee.sae, {}))
-    assert len(trainee.counters.listed) > 0  # lists are made, and waited for, at looks
+    assert len(trainee.counters.listed.latents) > 0  # lists are made, and waited for, at looks
     return trainee, then
 
 

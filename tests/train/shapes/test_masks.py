@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from saemill.train.sae.shapes.masks import FREE, HardMask, PositionGate, SoftMas
 from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
 from saemill.train.sae.shapes.shaped_sae import PreNorm, ShapedAutoencoder, orthogonal_rows
 from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import DeadLatents
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction_and_sparsity import TargetL0, gate_l1, l1, reconstruction
@@ -346,7 +349,10 @@ def test_there_must_be_ranges_to_scatter(battery):
 
 @pytest.mark.parametrize("kind", ["ranges", "norm", "on_input", "on_features"])
 @pytest.mark.parametrize("k", [3, 99], ids=["some", "all"])
-def test_dead_latents_learn_from_the_pre_activations_that_the_codes_are_made_of(kind, k, rng, shaping, monkeypatch):
+@pytest.mark.parametrize("more", [0, 4])
+def test_dead_latents_learn_from_the_pre_activations_that_the_codes_are_made_of(
+    kind, k, more, rng, shaping, monkeypatch
+):
     """Through the encoders that are really read; those of living latents, and what brings the input, are left alone."""
     monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", 1.0)
     inner = shaping.make_sae(rng, JumpRelu(LATENTS, 0.4, 0.2).double())
@@ -362,6 +368,9 @@ def test_dead_latents_learn_from_the_pre_activations_that_the_codes_are_made_of(
     dead = torch.zeros(LATENTS, dtype=torch.bool)
     dead[[2, 5, 7, 8, 13, 19]] = True
     view = shaping.make_views(rng, sae, dead)()
+    if more:  # as on a GPU, whose list of dead latents is filled up
+        latents = torch.argsort(dead.byte(), descending=True, stable=True)[: 6 + more]
+        view = dataclasses.replace(view, list_dead=lambda: DeadLatents(latents, dead[latents]))
     pre = sae.pre_codes(view.x, view.side, lambda pre, side: None).values[:, dead]
     kept = torch.zeros_like(pre).scatter(1, pre.topk(min(k, 6), dim=1).indices, 1.0)
     left = view.residual - (pre * kept).relu() @ sae.W_dec[dead]

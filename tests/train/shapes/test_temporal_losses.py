@@ -278,5 +278,5 @@ def test_random_starts_are_of_the_size_asked_for_and_the_sae_s_own(battery):
         found[std] = trainee.sae.W_enc.detach()
     assert not torch.equal(found[0.0], found[0.1])
     loss = Consistency("short", 1, 4, 0, 5000, mixing=0.5, start_std=0.1)
-    view = SimpleNamespace(generator=torch.Generator().manual_seed(0), x=torch.zeros(1, 1))
+    view = SimpleNamespace(generator=torch.Generator().manual_seed(0), draw=lambda on_host: on_host())
     assert float(loss._start(view).std()) == pytest.approx(0.1, rel=0.05)

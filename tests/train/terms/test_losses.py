@@ -16,7 +16,7 @@ from saemill.train.sae.kernels import sparse_support
 from saemill.train.sae.kernels.sparse_support import index_sum
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
-from saemill.train.sae.step_view import View
+from saemill.train.sae.step_view import DeadLatents, View
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.reconstruction_and_sparsity import (
     LayerNormsL1,
@@ -137,12 +137,14 @@ def test_nested_reconstruction_sums_the_prefixes_losses_each_weight_once(gate, r
     torch.testing.assert_close(view.residual, (view.x - x_hat).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_filled", [False, True], ids=["", "filled"])
 @pytest.mark.parametrize("rectified", [True, False])
 @pytest.mark.parametrize(("k", "share"), [(2, 0.0), (2, 1.0), (99, 0.0)], ids=["dense", "sparse", "all"])
-def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, rectified, rng, monkeypatch):
+def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, rectified, is_filled, rng, monkeypatch):
     monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", share)
     dead = torch.rand(LATENTS, generator=rng) < 0.5
     view = view_of(TopK(3), rng, dead)
+    view = dataclasses.replace(view, list_dead=lambda: filled(dead)) if is_filled else view
     error = (view.x - view.x_hat).detach()
     pre = (view.x - view.sae.b_dec.detach()) @ view.sae.W_enc.t() + view.sae.b_enc
     ranked = torch.where(dead, pre.detach(), -torch.inf)
@@ -152,6 +154,22 @@ def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, re
     left = error - acts @ view.sae.W_dec
     spread = (error - error.mean(0)).square().sum(1).mean()
     assert_same(view, AuxK(k, rectified)(view), left.square().sum(1).mean() / spread)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["dense", "sparse"])
+def test_auxk_chooses_signed_latents_from_a_filled_list(share, rng, monkeypatch):
+    monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", share)
+    dead = torch.rand(LATENTS, generator=rng) < 0.5
+    view = view_of(TopK(3), rng, dead)
+    listed = dataclasses.replace(view, list_dead=lambda: filled(dead), cache={})
+    term = AuxK(2, rectified=False, signed=True)
+    assert_same(view, term(listed), term(view))
+
+
+def filled(dead_F: Tensor) -> DeadLatents:
+    """A list with four more latents, as on a GPU."""
+    latents = torch.argsort(dead_F.byte(), descending=True, stable=True)[: int(dead_F.sum()) + 4]
+    return DeadLatents(latents, dead_F[latents])
 
 
 def test_the_auxiliary_loss_of_a_single_row_is_finite(rng):
@@ -173,7 +191,7 @@ def test_auxk_chooses_by_the_product_of_the_encoder_and_computes_in_float32(rng,
         view.sae.b_enc.zero_()
         x, W = view.sae.centred(view.x), view.sae.W_enc
         low, exact = (x.bfloat16() @ W.bfloat16().t()).float(), x @ W.t()
-    codes = AuxK(5, rectified=False)._codes(view, torch.arange(LATENTS), LATENTS)
+    codes = AuxK(5, rectified=False)._codes(view, DeadLatents(torch.arange(LATENTS)), LATENTS)
     chosen = codes.support.latents.view(ROWS, 5).long()
     assert torch.equal(low.gather(1, chosen).amin(1), low.topk(5, dim=1).values.amin(1))
     torch.testing.assert_close(codes.values.view(ROWS, 5), exact.gather(1, chosen), rtol=1e-5, atol=1e-6)

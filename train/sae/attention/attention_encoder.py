@@ -33,6 +33,7 @@ TEMPERATURE = "mixing_temperature"  # the knob that flattens them
 class Mixing(Extra):
     """Learned weights over layers, equal at first. `layers` and the last `weight` are for readers of the saved file."""
 
+    is_recordable = True
     lr_scale = 10.0  # theta is a few numbers that every token of a batch influences
 
     layers: Tensor

@@ -49,7 +49,7 @@ def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
         return send(torch.tensor(values, dtype=dtype), device)
 
 
-def write_numbers(there: Tensor, values: Sequence[Sequence[float]]) -> None:
+def write_numbers(there: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
     """Overwrite a tensor with numbers from the host, without waiting for a GPU's queue."""
     there.copy_(page_locked(torch.tensor(values, dtype=there.dtype), there.device), non_blocking=True)
 

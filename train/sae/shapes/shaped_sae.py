@@ -149,12 +149,13 @@ class ShapedAutoencoder(SparseAutoencoder):
     def encoder_input(self, x: Tensor, side: Side) -> Tensor:
         return super().encoder_input(self._adapted(x, side), side)
 
-    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor, learns: Tensor | None = None) -> Tensor | None:
         if not self._is_dense():
             return None
         with torch.no_grad():
             x_centred = self.encoder_input(x, side)
         pre = self._unchanged_pre(x_centred, side, latents)
+        pre = pre if learns is None else torch.where(learns, pre, pre.detach())
         if not any(shape.changes_pre for shape in self._shapes()):
             return pre
         with torch.no_grad():
