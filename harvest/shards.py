@@ -26,6 +26,7 @@ from ..cache_schema.moments import merge
 from ..cache_schema.sites import Site
 from ..cache_schema.stored_dtypes import STORED_AS
 from .capture import Captured, capture
+from .model.fused_on_gpu import is_served
 from .model.load_and_truncate import TruncatedModel, name_full_device
 from .model.products_in_16_bits import is_widened
 from .sparsify_attention import to_csr
@@ -196,7 +197,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
     if device.type == "cuda":
         settings = torch.backends.cuda.matmul
         reduced = settings.allow_bf16_reduced_precision_reduction or settings.allow_fp16_reduced_precision_reduction
-        name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device) + (", fused norms and softmax" if is_served(device, dtype) else "")
     else:
         reduced = False
         name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type

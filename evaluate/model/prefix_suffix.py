@@ -22,6 +22,7 @@ from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import UNREADABLE, HarvestError
 from ...harvest.model.architectures import NoPositions, architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
+from ...harvest.model.fused_on_gpu import fuse_norms
 from ...harvest.model.hooks import kept, tapped
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, names_in_files, read_config, without_report
 from ...harvest.model.products_in_16_bits import widen_products
@@ -48,6 +49,7 @@ class LanguageModel:
     ) -> None:
         register_attention()
         widen_products(model)
+        fuse_norms(model, architecture_of(ModelFacts.of(model.config).model_type).norm)
         self.model: Any = model.eval().requires_grad_(False)
         self.stack: Any = model.base_model
         self.stack.set_attn_implementation(ATTENTION)

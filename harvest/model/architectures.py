@@ -20,12 +20,13 @@ A decoder of another structure does not fit, and `require_parts` reports the par
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...cache_schema.strict_json import nearest
 from ..errors import HookMissing, UnsupportedArchitecture
+from .fused_on_gpu import Norm
 from .products_in_16_bits import conv1d, linear
 
 
@@ -48,7 +49,7 @@ class Architecture:
     """The attention module of a layer."""
     final_norm: str
     """The norm after the last layer of the base model."""
-    norm: Literal["rms", "rms from one", "layer"]
+    norm: Norm
     """Its computation: RMS norm times its weight, or times one plus its weight; or torch's layer_norm."""
     drop_values: Callable[[Any], None]
     """Strips an attention module of everything not needed for its probabilities."""

@@ -1,8 +1,9 @@
 """The attention function for models in this package: bit-exact eager attention that exposes its probabilities.
 
 The operations are those of transformers' eager attention, in the same order, so residuals do not change; but they run
-in place and in blocks of windows, so that on a CPU the scores never leave the cache. A layer's dense probabilities are
-passed to its sink block by block, and freed before the next block.
+in place and in blocks of windows, so that on a CPU the scores never leave the cache. On a GPU a single kernel makes
+probabilities of the scores of 16-bit models (`fused_on_gpu.py`). A layer's dense probabilities are passed to its sink
+block by block, and freed before the next block.
 
 Keywords reach this function through the model's forward: `sinks` maps a layer to a callable that takes probabilities
 [windows, heads, queries, keys]; `probs_only` (set by `AttentionOnly`) skips everything after that.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused_on_gpu import probabilities_, serves_scores
 from .products_in_16_bits import matmul
 
 ATTENTION = "saemill"
@@ -81,6 +83,8 @@ def _probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, softmax_dtype: torch.dtype
 ) -> Tensor:
     scores = matmul(query, _for_all_heads(key, query.shape[1]).transpose(2, 3))
+    if serves_scores(scores):
+        return probabilities_(scores, mask, scaling, softcap)
     scores.mul_(scaling)
     if softcap is not None:
         squashed = scores.div_(softcap).tanh_()

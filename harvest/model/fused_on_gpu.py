@@ -1,0 +1,107 @@
+"""Norms and attention probabilities of 16-bit models on a GPU, each in a single pass over memory.
+
+A model's own RMS norm passes over its input about ten times, and eager attention as often over its scores. Next to
+fast products this memory traffic takes as long as they do (docs/performance.md). Every rounding of the model's own is
+kept; only a row's sum is in another order. Where a kernel's results are not the model's to a rounding, or Triton is not
+there, the model's own operations run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...cache_schema.numbers_in_words import first_line
+
+Norm = Literal["rms", "rms from one", "layer"]
+
+SERVED = {"cuda"}  # device types whose tensors go to the kernels; a test that interprets them adds the CPU
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+WIDEST_ROW = 16384  # one program holds a row in registers
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # a rounding: few fall on the other side
+
+
+def fuse_norms(model: nn.Module, norm: Norm) -> None:
+    """Let the kernel compute a model's RMS norms where it serves them; weights and hooks are unchanged."""
+    for module in model.modules():
+        kind: Any = type(module)
+        if norm == "layer" or not kind.__name__.endswith("RMSNorm"):
+            continue
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        if epsilon is None or not is_served(weight.device, weight.dtype) or len(weight) > WIDEST_ROW:
+            continue
+        fused = partial(_norm, module, kind.forward, float(epsilon), norm == "rms from one")
+        if _agrees(f"{kind.__name__}'s", partial(kind.forward, module), fused, _drawn(weight, 4, len(weight))):
+            module.forward = fused
+
+
+def _norm(module: Any, own: Callable[..., Tensor], epsilon: float, from_one: bool, x: Tensor) -> Tensor:
+    if x.requires_grad or x.dtype != module.weight.dtype:
+        return own(module, x)
+    from .triton_kernels import norm
+
+    return norm(x, module.weight, epsilon, from_one)
+
+
+def serves_scores(scores: Tensor) -> bool:
+    """Whether `probabilities_` serves these scores [..., T]."""
+    return (
+        is_served(scores.device, scores.dtype)
+        and not scores.requires_grad
+        and scores.shape[-1] <= WIDEST_ROW
+        and scores.is_contiguous()
+    )
+
+
+def probabilities_(scores_WHQT: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    """Attention scores to probabilities, in place: scaled, capped, masked, softmax in float32."""
+    from .triton_kernels import softmax_
+
+    return softmax_(scores_WHQT, mask, scaling, softcap)
+
+
+def is_served(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type in SERVED and dtype in SIXTEEN_BITS and _kernels_work(device, dtype)
+
+
+@cache
+def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton compiles for this device and gives torch's probabilities; warns once if not."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(f"{device}: triton is not installed; norms and attention use torch's own kernels", stacklevel=2)
+        return False
+    scores = _drawn(torch.empty(0, device=device, dtype=dtype), 2, 2, 3, 40)
+    mask = torch.full_like(scores[:1, :1], torch.finfo(dtype).min).triu(38)
+    capped = (scores * 0.5 / 30.0).tanh() * 30.0 + mask
+    return _agrees(
+        "attention's",
+        lambda scores: torch.softmax(capped, dim=-1, dtype=torch.float32).to(dtype),
+        lambda scores: probabilities_(scores.clone(), mask, 0.5, 30.0),
+        scores,
+    )
+
+
+def _agrees(whose: str, own: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a kernel gives the model's own result, to a rounding or two; warns if not."""
+    try:
+        with torch.no_grad():
+            found, expected = fused(x).float(), own(x).float()
+        off = float((found - expected).norm() / expected.norm())
+        if off <= TOLERANCE[x.dtype]:
+            return True
+        reason = f"its results are off by a share of {off:.1e}"
+    except Exception as error:  # noqa: BLE001 (an old GPU, no C compiler, a driver: a compiler fails in many ways)
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+    warnings.warn(f"{x.device}: {whose} kernel is not used, which is slower: {reason}", stacklevel=2)
+    return False
+
+
+def _drawn(like: Tensor, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)

@@ -1,0 +1,89 @@
+"""Kernels for norms and attention probabilities, one program per row. Importing this needs `triton`.
+
+Each operation of the model is rounded to the model's type where the model rounds it.
+"""
+
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PER_WARP = 512  # elements of a row that each warp of a program holds
+
+
+@triton.jit
+def _norm(x, weight, out, D, epsilon, FROM_ONE: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * D
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    kind = out.dtype.element_ty
+    values = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+    values *= 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / D + epsilon)
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if FROM_ONE:
+        values *= 1.0 + factor
+    else:
+        values = values.to(kind).to(tl.float32) * factor
+    tl.store(out + start + columns, values.to(kind), mask=inside)
+
+
+@triton.jit
+def _softmax(
+    scores, mask, Q, T, per_mask, scaling, softcap, HAS_MASK: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < T
+    kind = scores.dtype.element_ty
+    score = tl.load(scores + row * T + columns, mask=inside, other=0.0).to(tl.float32)
+    score = (score * scaling).to(kind).to(tl.float32)
+    if CAPPED:
+        score = (score / softcap).to(kind).to(tl.float32)
+        falling = tl.exp(-2.0 * tl.abs(score))
+        size = (1.0 - falling) / (1.0 + falling)
+        score = tl.where(score < 0, -size, size).to(kind).to(tl.float32)  # tanh
+        score = (score * softcap).to(kind).to(tl.float32)
+    if HAS_MASK:
+        place = (row // per_mask) * Q * T + (row % Q) * T
+        score = (score + tl.load(mask + place + columns, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    score = tl.where(inside, score, float("-inf"))
+    share = tl.exp(score - tl.max(score, axis=0))
+    share /= tl.sum(share, axis=0)
+    tl.store(scores + row * T + columns, share.to(kind), mask=inside)
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float, from_one: bool) -> Tensor:
+    """RMS norm over the last dimension, times the weight, or times one plus the weight."""
+    x = x.contiguous()
+    out, D = torch.empty_like(x), x.shape[-1]
+    _norm[(x.numel() // D,)](x, weight, out, D, epsilon, FROM_ONE=from_one, **_sizes(D))
+    return out
+
+
+def softmax_(scores_WHQT: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    """Scores to probabilities, in place; `mask` [1 or W, 1, Q, T] is added."""
+    windows, heads, Q, T = scores_WHQT.shape
+    per_mask = windows * heads * Q if mask is None else windows // len(mask) * heads * Q
+    given = scores_WHQT if mask is None else mask.expand(len(mask), 1, Q, T).to(scores_WHQT.dtype).contiguous()
+    _softmax[(windows * heads * Q,)](
+        scores_WHQT,
+        given,
+        Q,
+        T,
+        per_mask,
+        scaling,
+        1.0 if softcap is None else softcap,
+        HAS_MASK=mask is not None,
+        CAPPED=softcap is not None,
+        **_sizes(T),
+    )
+    return scores_WHQT
+
+
+def _sizes(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // PER_WARP, 1), 16)}

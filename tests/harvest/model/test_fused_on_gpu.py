@@ -1,0 +1,150 @@
+"""Kernels for norms and attention of 16-bit models, interpreted: the model's own results, to a rounding."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from saemill.cache_schema import Site
+from saemill.harvest.capture import run
+from saemill.harvest.model import attention, fused_on_gpu
+from saemill.harvest.model.architectures import ARCHITECTURES
+from saemill.harvest.model.load_and_truncate import Wanted, truncate
+from saemill.harvest.shards import describe_device
+
+pytest.importorskip("triton")
+
+from saemill.harvest.model import triton_kernels
+
+OFF = {torch.bfloat16: 2**-5, torch.float16: 2**-9}  # Triton's interpreter cuts bfloat16 off instead of rounding it
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels serve the CPU."""
+    monkeypatch.setattr(fused_on_gpu, "SERVED", {"cuda", "cpu"})
+    monkeypatch.setattr(fused_on_gpu, "TOLERANCE", OFF)
+    works = fused_on_gpu._kernels_work
+    works.cache_clear()
+    yield
+    works.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", OFF, ids=str)
+@pytest.mark.parametrize("from_one", [True, False])
+@pytest.mark.parametrize("width", [5, 64, 100])
+def test_a_norm_is_its_definition(rng, dtype, from_one, width):
+    x, weight = (3 * torch.randn(shape, generator=rng).to(dtype) for shape in ((2, 3, width), (width,)))
+    found = triton_kernels.norm(x, weight, 1e-5, from_one)
+    normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    expected = normed * (1 + weight.double() if from_one else weight.double())
+    assert found.dtype == dtype and found.shape == x.shape
+    assert (found.double() - expected).norm() < OFF[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", OFF, ids=str)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("masks", [0, 1, 3])
+def test_probabilities_are_those_of_eager_attention(rng, dtype, softcap, masks):
+    """Without a mask, with one for all windows, and with one for each; from more keys than queries."""
+    windows, heads, queries, keys = 3, 2, 5, 9
+    scores = 8 * torch.randn(windows, heads, queries, keys, generator=rng).to(dtype)
+    mask = None
+    if masks:
+        mask = torch.full((masks, 1, queries, keys), torch.finfo(dtype).min, dtype=dtype).triu(keys - queries + 1)
+        mask[:, :, :, 0] = torch.where(torch.arange(masks) > 0, torch.finfo(dtype).min, 0.0)[:, None, None]
+    found = triton_kernels.softmax_(scores.clone(), mask, 0.25, softcap)
+    expected = plain(scores, mask, 0.25, softcap)
+    assert (found - expected).norm() < OFF[dtype] * expected.norm()
+    if masks:
+        assert not found[..., 0, keys - queries + 1 :].any()
+
+
+def plain(scores: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    scores = scores * scaling
+    scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+    scores = scores if mask is None else scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # a masked float16 score is minus infinity
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_models_give_the_same_to_a_rounding(make_model, run_whole, interpreted, model_type):
+    model = make_model(model_type, torch.float16)
+    reference = run_whole(model)
+    last = len(reference.resid) - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        truncated = truncate(model, Wanted(resid_layers=(last,), attention_layers=(0, last)))
+    norms = [module for module in truncated.stack.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert bool(norms) == (ARCHITECTURES[model_type].norm != "layer")
+    assert all("forward" in vars(module) for module in norms)
+    attended: dict[int, list[Tensor]] = {0: [], last: []}
+    found = run(truncated, reference.ids, {layer: parts.append for layer, parts in attended.items()})
+    resid, expected = found[Site("resid", last)].float(), reference.resid[last].float()
+    assert (resid - expected).norm() < 0.02 * expected.norm()
+    for layer, parts in attended.items():
+        torch.testing.assert_close(torch.cat(parts), reference.attention[layer], rtol=0.05, atol=0.01)
+
+
+def test_a_gradient_flows_through_the_model_s_own_norm(make_model, interpreted):
+    model = make_model("llama", torch.bfloat16)
+    truncated = truncate(model, Wanted(resid_layers=(1,)))
+    norm = truncated.stack.layers[0].input_layernorm
+    x = torch.randn(3, norm.weight.numel()).bfloat16().requires_grad_()
+    norm(x).float().square().sum().backward()
+    assert x.grad is not None and x.grad.any()
+    torch.testing.assert_close(norm(x.detach()), norm(x).detach(), rtol=OFF[torch.bfloat16], atol=1e-3)
+
+
+@pytest.mark.parametrize("broken", ["wrong", "failing"])
+def test_a_kernel_that_gives_something_else_is_not_used(make_model, run_whole, interpreted, monkeypatch, broken):
+    """A card or compiler that was never tried must not write a store of wrong numbers."""
+
+    def other(x: Tensor, *_: object) -> Tensor:
+        if broken == "failing":
+            raise RuntimeError("no C compiler")
+        return x
+
+    monkeypatch.setattr(triton_kernels, "norm", other)
+    monkeypatch.setattr(triton_kernels, "softmax_", other)
+    model = make_model("gemma2", torch.bfloat16)
+    reference = run_whole(model)
+    reason = {"wrong": "results are off by", "failing": "RuntimeError: no C compiler"}[broken]
+    with pytest.warns(UserWarning, match=f"kernel is not used, which is slower: .*{reason}"):
+        truncated = truncate(model, Wanted(resid_layers=(1,)))
+    resid = run(truncated, reference.ids, {})[Site("resid", 1)]
+    assert torch.equal(resid, reference.resid[1])
+
+
+def test_a_gpu_record_says_that_kernels_computed(interpreted, monkeypatch):
+    """So that a repair by others is warned of."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(fused_on_gpu, "_kernels_work", lambda device, dtype: dtype == torch.bfloat16)
+    device = torch.device("cuda", 0)
+    assert describe_device(device, torch.bfloat16).name == "Card, fused norms and softmax"
+    assert describe_device(device, torch.float32).name == "Card"
+
+
+def test_a_cpu_s_models_are_left_alone(make_model):
+    truncated = truncate(make_model("gemma2", torch.bfloat16), Wanted(resid_layers=(1,)))
+    assert not any("forward" in vars(module) for module in truncated.stack.modules())
+    assert not attention.serves_scores(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_models_are_served(make_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        truncated = truncate(make_model("gemma2", torch.bfloat16).cuda(), Wanted(resid_layers=(1,)))
+    norms = [module for module in truncated.stack.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert norms and all("forward" in vars(module) for module in norms)
+    assert attention.serves_scores(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16, device="cuda"))
