@@ -85,5 +85,5 @@ def softmax_(scores_WHQT: Tensor, mask: Tensor | None, scaling: float, softcap: 
 
 
 def _sizes(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = 1 << (width - 1).bit_length()
     return {"BLOCK": block, "num_warps": min(max(block // PER_WARP, 1), 16)}

@@ -86,11 +86,11 @@ class Batch:
         """Every tensor, always in the same order."""
         found: list[Tensor] = []
 
-        def note(tensor: Tensor) -> Tensor:
+        def collect(tensor: Tensor) -> Tensor:
             found.append(tensor)
             return tensor
 
-        self.map(note)
+        self.map(collect)
         return found
 
 
@@ -124,10 +124,7 @@ class AttentionRows:
         return AttentionRows(change(self.indptr), change(self.indices), change(self.data), change(self.kept_mass))
 
     def padded(self, room: int) -> AttentionRows:
-        """The same rows with `room` entries in all: to each row about as many are added, of no weight, to position 0.
-
-        In a single row, thousands of zeros would be summed one after the other.
-        """
+        """The same rows with `room` entries: those added have no weight, go to position 0, and are evenly spread."""
         rows, entries = len(self.indptr) - 1, len(self.indices)
         added = torch.arange(rows + 1, device=self.indptr.device) * (room - entries) // rows  # before each row
         place = torch.arange(entries, device=added.device)

@@ -9,6 +9,7 @@ B rows, W windows, T context, D residual width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ...cache_schema.sites import Place
 from .batch import AttentionRows, Batch, Kind, Needs, Rows, rounded_up
-from .block import Block, as_int64
+from .block import Attention, Block, as_int64
 from .device_copies import send
 
 
@@ -95,7 +96,7 @@ class Draw:
             )
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
-            side["attention"] = {layer: self._attention(layer, rows) for layer in needs.attention_layers}
+            side["attention"] = self._attention(needs.attention_layers, rows)
         return side
 
     def _once(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
@@ -117,20 +118,23 @@ class Draw:
         )
         return {"window": window, "row_of": row_of}
 
-    def _attention(self, layer: int, rows: Rows) -> AttentionRows:
+    def _attention(self, layers: Sequence[int], rows: Rows) -> dict[int, AttentionRows]:
         assert rows.windows is not None and rows.windows_on_device is not None
         windows, on_device = rows.windows, rows.windows_on_device
-        by_layer = self.block.attention
+        by_layer, room = {layer: self.block.attention[layer] for layer in layers}, None
+        if self.device.type == "cuda":
+            # One size for all layers of an SAE, and few for its batches: a recorded step serves one size.
+            room = rounded_up(max(attention.entries(windows) for attention in by_layer.values()))
 
-        def take() -> AttentionRows:
-            found = by_layer[layer].take(windows, on_device)
-            if self.device.type != "cuda":
-                return found
-            # Layers of one size, and batches of few: steps with the same sizes are replayed (`cuda_graph_replay.py`).
-            return found.padded(rounded_up(max(attention.entries(windows) for attention in by_layer.values())))
+        def take(attention: Attention) -> AttentionRows:
+            found = attention.take(windows, on_device)
+            return found if room is None else found.padded(room)
 
         # Not by kind: windows are the same whichever of their rows are left out.
-        return self._once("attention", layer, take)
+        return {
+            layer: self._once("attention", (layer, room), partial(take, attention))
+            for layer, attention in by_layer.items()
+        }
 
 
 class TokenOrder:

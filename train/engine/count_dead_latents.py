@@ -19,9 +19,9 @@ class LatentCounters:
 
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
-        self._listed = torch.zeros(num_latents, dtype=torch.bool, device=device)
+        self._marked = torch.zeros(num_latents, dtype=torch.bool, device=device)
         self._order = torch.arange(num_latents, device=device)
-        self._room = 0
+        self._length = 0
         self._is_stale = True
         self._was_read = False
 
@@ -32,28 +32,28 @@ class LatentCounters:
     def list_dead(self, after_tokens: int, retired: Tensor | None) -> None:
         """Mark the latents that are dead now, except retired ones, for `listed`."""
         dead = self.dead(after_tokens)
-        self._listed.copy_(dead if retired is None else dead & ~retired)
+        self._marked.copy_(dead if retired is None else dead & ~retired)
         self._is_stale = True
 
     @property
     def listed(self) -> DeadLatents:
         """The latents that were dead at the last `list_dead`, then some others, each in ascending order."""
         self._was_read = True
-        self._list()
-        latents = self._order[: self._room]
-        return DeadLatents(latents, self._listed[latents])
+        self._make_list()
+        latents = self._order[: self._length]
+        return DeadLatents(latents, self._marked[latents])
 
-    def size(self) -> int | None:
-        """The size of the list, once a step has read it: an unread list is never made."""
+    def list_length(self) -> int | None:
+        """None until a step has read the list: an unread list is never made."""
         if not self._was_read:
             return None
-        self._list()
-        return self._room
+        self._make_list()
+        return self._length
 
-    def _list(self) -> None:
+    def _make_list(self) -> None:
         if self._is_stale:
-            self._order.copy_(torch.argsort(self._listed.byte(), descending=True, stable=True))
-            self._room = min(rounded_up(int(self._listed.sum())), len(self._order))
+            self._order.copy_(torch.argsort(self._marked.byte(), descending=True, stable=True))
+            self._length = min(rounded_up(int(self._marked.sum())), len(self._order))
             self._is_stale = False
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class LatentCounters:
         self.tokens_since_fired.masked_fill_(fired_F > 0, 0)
 
     def state(self) -> dict[str, Tensor]:
-        return {"tokens_since_fired": self.tokens_since_fired, "listed": self._listed}
+        return {"tokens_since_fired": self.tokens_since_fired, "listed": self._marked}
 
     def after_load(self) -> None:
         """Drop the list, after a checkpoint has overwritten the state that it was made from."""

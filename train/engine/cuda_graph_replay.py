@@ -4,9 +4,9 @@ At 16,384 latents the host takes as long to launch a step's two hundred or so ke
 CUDA graph is one launch. It repeats exactly what was recorded, on the same memory, so a step can be recorded only if
 the host decides nothing beyond its key: shapes, which terms count, knobs, the number of listed dead latents, and the
 addresses of tables. A term is a function of its view, so only what the host draws or counts could differ between
-replays. What is drawn by `view.draw` is drawn again for each replay. Steps that draw or count otherwise are launched
-kernel by kernel, and so are all steps of an SAE that has extras which are not said to be recordable, or that shares its
-rows or latents with other processes.
+replays. What is drawn by `view.draw` is drawn again for each replay; nothing else comes from the host. Steps that draw
+or count otherwise are launched kernel by kernel, and so are all steps of an SAE that has extras which are not said to
+be recordable, or that shares its rows or latents with other processes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ HostDraw = Callable[[], Tensor]
 
 SETTLED = 2  # steps with a key before it is recorded; doubled after each recording that was hardly used
 SERVED_WELL = 3  # replays that make a recording worthwhile
-RENEWED = 256  # recordings after which a device gets a new memory pool: each leaves gaps of different sizes in the old
-KEPT = 32  # keys at a time: windows differ in how many rows are special or massive, and so do batches of windows
+RENEWED = 256  # dropped recordings after which a device gets a new memory pool: they leave gaps of different sizes
+KEPT = 32  # keys at a time: in batches of windows the number of rows varies by a few, as windows have special rows
 
 
 @dataclass(eq=False)
@@ -73,7 +73,10 @@ class Replays:
         """Launch or replay a step; `key` is everything that the host decides in it."""
         if not self.is_possible:
             return work(batch)
-        kind = self._kind((key, *((x.shape, x.dtype, x.stride()) for x in batch.tensors())))
+        if self._memory is not None and self._memory.is_used_up:
+            self.forget()  # or the old pool's memory would stay
+            self._memory = None
+        kind = self._kind((key, *batch.side, *((x.shape, x.dtype, x.stride()) for x in batch.tensors())))
         kind.seen += 1
         if kind.recording is None and kind.is_recordable and kind.seen > self._patience:
             kind.recording = self._record(kind, batch, work)
@@ -98,7 +101,8 @@ class Replays:
         self._kinds[key] = kind
         if len(self._kinds) > KEPT:
             oldest = self._kinds.pop(next(iter(self._kinds)))
-            if oldest.recording is not None:
+            if oldest.recording is not None and self._memory is not None:
+                self._memory.dropped += 1
                 self._patience = self._patience * 2 if oldest.served < SERVED_WELL else SETTLED
         return kind
 
@@ -164,7 +168,9 @@ class Recording:
         for there, value in zip(self.inputs, batch.tensors(), strict=True):
             there.copy_(value)
         for draw, there in self.drawn:
-            there.copy_(page_locked(draw(), there.device), non_blocking=True)
+            drawn = draw()
+            assert drawn.shape == there.shape, "what the host draws in a step has the same shape in each replay"
+            there.copy_(page_locked(drawn, there.device), non_blocking=True)
         self.launch()
         return dict(zip(self.names, self.values.clone(), strict=True))  # the next replay overwrites them
 
@@ -186,7 +192,8 @@ class Memory:
     """Memory pool and stream shared by all recordings on a device, which are made and replayed one at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._made = device, 0
+        self._device = device
+        self.dropped = 0
         # A priority that nothing else here uses, so that torch gives the stream to no one else.
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=-1)
         # A pool is released with its last recording and accepts no new one after that, so this one is kept.
@@ -218,12 +225,11 @@ class Memory:
                 self._end(graph)
                 raise
         current.wait_stream(self._stream)
-        self._made += 1
         return graph.replay, result
 
     @property
     def is_used_up(self) -> bool:
-        return self._made > RENEWED
+        return self.dropped > RENEWED
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a failed recording, so that the allocator and random numbers do not act as if it were still running."""

@@ -134,6 +134,7 @@ class Fleet:
         if not isinstance(error, NonFiniteLoss) or not (self._may_empty or self.training.keys() - {label}):
             raise error from None
         self.diverged[label] = self.trainees[label].step_index = error.step
+        self.trainees[label].replays.end()
         self._news.append(f"{error}. The others continue without it")
 
     def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:

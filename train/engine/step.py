@@ -133,7 +133,8 @@ class Trainee:
         if self.replays.is_possible:
             # All that `_work` takes from the host, and the tensors that it reads and changes.
             counted = (name for name, weight in weights.items() if weight != 0.0)
-            key = *counted, *knobs.items(), self.counters.size(), *self.optimiser.places()
+            buffers = (buffer.data_ptr() for buffer in self.sae.buffers())
+            key = *counted, *knobs.items(), self.counters.list_length(), *self.optimiser.places(), *buffers
         measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs, ranks))
         if self._looks_late:
             names = [name for name in measured if name.startswith(LOOKED_AT)]
@@ -272,7 +273,7 @@ class Trainee:
             list_dead=(lambda: self.counters.listed) if self._looks_late else None,
             residual_by=assembly.residual_by,
             moments=self.optimiser.moments,
-            drawing=self.replays.draw,
+            draw_by=self.replays.draw,
         )
 
     def look(self) -> None:

@@ -29,8 +29,8 @@ class Extra(Part):
     """Is trained and saved with the SAE, but needed by no activation; terms read `view.sae.extras[name]`."""
 
     is_recordable: ClassVar[bool] = False
-    """Whether a GPU may record its part of a step and replay it: the host keeps nothing of one step for the next, and
-    decides nothing by numbers that change."""
+    """Whether a GPU may record its part of a step and replay it: the host keeps nothing of one step for the next,
+    decides by knobs alone, and sends no numbers. Subclasses inherit it."""
 
     def observe(self, view: View) -> None:
         """Called once after each step, without gradient; `view.note` writes numbers to the log."""

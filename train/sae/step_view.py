@@ -85,7 +85,7 @@ class View:
     list_dead: Callable[[], DeadLatents] | None = None  # those of the last look, as listing them waits for the GPU
     residual_by: Callable[[View], Tensor] = residual_of  # a term with its own reconstruction already has the residual
     moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for code that moves entries
-    drawing: Callable[[Callable[[], Tensor], torch.device], Tensor] = lambda draw, device: send(draw(), device)
+    draw_by: Callable[[Callable[[], Tensor], torch.device], Tensor] = lambda draw, device: send(draw(), device)
     cache: dict[Any, Any] = field(default_factory=dict)  # results of `once`, by function
     notes: dict[str, Tensor] = field(default_factory=dict)
 
@@ -129,7 +129,7 @@ class View:
     def draw(self, on_host: Callable[[], Tensor]) -> Tensor:
         """What the host draws from the SAE's generator, on the device. A GPU may replay a step for other batches of the
         same shape: of the host's work only this function is done again, so it may depend on shapes alone."""
-        return self.drawing(on_host, self.x.device)
+        return self.draw_by(on_host, self.x.device)
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Add a scalar to the log; it stays on the batch's device until it is read."""

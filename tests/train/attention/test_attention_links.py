@@ -73,6 +73,8 @@ def test_padded_rows_have_the_same_links(guidance, rng, monkeypatch, more, apart
     for layer, rows in padded.items():
         added = rows.indptr.diff() - windows.attention[layer].indptr.diff()
         assert int(added.max() - added.min()) <= 1
+    for rows in (links.place, links.layer * windows.rows + links.key_row):  # sums of gradients are by key
+        assert int(torch.bincount(rows).max()) < 4 * len(rows) / len(links.attends.view(-1))
 
 
 def test_the_control_gives_each_token_the_row_of_another_window(guidance, rng):

@@ -1,5 +1,6 @@
 """What a step draws, against picking it from the written arrays by hand."""
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from saemill.cache_schema import AttentionCsr, Store, to_float32
 from saemill.cache_schema.stored_dtypes import SmallDtype, to_codes
 from saemill.cache_schema.token_counts_and_summary import pair_share
-from saemill.train.data.batch import Kind, Needs
+from saemill.train.data.batch import Kind, Needs, rounded_up
 from saemill.train.data.batch_stream import Feed, held_out
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.shuffle_order import Plan, measure_split
@@ -124,6 +125,20 @@ def test_windows_come_whole_with_their_attention(store, written):
     assert attention.indptr.tolist() == expected.indptr.tolist()
     assert attention.data.tolist() == expected.data.astype(np.float32).tolist()
     assert attention.kept_mass.numpy().tolist() == expected.kept_mass.astype(np.float32).tolist()
+
+
+def test_a_gpu_gets_attention_of_few_sizes_whatever_else_is_read(store):
+    """An SAE trains to the same bits next to one that reads a denser layer."""
+    feed = make_feed(store, needs=(WINDOWS,))
+    draw = feed.draw(3)
+    exact = draw.batch(WINDOWS).side["attention"][3]
+    feed.close()
+    draw.block.attention[9] = replace(draw.block.attention[3], begins=4 * draw.block.attention[3].begins)
+    draw.device = torch.device("cuda")
+    found = draw.batch(WINDOWS).side["attention"][3]
+    assert len(found.indices) == rounded_up(len(exact.indices)) > len(exact.indices)
+    for name, part in vars(exact.padded(len(found.indices))).items():
+        assert torch.equal(vars(found)[name], part), name
 
 
 def test_what_a_fleet_shares_goes_to_the_device_once(store):

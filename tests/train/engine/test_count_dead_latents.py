@@ -26,11 +26,11 @@ def test_the_list_begins_with_the_dead_and_has_one_of_few_sizes(rng, width, numb
     counters, dead = LatentCounters(width, torch.device("cpu")), torch.randperm(width, generator=rng)[:number]
     counters.tokens_since_fired[dead] = 100
     counters.list_dead(50, None)
-    assert counters.size() is None
+    assert counters.list_length() is None
     found = counters.listed
     assert found.latents[:number].tolist() == dead.sort().values.tolist()
     assert found.is_dead.tolist() == [True] * number + [False] * (size - number)
-    assert len(found.latents.unique()) == counters.size() == size
+    assert len(found.latents.unique()) == counters.list_length() == size
 
 
 def test_another_list_lies_where_the_last_one_lay():

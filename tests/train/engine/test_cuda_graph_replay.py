@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from saemill.train.data import device_copies
 from saemill.train.data.batch import Batch
+from saemill.train.data.device_copies import NotRecordable
 from saemill.train.engine import cuda_graph_replay, step
 from saemill.train.engine.adam import Optim
 from saemill.train.engine.schedules import Constant
@@ -54,6 +55,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if str(func).startswith(REFUSED):
             raise RuntimeError(f"{func}: not permitted while it is recorded")
+        if str(func).startswith("aten.lift_fresh"):
+            raise NotRecordable("numbers of the host would go to the GPU")
         result = func(*args, **(kwargs or {}))
         if str(func).startswith("aten.empty"):  # memory that a graph keeps; here it is also read while recorded
             return result.zero_()
@@ -83,6 +86,8 @@ class TapedMemory:
     """Records on a tape; the trainee's state stays what it was, as a graph leaves it."""
 
     is_on = False
+    is_used_up = False
+    dropped = 0
 
     def require_room(self) -> None:
         pass

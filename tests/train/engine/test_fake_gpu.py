@@ -152,8 +152,8 @@ def move(trainee: Trainee, to: Move) -> None:
     trainee.optimiser._lr = dict.fromkeys(trainee.optimiser._scales, 0.1)  # torch has no fake update of one there
     trainee._traces = deque()
     counters = trainee.counters
-    counters.size()
-    counters.tokens_since_fired, counters._listed = to(counters.tokens_since_fired), to(counters._listed)
+    counters.list_length()
+    counters.tokens_since_fired, counters._marked = to(counters.tokens_since_fired), to(counters._marked)
     counters._order = to(counters._order)
 
 

@@ -86,7 +86,7 @@ def links_of(
     apart: bool = False,
 ) -> Links:
     """The links of a batch; `row_of` [W, T] is the row at a position, or -1."""
-    parts = [_layer_links(attention[layer], row_of, head, apart) for layer in layers]
+    parts = [_layer_links(attention[layer], row_of, num_rows, head, apart) for layer in layers]
     layer = torch.cat([row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)])
     row, key, key_row, weight = (torch.cat(column) for column in zip(*parts, strict=True))
     place = layer * num_rows + row
@@ -106,7 +106,7 @@ def links_of(
 
 
 def _layer_links(
-    attention: AttentionRows, row_of: Tensor, head: int | None, apart: bool
+    attention: AttentionRows, row_of: Tensor, num_rows: int, head: int | None, apart: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row, key, key's row and weight of all links of a layer, not yet renormalised."""
     _, heads, context = attention.kept_mass.shape
@@ -124,8 +124,10 @@ def _layer_links(
         kept &= place // context % heads == head
     weight = attention.data / (heads if head is None else 1)
     if not reads_at_once(kept):
-        # Dropped links keep their places: in a single one, thousands of zeros would be summed one after the other.
-        return row.clamp_min(0), key, key_row.clamp_min(0), torch.where(kept, weight, 0.0)
+        # Dropped links stay where they are, and go from there to themselves: for a single row, thousands of zeros would
+        # be summed one after the other.
+        row = torch.where(row >= 0, row, place % num_rows)
+        return row, key, torch.where(kept, key_row, row), torch.where(kept, weight, 0.0)
     chosen = kept.nonzero().view(-1)
     return row[chosen], key[chosen], key_row[chosen], weight[chosen]
 
@@ -149,7 +151,7 @@ def nearest_links(links: Links, side: Side) -> Links:
     total = index_sum(weight, links.place, links.attends.numel())
     share = torch.where(is_kept, weight / total[links.place], 0.0)
     attends = links.attends & (total.view(links.attends.shape) > 0)
-    return Links(links.layer, links.row, key, key_row.clamp_min(0), share, attends, links.context)
+    return Links(links.layer, links.row, key, torch.where(is_kept, key_row, links.row), share, attends, links.context)
 
 
 def same_token_links(links: Links, side: Side) -> Links:
@@ -170,4 +172,5 @@ def same_token_links(links: Links, side: Side) -> Links:
     row, key = row.repeat(layers), key.repeat(layers)
     is_kept = same_BT[row, key] & attends[layer, row]
     share = torch.where(is_kept, 1.0 / count_B.clamp_min(1)[row], 0.0).to(links.share.dtype)
-    return Links(layer, row, key, row_of[window[row], key].clamp_min(0), share, attends, links.context)
+    key_row = torch.where(is_kept, row_of[window[row], key], row)
+    return Links(layer, row, key, key_row, share, attends, links.context)

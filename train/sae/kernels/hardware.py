@@ -34,8 +34,11 @@ def reads_at_once(tensor: Tensor) -> bool:
 
 
 def numbers(values: Sequence[float], like: Tensor) -> Tensor:
-    """A few numbers from the host, in the type and on the device of `like`."""
-    return send(torch.tensor(values, dtype=like.dtype), like.device)
+    """A few numbers from the host, in the type and on the device of `like`. A GPU is told them by its launches, which
+    can be recorded, where a copy could not."""
+    if reads_at_once(like):
+        return torch.tensor(values, dtype=like.dtype)
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
