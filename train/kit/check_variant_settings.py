@@ -68,6 +68,12 @@ def unread_unless(switch: str, is_on: bool, *names: str) -> dict[str, str]:
     return {} if is_on else dict.fromkeys(names, f"only {switch} reads it; set that too, or leave it out")
 
 
+def unread_where_dense(*switches: str) -> dict[str, str]:
+    """For `unread`, if settings make the encoder one that is float32 throughout: the precision of its products."""
+    why = f"with {', '.join(switches)} the encoder's products are in float32; leave it out"
+    return {"encoder_product": why} if switches else {}
+
+
 def require_hook(hook: str | None, setting: str = "hook") -> None:
     require(hook is None or hook in HOOKS, f"{setting}: unknown hook {hook!r}{nearest(str(hook), HOOKS)}")
 

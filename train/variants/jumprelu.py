@@ -48,7 +48,11 @@ class Config(WithPenalty, SingleLayer):
     """Share of tokens at which the frequency penalty on a latent equals its contribution to L0."""
 
     def unread(self) -> Mapping[str, str]:
+        unread = dict(super().unread())
+        if self.frequency_penalty > 0:  # it rises with the penalty, even where that is 0
+            unread.pop("penalty_warmup_fraction", None)
         return {
+            **unread,
             **unread_unless("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
             **unread_unless("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
             **unread_unless("frequency_penalty", self.frequency_penalty > 0, "common_share"),

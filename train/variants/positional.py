@@ -21,7 +21,13 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
+from ..kit.check_variant_settings import (
+    require,
+    require_least,
+    require_positive,
+    unread_unless,
+    unread_where_dense,
+)
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
@@ -86,7 +92,11 @@ class Config(Windowed):
     """Share of the penalty that counts before the adapters come in; it rises to the full penalty with them."""
 
     def unread(self) -> Mapping[str, str]:
+        on_features = self.adapters and self.adapters_on == "features"
+        dense = {"range_encoders": self.range_encoders, "pre_norm": self.pre_norm, "adapters_on=features": on_features}
         return {
+            **super().unread(),
+            **unread_where_dense(*(name for name, is_set in dense.items() if is_set)),
             **unread_unless("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
             **unread_unless("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
             **unread_unless("range_encoders", self.range_encoders, "range_encoder_share"),

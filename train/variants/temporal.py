@@ -22,6 +22,11 @@ from ..sae.shapes.shaped_sae import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
 from ..terms.temporal import PIECE, PRUNE, SCALES, TEMPORAL, Adaptive, Consistency, Dynamics, Retire
 
+OF_ONSET = ("idle_steps", "warmup_steps", "idle_max_fraction")
+OF_LOSSES = ("adaptive", "half_life_fraction", "buffer_mixing", "buffer_std", "other_windows", "progressive_window")
+OF_LOSSES += ("variance_floor",)
+"""Settings that only temporal losses read."""
+
 
 @dataclass(frozen=True)
 class Config(Windowed):
@@ -65,7 +70,13 @@ class Config(Windowed):
     gate_rank: int = 8
 
     def unread(self) -> Mapping[str, str]:
+        compares, boosts = self._compares, self.reconstruction_boost > 0
+        waits = self.idle_max_fraction > 0 and (self.idle_steps > 0 or self.warmup_steps > 0)
         return {
+            **super().unread(),
+            **unread_unless("a temporal weight above 0 for a group with latents", compares, *OF_LOSSES),
+            **unread_unless("a temporal weight or reconstruction_boost", compares or boosts, *OF_ONSET),
+            **unread_unless("an onset (idle_steps or warmup_steps)", waits, "reconstruction_boost"),
             **unread_unless("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
             **unread_unless("position_gate", self.position_gate, "gate_rank"),
         }
@@ -104,6 +115,12 @@ class Config(Windowed):
             begins = Ramp(0.0, 1.0, self.prune_from, self.prune_from)
             assembly = assembly.with_constraints(Retire(dynamics)).with_knobs(**{PRUNE: begins})
         return assembly
+
+    @property
+    def _compares(self) -> bool:
+        """Whether any group of latents has a temporal loss."""
+        groups = zip(self.temporal_weights, self._group_sizes(), strict=False)  # the last group is free
+        return any(weight > 0 and size > 0 for weight, size in groups)
 
     def _with_terms(self, assembly: Assembly) -> Assembly:
         """A loss for each scale, under a shared schedule."""

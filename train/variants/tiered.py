@@ -17,7 +17,15 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import ends_of, is_rising, require, require_least, require_positive, unread_unless
+from ..kit.check_variant_settings import (
+    ends_of,
+    is_rising,
+    require,
+    require_least,
+    require_positive,
+    unread_unless,
+    unread_where_dense,
+)
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
@@ -87,6 +95,8 @@ class Config(Wrapping):
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
+            **super().unread(),
+            **unread_where_dense(*(["tier_norm"] if self.tier_norm else [])),
             **unread_unless("boundaries=null", self.boundaries is None, "tier_fractions"),
             **unread_unless("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
             **unread_unless("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
