@@ -68,7 +68,7 @@ class Config(WithPenalty, SingleLayer):
         require_sparsity(self.target_l0, self.width, "target_l0")
         require_positive(self, "bandwidth", "sharpness")
         require_positive(self, "common_share", most=1)
-        require_least(self, frequency_penalty=0)
+        require_least(self, frequency_penalty=0, initial_threshold=0)
         gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, d_model**0.5, self.target_l0)
         is_tanh = self.sparsity == "tanh"
         l0 = TanhL0(self.target_l0, self.sharpness) if is_tanh else TargetL0(self.target_l0)

@@ -197,7 +197,7 @@ class Config(Windowed):
     def _require_valid(self) -> None:
         require(0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}")
         require_positive(self, "masked_share", "range_encoder_share", most=1)
-        require_positive(self, "sigma", "adapted_rate")
+        require_positive(self, "sigma", "adapted_rate", "adapter_lr_scale")
         require(0 <= self.mask_cutoff < 1, f"mask_cutoff: expected 0 or more and less than 1, found {self.mask_cutoff}")
         require_least(self, adapter_hidden=1, unadapted_penalty=0)
         for name in ("progressive", "adapter_from"):
