@@ -90,7 +90,15 @@ def require_width(width: int) -> None:
 
 def require_sparsity(k: float, width: int, setting: str = "k") -> None:
     require_width(width)
-    require(0 < k <= width, f"{setting}: expected more than 0 and at most width = {width}, found {k}")
+    require(
+        0 < k <= width,
+        f"{setting}: expected more than 0 and at most width = {width}, found {k}: set another {setting} or --width",
+    )
+
+
+def require_some_latents(name: str, share: float, number: int, width: int) -> None:
+    """Refuse a share of a dictionary that is less than one latent, and so would do nothing."""
+    require(number >= 1, f"{name}: expected a share of the {width} latents that is at least one, found {share}")
 
 
 def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, ...]:

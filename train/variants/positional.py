@@ -25,6 +25,7 @@ from ..kit.check_variant_settings import (
     require,
     require_least,
     require_positive,
+    require_some_latents,
     unread_unless,
     unread_where_dense,
 )
@@ -197,6 +198,11 @@ class Config(Windowed):
     def _require_valid(self) -> None:
         require(0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}")
         require_positive(self, "masked_share", "range_encoder_share", most=1)
+        if self.mask in ("hard", "soft"):
+            require_some_latents("masked_share", self.masked_share, round(self.masked_share * self.width), self.width)
+        if self.range_encoders:
+            share = self.range_encoder_share
+            require_some_latents("range_encoder_share", share, round(share * self.width), self.width)
         require_positive(self, "sigma", "adapted_rate", "adapter_lr_scale")
         require(0 <= self.mask_cutoff < 1, f"mask_cutoff: expected 0 or more and less than 1, found {self.mask_cutoff}")
         require_least(self, adapter_hidden=1, unadapted_penalty=0)

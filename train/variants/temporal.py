@@ -15,7 +15,13 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
+from ..kit.check_variant_settings import (
+    require,
+    require_least,
+    require_positive,
+    require_some_latents,
+    unread_unless,
+)
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped_sae import ShapedAutoencoder
@@ -98,6 +104,12 @@ class Config(Windowed):
             f"long_to: expected lags that fit the store's windows of {manifest.context} tokens, found {longest}: "
             f"set long_to={manifest.context}, or harvest longer windows",
         )
+        piece = self.progressive_window
+        require(
+            piece is None or piece < manifest.context,
+            f"progressive_window: expected fewer tokens than the store's windows of {manifest.context}, found {piece}: "
+            "set a smaller one, or leave it out",
+        )
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self._require_valid()
@@ -175,6 +187,9 @@ class Config(Windowed):
         for name in ("temporal_weights", "group_shares"):
             require(min(getattr(self, name)) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
         require(sum(self.group_shares) <= 1, f"group_shares: expected at most 1 together, found {self.group_shares}")
+        for share, size in zip(self.group_shares, self._group_sizes(), strict=False):  # the last group is free
+            if share > 0:
+                require_some_latents("group_shares", share, size, self.width)
         require_least(self, idle_steps=0, warmup_steps=0, reconstruction_boost=0, variance_floor=0, prune_share=0)
         require_least(self, gradient_noise=0, prune_every_steps=1, gate_rank=1, progressive_window=1)
         require_positive(self, "buffer_mixing", most=1)

@@ -114,6 +114,12 @@ REFUSED = [
     ("positional", {"base": "temporal"}, "wraps no other"),
     ("positional", {"ranges": 0}, "ranges: expected 1"),
     ("positional", {"masked_share": 0.0}, "masked_share: expected more than 0"),
+    ("positional", {"masked_share": 0.001}, "masked_share: expected a share of the 96 latents that is at least one"),
+    (
+        "positional",
+        {"range_encoders": True, "range_encoder_share": 0.001, "independent_encoders": True, "init": "orthogonal"},
+        "range_encoder_share: expected a share of the 96 latents that is at least one, found 0.001",
+    ),
     ("positional", {"mask": "none"}, "mask=none does nothing"),
     ("positional", {"mask": "static_slicing", "progressive": (0.0, 0.5)}, "progressive: expected mask"),
     ("positional", {"progressive": (0.5, 0.5)}, "progressive: expected 0 <= begin"),
@@ -133,6 +139,11 @@ REFUSED = [
     ("positional", {"base": "topk", "l1_before_mask": True}, "a base with an L1 penalty"),
     ("temporal", {"temporal_weights": (0.1, -0.1, 0.1)}, "temporal_weights: expected 0 or more"),
     ("temporal", {"group_shares": (0.5, 0.5, 0.5)}, "group_shares: expected at most 1"),
+    (
+        "temporal",
+        {"group_shares": (0.3, 0.001, 0.0)},
+        "group_shares: expected a share of the 96 latents .* found 0.001",
+    ),
     ("temporal", {"short_to": 20}, "expected rising lags"),
     ("temporal", {"buffer_std": 0.1}, "buffer_std: expected a buffer_mixing under 1"),
     ("temporal", {"buffer_mixing": 0.0}, "buffer_mixing: expected more than 0"),
@@ -152,6 +163,10 @@ def test_what_cannot_be_is_refused_by_name(variant, settings, message, battery):
     [
         (("positional", "positional.ranges=3"), "ranges: expected a number that divides the store's windows of 8"),
         (("positional", "positional.context=16"), "context: expected 8, the store's window length, found 16"),
+        (
+            ("temporal", "progressive_window=8"),
+            "progressive_window: expected fewer tokens than the store's windows of 8",
+        ),
         (("temporal", "long_to=100"), "long_to: expected lags that fit the store's windows of 8 tokens, found 100"),
     ],
 )
