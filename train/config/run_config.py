@@ -287,7 +287,10 @@ class Ask:
         with name_sae(sae.label):
             adapted = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
             if stored:
-                adapted |= stored_layer(draft, asked, stored)
+                chosen = [
+                    key for key, value in asked.items() if value is not None
+                ]  # to_layer=null asks for the default
+                adapted |= stored_layer(draft, chosen, stored)
         config = with_settings(draft, adapted, sae.label)
         with name_sae(sae.label):
             require_bounds(config)
