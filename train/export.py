@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import FULL_DISK, sync
+from ..cache_schema.sites import RESID
 from . import cli_support
 from .cli_support import tell_errors
 from .disk.atomic_files import hidden_name_beside, replace_written
@@ -250,10 +251,11 @@ def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
     is_of_mlp = hooks == ("mlp_in", "mlp_out") and len(layers) == 1 and metadata.get("target_layers") == layers
     is_of_module = kind == "sparsify" and (is_of_mlp or metadata.get("transcodes", False))
     if kind != "sae_lens" and not is_of_one_place(metadata) and not is_of_module:
+        hook, elsewhere = metadata.get("hook", RESID), "another place" if metadata.get("transcodes") else layers
         raise SaeInvalid(
-            f"expected an SAE of one layer that reconstructs its input, found {metadata.get('hook', 'layers')} "
-            f"{metadata.get('layers')} to {metadata.get('target_hook', '')} "
-            f"{metadata.get('target_layers', 'another place')}: {kind} has no format for it"
+            f"expected an SAE of one layer that reconstructs its input, found {hook} {layers} to "
+            f"{metadata.get('target_hook', hook)} {metadata.get('target_layers', elsewhere)}: {kind} has no format for "
+            "it. Keep its folder, which load_sae opens"
         )
 
 

@@ -284,9 +284,13 @@ class Ask:
         shared = self.recipe.settings if self.recipe else {}
         of_recipe = {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
         draft = with_settings(config, of_recipe | asked, sae.label)
-        adapted = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
-        if stored:
-            adapted |= stored_layer(draft, asked, stored)
+        with name_sae(sae.label):
+            adapted = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
+            if stored:
+                chosen = [
+                    key for key, value in asked.items() if value is not None
+                ]  # to_layer=null asks for the default
+                adapted |= stored_layer(draft, chosen, stored)
         config = with_settings(draft, adapted, sae.label)
         with name_sae(sae.label):
             require_bounds(config)

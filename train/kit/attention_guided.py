@@ -24,6 +24,7 @@ from .check_variant_settings import require, require_least, require_positive, un
 from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from the seeds of bases
+OF_LINKS = ("min_mass", "head", "shuffle_attention", "links")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,13 @@ class Guided(Wrapping):
     """Further controls: as many links to the preceding tokens, or links to the same token earlier in the window."""
 
     def unread(self) -> Mapping[str, str]:
-        return unread_unless("guidance=encode", self.guidance == "encode", "rank")
+        guides, encodes = self.alpha > 0, self.guidance == "encode"
+        return {
+            **super().unread(),
+            **unread_unless("guidance=encode", encodes, "rank"),
+            **unread_unless("an alpha above 0", guides, "alpha_warmup_fraction", "temperature", "negatives"),
+            **unread_unless("an alpha above 0 or guidance=encode", guides or encodes, *OF_LINKS),
+        }
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store without this head."""

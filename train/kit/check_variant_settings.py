@@ -68,6 +68,12 @@ def unread_unless(switch: str, is_on: bool, *names: str) -> dict[str, str]:
     return {} if is_on else dict.fromkeys(names, f"only {switch} reads it; set that too, or leave it out")
 
 
+def unread_where_dense(*switches: str) -> dict[str, str]:
+    """For `unread`, if settings make the encoder one that is float32 throughout: the precision of its products."""
+    why = f"with {', '.join(switches)} the encoder's products are in float32; leave it out"
+    return {"encoder_product": why} if switches else {}
+
+
 def require_hook(hook: str | None, setting: str = "hook") -> None:
     require(hook is None or hook in HOOKS, f"{setting}: unknown hook {hook!r}{nearest(str(hook), HOOKS)}")
 
@@ -84,7 +90,15 @@ def require_width(width: int) -> None:
 
 def require_sparsity(k: float, width: int, setting: str = "k") -> None:
     require_width(width)
-    require(0 < k <= width, f"{setting}: expected more than 0 and at most width = {width}, found {k}")
+    require(
+        0 < k <= width,
+        f"{setting}: expected more than 0 and at most width = {width}, found {k}: set another {setting} or --width",
+    )
+
+
+def require_some_latents(name: str, share: float, number: int, width: int) -> None:
+    """Refuse a share of a dictionary that is less than one latent, and so would do nothing."""
+    require(number >= 1, f"{name}: expected a share of the {width} latents that is at least one, found {share}")
 
 
 def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction_and_sparsity import reconstruction
-from .check_variant_settings import require, require_hook, require_least, stats_or_unit, topk_optim
+from .check_variant_settings import require, require_hook, require_least, stats_or_unit, topk_optim, unread_unless
 from .variant_contract import Variant
 
 DecoderBias = Literal["mean", "zero"]
@@ -68,12 +68,15 @@ class SingleLayer(Dictionary):
 
 
 @dataclass(frozen=True)
-class WithAux:
+class WithAux(Variant):
     """Settings of the auxiliary loss that revives dead latents."""
 
     aux_weight: float = 1 / 32
     aux_k: int | None = None
     """Dead latents that each token may use; None: half of the residual width."""
+
+    def unread(self) -> Mapping[str, str]:
+        return {**super().unread(), **unread_unless("an aux_weight above 0", self.aux_weight > 0, "aux_k")}
 
     def aux(self, d_model: int, rectified: bool = True, signed: bool = False) -> Term:
         k = d_model // 2 if self.aux_k is None else self.aux_k
@@ -82,12 +85,16 @@ class WithAux:
 
 
 @dataclass(frozen=True)
-class WithPenalty:
+class WithPenalty(Variant):
     """Settings of a penalty on activity."""
 
     penalty: float = 0.1
     penalty_warmup_fraction: float = 0.05
     """Share of the run over which the penalty rises from zero."""
+
+    def unread(self) -> Mapping[str, str]:
+        rises = unread_unless("a penalty above 0", self.penalty > 0, "penalty_warmup_fraction")
+        return {**super().unread(), **rises}
 
     def penalise(self, name: str, fn: Callable[[View], Tensor]) -> Term:
         require_least(self, penalty=0)

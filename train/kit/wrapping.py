@@ -7,6 +7,7 @@ an optional setting (None by default) may be given only if the base has it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -47,6 +48,11 @@ class Wrapping(Variant):
     encoder_product: Product = "float32"
     optim: Optim = field(default_factory=Optim)
 
+    def unread(self) -> Mapping[str, str]:
+        """What the base does not read of the settings that are passed on to it."""
+        own = {field.name for field in dataclasses.fields(self)}
+        return {name: why for name, why in _base_config(self, None).unread().items() if name.partition(".")[0] in own}
+
     def step_tables(self) -> float:
         return _base_config(self, None).step_tables() + self.own_tables
 
@@ -84,11 +90,16 @@ def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> As
 
 
 def base_needs(config: Wrapping) -> Needs:
-    """The needs of the base, which must read single tokens of one layer and reconstruct them."""
-    needs = _base_config(config, None).needs()
+    """The needs of the base, which must learn, read single tokens of one layer and reconstruct them."""
+    base = _base_config(config, None)
+    needs = base.needs()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
     require(
         plain, f"base: expected a variant that reads tokens of one layer and reconstructs them, found {config.base!r}"
+    )
+    require(
+        not base.is_baseline,
+        f"base: expected a variant that learns, found the baseline {config.base!r}: train it on its own",
     )
     return needs
 
@@ -110,5 +121,9 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
     # A mean `k` per token may be 32.5; a fixed one may not.
     numbers = {name: value for name, value in settings.items() if type(known[name]) is int and type(value) is float}
     fractional = [name for name, value in numbers.items() if value != int(value)]
-    require(not fractional, f"{', '.join(fractional)}: expected a whole number for this base")
+    require(
+        not fractional,
+        f"{', '.join(fractional)}: expected a whole number for the base {config.base}, found "
+        + ", ".join(str(numbers[name]) for name in fractional),
+    )
     return cls(**settings | {name: int(value) for name, value in numbers.items()})

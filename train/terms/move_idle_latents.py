@@ -43,11 +43,15 @@ class Moves:
     idle_frequency: float
     """Latents that fire on a smaller share of tokens than this may move."""
     most_at_once: float
-    """Share of all latents."""
+    """Share of all latents; of a small dictionary, one latent."""
     drift: float
     """Share of a tier's initial size."""
     live: bool = False
     """Whether live latents move too."""
+
+    def most(self, num_latents: int) -> int:
+        """The most latents that move at once."""
+        return max(1, int(self.most_at_once * num_latents))
 
     def room(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The most latents that each tier may have."""
@@ -82,7 +86,7 @@ class Structure(StepCounter):
             after = self.reassigned(before, view.dead)
             if self.moves.live:
                 room, floor = self.moves.room(self._sizes), self.moves.floor(self._sizes)
-                after = reallocated(view, after, room, floor, int(self.moves.most_at_once * len(before)))
+                after = reallocated(view, after, room, floor, self.moves.most(len(before)))
             tiers.membership.copy_(after)
             for follow in self._followers:
                 follow(view, before, after)
@@ -98,7 +102,7 @@ class Structure(StepCounter):
         spare = [max(0, size - floor) for size, floor in zip(sizes, self.moves.floor(self._sizes), strict=True)]
         movable = _first_of_each_tier(idle, self.frequency, membership, spare)
         room = self.moves.room(self._sizes)[target] - sizes[target]
-        count = max(0, min(room, int(self.moves.most_at_once * len(membership)), len(movable)))
+        count = max(0, min(room, self.moves.most(len(membership)), len(movable)))
         after = membership.clone()
         after[movable[:count]] = target
         return after

@@ -47,6 +47,7 @@ class Config(WithPenalty, WithAux, Dictionary):
 
     def unread(self) -> Mapping[str, str]:
         return {
+            **super().unread(),
             **unread_unless("gate=relu", self.gate == "relu", "penalty", "penalty_warmup_fraction"),
             **unread_unless("gate=batchtopk", self.gate == "batchtopk", "k", "threshold_decay"),
         }

@@ -68,7 +68,7 @@ class Config(Wrapping):
     """Smallest cosine of a decoder row with its start (part = "soft_decoder")."""
 
     def unread(self) -> Mapping[str, str]:
-        return unread_unless("part=soft_decoder", self.part == "soft_decoder", "cosine")
+        return {**super().unread(), **unread_unless("part=soft_decoder", self.part == "soft_decoder", "cosine")}
 
     def needs(self) -> Needs:
         require(-1.0 <= self.cosine <= 1.0, f"cosine: expected a number from -1 to 1, found {self.cosine}")

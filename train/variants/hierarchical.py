@@ -39,7 +39,11 @@ class Config(Guided):
 
     def unread(self) -> Mapping[str, str]:
         falls = self.mixing_temperature_start is not None
-        return {**super().unread(), **unread_unless("mixing_temperature_start", falls, "mixing_temperature_steps")}
+        return {
+            **super().unread(),
+            **unread_unless("mixing_temperature_start", falls, "mixing_temperature_steps"),
+            **unread_unless("an alpha above 0", self.alpha > 0, "beta", "objective"),
+        }
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

@@ -48,7 +48,11 @@ class Config(WithPenalty, SingleLayer):
     """Share of tokens at which the frequency penalty on a latent equals its contribution to L0."""
 
     def unread(self) -> Mapping[str, str]:
+        unread = dict(super().unread())
+        if self.frequency_penalty > 0:  # it rises with the penalty, even where that is 0
+            unread.pop("penalty_warmup_fraction", None)
         return {
+            **unread,
             **unread_unless("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
             **unread_unless("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
             **unread_unless("frequency_penalty", self.frequency_penalty > 0, "common_share"),
@@ -64,7 +68,7 @@ class Config(WithPenalty, SingleLayer):
         require_sparsity(self.target_l0, self.width, "target_l0")
         require_positive(self, "bandwidth", "sharpness")
         require_positive(self, "common_share", most=1)
-        require_least(self, frequency_penalty=0)
+        require_least(self, frequency_penalty=0, initial_threshold=0)
         gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, d_model**0.5, self.target_l0)
         is_tanh = self.sparsity == "tanh"
         l0 = TanhL0(self.target_l0, self.sharpness) if is_tanh else TargetL0(self.target_l0)

@@ -64,7 +64,8 @@ class Config(topk.Config):
     """Number of rounds; at most k."""
 
     def unread(self) -> Mapping[str, str]:
-        return {"centre_by_mean": "a round's input already has the decoder's bias subtracted; leave it out"}
+        why = "a round's input already has the decoder's bias subtracted; leave it out"
+        return {**super().unread(), "centre_by_mean": why}
 
     def step_tables(self) -> float:
         return 2.5

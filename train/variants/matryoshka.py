@@ -27,6 +27,7 @@ class Config(batchtopk.Config):
         widths = self.prefixes()
         weights = self.prefix_weights or (1.0,) * len(widths)
         require(len(weights) == len(widths), f"prefix_weights: expected {len(widths)}, found {len(weights)}")
+        require(sum(weights) > 0, f"prefix_weights: expected one or more above 0, found {weights}")
         nested = NestedReconstruction(widths, weights)
         term = Term("reconstruction", nested, Constant(1.0), nested.residual)
         return super().build(d_model, stats).replacing(term)

@@ -21,7 +21,14 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
+from ..kit.check_variant_settings import (
+    require,
+    require_least,
+    require_positive,
+    require_some_latents,
+    unread_unless,
+    unread_where_dense,
+)
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
@@ -86,7 +93,11 @@ class Config(Windowed):
     """Share of the penalty that counts before the adapters come in; it rises to the full penalty with them."""
 
     def unread(self) -> Mapping[str, str]:
+        on_features = self.adapters and self.adapters_on == "features"
+        dense = {"range_encoders": self.range_encoders, "pre_norm": self.pre_norm, "adapters_on=features": on_features}
         return {
+            **super().unread(),
+            **unread_where_dense(*(name for name, is_set in dense.items() if is_set)),
             **unread_unless("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
             **unread_unless("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
             **unread_unless("range_encoders", self.range_encoders, "range_encoder_share"),
@@ -187,7 +198,12 @@ class Config(Windowed):
     def _require_valid(self) -> None:
         require(0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}")
         require_positive(self, "masked_share", "range_encoder_share", most=1)
-        require_positive(self, "sigma", "adapted_rate")
+        if self.mask in ("hard", "soft"):
+            require_some_latents("masked_share", self.masked_share, round(self.masked_share * self.width), self.width)
+        if self.range_encoders:
+            share = self.range_encoder_share
+            require_some_latents("range_encoder_share", share, round(share * self.width), self.width)
+        require_positive(self, "sigma", "adapted_rate", "adapter_lr_scale")
         require(0 <= self.mask_cutoff < 1, f"mask_cutoff: expected 0 or more and less than 1, found {self.mask_cutoff}")
         require_least(self, adapter_hidden=1, unadapted_penalty=0)
         for name in ("progressive", "adapter_from"):

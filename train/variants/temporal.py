@@ -15,12 +15,23 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import require, require_least, require_positive, unread_unless
+from ..kit.check_variant_settings import (
+    require,
+    require_least,
+    require_positive,
+    require_some_latents,
+    unread_unless,
+)
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped_sae import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
 from ..terms.temporal import PIECE, PRUNE, SCALES, TEMPORAL, Adaptive, Consistency, Dynamics, Retire
+
+OF_ONSET = ("idle_steps", "warmup_steps", "idle_max_fraction")
+OF_LOSSES = ("adaptive", "half_life_fraction", "buffer_mixing", "buffer_std", "other_windows", "progressive_window")
+OF_LOSSES += ("variance_floor",)
+"""Settings that only temporal losses read."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,13 @@ class Config(Windowed):
     gate_rank: int = 8
 
     def unread(self) -> Mapping[str, str]:
+        compares, boosts = self._compares, self.reconstruction_boost > 0
+        waits = self.idle_max_fraction > 0 and (self.idle_steps > 0 or self.warmup_steps > 0)
         return {
+            **super().unread(),
+            **unread_unless("a temporal weight above 0 for a group with latents", compares, *OF_LOSSES),
+            **unread_unless("a temporal weight or reconstruction_boost", compares or boosts, *OF_ONSET),
+            **unread_unless("an onset (idle_steps or warmup_steps)", waits, "reconstruction_boost"),
             **unread_unless("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
             **unread_unless("position_gate", self.position_gate, "gate_rank"),
         }
@@ -87,6 +104,12 @@ class Config(Windowed):
             f"long_to: expected lags that fit the store's windows of {manifest.context} tokens, found {longest}: "
             f"set long_to={manifest.context}, or harvest longer windows",
         )
+        piece = self.progressive_window
+        require(
+            piece is None or piece < manifest.context,
+            f"progressive_window: expected fewer tokens than the store's windows of {manifest.context}, found {piece}: "
+            "set a smaller one, or leave it out",
+        )
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self._require_valid()
@@ -104,6 +127,12 @@ class Config(Windowed):
             begins = Ramp(0.0, 1.0, self.prune_from, self.prune_from)
             assembly = assembly.with_constraints(Retire(dynamics)).with_knobs(**{PRUNE: begins})
         return assembly
+
+    @property
+    def _compares(self) -> bool:
+        """Whether any group of latents has a temporal loss."""
+        groups = zip(self.temporal_weights, self._group_sizes(), strict=False)  # the last group is free
+        return any(weight > 0 and size > 0 for weight, size in groups)
 
     def _with_terms(self, assembly: Assembly) -> Assembly:
         """A loss for each scale, under a shared schedule."""
@@ -158,6 +187,9 @@ class Config(Windowed):
         for name in ("temporal_weights", "group_shares"):
             require(min(getattr(self, name)) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
         require(sum(self.group_shares) <= 1, f"group_shares: expected at most 1 together, found {self.group_shares}")
+        for share, size in zip(self.group_shares, self._group_sizes(), strict=False):  # the last group is free
+            if share > 0:
+                require_some_latents("group_shares", share, size, self.width)
         require_least(self, idle_steps=0, warmup_steps=0, reconstruction_boost=0, variance_floor=0, prune_share=0)
         require_least(self, gradient_noise=0, prune_every_steps=1, gate_rank=1, progressive_window=1)
         require_positive(self, "buffer_mixing", most=1)

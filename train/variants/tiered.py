@@ -17,7 +17,15 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Constant, Ramp
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import ends_of, is_rising, require, require_least, require_positive, unread_unless
+from ..kit.check_variant_settings import (
+    ends_of,
+    is_rising,
+    require,
+    require_least,
+    require_positive,
+    unread_unless,
+    unread_where_dense,
+)
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
@@ -68,7 +76,7 @@ class Config(Wrapping):
     """Also move live latents, alone or by swapping two, if the weighted loss of the tiers falls."""
     idle_frequency: float = 1e-5
     moves_at_once: float = 0.01
-    """Largest share of latents to move at once."""
+    """Largest share of latents to move at once; at least one latent may."""
     tier_drift: float = 0.25
     """Share of its initial size by which a tier may grow or shrink."""
     resample_every_steps: int = 0
@@ -87,6 +95,8 @@ class Config(Wrapping):
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
+            **super().unread(),
+            **unread_where_dense(*(["tier_norm"] if self.tier_norm else [])),
             **unread_unless("boundaries=null", self.boundaries is None, "tier_fractions"),
             **unread_unless("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
             **unread_unless("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
@@ -199,17 +209,19 @@ class Config(Wrapping):
         require_least(self, resample_every_steps=0, resample_until=0)
         require_positive(self, "tier_clip_norm")
         require(self.tier_drift < 1, f"tier_drift: expected less than 1, found {self.tier_drift}")
+        require_positive(self, "moves_at_once", most=1)
         nested = self._is_nested or not self.moves_every_steps
         require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")
         require(self.moves_every_steps > 0 or not self.moves_live, "moves_live: expected moves_every_steps, found 0")
         rising = self.curriculum is None or (
             len(self.curriculum) == count
             and self.curriculum[0] == 0
+            and min(self.curriculum) == 0
             and max(self.curriculum) + self.curriculum_rise_fraction <= 1
             and self.curriculum_rise_fraction > 0
         )
         require(
             rising,
-            f"curriculum: expected {count} shares of the run, the first 0, with each rise complete before the end, "
-            f"found {self.curriculum} with rises of {self.curriculum_rise_fraction}",
+            f"curriculum: expected {count} shares of the run, the first 0, no other below it, with each rise complete "
+            f"before the end, found {self.curriculum} with rises of {self.curriculum_rise_fraction}",
         )

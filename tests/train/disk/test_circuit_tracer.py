@@ -127,4 +127,8 @@ def test_what_it_has_no_form_for_is_refused(tmp_path):
     config = json.loads((uneven / "cfg.json").read_text())
     config["metadata"] |= {"hook": "resid", "target_hook": "resid"}
     (uneven / "cfg.json").write_text(json.dumps(config))
-    assert "expected transcoders that write mlp_out, found resid to resid" in said(uneven)
+    assert "expected transcoders that write mlp_out, found resid to resid: circuit-tracer replaces" in said(uneven)
+    for name in ("hook", "target_hook", "layers"):  # an SAE of residuals names no hook
+        del config["metadata"][name]
+    (uneven / "cfg.json").write_text(json.dumps(config))
+    assert "found resid to resid: circuit-tracer replaces MLPs. Train --variant transcoder" in said(uneven)

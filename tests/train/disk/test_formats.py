@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saemill.cache_schema import Site
+from saemill.cache_schema.strict_json import to_json
 from saemill.train import load_sae
+from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.hook_metadata import read_places
 from saemill.train.disk.plain_form import PlainSae, centred, sae_from_plain, with_unit_rows, without_signs
-from saemill.train.disk.sae_lens_folder import WEIGHT_SUFFIXES
+from saemill.train.disk.sae_lens_folder import WEIGHT_SUFFIXES, save_sae
 from saemill.train.errors import RunMissing, RunNotWritten, SaeInvalid
 from saemill.train.export import _outputs, _relative_difference, _require_alike, export, main
 from saemill.train.run.find_and_load_sae import list_saes
@@ -380,7 +382,7 @@ def test_a_transcoder_of_a_model_with_a_norm_behind_its_mlp_is_none_of_sparsify_
     place = {"layers": [3], "target_layers": [3], "hook": "mlp_in", "target_hook": "mlp_out", "model_name": model}
     WRITERS["sae_lens"](tmp_path / "a", make_plain("topk", centres_input=False), place)
     if is_refused:
-        with pytest.raises(SaeInvalid, match=f"found one of {model}: its mlp_out is after a norm"):
+        with pytest.raises(SaeInvalid, match=f"found one of {model}: its mlp_out is after a norm.* gate=batchtopk"):
             export(tmp_path / "a", "sparsify", tmp_path / "b")
         assert not (tmp_path / "b").exists()
     else:
@@ -603,6 +605,36 @@ def test_what_others_have_no_form_for_is_refused(tmp_path):
     with pytest.raises(SaeInvalid, match="one layer that reconstructs its input"):
         export(tmp_path / "a", "sparsify", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ({"layers": [1, 2]}, r"resid \[1, 2\] to resid \[1, 2\]"),
+        ({"layers": [1], "target_layers": [2]}, r"resid \[1\] to resid \[2\]"),
+        ({"layers": [1], "hook": "mlp_in", "target_hook": "mlp_out", "target_layers": [2]}, r"mlp_in \[1\] to mlp_out"),
+        ({"transcodes": True}, "to resid another place"),
+    ],
+)
+def test_a_refusal_names_both_places_and_says_what_opens_the_folder(tmp_path, metadata, found):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("standard", centres_input=False), metadata)
+    with pytest.raises(SaeInvalid, match=f"found .*{found}.*: dictionary_learning has no .* which load_sae opens"):
+        export(tmp_path / "a", "dictionary_learning", tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+@pytest.mark.parametrize("variant", ["treesae", "matching_pursuit", "clt"])
+def test_an_encoder_that_no_other_tool_has_is_refused_in_words(battery, tmp_path, kind, variant):
+    """Rather than as an unknown architecture, which says neither why nor what to do."""
+    config = battery.config_of(variant, layers=(0, 1))
+    sae = config.build(D).sae
+    stats = unit_stats(sae.d_in)
+    save_sae(tmp_path / "a", sae, stats, {"layers": [3]}, to_json(config), variant, stats)
+    said = f"found one of {variant} with an encoder of its own, .* Keep its folder, which load_sae opens"
+    with pytest.raises(SaeInvalid, match=said) as refused:
+        export(tmp_path / "a", kind, tmp_path / "b")
+    assert ("circuit_tracer" in str(refused.value)) == (variant == "clt") and not (tmp_path / "b").exists()
+    load_sae(tmp_path / "a")
 
 
 def test_the_command(tmp_path):

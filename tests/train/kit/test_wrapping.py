@@ -71,11 +71,12 @@ def test_a_count_stays_a_count():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Wrapping(base="topk", k=2.5), "k: expected a whole number"),
+        (Wrapping(base="topk", k=2.5), r"k: expected a whole number for the base topk, found 2\.5"),
         (Wrapping(base="topk", penalty=0.1), "base topk has no setting penalty"),
         (Wrapping(base="standard", k=4.0), "base standard has no setting k"),
         (Wrapping(base="crosscoder"), "found 'crosscoder'"),
         (Wrapping(base="transcoder"), "found 'transcoder'"),
+        (Wrapping(base="pca"), "expected a variant that learns, found the baseline 'pca'"),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused(config, message):
@@ -117,7 +118,8 @@ def test_which_base_a_variant_takes_is_as_the_page_says(battery, variant, settin
         return True
 
     free = {name for name in names() if not hasattr(config_type(name), "base")}
-    bases = {name for name in free if config_type(name)().needs() == config_type("topk")().needs()}
+    plain = config_type("topk")().needs()
+    bases = {name for name in free if config_type(name)().needs() == plain and not config_type(name).is_baseline}
     assert {name for name in free if is_built(name)} == bases - set(refused.split())
     assert f"no `{refused}`" in PAGE.read_text() or not refused
 

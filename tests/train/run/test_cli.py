@@ -390,6 +390,7 @@ def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path)
         ([*TOPK, "--set", "topk.layer=3"], None),
         (["--variant", "transcoder"], "with --layer 3 or --layer 4, and with --set to_layer=3 or --set to_layer=4\n"),
         (["--variant", "transcoder", "--layer", "3"], "choose with --set to_layer=3 or --set to_layer=4\n"),
+        (["--variant", "transcoder", "--layer", "3", "--set", "to_layer=null"], "choose with --set to_layer=3 or"),
         (["--variant", "crosscoder"], "choose with --set layers=3,4\n"),
     ],
 )

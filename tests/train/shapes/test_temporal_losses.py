@@ -29,7 +29,8 @@ TOKENS = config_type("topk")().needs()
 BASES = [  # but the one whose latents no bias keeps closed
     name
     for name in names()
-    if config_type(name)().needs() == TOKENS and not hasattr(config_type(name), "base") and name != "abstopk"
+    if config_type(name)().needs() == TOKENS and not config_type(name).is_baseline and name != "abstopk"
+    if not hasattr(config_type(name), "base")
 ]
 
 

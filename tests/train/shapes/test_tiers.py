@@ -186,6 +186,8 @@ def test_dead_latents_are_free_to_go_and_limits_hold():
     assert torch.bincount(after, minlength=3).tolist() == [6, 2, 4], "no tier loses or gains more than half"
     after = structure(busy, [0.9, 0.1, 0.01], most_at_once=0.1).reassigned(MEMBERSHIP, dead)
     assert int((after == 0).sum()) == 5
+    after = structure(busy, [0.9, 0.1, 0.01], most_at_once=0.01).reassigned(MEMBERSHIP, dead)
+    assert int((after == 0).sum()) == 5, "a hundredth of twelve latents is still one"
 
 
 def test_moves_happen_in_training_and_are_logged(battery):

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...data.scaling import unit_stats
 from ...errors import SaeInvalid, TrainError
 from ..plain_form import Metadata, PlainSae, in_raw_units, sae_from_plain
-from ..sae_lens_folder import load_plain_sae, save_sae
+from ..sae_lens_folder import load_plain_sae, read_config, save_sae
 from . import dictionary_learning, gemma_scope, sparsify
 
 
@@ -27,6 +27,14 @@ def _write_own(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
 
 
 def _read_own(folder: Path) -> tuple[PlainSae, Metadata]:
+    config = read_config(folder)
+    if "needs_side" in config:
+        named = str(config.get("architecture")).removeprefix("saemill_")
+        to_tracer = ", or export it to circuit_tracer" if named == "clt" else ""
+        raise SaeInvalid(
+            f"{folder}: expected an SAE that consists of its weights and a gate, found one of {named} with an encoder "
+            f"of its own, for which other tools have no format. Keep its folder, which load_sae opens{to_tracer}"
+        )
     sae = load_plain_sae(folder)
     return in_raw_units(sae), dict(sae.metadata)
 

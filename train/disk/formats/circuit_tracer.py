@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ....cache_schema.sites import SAE_LENS_NAMES
+from ....cache_schema.sites import RESID, SAE_LENS_NAMES
 from ...errors import SaeInvalid
 from ...sae.cross_layer import CrossLayerSae
 from ...sae.gates import BatchTopK, Gate, JumpRelu, Relu
@@ -114,20 +114,28 @@ def _threshold(gate: Gate) -> Tensor | None:
 
 
 def _require_every_layer(saes: Sequence[SparseAutoencoder], layers: Sequence[int]) -> None:
+    places = [_places(sae.metadata) for sae in saes]
     if sorted(layers) != list(range(len(layers))) or not layers:
-        raise SaeInvalid(f"expected one transcoder for each layer, starting at 0, found layers {sorted(layers)}")
-    for sae in saes:
+        raise SaeInvalid(
+            f"expected one transcoder for each layer, starting at 0, found layers {sorted(layers)}: train all of them "
+            "in one run (--grid layer=0,1,2; for a clt --set layers=0,1,2)"
+        )
+    for sae, place in zip(saes, places, strict=True):
         if sae.metadata.get("target_layers") != sae.metadata["layers"]:
             raise SaeInvalid("expected transcoders that write to the layers they read, found others")
-        if (_places(sae.metadata), sae.num_latents) != (_places(saes[0].metadata), saes[0].num_latents):
+        if (place, sae.num_latents) != (places[0], saes[0].num_latents):
             raise SaeInvalid("expected transcoders of one model, with the same hooks and width, found others")
 
 
 def _places(metadata: dict[str, Any]) -> dict[str, Any]:
     """Where in a block they read and write, under TransformerLens' names."""
-    read, written = (str(metadata.get(name)) for name in ("hook", "target_hook"))
+    read = str(metadata.get("hook", RESID))
+    written = str(metadata.get("target_hook", read))
     if written != "mlp_out" or read not in SAE_LENS_NAMES:
-        raise SaeInvalid(f"expected transcoders that write mlp_out, found {read} to {written}")
+        raise SaeInvalid(
+            f"expected transcoders that write mlp_out, found {read} to {written}: circuit-tracer replaces MLPs. Train "
+            "--variant transcoder, skip_transcoder or clt with --set hook=mlp_in"
+        )
     return {
         "model_name": metadata.get("model_name"),
         "feature_input_hook": SAE_LENS_NAMES[read],

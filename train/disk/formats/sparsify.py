@@ -24,7 +24,8 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
         raise SaeInvalid(
             f"expected a transcoder of a model that adds its MLP's output directly to the residual stream, found one "
             f"of {model}: its mlp_out is after a norm, and sparsify, which hooks the MLP itself, would insert "
-            "normed values before that norm. Export it to circuit_tracer, or keep it as it is for load_sae"
+            "normed values before that norm. Keep its folder, which load_sae opens, or train it with --set "
+            "gate=batchtopk and export that to circuit_tracer"
         )
     plain = centred(plain, not transcodes)
     d_in, width = plain.tensors["W_enc"].shape
