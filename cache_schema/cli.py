@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from decimal import Decimal
 from functools import partial
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, get_args
 
@@ -333,11 +335,26 @@ def _open_source(
 
 
 def open_console(**options: Any) -> Console:
-    """A console of a usable width: one too small for any text, as from COLUMNS=0, counts as not set."""
+    """A console of a usable width: one too small for any text, as from COLUMNS=0, counts as not set. What its encoding
+    lacks, such as the ellipsis of a cell that is cut, is escaped."""
     console = Console(**options)
     if console.width < 20:
         console.width = 80
+    if isinstance(console.file, TextIOWrapper) and console.file.errors in ("strict", "surrogateescape"):
+        console.file.reconfigure(errors=ESCAPED)
     return console
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file's name in another encoding come back as they were, all else as on standard error."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+ESCAPED = "saemill-escaped"
+codecs.register_error(ESCAPED, _escape)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -417,7 +434,9 @@ def _progress(*bars: tuple[str, str]) -> Iterator[list[Callable[[int], None]]]:
     def advance(task: TaskID) -> Callable[[int], None]:
         return lambda total: progress.update(task, total=total, advance=1)
 
-    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
+    console = open_console(stderr=True)
+    progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    with progress if console.is_terminal else nullcontext():  # even one that is not shown may end with an empty line
         yield [advance(progress.add_task(verb, total=None, unit=unit)) for verb, unit in bars]
 
 

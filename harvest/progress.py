@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 
 from rich.cells import cell_len
@@ -79,5 +79,6 @@ class Watch:
             TimeRemainingColumn(),
         )
         is_live = self.console.is_terminal and not self.console.quiet
-        with Progress(*columns, console=self.console, disable=not is_live, transient=not stays) as bar:
+        bar = Progress(*columns, console=self.console, disable=not is_live, transient=not stays)
+        with bar if is_live else nullcontext():  # rich before 14.3 ends a bar that is not shown with an empty line
             yield Stage(self, bar, title, total, unit)

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -193,9 +194,10 @@ def _pinned(ids: Tensor) -> Tensor:
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
     """The device with torch's present settings; for a CPU also how it computes products in this dtype."""
-    precise = torch.get_float32_matmul_precision() == "highest"
+    settings, of_cpus = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn).matmul
+    # Not `torch.get_float32_matmul_precision()`, which raises an error once a program has set one of these.
+    precise = (of_cpus if device.type == "cpu" else settings).fp32_precision not in ("tf32", "bf16")
     if device.type == "cuda":
-        settings = torch.backends.cuda.matmul
         reduced = settings.allow_bf16_reduced_precision_reduction or settings.allow_fp16_reduced_precision_reduction
         name = torch.cuda.get_device_name(device) + (", fused norms and softmax" if is_served(device, dtype) else "")
     else:

@@ -9,6 +9,7 @@ W windows, T positions, D residual width, V vocabulary, N rows.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -181,12 +182,14 @@ class LanguageModel:
 
     def _next(self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: DynamicCache) -> Tensor:
         """The most likely next token [W, 1] of each row."""
+        # transformers 5.24 renamed it, and a forward pass ignores names that it does not know.
+        name = "cache" if "cache" in inspect.signature(self.stack.forward).parameters else "past_key_values"
         out = self.stack(
             input_ids=tokens_WT,
             attention_mask=valid_WT.long(),
             position_ids=positions_WT,
-            past_key_values=cache,
             use_cache=True,
+            **{name: cache},
         )
         return self.head(out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
 

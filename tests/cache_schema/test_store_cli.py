@@ -32,7 +32,7 @@ from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.commits import CommitRecord
 from saemill.cache_schema.encode_and_read_chunks import checksum_of
-from saemill.cache_schema.info import BUNDLED, render
+from saemill.cache_schema.info import BUNDLED, describe, render
 from saemill.cache_schema.stored_dtypes import STORED_AS, all_finite
 from saemill.cache_schema.verify_and_repair import digest, repair, store_digest
 
@@ -50,6 +50,24 @@ def test_a_stop_has_the_status_of_one(monkeypatch, tmp_path):
     assert open_console().width == 80
     monkeypatch.setattr(Store, "open", stopped)
     assert run("info", tmp_path).exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("ascii", "strict"), ("latin-1", "strict"), ("ascii", "surrogateescape")]
+)
+def test_what_the_encoding_of_a_terminal_lacks_is_escaped(imported, encoding, errors):
+    """On a narrow one a cell is cut, with an ellipsis that is in neither encoding."""
+    out = io.BytesIO()
+    console = open_console(file=io.TextIOWrapper(out, encoding, errors), width=40)
+    with Store.open(imported / "store") as store:
+        console.print(render(describe(store)))
+    console.print("\udce4 \u5e97")  # a byte of a file's name that is no UTF-8; a character
+    console.file.flush()
+    assert b"\\u2026" in out.getvalue() and out.getvalue().endswith(b"\xe4 \\u5e97\n")
+
+
+def test_without_a_terminal_no_empty_line_stands_for_a_bar(imported):
+    assert run("verify", imported / "store").output == "3 shards read, all exactly as committed\n"
 
 
 def import_files(folder: Path, store: Path) -> Result:

@@ -804,6 +804,23 @@ def test_processors_that_make_products_of_16_bits_otherwise_are_told_apart(monke
     assert ", 16-bit products in float32), torch" in other_devices_warning({0: native}, widened)
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")  # torch 2.9, of the older setting
+def test_a_program_may_set_the_precision_of_products_in_either_way():
+    """After torch's newer setting, its older question for the precision raises an error."""
+    cpu, gpu, here = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.device("cpu")
+    before, found = (cpu.fp32_precision, gpu.fp32_precision), []
+    try:
+        for older in ("high", "highest"):
+            torch.set_float32_matmul_precision(older)
+            found.append(describe_device(here, torch.bfloat16).float32_products)
+        for newer in ("ieee", "tf32", "bf16"):
+            cpu.fp32_precision = newer
+            found.append(describe_device(here, torch.bfloat16).float32_products)
+    finally:
+        cpu.fp32_precision, gpu.fp32_precision = before
+    assert found == ["tf32", "ieee", "ieee", "tf32", "tf32"]
+
+
 def test_of_many_shards_few_are_asked_what_computed_them(tmp_path, monkeypatch):
     files, asked = open_files(tmp_path), []
     here = describe_device(torch.device("cpu"), torch.bfloat16)

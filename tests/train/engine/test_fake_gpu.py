@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import backend_registration
 
 from saemill.train.engine.adam import Adam
 from saemill.train.engine.step import Trainee, _lr_scales
@@ -45,12 +46,11 @@ SOME = (
     "temporal topk",
     "ortsae",
 )
+REGISTER = "_setup_privateuseone_for_python_backend"
 WANTED_BY = {"": (), "some": SOME, "all": tuple(CASES)}
 WANTED = WANTED_BY[os.environ.get("FAKE_GPU", "")]
 if WANTED:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    _setup_privateuseone_for_python_backend(NAME)
+    getattr(backend_registration, REGISTER)(NAME)
     GPU = torch.device(NAME, 0)
 
 
@@ -167,6 +167,7 @@ def test_every_tensor_of_a_step_lies_on_the_gpu(battery, shapes_of_kernels, case
         assert {value.device for value in report.measured.values()} == {GPU}
 
 
+@pytest.mark.skipif(not hasattr(backend_registration, REGISTER), reason="this torch has no such back ends")
 @pytest.mark.parametrize("cases", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_in_a_process_of_its_own(cases):
     words = ["-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "lies_on_the_gpu"]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_a_run_says_where_it_was_gone_on_with(stopped, sae_train):
     config["provenance"]["hardware"]["device"] = "a card of before"
     (stopped / "config.json").write_text(json.dumps(config))
     said = " ".join(sae_train("--resume", "run", "--device", "cpu").output.split())
-    assert f"torch {torch.__version__} (before: 1.0)" in said and "(before: a card of before)" in said
+    assert f"torch {version('torch')} (before: 1.0)" in said and "(before: a card of before)" in said
     found = json.loads((stopped / "config.json").read_text())
     (resumed,) = found.pop("resumed")
     assert found == config and resumed["hardware"]["device"].startswith("cpu, ")

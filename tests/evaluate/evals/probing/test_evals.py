@@ -95,7 +95,9 @@ def test_results_have_the_official_keys_and_say_which_data_they_are_of(run, offi
         assert all(np.isfinite(value) for value in metrics.values())
     for detail in one["eval_result_details"]:
         assert {key for key in detail if "validated" not in key} <= set(keys["eval_result_details"])
-    assert one["eval_result_metrics"] != other["eval_result_metrics"]
+    if name != "scr" or any(one["eval_result_metrics"]["scr_metrics"].values()):
+        # Of so few texts scr may find nothing: Python's library, from which they are, differs between versions.
+        assert one["eval_result_metrics"] != other["eval_result_metrics"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -266,8 +267,19 @@ def by_whole_passes(model, tokens_WT, count, layer, change, valid_WT):
     return tokens_WT[:, -count:]
 
 
-def test_completions_with_kept_keys_are_those_of_whole_passes(world, language_model, builder):
+@pytest.mark.parametrize("name", [None, "cache", "past_key_values"])
+def test_completions_with_kept_keys_are_those_of_whole_passes(world, language_model, builder, monkeypatch, name):
+    """Also if transformers knows the cache by another name than the installed version."""
     model = language_model(world.model)
+    forward = model.stack.forward
+    own = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    def by_cache(*, cache=None, **words):
+        return forward(**words, **{own: cache})
+
+    def by_values(*, past_key_values=None, **words):
+        return forward(**words, **{own: past_key_values})
+
     tokens = world.tokens[:4, :9]
     valid = torch.ones_like(tokens, dtype=torch.bool)
     valid[1, :3], valid[2, :5] = False, False
@@ -278,6 +290,8 @@ def test_completions_with_kept_keys_are_those_of_whole_passes(world, language_mo
         changed[:, 6] += 3 * shift
         return changed
 
-    for given, made in ({}, lambda resid: resid), ({builder.LAYER: change}, change):
-        whole = by_whole_passes(model, tokens, 5, builder.LAYER, made, valid)
-        assert model.complete(tokens, 5, valid, given).tolist() == whole.tolist()
+    changes = [({}, lambda resid: resid), ({builder.LAYER: change}, change)]
+    wholes = [by_whole_passes(model, tokens, 5, builder.LAYER, made, valid).tolist() for _, made in changes]
+    if name is not None:
+        monkeypatch.setattr(model.stack, "forward", {"cache": by_cache, "past_key_values": by_values}[name])
+    assert [model.complete(tokens, 5, valid, given).tolist() for given, _ in changes] == wholes
