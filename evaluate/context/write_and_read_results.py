@@ -33,6 +33,7 @@ from .loaded_sae import LoadedSae
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not name it until there is another
 DATA = "data_revision"  # among a result's settings: which text, if neither other settings nor the store determine it
+MODEL = "model_revision"  # the same for the model, if it is in a folder that the user named
 MOST_REMARKS = 6  # in one place
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
@@ -318,7 +319,7 @@ def is_from_missing_store(document: Mapping[str, Any], settings: Mapping[str, An
     """Whether a complete result was measured on a store, and these settings differ only in having none and in what
     follows from that: another number type, a named model, no bound of its own for massive rows."""
     found = settings_in(document)
-    from_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
+    from_store = {"cache_id", "dtype"} | ({"model", MODEL} - found.keys()) | ({"massive_norms"} - settings.keys())
     asked = {name: value for name, value in settings.items() if name not in from_store}
     asked |= {name: found[name] for name in from_store & found.keys()}
     return settings["cache_id"] is None and found.get("cache_id") is not None and is_whole(document, asked)
