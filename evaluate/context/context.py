@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -142,6 +143,19 @@ class Context:
                 self._obstacle = error
                 raise
         return self._source
+
+    @cached_property
+    def folder_revision(self) -> str | None:
+        """A digest of the model in a folder that the user named, where no store says which model it is: the folder may
+        hold another one next time. None without such a folder, or if it holds no model."""
+        is_known = self.opened is not None and self.opened.manifest.model.revision is not None
+        is_in_memory = self._model is not None and self.model_identity is None
+        if self.model_name is None or is_known or is_in_memory or not Path(self.model_name).expanduser().is_dir():
+            return None
+        try:
+            return self._find_source().revision
+        except ModelMissing:
+            return None
 
     @property
     def is_pocket(self) -> bool:

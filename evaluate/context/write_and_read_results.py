@@ -33,6 +33,7 @@ from .loaded_sae import LoadedSae
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not name it until there is another
 DATA = "data_revision"  # among a result's settings: which text, if neither other settings nor the store determine it
+MODEL = "model_revision"  # the same for the model, if it is in a folder that the user named
 MOST_REMARKS = 6  # in one place
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
@@ -216,10 +217,11 @@ def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def lines_of_each(
-    results: Sequence[tuple[str, str, Mapping[str, Any]]], part: Literal["measured_on", "remark"] = "measured_on"
+    results: Sequence[tuple[str, str, Mapping[str, Any]]],
+    part: Literal["measured_on", "remark", "missing"] = "measured_on",
 ) -> list[str]:
-    """The text that SAEs were measured on, or the remarks about them, with their names if it is not the same for all.
-    `results` has the names of SAEs, evaluations, and results."""
+    """The text that SAEs were measured on, the remarks about them, or what is missing, with the SAEs' names if it is
+    not the same for all. `results` has the names of SAEs, evaluations, and results."""
     names_by_text: dict[tuple[str, str], list[str]] = {}
     for name, eval_id, document in results:
         if text := ours_in(document).get(part):
@@ -317,7 +319,7 @@ def is_from_missing_store(document: Mapping[str, Any], settings: Mapping[str, An
     """Whether a complete result was measured on a store, and these settings differ only in having none and in what
     follows from that: another number type, a named model, no bound of its own for massive rows."""
     found = settings_in(document)
-    from_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
+    from_store = {"cache_id", "dtype"} | ({"model", MODEL} - found.keys()) | ({"massive_norms"} - settings.keys())
     asked = {name: value for name, value in settings.items() if name not in from_store}
     asked |= {name: found[name] for name in from_store & found.keys()}
     return settings["cache_id"] is None and found.get("cache_id") is not None and is_whole(document, asked)
@@ -329,10 +331,18 @@ def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def differing(documents: Iterable[Mapping[str, Any]]) -> str:
-    """The settings in which results of one evaluation differ, so that their numbers do not compare."""
-    all_of = [flatten(settings_in(document)) for document in documents]
+    """In which settings results of one evaluation differ, so that their numbers do not compare; or in the data sets
+    that could be loaded, over which means are taken."""
+    all_of = [flatten(settings_in(document)) | _loaded(document) for document in documents]
     keys = sorted({key for one in all_of for key in one})
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
+
+
+def _loaded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The data sets that a result names, as one entry of settings; empty if it names none, or is SAEBench's own."""
+    config = document.get("eval_config")
+    names = config.get("dataset_names") if ours_in(document) and isinstance(config, Mapping) else None
+    return {"loaded data sets": names} if names else {}
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:

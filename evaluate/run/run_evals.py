@@ -30,6 +30,7 @@ from ..context.evaluation_data_sets import expected_data
 from ..context.loaded_sae import LoadedSae
 from ..context.write_and_read_results import (
     DATA,
+    MODEL,
     Failure,
     Result,
     Row,
@@ -117,9 +118,10 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
 
 
 def _with_known_data(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to judge a result by: it may record more about its data than is known now, or less."""
-    data = expected_data(found.get(DATA), settings.get(DATA))
-    return {name: value for name, value in {**settings, DATA: data}.items() if value is not None or name != DATA}
+    """The settings to judge a result by: it may record more about its data or its model than is known now, or less."""
+    known = {DATA: expected_data(found.get(DATA), settings.get(DATA))}
+    known[MODEL] = settings.get(MODEL, found[MODEL]) if MODEL in found else None
+    return {name: value for name, value in {**settings, **known}.items() if value is not None or name not in known}
 
 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
@@ -140,7 +142,11 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     data = evaluation.data_revision(context, config)
     if data is not None:
         settings[DATA] = data
-    return settings if context.model_name is None else settings | {"model": context.model_name}
+    if context.model_name is not None:
+        settings["model"] = context.model_name
+    if context.folder_revision is not None:
+        settings[MODEL] = context.folder_revision
+    return settings
 
 
 def crash_path(subject: LoadedSae, eval_id: str) -> Path:
@@ -222,13 +228,14 @@ class _Attempts:
         earlier, mismatch = None, ""
         with suppress(ResultInvalid):  # reported already
             earlier, mismatch = earlier_result(item.subject, self._eval_id)
-        if earlier and not mismatch and item.missing and self._eval_id != BROWSER and is_whole(earlier, self._settings):
+        asked = _with_known_data(settings_in(earlier or {}), self._settings)
+        if earlier and not mismatch and item.missing and self._eval_id != BROWSER and is_whole(earlier, asked):
             reason = f"{item.missing}. The earlier, complete result with these settings is kept"
             return Row(item.subject, self._eval_id, "kept", reason, earlier)
         path, copy = result_path(item.subject, self._eval_id), None
         replaced = f"of {mismatch}" if mismatch else ""
         if earlier and not (mismatch or self._completes(earlier)):
-            differences = describe_differences(earlier, _with_known_data(settings_in(earlier), self._settings))
+            differences = describe_differences(earlier, asked)
             replaced = f"with {differences}" if differences else ""
         try:
             if earlier and replaced and self._eval_id != BROWSER:  # its store, its model or its weights may be gone
@@ -253,7 +260,8 @@ class _Attempts:
 
     def _completes(self, earlier: Mapping[str, Any]) -> bool:
         """Whether an earlier result is incomplete, and differs only in that no model was named."""
-        is_same = {name: value for name, value in self._settings.items() if name != "model"} == settings_in(earlier)
+        of_model = ("model", MODEL)
+        is_same = {name: v for name, v in self._settings.items() if name not in of_model} == settings_in(earlier)
         return is_same and ours_in(earlier).get("missing") is not None
 
     def _remark_of_store(self) -> str | None:

@@ -993,6 +993,54 @@ def test_a_result_of_another_commit_of_the_hub_is_done_again(run_1, sae_eval, se
     )
 
 
+def test_a_result_of_some_data_is_not_written_over_one_of_all(run_1, sae_eval, second_eval):
+    """While the hub does not answer, the commits of data that cannot be loaded are not known either."""
+
+    def partly(context, subjects, config):
+        yield from (core.Result(subject, {}, {"group": {"value": 2.0}}, missing="no b") for subject in subjects)
+
+    second_eval.data_revision = lambda context, config: {"a": "1", "b": "1"}
+    sae_eval("run_1", "--evals", "second", options=[])
+    before = results(run_1, "second")
+    second_eval.evaluate, second_eval.data_revision = partly, lambda context, config: {"a": "1"}
+    said = sae_eval("run_1", "--evals", "second", options=[])
+    assert "no b. The earlier, complete result with these settings is kept" in " ".join(said.split())
+    assert results(run_1, "second") == before
+
+
+def test_a_result_of_a_model_that_was_replaced_is_done_again(world, run_1, sae_eval, second_eval, builder):
+    """A folder may hold another one by now, and this store does not say which one made it."""
+    folder = builder.root / "model"
+    shutil.copytree(world.model, folder)
+    call, weights = ("--evals", "second", "--model", folder, "--resume"), folder / "model.safetensors"
+    sae_eval("run_1", *call, options=[])
+    sae_eval("run_1", *call, options=[])
+    assert len(second_eval.asked) == 1
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    said = sae_eval("run_1", "--evals", "second", "--model", folder, "--compare", options=[])
+    assert "its result has model_revision 'sha256-" in " ".join(said.split())
+    sae_eval("run_1", *call, options=[])
+    assert len(second_eval.asked) == 2
+    copies = [path for path in (run_1 / "evals" / "second").glob("*.json") if "_eval_results." in path.name]
+    assert len(copies) == 4  # of two SAEs, the results of both models
+    for path in copies:  # as earlier versions left them
+        document = json.loads(path.read_text())
+        del document["saemill"]["settings"]["model_revision"]
+        path.write_text(json.dumps(document))
+    sae_eval("run_1", *call, options=[])
+    assert len(second_eval.asked) == 2
+
+
+def test_a_store_that_says_which_model_made_it_leaves_nothing_to_record(world, open_context):
+    context = open_context(world, model_name=str(world.model))
+    known = replace(context.manifest.model, revision="sha256-1")
+    assert settings_of(context, "core", core.Config())["model_revision"].startswith("sha256-")
+    pinned = Context(SimpleNamespace(manifest=replace(context.manifest, model=known)), model_name=str(world.model))
+    assert "model_revision" not in settings_of(pinned, "core", core.Config())
+    elsewhere = Context(None, model_name="nobody/has-this")
+    assert "model_revision" not in settings_of(elsewhere, "core", core.Config())
+
+
 @pytest.mark.parametrize(
     "name", ["contrast", "ravel", "scr", "sparse_probing", "sparse_probing_sae_probes", "tpp", "unlearning"]
 )

@@ -21,7 +21,7 @@ from ...context.saes_usable_on_text import attention_of, official_config, split_
 from ...errors import NotApplicable
 from ...model.logistic_regression import unconverged
 from ...model.prefix_suffix import LanguageModel
-from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, remark_of
 from .measure_absorption import Sparse, mean_metrics, measure_letters
 from .task_and_probes import (
     FIRST_LETTER,
@@ -152,7 +152,10 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
                 "split_latents": {result.letter: list(result.latents) for result in results},
             },
         },
-        remark=unconverged([one for result in results for one in result.converged]),
+        remark=remark_of(
+            None if any(result.fires for result in results) else "0 because no latent fires on these words",
+            unconverged([one for result in results for one in result.converged]),
+        ),
         measured_on=f"the model's vocabulary, {counted(words, 'word')}; {classes}",
     )
 

@@ -72,6 +72,8 @@ class LetterResult:
     full: int
     converged: tuple[bool, ...] = ()
     """Whether each regression that chose its latents did."""
+    fires: bool = True
+    """Whether any latent does on its words: an SAE without firing latents absorbs nothing."""
 
     def to_json(self) -> dict[str, Any]:
         """Under SAEBench's keys."""
@@ -157,4 +159,5 @@ def _measure(task: Task, subject: LoadedSae, letter: int, chosen: Chosen, found:
         acts_BF = again.acts_of(subject, places) * row_lengths(W_dec)
         fraction, full = absorption(acts_BF, x_BD, W_dec, direction, own)
     name = task.classes.names[letter]
-    return LetterResult(name, own, len(found), float(fraction.sum()), int(full.sum()), converged)
+    fires = bool((acts_BF > 0).any())
+    return LetterResult(name, own, len(found), float(fraction.sum()), int(full.sum()), converged, fires)

@@ -68,11 +68,12 @@ class Encoded:
 
 @torch.inference_mode()
 def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
-    codes = encode_codes(subject, batch)
-    if not subject.sae.is_plain or subject.needs:
-        return Encoded(codes, torch.cat([subject.decode(part.dense()) for part in codes]))
-    x_hat = torch.cat([part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes])
-    return Encoded(codes, subject.sae.skip(batch.x(subject.layers)[batch.keep], x_hat))
+    codes, sae = encode_codes(subject, batch), subject.sae
+    if not sae.is_plain or subject.needs:
+        parts = [subject.decode(part.dense()) for part in codes]
+    else:
+        parts = [part.decode(sae.W_dec, sae.b_dec) for part in codes]
+    return Encoded(codes, sae.skip(batch.x(subject.layers)[batch.keep], torch.cat(parts)))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ score is 0 if nothing was forgotten, and 1 if everything was.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
 from .interventions import Outcome, SharedPasses, Sweep, make_settings, remembered_questions, unlearning_score, why_zero
-from .texts_and_exams import WIKITEXT, Material, data_set_of, load_topic, load_wmdp
+from .texts_and_exams import WIKITEXT, Material, corpus_file, data_set_of, load_topic, load_wmdp
 
 WMDP, STDLIB = "wmdp", "stdlib"
 OF_DATA = {WMDP: ("model", "forget_corpus", "dataset_names", "dataset_size", "seq_len"), STDLIB: ("topic",)}
@@ -89,10 +90,14 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def data_revision(context: Context, config: Config) -> Revision | None:
-    """The revision of this Python's text, or of WMDP's material except the corpus, which is a local file."""
+    """The revision of this Python's text, or of WMDP's material: commits, and a digest of the corpus, a local file."""
     if context.takes_library(config.data):
         return library_revision()
-    return commits_of(dict.fromkeys((WIKITEXT, *map(data_set_of, config.dataset_names))))
+    found = commits_of(dict.fromkeys((WIKITEXT, *map(data_set_of, config.dataset_names)))) or {}
+    if (corpus := corpus_file(config.forget_corpus)).is_file():
+        with corpus.open("rb") as file:
+            found |= {"forget_corpus": f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"}
+    return found or None
 
 
 def load_material(context: Context, config: Config) -> Material:

@@ -161,7 +161,7 @@ def load_wmdp(
             f"unlearning.dataset_names: expected {FORGET_EXAM} to forget and subjects of MMLU to retain "
             f"({ONLY_REPORTED} is not one of them), found {', '.join(names) or 'none'}"
         )
-    forget_texts = read_corpus(Path(os.path.expanduser(corpus)))
+    forget_texts = read_corpus(corpus_file(corpus))
     retain_texts = [row["text"] for row in load_rows(WIKITEXT, "wikitext-2-raw-v1", "test")]
     questions = {name: read_questions(name) for name in names}
     model = load_instructed(context, model_name)
@@ -174,6 +174,10 @@ def load_wmdp(
     reported = [paper for paper in papers if paper.name == ONLY_REPORTED]
     retain = [paper for paper in papers if paper.name not in (FORGET_EXAM, ONLY_REPORTED)]
     return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep(), reported)
+
+
+def corpus_file(name: str) -> Path:
+    return Path(os.path.expanduser(name))
 
 
 def read_corpus(file: Path) -> list[str]:

@@ -183,9 +183,11 @@ def _records_of(
 
 
 def notes(records: Sequence[Record], evaluations: Iterable[str]) -> list[str]:
-    """What a table's numbers were measured on, remarks, and for which of these evaluations they do not compare."""
+    """What a table's numbers were measured on, remarks, what is missing, and for which of these evaluations they do not
+    compare."""
     results = [(one.name, name, document) for one in records for name, document in one.documents.items()]
     found = [f"{line}." for line in (*lines_of_each(results), *first_few(lines_of_each(results, "remark")))]
+    found += [f"incomplete: {line.removesuffix('.')}." for line in first_few(lines_of_each(results, "missing"))]
     for name in dict.fromkeys(evaluations):
         if uneven := differing(one.documents[name] for one in records if name in one.documents):
             found.append(f"{name}: these numbers do not compare, results differ in {uneven}.")

@@ -72,6 +72,18 @@ def test_only_data_sets_that_were_asked_for_are_named(hub):
     assert settings["data_revision"] == {saebench_texts.AMAZON: NEW}
 
 
+def test_the_text_to_forget_is_named_by_what_it_holds(hub, tmp_path):
+    """It is a file of the user's, which may hold another text next time."""
+    context, corpus = Context(None, model_name="elsewhere/model"), tmp_path / "corpus.jsonl"
+    config = load("unlearning").config(forget_corpus=str(corpus))
+    assert "forget_corpus" not in settings_of(context, "unlearning", config)["data_revision"]
+    found = []
+    for text in ("one", "one", "another"):
+        corpus.write_text(text)
+        found.append(settings_of(context, "unlearning", config)["data_revision"]["forget_corpus"])
+    assert found[0] == found[1] != found[2] and found[0].startswith("sha256:")
+
+
 def test_what_is_read_is_what_is_remembered(hub, monkeypatch, tmp_path):
     read, file = [], tmp_path / "facts.json"
     file.write_text("{}")

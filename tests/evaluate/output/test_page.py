@@ -468,3 +468,21 @@ def test_results_of_other_settings_in_one_table_are_told():
     for split, is_told in (("test", False), ("validation", True)):
         shown = "".join(read(page("run", [first, measured("b", {"config": {"split": split}})], {})).words)
         assert ("core: these numbers do not compare, results differ in config.split." in shown) == is_told
+
+
+def test_means_over_fewer_data_sets_are_told():
+    """As when the hub did not answer for one of them: the settings are the same, but not what was averaged."""
+
+    def measured(label, names, missing=None):
+        ours = {"settings": {"config": {"dataset_names": []}}, "missing": missing}
+        found = {"eval_result_metrics": {"sae": {"sae_top_5_test_accuracy": 0.75}}, "saemill": ours}
+        probing = {**found, "eval_config": {"dataset_names": names}}
+        return Record(label, "run", label, documents={"sparse_probing": probing})
+
+    whole, other = measured("a", ["news", "speeches"]), measured("b", ["news", "speeches"])
+    part = measured("c", ["news"], "data set speeches cannot be loaded")
+    for second, is_part in ((other, False), (part, True)):
+        shown = "".join(read(page("run", [whole, second], {})).words)
+        uneven = "sparse_probing: these numbers do not compare, results differ in loaded data sets."
+        assert (uneven in shown) == is_part
+        assert ("incomplete: sparse_probing of c: data set speeches cannot be loaded." in shown) == is_part

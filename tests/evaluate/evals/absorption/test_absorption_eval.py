@@ -207,6 +207,22 @@ def test_regressions_that_ran_out_of_iterations_are_counted(tiny, builder, monke
         assert re.fullmatch(r"([1-9]\d*) of \1 probes? had not converged", result.remark)
 
 
+def test_a_dead_sae_does_not_pass_for_one_that_absorbs_nothing(tiny, builder, monkeypatch):
+    """Its score is the best there is."""
+    assert not any(result.remark and "no latent fires" in result.remark for result in run(tiny, builder, **KNOWN))
+    make_sae = builder.make_sae
+
+    def make_dead(**given):
+        sae = make_sae(**given)
+        sae.b_enc.data -= 1e6
+        return sae
+
+    monkeypatch.setattr(builder, "make_sae", make_dead, raising=False)
+    for result in run(tiny, builder, **KNOWN):
+        assert result.metrics["mean"]["mean_absorption_fraction_score"] == 0.0
+        assert result.remark == "0 because no latent fires on these words"
+
+
 def test_an_sae_is_asked_the_same_beside_an_sae_of_another_layer(tiny, builder):
     (alone,) = run(tiny, builder, layers=(3,), **KNOWN)
     beside = run(tiny, builder, layers=(3, 0), **KNOWN)[0]

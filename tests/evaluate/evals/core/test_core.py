@@ -264,9 +264,13 @@ def test_what_goes_past_the_latents_is_spliced_too(world, open_context, builder)
     """No latent fires, and the skip is the identity."""
     sae = nothing(builder.D, torch.zeros(builder.D))
     sae.W_skip = torch.nn.Parameter(torch.eye(builder.D))
-    result = run(open_context(world), [builder.subject(sae)])["sae"]
-    assert result.metrics["model_performance_preservation"]["ce_loss_score"] == 1.0
-    assert result.metrics["sparsity"]["l0"] == 0.0
+    plain, other = (builder.subject(sae, name) for name in ("plain", "other"))
+    other.sae.is_plain = False  # as with a gate of the user's own: encoded and decoded as a whole
+    results = run(open_context(world), [plain, other])
+    for result in results.values():
+        assert result.metrics["model_performance_preservation"]["ce_loss_score"] == 1.0
+        assert result.extra["saemill_metrics"]["explained_variance"] == 1.0
+        assert result.metrics["sparsity"]["l0"] == 0.0
 
 
 def test_a_transcoder_is_spliced_where_it_writes(make_world, open_context, builder):
