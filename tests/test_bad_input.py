@@ -34,7 +34,7 @@ from saemill.evaluate.errors import EvalError
 from saemill.evaluate.evals.browser import evaluation as browser
 from saemill.evaluate.evals.browser.browser_folder import write_data
 from saemill.evaluate.output.figures.records import thinned_log
-from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.config.run_config import CourseConfig, DataConfig, RunConfig, RunRequest, read_run_config
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk import write_and_load_checkpoints
 from saemill.train.disk.formats import WRITERS
@@ -160,7 +160,7 @@ def targets_in(home: Path) -> dict[str, Target]:
     found["checkpoint, state.json"] = Target(place / "state.json", lambda: load_checkpoint(checkpoints), seal_state)
     weights = place / "topk.safetensors"
     found["checkpoint, weights"] = Target(weights, lambda: load_checkpoint(checkpoints), kind="safetensors")
-    members = tuple(Ask.of_variants(["topk"], {"layer": 3}).members(lambda _: {}, {"resid": (3,)}))
+    members = tuple(RunRequest.of_variants(["topk"], {"layer": 3}).members(lambda _: {}, {"resid": (3,)}))
     config = RunConfig(DataConfig(pool_tokens=100), CourseConfig(tokens=100), members).to_json()
     config |= {"cache": {"url": "store", "cache_id": "0" * 32}, "total_steps": 3}
     (home / "run/config.json").write_text(json.dumps(config))

@@ -22,7 +22,7 @@ from saemill.evaluate.run.command import make_configs
 from saemill.harvest.cli import make_config
 from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.kit import variant_registry
-from saemill.train.train_runs import find_asks
+from saemill.train.train_runs import find_requests
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -84,7 +84,7 @@ def check_own(name: str, words: list[str]) -> None:
     elif name == "sae-train" and given["resume"] is None:
         options = {key: given[key] for key in ("k", "width", "layer", "seed") if given[key] is not None}
         settings = options | parse_settings(given["set"])
-        for ask in find_asks(given["variant"], given["recipe"], given["name"], settings, parse_grid(given["grid"])):
+        for ask in find_requests(given["variant"], given["recipe"], given["name"], settings, parse_grid(given["grid"])):
             assert ask.members(lambda _: {})
     elif name == "sae-eval":
         make_configs(given["evals"], given["set"])

@@ -14,7 +14,7 @@ from ..cache_schema.cli import as_json, open_console, print_json, read_count
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import cli_support
-from .cli_support import tell_errors
+from .cli_support import report_errors
 from .config.recipe import studies
 from .errors import TrainingDiverged
 from .kit.variant_registry import names
@@ -130,7 +130,7 @@ def main(*, plots: bool, is_json: bool, is_dry_run: bool, device: str, spread: b
     would have had alone.
     """
     console = open_console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
-    with tell_errors():
+    with report_errors():
         from .train_runs import open_process, train_all  # late: --help and completion must not wait for torch
 
         if is_dry_run:

@@ -18,7 +18,7 @@ from .run.run_folder import RUNS, run_names
 
 
 @contextmanager
-def tell_errors() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code instead of a traceback."""
     try:
         with report_file_errors():

@@ -23,7 +23,7 @@ from .run.fits_in_memory import COPIES, build_shapes, weight_bytes
 from .run.process import Process
 from .run.run_folder import RunFolder
 from .run.start_or_resume import apply_init, make_fleet, report_out_of_memory
-from .train_runs import asks_of, require_cache, settings_of
+from .train_runs import requests_of, require_cache, settings_of
 
 WARM_UP_STEPS, MOST_STEPS, MOST_SECONDS = 2, 30, 3.0
 POOL_BATCHES = 16  # a small pool: filling a whole one would take longer than the timed steps
@@ -63,9 +63,9 @@ def dry_run(options: Mapping[str, Any], process: Process) -> Iterator[Estimate]:
         raise ConfigInvalid(f"--dry-run is for a new run: leave out either it or --resume {options['resume']}")
     if options["name"] is not None:
         RunFolder.require_free(options["out"], options["name"])
-    for ask in asks_of(options):
+    for request in requests_of(options):
         with Store.open(require_cache(options["cache"])) as store:
-            settled = settle(ask, store)
+            settled = settle(request, store)
             seconds = estimate_seconds(settled, store, process)
             width = store.manifest.width_of
             members = settled.config.members

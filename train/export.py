@@ -18,7 +18,7 @@ from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.disk_and_cloud_files import FULL_DISK, sync
 from ..cache_schema.sites import RESID
 from . import cli_support
-from .cli_support import tell_errors
+from .cli_support import report_errors
 from .disk.atomic_files import hidden_name_beside, replace_written
 from .disk.formats import FILES, WRITERS, circuit_tracer, kind_of, read
 from .disk.hook_metadata import place_metadata, read_places, require_places
@@ -77,7 +77,7 @@ def main(
         raise click.UsageError("expected either --to and --out or --push-to-hub, found both")
     if repository is None and (private or licence is not None):
         raise click.UsageError("--private and --license need --push-to-hub OWNER/NAME")
-    with tell_errors():
+    with report_errors():
         if repository is not None:
             address = push(source, runs, repository, private, licence)
             report({"pushed": address}, [f"pushed: {address}"], is_json)

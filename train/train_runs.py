@@ -16,7 +16,7 @@ from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.parse_settings import parse_grid, parse_settings
 from .config.recipe import find_recipes, studies
-from .config.run_config import Ask, Member
+from .config.run_config import Member, RunRequest
 from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, RunInterrupted, StoppedElsewhere, resume_command
 from .kit.variant_registry import names
@@ -73,24 +73,24 @@ def train_all(options: Mapping[str, Any], process: Process) -> Iterator[Outcome]
             )
         outcomes = [_resume(RunFolder.open(options["out"], options["resume"]), options["cache"], process)]
     else:
-        asks = asks_of(options)
+        requests = requests_of(options)
         cache, out, name = require_cache(options["cache"]), options["out"], options["name"]
-        outcomes = (start(ask, cache, out, name, process) for ask in asks)
+        outcomes = (start(request, cache, out, name, process) for request in requests)
     yield from (outcome for outcome in outcomes if outcome is not None)
 
 
-def asks_of(options: Mapping[str, Any]) -> list[Ask]:
+def requests_of(options: Mapping[str, Any]) -> list[RunRequest]:
     """The new runs that the options ask for."""
     settings = _settings({name: options[name] for name in _OPTIONS}, options["set"])
-    asks = find_asks(options["variant"], options["recipe"], options["name"], settings, _points(options["grid"]))
+    requests = find_requests(options["variant"], options["recipe"], options["name"], settings, _points(options["grid"]))
     init = None if options["init"] is None else str(find_sae(options["init"], options["out"]))
-    return [replace(ask, baselines=options["with_baselines"], init=init) for ask in asks]
+    return [replace(request, baselines=options["with_baselines"], init=init) for request in requests]
 
 
-def start(ask: Ask, cache: str, out: str, name: str | None, process: Process) -> Outcome | None:
+def start(request: RunRequest, cache: str, out: str, name: str | None, process: Process) -> Outcome | None:
     """Train a new run, from its first step to its results."""
     with Store.open(cache) as store:
-        settled = settle(ask, store)
+        settled = settle(request, store)
         with begin_run(settled, store, process, out, name) as run:
             _announce(run, settled)
             return train(run)
@@ -194,18 +194,18 @@ def settings_of(member: Member, rate: float | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 
-def find_asks(
+def find_requests(
     variants: tuple[str, ...],
     recipe: str | None,
     name: str | None,
     settings: dict[str, Any],
     points: list[dict[str, Any]],
-) -> list[Ask]:
+) -> list[RunRequest]:
     """The runs to train, one after another."""
     if variants and recipe is not None:
         raise ConfigInvalid(f"--recipe {recipe} already names the SAEs to train: leave out --variant")
     if variants:
-        return [Ask.of_variants(variants, settings, points)]
+        return [RunRequest.of_variants(variants, settings, points)]
     if recipe is None:
         raise ConfigInvalid(
             f"expected --variant NAME (one of {', '.join(names())}), "
@@ -214,7 +214,7 @@ def find_asks(
     found = find_recipes(recipe)
     if name is not None and len(found) > 1:
         raise ConfigInvalid(f"--name {name} is for a single run, but the study {recipe} has {len(found)}: leave it out")
-    return [Ask.of_recipe(one, settings, points) for one in found]
+    return [RunRequest.of_recipe(one, settings, points) for one in found]
 
 
 def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import click
 from ...cache_schema import Store, StoreMissing
 from ...cache_schema.numbers_in_words import say_time
 from ...train.config.recipe import find_recipes
-from ...train.config.run_config import Ask
+from ...train.config.run_config import RunRequest
 from ...train.dry_run import estimate_seconds
 from ...train.errors import TrainError
 from ...train.run.fill_config_from_store import settle
@@ -51,7 +51,7 @@ def _is_missing(target: str, runs: Path) -> bool:
 def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: bool) -> None:
     """Say what would be trained and how long it takes; train it if the user agrees."""
     console = make_console(is_stderr=True)
-    ask = Ask.of_recipe(find_recipes(recipe)[0])
+    request = RunRequest.of_recipe(find_recipes(recipe)[0])
     words = {"--recipe": recipe, "--cache": cache, "--out": str(runs), "--name": name}
     command = shlex.join(["sae-train", *chain.from_iterable(words.items()), *([] if plots else ["--no-plots"])])
     try:
@@ -62,7 +62,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
         console.print(f"no run {name!r} in {runs}, but there is a recipe {recipe}: timing a few steps of it on {cache}")
         if not run_names(runs):
             console.print(f"to train an SAE of your own instead: {command_to_train(FIRST, cache, runs)}")
-        settled = settle(ask, store)
+        settled = settle(request, store)
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
@@ -74,7 +74,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
             return
     with open_process(device, console, is_watched=plots) as process:
         console.print(f"$ {command}", style="bold")
-        outcome = start(ask, cache, str(runs), name, process)
+        outcome = start(request, cache, str(runs), name, process)
         if outcome is not None and outcome.diverged:
             console.print(outcome.say_diverged())
     if outcome is not None and plots:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from saemill.cache_schema import Store
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.parallel.processes import SOLO
 from saemill.train.run.fill_config_from_store import settle
 from saemill.train.run.log_and_show_progress import Watch
@@ -38,7 +38,7 @@ def process() -> Process:
 def write(cache: str, folder: Path) -> None:
     """Two runs of one seed: `ended`, and `stopped` before its eighth step."""
     with Store.open(cache) as store:
-        settled = settle(Ask.of_variants(["topk"], SETTINGS), store)
+        settled = settle(RunRequest.of_variants(["topk"], SETTINGS), store)
         with begin_run(settled, store, process(), str(folder), "ended") as run:
             train(run)
         try:

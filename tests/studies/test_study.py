@@ -27,7 +27,7 @@ from saemill.studies.compare_and_decide import Difference
 from saemill.studies.run_results import Line, read_lines
 from saemill.studies.study import Course, call, training_words
 from saemill.studies.tables import MEASURES, seeded_rows, spread, write_tables
-from saemill.train.cli_support import tell_errors
+from saemill.train.cli_support import report_errors
 from saemill.train.config.recipe import Recipe, find_recipes, own_evals, runs_of, studies
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, TrainingDiverged
 from saemill.train.run.run_folder import RunFolder
@@ -315,7 +315,7 @@ def test_a_failure_of_training_ends_the_study_unless_it_diverged(error):
     """`sae-train` ends with 1 either way."""
 
     def command(words, **_):
-        with tell_errors():
+        with report_errors():
             raise error
 
     has_diverged = not isinstance(error, ConfigInvalid)

@@ -158,7 +158,7 @@ class _Saved:
 
 
 @dataclass(frozen=True)
-class Ask:
+class RunRequest:
     """What the command line asks for, before the store is opened."""
 
     saes: tuple[Sae, ...]
@@ -173,14 +173,14 @@ class Ask:
     @classmethod
     def of_recipe(
         cls, recipe: Recipe, settings: Mapping[str, Any] | None = None, grid: Sequence[Mapping[str, Any]] = ({},)
-    ) -> Ask:
+    ) -> RunRequest:
         """A recipe, with the command line's changes."""
         return cls(recipe.saes, settings or {}, grid, recipe)
 
     @classmethod
     def of_variants(
         cls, names: Sequence[str], settings: Mapping[str, Any] | None = None, grid: Sequence[Mapping[str, Any]] = ({},)
-    ) -> Ask:
+    ) -> RunRequest:
         """Variants at their defaults, each once."""
         for name in names:
             variant_registry.module(name)  # report an unknown name first

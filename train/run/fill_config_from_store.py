@@ -15,7 +15,7 @@ from ...cache_schema.massive_activations import default_multiple
 from ...cache_schema.sites import by_hook
 from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..config.recipe import Recipe
-from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, damaged, read_run_config
+from ..config.run_config import CourseConfig, DataConfig, RunConfig, RunRequest, damaged, read_run_config
 from ..config.sanity_baselines import with_baselines
 from ..data.shuffle_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain
@@ -69,32 +69,32 @@ class Settled:
         }
 
 
-def settle(ask: Ask, store: Store) -> Settled:
+def settle(request: RunRequest, store: Store) -> Settled:
     """Settle a new run."""
     manifest = store.manifest
-    data = with_pool(ask.data(DataConfig(massive_norms=default_multiple(manifest))), manifest)
+    data = with_pool(request.data(DataConfig(massive_norms=default_multiple(manifest))), manifest)
     plan = make_plan(data, store)
-    steps, remark = settle_budget(ask.course(CourseConfig()), plan, store.url)
+    steps, remark = settle_budget(request.course(CourseConfig()), plan, store.url)
     tokens = steps * plan.batch_tokens
     every = max(1, min(CourseConfig.metrics_every_steps, steps // CURVE_POINTS))
-    course = replace(ask.course(CourseConfig(metrics_every_steps=every)), tokens=tokens)
+    course = replace(request.course(CourseConfig(metrics_every_steps=every)), tokens=tokens)
 
     def limits(config: Variant) -> Mapping[str, float]:
         return config.limits(manifest, tokens)
 
-    members = ask.members(limits, by_hook(manifest.sites))
-    unread = ask.say_unread(members)
-    members = with_baselines(members, limits, ask.recipe) if ask.baselines else members
+    members = request.members(limits, by_hook(manifest.sites))
+    unread = request.say_unread(members)
+    members = with_baselines(members, limits, request.recipe) if request.baselines else members
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in members)
-    init = None if ask.init is None else source_of(Path(ask.init))
+    init = None if request.init is None else source_of(Path(request.init))
     if init is not None:
-        if starts := [key for keys in (ask.settings, *ask.grid) for key in keys if key.endswith("optim.start")]:
+        if starts := [key for keys in (request.settings, *request.grid) for key in keys if key.endswith("optim.start")]:
             raise ConfigInvalid(
                 f"{starts[0]}: SAEs that start from --init take no other start: leave out one of the two"
             )
         members = tuple(map(without_start, members))
     config = RunConfig(data, course, members)
-    return Settled(config, plan, steps, remark, unread, ask.recipe, init)
+    return Settled(config, plan, steps, remark, unread, request.recipe, init)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:

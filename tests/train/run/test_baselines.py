@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 
-from saemill.train.cli_support import tell_errors
+from saemill.train.cli_support import report_errors
 from saemill.train.config.parse_settings import parse_grid, parse_settings
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.config.sanity_baselines import with_baselines
 from saemill.train.errors import ConfigInvalid
 
@@ -16,7 +16,7 @@ LIMITS = {"width": 512}
 
 
 def fleet(*variants, words=(), grid=()):
-    asked = Ask.of_variants(variants, parse_settings(words), parse_grid(grid))
+    asked = RunRequest.of_variants(variants, parse_settings(words), parse_grid(grid))
     return with_baselines(asked.members(lambda _: LIMITS), lambda _: {"width": 256})
 
 
@@ -43,7 +43,7 @@ def test_more_components_than_there_can_be_are_left_out_and_it_is_said():
     ):
         labels = [member.label for member in fleet("topk", words=["k=257"])]
     assert labels == ["topk", "topk_frozen_decoder", "topk_frozen_soft_decoder", "topk_frozen_encoder"]
-    with tell_errors():  # as the command says it
+    with report_errors():  # as the command says it
         assert warnings.formatwarning("no pca beside it", UserWarning, __file__, 1) == "warning: no pca beside it\n"
 
 

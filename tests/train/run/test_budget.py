@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saemill.cache_schema import Store
-from saemill.train.config.run_config import Ask, CourseConfig
+from saemill.train.config.run_config import CourseConfig, RunRequest
 from saemill.train.data.shuffle_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain
 from saemill.train.run.fill_config_from_store import settle, settle_budget
@@ -60,7 +60,7 @@ def test_a_short_run_has_curves_and_what_is_asked_for_stays(big, asked, steps, e
     """44 steps had two points, which no picture shows as a curve."""
     asked = {"layer": 3, "data.batch_tokens": 64, "data.pool_tokens": 512, **asked}
     with Store.open(big["path"]) as store:
-        settled = settle(Ask.of_variants(["topk"], asked), store)
+        settled = settle(RunRequest.of_variants(["topk"], asked), store)
     assert (settled.total_steps, settled.config.course.metrics_every_steps) == (steps, every)
 
 

@@ -88,7 +88,7 @@ SPREAD = """
 import os, signal, sys
 from rich.console import Console
 from saemill.train.cli import main
-from saemill.train.cli_support import tell_errors
+from saemill.train.cli_support import report_errors
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.train_runs import open_process, train_all
 
@@ -100,7 +100,7 @@ def die_at_12(self, draw):
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(self, draw)
 
-with tell_errors(), open_process("cpu", Console(soft_wrap=True), spread=True) as process:
+with report_errors(), open_process("cpu", Console(soft_wrap=True), spread=True) as process:
     list(train_all({**words, "name": "two"}, process))
     Fleet.step = die_at_12
     list(train_all({**words, "name": "lost"}, process))
@@ -248,19 +248,19 @@ from contextlib import suppress
 from dataclasses import replace
 from rich.console import Console
 from saemill.train.cli import main
-from saemill.train.cli_support import tell_errors
+from saemill.train.cli_support import report_errors
 from saemill.train.parallel.processes import SOLO
 from saemill.train.train_runs import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params
 resumed = main.make_context("sae-train", ["--resume", "begun", "--out", words["out"]]).params
 with open_process("cpu", Console(soft_wrap=True)) as process:
-    with suppress(SystemExit), tell_errors():
+    with suppress(SystemExit), report_errors():
         list(train_all({**words, "name": "mine"}, process))
-    with suppress(SystemExit), tell_errors():
+    with suppress(SystemExit), report_errors():
         split = (*words["set"], "course.shard_width=true")
         list(train_all({**words, "variant": ("tiered",), "set": split}, process))
-    with tell_errors():
+    with report_errors():
         list(train_all(resumed, replace(process, team=SOLO)))
 """
 

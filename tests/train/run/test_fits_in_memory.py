@@ -8,7 +8,7 @@ import torch
 
 from saemill.cache_schema import LaunchInvalid
 from saemill.train.config.parse_settings import parse_settings
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def member(*words, variant="topk"):
-    return Ask.of_variants((variant,), parse_settings(words)).members(lambda _: {})[0]
+    return RunRequest.of_variants((variant,), parse_settings(words)).members(lambda _: {})[0]
 
 
 def of_64(hook):

@@ -7,7 +7,7 @@ import pytest
 from saemill.train import study_recipes
 from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.config.recipe import Recipe, Sae, find_recipes, runs_of, studies
-from saemill.train.config.run_config import Ask, CourseConfig, DataConfig
+from saemill.train.config.run_config import CourseConfig, DataConfig, RunRequest
 from saemill.train.errors import ConfigInvalid
 
 PROBE = """
@@ -36,7 +36,7 @@ def probe(tmp_path, monkeypatch):
 
 
 def members(recipe, words=(), grid=(), limits=None):
-    asked = Ask.of_recipe(recipe, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
+    asked = RunRequest.of_recipe(recipe, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
     return {member.label: member.config for member in asked}
 
 
@@ -72,9 +72,9 @@ def test_a_grid_of_a_setting_that_some_variants_lack_repeats_the_others():
 
 def test_the_course_and_the_stream_are_the_recipes_unless_told_otherwise():
     recipe = Recipe("r", "", TWO.saes, {"course.tokens": 7, "course.epochs": 2, "data.seed": 3})
-    ask = Ask.of_recipe(recipe, parse_settings(["course.tokens=9"]))
-    course = ask.course(CourseConfig())
-    assert (course.tokens, course.epochs, ask.data(DataConfig()).seed) == (9, 2, 3)
+    request = RunRequest.of_recipe(recipe, parse_settings(["course.tokens=9"]))
+    course = request.course(CourseConfig())
+    assert (course.tokens, course.epochs, request.data(DataConfig()).seed) == (9, 2, 3)
 
 
 def test_a_run_is_trained_as_written_in_a_folder_of_its_name(probe, big, sae_train, tmp_path):
@@ -129,8 +129,8 @@ def test_every_recipe_can_be_asked_for(study):
         assert list(found) == labels
         for key in recipe.settings:
             assert key.split(".")[0] in ("data", "course") or any(hasattr(c, key.split(".")[0]) for c in found.values())
-        Ask.of_recipe(recipe).course(CourseConfig())
-        Ask.of_recipe(recipe).data(DataConfig())
+        RunRequest.of_recipe(recipe).course(CourseConfig())
+        RunRequest.of_recipe(recipe).data(DataConfig())
         for config in found.values():
             config.needs()
 

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from saemill.cache_schema import Store
 from saemill.train import train_runs
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.errors import ConfigInvalid, NothingToTrain, RunMissing, RunNotWritten
 from saemill.train.parallel.processes import SOLO
@@ -72,7 +72,7 @@ class Facts:
     def begin(self, place: str, home: Path, cache: Path, look: Callable[[Run], None] = lambda run: None) -> None:
         def work(process: Process) -> None:
             with Store.open(cache) as store:
-                settled = settle(Ask.of_variants(["topk"], SETTINGS, MEMBERS), store)
+                settled = settle(RunRequest.of_variants(["topk"], SETTINGS, MEMBERS), store)
                 with begin_run(settled, store, process, str(home), "run") as run:
                     look(run)
                     train(run)

@@ -7,7 +7,14 @@ import pytest
 from saemill.cache_schema.strict_json import flatten, to_json
 from saemill.train.config.parse_settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.config.recipe import Sae
-from saemill.train.config.run_config import NAMES_ELSEWHERE, Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.config.run_config import (
+    NAMES_ELSEWHERE,
+    CourseConfig,
+    DataConfig,
+    RunConfig,
+    RunRequest,
+    read_run_config,
+)
 from saemill.train.engine.adam import Optim
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import variant_registry
@@ -107,7 +114,7 @@ def test_a_name_that_no_file_could_bear_is_refused():
 
 
 def members(words, *names, limits=None, grid=()):
-    return Ask.of_variants(names, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
+    return RunRequest.of_variants(names, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
 
 
 def test_settings_reach_the_variants_that_have_them():
@@ -156,8 +163,8 @@ def test_a_setting_is_for_the_saes_that_read_it():
 )
 def test_a_setting_for_all_that_some_do_not_read_is_told(words, names, grid, said):
     """They would train at their default, as if they had it."""
-    ask = Ask.of_variants(names, parse_settings(words), parse_grid(grid))
-    assert list(ask.say_unread(ask.members(lambda _: {}))) == said
+    request = RunRequest.of_variants(names, parse_settings(words), parse_grid(grid))
+    assert list(request.say_unread(request.members(lambda _: {}))) == said
 
 
 def test_limits_bound_defaults_and_not_wishes():
@@ -179,7 +186,7 @@ def test_limits_bound_defaults_and_not_wishes():
     ],
 )
 def test_a_latent_is_dead_after_a_part_of_the_budget(variant, words, part):
-    asked = Ask.of_variants([variant], parse_settings(words))
+    asked = RunRequest.of_variants([variant], parse_settings(words))
     (member,) = asked.members(lambda config: {"dead_after_tokens": 3_000_000 // config.dead_part()})
     assert member.config.dead_after_tokens == 3_000_000 // part
 
@@ -217,7 +224,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed):
 
 def test_two_saes_of_one_label_are_refused():
     with pytest.raises(ConfigInvalid, match="two SAEs of the run would both be called one"):
-        Ask((Sae("one", "topk"), Sae("one", "standard"))).members(lambda _: {})
+        RunRequest((Sae("one", "topk"), Sae("one", "standard"))).members(lambda _: {})
 
 
 @pytest.mark.parametrize("variant", variant_registry.names())

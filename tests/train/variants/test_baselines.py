@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saemill.train.config.recipe import find_recipes
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.config.sanity_baselines import with_baselines
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
@@ -69,8 +69,8 @@ def test_what_is_not_frozen_decays_as_the_bases_does(battery, part, other):
 )
 def test_a_setting_that_a_baseline_does_not_read_is_refused(variant, settings, message):
     with pytest.raises(ConfigInvalid, match=message):
-        Ask.of_variants([variant], settings).members(lambda _: {})
-    beside = Ask.of_variants(["topk", variant], {"optim.lr": 0.1}).members(lambda _: {})
+        RunRequest.of_variants([variant], settings).members(lambda _: {})
+    beside = RunRequest.of_variants(["topk", variant], {"optim.lr": 0.1}).members(lambda _: {})
     assert {member.config.optim.lr for member in beside} == {0.1}
 
 
@@ -83,7 +83,7 @@ def test_every_baseline_has_the_number_of_active_latents_that_its_sae_is_built_w
     def limits(_: Any) -> dict[str, float]:
         return {"width": 64, "k": most, "target_l0": most}
 
-    members = Ask.of_variants(["attention"], {"attention.base": base} | chosen).members(limits)
+    members = RunRequest.of_variants(["attention"], {"attention.base": base} | chosen).members(limits)
     *saes, pca = with_baselines(members, limits)
     found = [getattr(member.config.build(battery.D).sae.gate, number) for member in saes]
     assert pca.variant == "pca" and found == [pca.config.k] * 4 == [5 if settings else most] * 4
@@ -121,7 +121,7 @@ def test_of_a_run_that_compares_only_the_base_has_baselines(battery):
     def limits(_: Any) -> dict[str, float]:
         return {"width": 64}
 
-    made = Ask.of_recipe(recipe, {"k": 8}, [{"seed": 0}, {"seed": 1}]).members(limits)
+    made = RunRequest.of_recipe(recipe, {"k": 8}, [{"seed": 0}, {"seed": 1}]).members(limits)
     labels = [member.label for member in with_baselines(made, limits, recipe)][len(made) :]
     assert len(labels) == 7 and all(label.startswith(("base_seed", "pca_k8")) for label in labels)
     stray = dataclasses.replace(made[0], label="stray", config=battery.config_of("pca", k=8))

@@ -12,7 +12,7 @@ import torch
 
 from saemill.cache_schema.strict_json import StrictError, flatten, from_json, to_json
 from saemill.train.config.parse_settings import with_settings
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.data.scaling import joined_stats, unit_stats
 from saemill.train.disk.sae_lens_folder import read_sae, save_sae
 from saemill.train.engine.step import Trainee
@@ -55,7 +55,7 @@ def test_a_share_a_weight_or_a_decay_out_of_its_bounds_is_refused(variant):
         for value in wrong[end]
     ):
         with pytest.raises(ConfigInvalid, match=f"{name}: expected .*, found {value}"):
-            Ask.of_variants([variant], {name: value}).members(lambda _: {})
+            RunRequest.of_variants([variant], {name: value}).members(lambda _: {})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saemill.train.config.recipe import runs_of, studies
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats
 from saemill.train.engine.first_weights_from_data import fit_start
@@ -52,7 +52,7 @@ def test_no_sae_of_a_recipe_is_below_nothing(battery, study):
     """At its own settings, each once; controls differ in whose attention they read."""
     seen: list[Any] = []
     for recipe in runs_of(study):
-        for member in Ask.of_recipe(recipe, {"width": 16 * D}).members(lambda _: {}):
+        for member in RunRequest.of_recipe(recipe, {"width": 16 * D}).members(lambda _: {}):
             config: Any = member.config
             config = dataclasses.replace(config, context=36) if hasattr(config, "context") else config
             if config in seen or getattr(config, "shuffle_attention", False):

@@ -9,7 +9,7 @@ import torch
 
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.config.parse_settings import with_settings
-from saemill.train.config.run_config import Ask
+from saemill.train.config.run_config import RunRequest
 from saemill.train.errors import ConfigInvalid
 
 OF_TEMPORAL_LOSSES = {
@@ -59,7 +59,7 @@ def test_a_setting_that_another_switches_off_changes_no_bit_and_is_refused(batte
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     for name, value in others.items():
         with pytest.raises(ConfigInvalid, match=f"{name} .* would be ignored: "):
-            Ask.of_variants([variant], to_json(switches) | {name: value}).members(lambda _: {})
+            RunRequest.of_variants([variant], to_json(switches) | {name: value}).members(lambda _: {})
 
 
 def test_a_warm_up_that_only_the_frequency_penalty_reads_is_read(battery):
