@@ -109,6 +109,8 @@ def measure(base: str, settings: dict[str, Any]) -> list[Row]:
     name = f"{base}, {settings['sparsity']} active, {settings['product']}"
     jobs = {who: (lambda who=who: steps(pair[who], batches[who], count)) for who in pair}
     speeds = speeds_of(rows * count, take_turns(settings["rounds"], jobs))
+    if batch.x.is_cuda:
+        click.echo(f"{name}: steps replayed: " + ", ".join(f"{who} {one.replays.served}" for who, one in pair.items()))
     speed = compare(f"{name}: step", speeds["hierarchical"], speeds["base"], "tok/s", 1 / ALLOWED, "base")
     peaks = {who: peak_bytes(trainee, batches[who]) for who, trainee in pair.items()}
     growth, room = peaks["hierarchical"] - peaks["base"], batch.x.numel() * 4

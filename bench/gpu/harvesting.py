@@ -1,10 +1,11 @@
 """The harvest of a model of gemma-2-2b's real shape with random weights, at short and at long context.
 
 Ours is a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). It is compared with
-our own truncated pass with nothing captured, transformers' eager pass through the same layers, and SAELens' runner
-caching the one residual. All are eager, because only that is Gemma-2 with its softcap. If the disk is slow, everything
-is written to memory (/dev/shm), which the log states. At the short context our shards are also computed without being
-written. Nothing overlaps the writing of the last of eight shards; a real harvest has thousands.
+our own truncated pass with nothing captured, with that pass without our kernels for norms and attention, with
+transformers' eager pass through the same layers, and with SAELens' runner caching the one residual. All are eager,
+because only that is Gemma-2 with its softcap. If the disk is slow, everything is written to memory (/dev/shm), which
+the log states. At the short context our shards are also computed without being written. Nothing overlaps the writing of
+the last of eight shards; a real harvest has thousands.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ from worker_pipe import WorkerFailed
 
 from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, gemma, harvest_once, make_manifest, save_tokenizer
 from saemill.harvest.capture import run
+from saemill.harvest.model import fused_on_gpu
 from saemill.harvest.model.load_and_truncate import TruncatedModel, Wanted, load_model
 from saemill.harvest.shards import Harvester, compute_shard
 
@@ -102,14 +106,32 @@ def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float
     return time.perf_counter() - start
 
 
+def pass_plainly(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float:
+    with own_operations():
+        return pass_once(model, tokens_WT, batch)
+
+
+@contextmanager
+def own_operations() -> Iterator[None]:
+    """Let models compute norms and attention by their own operations, as if there were no kernels of ours."""
+    served, fused_on_gpu.SERVED = fused_on_gpu.SERVED, set[str]()
+    try:
+        yield
+    finally:
+        fused_on_gpu.SERVED = served
+
+
 def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: torch.device, shape: Shape) -> None:
     """Time ours and transformers in turns."""
     tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
+    with own_operations():
+        plain = load_ours(folder, device)
     batch = shape.batch_tokens // context
     bare = Bare(folder / "model", "bfloat16", device, batch)
     jobs = {
         "ours": partial(harvest_once, folder / "store", make_harvester(model, tokens_WT, shape), tokens_WT),
         "our pass, nothing captured": lambda: pass_once(model, tokens_WT, batch),
+        "the same by the model's own norms and attention": lambda: pass_plainly(plain, tokens_WT, batch),
         "transformers, eager": lambda: bare.run(tokens_WT),
     }
     if context == shape.contexts[0]:
