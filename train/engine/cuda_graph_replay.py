@@ -165,8 +165,7 @@ class Recording:
     values: Tensor  # float64 [names]
 
     def replay(self, batch: Batch) -> Measured:
-        for there, value in zip(self.inputs, batch.tensors(), strict=True):
-            there.copy_(value)
+        torch._foreach_copy_(self.inputs, batch.tensors())
         for draw, there in self.drawn:
             drawn = draw()
             assert drawn.shape == there.shape, "what the host draws in a step has the same shape in each replay"
