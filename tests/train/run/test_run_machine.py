@@ -289,7 +289,7 @@ def test_any_sequence_of_events(facts, tell):
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_any_sequence_of_events_for_long(facts, tell):
     run(facts, tell, examples=1100, steps=16, derandomize=False)
     assert facts.rules >= 10_000
