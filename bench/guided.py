@@ -20,7 +20,7 @@ from timing_and_tables import ROUNDS, Row, compare, conclude, gather_facts, spee
 from torch.profiler import ProfilerActivity, profile
 
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
-from saemill.train.data.batch import AttentionRows, Batch, rounded_up
+from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import config_type
 from saemill.train.kit.wrapping import build_base
@@ -41,8 +41,7 @@ def make_batch(generator: torch.Generator, windows: int, context: int, d_model: 
     row_of[window, place] = torch.arange(rows)
     attention = {layer: make_attention(generator, windows, context) for layer in LAYERS}
     if device.type == "cuda":
-        room = rounded_up(max(len(rows.indices) for rows in attention.values()))
-        attention = {layer: rows.padded(room) for layer, rows in attention.items()}
+        attention = {layer: rows.padded(windows * context * KEYS) for layer, rows in attention.items()}
     side = {"window": window, "position": place, "row_of": row_of, "attention": attention}
     return Batch(torch.randn(rows, d_model, generator=generator), side=side).map(lambda tensor: tensor.to(device))
 

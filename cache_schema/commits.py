@@ -85,7 +85,7 @@ class DeviceRecord:
     """
 
     type: str  # cpu, cuda
-    name: str  # of the card; for a processor, the instructions that torch uses and how it multiplies in 16 bits
+    name: str  # of the card, and whether kernels of ours ran; of a processor, its instructions and 16-bit products
     torch: str
     float32_products: str  # ieee, or tf32
     reduced_sums: bool  # whether products in 16 bits may be added up in 16 bits

@@ -84,8 +84,10 @@ def check_own(name: str, words: list[str]) -> None:
     elif name == "sae-train" and given["resume"] is None:
         options = {key: given[key] for key in ("k", "width", "layer", "seed") if given[key] is not None}
         settings = options | parse_settings(given["set"])
-        for ask in find_requests(given["variant"], given["recipe"], given["name"], settings, parse_grid(given["grid"])):
-            assert ask.members(lambda _: {})
+        for request in find_requests(
+            given["variant"], given["recipe"], given["name"], settings, parse_grid(given["grid"])
+        ):
+            assert request.members(lambda _: {})
     elif name == "sae-eval":
         make_configs(given["evals"], given["set"])
 

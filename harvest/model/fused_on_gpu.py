@@ -1,9 +1,9 @@
-"""Norms and attention probabilities of 16-bit models on a GPU, each in a single pass over memory.
+"""RMS norms and attention probabilities of 16-bit models on a GPU, each in a single pass over memory.
 
 A model's own RMS norm passes over its input about ten times, and eager attention as often over its scores. Next to
-fast products this memory traffic takes as long as they do (docs/performance.md). Every rounding of the model's own is
-kept; only a row's sum is in another order. Where a kernel's results are not the model's to a rounding, or Triton is not
-there, the model's own operations run.
+fast products this memory traffic takes as long as they do (docs/performance.md). The kernels round where the model
+does; sums, roots and exponentials in between may differ in the last digits of float32. They are first compared with
+torch's operations on random numbers. If their results differ, or Triton is not there, the model's own operations run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ Norm = Literal["rms", "rms from one", "layer"]
 SERVED = {"cuda"}  # device types whose tensors go to the kernels; a test that interprets them adds the CPU
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 WIDEST_ROW = 16384  # one program holds a row in registers
-TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # a rounding: few fall on the other side
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of a norm: a few roundings
 
 
 def fuse_norms(model: nn.Module, norm: Norm) -> None:
     """Let the kernel compute a model's RMS norms where it serves them; weights and hooks are unchanged."""
+    agrees: dict[type, bool] = {}
     for module in model.modules():
         kind: Any = type(module)
         if norm == "layer" or not kind.__name__.endswith("RMSNorm"):
@@ -37,17 +38,22 @@ def fuse_norms(model: nn.Module, norm: Norm) -> None:
         epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
         if epsilon is None or not is_served(weight.device, weight.dtype) or len(weight) > WIDEST_ROW:
             continue
-        fused = partial(_norm, module, kind.forward, float(epsilon), norm == "rms from one")
-        if _agrees(f"{kind.__name__}'s", partial(kind.forward, module), fused, _drawn(weight, 4, len(weight))):
+        fused = partial(_norm, module, kind.forward, epsilon, norm == "rms from one")
+        if kind not in agrees:
+            own = partial(kind.forward, module)
+            agrees[kind] = _agrees(kind.__name__, own, fused, _rows_for_norm(weight, epsilon))
+        if agrees[kind]:
             module.forward = fused
 
 
 def _norm(module: Any, own: Callable[..., Tensor], epsilon: float, from_one: bool, x: Tensor) -> Tensor:
-    if x.requires_grad or x.dtype != module.weight.dtype:
+    weight: Tensor = module.weight
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learns or x.dtype != weight.dtype or not is_served(x.device, x.dtype):
         return own(module, x)
     from .triton_kernels import norm
 
-    return norm(x, module.weight, epsilon, from_one)
+    return norm(x, weight, epsilon, from_one)
 
 
 def serves_scores(scores: Tensor) -> bool:
@@ -68,39 +74,54 @@ def probabilities_(scores_WHQT: Tensor, mask: Tensor | None, scaling: float, sof
 
 
 def is_served(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute norms and attention of this type here."""
     return device.type in SERVED and dtype in SIXTEEN_BITS and _kernels_work(device, dtype)
 
 
 @cache
 def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton compiles for this device and gives torch's probabilities; warns once if not."""
+    """Whether Triton compiles for this device, and both kernels give torch's results; warns once if not."""
     if importlib.util.find_spec("triton") is None:
         warnings.warn(f"{device}: triton is not installed; norms and attention use torch's own kernels", stacklevel=2)
         return False
-    scores = _drawn(torch.empty(0, device=device, dtype=dtype), 2, 2, 3, 40)
+    from . import triton_kernels
+
+    like = torch.empty(0, device=device, dtype=dtype)
+    scores, weight = 4 * _drawn(like, 2, 2, 3, 40), _drawn(like, 40)
     mask = torch.full_like(scores[:1, :1], torch.finfo(dtype).min).triu(38)
-    capped = (scores * 0.5 / 30.0).tanh() * 30.0 + mask
+
+    def own_norm(x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x.float(), (40,), weight.float(), 1e-3).to(dtype)
+
+    def own_probabilities(scores: Tensor) -> Tensor:
+        capped = (scores.double() * 0.5 / 30.0).tanh() * 30.0 + mask.double()
+        return torch.softmax(capped, dim=-1).to(dtype)
+
     return _agrees(
-        "attention's",
-        lambda scores: torch.softmax(capped, dim=-1, dtype=torch.float32).to(dtype),
-        lambda scores: probabilities_(scores.clone(), mask, 0.5, 30.0),
-        scores,
-    )
+        "the norm", own_norm, lambda x: triton_kernels.norm(x, weight, 1e-3, False), _rows_for_norm(weight, 1e-3)
+    ) and _agrees("attention", own_probabilities, lambda x: probabilities_(x.clone(), mask, 0.5, 30.0), scores)
 
 
 def _agrees(whose: str, own: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a kernel gives the model's own result, to a rounding or two; warns if not."""
+    """Whether a kernel gives the model's own result up to a few roundings; warns if not."""
     try:
         with torch.no_grad():
             found, expected = fused(x).float(), own(x).float()
-        off = float((found - expected).norm() / expected.norm())
-        if off <= TOLERANCE[x.dtype]:
+        off, size = float((found - expected).norm()), float(expected.norm())
+        if off <= TOLERANCE[x.dtype] * size:
             return True
-        reason = f"its results are off by a share of {off:.1e}"
+        reason = f"its results are off by {off:.1e}, where they are {size:.1e}"
     except Exception as error:  # noqa: BLE001 (an old GPU, no C compiler, a driver: a compiler fails in many ways)
         reason = f"{type(error).__name__}: {first_line(error)[:200]}"
-    warnings.warn(f"{x.device}: {whose} kernel is not used, which is slower: {reason}", stacklevel=2)
+    warnings.warn(f"{x.device}: the kernel for {whose} is not used, which is slower: {reason}", stacklevel=2)
     return False
+
+
+def _rows_for_norm(weight: Tensor, epsilon: float) -> Tensor:
+    """Rows of size one, and rows so small that epsilon counts."""
+    rows = _drawn(weight, 4, len(weight))
+    rows[2:] *= epsilon**0.5
+    return rows
 
 
 def _drawn(like: Tensor, *shape: int) -> Tensor:

@@ -60,7 +60,8 @@ def norm(x: Tensor, weight: Tensor, epsilon: float, from_one: bool) -> Tensor:
     """RMS norm over the last dimension, times the weight, or times one plus the weight."""
     x = x.contiguous()
     out, D = torch.empty_like(x), x.shape[-1]
-    _norm[(x.numel() // D,)](x, weight, out, D, epsilon, FROM_ONE=from_one, **_sizes(D))
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of the model
+        _norm[(x.numel() // D,)](x, weight, out, D, epsilon, FROM_ONE=from_one, **_sizes(D))
     return out
 
 
@@ -69,18 +70,11 @@ def softmax_(scores_WHQT: Tensor, mask: Tensor | None, scaling: float, softcap: 
     windows, heads, Q, T = scores_WHQT.shape
     per_mask = windows * heads * Q if mask is None else windows // len(mask) * heads * Q
     given = scores_WHQT if mask is None else mask.expand(len(mask), 1, Q, T).to(scores_WHQT.dtype).contiguous()
-    _softmax[(windows * heads * Q,)](
-        scores_WHQT,
-        given,
-        Q,
-        T,
-        per_mask,
-        scaling,
-        1.0 if softcap is None else softcap,
-        HAS_MASK=mask is not None,
-        CAPPED=softcap is not None,
-        **_sizes(T),
-    )
+    has_mask, is_capped, cap = mask is not None, softcap is not None, softcap or 1.0
+    with torch.cuda.device_of(scores_WHQT):
+        _softmax[(windows * heads * Q,)](
+            scores_WHQT, given, Q, T, per_mask, scaling, cap, HAS_MASK=has_mask, CAPPED=is_capped, **_sizes(T)
+        )
     return scores_WHQT
 
 

@@ -173,8 +173,8 @@ def test_the_command_that_is_said_at_the_end_can_train_on_the_store(hooks, comma
     words = sae_train.make_context("sae-train", shlex.split(said)[1:]).params
     settings = train_runs._settings({"layer": words["layer"]}, words["set"])
     ((member,),) = [
-        ask.members(lambda config: config.limits(manifest, 10**6), by_hook(manifest.sites))
-        for ask in train_runs.find_requests(words["variant"], None, None, settings, [{}])
+        request.members(lambda config: config.limits(manifest, 10**6), by_hook(manifest.sites))
+        for request in train_runs.find_requests(words["variant"], None, None, settings, [{}])
     ]
     needs = member.config.needs()
     held = by_hook(manifest.sites)

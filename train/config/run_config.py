@@ -287,9 +287,8 @@ class RunRequest:
         with name_sae(sae.label):
             adapted = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
             if stored:
-                chosen = [
-                    key for key, value in asked.items() if value is not None
-                ]  # to_layer=null asks for the default
+                # to_layer=null asks for the default, as leaving it out does.
+                chosen = [key for key, value in asked.items() if value is not None]
                 adapted |= stored_layer(draft, chosen, stored)
         config = with_settings(draft, adapted, sae.label)
         with name_sae(sae.label):

@@ -7,7 +7,7 @@ W windows, T context, H heads, D residual width, N trainable tokens, E entries o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ...cache_schema import AttentionCsr, Span
 from ...cache_schema.layout import scales_path
 from ...cache_schema.sites import Place, site_of
-from .batch import AttentionRows
+from .batch import AttentionRows, rounded_up
 from .device_copies import send
 
 TORCH_DTYPES = {
@@ -118,6 +118,7 @@ class Attention:
     data: Tensor  # float16 [E]
     kept_mass: Tensor  # float16 [W, H, T]
     begins: np.ndarray  # int64 [W + 1], where each window's entries start, on the host
+    longest: int  # entries in the longest row
 
     def entries(self, windows: np.ndarray) -> int:
         """The number of entries in some windows."""
@@ -142,7 +143,17 @@ def send_attention(csr: AttentionCsr, device: torch.device) -> Attention:
     indptr = csr.indptr.astype(np.int64)
     arrays = (indptr, as_signed(csr.indices), csr.data, csr.kept_mass)
     there = (send(torch.from_numpy(array), device) for array in arrays)
-    return Attention(*there, begins=indptr[:: csr.heads * csr.context])
+    longest = int(np.diff(indptr).max(initial=0))
+    return Attention(*there, begins=indptr[:: csr.heads * csr.context], longest=longest)
+
+
+def even_size(layers: Iterable[Attention], windows: np.ndarray) -> int:
+    """A size that the layers' entries of some windows are padded to, such that batches have few sizes: as if each row
+    were as long as the longest; where that would be more than twice as many, the next of few sizes."""
+    layers = tuple(layers)
+    largest = max(attention.entries(windows) for attention in layers)
+    full = max(attention.longest * attention.kept_mass[0].numel() for attention in layers) * len(windows)
+    return full if full <= 2 * largest else rounded_up(largest)
 
 
 def as_signed(array: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.sites import Place
-from .batch import AttentionRows, Batch, Kind, Needs, Rows, rounded_up
-from .block import Attention, Block, as_int64
+from .batch import AttentionRows, Batch, Kind, Needs, Rows
+from .block import Attention, Block, as_int64, even_size
 from .device_copies import send
 
 
@@ -121,10 +121,9 @@ class Draw:
     def _attention(self, layers: Sequence[int], rows: Rows) -> dict[int, AttentionRows]:
         assert rows.windows is not None and rows.windows_on_device is not None
         windows, on_device = rows.windows, rows.windows_on_device
-        by_layer, room = {layer: self.block.attention[layer] for layer in layers}, None
-        if self.device.type == "cuda":
-            # One size for all layers of an SAE, and few for its batches: a recorded step serves one size.
-            room = rounded_up(max(attention.entries(windows) for attention in by_layer.values()))
+        by_layer = {layer: self.block.attention[layer] for layer in layers}
+        # A recorded step serves one size. It depends on this SAE's layers alone, as sums with more zeros have other bits.
+        room = even_size(by_layer.values(), windows) if self.device.type == "cuda" else None
 
         def take(attention: Attention) -> AttentionRows:
             found = attention.take(windows, on_device)

@@ -4,9 +4,9 @@ At 16,384 latents the host takes as long to launch a step's two hundred or so ke
 CUDA graph is one launch. It repeats exactly what was recorded, on the same memory, so a step can be recorded only if
 the host decides nothing beyond its key: shapes, which terms count, knobs, the number of listed dead latents, and the
 addresses of tables. A term is a function of its view, so only what the host draws or counts could differ between
-replays. What is drawn by `view.draw` is drawn again for each replay; nothing else comes from the host. Steps that draw
-or count otherwise are launched kernel by kernel, and so are all steps of an SAE that has extras which are not said to
-be recordable, or that shares its rows or latents with other processes.
+replays. What is drawn by `view.draw` is drawn again for each replay. Steps that draw in another way, or count on the
+host, are launched kernel by kernel, and so are all steps of an SAE that has extras which are not said to be recordable,
+or that shares its rows or latents with other processes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Replays:
         if self._memory is not None and self._memory.is_used_up:
             self.forget()  # or the old pool's memory would stay
             self._memory = None
-        kind = self._kind((key, *batch.side, *((x.shape, x.dtype, x.stride()) for x in batch.tensors())))
+        kind = self._kind((key, *batch.side, *((x.shape, x.dtype) for x in batch.tensors())))
         kind.seen += 1
         if kind.recording is None and kind.is_recordable and kind.seen > self._patience:
             kind.recording = self._record(kind, batch, work)
@@ -165,7 +165,8 @@ class Recording:
     values: Tensor  # float64 [names]
 
     def replay(self, batch: Batch) -> Measured:
-        torch._foreach_copy_(self.inputs, batch.tensors())
+        for there, value in zip(self.inputs, batch.tensors(), strict=True):
+            there.copy_(value)
         for draw, there in self.drawn:
             drawn = draw()
             assert drawn.shape == there.shape, "what the host draws in a step has the same shape in each replay"

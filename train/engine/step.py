@@ -97,13 +97,17 @@ class Trainee:
         self._looks_late = not reads_at_once(self.sae.b_enc)
         self._traces: deque[tuple[int, Measured]] = deque(maxlen=LOOK_EVERY)  # steps not looked at yet
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
-        self._weights = torch.zeros(len(assembly.terms), device=self.device)  # of the terms' losses, for a GPU
+        # The weights of the terms' losses, where a recorded step reads them.
+        self._weights = torch.zeros(len(assembly.terms), device=self.device) if self._looks_late else None
         self._random_state = assembly.generator.get_state()  # at the start of this step
-        # With torch's own kernels the host reads the selection.
-        is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
-        is_alone = self.ranks.size == 1 and self.latents.is_whole
-        is_recordable &= all(extra.is_recordable for extra in extras_of(self.sae))
-        self.replays = Replays(name, is_recordable and is_alone, assembly.generator, self._undo)
+        is_recordable = (
+            self.device.type in RECORDS
+            and runs_triton(self.sae.b_enc)  # with torch's own kernels the host reads the selection
+            and self.ranks.size == 1
+            and self.latents.is_whole
+            and all(extra.is_recordable for extra in extras_of(self.sae))
+        )
+        self.replays = Replays(name, is_recordable, assembly.generator, self._undo)
 
     def step(self, batch: Batch) -> Report:
         knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
@@ -116,7 +120,7 @@ class Trainee:
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         self.optimiser.begin(lr)
-        if self._looks_late:
+        if self._weights is not None:
             write_numbers(self._weights, list(weights.values()))
         measured = self._launch_or_replay(batch, weights, knobs, ranks)
         self.step_index += 1
@@ -149,7 +153,7 @@ class Trainee:
         # Reported values are measured here, before the weights change.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
-        factors = dict(zip(weights, self._weights.unbind(), strict=True)) if self._looks_late else weights
+        factors = weights if self._weights is None else dict(zip(weights, self._weights.unbind(), strict=True))
         own_loss = loss = _weighted_sum(losses, factors)
         if not self.latents.is_whole:
             losses = self._sum_parts(losses)

@@ -30,7 +30,7 @@ class Extra(Part):
 
     is_recordable: ClassVar[bool] = False
     """Whether a GPU may record its part of a step and replay it: the host keeps nothing of one step for the next,
-    decides by knobs alone, and sends no numbers. Subclasses inherit it."""
+    and what it decides or tells the GPU comes from knobs alone. Subclasses inherit it."""
 
     def observe(self, view: View) -> None:
         """Called once after each step, without gradient; `view.note` writes numbers to the log."""

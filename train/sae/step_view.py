@@ -63,11 +63,13 @@ class DeadLatents:
     latents: Tensor  # int64 [M]
     is_dead: Tensor | None = None  # bool [M]; None: all are
 
-    def only(self, table_M: Tensor) -> Tensor:
-        """[M, ...] with zeros for those that are not dead, which get no gradient through it."""
+    def only(self, table: Tensor, dim: int = 0) -> Tensor:
+        """A table with the latents along `dim`, with zeros for those that are not dead: they get no gradient."""
         if self.is_dead is None:
-            return table_M
-        return torch.where(self.is_dead.view(-1, *[1] * (table_M.ndim - 1)), table_M, 0.0)
+            return table
+        shape = [1] * table.ndim
+        shape[dim] = -1
+        return torch.where(self.is_dead.view(shape), table, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,8 @@ class View:
 
     def draw(self, on_host: Callable[[], Tensor]) -> Tensor:
         """What the host draws from the SAE's generator, on the device. A GPU may replay a step for other batches of the
-        same shape: of the host's work only this function is done again, so it may depend on shapes alone."""
+        same shape: of the host's work only this function is done again, so it may depend on shapes alone. It outlives
+        the step, whose tensors it would keep if it held the view."""
         return self.draw_by(on_host, self.x.device)
 
     def note(self, name: str, value: Tensor | float) -> None:

@@ -55,7 +55,7 @@ class AuxK:
         sae = view.sae
         pre = sae.pre_of_latents(view.x, view.side, dead.latents, dead.is_dead)
         if pre is not None:
-            codes = self._dense(dead.only(pre.t()).t(), dead, count, view)
+            codes = self._dense(dead.only(pre, dim=1), dead, count, view)
         else:
             with torch.no_grad():
                 x = sae.encoder_input(view.x, view.side)

@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ....cache_schema.disk_and_cloud_files import Files, open_files
+from ....harvest.model.fused_on_gpu import is_served
 from ...context.context import Context
 from ...context.disk_cache import decided_by
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
@@ -136,7 +137,7 @@ def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str
         dtype=str(context.dtype),
         ablations=list(ablations),
         from_tokens=context.from_tokens,
-        device=context.device.type,
+        device=context.device.type + (", kernels" if is_served(context.device, context.dtype) else ""),
     )
     return open_files(f"{context.store.url.rstrip('/')}.evals/{context.manifest.cache_id}/clean-{name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -43,11 +44,13 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize("width", [5, 64, 100])
 def test_a_norm_is_its_definition(rng, dtype, from_one, width):
     x, weight = (3 * torch.randn(shape, generator=rng).to(dtype) for shape in ((2, 3, width), (width,)))
+    x[1] *= 1e-3  # here epsilon counts
     found = triton_kernels.norm(x, weight, 1e-5, from_one)
     normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     expected = normed * (1 + weight.double() if from_one else weight.double())
     assert found.dtype == dtype and found.shape == x.shape
-    assert (found.double() - expected).norm() < OFF[dtype] * expected.norm()
+    for one, other in zip(found.double(), expected, strict=True):
+        assert (one - other).norm() < OFF[dtype] * other.norm()
 
 
 @pytest.mark.parametrize("dtype", OFF, ids=str)
@@ -77,7 +80,7 @@ def plain(scores: Tensor, mask: Tensor | None, scaling: float, softcap: float | 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # a masked float16 score is minus infinity
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_models_give_the_same_to_a_rounding(make_model, run_whole, interpreted, model_type):
+def test_models_give_the_same_to_a_rounding(make_model, run_whole, interpreted, monkeypatch, model_type):
     model = make_model(model_type, torch.float16)
     reference = run_whole(model)
     last = len(reference.resid) - 1
@@ -87,23 +90,62 @@ def test_models_give_the_same_to_a_rounding(make_model, run_whole, interpreted, 
     norms = [module for module in truncated.stack.modules() if type(module).__name__.endswith("RMSNorm")]
     assert bool(norms) == (ARCHITECTURES[model_type].norm != "layer")
     assert all("forward" in vars(module) for module in norms)
+    softmax, blocks = triton_kernels.softmax_, []
+    monkeypatch.setattr(triton_kernels, "softmax_", lambda *given: blocks.append(1) or softmax(*given))
     attended: dict[int, list[Tensor]] = {0: [], last: []}
     found = run(truncated, reference.ids, {layer: parts.append for layer, parts in attended.items()})
     resid, expected = found[Site("resid", last)].float(), reference.resid[last].float()
     assert (resid - expected).norm() < 0.02 * expected.norm()
+    assert len(blocks) > last
     for layer, parts in attended.items():
         attention, expected = torch.cat(parts).float(), reference.attention[layer].float()
         assert (attention - expected).norm() < 0.02 * expected.norm()
 
 
-def test_a_gradient_flows_through_the_model_s_own_norm(make_model, interpreted):
-    model = make_model("llama", torch.bfloat16)
-    truncated = truncate(model, Wanted(resid_layers=(1,)))
-    norm = truncated.stack.layers[0].input_layernorm
-    x = torch.randn(3, norm.weight.numel()).bfloat16().requires_grad_()
+def test_what_a_kernel_does_not_serve_goes_through_the_model_s_own_norm(make_model, interpreted, monkeypatch):
+    """A gradient, another type, a model that was moved."""
+    plain = make_model("llama", torch.float16).model.layers[0].input_layernorm
+    norm = truncate(make_model("llama", torch.float16), Wanted(resid_layers=(1,))).stack.layers[0].input_layernorm
+    x = torch.randn(3, norm.weight.numel()).half()
+    torch.testing.assert_close(norm(x), plain(x), rtol=OFF[torch.float16], atol=1e-3)
+    monkeypatch.setattr(triton_kernels, "norm", None)
+    learning = x.clone().requires_grad_()
+    norm(learning).float().square().sum().backward()
+    assert learning.grad is not None and learning.grad.any()
+    norm.weight.requires_grad_()
     norm(x).float().square().sum().backward()
-    assert x.grad is not None and x.grad.any()
-    torch.testing.assert_close(norm(x.detach()), norm(x).detach(), rtol=OFF[torch.bfloat16], atol=1e-3)
+    assert norm.weight.grad is not None and norm.weight.grad.any()
+    norm.weight.requires_grad_(False)
+    assert torch.equal(norm.float()(x.float()), plain.float()(x.float()))
+    monkeypatch.setattr(fused_on_gpu, "SERVED", {"cuda"})
+    assert torch.equal(norm.half()(x), plain.half()(x))
+
+
+def test_scores_that_need_a_gradient_keep_it(interpreted):
+    scores = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    assert fused_on_gpu.serves_scores(scores)
+    assert not fused_on_gpu.serves_scores(scores.requires_grad_())
+
+
+def test_a_norm_whose_epsilon_is_another_is_not_replaced(make_model, interpreted):
+    model = make_model("llama", torch.float16)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.eps, module.variance_epsilon = module.variance_epsilon, 0.1  # pyright: ignore
+    with pytest.warns(UserWarning, match="the kernel for LlamaRMSNorm is not used") as told:
+        truncated = truncate(model, Wanted(resid_layers=(1,)))
+    assert len(told) == 1
+    assert not any("forward" in vars(module) for module in truncated.stack.modules())
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton would take the current one."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: taken.append(tensor) or nullcontext())
+    x = torch.ones(2, 4).half()
+    triton_kernels.norm(x, torch.ones(4).half(), 1e-5, False)
+    triton_kernels.softmax_(x[None, None], None, 1.0, None)
+    assert [tensor.shape for tensor in taken] == [(2, 4), (1, 1, 2, 4)]
 
 
 @pytest.mark.parametrize("broken", ["wrong", "failing"])
@@ -120,7 +162,7 @@ def test_a_kernel_that_gives_something_else_is_not_used(make_model, run_whole, i
     model = make_model("gemma2", torch.bfloat16)
     reference = run_whole(model)
     reason = {"wrong": "results are off by", "failing": "RuntimeError: no C compiler"}[broken]
-    with pytest.warns(UserWarning, match=f"kernel is not used, which is slower: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"is not used, which is slower: .*{reason}"):
         truncated = truncate(model, Wanted(resid_layers=(1,)))
     resid = run(truncated, reference.ids, {})[Site("resid", 1)]
     assert torch.equal(resid, reference.resid[1])
@@ -131,7 +173,7 @@ def test_a_gpu_record_says_that_kernels_computed(interpreted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     monkeypatch.setattr(fused_on_gpu, "_kernels_work", lambda device, dtype: dtype == torch.bfloat16)
     device = torch.device("cuda", 0)
-    assert describe_device(device, torch.bfloat16).name == "Card, fused norms and softmax"
+    assert describe_device(device, torch.bfloat16).name == "Card, kernels for norms and attention"
     assert describe_device(device, torch.float32).name == "Card"
 
 

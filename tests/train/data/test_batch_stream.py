@@ -1,6 +1,7 @@
 """What a step draws, against picking it from the written arrays by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -12,6 +13,7 @@ from saemill.cache_schema.stored_dtypes import SmallDtype, to_codes
 from saemill.cache_schema.token_counts_and_summary import pair_share
 from saemill.train.data.batch import Kind, Needs, rounded_up
 from saemill.train.data.batch_stream import Feed, held_out
+from saemill.train.data.block import even_size
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.shuffle_order import Plan, measure_split
 from saemill.train.run.preflight import layer_stats
@@ -128,7 +130,8 @@ def test_windows_come_whole_with_their_attention(store, written):
 
 
 def test_a_gpu_gets_attention_of_few_sizes_whatever_else_is_read(store):
-    """An SAE trains to the same bits next to one that reads a denser layer."""
+    """As if all rows were as long as the longest. An SAE trains to the same bits next to one that reads a denser
+    layer."""
     feed = make_feed(store, needs=(WINDOWS,))
     draw = feed.draw(3)
     exact = draw.batch(WINDOWS).side["attention"][3]
@@ -136,9 +139,21 @@ def test_a_gpu_gets_attention_of_few_sizes_whatever_else_is_read(store):
     draw.block.attention[9] = replace(draw.block.attention[3], begins=4 * draw.block.attention[3].begins)
     draw.device = torch.device("cuda")
     found = draw.batch(WINDOWS).side["attention"][3]
-    assert len(found.indices) == rounded_up(len(exact.indices)) > len(exact.indices)
+    longest = int(draw.block.attention[3].indptr.diff().max())
+    assert len(found.indices) == longest * (len(exact.indptr) - 1) > len(exact.indices)
     for name, part in vars(exact.padded(len(found.indices))).items():
         assert torch.equal(vars(found)[name], part), name
+
+
+def test_rows_of_very_different_length_are_padded_to_few_sizes():
+    layer = SimpleNamespace(longest=64, kept_mass=torch.zeros(5, 1, 8), entries=lambda windows: 99 * len(windows))
+    assert even_size([layer], np.arange(3)) == rounded_up(297) == 320
+    assert even_size([layer, replace_in(layer, longest=20)], np.arange(3)) == 320
+    assert even_size([replace_in(layer, longest=20)], np.arange(3)) == 20 * 8 * 3
+
+
+def replace_in(one: SimpleNamespace, **changes: int) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(one), **changes})
 
 
 def test_what_a_fleet_shares_goes_to_the_device_once(store):
