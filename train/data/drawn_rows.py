@@ -122,7 +122,7 @@ class Draw:
         assert rows.windows is not None and rows.windows_on_device is not None
         windows, on_device = rows.windows, rows.windows_on_device
         by_layer = {layer: self.block.attention[layer] for layer in layers}
-        # A recorded step serves one size. It depends on this SAE's layers alone, as sums with more zeros have other bits.
+        # A recorded step serves one size. That depends on this SAE's layers alone: more zeros change a sum's bits.
         room = even_size(by_layer.values(), windows) if self.device.type == "cuda" else None
 
         def take(attention: Attention) -> AttentionRows:

@@ -117,6 +117,7 @@ def test_what_a_kernel_does_not_serve_goes_through_the_model_s_own_norm(make_mod
     assert norm.weight.grad is not None and norm.weight.grad.any()
     norm.weight.requires_grad_(False)
     assert torch.equal(norm.float()(x.float()), plain.float()(x.float()))
+    assert torch.equal(norm(x), plain(x))
     monkeypatch.setattr(fused_on_gpu, "SERVED", {"cuda"})
     assert torch.equal(norm.half()(x), plain.half()(x))
 
