@@ -199,9 +199,8 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
     precise = (of_cpus if device.type == "cpu" else settings).fp32_precision not in ("tf32", "bf16")
     if device.type == "cuda":
         reduced = settings.allow_bf16_reduced_precision_reduction or settings.allow_fp16_reduced_precision_reduction
-        name = torch.cuda.get_device_name(device) + (
-            ", kernels for norms and attention" if is_served(device, dtype) else ""
-        )
+        name = torch.cuda.get_device_name(device)
+        name += ", kernels for norms and attention" if is_served(device, dtype) else ""
     else:
         reduced = False
         name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
