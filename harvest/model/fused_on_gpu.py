@@ -1,9 +1,10 @@
 """RMS norms and attention probabilities of 16-bit models on a GPU, each in a single pass over memory.
 
-A model's own RMS norm passes over its input about ten times, and eager attention as often over its scores. Next to
-fast products this memory traffic takes as long as they do (docs/performance.md). The kernels round where the model
-does; sums, roots and exponentials in between may differ in the last digits of float32. They are first compared with
-torch's operations on random numbers. If their results differ, or Triton is not there, the model's own operations run.
+A model's own RMS norm passes over its input about ten times, and eager attention as often over its scores. By count of
+bytes that takes half as long as a layer's products, or at a long context as long (docs/performance.md). The kernels
+round where the model does; sums, roots and exponentials in between may differ in the last digits of float32. They are
+first compared with torch's operations on random numbers. If their results differ, or Triton is not there, the model's
+own operations run.
 """
 
 from __future__ import annotations
