@@ -23,6 +23,7 @@ import pytest
 from fsspec.asyn import sync_wrapper
 
 from saemill.cache_schema import (
+    AddressInvalid,
     AttentionSpec,
     ChunkMissing,
     Request,
@@ -618,6 +619,32 @@ def test_who_takes_a_lapsed_claim_looks_whether_it_kept_it(monkeypatch):
     assert second.keeps(0) and not first.keeps(0)
     first.close()
     second.close()
+
+
+def test_storage_that_overwrites_what_exists_is_refused(synthetic, url, monkeypatch):
+    """Servers without conditional writes, and libraries that do not know them, as s3fs with aiobotocore before 2.14."""
+    fs, pipe_file = open_files(url).fs, open_files(url).fs.pipe_file
+    monkeypatch.setattr(fs, "pipe_file", lambda path, data, mode="overwrite": pipe_file(path, data))
+    with pytest.raises(AddressInvalid, match="refuses to create an object that exists.*Update the library"):
+        synthetic.write_store(url, synthetic.make_manifest())
+    assert synthetic.objects_of(url) == {}
+
+
+def test_a_claim_that_was_removed_at_once_does_not_speak_against_the_storage(monkeypatch):
+    """By another that saw the one before it lapse."""
+    files, create, calls = open_files(f"memory://{uuid.uuid4().hex}"), RemoteFiles.create, []
+
+    def create_then_lose(files: RemoteFiles, key: str, data: bytes) -> bool:
+        calls.append(create(files, key, data))
+        if len(calls) == 1:
+            files.remove(key)
+        return calls[-1]
+
+    monkeypatch.setattr(RemoteFiles, "create", create_then_lose)
+    claims = make_claims(files)
+    assert claims.take(0) and claims.take(1)
+    assert calls == [True, True, False, True]
+    claims.close()
 
 
 @pytest.mark.parametrize("lease", [b"", b"[]", b"{", b'{"until": "tomorrow"}', b"\xff"])
