@@ -309,7 +309,8 @@ class S3Files(RemoteFiles):
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """Fetch only the listing pages that could hold one of the names, skipping long stretches of others."""
         s3: Any = self.fs
-        bucket, path, _ = s3.split_path(f"{self.path}/{folder}/")
+        bucket, path, _ = s3.split_path(f"{self.path}/{folder}")
+        path += "/"  # s3fs before 2026.2 drops a slash at the end, and would find nothing
         found, left = set(), sorted(names)
         while left:
             with self._name_failure("listing", folder):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .disk_and_cloud_files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
-from .errors import StoreBusy, StoreUnreachable
+from .errors import AddressInvalid, StoreBusy, StoreUnreachable
 from .layout import LOCK
 
 CREATION = 2**40  # the number of the claim on a store's creation: above any shard's
@@ -168,6 +168,7 @@ class LeaseClaims:
         self._files = files
         self._owner = uuid.uuid4().hex
         self._held: dict[int, float] = {}  # number -> when it was last known to be held
+        self._is_exclusive = False  # known only after a claim was created and its second creation refused
         self._lock = threading.Lock()  # or a renewal could bring back a claim that is just being released
         self._closed = threading.Event()
         self._renewal: threading.Thread | None = None
@@ -279,8 +280,24 @@ class LeaseClaims:
 
     def _create(self, number: int) -> bool:
         if self._files.create(self._key(number), self._new_lease()):
+            self._require_exclusive(number)
             return True
         return number not in self._held and self._is_mine(number)
+
+    def _require_exclusive(self, number: int) -> None:
+        """Try, once per writer, to create its own claim again. Some servers and older libraries ignore the condition
+        and overwrite what exists: every writer would get every claim, and none would notice.
+
+        More than once, because another writer that saw an earlier claim lapse may remove this one in between."""
+        if not self._is_exclusive and all(self._files.create(self._key(number), self._new_lease()) for _ in range(3)):
+            self._files.remove(self._key(number))
+            raise AddressInvalid(
+                f"{self._files.url}: expected storage that refuses to create an object that exists, which keeps two "
+                "writers off one shard, but it overwrote one. Update the library (s3fs 2024.12 with aiobotocore "
+                "2.14, gcsfs 2024.12, adlfs 2024.12, or newer); if that does not help, the server lacks conditional "
+                "writes: write the store to a disk and copy it"
+            )
+        self._is_exclusive = True
 
     def _is_mine(self, number: int) -> bool:
         """Whether this writer owns the claim: if the answer to its creation was lost, the retry was refused."""
