@@ -17,6 +17,7 @@ from saemill.evaluate.evals.core.choose_rows import Block
 from saemill.evaluate.evals.core.clean_and_spliced_losses import Baselines, files_of, from_other_windows, mean_residual
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
+from saemill.harvest.model import fused_on_gpu
 
 SMALL = core.Config(batch_size_prompts=4, n_eval_reconstruction_batches=2, resamples=10)
 
@@ -134,8 +135,11 @@ def asked(tmp_path):
     )
 
 
-def test_whatever_decides_a_clean_pass_has_a_place_of_its_own(asked):
+def test_whatever_decides_a_clean_pass_has_a_place_of_its_own(asked, monkeypatch):
+    monkeypatch.setattr(fused_on_gpu, "_kernels_work", lambda device, dtype: False)
     places = {"": asked.place} | {name: change(asked).place for name, change in CHANGES.items()}
+    monkeypatch.setattr(fused_on_gpu, "_kernels_work", lambda device, dtype: True)
+    places["kernels of ours"] = CHANGES["device"](asked).place
     assert len(set(places.values())) == len(places), places
 
 
