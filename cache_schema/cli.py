@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from decimal import Decimal
 from functools import partial
@@ -436,8 +436,13 @@ def _progress(*bars: tuple[str, str]) -> Iterator[list[Callable[[int], None]]]:
 
     console = open_console(stderr=True)
     progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    with progress if console.is_terminal else nullcontext():  # even one that is not shown may end with an empty line
+    with while_shown(progress):
         yield [advance(progress.add_task(verb, total=None, unit=unit)) for verb, unit in bars]
+
+
+def while_shown(bar: Progress) -> AbstractContextManager[object]:
+    """Show a bar unless it is disabled: rich before 14.3 ends even such a one with an empty line."""
+    return nullcontext() if bar.disable else bar
 
 
 if __name__ == "__main__":

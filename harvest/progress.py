@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import accumulate
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..cache_schema.cli import open_console
+from ..cache_schema.cli import open_console, while_shown
 from ..cache_schema.numbers_in_words import say_time
 
 LOG_SECONDS = 30.0
@@ -80,5 +80,5 @@ class Watch:
         )
         is_live = self.console.is_terminal and not self.console.quiet
         bar = Progress(*columns, console=self.console, disable=not is_live, transient=not stays)
-        with bar if is_live else nullcontext():  # rich before 14.3 ends a bar that is not shown with an empty line
+        with while_shown(bar):
             yield Stage(self, bar, title, total, unit)

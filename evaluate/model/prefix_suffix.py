@@ -49,17 +49,17 @@ class LanguageModel:
         obstacle: str | None = None,
     ) -> None:
         register_attention()
+        self.facts = ModelFacts.of(model.config)
+        self._architecture = architecture_of(self.facts.model_type)
         widen_products(model)
-        fuse_norms(model, architecture_of(ModelFacts.of(model.config).model_type).norm)
+        fuse_norms(model, self._architecture.norm)
         self.model: Any = model.eval().requires_grad_(False)
         self.stack: Any = model.base_model
         self.stack.set_attn_implementation(ATTENTION)
-        self.facts = ModelFacts.of(model.config)
         self.dtype: torch.dtype = model.dtype
         self.encoder, self._obstacle = tokenizer, obstacle
         self.eos = eos
         self.pad = pad if pad is not None else (eos if eos is not None else 0)
-        self._architecture = architecture_of(self.facts.model_type)
         require_parts(self.stack, self._architecture)
         self._unembed: Any = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
@@ -163,7 +163,9 @@ class LanguageModel:
         from transformers import DynamicCache
 
         self._require_positions(tokens_WT.shape[1] + count)
-        cache = DynamicCache(config=self.stack.config)
+        # transformers 5.24 renamed it, and a forward pass ignores names that it does not know.
+        name = "cache" if "cache" in inspect.signature(self.stack.forward).parameters else "past_key_values"
+        cache = {name: DynamicCache(config=self.stack.config)}
         positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
         with self.tapped({Site(RESID, layer): change for layer, change in (splice or {}).items()}):
             new = [self._next(tokens_WT, valid_WT, positions, cache)]
@@ -180,16 +182,16 @@ class LanguageModel:
                 "ask for shorter ones"
             )
 
-    def _next(self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: DynamicCache) -> Tensor:
+    def _next(
+        self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: Mapping[str, DynamicCache]
+    ) -> Tensor:
         """The most likely next token [W, 1] of each row."""
-        # transformers 5.24 renamed it, and a forward pass ignores names that it does not know.
-        name = "cache" if "cache" in inspect.signature(self.stack.forward).parameters else "past_key_values"
         out = self.stack(
             input_ids=tokens_WT,
             attention_mask=valid_WT.long(),
             position_ids=positions_WT,
             use_cache=True,
-            **{name: cache},
+            **cache,
         )
         return self.head(out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
 

@@ -20,14 +20,15 @@ A decoder of another structure does not fit, and `require_parts` reports the par
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ...cache_schema.strict_json import nearest
 from ..errors import HookMissing, UnsupportedArchitecture
-from .fused_on_gpu import Norm
 from .products_in_16_bits import conv1d, linear
+
+Norm = Literal["rms", "rms from one", "layer"]
 
 
 @dataclass(frozen=True)

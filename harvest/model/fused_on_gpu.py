@@ -13,14 +13,13 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...cache_schema.numbers_in_words import first_line
-
-Norm = Literal["rms", "rms from one", "layer"]
+from .architectures import Norm
 
 SERVED = {"cuda"}  # device types whose tensors go to the kernels; a test that interprets them adds the CPU
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -30,10 +29,12 @@ TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of a norm: a few r
 
 def fuse_norms(model: nn.Module, norm: Norm) -> None:
     """Let the kernel compute a model's RMS norms where it serves them; weights and hooks are unchanged."""
+    if norm == "layer":
+        return
     agrees: dict[type, bool] = {}
     for module in model.modules():
         kind: Any = type(module)
-        if norm == "layer" or not kind.__name__.endswith("RMSNorm"):
+        if not kind.__name__.endswith("RMSNorm"):
             continue
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))

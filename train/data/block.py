@@ -7,7 +7,7 @@ W windows, T context, H heads, D residual width, N trainable tokens, E entries o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -147,10 +147,9 @@ def send_attention(csr: AttentionCsr, device: torch.device) -> Attention:
     return Attention(*there, begins=indptr[:: csr.heads * csr.context], longest=longest)
 
 
-def even_size(layers: Iterable[Attention], windows: np.ndarray) -> int:
+def even_size(layers: Collection[Attention], windows: np.ndarray) -> int:
     """A size that the layers' entries of some windows are padded to, such that batches have few sizes: as if each row
     were as long as the longest; where that would be more than twice as many, the next of few sizes."""
-    layers = tuple(layers)
     largest = max(attention.entries(windows) for attention in layers)
     full = max(attention.longest * attention.kept_mass[0].numel() for attention in layers) * len(windows)
     return full if full <= 2 * largest else rounded_up(largest)

@@ -76,7 +76,8 @@ class Replays:
         if self._memory is not None and self._memory.is_used_up:
             self.forget()  # or the old pool's memory would stay
             self._memory = None
-        kind = self._kind((key, *batch.side, *((x.shape, x.dtype) for x in batch.tensors())))
+        inputs = batch.tensors()
+        kind = self._kind((key, *batch.side, *((x.shape, x.dtype) for x in inputs)))
         kind.seen += 1
         if kind.recording is None and kind.is_recordable and kind.seen > self._patience:
             kind.recording = self._record(kind, batch, work)
@@ -84,7 +85,7 @@ class Replays:
             return work(batch)
         kind.served += 1
         self.served += 1
-        return kind.recording.replay(batch)
+        return kind.recording.replay(inputs)
 
     def forget(self) -> None:
         """Drop all recordings, since the tensors that they use have been replaced."""
@@ -164,8 +165,8 @@ class Recording:
     names: tuple[str, ...]
     values: Tensor  # float64 [names]
 
-    def replay(self, batch: Batch) -> Measured:
-        for there, value in zip(self.inputs, batch.tensors(), strict=True):
+    def replay(self, inputs: list[Tensor]) -> Measured:
+        for there, value in zip(self.inputs, inputs, strict=True):
             there.copy_(value)
         for draw, there in self.drawn:
             drawn = draw()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
@@ -68,10 +69,10 @@ def unread_unless(switch: str, is_on: bool, *names: str) -> dict[str, str]:
     return {} if is_on else dict.fromkeys(names, f"only {switch} reads it; set that too, or leave it out")
 
 
-def unread_where_dense(*switches: str) -> dict[str, str]:
+def unread_where_dense(switches: Mapping[str, bool]) -> dict[str, str]:
     """For `unread`, if settings make the encoder one that is float32 throughout: the precision of its products."""
-    why = f"with {', '.join(switches)} the encoder's products are in float32; leave it out"
-    return {"encoder_product": why} if switches else {}
+    on = ", ".join(name for name, is_on in switches.items() if is_on)
+    return {"encoder_product": f"with {on} the encoder's products are in float32; leave it out"} if on else {}
 
 
 def require_hook(hook: str | None, setting: str = "hook") -> None:

@@ -93,8 +93,12 @@ class WithPenalty(Variant):
     """Share of the run over which the penalty rises from zero."""
 
     def unread(self) -> Mapping[str, str]:
-        rises = unread_unless("a penalty above 0", self.penalty > 0, "penalty_warmup_fraction")
+        rises = unread_unless("a penalty above 0", self._penalises, "penalty_warmup_fraction")
         return {**super().unread(), **rises}
+
+    @property
+    def _penalises(self) -> bool:
+        return self.penalty > 0
 
     def penalise(self, name: str, fn: Callable[[View], Tensor]) -> Term:
         require_least(self, penalty=0)

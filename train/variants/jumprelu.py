@@ -48,15 +48,17 @@ class Config(WithPenalty, SingleLayer):
     """Share of tokens at which the frequency penalty on a latent equals its contribution to L0."""
 
     def unread(self) -> Mapping[str, str]:
-        unread = dict(super().unread())
-        if self.frequency_penalty > 0:  # it rises with the penalty, even where that is 0
-            unread.pop("penalty_warmup_fraction", None)
         return {
-            **unread,
+            **super().unread(),
             **unread_unless("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
             **unread_unless("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
             **unread_unless("frequency_penalty", self.frequency_penalty > 0, "common_share"),
         }
+
+    @property
+    def _penalises(self) -> bool:
+        """The frequency penalty rises with the other, even where that is 0."""
+        return super()._penalises or self.frequency_penalty > 0
 
     def dead_part(self) -> int:
         return EARLY_DEAD_PART

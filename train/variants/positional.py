@@ -97,7 +97,7 @@ class Config(Windowed):
         dense = {"range_encoders": self.range_encoders, "pre_norm": self.pre_norm, "adapters_on=features": on_features}
         return {
             **super().unread(),
-            **unread_where_dense(*(name for name, is_set in dense.items() if is_set)),
+            **unread_where_dense(dense),
             **unread_unless("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
             **unread_unless("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
             **unread_unless("range_encoders", self.range_encoders, "range_encoder_share"),

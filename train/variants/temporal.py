@@ -15,13 +15,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Ramp, Schedule
 from ..engine.terms_and_constraints import Assembly, Term
-from ..kit.check_variant_settings import (
-    require,
-    require_least,
-    require_positive,
-    require_some_latents,
-    unread_unless,
-)
+from ..kit.check_variant_settings import require, require_least, require_positive, require_some_latents, unread_unless
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped_sae import ShapedAutoencoder

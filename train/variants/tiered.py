@@ -96,7 +96,7 @@ class Config(Wrapping):
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
             **super().unread(),
-            **unread_where_dense(*(["tier_norm"] if self.tier_norm else [])),
+            **unread_where_dense({"tier_norm": self.tier_norm}),
             **unread_unless("boundaries=null", self.boundaries is None, "tier_fractions"),
             **unread_unless("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
             **unread_unless("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
