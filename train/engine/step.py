@@ -286,20 +286,20 @@ class Trainee:
         self._traces.clear()
         if not traces:
             return
-        checks = [torch.stack([trace.pop("is_finite"), trace.pop("is_input_finite")]) for _, trace in traces]
-        for (step, losses), (is_finite, is_input_finite) in zip(traces, torch.stack(checks).tolist(), strict=True):
-            if not is_finite:
+        sums = torch.stack([torch.stack([trace.pop("loss"), trace.pop("input")]) for _, trace in traces]).tolist()
+        for (step, losses), (loss, sum_of_input) in zip(traces, sums, strict=True):
+            if not math.isfinite(loss):
                 losses = {name: float(value) for name, value in losses.items()}
-                raise NonFiniteLoss(step, losses, is_input_finite=bool(is_input_finite))
+                raise NonFiniteLoss(step, losses, is_input_finite=math.isfinite(sum_of_input))
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
         """Check the whole batch's loss, so that all ranks stop or none does; on a GPU, return values for `look`."""
         mean = view.side.ranks.mean
         if self._frozen is not None:
-            is_finite = mean(loss.detach()).isfinite()
-            self._frozen.copy_(torch.maximum(self._frozen, (~is_finite).float()))
+            whole = mean(loss.detach())
+            self._frozen.logical_or_(whole - whole)  # 0, but not a number if the loss is not finite
             trace = {name: mean(value.detach()) for name, value in losses.items()}
-            trace |= {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
+            trace |= {"loss": whole, "input": view.x.sum()}
             return {LOOKED_AT + name: value for name, value in trace.items()}
         if not math.isfinite(float(mean(loss.detach()))):
             self.assembly.generator.set_state(self._random_state)  # as if the step had not been attempted
