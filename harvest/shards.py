@@ -200,7 +200,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> DeviceRecord:
     if device.type == "cuda":
         reduced = settings.allow_bf16_reduced_precision_reduction or settings.allow_fp16_reduced_precision_reduction
         name = torch.cuda.get_device_name(device)
-        name += ", kernels for norms and attention" if is_served(device, dtype) else ""
+        name += ", kernels for norms, MLPs and attention" if is_served(device, dtype) else ""
     else:
         reduced = False
         name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type

@@ -1,7 +1,7 @@
 """The harvest of a model of gemma-2-2b's real shape with random weights, at short and at long context.
 
 Ours is a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). It is compared with
-our own truncated pass with nothing captured, with that pass without our kernels for norms and attention, with
+our own truncated pass with nothing captured, with that pass without our kernels, with
 transformers' eager pass through the same layers, and with SAELens' runner caching the one residual. All are eager,
 because only that is Gemma-2 with its softcap. If the disk is slow, everything is written to memory (/dev/shm), which
 the log states. At the short context our shards are also computed without being written. Nothing overlaps the writing of
@@ -113,7 +113,7 @@ def pass_plainly(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> fl
 
 @contextmanager
 def own_operations() -> Iterator[None]:
-    """Let models compute norms and attention by their own operations, as if there were no kernels of ours."""
+    """Let models compute everything by their own operations, as if there were no kernels of ours."""
     served, fused_on_gpu.SERVED = fused_on_gpu.SERVED, set[str]()
     try:
         yield
@@ -131,7 +131,7 @@ def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: 
     jobs = {
         "ours": partial(harvest_once, folder / "store", make_harvester(model, tokens_WT, shape), tokens_WT),
         "our pass, nothing captured": lambda: pass_once(model, tokens_WT, batch),
-        "the same by the model's own norms and attention": lambda: pass_plainly(plain, tokens_WT, batch),
+        "the same by the model's own operations": lambda: pass_plainly(plain, tokens_WT, batch),
         "transformers, eager": lambda: bare.run(tokens_WT),
     }
     if context == shape.contexts[0]:

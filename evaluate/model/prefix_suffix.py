@@ -23,7 +23,7 @@ from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import UNREADABLE, HarvestError
 from ...harvest.model.architectures import NoPositions, architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
-from ...harvest.model.fused_on_gpu import fuse_norms
+from ...harvest.model.fused_on_gpu import fuse
 from ...harvest.model.hooks import kept, tapped
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, names_in_files, read_config, without_report
 from ...harvest.model.products_in_16_bits import widen_products
@@ -52,7 +52,7 @@ class LanguageModel:
         self.facts = ModelFacts.of(model.config)
         self._architecture = architecture_of(self.facts.model_type)
         widen_products(model)
-        fuse_norms(model, self._architecture.norm)
+        fuse(model, self._architecture.norm)
         self.model: Any = model.eval().requires_grad_(False)
         self.stack: Any = model.base_model
         self.stack.set_attn_implementation(ATTENTION)

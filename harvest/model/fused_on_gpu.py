@@ -1,4 +1,4 @@
-"""RMS norms and attention probabilities of 16-bit models on a GPU, each in a single pass over memory.
+"""RMS norms, gates of MLPs and attention probabilities of 16-bit models on a GPU, each in one pass over memory.
 
 A model's own RMS norm passes over its input about ten times, and eager attention as often over its scores. By count of
 bytes that takes half as long as a layer's products, or at a long context as long (docs/performance.md). The kernels
@@ -13,7 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +21,71 @@ from torch import Tensor, nn
 from ...cache_schema.numbers_in_words import first_line
 from .architectures import Norm
 
+if TYPE_CHECKING:
+    from .triton_kernels import Gate
+
 SERVED = {"cuda"}  # device types whose tensors go to the kernels; a test that interprets them adds the CPU
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 WIDEST_ROW = 16384  # one program holds a row in registers
+GATES: dict[str, Gate] = {"SiLUActivation": "silu", "GELUTanh": "gelu tanh"}  # transformers' modules
+Fused = tuple[Callable[[Tensor], Tensor], Tensor]  # a module's forward pass by a kernel, and an input to compare it on
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of a norm: a few roundings
 
 
-def fuse_norms(model: nn.Module, norm: Norm) -> None:
-    """Let the kernel compute a model's RMS norms where it serves them; weights and hooks are unchanged."""
-    if norm == "layer":
-        return
+def fuse(model: nn.Module, norm: Norm) -> None:
+    """Let kernels compute a model's RMS norms and gated MLPs where they serve them; weights and hooks are unchanged."""
     agrees: dict[type, bool] = {}
     for module in model.modules():
-        kind: Any = type(module)
-        if not kind.__name__.endswith("RMSNorm"):
+        kind = type(module)
+        found = _fused_norm(module, norm) or _fused_mlp(module)
+        if found is None:
             continue
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
-        epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-        if epsilon is None or not is_served(weight.device, weight.dtype) or len(weight) > WIDEST_ROW:
-            continue
-        fused = partial(_norm, module, kind.forward, epsilon, norm == "rms from one")
+        fused, x = found
         if kind not in agrees:
-            own = partial(kind.forward, module)
-            agrees[kind] = _agrees(kind.__name__, own, fused, _rows_for_norm(weight, epsilon))
+            agrees[kind] = _agrees(kind.__name__, partial(kind.forward, module), fused, x)
         if agrees[kind]:
             module.forward = fused
 
 
-def _norm(module: Any, own: Callable[..., Tensor], epsilon: float, from_one: bool, x: Tensor) -> Tensor:
+def _fused_norm(module: Any, norm: Norm) -> Fused | None:
+    if norm == "layer" or not type(module).__name__.endswith("RMSNorm"):
+        return None
     weight: Tensor = module.weight
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if learns or x.dtype != weight.dtype or not is_served(x.device, x.dtype):
-        return own(module, x)
-    from .triton_kernels import norm
+    epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    if epsilon is None or not is_served(weight.device, weight.dtype) or len(weight) > WIDEST_ROW:
+        return None
 
-    return norm(x, weight, epsilon, from_one)
+    def fused(x: Tensor) -> Tensor:
+        if not _serves(x, module.weight):
+            return type(module).forward(module, x)
+        from .triton_kernels import norm as kernel
+
+        return kernel(x, module.weight, epsilon, norm == "rms from one")
+
+    return fused, _rows_for_norm(weight, epsilon)
+
+
+def _fused_mlp(module: Any) -> Fused | None:
+    activation = GATES.get(type(getattr(module, "act_fn", None)).__name__)
+    if activation is None or not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        return None
+    weight: Tensor = module.gate_proj.weight
+    if not is_served(weight.device, weight.dtype):
+        return None
+
+    def fused(x: Tensor) -> Tensor:
+        if not _serves(x, module.gate_proj.weight):
+            return type(module).forward(module, x)
+        from .triton_kernels import gated
+
+        return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+
+    return fused, _drawn(weight, 4, weight.shape[1])
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not learns and x.dtype == weight.dtype and is_served(x.device, x.dtype)
 
 
 def serves_scores(scores: Tensor) -> bool:
@@ -76,15 +106,15 @@ def probabilities_(scores_WHQT: Tensor, mask: Tensor | None, scaling: float, sof
 
 
 def is_served(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute norms and attention of this type here."""
+    """Whether the kernels compute norms, gated MLPs and attention of this type here."""
     return device.type in SERVED and dtype in SIXTEEN_BITS and _kernels_work(device, dtype)
 
 
 @cache
 def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton compiles for this device, and both kernels give torch's results; warns once if not."""
+    """Whether Triton compiles for this device, and norms and attention are torch's; warns once if not."""
     if importlib.util.find_spec("triton") is None:
-        warnings.warn(f"{device}: triton is not installed; norms and attention use torch's own kernels", stacklevel=2)
+        warnings.warn(f"{device}: triton is not installed; models use torch's own kernels", stacklevel=2)
         return False
     from . import triton_kernels
 

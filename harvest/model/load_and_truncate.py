@@ -31,7 +31,7 @@ from ..errors import (
 )
 from .architectures import architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
-from .fused_on_gpu import fuse_norms
+from .fused_on_gpu import fuse
 from .products_in_16_bits import widen_products
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _truncated(stack: Any, facts: ModelFacts, wanted: Wanted) -> TruncatedModel:
     attention_only = wanted.whole_layers if wanted.num_layers > wanted.whole_layers else None
     cut(stack, wanted.num_layers, attention_only, architecture_of(facts.model_type))
     widen_products(stack)
-    fuse_norms(stack, architecture_of(facts.model_type).norm)
+    fuse(stack, architecture_of(facts.model_type).norm)
     return TruncatedModel(stack.eval().requires_grad_(False), facts, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Kernels for norms and attention probabilities, one program per row. Importing this needs `triton`.
+"""Kernels for norms, gated MLPs and attention probabilities. Importing this needs `triton`.
 
 Each operation of the model is rounded to the model's type where the model rounds it.
 """
@@ -7,12 +7,17 @@ Each operation of the model is rounded to the model's type where the model round
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+Gate = Literal["silu", "gelu tanh"]
+
 PER_WARP = 512  # elements of a row that each warp of a program holds
+PER_PROGRAM = 2048  # elements of a product of gates
 
 
 @triton.jit
@@ -29,6 +34,21 @@ def _norm(x, weight, out, D, epsilon, FROM_ONE: tl.constexpr, BLOCK: tl.constexp
     else:
         values = values.to(kind).to(tl.float32) * factor
     tl.store(out + start + columns, values.to(kind), mask=inside)
+
+
+@triton.jit
+def _gated(gate, up, out, N, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < N
+    kind = out.dtype.element_ty
+    value = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
+    slope = value
+    if TANH:  # (1 + tanh z) / 2 = sigmoid 2z
+        slope = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+    falling = tl.exp(-tl.abs(slope))
+    value = (value * tl.where(slope < 0, falling, 1.0) / (1.0 + falling)).to(kind).to(tl.float32)
+    value *= tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + places, value.to(kind), mask=inside)
 
 
 @triton.jit
@@ -62,6 +82,15 @@ def norm(x: Tensor, weight: Tensor, epsilon: float, from_one: bool) -> Tensor:
     out, D = torch.empty_like(x), x.shape[-1]
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of the model
         _norm[(x.numel() // D,)](x, weight, out, D, epsilon, FROM_ONE=from_one, **_sizes(D))
+    return out
+
+
+def gated(gate: Tensor, up: Tensor, activation: Gate) -> Tensor:
+    """act(gate) * up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out, N = torch.empty_like(gate), gate.numel()
+    with torch.cuda.device_of(gate):
+        _gated[(triton.cdiv(N, PER_PROGRAM),)](gate, up, out, N, TANH=activation == "gelu tanh", BLOCK=PER_PROGRAM)
     return out
 
 

@@ -1,13 +1,15 @@
-"""Kernels for norms and attention of 16-bit models, interpreted: the model's own results, to a rounding."""
+"""Kernels for norms, gated MLPs and attention of 16-bit models, interpreted: the model's own results, to a rounding."""
 
 from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from saemill.cache_schema import Site
 from saemill.harvest.capture import run
@@ -54,6 +56,20 @@ def test_a_norm_is_its_definition(rng, dtype, from_one, width):
 
 
 @pytest.mark.parametrize("dtype", OFF, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu tanh"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_gates_are_their_definition(rng, dtype, activation, rows):
+    """Of part of a program's elements, and of several programs'; also where the exponential overflows."""
+    gate, up = 4 * torch.randn(2, rows, 50, generator=rng).to(dtype)
+    gate[0, :3] = torch.tensor([-200.0, 0.0, 200.0])
+    found = triton_kernels.gated(gate.t().contiguous().t(), up, activation)
+    act = {"silu": functional.silu, "gelu tanh": partial(functional.gelu, approximate="tanh")}[activation]
+    expected = act(gate.double()) * up.double()
+    assert found.dtype == dtype and not found[0, 0].any()
+    assert (found - expected).norm() < OFF[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", OFF, ids=str)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("masks", [0, 1, 3])
 def test_probabilities_are_those_of_eager_attention(rng, dtype, softcap, masks):
@@ -89,7 +105,9 @@ def test_models_give_the_same_to_a_rounding(make_model, run_whole, interpreted, 
         truncated = truncate(model, Wanted(resid_layers=(last,), attention_layers=(0, last)))
     norms = [module for module in truncated.stack.modules() if type(module).__name__.endswith("RMSNorm")]
     assert bool(norms) == (ARCHITECTURES[model_type].norm != "layer")
-    assert all("forward" in vars(module) for module in norms)
+    gated = [module for module in truncated.stack.modules() if hasattr(module, "gate_proj")]
+    assert bool(gated) == hasattr(model.base_model.layers[0].mlp if norms else model, "gate_proj")
+    assert all("forward" in vars(module) for module in norms + gated)
     softmax, blocks = triton_kernels.softmax_, []
     monkeypatch.setattr(triton_kernels, "softmax_", lambda *given: blocks.append(1) or softmax(*given))
     attended: dict[int, list[Tensor]] = {0: [], last: []}
@@ -122,6 +140,20 @@ def test_what_a_kernel_does_not_serve_goes_through_the_model_s_own_norm(make_mod
     assert torch.equal(norm.half()(x), plain.half()(x))
 
 
+def test_a_gated_mlp_keeps_its_gradient_and_its_hooks(make_model, interpreted, monkeypatch):
+    plain = make_model("gemma2", torch.float16).model.layers[0].mlp
+    mlp = truncate(make_model("gemma2", torch.float16), Wanted(resid_layers=(1,))).stack.layers[0].mlp
+    x, read = torch.randn(3, mlp.gate_proj.in_features).half(), []
+    mlp.down_proj.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    torch.testing.assert_close(mlp(x), plain(x), rtol=OFF[torch.float16], atol=1e-3)
+    assert len(read) == 1
+    monkeypatch.setattr(triton_kernels, "gated", None)
+    learning = x.clone().requires_grad_()
+    mlp(learning).float().square().sum().backward()
+    assert learning.grad is not None and learning.grad.any()
+    assert torch.equal(mlp.float()(x.float()), plain.float()(x.float()))
+
+
 def test_scores_that_need_a_gradient_keep_it(interpreted):
     scores = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
     assert fused_on_gpu.serves_scores(scores)
@@ -136,7 +168,8 @@ def test_a_norm_whose_epsilon_is_another_is_not_replaced(make_model, interpreted
     with pytest.warns(UserWarning, match="the kernel for LlamaRMSNorm is not used") as told:
         truncated = truncate(model, Wanted(resid_layers=(1,)))
     assert len(told) == 1
-    assert not any("forward" in vars(module) for module in truncated.stack.modules())
+    norms = [module for module in truncated.stack.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    assert not any("forward" in vars(module) for module in norms)
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
@@ -146,7 +179,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     x = torch.ones(2, 4).half()
     triton_kernels.norm(x, torch.ones(4).half(), 1e-5, False)
     triton_kernels.softmax_(x[None, None], None, 1.0, None)
-    assert [tensor.shape for tensor in taken] == [(2, 4), (1, 1, 2, 4)]
+    triton_kernels.gated(x[0], x[1], "silu")
+    assert [tensor.shape for tensor in taken] == [(2, 4), (1, 1, 2, 4), (4,)]
 
 
 @pytest.mark.parametrize("broken", ["wrong", "failing"])
@@ -159,6 +193,7 @@ def test_a_kernel_that_gives_something_else_is_not_used(make_model, run_whole, i
         return x
 
     monkeypatch.setattr(triton_kernels, "norm", other)
+    monkeypatch.setattr(triton_kernels, "gated", other)
     monkeypatch.setattr(triton_kernels, "softmax_", other)
     model = make_model("gemma2", torch.bfloat16)
     reference = run_whole(model)
@@ -174,7 +209,7 @@ def test_a_gpu_record_says_that_kernels_computed(interpreted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     monkeypatch.setattr(fused_on_gpu, "_kernels_work", lambda device, dtype: dtype == torch.bfloat16)
     device = torch.device("cuda", 0)
-    assert describe_device(device, torch.bfloat16).name == "Card, kernels for norms and attention"
+    assert describe_device(device, torch.bfloat16).name == "Card, kernels for norms, MLPs and attention"
     assert describe_device(device, torch.float32).name == "Card"
 
 

@@ -100,6 +100,8 @@ for dtype in (torch.bfloat16, torch.float16) if is_long else (torch.bfloat16,):
     for width in (2304, *((128, 256, 4096, 16384) if is_long else ())):
         for from_one in (False, True):
             triton_kernels.norm(torch.zeros(2, width, dtype=dtype), torch.zeros(width, dtype=dtype), 1e-6, from_one)
+    for activation in ("silu", "gelu tanh"):
+        triton_kernels.gated(torch.zeros(3, 2304, dtype=dtype), torch.zeros(3, 2304, dtype=dtype), activation)
     for context in (128, 1024, *((100, 8192, 16384) if is_long else ())):
         scores, mask = torch.zeros(2, 2, 1, context, dtype=dtype), torch.zeros(1, 1, 1, context, dtype=dtype)
         for given, softcap in ((None, None), (mask, None), (mask, 50.0)):
@@ -118,4 +120,5 @@ def test_every_launch_compiles_for_a_gpu(tmp_path, monkeypatch, words):
     done = subprocess.run([sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     count = int(done.stdout.split()[0])
-    assert count > 38 and all(name in done.stdout for name in ("_update", "_top_of_row", "_norm", "_softmax"))
+    assert count > 40
+    assert all(name in done.stdout for name in ("_update", "_top_of_row", "_norm", "_gated", "_softmax"))
