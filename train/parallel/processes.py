@@ -112,7 +112,7 @@ class Processes(Group):
 
     def _group_of(self, tensor: Tensor) -> Any:
         """The group that can send a tensor: the default one for GPUs, or that of the hosts."""
-        return None if tensor.is_cuda else self._host
+        return self._host if tensor.device.type == "cpu" else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)  # all_reduce works in place
