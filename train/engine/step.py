@@ -256,12 +256,12 @@ class Trainee:
         return (self.latents.total, *own.shape[1:]) if self._is_part(name) else tuple(own.shape)
 
     def _sum_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses over all latents, for the log; of a loss split in "parts" each process has computed one."""
-        parts = [term.name for term in self.assembly.terms if term.name in losses and term.split == "parts"]
-        values = {name: loss.detach() for name, loss in losses.items()}
-        if parts:
-            values |= dict(zip(parts, self.latents.sum(torch.stack([values[name] for name in parts])), strict=True))
-        return values
+        """The losses over all latents, for the log; of a loss split in "parts" each process has computed one. All have
+        the same numbers, since these decide whether an SAE stops."""
+        parts = {term.name for term in self.assembly.terms if term.split == "parts"}
+        own = torch.stack(list(losses.values())).detach()
+        alike, summed = self.latents.agree(own), self.latents.sum(own)
+        return {name: (summed if name in parts else alike)[at] for at, name in enumerate(losses)}
 
     def _view(self, batch: Batch, side: Side) -> View:
         assembly = self.assembly
