@@ -169,7 +169,7 @@ class Trainee:
         # A rank with more rows counts more; in a single process the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
-        own_loss.backward(torch.full_like(own_loss, ranks.weight))
+        own_loss.backward(torch.full_like(own_loss, ranks.weight / ranks.size))
         grad_norm = self._update()
         with torch.no_grad():
             self.sae.gate.observe(view.codes, view.side)
@@ -294,16 +294,16 @@ class Trainee:
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
         """Check the whole batch's loss, so that all ranks stop or none does; on a GPU, return values for `look`."""
-        mean = view.side.ranks.mean
+        mean, *means = view.side.ranks.mean(torch.stack([loss, *losses.values()]).detach())
+        trace = dict(zip(losses, means, strict=True))
         if self._frozen is not None:
-            is_finite = mean(loss.detach()).isfinite()
+            is_finite = mean.isfinite()
             self._frozen.copy_(torch.maximum(self._frozen, (~is_finite).float()))
-            trace = {name: mean(value.detach()) for name, value in losses.items()}
             trace |= {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
             return {LOOKED_AT + name: value for name, value in trace.items()}
-        if not math.isfinite(float(mean(loss.detach()))):
+        if not math.isfinite(float(mean)):
             self.assembly.generator.set_state(self._random_state)  # as if the step had not been attempted
-            raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
+            raise NonFiniteLoss(self.step_index, {name: float(value) for name, value in trace.items()})
         return {}
 
     def _update(self) -> Tensor | None:
