@@ -85,9 +85,8 @@ class Pulse:
             time.sleep(GRACE_SECONDS)  # a process that is not blocked reports the loss, with the command to resume
             if Pulse.is_exiting:
                 time.sleep(LEAVING_SECONDS)  # for a checkpoint to be finished
-            else:
-                said = f"error: {GONE}. Existing checkpoints are intact: sae-train --resume continues from the last"
-                print(said, file=sys.stderr, flush=True)
+            said = f"error: {GONE}. Existing checkpoints are intact: sae-train --resume continues from the last"
+            print(said, file=sys.stderr, flush=True)
             os._exit(1)
 
     def end(self) -> None:
