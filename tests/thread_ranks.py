@@ -62,17 +62,20 @@ class ThreadRanks:
         self._turns, self._boards, self._name = turns, boards, name
         self._calls = self._others = 0
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _gather(self, value: Any, *call: Any) -> list[Any]:
+        """What each rank gives to the same `call`: NCCL would mix up different ones without a word."""
         self._calls += 1
         board = self._boards.setdefault((self._name, self._calls), {})
-        board[self.rank] = value
+        board[self.rank] = value, call
         self._turns.pass_on(self.rank)
         if len(board) < self.size:
             raise StoppedElsewhere("another process of the run exited before this one")
-        return [board[rank] for rank in range(self.size)]
+        calls = [board[rank][1] for rank in range(self.size)]
+        assert calls.count(call) == self.size, f"ranks make different calls: {calls}"
+        return [board[rank][0] for rank in range(self.size)]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        return self._gather(tensor.detach().clone())
+        return self._gather(tensor.detach().clone(), "gather", tensor.dtype, tensor.shape[1:])
 
     def gather_on_first(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
         parts = self.gather(part)
@@ -80,17 +83,18 @@ class ThreadRanks:
         return None if self.rank else torch.cat(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self.gather(tensor)).sum(0)
+        parts = self._gather(tensor.detach().clone(), "sum", tensor.dtype, tensor.shape)
+        return torch.stack(parts).sum(0, dtype=tensor.dtype)
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         tensor.copy_(self.sum(tensor))
         return lambda: None
 
     def any(self, flag: bool) -> bool:
-        return any(self._gather(flag))
+        return any(self._gather(flag, "any"))
 
     def texts(self, value: str) -> list[str]:
-        return self._gather(value)
+        return self._gather(value, "texts")
 
     def for_another_thread(self) -> ThreadRanks:
         self._others += 1

@@ -169,7 +169,7 @@ class Trainee:
         # A rank with more rows counts more; in a single process the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
-        own_loss.backward(torch.full_like(own_loss, ranks.weight))
+        own_loss.backward(torch.full_like(own_loss, ranks.weight / ranks.size))
         grad_norm = self._update()
         with torch.no_grad():
             self.sae.gate.observe(view.codes, view.side)
@@ -256,12 +256,12 @@ class Trainee:
         return (self.latents.total, *own.shape[1:]) if self._is_part(name) else tuple(own.shape)
 
     def _sum_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses over all latents, for the log; of a loss split in "parts" each process has computed one."""
-        parts = [term.name for term in self.assembly.terms if term.name in losses and term.split == "parts"]
-        values = {name: loss.detach() for name, loss in losses.items()}
-        if parts:
-            values |= dict(zip(parts, self.latents.sum(torch.stack([values[name] for name in parts])), strict=True))
-        return values
+        """The losses over all latents, for the log; of a loss split in "parts" each process has computed one. All have
+        the same numbers, since these decide whether an SAE stops."""
+        parts = {term.name for term in self.assembly.terms if term.split == "parts"}
+        own = torch.stack(list(losses.values())).detach()
+        alike, summed = self.latents.agree(own), self.latents.sum(own)
+        return {name: (summed if name in parts else alike)[at] for at, name in enumerate(losses)}
 
     def _view(self, batch: Batch, side: Side) -> View:
         assembly = self.assembly
@@ -294,16 +294,15 @@ class Trainee:
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
         """Check the whole batch's loss, so that all ranks stop or none does; on a GPU, return values for `look`."""
-        mean = view.side.ranks.mean
+        whole, *means = view.side.ranks.mean(torch.stack([loss, *losses.values()]).detach())
+        trace = dict(zip(losses, means, strict=True))
         if self._frozen is not None:
-            whole = mean(loss.detach())
             self._frozen.logical_or_(whole - whole)  # 0, but not a number if the loss is not finite
-            trace = {name: mean(value.detach()) for name, value in losses.items()}
             trace |= {"loss": whole, "input": view.x.sum()}
             return {LOOKED_AT + name: value for name, value in trace.items()}
-        if not math.isfinite(float(mean(loss.detach()))):
+        if not math.isfinite(float(whole)):
             self.assembly.generator.set_state(self._random_state)  # as if the step had not been attempted
-            raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
+            raise NonFiniteLoss(self.step_index, {name: float(value) for name, value in trace.items()})
         return {}
 
     def _update(self) -> Tensor | None:

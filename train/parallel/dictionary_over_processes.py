@@ -39,7 +39,8 @@ class Latents:
         return own
 
     def agree(self, tensor: Tensor) -> Tensor:
-        """The first process's numbers, for decisions on which all must agree: different GPUs round differently."""
+        """The first process's numbers, for decisions on which all must agree: different GPUs round differently. NaN if
+        any process's is not finite."""
         return tensor
 
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
@@ -84,7 +85,7 @@ class SomeLatents(Latents):
         return int(self._ranks.sum(torch.tensor(own)))
 
     def agree(self, tensor: Tensor) -> Tensor:
-        return self._ranks.sum(tensor if self._ranks.rank == 0 else torch.zeros_like(tensor))
+        return self._ranks.sum(tensor * (self._ranks.rank == 0))
 
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
         return self._ranks.gather(tensor), self._ranks.rank

@@ -85,9 +85,8 @@ class Pulse:
             time.sleep(GRACE_SECONDS)  # a process that is not blocked reports the loss, with the command to resume
             if Pulse.is_exiting:
                 time.sleep(LEAVING_SECONDS)  # for a checkpoint to be finished
-            else:
-                said = f"error: {GONE}. Existing checkpoints are intact: sae-train --resume continues from the last"
-                print(said, file=sys.stderr, flush=True)
+            said = f"error: {GONE}. Existing checkpoints are intact: sae-train --resume continues from the last"
+            print(said, file=sys.stderr, flush=True)
             os._exit(1)
 
     def end(self) -> None:
@@ -112,7 +111,7 @@ class Processes(Group):
 
     def _group_of(self, tensor: Tensor) -> Any:
         """The group that can send a tensor: the default one for GPUs, or that of the hosts."""
-        return None if tensor.is_cuda else self._host
+        return self._host if tensor.device.type == "cpu" else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)  # all_reduce works in place

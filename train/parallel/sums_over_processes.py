@@ -7,7 +7,7 @@ same step.
 `Reduction` sums a step's gradients over ranks during its backward pass. A large table is summed in place and as soon
 as its gradient is complete: the decoder's is sent while the encoder's is computed. Small parameters share a buffer.
 All ranks send in the same order, whatever order their gradients arrive in, so they never wait for different ones; and
-sums of the same buffers give the same bits each time.
+sums of the same buffers give the same bits each time, on GPUs that are connected in the same way.
 """
 
 from __future__ import annotations
@@ -117,11 +117,10 @@ class Reduction:
         self._in_flight: list[tuple[list[nn.Parameter], Tensor, Callable[[], None]]] = []
 
     def finish(self) -> None:
-        """Call after the backward pass: every gradient becomes the mean over ranks."""
+        """Call after the backward pass: every gradient becomes the sum over ranks."""
         self._send(is_last=True)
         for parameters, flat, wait in self._in_flight:
             wait()
-            flat.div_(self._ranks.size)
             if len(parameters) > 1:
                 for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                     parameter.grad = part.view_as(parameter)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.variant_registry import names
+from saemill.train.parallel.sums_over_processes import Ranks
 from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.kernels import hardware
 
@@ -131,12 +132,12 @@ def _place() -> str:
     return " < ".join(f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in _frames()[::-1][:4]) or "backward"
 
 
-def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch]:
+def warmed(battery: Any, case: str, device: str = "cpu", **shared: Ranks) -> tuple[Trainee, Batch]:
     """A trainee in the middle of a run, some of its latents dead, and a batch for its next step."""
     settings = ON_A_GPU[case]
     config = battery.quick(case.split()[0], width=24, k=3, target_l0=3.0, **settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
-    trainee = Trainee(case, config.build(battery.D), battery.STEPS, device)
+    trainee = Trainee(case, config.build(battery.D), battery.STEPS, device, **shared)
     drawn = battery.batches(config, 2, rows=WINDOW_ROWS if config.needs().windows else ROWS)
     first, then = (batch.map(lambda tensor: tensor.to(device)) for batch in drawn)
     trainee.step(first)

@@ -255,6 +255,23 @@ def test_a_loss_that_is_no_number_in_one_part_stops_all(battery, threads):
     run(work)
 
 
+def test_a_loss_that_is_no_number_in_one_process_alone_stops_all(battery, threads):
+    """Each has the decoder's bias: if only one stopped, the others' sums would mix with those of its next SAE."""
+    config = battery.quick("topk", encoder_product="float32", width=67)
+    (batch,) = battery.batches(config, 1)
+    ranks, run = threads(2)
+
+    def work(at):
+        trainee = Trainee("one", config.build(battery.D), 10, split=ranks[at])
+        if at == 1:
+            with torch.no_grad():
+                trainee.sae.b_dec[0] = torch.inf
+        with pytest.raises(NonFiniteLoss, match="expected finite losses"):
+            trainee.step(batch)
+
+    run(work)
+
+
 def test_what_needs_all_latents_is_refused(battery, threads):
     """And docs/train.md tells them from the others."""
     ranks, _ = threads(2)

@@ -13,6 +13,7 @@ from saemill.train.parallel import sums_over_processes
 from saemill.train.parallel.processes import SOLO, Group, all_or_none, join
 from saemill.train.parallel.sums_over_processes import share_batch
 from saemill.train.sae.gates import BatchTopK
+from saemill.train.sae.kernels import hardware
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 
 TOKENWISE = [name for name in names() if not config_type(name)().needs().windows]
@@ -110,6 +111,20 @@ def test_gradients_go_in_buckets_while_backward_goes_on(battery, threads, monkey
     in_both(lambda rank: pair[rank].step(part(batch, HALVES[rank])))
     table, small = (config.width, battery.D), (2 * config.width + battery.D,)
     assert sent == [(table, True), (table, False), (small, False)]
+
+
+def test_a_step_on_a_gpu_sums_its_losses_in_one_call(battery, threads, monkeypatch):
+    """Each is a kernel that waits for all processes."""
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+    config = battery.quick("topk", encoder_product="float32", dead_after_tokens=10**9)
+    (batch,) = battery.batches(config, 1)
+    ranks, in_both = threads(2)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]
+    sent = []
+    ranks[0].sum = lambda tensor, add=ranks[0].sum: sent.append(tuple(tensor.shape)) or add(tensor)
+    in_both(lambda rank: pair[rank].step(part(batch, HALVES[rank])))
+    losses, gradients = len(pair[0].assembly.terms), sum(p.numel() for p in pair[0].sae.parameters())
+    assert sent == [(1,), (1 + losses,), (gradients,), (config.width,)]  # the first and the last: rows, and what fired
 
 
 def test_of_equal_values_no_more_are_kept_than_by_one_rank(threads):

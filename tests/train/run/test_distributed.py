@@ -179,7 +179,8 @@ import os, signal, sys, time
 import torch.distributed as dist
 from saemill.train.parallel import processes
 
-processes.BEAT_SECONDS = processes.GRACE_SECONDS = 0.1
+processes.BEAT_SECONDS = processes.GRACE_SECONDS = processes.LEAVING_SECONDS = 0.1
+processes.Pulse.is_exiting = "exiting" in sys.argv
 dist.init_process_group("gloo")
 group = processes.Processes()
 group.begin_pulse()
@@ -195,9 +196,11 @@ print("ended")
 
 
 def test_a_process_that_waits_on_its_gpu_for_one_that_is_lost_ends(spawn):
-    """There a sum raises nothing: the run stood still until somebody looked."""
-    first, _ = launch(spawn, ["lost"], codes=(1, -9), code=PULSE)
-    assert "error: another process of the run is gone" in first and "sae-train --resume continues" in first
+    """There a sum raises nothing: the run stood still until somebody looked. So may one that noticed by itself, where
+    a thread of its own waits for the GPU."""
+    for words in (["lost"], ["lost", "exiting"]):
+        first, _ = launch(spawn, words, codes=(1, -9), code=PULSE)
+        assert "error: another process of the run is gone" in first and "sae-train --resume continues" in first
     assert all(said.strip() == "ended" for said in launch(spawn, [], code=PULSE))
 
 
