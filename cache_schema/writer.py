@@ -64,11 +64,11 @@ class StoreWriter:
     ) -> StoreWriter:
         """Start a store, or resume one with the same settings."""
         files, manifest = open_files(url), seal(manifest)
-        if array := find_too_large(manifest):
-            raise ManifestInvalid(
-                f"{array.path}: expected chunks below 2 GiB, found {array.chunk_bytes / 2**30:,.2f} GiB, a whole "
-                f"shard. Make shards of fewer windows than {manifest.shard_windows}"
-            )
+        if found := find_too_large(manifest):
+            problem, is_window = found
+            short = f"windows shorter than {manifest.context} tokens"
+            few = f"shards of fewer windows than {manifest.shard_windows}"
+            raise ManifestInvalid(f"{problem}. Make {short if is_window else few}")
         _validate_tokens(manifest, tokens, documents)
         writer = cls(files, manifest)
         try:

@@ -7,7 +7,17 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, ShardCorrupt, Span, Store, encode_and_read_chunks, shard_memory, to_float32
+from saemill.cache_schema import (
+    AttentionCsr,
+    AttentionSpec,
+    Request,
+    ShardCorrupt,
+    Span,
+    Store,
+    encode_and_read_chunks,
+    shard_memory,
+    to_float32,
+)
 from saemill.cache_schema.encode_and_read_chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, checksum_of, decode, encode
 from saemill.cache_schema.layout import ArrayLayout
 from saemill.cache_schema.manifest import Codec
@@ -86,6 +96,28 @@ def test_wide_contexts_store_key_positions_in_sixteen_bits(synthetic, tmp_path):
         found = store.read(Request(attention_layers=(2,)), Span(0, 0, 3)).attention[2]
     assert found.indices.dtype == np.uint16
     np.testing.assert_array_equal(found.indices, corpus.attention[2].indices)
+
+
+def test_contexts_beyond_sixteen_bits_store_key_positions_in_thirty_two(synthetic, tmp_path):
+    """In sixteen bits position 69,000 would be 3,464."""
+    context, layer, key = 70_000, 2, 69_000
+    attention = AttentionSpec(layers=(layer,), topk=1)
+    manifest = synthetic.make_manifest(windows=3, context=context, width=1, layers=(3,), attention=attention)
+    ends = np.arange(1, 4) * context  # the last query of each window has a link
+    csr = AttentionCsr(
+        indptr=np.searchsorted(ends, np.arange(3 * context + 1), side="right").astype(np.uint32),
+        indices=np.full(3, key, np.uint32),
+        data=np.ones(3, np.float16),
+        kept_mass=np.ones((3, 1, context), np.float16),
+    )
+    rng = np.random.default_rng(0)
+    shape = (3, context)
+    ids, resid = np.zeros(shape, np.uint32), {3: synthetic.make_resid(manifest, rng)}
+    synthetic.write_store(tmp_path, manifest, synthetic.Corpus(ids, ids, resid, {layer: csr}))
+    for via_zarr in (False, True):
+        with Store.open(tmp_path, via_zarr=via_zarr) as store:
+            found = store.read(Request(attention_layers=(layer,)), Span(0, 0, 3)).attention[layer]
+        assert found.indices.dtype == np.uint32 and found.indices.tolist() == [key] * 3
 
 
 def test_buffers_are_filled_in_place_and_used_again(synthetic, tmp_path):
