@@ -43,6 +43,7 @@ from .token_counts_and_summary import LayerSummary, Summary, count_all, read_sum
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 REMOTE_WRITERS = 16  # an object store answers slowly but many at once
+QUEUED = 4096  # chunks of tokens that wait for a writer at one time: a store may have millions
 COMPACT_EVERY = 64  # about one shard in 64 brings the index up to date, whoever writes it
 MOST_COMPACTIONS = 1000  # per store: each looks for every missing record, which is slow with many thousand shards
 
@@ -189,7 +190,8 @@ class StoreWriter:
             self.files.replace(key, data)
         for path, values in zip(BEGINNING, (tokens, documents), strict=True):
             part = ShardPart(self.arrays[path], 0, values)
-            self._write_chunks([(part, at) for at in range(part.num_chunks)])
+            for first in range(0, part.num_chunks, QUEUED):
+                self._write_chunks([(part, at) for at in range(first, min(first + QUEUED, part.num_chunks))])
         self.files.settle(BEGINNING)
         counts = count_all(self.manifest, lambda at: (tokens[at.start : at.stop], documents[at.start : at.stop]))
         write_counts(self.files, counts)

@@ -14,9 +14,11 @@ from saemill.cache_schema import (
     ShardCorrupt,
     Span,
     Store,
+    StoreWriter,
     encode_and_read_chunks,
     shard_memory,
     to_float32,
+    writer,
 )
 from saemill.cache_schema.encode_and_read_chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, checksum_of, decode, encode
 from saemill.cache_schema.layout import ArrayLayout
@@ -118,6 +120,24 @@ def test_contexts_beyond_sixteen_bits_store_key_positions_in_thirty_two(syntheti
         with Store.open(tmp_path, via_zarr=via_zarr) as store:
             found = store.read(Request(attention_layers=(layer,)), Span(0, 0, 3)).attention[layer]
         assert found.indices.dtype == np.uint32 and found.indices.tolist() == [key] * 3
+
+
+def test_chunks_of_tokens_are_queued_a_few_at_a_time(synthetic, tmp_path, monkeypatch):
+    """Each takes two kilobytes while it waits: a million would take as much as a model."""
+    queued, write_chunks = [], StoreWriter._write_chunks
+    monkeypatch.setattr(writer, "QUEUED", 4)
+    monkeypatch.setattr(
+        StoreWriter, "_write_chunks", lambda self, tasks: queued.append(tasks) or write_chunks(self, tasks)
+    )
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    with StoreWriter.create(tmp_path, manifest, corpus.tokens, corpus.documents):
+        pass
+    assert [len(tasks) for tasks in queued] == [4, 2, 4, 2]
+    with Store.open(tmp_path) as store:
+        parts = [store.beginning(shard) for shard in range(manifest.shards)]
+    for found, wanted in zip(zip(*parts, strict=True), (corpus.tokens, corpus.documents), strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), wanted)
 
 
 def test_buffers_are_filled_in_place_and_used_again(synthetic, tmp_path):
