@@ -221,6 +221,17 @@ def test_moments_are_the_same_bits_without_the_summary(synthetic, tmp_path):
         np.testing.assert_array_equal(getattr(merged, name), getattr(summarised, name), err_msg=name)
 
 
+def test_the_summary_is_read_once_for_all_layers(synthetic, tmp_path, monkeypatch):
+    """With that of 80 layers, read for each of them, a run would begin two minutes late."""
+    synthetic.write_store(tmp_path, synthetic.make_manifest())
+    with Store.open(tmp_path) as store:
+        asked, read = [], store.files.read
+        monkeypatch.setattr(store.files, "read", lambda key: asked.append(key) or read(key))
+        for layer in (3, 5, 3):
+            store.moments(layer)
+    assert asked == ["stats/summary.json"]
+
+
 def test_measure_ignores_special_tokens_only_where_it_says():
     resid = np.ones((1, 2, 4), np.float32)
     resid[0, 1] = 100
