@@ -24,7 +24,7 @@ class AttentionCsr:
     """One layer's sparsified attention over some windows."""
 
     indptr: np.ndarray  # uint32 [R + 1], starts at 0; int64 if parts joined in memory have 2^32 entries
-    indices: np.ndarray  # uint8 or uint16 [E], strictly increasing inside a row
+    indices: np.ndarray  # uint8, uint16 or uint32 [E], strictly increasing inside a row
     data: np.ndarray  # float16 [E]
     kept_mass: np.ndarray  # float16 [W, H, T]
 
@@ -105,7 +105,7 @@ def _joined_pointers(parts: Sequence[AttentionCsr]) -> np.ndarray:
 
 def index_dtype(context: int) -> np.dtype:
     """The smallest type that holds a key position."""
-    return np.dtype(np.uint8 if context <= 256 else np.uint16)
+    return np.min_scalar_type(context - 1)
 
 
 def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | None:

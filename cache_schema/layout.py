@@ -134,9 +134,15 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     return {array.path: array for array in arrays}
 
 
-def find_too_large(manifest: Manifest) -> ArrayLayout | None:
-    """The first array whose chunks would be too large to write or read, if any."""
-    return next((array for array in arrays_of(manifest).values() if array.chunk_bytes > MAX_CHUNK_BYTES), None)
+def find_too_large(manifest: Manifest) -> tuple[str, bool] | None:
+    """The first array whose chunks would be too large to write or read, in words, and whether even a single window is;
+    None if there is none."""
+    for array in arrays_of(manifest).values():
+        if array.chunk_bytes > MAX_CHUNK_BYTES:
+            is_window = manifest.shard_windows == 1 or (array.dims[0] == "window" and array.chunks[0] == 1)
+            found = f"{array.chunk_bytes / 2**30:,.2f} GiB, {'a single window' if is_window else 'a whole shard'}"
+            return f"{array.path}: expected chunks below 2 GiB, found {found}", is_window
+    return None
 
 
 def root_document(manifest: Manifest) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from .moments import Moments, from_line, merge
 from .open_and_check_root import read_root, require_not_replaced
 from .requests_and_spans import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .sites import RESID, Site, by_hook
-from .token_counts_and_summary import Counts, SplitCounts, count_split, read_counts, read_summary
+from .token_counts_and_summary import Counts, SplitCounts, Summary, count_split, read_counts, read_summary
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
 CANNOT_HARVEST_AGAIN = (
@@ -164,6 +164,10 @@ class Store:
         return np.array(found.trainable[slice(*self.manifest.splits[split])], np.int64), found.splits[split]
 
     @cached_property
+    def _summary(self) -> Summary | None:
+        return read_summary(self.files, self.manifest)  # of all layers: 20 MB for 80 of a large model
+
+    @cached_property
     def _counts(self) -> Counts | None:
         return read_counts(self.files, self.manifest)
 
@@ -187,9 +191,8 @@ class Store:
                 f"not committed: {missing} of {self.manifest.shards} shards of {self.url}, so its statistics are not "
                 "final. Finish the import or harvest: the same command resumes where it stopped"
             )
-        found = read_summary(self.files, self.manifest)
-        if found is not None:
-            return found.moments(layer, hook)
+        if self._summary is not None:
+            return self._summary.moments(layer, hook)
         return self.merged_moments([Site(hook, layer)])[Site(hook, layer)]
 
     def merged_moments(self, sites: Sequence[Site]) -> dict[Site, Moments]:

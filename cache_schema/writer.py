@@ -43,6 +43,7 @@ from .token_counts_and_summary import LayerSummary, Summary, count_all, read_sum
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 REMOTE_WRITERS = 16  # an object store answers slowly but many at once
+QUEUED = 4096  # chunks of tokens that wait for a writer at one time: a store may have millions
 COMPACT_EVERY = 64  # about one shard in 64 brings the index up to date, whoever writes it
 MOST_COMPACTIONS = 1000  # per store: each looks for every missing record, which is slow with many thousand shards
 
@@ -64,11 +65,11 @@ class StoreWriter:
     ) -> StoreWriter:
         """Start a store, or resume one with the same settings."""
         files, manifest = open_files(url), seal(manifest)
-        if array := find_too_large(manifest):
-            raise ManifestInvalid(
-                f"{array.path}: expected chunks below 2 GiB, found {array.chunk_bytes / 2**30:,.2f} GiB, a whole "
-                f"shard. Make shards of fewer windows than {manifest.shard_windows}"
-            )
+        if found := find_too_large(manifest):
+            problem, is_window = found
+            short = f"windows shorter than {manifest.context} tokens"
+            few = f"shards of fewer windows than {manifest.shard_windows}"
+            raise ManifestInvalid(f"{problem}. Make {short if is_window else few}")
         _validate_tokens(manifest, tokens, documents)
         writer = cls(files, manifest)
         try:
@@ -189,7 +190,8 @@ class StoreWriter:
             self.files.replace(key, data)
         for path, values in zip(BEGINNING, (tokens, documents), strict=True):
             part = ShardPart(self.arrays[path], 0, values)
-            self._write_chunks([(part, at) for at in range(part.num_chunks)])
+            for first in range(0, part.num_chunks, QUEUED):
+                self._write_chunks([(part, at) for at in range(first, min(first + QUEUED, part.num_chunks))])
         self.files.settle(BEGINNING)
         counts = count_all(self.manifest, lambda at: (tokens[at.start : at.stop], documents[at.start : at.stop]))
         write_counts(self.files, counts)

@@ -132,12 +132,11 @@ def _require_chunks_that_fit(plan: Plan) -> None:
             "or raise --shard-windows"
         )
     manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
-    if array := find_too_large(manifest):
-        topk = f" or --attention-topk ({manifest.attention.topk})" if array.path.startswith("attention/") else ""
-        raise SettingInvalid(
-            f"{array.path}: expected chunks below 2 GiB, found {array.chunk_bytes / 2**30:,.2f} GiB, a whole shard. "
-            f"Lower --shard-windows ({manifest.shard_windows}){topk}"
-        )
+    if found := find_too_large(manifest):
+        problem, is_window = found
+        setting = f"--context ({manifest.context})" if is_window else f"--shard-windows ({manifest.shard_windows})"
+        topk = f" or --attention-topk ({manifest.attention.topk})" if problem.startswith("attention/") else ""
+        raise SettingInvalid(f"{problem}. Lower {setting}{topk}")
 
 
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:

@@ -207,6 +207,16 @@ def test_a_store_of_the_largest_chunks_is_gone_on_with_and_of_larger_ones_none_i
     assert not (tmp_path / "new").exists()
 
 
+def test_of_windows_that_are_too_large_each_by_itself_shorter_ones_are_asked_for(synthetic, tmp_path):
+    """131,072 tokens of a width of 8,192 in bfloat16: 2 GiB, however few windows a shard has."""
+    for shard_windows in (1, 4):
+        manifest = synthetic.make_manifest(context=2**17, width=2**13, shard_windows=shard_windows)
+        manifest = replace(manifest, attention=AttentionSpec(), layers=(3,))
+        ids = np.broadcast_to(np.uint32(0), (22, 2**17))
+        with pytest.raises(ManifestInvalid, match=r"2.00 GiB, a single window. Make windows shorter than 131072"):
+            StoreWriter.create(tmp_path, manifest, ids, ids)
+
+
 def rewrite_residuals(folder, values: np.ndarray, chunks: int) -> None:
     shutil.rmtree(folder / "resid/layer_3")
     root = json.loads((folder / "zarr.json").read_text())

@@ -7,7 +7,19 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, ShardCorrupt, Span, Store, encode_and_read_chunks, shard_memory, to_float32
+from saemill.cache_schema import (
+    AttentionCsr,
+    AttentionSpec,
+    Request,
+    ShardCorrupt,
+    Span,
+    Store,
+    StoreWriter,
+    encode_and_read_chunks,
+    shard_memory,
+    to_float32,
+    writer,
+)
 from saemill.cache_schema.encode_and_read_chunks import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, checksum_of, decode, encode
 from saemill.cache_schema.layout import ArrayLayout
 from saemill.cache_schema.manifest import Codec
@@ -86,6 +98,46 @@ def test_wide_contexts_store_key_positions_in_sixteen_bits(synthetic, tmp_path):
         found = store.read(Request(attention_layers=(2,)), Span(0, 0, 3)).attention[2]
     assert found.indices.dtype == np.uint16
     np.testing.assert_array_equal(found.indices, corpus.attention[2].indices)
+
+
+def test_contexts_beyond_sixteen_bits_store_key_positions_in_thirty_two(synthetic, tmp_path):
+    """In sixteen bits position 69,000 would be 3,464."""
+    context, layer, key = 70_000, 2, 69_000
+    attention = AttentionSpec(layers=(layer,), topk=1)
+    manifest = synthetic.make_manifest(windows=3, context=context, width=1, layers=(3,), attention=attention)
+    ends = np.arange(1, 4) * context  # the last query of each window has a link
+    csr = AttentionCsr(
+        indptr=np.searchsorted(ends, np.arange(3 * context + 1), side="right").astype(np.uint32),
+        indices=np.full(3, key, np.uint32),
+        data=np.ones(3, np.float16),
+        kept_mass=np.ones((3, 1, context), np.float16),
+    )
+    rng = np.random.default_rng(0)
+    shape = (3, context)
+    ids, resid = np.zeros(shape, np.uint32), {3: synthetic.make_resid(manifest, rng)}
+    synthetic.write_store(tmp_path, manifest, synthetic.Corpus(ids, ids, resid, {layer: csr}))
+    for via_zarr in (False, True):
+        with Store.open(tmp_path, via_zarr=via_zarr) as store:
+            found = store.read(Request(attention_layers=(layer,)), Span(0, 0, 3)).attention[layer]
+        assert found.indices.dtype == np.uint32 and found.indices.tolist() == [key] * 3
+
+
+def test_chunks_of_tokens_are_queued_a_few_at_a_time(synthetic, tmp_path, monkeypatch):
+    """Each takes two kilobytes while it waits: a million would take as much as a model."""
+    queued, write_chunks = [], StoreWriter._write_chunks
+    monkeypatch.setattr(writer, "QUEUED", 4)
+    monkeypatch.setattr(
+        StoreWriter, "_write_chunks", lambda self, tasks: queued.append(tasks) or write_chunks(self, tasks)
+    )
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    with StoreWriter.create(tmp_path, manifest, corpus.tokens, corpus.documents):
+        pass
+    assert [len(tasks) for tasks in queued] == [4, 2, 4, 2]
+    with Store.open(tmp_path) as store:
+        parts = [store.beginning(shard) for shard in range(manifest.shards)]
+    for found, wanted in zip(zip(*parts, strict=True), (corpus.tokens, corpus.documents), strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), wanted)
 
 
 def test_buffers_are_filled_in_place_and_used_again(synthetic, tmp_path):
@@ -167,6 +219,17 @@ def test_moments_are_the_same_bits_without_the_summary(synthetic, tmp_path):
         merged = store.moments(5)
     for name in vars(merged):
         np.testing.assert_array_equal(getattr(merged, name), getattr(summarised, name), err_msg=name)
+
+
+def test_the_summary_is_read_once_for_all_layers(synthetic, tmp_path, monkeypatch):
+    """With that of 80 layers, read for each of them, a run would begin two minutes late."""
+    synthetic.write_store(tmp_path, synthetic.make_manifest())
+    with Store.open(tmp_path) as store:
+        asked, read = [], store.files.read
+        monkeypatch.setattr(store.files, "read", lambda key: asked.append(key) or read(key))
+        for layer in (3, 5, 3):
+            store.moments(layer)
+    assert asked == ["stats/summary.json"]
 
 
 def test_measure_ignores_special_tokens_only_where_it_says():

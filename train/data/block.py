@@ -114,7 +114,7 @@ class Attention:
     """A layer's attention on the device; rows are (window, head, query)."""
 
     indptr: Tensor  # int64 [W * H * T + 1]
-    indices: Tensor  # uint8 or int16 [E]
+    indices: Tensor  # uint8, int16 or int32 [E]
     data: Tensor  # float16 [E]
     kept_mass: Tensor  # float16 [W, H, T]
     begins: np.ndarray  # int64 [W + 1], where each window's entries start, on the host

@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.optim.adam import adam
 
 from ..errors import ConfigInvalid
@@ -223,13 +224,14 @@ class Adam:
         """The norm of the gradients, and the divisor for the fused update."""
         if self.settings.clip_norm is None:
             return None, None
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        # By row first: over a whole table a CPU adds too many squares to each float32 (of 2^27 it loses 2 %).
+        norms = [vector_norm(vector_norm(gradient, dim=-1)) for gradient in gradients]
         if not self._latents.is_whole:
             is_split = [name in self._split for name in names]
             squares = [norm.square() * split for norm, split in zip(norms, is_split, strict=True)]
             totals = self._latents.sum(torch.stack(squares)).sqrt()
             norms = [total if split else norm for norm, total, split in zip(norms, totals, is_split, strict=True)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = vector_norm(torch.stack(norms))
         return norm, (norm / self.settings.clip_norm).clamp_min(1.0)
 
 

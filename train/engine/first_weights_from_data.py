@@ -27,6 +27,7 @@ from ..data.batch import Batch
 from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..parallel.sums_over_processes import BatchRanks
 from ..sae.gates import JumpRelu
+from ..sae.kernels.dense_products import dot
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from .terms_and_constraints import Assembly
@@ -124,7 +125,7 @@ def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> 
     """|y|^2, <target, y> and |target|^2 over all ranks."""
     y, wanted = sae.skip(x, sae.reconstruct(sae.codes(x, side), side)) - sae.b_dec, target - sae.b_dec
     pairs = ((y, y), (wanted, y), (wanted, wanted))
-    own = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
+    own = torch.stack([dot(a, b) for a, b in pairs]).double()
     return side.latents.agree(side.ranks.sum(own)).tolist()
 
 

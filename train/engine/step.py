@@ -27,6 +27,7 @@ from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.dictionary_over_processes import Latents, SomeLatents
 from ..parallel.sums_over_processes import ONE_PROCESS, BatchRanks, Ranks, Reduction, share_batch
 from ..sae.extra_modules import Part, extras_of, retired_of
+from ..sae.kernels.dense_products import dot
 from ..sae.kernels.hardware import reads_at_once, runs_triton, write_numbers
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
@@ -160,8 +161,7 @@ class Trainee:
             loss = _weighted_sum(losses, factors)
         measured = self._require_finite(view, loss, losses) | {"loss": loss.detach()}
         with torch.no_grad():
-            residual = view.residual.reshape(-1)
-            unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
+            unexplained = dot(view.residual, view.residual) / view.x.shape[0] / view.stats.variance
             measured["l0"] = self.latents.sum(view.codes.l0)
             measured["explained_variance"] = 1.0 - unexplained
             measured["dead_share"] = self.latents.sum(view.dead.double().sum()) / self.latents.total

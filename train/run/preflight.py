@@ -22,6 +22,7 @@ from .fits_in_memory import require_room
 from .log_and_show_progress import require_trackers
 
 ALIKE = 1e-12  # share of the mean square that rounding leaves as the variance of identical rows
+HELD_OUT_ROWS = 4096  # of the final measurement at once
 LEAST_HELD_OUT = 2  # tokens; a single one has no variance to explain
 
 
@@ -106,9 +107,11 @@ def _require_memory(
 
 
 def held_out_rows(config: RunConfig, manifest: Manifest, is_split: bool) -> int:
-    """Rows per batch of the final measurement; fewer for a split dictionary, which is then joined in one process."""
-    batch = config.data.batch_tokens
-    return min(batch, manifest.context) if is_split else batch
+    """Rows per batch of the final measurement, at most `HELD_OUT_ROWS`, or two windows for SAEs that read another's:
+    the dense codes of a larger batch need more memory than training. Fewer for a split dictionary, which is then joined
+    in one process."""
+    most = manifest.context if is_split else max(HELD_OUT_ROWS, 2 * manifest.context)
+    return min(config.data.batch_tokens, most)
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:

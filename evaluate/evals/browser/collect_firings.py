@@ -27,6 +27,7 @@ Table = Any  # a scipy sparse matrix; scipy's stubs lose its format at every ste
 BINS = 128  # of activation: four to an octave, from 2^LOWEST up
 LOWEST = -16
 PARTS = 32  # of a window, at most
+LONGEST = 65_535  # tokens of a window: places and numbers of activations in it have 16 bits
 SAMPLE_ENTRIES = 1 << 22  # firing together is counted until this many activations are in the table
 BEGINNING = 48  # tokens of the first window, for a pattern
 SUMS = ("fired", "mass", "highest", "histogram", "by_part", "part_tokens")

@@ -49,7 +49,7 @@ from .browser_folder import (
     unpacked,
     write_page,
 )
-from .collect_firings import lower_edges
+from .collect_firings import LONGEST, lower_edges
 from .config import Config
 from .exports import Exported, bytes_of, exports_in, keep_exports, report_exports, require_known, write_exports
 from .latents import COMPARED, FILE_LATENTS, LIST_BYTES, Shown, neighbours, promoted, summary_of, write_latents
@@ -155,6 +155,11 @@ def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[L
 def windows_by_split(context: Context, config: Config) -> dict[str, int]:
     """How many windows to read from each split."""
     require_some(config.windows)
+    if context.manifest.context > LONGEST:
+        raise NotApplicable(
+            f"the browser shows windows of at most {LONGEST:,} tokens, but the store's have "
+            f"{context.manifest.context:,}: harvest text in shorter ones"
+        )
     left, found = config.windows, dict[str, int]()
     for split in dict.fromkeys(config.splits):  # a split named twice is read once
         found[split] = min(left, count_windows(context.store, split))

@@ -51,6 +51,17 @@ def test_steps_are_those_of_the_library(clip_norm, weight_decay, rng):
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_of_a_large_table_keeps_its_digits(rng):
+    """Squares added one by one are lost to a sum that has grown too large for them."""
+    parameters = nn.ParameterDict({"a": torch.zeros(1 << 11, 1 << 12), "b": torch.zeros(())})
+    for parameter in parameters.values():
+        parameter.grad = torch.rand(parameter.shape, generator=rng)
+    exact = sum(float(parameter.grad.double().square().sum()) for parameter in parameters.values()) ** 0.5
+    optimiser = Adam(dict(parameters.items()), Optim(lr=0.1, clip_norm=1.0))
+    optimiser.begin(0.1)
+    assert float(optimiser.step()) == pytest.approx(exact, rel=1e-5)
+
+
 def test_a_parameter_without_gradient_keeps_its_value_and_its_count(rng):
     parameters = module(rng)
     before = parameters["b"].detach().clone()

@@ -2,13 +2,14 @@
 
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saemill.cache_schema import LaunchInvalid
 from saemill.train.config.parse_settings import parse_settings
-from saemill.train.config.run_config import RunRequest
+from saemill.train.config.run_config import DataConfig, RunRequest
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall
@@ -52,6 +53,20 @@ def test_a_dictionary_that_cannot_be_put_together_at_the_end_is_not_begun(monkey
     fits_in_memory.require_room([member("width=100000")], lambda _: 256, 64, 10**6, 8, CPU, 64)
     with pytest.raises(MemoryTooSmall, match="to measure and save an SAE at the end"):
         fits_in_memory.require_room([wide], lambda _: 256, 64, 10**6, 8, CPU, 64)
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "context", "is_split", "rows"),
+    [
+        (1000, 128, False, 1000),
+        (131_072, 128, False, 4096),  # a million latents of each: 51 GB of dense codes instead of 1.6 TB
+        (131_072, 8192, False, 16_384),
+        (131_072, 128, True, 128),
+    ],
+)
+def test_a_large_batch_is_measured_in_parts(batch_tokens, context, is_split, rows):
+    config, manifest = SimpleNamespace(data=DataConfig(batch_tokens=batch_tokens)), SimpleNamespace(context=context)
+    assert preflight.held_out_rows(config, manifest, is_split) == rows
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ...parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from .codes import Codes
-from .dense_products import Product
+from .dense_products import Product, dot
 from .hardware import constants
 from .row_gradients import table_gradient
 from .sparse_products import column_sum, decode_sum, gathered, pair_dots
@@ -45,8 +45,7 @@ class _NestedErrors(torch.autograd.Function):
         torch.sub(target_BD - b_D, residuals[0], out=residuals[0])
         for prefix in range(1, prefixes):
             torch.sub(residuals[prefix - 1], residuals[prefix], out=residuals[prefix])
-        flat = residuals.view(prefixes, -1)
-        errors = torch.stack([torch.dot(row, row) for row in flat]) / rows
+        errors = torch.stack([dot(residual, residual) for residual in residuals]) / rows
         ctx.support, ctx.product = support, product
         ctx.save_for_backward(values_N, W_FD, residuals)
         ctx.mark_non_differentiable(last := residuals[-1])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dense_products import Product, linear, matrix_units, multiply
+from .dense_products import Product, dot, linear, matrix_units, multiply
 from .row_gradients import low_copy, table_gradient
 from .sparse_products import column_sum, decode_sum, gathered, latent_sum, pair_dots, row_sum
 from .sparse_support import Support, index_sum
@@ -127,8 +127,7 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:
         ctx.save_for_backward(residual_BD)
-        flat = residual_BD.reshape(-1)
-        return torch.dot(flat, flat) / residual_BD.shape[0]
+        return dot(residual_BD, residual_BD) / residual_BD.shape[0]
 
     @staticmethod
     @once_differentiable

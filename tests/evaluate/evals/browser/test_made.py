@@ -800,6 +800,13 @@ def test_a_store_without_windows_is_named(make_world, builder, open_context):
         make(open_context(empty), [builder.subject(builder.make_sae())], Config(splits=("test",)))
 
 
+def test_windows_too_long_for_the_page_are_named(world, builder, open_context, monkeypatch):
+    """Its places have sixteen bits; in a longer window they would point to other tokens."""
+    monkeypatch.setattr(evaluation, "LONGEST", world.tokens.shape[1] - 1)
+    with pytest.raises(NotApplicable, match="windows of at most .* tokens, but the store's have .*: harvest text in"):
+        make(open_context(world), [builder.subject(builder.make_sae())])
+
+
 def test_a_split_that_no_store_has_is_named(world, builder, open_context):
     with pytest.raises(SettingInvalid, match="expected a split of train, validation, test, found 'tst'"):
         make(open_context(world), [builder.subject(builder.make_sae())], Config(splits=("tst",)))

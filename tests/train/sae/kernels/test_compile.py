@@ -3,7 +3,8 @@
 The interpreter takes what a compiler refuses, such as two branches of unlike types. So the kernels' callers run
 here on CPU tensors, in a process without the interpreter, and Triton compiles each launch as it would before it
 runs, down to the processor's code: with its own types of the arguments, and with those numbers built in that it
-builds in. A kernel that keeps part of its registers in memory would run, many times slower.
+builds in. A kernel that keeps part of its registers in memory would run, many times slower. One that multiplied a row
+by its width in 32 bits would read elsewhere, in tables larger than any test's.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ def compile_only(self, *args, grid, warmup, **told):
     if kernel.hash in compiled:
         return
     compiled[kernel.hash] = self.__name__
+    # A row's number times its width has 64 bits; only a program's number times its block, a small constant, has 32.
+    products = re.findall(r"arith\\.muli (\\S+), (\\S+) : (?:tensor<[0-9x]+x)?i32\\b", kernel.asm["ttir"])
+    if wide := [product for product in products if not re.fullmatch("%c[0-9]{1,4}_i32.*", product[1])]:
+        raise SystemExit(f"{self.__name__} {told}: products of 32 bits, {wide}")
     spilled = [int(size) for size in re.findall(r"(\\d+) bytes spill", said.getvalue())]
     if max(spilled, default=SPILLED + 1) > SPILLED or kernel.metadata.shared > SHARED:
         raise SystemExit(f"{self.__name__} {told}: {kernel.metadata.shared} bytes shared, {said.getvalue()}")
@@ -68,6 +73,7 @@ both, low = (torch.float32, torch.bfloat16), (torch.bfloat16,)
 selections = [(8, 1, both), (16384, 64, low), (20000, 64, both), (40000, 512, low)]
 if is_long:
     selections += [(20000, 1, low), (1000, 64, both), (65536, 64, both), (40000, 512, both), (131072, 32, low)]
+    selections += [(1 << 20, 512, both)]
 for width, k, dtypes in selections:
     for dtype in dtypes:
         pre = torch.zeros(2, width, dtype=dtype)

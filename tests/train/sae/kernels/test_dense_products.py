@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from saemill.train.sae.kernels import dense_products as module
-from saemill.train.sae.kernels.dense_products import linear, linear_packed, packed
+from saemill.train.sae.kernels.dense_products import dot, linear, linear_packed, packed
 
 
 @pytest.fixture
@@ -69,3 +69,20 @@ def test_weights_laid_out_before_give_the_same_for_any_rows(monkeypatch, rng, ha
     for rows in (1, 7, 64):
         x = torch.randn(rows, 40, generator=rng).bfloat16()
         torch.testing.assert_close(linear_packed(x, kept, b), functional.linear(x, W, b))
+
+
+def test_a_sum_of_many_squares_keeps_its_digits(rng):
+    """A batch's reconstruction error: 16 million numbers are 4,096 tokens of a width of 4,096."""
+    x = torch.rand(1 << 12, 1 << 12, generator=rng)
+    assert float(dot(x, x)) == pytest.approx(float(x.double().square().sum()), rel=2e-5)
+    assert float(dot(x[:0], x[:0])) == 0.0
+
+
+def test_no_piece_of_a_sum_has_more_numbers_than_the_library_can_count(monkeypatch):
+    """A GPU's refuses 2^31; torch on a CPU would then add one by one, and no further than 2^24."""
+    monkeypatch.setattr(module, "CPU_DOT", module.GPU_DOT)
+    sizes = []
+    monkeypatch.setattr(torch, "dot", lambda a, b: sizes.append(a.numel()) or a.sum())
+    one = torch.ones(1).expand((1 << 31) + 5)
+    assert float(module.dot(one, one)) == pytest.approx(2**31)
+    assert sum(sizes) == len(one) and max(sizes) < 1 << 31
