@@ -419,7 +419,8 @@ def report_file_errors() -> Iterator[None]:
         if error.filename is None:
             raise
         reason = (error.strerror or type(error).__name__).lower()
-        click.echo(f"{reason}: {error.filename}. Change its permissions, or give another", err=True)
+        advice = "Check the path" if isinstance(error, FileNotFoundError) else "Change its permissions"
+        click.echo(f"error: {reason}: {error.filename}. {advice}, or give another", err=True)
         sys.exit(1)
     finally:
         warnings.formatwarning = before

@@ -8,7 +8,7 @@ sink. Links are counted in a few whole shards, spread evenly over the store.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -160,10 +160,19 @@ def make_table(title: str, *columns: str) -> Table:
     return table
 
 
+def sum_by_place(sizes: Mapping[str, float]) -> dict[str, float]:
+    """Sizes of arrays, with those of one layer's attention, `attention/layer_17/data` and others, added up."""
+    sums: dict[str, float] = {}
+    for path, size in sorted(sizes.items()):
+        place = "/".join(path.split("/")[:2])
+        sums[place] = sums.get(place, 0) + size
+    return sums
+
+
 def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
-    table = make_table("Size by array", "array", "bytes per token", "share")
+    table = make_table("Size", "array", "bytes per token", "share")
     total = sum(facts["bytes_per_token"].values())
-    for path, size in facts["bytes_per_token"].items():
+    for path, size in sum_by_place(facts["bytes_per_token"]).items():
         table.add_row(Text(path), f"{size:,.1f}", f"{size / max(total, 1e-9):.1%}")
     table.add_section()
     table.add_row("all", f"{total:,.1f}", "")
@@ -193,15 +202,17 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
     title = f"Massive rows: norm beyond {first['multiple']:g} times the median" + (
         "" if first["left_out"] else " (trained on, as the import asked)"
     )
+    parts = [row for row in found.values() if row["windows"] < facts["windows"]]
+    where = dict.fromkeys(f"{counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}" for row in parts)
+    title += f"; in {' or '.join(where)}" if where else ""
     columns = ("place", "median norm", "massive", "of tokens", "of squared norm", "RMS norm", "RMS norm without")
     table = make_table(title, *columns)
     for place, row in found.items():
-        where = f" in {counted(row['windows'], 'window')} of {counted(row['shards'], 'shard')}"
         table.add_row(
             place,
             f"{row['median_norm']:,.4g}",
             f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
-            f"{row['tokens']:,}" + ("" if row["windows"] == facts["windows"] else where),
+            f"{row['tokens']:,}",
             f"{row['share_of_squares']:.1%}",
             f"{row['rms_norm']:,.4g}",
             f"{row['rms_norm_of_others']:,.4g}",

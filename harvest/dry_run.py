@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..cache_schema import Manifest, Store
 from ..cache_schema.disk_and_cloud_files import Files, open_files
-from ..cache_schema.info import make_table
+from ..cache_schema.info import make_table, sum_by_place
 from ..cache_schema.numbers_in_words import counted, say_busy, say_size, say_time
 from ..cache_schema.open_and_check_root import has_root
 from .config import HarvestConfig
@@ -144,10 +144,11 @@ def render(estimate: Estimate) -> RenderableType:
     """Two small tables: the facts, and the size of each array."""
     work, cost = estimate.work, estimate.cost
     manifest = work.manifest
-    sizes = make_table("Size by array", "array", "bytes per token", "size")
+    sizes = make_table("Size", "array", "bytes per token", "size")
     per_token, total = estimate.bytes_per_token, say_size(sum(estimate.sizes.values()))
-    for path, size in sorted(estimate.sizes.items()):
-        sizes.add_row(path, f"{per_token[path]:,.1f}", say_size(size))
+    rates = sum_by_place(per_token)
+    for place, size in sum_by_place(estimate.sizes).items():
+        sizes.add_row(place, f"{rates[place]:,.1f}", say_size(round(size)))
     sizes.add_section()
     sizes.add_row("all", f"{sum(per_token.values()):,.1f}", total)
     facts = Table.grid(padding=(0, 2))

@@ -48,7 +48,29 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     return value
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class NamesElsewhere(click.Command):
+    """Answers another library's name of a setting with the option, or the setting, that it is here."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from .config.run_config import NAMES_ELSEWHERE
+
+            here = NAMES_ELSEWHERE.get(error.option_name.lstrip("-").replace("-", "_"))
+            if here is None:
+                raise
+            own = here.rpartition(".")[2]
+            said = f"--{own}" if own in {option.name for option in self.params} else f"--set {here}=VALUE"
+            message = f"No such option {error.option_name!r} (here it is {said})"
+            raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
+
+
+@click.command(
+    cls=NamesElsewhere,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option(
     "--variant",
     multiple=True,

@@ -206,12 +206,13 @@ class Session:
     keep: Keep
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """Every evaluation of every SAE, evaluation by evaluation."""
+        """Every evaluation of every SAE, evaluation by evaluation, with SAEs in the order given."""
         groups: dict[str | None, list[LoadedSae]] = {}
         for subject in subjects:
             groups.setdefault(self.cache or subject.cache_url, []).append(subject)
         rows = [row for url, group in groups.items() for row in self._run_group(url, group)]
-        return sorted(rows, key=lambda row: list(self.configs).index(row.eval_id))
+        eval_ids, places = list(self.configs), {subject: place for place, subject in enumerate(subjects)}
+        return sorted(rows, key=lambda row: (eval_ids.index(row.eval_id), places[row.subject]))
 
     def _run_group(self, url: str | None, subjects: Sequence[LoadedSae]) -> list[Row]:
         try:
@@ -301,8 +302,8 @@ def require_substitute(subject: LoadedSae, store: Store, is_named: bool) -> None
     else:
         why = ""
     raise CacheIdMismatch(
-        f"{subject.name} was trained on the store with cache id {subject.cache_id}, found {manifest.cache_id} at "
-        f"{store.url}{why}. Give --cache its own store, or a store of the same model and context"
+        f"trained on the store with cache id {subject.cache_id}, found {manifest.cache_id} at {store.url}{why}. "
+        "Give --cache its own store, or a store of the same model and context"
     )
 
 

@@ -205,9 +205,11 @@ def require_comparable(rows: Sequence[Row]) -> None:
         found = {row.subject: row.document for row in rows if row.eval_id == eval_id and row.document is not None}
         settings = {names_of[subject]: flatten(settings_in(document)) for subject, document in found.items()}
         for key in sorted({key for values in settings.values() for key in values}):
-            each = {name: repr(values.get(key)) for name, values in settings.items()}
-            if len(set(each.values())) > 1:
-                listed = ", ".join(f"{name}: {value}" for name, value in each.items())
+            names_by_value: dict[str, list[str]] = {}
+            for name, values in settings.items():
+                names_by_value.setdefault(repr(values.get(key)), []).append(name)
+            if len(names_by_value) > 1:
+                listed = "; ".join(f"{value} in {', '.join(names)}" for value, names in names_by_value.items())
                 raise Incomparable(
                     f"{eval_id} was run with different {key} ({listed}). "
                     "Evaluate them again with the same settings, without --compare"

@@ -118,6 +118,7 @@ def find_places(
     except RunMissing as error:
         raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
     parent = folder.resolve().parent
+    parent = folder.parent if folder.parent.resolve() == parent else parent  # as named, except by `.` and links
     return [(folder, RunFolder(parent) if is_run(parent) else None)]
 
 

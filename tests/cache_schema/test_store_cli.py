@@ -550,7 +550,12 @@ def test_links_say_in_how_many_shards_they_were_counted(synthetic, tmp_path: Pat
     synthetic.write_store(tmp_path, synthetic.make_manifest())
     facts = json.loads(run("info", tmp_path, "--json").output)
     assert [found["shards"] for found in facts["attention_links"].values()] == [4, 4] and facts["shards"] == 6
-    assert "; links, BOS and self in 4 shards" in " ".join(run("info", tmp_path).output.split())
+    said = run("info", tmp_path).output
+    assert "; links, BOS and self in 4 shards" in " ".join(said.split())
+    for layer in facts["attention_layers"]:  # its four arrays are one row
+        rate = sum(size for path, size in facts["bytes_per_token"].items() if f"/layer_{layer}/" in path)
+        (row,) = (line for line in said.splitlines() if f"attention/layer_{layer}" in line)
+        assert f" {rate:,.1f} " in row
     repair(str(tmp_path), [0, 1])
     assert "BOS and self in" not in " ".join(run("info", tmp_path).output.split())
 

@@ -405,9 +405,28 @@ def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world,
     other = make_world(dtype="float32")
     run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
     output = sae_eval("run_1", "run_2", "--cache", world.store, code=1)
-    assert "was trained on the store with cache id" in output
+    assert "failed: core of run_2/sae: trained on the store with cache id" in output
     assert results(run_1)
     assert not results(run_2)
+
+
+def test_a_wrong_store_is_told_once_for_all_saes_of_a_run(run_1, make_world, sae_eval):
+    output = sae_eval("run_1", "--cache", make_world(dtype="float32").store, code=1)
+    assert output.count("trained on the store with cache id") == 1
+    assert "failed: core of run_1/large, run_1/small: trained" in output
+
+
+def test_saes_have_one_order_whichever_were_measured_before(run_1, sae_eval):
+    sae_eval("run_1/small", "--evals", "decoder_cosine", options=[])
+    output = sae_eval("run_1", "--evals", "decoder_cosine", "--resume", "--json", options=[], is_stdout=True)
+    assert [row["sae"] for row in json.loads(output)["results"]] == ["run_1/large", "run_1/small"]
+
+
+def test_one_sae_of_a_run_has_its_results_named_as_the_run_s_are(run_1, sae_eval, monkeypatch):
+    monkeypatch.chdir(run_1.parent.parent)
+    for target in ("run_1", "run_1/small"):
+        said = sae_eval("--runs", "runs", target, "--evals", "decoder_cosine", options=[])
+        assert "results: runs/run_1/evals\n" in said
 
 
 def test_an_sae_of_another_width(world, builder, sae_eval):
@@ -747,7 +766,7 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
     sae_eval("run_2", "--set", "core.n_eval_reconstruction_batches=1")
     output = sae_eval("run_1", "run_2", "--compare", code=1)
     assert "config.n_eval_reconstruction_batches" in output
-    assert "run_2/other: 1" in output
+    assert "(None in run_1/large, run_1/small; 1 in run_2/other)" in output
     assert "ce loss score" not in output
 
 

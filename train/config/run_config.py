@@ -30,6 +30,7 @@ NAMES_ELSEWHERE = {  # other libraries' names of settings
     "lr_warm_up_steps": "optim.warmup_steps",
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
+    "hook_name": "layer",
     "d_sae": "width",
     "dict_size": "width",
     "l1_coefficient": "penalty",

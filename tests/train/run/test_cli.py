@@ -605,3 +605,12 @@ def test_a_store_in_an_object_store_trains_the_same(big, sae_train, quick, tmp_p
     for name, cache in (("near", big["path"]), ("far", "memory://stores/big")):
         sae_train(*TOPK, *quick, "--cache", cache, "--tokens", 1280, "--name", name)
     same_bits(tmp_path / "runs/near", tmp_path / "runs/far")
+
+
+@pytest.mark.parametrize(
+    ("word", "here"),
+    [("--d_sae", "--width"), ("--learning-rate", "--lr"), ("--l1_coefficient", "--set penalty=VALUE"), ("--nam", None)],
+)
+def test_an_option_of_another_library_is_answered_with_the_one_here(sae_train, word, here):
+    said = sae_train(*TOPK, word, 5, code=2).output
+    assert f"No such option '{word}'" in said and (f"(here it is {here})" in said if here else "'--name'" in said)

@@ -242,7 +242,12 @@ def test_a_source_that_cannot_be_read_ends_the_command(big, sae_train, quick, tm
     # Root may read all.
     monkeypatch.setattr("saemill.train.run.init_from_trained_sae._digest", Mock(side_effect=refused))
     result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", tmp_path / "one", code=1)
-    assert f"permission denied: {tmp_path}/one/cfg.json. Change its permissions, or give another" in result.output
+    place = tmp_path / "one/cfg.json"
+    assert f"error: permission denied: {place}. Change its permissions, or give another" in result.output
+    refused = FileNotFoundError(errno.ENOENT, "No such file or directory", str(place))
+    monkeypatch.setattr("saemill.train.run.init_from_trained_sae._digest", Mock(side_effect=refused))
+    result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", tmp_path / "one", code=1)
+    assert f"error: no such file or directory: {place}. Check the path, or give another" in result.output
 
 
 def test_other_weights_of_gemma_scope_are_another_source(tmp_path):
