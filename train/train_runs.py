@@ -160,7 +160,7 @@ def _announce(run: Run, settled: Settled) -> None:
         say(f"  {member.label}: {settings_of(member, sae['lr'])}{where}")
     for line in settled.unread:
         say(line, style="yellow")
-    windowed = any(needs.windows for needs in run.config.requests().values())
+    windowed = any(needs.windows for needs in run.config.needs().values())
     if windowed and (share := plan.windows_taken()) < FEW_READ:
         say(
             f"SAEs on whole windows read {share:.0%} of the text: a batch of {plan.batch_tokens:,} tokens holds only "

@@ -111,7 +111,7 @@ class RunConfig:
     course: CourseConfig
     members: tuple[Member, ...]
 
-    def requests(self) -> dict[str, Needs]:
+    def needs(self) -> dict[str, Needs]:
         return {member.label: member.config.needs() for member in self.members}
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..parallel.sums_over_processes import BatchRanks
-from ..sae.attention.attention_encoder import Attention, has_links, link_weights, mixture, places_of
+from ..sae.attention.attention_encoder import Attention, has_links, link_weights, mixture
 from ..sae.attention.attention_links import Links
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
@@ -63,7 +63,7 @@ class Guidance:
         picked = view.draw(lambda: torch.randperm(rows, generator=_generator(ranks, generator))[:count])
         norms = inverse_norms(view)
         cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
-        window = places_of(view).window
+        window = view.side.places.window
         return cosines.masked_fill(window[:, None] == window[picked], FAR_BELOW)
 
 
@@ -93,20 +93,20 @@ class Consistency:
 @once
 def window_products(view: View) -> Tensor:
     """[B, T]: <f_i, f_j> for every token j of i's window."""
-    return window_gram(view.codes, places_of(view))
+    return window_gram(view.codes, view.side.places)
 
 
 @once
 def inverse_norms(view: View) -> Tensor:
     """[B]: 1 / ||f_i||, or 0 for a silent row, which then passes on no gradient."""
     products = window_products(view)
-    squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
+    squares = products[torch.arange(len(products), device=products.device), view.side.places.position]
     return torch.where(squares > TINY, squares.clamp_min(TINY).rsqrt(), 0.0)
 
 
 def window_cosines(view: View) -> Tensor:
     """[B, T]: cos(f_i, f_j) for every token j of i's window, zero where there is no token."""
-    places, norms = places_of(view), inverse_norms(view)
+    places, norms = view.side.places, inverse_norms(view)
     return window_products(view) * norms[:, None] * rows_of(places.spread(norms), places.window)
 
 
@@ -132,7 +132,7 @@ def columns_of(codes: Codes, rows: Tensor) -> Tensor:
 
 def _earlier(view: View, cosines: Tensor) -> Tensor:
     """Cosines with the candidates: only tokens before i, except the attention sink."""
-    places = places_of(view)
+    places = view.side.places
     position = torch.arange(cosines.shape[1], device=cosines.device)
     seen = (position < places.position[:, None]) & (position > 0) & (places.row_of >= 0)[places.window]
     return cosines.masked_fill(~seen, FAR_BELOW)

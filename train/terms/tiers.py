@@ -29,7 +29,7 @@ from ..engine.terms_and_constraints import Constraint
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
-from ..sae.kernels.sparse_support import index_sum
+from ..sae.kernels.sparse_support import group_of_each, index_sum
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View, once
 
@@ -52,8 +52,7 @@ class Tiers(Extra):
         super().__init__()
         self.num_tiers = len(sizes)
         self.importance: Importance = importance
-        tiers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(tuple(sizes)), output_size=sum(sizes))
-        self.register_buffer("membership", tiers)
+        self.register_buffer("membership", group_of_each(sizes))
         shares = torch.tensor(tuple(weights)) / sum(weights)
         self.register_buffer("weight", shares)
         if importance != "fixed":

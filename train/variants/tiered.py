@@ -27,6 +27,7 @@ from ..kit.check_variant_settings import (
     unread_where_dense,
 )
 from ..kit.wrapping import Wrapping, base_needs, build_base
+from ..sae.kernels.sparse_support import group_of_each
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
 from ..terms.constraints import TierGradients
@@ -183,7 +184,7 @@ class Config(Wrapping):
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:
         """Add layer norm between tiers, and the gates of the curriculum."""
-        membership = Tiers(self.sizes(), self.tier_weights, "fixed").membership
+        membership = group_of_each(self.sizes())
         shapes: dict[str, Shape] = {}
         if self.tier_norm:
             shapes["norm"] = PreNorm(membership, len(self.sizes()))
