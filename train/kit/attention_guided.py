@@ -104,7 +104,8 @@ def build_guided(
     if config.guidance == "encode":
         # A generator of its own, so that the base's weights are those of the base alone.
         generator = torch.Generator().manual_seed(ENCODER_SEEDS + config.seed)
-        assembly = assembly.wrap(lambda sae: AttendedSae(sae, attention, mixing and mixing[0], config.rank, generator))
+        sae = AttendedSae(assembly.sae, attention, mixing and mixing[0], config.rank, generator)
+        assembly = assembly.with_sae(sae)
     if mixing is not None:
         assembly = _with_mixing(assembly, attention, *mixing)
     guide = Guidance(attention, config.temperature, config.negatives, objective)

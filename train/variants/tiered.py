@@ -193,7 +193,7 @@ class Config(Wrapping):
             shapes["tier_gates"] = TierGates(membership, names)
             rises = [Ramp(0.0, 1.0, begin, begin + self.curriculum_rise_fraction) for begin in self.curriculum[1:]]
             assembly = assembly.with_knobs(**dict(zip(names[1:], rises, strict=True)))
-        return assembly.wrap(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
+        return assembly.with_sae(ShapedAutoencoder(assembly.sae, shapes)) if shapes else assembly
 
     def _moves(self) -> Moves:
         return Moves(self.moves_every_steps, self.idle_frequency, self.moves_at_once, self.tier_drift, self.moves_live)
