@@ -213,7 +213,7 @@ def _is_result_of(folder: Path, core: Mapping[str, Any]) -> bool:
     return ours.get("format", FORMAT) == FORMAT and ours.get("sha256") == source_of(folder).sha256
 
 
-def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
+def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str]) -> str:
     """README.md of a repository; `pictures` are paths in it."""
     shown = ["", "## Plots"] if pictures else []
     for path in pictures:
