@@ -50,13 +50,12 @@ def support_of_batch(pre: Tensor, count: int) -> Support:
 
 def topk_batch(pre: Tensor, count: int) -> Tensor:
     """Increasing flat positions of the `count` largest positive entries of the whole batch."""
-    floor = torch.zeros((), dtype=pre.dtype, device=pre.device)
     for share in (1.4, 3.0):
         guess = _sampled_threshold(pre, int(share * count))
         flat = (pre > guess).view(-1).nonzero().view(-1)
-        if flat.numel() >= count or guess <= floor:
+        if flat.numel() >= count or guess <= 0:
             return _largest(pre, flat, count)
-    return _largest(pre, (pre > floor).view(-1).nonzero().view(-1), count)
+    return _largest(pre, (pre > 0).view(-1).nonzero().view(-1), count)
 
 
 def marked(mask: Tensor, max_share: float) -> Support | None:
