@@ -25,12 +25,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.terms_and_constraints import Constraint
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
 from ..sae.kernels.sparse_support import group_of_each, index_sum
-from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View, once
 
 Importance = Literal["learned", "uncertainty", "fixed"]
@@ -206,17 +204,6 @@ class Composition(Extra):
 
     def _table(self, tier: int) -> nn.Parameter:
         return cast(nn.Parameter, getattr(self, f"C{tier + 1}"))
-
-
-class NonNegative(Constraint):
-    """Keep C from falling below zero."""
-
-    table_use = "none"
-
-    @torch.no_grad()
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        for table in sae.extras[COMPOSITION].parameters():
-            table.clamp_min_(0.0)
 
 
 def composition_of(view: View) -> Composition:

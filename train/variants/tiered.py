@@ -30,7 +30,7 @@ from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.kernels.sparse_support import group_of_each
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
-from ..terms.constraints import TierGradients
+from ..terms.constraints import NonNegative, TierGradients
 from ..terms.move_idle_latents import Moves, Structure
 from ..terms.reconstruction_and_sparsity import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling
@@ -39,7 +39,6 @@ from ..terms.tiers import (
     TIERS,
     Composition,
     Importance,
-    NonNegative,
     TieredReconstruction,
     Tiers,
     composition_l1,
@@ -166,10 +165,12 @@ class Config(Wrapping):
             Ramp(0.0, weight, end_fraction=self.composition_warmup_fraction)
             for weight in (self.composition_weight, self.composition_l1)
         )
+        composition = Composition(room)
+        tables = tuple(f"extras.{COMPOSITION}.{name}" for name in dict(composition.named_parameters()))
         return (
-            assembly.with_extra(COMPOSITION, Composition(room))
+            assembly.with_extra(COMPOSITION, composition)
             .with_terms(Term("composition", composition_loss, error), Term("composition_l1", composition_l1, sparsity))
-            .with_constraints(NonNegative())
+            .with_constraints(NonNegative(tables))
         )
 
     def _with_structure(self, assembly: Assembly) -> Assembly:
