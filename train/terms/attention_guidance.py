@@ -23,7 +23,7 @@ from ..sae.kernels.window_gram import window_gram
 from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
-TINY = 1e-12
+EPSILON, TINY = 1e-6, 1e-12
 FAR_BELOW = -1e9  # a logit that vanishes in a softmax, without infinity times zero
 
 
@@ -72,13 +72,12 @@ class Consistency:
     """What the layers contribute to a token should agree.
 
     c^l = A^l f is what layer l contributes to each token, c = sum_l w_l c^l; the loss is the mean over tokens
-    of sum_l w_l ||c^l - c||^2 / (||c||^2 + eps). With the products K = f f^T of a window and
-    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + eps), so c is never computed.
+    of sum_l w_l ||c^l - c||^2 / (||c||^2 + EPSILON). With the products K = f f^T of a window and
+    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + EPSILON), so c is never computed.
     The weights get no gradient here, because the loss is zero wherever one layer has all the weight.
     """
 
     attention: Attention
-    eps: float = 1e-6
 
     def __call__(self, view: View) -> Tensor:
         links, by_row = self.attention.links(view), self.attention.by_row(view).detach()
@@ -87,7 +86,7 @@ class Consistency:
         A = mixture(links, link_weights(by_row, links), view.x.shape[0])
         together = (A * (by_row[:, :, None] * products_LBT).sum(0)).sum(1)
         spread = (by_layer - together).clamp_min(0.0)
-        return _mean_where(view, spread / (together + self.eps), has_links(by_row))
+        return _mean_where(view, spread / (together + EPSILON), has_links(by_row))
 
 
 @once
