@@ -161,14 +161,13 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """The value of another schedule some steps later."""
+class Next:
+    """The value of another schedule one step later."""
 
     schedule: Schedule
-    steps: int
 
     def __call__(self, step: int, total_steps: int) -> float:
-        return self.schedule(step + self.steps, total_steps)
+        return self.schedule(step + 1, total_steps)
 
 
 def cut_short(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
@@ -179,7 +178,7 @@ def cut_short(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
             return [(asked, given) for asked, given in stretches if given < asked]
         case Product(factors=factors):
             return [found for factor in factors for found in cut_short(factor, total_steps)]
-        case Complement(schedule=inner) | Ahead(schedule=inner):
+        case Complement(schedule=inner) | Next(schedule=inner):
             return cut_short(inner, total_steps)
         case _:
             return []

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.train.engine.schedules import (
-    Ahead,
     Complement,
     Constant,
     Decay,
     ExponentialApproach,
+    Next,
     Onset,
     Product,
     Ramp,
@@ -58,10 +58,10 @@ def test_the_seeds_temperature_goes_from_one_and_a_half_to_a_half():
     assert tau(10**6, 1) == pytest.approx(0.5)
 
 
-def test_product_and_ahead():
+def test_product_and_next():
     ramp = Ramp(0.0, 1.0)
     assert Product((Constant(2.0), ramp))(50, 100) == pytest.approx(1.0)
-    assert Ahead(ramp, 1)(4, 10) == ramp(5, 10)
+    assert Next(ramp)(4, 10) == ramp(5, 10)
 
 
 @given(
@@ -81,4 +81,4 @@ def test_what_a_short_run_cuts_is_known():
     both = Product((Onset(0, 1000), Complement(onset, 1.0), Decay(0.2)))
     assert cut_short(both, 534) == [(1000, 53), (500, 106)]
     assert cut_short(both, 10_000) == []
-    assert cut_short(Ahead(Onset(0, 10), 5), 50) == [(10, 5)]
+    assert cut_short(Next(Onset(0, 10)), 50) == [(10, 5)]
