@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable
-from types import ModuleType
 
 from ..cache_schema.strict_json import nearest
 
 
-def file_names(folders: Iterable[str]) -> tuple[str, ...]:
-    """All modules of a package, given its `__path__`, sorted."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(folders)))
+def file_names(package: str) -> tuple[str, ...]:
+    """All modules of a package, sorted."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)))
 
 
 def require_known(name: str, known: Iterable[str], kind: str, error: type[Exception]) -> None:
@@ -20,8 +19,3 @@ def require_known(name: str, known: Iterable[str], kind: str, error: type[Except
     known = tuple(known)
     if name not in known:
         raise error(f"unknown {kind} {name!r}{nearest(name, known)}")
-
-
-def import_file(package: str, name: str) -> ModuleType:
-    """Import a module of a package."""
-    return importlib.import_module(f"{package}.{name}")

@@ -14,7 +14,7 @@ from ..cache_schema.disk_and_cloud_files import LocalFiles
 from ..cache_schema.launcher_environment import is_launched
 from ..cache_schema.numbers_in_words import counted
 from ..cache_schema.sites import RESID, say_place
-from .config.parse_settings import parse_grid, parse_settings
+from .config.parse_settings import ALIASES, parse_grid, parse_settings
 from .config.recipe import find_recipes, studies
 from .config.run_config import Member, RunRequest
 from .disk.write_and_load_checkpoints import list_checkpoints
@@ -33,7 +33,6 @@ from .sae.kernels.dense_products import product_on
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
-_ALIASES = {"lr": "optim.lr"}
 
 FEW_READ = 0.98  # warn if SAEs on whole windows read less than this share of the text
 
@@ -81,8 +80,8 @@ def train_all(options: Mapping[str, Any], process: Process) -> Iterator[Outcome]
 
 def requests_of(options: Mapping[str, Any]) -> list[RunRequest]:
     """The new runs that the options ask for."""
-    settings = _settings({name: options[name] for name in _OPTIONS}, options["set"])
-    requests = find_requests(options["variant"], options["recipe"], options["name"], settings, _points(options["grid"]))
+    settings, points = _settings(options), parse_grid(options["grid"])
+    requests = find_requests(options["variant"], options["recipe"], options["name"], settings, points)
     init = None if options["init"] is None else str(find_sae(options["init"], options["out"]))
     return [replace(request, baselines=options["with_baselines"], init=init) for request in requests]
 
@@ -161,7 +160,7 @@ def _announce(run: Run, settled: Settled) -> None:
         say(f"  {member.label}: {settings_of(member, sae['lr'])}{where}")
     for line in settled.unread:
         say(line, style="yellow")
-    windowed = any(needs.windows for needs in run.config.requests().values())
+    windowed = any(needs.windows for needs in run.config.needs().values())
     if windowed and (share := plan.windows_taken()) < FEW_READ:
         say(
             f"SAEs on whole windows read {share:.0%} of the text: a batch of {plan.batch_tokens:,} tokens holds only "
@@ -217,26 +216,14 @@ def find_requests(
     return [RunRequest.of_recipe(one, settings, points) for one in found]
 
 
-def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of the command line. One given under two names must have the same value in both."""
-    settings = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
-    for name, value in parse_settings(words).items():
-        key = _ALIASES.get(name, name)
+    settings = {key: options[name] for name, key in _OPTIONS.items() if options[name] is not None}
+    for name, value in parse_settings(options["set"]).items():
+        key = ALIASES.get(name, name)
         if settings.setdefault(key, value) != value:
             raise ConfigInvalid(f"expected one value of {key}, found {settings[key]!r} and {value!r}: leave out one")
     return settings
-
-
-def _points(words: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The grid. A repeated key is refused, because only its last values would count."""
-    points = [{_ALIASES.get(key, key): value for key, value in point.items()} for point in parse_grid(words)]
-    given = [word.partition("=")[0].strip() for word in words]
-    keys = [_ALIASES.get(key, key) for key in given]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigInvalid(
-            f"expected {twice[0]} once in a grid, found it in several --grid options: give all its values in one"
-        )
-    return points
 
 
 def require_cache(cache: str | None) -> str:

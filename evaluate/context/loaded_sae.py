@@ -20,12 +20,12 @@ from ...cache_schema.sites import RESID, key_of, place_of
 from ...train.disk.sae_lens_folder import NORM_BOUNDS
 from ...train.kit import variant_registry
 from ...train.run.init_from_trained_sae import source_of
-from ...train.sae.kernels.bfloat16_then_float32 import Affine
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable, SaeGone
 from ..model.batches import Windows
 from ..model.smaller_pieces import whole
+from .bfloat16_then_float32 import Affine
 
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 

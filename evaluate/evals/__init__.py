@@ -6,11 +6,12 @@ without `evaluation.py` (`probing`, `measures`) hold code that several evaluatio
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cache_schema.users_own_files import with_users_files
-from ...train.file_registry import file_names, import_file, require_known
+from ...train.file_registry import file_names, require_known
 from ..errors import EvaluationInvalid, UnknownEval
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def load(name: str) -> Evaluation[Any]:
     require_known(name, names(), "evaluation", UnknownEval)
     from .evaluation_contract import Evaluation  # imported here, so that listing names does not import torch
 
-    found = getattr(import_file(__name__, _modules()[name]), "EVALUATION", None)
+    found = getattr(import_module(f"{__name__}.{_modules()[name]}"), "EVALUATION", None)
     if not isinstance(found, Evaluation):
         raise EvaluationInvalid(
             f"evaluation {name}: expected EVALUATION = Evaluation(...) in its file, found {found!r}"
@@ -49,5 +50,5 @@ def _modules() -> dict[str, str]:
     """The module of each evaluation, by id."""
     packages = {file.parent.name for path in __path__ for file in Path(path).glob("*/__init__.py")}
     folders = {file.parent.name for path in __path__ for file in Path(path).glob("*/evaluation.py")}
-    files = set(file_names(__path__)) - packages - {CONTRACT}
+    files = set(file_names(__name__)) - packages - {CONTRACT}
     return {name: name for name in files} | {name: f"{name}.evaluation" for name in folders}

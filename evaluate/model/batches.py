@@ -21,7 +21,7 @@ from ...cache_schema.sites import RESID, Site
 from ...harvest.sparsify_attention import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
-from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
+from ...train.data.block import TORCH_DTYPES, StoredRows
 from ...train.data.device_copies import send
 from ..errors import SettingInvalid
 from .prefix_suffix import LanguageModel
@@ -258,5 +258,5 @@ def _resid_of(part: ShardArrays, layer: int, rows: slice, dtype: torch.dtype) ->
     """Residuals in the model's dtype; stored codes become their values, rounded to it."""
     stored, scales = part.resid[layer][rows].copy(), part.scales.get(Site(RESID, layer))
     if scales is None:
-        return as_tensor(stored, dtype)
+        return torch.from_numpy(stored).view(dtype)  # NumPy holds bfloat16 as uint16
     return StoredRows(torch.from_numpy(stored), torch.from_numpy(scales[rows].copy())).values().to(dtype)

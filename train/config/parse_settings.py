@@ -16,6 +16,7 @@ from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest
 from ..errors import ConfigInvalid
 
 T = TypeVar("T")
+ALIASES = {"lr": "optim.lr"}
 _UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -37,15 +38,21 @@ def parse_settings(words: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_grid(words: Iterable[str]) -> list[dict[str, Any]]:
-    """The settings of each point of the grid that `k=16,32` words span."""
-    axes = []
+    """The settings of each point of the grid that `k=16,32` words span. A key may be given only once, because only its
+    last values would count."""
+    axes: dict[str, list[Any]] = {}
     for word in words:
         key, equals, values = word.partition("=")
         if not equals or not values:
             raise ConfigInvalid(f"expected a grid like k=16,32,64, found {word!r}")
+        key = ALIASES.get(key.strip(), key.strip())
+        if key in axes:
+            raise ConfigInvalid(
+                f"expected {key} once in a grid, found it in several --grid options: give all its values in one"
+            )
         outside_brackets = re.split(r",(?![^\[]*\])", values)
-        axes.append([(key.strip(), parse_value(value.strip())) for value in outside_brackets])
-    return [dict(point) for point in itertools.product(*axes)]
+        axes[key] = [parse_value(value.strip()) for value in outside_brackets]
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 def parse_value(text: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...cache_schema.strict_json import nearest
 from ..errors import ConfigInvalid
-from ..file_registry import file_names, import_file, require_known
+from ..file_registry import file_names, require_known
 
 PACKAGE = __name__.rsplit(".", 2)[0] + ".study_recipes"
 AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
@@ -75,18 +75,18 @@ def as_recorded(runs: Iterable[Recipe]) -> tuple[Recipe, ...]:
 
 def studies() -> tuple[str, ...]:
     """All studies, sorted."""
-    return file_names(importlib.import_module(PACKAGE).__path__)
+    return file_names(PACKAGE)
 
 
 def runs_of(study: str) -> tuple[Recipe, ...]:
     require_known(study, studies(), "study", ConfigInvalid)
-    runs: tuple[Recipe, ...] = import_file(PACKAGE, study).RUNS
+    runs: tuple[Recipe, ...] = importlib.import_module(f"{PACKAGE}.{study}").RUNS
     return tuple(replace(run, study=study, evals=("core", *own_evals(study), *run.evals)) for run in runs)
 
 
 def own_evals(study: str) -> tuple[str, ...]:
     """Evaluations that measure what the study's SAEs are trained on."""
-    return getattr(import_file(PACKAGE, study), "EVALS", ())
+    return getattr(importlib.import_module(f"{PACKAGE}.{study}"), "EVALS", ())
 
 
 def find_recipes(name: str) -> tuple[Recipe, ...]:

@@ -112,7 +112,7 @@ class RunConfig:
     course: CourseConfig
     members: tuple[Member, ...]
 
-    def requests(self) -> dict[str, Needs]:
+    def needs(self) -> dict[str, Needs]:
         return {member.label: member.config.needs() for member in self.members}
 
     def to_json(self) -> dict[str, Any]:
@@ -199,22 +199,8 @@ class RunRequest:
     def members(self, limits: Limits, stored: StoredLayers | None = None) -> tuple[Member, ...]:
         """The SAEs. `limits` bound the variant's own defaults, never requested values; a default layer that is not in
         the store is replaced by one that is."""
-        grid_keys = [key for point in self.grid for key in point]
-        misplaced = [key for key in grid_keys if split_key(key)[0] in ("data", "course")]
-        if misplaced:
-            raise ConfigInvalid(
-                f"--grid is for SAEs that share data and course, found {misplaced[0]}: set it with --set, and "
-                "start a run for each value"
-            )
-        overrides = [(key, other) for key in grid_keys for other in self.settings if self._overrides(key, other)]
-        if overrides:
-            key, other = overrides[0]
-            raise ConfigInvalid(
-                f"expected {key} only in --grid, found {other}={self.settings[other]} in an option or --set too: "
-                "leave out one of the two"
-            )
-        self._require_known([*self.settings, *grid_keys])
-        stored = stored or {}
+        self._require_grid()
+        self._require_known()
         made = [(sae, point, self._member(sae, point, limits, stored)) for sae in self.saes for point in self.grid]
         members: dict[str, Member] = {}
         for _, _, member in made:
@@ -227,7 +213,7 @@ class RunRequest:
                 raise ConfigInvalid(
                     f"two SAEs of the run would both be called {member.label}: train one of them in a separate run"
                 )
-        self._require_read(tuple(members.values()), grid_keys)
+        self._require_read(tuple(members.values()))
         self._require_apart(made)
         return tuple(members.values())
 
@@ -236,10 +222,31 @@ class RunRequest:
         read: dict[str, set[str]] = {}
         for member in members:
             read.setdefault(member.variant, set()).update(_keys(member.config) - member.config.unread().keys())
-        keys = dict.fromkeys([*self.settings, *(key for point in self.grid for key in point)])
-        known = [key for key in keys if any(key in of for of in read.values())]
+        known = [key for key in self._given if any(key in of for of in read.values())]
         without = {key: [name for name, of in read.items() if key not in of] for key in known}
         return tuple(f"{key} is not read by {', '.join(names)}" for key, names in without.items() if names)
+
+    @property
+    def _given(self) -> tuple[str, ...]:
+        """The settings of the options, --set and --grid, each once."""
+        return tuple(dict.fromkeys([*self.settings, *(key for point in self.grid for key in point)]))
+
+    def _require_grid(self) -> None:
+        """Refuse a grid over what all SAEs share, or over what is set besides."""
+        keys = [key for point in self.grid for key in point]
+        misplaced = [key for key in keys if split_key(key)[0] in ("data", "course")]
+        if misplaced:
+            raise ConfigInvalid(
+                f"--grid is for SAEs that share data and course, found {misplaced[0]}: set it with --set, and "
+                "start a run for each value"
+            )
+        overrides = [(key, other) for key in keys for other in self.settings if self._overrides(key, other)]
+        if overrides:
+            key, other = overrides[0]
+            raise ConfigInvalid(
+                f"expected {key} only in --grid, found {other}={self.settings[other]} in an option or --set too: "
+                "leave out one of the two"
+            )
 
     def _overrides(self, grid_key: str, key: str) -> bool:
         """Whether a key of the grid overrides a setting for every SAE."""
@@ -253,8 +260,7 @@ class RunRequest:
         for (one, point, first), (other, other_point, second) in itertools.combinations(made, 2):
             if point != other_point or first.config != second.config:
                 continue
-            known = _keys(variant_registry.config_type(one.variant)())
-            asked = _own({**self.settings, **point}, one.variant, known)
+            asked = _own({**self.settings, **point}, one.variant, _keys(first.config))
             overridden = [key for key in asked if one.settings.get(key) != other.settings.get(key)]
             if overridden:
                 raise ConfigInvalid(
@@ -262,10 +268,10 @@ class RunRequest:
                     f"same SAE: leave {overridden[0]} to the recipe"
                 )
 
-    def _require_read(self, members: Sequence[Member], grid_keys: Sequence[str]) -> None:
+    def _require_read(self, members: Sequence[Member]) -> None:
         """Refuse settings that none of the SAEs reads."""
         known = [(member, _keys(member.config)) for member in members]
-        for key in dict.fromkeys([*self.settings, *grid_keys]):
+        for key in self._given:
             of = [(member, name) for member, keys in known for name in _own({key: None}, member.variant, keys)]
             advice = [member.config.unread().get(name) for member, name in of]
             if not of or None in advice:
@@ -277,7 +283,7 @@ class RunRequest:
                     f"{member.label}: {name} {self.settings.get(key, found)} would be ignored: {advice[0]}"
                 )
 
-    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, stored: StoredLayers) -> Member:
+    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, stored: StoredLayers | None) -> Member:
         config = variant_registry.config_type(sae.variant)()
         known = _keys(config)
         varied = _own(point, sae.variant, known)
@@ -301,12 +307,12 @@ class RunRequest:
         given = {**(self.recipe.settings if self.recipe else {}), **self.settings}
         return {split_key(key)[1]: value for key, value in given.items() if split_key(key)[0] == head}
 
-    def _require_known(self, keys: Iterable[str]) -> None:
+    def _require_known(self) -> None:
         """Refuse a key that no SAE of the run has."""
         names = dict.fromkeys(sae.variant for sae in self.saes)
         by_variant = {name: list(flatten(to_json(variant_registry.config_type(name)()))) for name in names}
         everything = {key for keys in by_variant.values() for key in keys}
-        for key in keys:
+        for key in self._given:
             head, rest = split_key(key)
             if head in ("data", "course"):
                 continue

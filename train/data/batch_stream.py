@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ...cache_schema import Request, Store
+from ...cache_schema import Manifest, Request, Store
 from ...cache_schema.sites import Place, say_place, site_of
 from ..errors import NothingToTrain
 from .batch import Kind, Needs, Rows
@@ -110,6 +110,12 @@ def joint_request(needs: Iterable[Needs], split: str) -> Request:
     )
 
 
+def held_out_windows(manifest: Manifest, tokens: int) -> int:
+    """How many windows of the validation split are measured for about this many tokens."""
+    first, last = manifest.splits["validation"]
+    return min(max(1, tokens // manifest.context), last - first)
+
+
 def held_out(
     store: Store,
     needs: Iterable[Needs],
@@ -126,8 +132,7 @@ def held_out(
     request, manifest = joint_request(needs, "validation"), store.manifest
     scales = {layer: stats[layer].scale.to(device) for layer in stats}
     per_batch = max(1, batch_tokens // manifest.context)
-    first, last = manifest.splits["validation"]
-    spans = store.spans(replace(request, windows=(0, min(max(1, tokens // manifest.context), last - first))))
+    spans = store.spans(replace(request, windows=(0, held_out_windows(manifest, tokens))))
     pool = Pool(store, request, max((span.windows for span in spans), default=0), device, bounds_of(stats))
     with ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-held-out") as readers:
         for span in spans:  # one shard's windows at a time

@@ -8,7 +8,7 @@ W windows, T context, H heads, D residual width, N trainable tokens, E entries o
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -40,8 +40,8 @@ class Block:
     tokens_on_device: Tensor  # int32 [W, T]
     documents_on_device: Tensor  # int32 [W, T]
     resid: dict[Place, StoredRows]  # [at least W * T, D]
-    attention: dict[int, Attention] = field(default_factory=dict)
-    massive: dict[Place, np.ndarray] = field(default_factory=dict)
+    attention: dict[int, Attention]
+    massive: dict[Place, np.ndarray]
     """bool [W, T], for layers whose massive rows are left out."""
 
     @property
@@ -165,14 +165,8 @@ def as_int64(stored: Tensor) -> Tensor:
     return stored.long() if stored.dtype == torch.uint8 else stored.long().bitwise_and_(256**stored.itemsize - 1)
 
 
-def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Stored residuals as a tensor over the same memory; numpy holds bfloat16 as uint16."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(dtype) if tensor.dtype != dtype else tensor
-
-
 def as_stored(tensor: Tensor) -> np.ndarray:
-    """A numpy array over a host tensor's memory, in the type that the store reads into."""
+    """A numpy array over a host tensor's memory, in the type that the store reads into: uint16 for bfloat16."""
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 

@@ -39,11 +39,11 @@ class Pool:
         request: Request,
         max_windows: int,
         device: torch.device,
-        bounds: Mapping[Place, float] | None = None,
+        bounds: Mapping[Place, float],
     ) -> None:
         """`bounds`: by layer, the largest norm of a row that is not massive."""
         manifest = store.manifest
-        self._bounds = {place: bound for place, bound in (bounds or {}).items() if site_of(place) in request.sites}
+        self._bounds = {place: bound for place, bound in bounds.items() if site_of(place) in request.sites}
         self._store, self._request, self._device = store, request, device
         is_gpu = device.type == "cuda"
         ids = torch.empty((2, max_windows, manifest.context), dtype=torch.int32, pin_memory=is_gpu)
@@ -177,8 +177,8 @@ class Loader:
         plan: Plan,
         request: Request,
         device: torch.device,
-        steps: int | None = None,
-        bounds: Mapping[Place, float] | None = None,
+        steps: int | None,
+        bounds: Mapping[Place, float],
     ) -> None:
         self._plan, self._steps = plan, steps
         self._readers = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-piece")

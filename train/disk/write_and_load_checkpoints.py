@@ -105,10 +105,10 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:09d}"
 
 
-def keep_newest(folder: Path, count: int, last: Path | None = None) -> None:
+def keep_newest(folder: Path, count: int, last: Path) -> None:
     """Delete the checkpoints before the last `count`. Those after `last`, which the run could not read when it resumed,
     do not count and stay until the run reaches their steps again."""
-    for old in [path for path in list_checkpoints(folder) if last is None or path <= last][count:]:
+    for old in [path for path in list_checkpoints(folder) if path <= last][count:]:
         shutil.rmtree(old, ignore_errors=True)  # the next save tries again
 
 

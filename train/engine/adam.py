@@ -21,7 +21,7 @@ from ..errors import ConfigInvalid
 from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..sae.kernels.hardware import reads_at_once, write_numbers
 from ..sae.kernels.row_gradients import RowGradient, RowUpdates, take_rows
-from .schedules import Decay, Product, Schedule, WarmUp
+from .schedules import Constant, Decay, Onset, Product, Schedule
 
 Start = Literal["fitted", "drawn"]
 BETA1, EPSILON = 0.9, 1e-8  # Adam's own defaults, unless the user or the variant sets others
@@ -73,8 +73,8 @@ class Optim:
     def schedule(self) -> Schedule:
         """The learning rate of every step; `lr` must be set."""
         assert self.lr is not None
-        rise = WarmUp(self.lr, self.warmup_steps, self.warmup_max_fraction, self.warmup_power)
-        return Product((rise, Decay(self.decay_fraction)))
+        rise = Onset(0, self.warmup_steps, self.warmup_max_fraction, self.warmup_power)
+        return Product((Constant(self.lr), rise, Decay(self.decay_fraction)))
 
 
 class Adam:

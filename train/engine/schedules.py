@@ -80,15 +80,18 @@ class Doubling:
 
 @dataclass(frozen=True)
 class Onset:
-    """0 for `idle_steps`, then rising to 1 over `rise_steps`, each at most `max_fraction` of the run."""
+    """0 for `idle_steps`, then rising to 1 over `rise_steps`, each at most `max_fraction` of the run. If it is not idle
+    first, even the first step is above 0."""
 
     idle_steps: int
     rise_steps: int
     max_fraction: float = 0.1
+    power: float = 1.0
+    """1: linear; 3: cubic, slow at first."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         idle, rise = self._stretches(total_steps)
-        return _clip01((step + 1 - idle) / (rise + 1))
+        return _clip01((step + 1 - idle) / (rise + 1)) ** self.power
 
     def end(self, total_steps: int) -> int:
         """The first step in which it is 1."""
@@ -120,20 +123,6 @@ class HalfLife:
     def __call__(self, step: int, total_steps: int) -> float:
         past = max(0, step - self.after.end(total_steps)) / total_steps
         return 0.5 ** (past / self.fraction)
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """From near zero to `value` over `steps` steps, never longer than `max_fraction` of the run."""
-
-    value: float
-    steps: int
-    max_fraction: float = 0.1
-    power: float = 1.0
-
-    def __call__(self, step: int, total_steps: int) -> float:
-        steps = min(self.steps, int(self.max_fraction * total_steps))
-        return self.value if step >= steps else self.value * ((step + 1) / (steps + 1)) ** self.power
 
 
 @dataclass(frozen=True)
@@ -172,30 +161,27 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """The value of another schedule some steps later."""
+class Next:
+    """The value of another schedule one step later."""
 
     schedule: Schedule
-    steps: int
 
     def __call__(self, step: int, total_steps: int) -> float:
-        return self.schedule(step + self.steps, total_steps)
+        return self.schedule(step + 1, total_steps)
 
 
 def cut_short(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
     """Phases that the run is too short for: the steps requested, and the steps given."""
     match schedule:
-        case WarmUp(steps=asked, max_fraction=part):
-            stretches = [(asked, min(asked, int(part * total_steps)))]
         case Onset(idle_steps=idle, rise_steps=rise):
-            stretches = [*zip((idle, rise), schedule._stretches(total_steps), strict=True)]
+            stretches = zip((idle, rise), schedule._stretches(total_steps), strict=True)
+            return [(asked, given) for asked, given in stretches if given < asked]
         case Product(factors=factors):
             return [found for factor in factors for found in cut_short(factor, total_steps)]
-        case Complement(schedule=inner) | Ahead(schedule=inner):
+        case Complement(schedule=inner) | Next(schedule=inner):
             return cut_short(inner, total_steps)
         case _:
             return []
-    return [(asked, given) for asked, given in stretches if given < asked]
 
 
 def _clip01(value: float) -> float:

@@ -80,9 +80,11 @@ class Trainee:
         self.sae.extras.update(dict(assembly.extras))
         self.latents = Latents(self.sae.num_latents)
         self._split: tuple[str, ...] = ()
+        self._split_state: set[str] = set()  # tensors of the state that cover only the latents of this process
         if split is not None and split.size > 1:
             require_splittable(name, assembly)
             self.latents, self._split = SomeLatents(split, self.sae.num_latents), split_parameters(self.sae)
+            self._split_state = split_state(self._split)
             keep_own_latents(self.sae, self._split, self.latents)
         self.sae.to(self.device)
         by_row = self._tables_by_row()
@@ -191,7 +193,7 @@ class Trainee:
         """
         self.look()
         whole = {
-            name: self.latents.whole(tensor) if self._is_part(name) else tensor
+            name: self.latents.whole(tensor) if name in self._split_state else tensor
             for name, tensor in fetch(self._own_state()).items()
         }
         return {name: tensor for name, tensor in whole.items() if tensor is not None}
@@ -241,19 +243,15 @@ class Trainee:
         if problems:
             raise StateInvalid(f"{self.name}: the saved state does not match: {'; '.join(sorted(problems))}")
         for name, tensor in own.items():
-            tensor.copy_(self.latents.own(state[name]) if self._is_part(name) else state[name])
+            tensor.copy_(self.latents.own(state[name]) if name in self._split_state else state[name])
         self.counters.after_load()
         self.replays.forget()
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
 
-    def _is_part(self, name: str) -> bool:
-        """Whether a tensor of the state covers only the latents of this process."""
-        return bool(self._split) and name in split_state(self._split)
-
     def _whole_shape(self, name: str, own: Tensor) -> tuple[int, ...]:
         """The shape of a tensor of the state with the latents of all processes."""
-        return (self.latents.total, *own.shape[1:]) if self._is_part(name) else tuple(own.shape)
+        return (self.latents.total, *own.shape[1:]) if name in self._split_state else tuple(own.shape)
 
     def _sum_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses over all latents, for the log; of a loss split in "parts" each process has computed one. All have

@@ -3,7 +3,7 @@
 An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
 and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
 the module before and after the optimiser. New behaviour comes from combining these parts:
-`with_terms`, `replacing`, `with_constraints`, `with_knobs`, `with_extra`, `wrap`.
+`with_terms`, `replacing`, `with_constraints`, `with_knobs`, `with_extra`, `with_sae`.
 
 The functions at the end decide which SAEs can be split by latents, and which of their tensors are.
 """
@@ -125,9 +125,9 @@ class Assembly:
             raise ValueError(f"expected a new name for an extra, found {name!r} again")
         return replace(self, extras={**self.extras, name: extra})
 
-    def wrap(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
-        """A copy whose module is wrapped in another."""
-        return replace(self, sae=wrap(self.sae))
+    def with_sae(self, sae: SparseAutoencoder) -> Assembly:
+        """A copy with another module, say one that wraps this one's."""
+        return replace(self, sae=sae)
 
     def cut_short(self, total_steps: int) -> list[tuple[int, int]]:
         """Schedule phases that a run of this length is too short for: the steps requested, and the steps given."""
@@ -157,7 +157,7 @@ def split_parameters(sae: SparseAutoencoder) -> tuple[str, ...]:
 
 
 def split_state(parameters: Iterable[str]) -> set[str]:
-    """The tensors of a trainee's state with a row or a number for each latent."""
+    """The tensors of a trainee's state with a row or a number for each latent, given its parameters that have one."""
     found = {"latents.tokens_since_fired", "latents.listed"}
     for name in parameters:
         found |= {f"sae.{name}", f"adam.{name}.first_moment", f"adam.{name}.second_moment"}

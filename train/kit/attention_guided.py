@@ -66,9 +66,6 @@ class Guided(Wrapping):
         if self.head is not None:
             require_head(self.head, 1 if spec.averaged else spec.heads)
 
-    def attention(self, layers: tuple[int, ...]) -> Attention:
-        return Attention(layers, self.head, self.min_mass, self.shuffle_attention, self.links)
-
     def weight(self, factor: float = 1.0) -> Schedule:
         """alpha times a factor, with warm-up."""
         return Ramp(0.0, self.alpha * factor, end_fraction=self.alpha_warmup_fraction)
@@ -100,11 +97,12 @@ def build_guided(
     """The base with the guidance terms and, if guidance="encode", an encoder that reads attention; `mixing` comes with
     the schedule of its temperature."""
     assembly = build_base(config, d_model, stats)
-    attention = config.attention(layers)
+    attention = Attention(layers, config.head, config.min_mass, config.shuffle_attention, config.links)
     if config.guidance == "encode":
         # A generator of its own, so that the base's weights are those of the base alone.
         generator = torch.Generator().manual_seed(ENCODER_SEEDS + config.seed)
-        assembly = assembly.wrap(lambda sae: AttendedSae(sae, attention, mixing and mixing[0], config.rank, generator))
+        sae = AttendedSae(assembly.sae, attention, mixing and mixing[0], config.rank, generator)
+        assembly = assembly.with_sae(sae)
     if mixing is not None:
         assembly = _with_mixing(assembly, attention, *mixing)
     guide = Guidance(attention, config.temperature, config.negatives, objective)

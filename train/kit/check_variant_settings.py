@@ -79,7 +79,7 @@ def require_hook(hook: str | None, setting: str = "hook") -> None:
     require(hook is None or hook in HOOKS, f"{setting}: unknown hook {hook!r}{nearest(str(hook), HOOKS)}")
 
 
-def require_layers(layers: tuple[int, ...], rising: bool = False) -> None:
+def require_layers(layers: tuple[int, ...], rising: bool) -> None:
     is_distinct = len(set(layers)) == len(layers) > 0
     require(is_distinct, f"layers: expected one or more distinct layers, found {layers}")
     require(not rising or list(layers) == sorted(layers), f"layers: expected rising layers, found {layers}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache_schema.strict_json import from_json
 from ..errors import ConfigInvalid
-from ..file_registry import file_names, import_file, require_known
+from ..file_registry import file_names, require_known
 
 if TYPE_CHECKING:
     from .variant_contract import Variant
@@ -19,13 +19,13 @@ PACKAGE = __name__.rsplit(".", 2)[0] + ".variants"
 
 def names() -> tuple[str, ...]:
     """All variants, sorted."""
-    return file_names(importlib.import_module(PACKAGE).__path__)
+    return file_names(PACKAGE)
 
 
 def module(name: str) -> ModuleType:
     """The file of a variant."""
     require_known(name, names(), "variant", ConfigInvalid)
-    return import_file(PACKAGE, name)
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def config_type(name: str) -> type[Variant]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..config.run_config import CourseConfig
-from ..disk.write_and_load_checkpoints import Standing, Writer
+from ..disk.write_and_load_checkpoints import Writer
 from ..engine.fleet_of_saes import Fleet
 from ..errors import RunInterrupted, resume_command
 from ..parallel.processes import SOLO
@@ -95,20 +95,7 @@ class Saver:
         if not writes:  # the first process has the same weights: another copy in host memory would be wasted
             self._fleet.look()
         else:
-            watch, metrics_bytes = self._watch, 0
-            if watch.log is not None:
-                watch.log.sync()
-                metrics_bytes = watch.log.size
-            standing = Standing(
-                step=steps,
-                metrics_bytes=metrics_bytes,
-                seconds=watch.seconds,
-                waited_seconds=watch.waited_seconds,
-                same_pairs=watch.quality.same,
-                pairs=watch.quality.pairs,
-                run_id=self._run_id,
-            )
-            self._writer.begin(standing, state)
+            self._writer.begin(self._watch.standing(steps, self._run_id), state)
             if self._fleet.lends_state:
                 self._writer.finish()
         self._saved_at = time.perf_counter()

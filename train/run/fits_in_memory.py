@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ _GIB = 2**30
 
 
 def require_room(
-    members: Iterable[Member],
+    members: Sequence[Member],
     widths: Widths,
     rows: int,
     pool_bytes: int,
@@ -39,7 +39,6 @@ def require_room(
     gradients are gone, and only one process of the `team` that trains the same SAEs measures, with the memory of all
     processes on its host.
     """
-    members = tuple(members)
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
     largest, all_weights = max(weights, key=lambda label: weights[label]), sum(weights.values())
     step = max(step_bytes(member, widths, rows, parts) for member in members)
@@ -66,7 +65,7 @@ def require_room(
         _require_host_room(members, widths, parts, team)
 
 
-def _require_host_room(members: Iterable[Member], widths: Widths, parts: int, team: int) -> None:
+def _require_host_room(members: Sequence[Member], widths: Widths, parts: int, team: int) -> None:
     """Only the first process of a team copies a checkpoint to host memory; if latents are split, each process copies
     its part and the first joins them. At the start, each process builds a whole SAE before moving it, or its part, to
     its GPU."""

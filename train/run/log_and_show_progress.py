@@ -61,6 +61,20 @@ class Watch:
         self._started = time.perf_counter()
         self._ended: float | None = None
 
+    def standing(self, step: int, run_id: str) -> Standing:
+        """What `resume` continues from; the log up to here is on disk."""
+        if self.log is not None:
+            self.log.sync()
+        return Standing(
+            step=step,
+            metrics_bytes=0 if self.log is None else self.log.size,
+            seconds=self.seconds,
+            waited_seconds=self.waited_seconds,
+            same_pairs=self.quality.same,
+            pairs=self.quality.pairs,
+            run_id=run_id,
+        )
+
     def resume(self, standing: Standing) -> None:
         """Continue from the measurements made before the run was resumed."""
         self._before = standing.seconds, standing.waited_seconds

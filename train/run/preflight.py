@@ -14,7 +14,7 @@ from ...cache_schema.requests_and_spans import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member, RunConfig
-from ..data.batch_stream import joint_request
+from ..data.batch_stream import held_out_windows, joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fill_config_from_store import Settled
@@ -38,7 +38,7 @@ def check(
     for member in config.members:
         with name_sae(member.label):
             member.config.check(manifest)
-    request = joint_request(config.requests().values(), "train")
+    request = joint_request(config.needs().values(), "train")
     validate_request(manifest, request)
     store.spans(request)
     _require_held_out(settled, store)
@@ -66,7 +66,7 @@ def _require_held_out(settled: Settled, store: Store) -> None:
             f"the validation split of {store.url} is empty, but a run ends with a measurement on it. "
             "Harvest or import more text, so that the split has windows, or import it with --validation above 0"
         )
-    request = joint_request(settled.config.requests().values(), "validation")
+    request = joint_request(settled.config.needs().values(), "validation")
     store.spans(replace(request, windows=(0, _held_out_windows(settled, store))))
 
 
@@ -75,7 +75,7 @@ def _require_batches(settled: Settled, processes: int) -> None:
     tokens = settled.plan.batch_tokens
     if tokens < processes:
         raise ConfigInvalid(f"data.batch_tokens: expected at least one per process ({processes}), found {tokens}")
-    wanted = {label: needs.least_windows for label, needs in settled.config.requests().items() if needs.windows}
+    wanted = {label: needs.least_windows for label, needs in settled.config.needs().items() if needs.windows}
     if not wanted:
         return
     label, least = max(wanted.items(), key=lambda pair: pair[1])
@@ -115,15 +115,13 @@ def held_out_rows(config: RunConfig, manifest: Manifest, is_split: bool) -> int:
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:
-    """Windows of the validation split on which the run is measured."""
-    first, last = store.manifest.splits["validation"]
-    return min(max(1, settled.config.course.validation_tokens // store.manifest.context), last - first)
+    return held_out_windows(store.manifest, settled.config.course.validation_tokens)
 
 
 def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[Place, float]) -> None:
     """Require enough rows in the first held-out windows that are neither special nor massive, for every SAE."""
     windows = _held_out_windows(settled, store)
-    kinds = {needs.kind(bounds).layers: label for label, needs in settled.config.requests().items()}
+    kinds = {needs.kind(bounds).layers: label for label, needs in settled.config.needs().items()}
     for layers, label in kinds.items():
         of_layers = {layer: bounds[layer] for layer in layers}
         found = count_ordinary(store, of_layers, "validation", windows, LEAST_HELD_OUT)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .gates import BatchTopK
 from .kernels.dense_products import Product, linear
 from .kernels.sparse_products_with_gradients import affine
-from .kernels.sparse_support import Support, group_offsets
+from .kernels.sparse_support import Support, group_of_each, group_offsets
 from .model import SparseAutoencoder
 
 
@@ -43,7 +43,7 @@ class CrossLayerSae(SparseAutoencoder):
     ) -> None:
         """`rows` [F, D_in] are what each latent reads and, as far as widths allow, writes to its own layer."""
         self.num_layers, self.sizes = layers, deal(len(rows), layers)
-        layer_of = torch.arange(layers).repeat_interleave(torch.tensor(self.sizes), output_size=len(rows))
+        layer_of = group_of_each(self.sizes)
         d_out = len(b_dec) // layers
         W_dec = rows.new_zeros(len(rows), layers, d_out)
         W_dec[torch.arange(len(rows)), layer_of, : rows.shape[1]] = rows[:, :d_out]

@@ -166,7 +166,7 @@ class SparseAutoencoder(nn.Module):
         """The encoder rows of these latents, for a whole input row: [M, D_in]."""
         return self.W_enc[latents]
 
-    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor, learns: Tensor | None = None) -> Tensor | None:
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor, learns: Tensor | None) -> Tensor | None:
         """Pre-activations of these latents [B, M], for a constant x; None if `encoder_rows` determine them.
 
         Their gradient reaches parameters of these latents (of those that `learns` [M] marks, if it is given) and

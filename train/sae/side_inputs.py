@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import SideInputMissing
 from ..parallel.dictionary_over_processes import ALL_LATENTS, Latents
 from ..parallel.sums_over_processes import ALONE, BatchRanks
+from .kernels.window_gram import Places
 
 
 class Side:
@@ -37,6 +38,11 @@ class Side:
                 "name it in the variant's needs(), or pass it to encode()"
             )
         return self._inputs[name]
+
+    @property
+    def places(self) -> Places:
+        """The positions of the batch's rows in their windows."""
+        return Places(self["window"], self["position"], self["row_of"])
 
     def with_knobs(self, knobs: Mapping[str, float]) -> Side:
         """The same inputs with these knobs."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..parallel.sums_over_processes import BatchRanks
-from ..sae.attention.attention_encoder import Attention, has_links, link_weights, mixture, places_of
+from ..sae.attention.attention_encoder import Attention, has_links, link_weights, mixture
 from ..sae.attention.attention_links import Links
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
@@ -23,7 +23,7 @@ from ..sae.kernels.window_gram import window_gram
 from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
-TINY = 1e-12
+EPSILON, TINY = 1e-6, 1e-12
 FAR_BELOW = -1e9  # a logit that vanishes in a softmax, without infinity times zero
 
 
@@ -63,7 +63,7 @@ class Guidance:
         picked = view.draw(lambda: torch.randperm(rows, generator=_generator(ranks, generator))[:count])
         norms = inverse_norms(view)
         cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
-        window = places_of(view).window
+        window = view.side.places.window
         return cosines.masked_fill(window[:, None] == window[picked], FAR_BELOW)
 
 
@@ -72,13 +72,12 @@ class Consistency:
     """What the layers contribute to a token should agree.
 
     c^l = A^l f is what layer l contributes to each token, c = sum_l w_l c^l; the loss is the mean over tokens
-    of sum_l w_l ||c^l - c||^2 / (||c||^2 + eps). With the products K = f f^T of a window and
-    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + eps), so c is never computed.
+    of sum_l w_l ||c^l - c||^2 / (||c||^2 + EPSILON). With the products K = f f^T of a window and
+    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + EPSILON), so c is never computed.
     The weights get no gradient here, because the loss is zero wherever one layer has all the weight.
     """
 
     attention: Attention
-    eps: float = 1e-6
 
     def __call__(self, view: View) -> Tensor:
         links, by_row = self.attention.links(view), self.attention.by_row(view).detach()
@@ -87,26 +86,26 @@ class Consistency:
         A = mixture(links, link_weights(by_row, links), view.x.shape[0])
         together = (A * (by_row[:, :, None] * products_LBT).sum(0)).sum(1)
         spread = (by_layer - together).clamp_min(0.0)
-        return _mean_where(view, spread / (together + self.eps), has_links(by_row))
+        return _mean_where(view, spread / (together + EPSILON), has_links(by_row))
 
 
 @once
 def window_products(view: View) -> Tensor:
     """[B, T]: <f_i, f_j> for every token j of i's window."""
-    return window_gram(view.codes, places_of(view))
+    return window_gram(view.codes, view.side.places)
 
 
 @once
 def inverse_norms(view: View) -> Tensor:
     """[B]: 1 / ||f_i||, or 0 for a silent row, which then passes on no gradient."""
     products = window_products(view)
-    squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
+    squares = products[torch.arange(len(products), device=products.device), view.side.places.position]
     return torch.where(squares > TINY, squares.clamp_min(TINY).rsqrt(), 0.0)
 
 
 def window_cosines(view: View) -> Tensor:
     """[B, T]: cos(f_i, f_j) for every token j of i's window, zero where there is no token."""
-    places, norms = places_of(view), inverse_norms(view)
+    places, norms = view.side.places, inverse_norms(view)
     return window_products(view) * norms[:, None] * rows_of(places.spread(norms), places.window)
 
 
@@ -132,7 +131,7 @@ def columns_of(codes: Codes, rows: Tensor) -> Tensor:
 
 def _earlier(view: View, cosines: Tensor) -> Tensor:
     """Cosines with the candidates: only tokens before i, except the attention sink."""
-    places = places_of(view)
+    places = view.side.places
     position = torch.arange(cosines.shape[1], device=cosines.device)
     seen = (position < places.position[:, None]) & (position > 0) & (places.row_of >= 0)[places.window]
     return cosines.masked_fill(~seen, FAR_BELOW)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..data.device_copies import refuse_recording
 from ..engine.terms_and_constraints import Constraint
-from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_support import index_sum
 from ..sae.model import SparseAutoencoder
@@ -42,15 +41,16 @@ class UnitDecoder(Constraint):
 
 
 @dataclass(frozen=True)
-class NonNegativeThreshold(Constraint):
-    """Keep jump thresholds from falling below zero."""
+class NonNegative(Constraint):
+    """Keep parameters, other than weight tables, from falling below zero."""
 
+    names: tuple[str, ...]
     table_use = "none"
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        assert isinstance(sae.gate, JumpRelu)
-        sae.gate.raw_threshold.clamp_min_(0.0)
+        for name in self.names:
+            sae.get_parameter(name).clamp_min_(0.0)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from ..sae.extra_modules import StepCounter
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_products_with_gradients import affine
-from ..sae.kernels.sparse_support import Support, starts
-from ..sae.kernels.window_gram import Places, other_window
+from ..sae.kernels.sparse_support import Support, group_of_each, starts
+from ..sae.kernels.window_gram import other_window
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import View, once
@@ -59,9 +59,7 @@ class Dynamics(StepCounter):
         """Shares of the mean variance: latents below `prune_share` of it are retired, and those below `floor` left out
         of the temporal losses."""
         super().__init__()
-        groups = torch.arange(len(group_sizes)).repeat_interleave(
-            torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
-        )
+        groups = group_of_each(group_sizes)
         self.prune_every_steps, self.prune_share, self.floor = prune_every_steps, prune_share, floor
         self.register_buffer("group", groups)
         self.register_buffer("retired", torch.zeros(len(groups), dtype=torch.bool))
@@ -262,7 +260,7 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | Non
     """[B, F_g], the running mean of the document's past up to and including each row."""
     if mixing == 1.0:
         return acts_BF
-    places = Places(side["window"], side["position"], side["row_of"])
+    places = side.places
     context = places.row_of.shape[1]
     place = torch.arange(context, device=acts_BF.device)
     age = place[:, None] - place

@@ -25,12 +25,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.terms_and_constraints import Constraint
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
-from ..sae.kernels.sparse_support import index_sum
-from ..sae.model import SparseAutoencoder
+from ..sae.kernels.sparse_support import group_of_each, index_sum
 from ..sae.step_view import View, once
 
 Importance = Literal["learned", "uncertainty", "fixed"]
@@ -52,8 +50,7 @@ class Tiers(Extra):
         super().__init__()
         self.num_tiers = len(sizes)
         self.importance: Importance = importance
-        tiers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(tuple(sizes)), output_size=sum(sizes))
-        self.register_buffer("membership", tiers)
+        self.register_buffer("membership", group_of_each(sizes))
         shares = torch.tensor(tuple(weights)) / sum(weights)
         self.register_buffer("weight", shares)
         if importance != "fixed":
@@ -207,17 +204,6 @@ class Composition(Extra):
 
     def _table(self, tier: int) -> nn.Parameter:
         return cast(nn.Parameter, getattr(self, f"C{tier + 1}"))
-
-
-class NonNegative(Constraint):
-    """Keep C from falling below zero."""
-
-    table_use = "none"
-
-    @torch.no_grad()
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        for table in sae.extras[COMPOSITION].parameters():
-            table.clamp_min_(0.0)
 
 
 def composition_of(view: View) -> Composition:

@@ -24,7 +24,7 @@ from ..kit.check_variant_settings import (
 )
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain
 from ..sae.gates import JumpRelu
-from ..terms.constraints import NonNegativeThreshold, UnitDecoder
+from ..terms.constraints import NonNegative, UnitDecoder
 from ..terms.reconstruction_and_sparsity import Frequency, TanhL0, TargetL0, dead_thresholds
 
 
@@ -83,4 +83,5 @@ class Config(WithPenalty, SingleLayer):
             rising = Ramp(0.0, self.frequency_penalty, end_fraction=self.penalty_warmup_fraction)
             terms.append(Term("frequency", Frequency(self.target_l0, self.common_share), rising))
         optim = relu_optim(self.optim, self.width, d_model, beta1=0.0)
-        return build_plain(self, d_model, stats, gate, terms, optim, (UnitDecoder(), NonNegativeThreshold()))
+        constraints = (UnitDecoder(), NonNegative(("gate.raw_threshold",)))
+        return build_plain(self, d_model, stats, gate, terms, optim, constraints)

@@ -77,4 +77,4 @@ class Config(topk.Config):
         parts["input_mean"] = None  # a later round's input already has the decoder's bias subtracted
         sae = Pursuit(**parts)
         sae.counts = tuple(self.k * (r + 1) // rounds - self.k * r // rounds for r in range(rounds))
-        return assembly.wrap(lambda _: sae)
+        return assembly.with_sae(sae)

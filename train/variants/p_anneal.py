@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.scaling import Stats
-from ..engine.schedules import Ahead, Ramp
+from ..engine.schedules import Next, Ramp
 from ..engine.terms_and_constraints import Assembly
 from ..kit.check_variant_settings import relu_optim, require
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain
@@ -33,4 +33,4 @@ class Config(WithPenalty, WithAux, SingleLayer):
         terms = (RECONSTRUCTION, self.penalise("lp", lp), self.aux(d_model, rectified=False))
         p = Ramp(self.p_start, self.p_end, begin_fraction=self.anneal_begin_fraction)
         optim = relu_optim(self.optim, self.width, d_model)
-        return build_plain(self, d_model, stats, gate, terms, optim, knobs={"p": p, "next_p": Ahead(p, 1)})
+        return build_plain(self, d_model, stats, gate, terms, optim, knobs={"p": p, "next_p": Next(p)})

@@ -26,13 +26,10 @@ from ..sae.step_view import View
 from ..terms.constraints import Still
 
 
-@dataclass(frozen=True)
-class Refit:
+def refits(step: int, total_steps: int) -> float:
     """1 when the number of steps is a power of two, and after the last step; otherwise 0."""
-
-    def __call__(self, step: int, total_steps: int) -> float:
-        seen = step + 1
-        return float(seen & (seen - 1) == 0 or seen == total_steps)
+    seen = step + 1
+    return float(seen & (seen - 1) == 0 or seen == total_steps)
 
 
 class Covariance(Extra):
@@ -80,4 +77,4 @@ class Config(SingleLayer):
         optim = topk_optim(self.optim, self.width, d_model)
         assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION,), optim, ())
         assembly = assembly.with_constraints(Still(tuple(dict(assembly.sae.named_parameters()))))
-        return assembly.with_knobs(refit=Refit()).with_extra("covariance", Covariance(d_model))
+        return assembly.with_knobs(refit=refits).with_extra("covariance", Covariance(d_model))

@@ -132,7 +132,7 @@ class Config(Windowed):
             for shape in shapes.values():
                 shape.scatter(order)
         if shapes:
-            assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
+            assembly = assembly.with_sae(ShapedAutoencoder(sae, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
         recorded = None if self.scattered else mask  # a scattered range is not contiguous
         return assembly.with_extra("mask", record_of(recorded, self.width, self.length, self.ranges))

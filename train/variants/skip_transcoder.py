@@ -25,4 +25,4 @@ class Config(transcoder.Config):
         assembly = super().build(d_model, stats, target_stats)
         parts = assembly.sae.parts()
         parts["W_skip"] = torch.zeros(assembly.sae.d_out, assembly.sae.d_in)
-        return assembly.wrap(lambda _: SparseAutoencoder(**parts))
+        return assembly.with_sae(SparseAutoencoder(**parts))

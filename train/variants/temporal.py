@@ -149,7 +149,7 @@ class Config(Windowed):
         if not self.position_gate:
             return assembly
         gate = PositionGate(self.width, self.length, self.gate_rank, assembly.generator)
-        return assembly.wrap(lambda sae: ShapedAutoencoder(sae, {"position_gate": gate}))
+        return assembly.with_sae(ShapedAutoencoder(assembly.sae, {"position_gate": gate}))
 
     def _losses(self) -> list[Consistency]:
         """One for each scale that has latents and lags."""

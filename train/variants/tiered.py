@@ -27,9 +27,10 @@ from ..kit.check_variant_settings import (
     unread_where_dense,
 )
 from ..kit.wrapping import Wrapping, base_needs, build_base
+from ..sae.kernels.sparse_support import group_of_each
 from ..sae.shapes.masks import TierGates
 from ..sae.shapes.shaped_sae import Init, PreNorm, Shape, ShapedAutoencoder, initialise
-from ..terms.constraints import TierGradients
+from ..terms.constraints import NonNegative, TierGradients
 from ..terms.move_idle_latents import Moves, Structure
 from ..terms.reconstruction_and_sparsity import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling
@@ -38,7 +39,6 @@ from ..terms.tiers import (
     TIERS,
     Composition,
     Importance,
-    NonNegative,
     TieredReconstruction,
     Tiers,
     composition_l1,
@@ -165,10 +165,12 @@ class Config(Wrapping):
             Ramp(0.0, weight, end_fraction=self.composition_warmup_fraction)
             for weight in (self.composition_weight, self.composition_l1)
         )
+        composition = Composition(room)
+        tables = tuple(f"extras.{COMPOSITION}.{name}" for name in dict(composition.named_parameters()))
         return (
-            assembly.with_extra(COMPOSITION, Composition(room))
+            assembly.with_extra(COMPOSITION, composition)
             .with_terms(Term("composition", composition_loss, error), Term("composition_l1", composition_l1, sparsity))
-            .with_constraints(NonNegative())
+            .with_constraints(NonNegative(tables))
         )
 
     def _with_structure(self, assembly: Assembly) -> Assembly:
@@ -183,7 +185,7 @@ class Config(Wrapping):
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:
         """Add layer norm between tiers, and the gates of the curriculum."""
-        membership = Tiers(self.sizes(), self.tier_weights, "fixed").membership
+        membership = group_of_each(self.sizes())
         shapes: dict[str, Shape] = {}
         if self.tier_norm:
             shapes["norm"] = PreNorm(membership, len(self.sizes()))
@@ -192,7 +194,7 @@ class Config(Wrapping):
             shapes["tier_gates"] = TierGates(membership, names)
             rises = [Ramp(0.0, 1.0, begin, begin + self.curriculum_rise_fraction) for begin in self.curriculum[1:]]
             assembly = assembly.with_knobs(**dict(zip(names[1:], rises, strict=True)))
-        return assembly.wrap(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
+        return assembly.with_sae(ShapedAutoencoder(assembly.sae, shapes)) if shapes else assembly
 
     def _moves(self) -> Moves:
         return Moves(self.moves_every_steps, self.idle_frequency, self.moves_at_once, self.tier_drift, self.moves_live)

@@ -216,5 +216,5 @@ class Config(topk.Config):
             parents.append(torch.where(drawn == begin, self.width, drawn))
         sae.register_buffer("parent", torch.cat(parents))
         moving = Moving(self.move_every_fraction, self.move_until_fraction)
-        assembly = assembly.wrap(lambda _: sae).with_extra(TREE, Tree(self.width, ends[0], nested))
+        assembly = assembly.with_sae(sae).with_extra(TREE, Tree(self.width, ends[0], nested))
         return assembly.with_knobs(**{TREE: moving})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ....train.sae.kernels.bfloat16_then_float32 import Affine, largest_products
+from ...context.bfloat16_then_float32 import Affine, largest_products
 from .collect_firings import Table, largest
 
 BLOCK = 1024

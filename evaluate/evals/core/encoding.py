@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ....train.sae.gates import DENSE_SHARE, BatchTopK, JumpRelu, TopK
-from ....train.sae.kernels.bfloat16_then_float32 import can_look_twice, largest_products, products_above
 from ....train.sae.kernels.codes import Codes
 from ....train.sae.kernels.dense_products import linear
 from ....train.sae.kernels.select_top_k import marked
 from ....train.sae.kernels.sparse_support import support_from_topk
+from ...context.bfloat16_then_float32 import can_look_twice, largest_products, products_above
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import Windows
 
@@ -39,12 +39,12 @@ class Encoded:
     @property
     def l0(self) -> Tensor:
         """Nonzero entries of each token: float32 [N]."""
-        return torch.cat([codes.map(lambda values: (values != 0).float()).row_totals() for codes in self.codes])
+        return torch.cat([codes.sum_over_latents((codes.values != 0).float()) for codes in self.codes])
 
     @property
     def l1(self) -> Tensor:
         """Sum of the activations of each token: float32 [N]."""
-        return torch.cat([codes.row_totals() for codes in self.codes])
+        return torch.cat([codes.sum_over_latents(codes.values) for codes in self.codes])
 
     def fired(self) -> Tensor:
         """On how many tokens each latent is above zero: int64 [F]."""

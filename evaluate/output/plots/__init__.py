@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ....train.disk.atomic_files import replace_file
-from ....train.file_registry import file_names, import_file
+from ....train.file_registry import file_names
 from ..figures.records import Record
 
 KINDS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}  # formats, with metadata
@@ -25,8 +26,8 @@ Draw = Callable[[Sequence[Record]], Figure | None]
 def all_plots() -> dict[str, Draw]:
     """All plots by name, sorted."""
     found: dict[str, Draw] = {}
-    for name in file_names(__path__):
-        file = import_file(__name__, name)
+    for name in file_names(__name__):
+        file = import_module(f"{__name__}.{name}")
         found |= getattr(file, "PLOTS", None) or {name: file.draw}
     return dict(sorted(found.items()))
 

@@ -17,6 +17,7 @@ from saemill.train.sae.gates import JumpRelu, Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
+from saemill.train.terms import attention_guidance
 from saemill.train.terms.attention_guidance import Consistency, Guidance
 
 THETA = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
@@ -118,9 +119,10 @@ def test_ranks_of_unequal_rows_draw_as_much_as_each_other(guidance, rng, threads
     assert torch.equal(first, second)
 
 
-def test_consistency_is_its_definition(guidance, rng):
+def test_consistency_is_its_definition(guidance, rng, monkeypatch):
+    monkeypatch.setattr(attention_guidance, "EPSILON", 0.01)  # large enough to be seen
     view, windows = guided_view(guidance, rng)
-    found = Consistency(Attention(guidance.LAYERS), eps=0.01)(view)
+    found = Consistency(Attention(guidance.LAYERS))(view)
     weights, acts = torch.softmax(THETA, 0), view.codes.dense()
     A, tables, present = mixed(guidance, windows, weights)
     losses = []

@@ -7,15 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.train.engine.schedules import (
-    Ahead,
     Complement,
     Constant,
     Decay,
     ExponentialApproach,
+    Next,
     Onset,
     Product,
     Ramp,
-    WarmUp,
     cut_short,
 )
 
@@ -36,12 +35,13 @@ def test_ramp_without_length_has_its_end_from_where_it_begins():
 
 
 def test_warm_up_never_is_zero_and_ends_at_its_value():
-    warm = WarmUp(1.0, steps=9, max_fraction=1.0)
+    warm = Onset(0, 9, max_fraction=1.0)
     assert [warm(step, 100) for step in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
+    assert [Onset(0, 9, 1.0, power=3.0)(step, 100) for step in (0, 4, 9)] == [0.1**3, 0.5**3, 1.0]
 
 
 def test_warm_up_takes_no_more_than_its_fraction_of_a_short_run():
-    assert WarmUp(1.0, steps=1000, max_fraction=0.1)(10, 100) == 1.0
+    assert Onset(0, 1000, max_fraction=0.1)(10, 100) == 1.0
 
 
 def test_decay_falls_over_the_last_fraction():
@@ -58,10 +58,10 @@ def test_the_seeds_temperature_goes_from_one_and_a_half_to_a_half():
     assert tau(10**6, 1) == pytest.approx(0.5)
 
 
-def test_product_and_ahead():
+def test_product_and_next():
     ramp = Ramp(0.0, 1.0)
     assert Product((Constant(2.0), ramp))(50, 100) == pytest.approx(1.0)
-    assert Ahead(ramp, 1)(4, 10) == ramp(5, 10)
+    assert Next(ramp)(4, 10) == ramp(5, 10)
 
 
 @given(
@@ -78,7 +78,7 @@ def test_a_ramp_stays_between_its_ends(step, total, start, end, fractions):
 
 def test_what_a_short_run_cuts_is_known():
     onset = Onset(500, 100, max_fraction=0.2)
-    both = Product((WarmUp(1.0, 1000), Complement(onset, 1.0), Decay(0.2)))
+    both = Product((Onset(0, 1000), Complement(onset, 1.0), Decay(0.2)))
     assert cut_short(both, 534) == [(1000, 53), (500, 106)]
     assert cut_short(both, 10_000) == []
-    assert cut_short(Ahead(WarmUp(1.0, 10), 5), 50) == [(10, 5)]
+    assert cut_short(Next(Onset(0, 10)), 50) == [(10, 5)]

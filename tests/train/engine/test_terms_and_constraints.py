@@ -97,7 +97,8 @@ def test_a_wrapper_changes_codes_and_gradients_follow(rng):
             codes = super().codes(x, side)
             return codes.with_values(codes.values * codes.per_latent(self.damping) / side["position"].numel())
 
-    trainee = Trainee("one", assembly().wrap(Damped), 10)
+    made = assembly()
+    trainee = Trainee("one", made.with_sae(Damped(made.sae)), 10)
     before = trainee.sae.damping.detach().clone()
     trainee.step(Batch(rows(rng), side={"position": torch.arange(64)}))
     assert not torch.equal(before, trainee.sae.damping)

@@ -136,7 +136,8 @@ def halved_base(monkeypatch):
     """The base `topk` builds a subclass."""
 
     def build(config, d_model, stats=None):
-        return plain(config, d_model, stats).wrap(lambda sae: Halved(**sae.parts()))
+        assembly = plain(config, d_model, stats)
+        return assembly.with_sae(Halved(**assembly.sae.parts()))
 
     plain = topk.Config.build
     monkeypatch.setattr(topk.Config, "build", build)

@@ -293,7 +293,7 @@ def saver_of(monkeypatch, writer, group, lends_state=True) -> Saver:
     monkeypatch.setattr(checkpoints_and_signals, "Writer", lambda *_: writer)
     process = SimpleNamespace(group=group, team=group, is_spread=False)
     fleet = SimpleNamespace(state=dict, lends_state=lends_state)
-    watch = SimpleNamespace(log=None, seconds=0.0, waited_seconds=0.0, quality=SimpleNamespace(same=0, pairs=0))
+    watch = SimpleNamespace(standing=lambda steps, run_id: standing(steps))
     return Saver(None, CourseConfig(), fleet, watch, process, "run")
 
 

@@ -30,7 +30,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import RunMissing
 from saemill.train.export import main
 from saemill.train.run.init_from_trained_sae import source_of
-from saemill.train.run.push_to_hub import plain
+from saemill.train.run.model_card import plain
 
 D = 32
 SHARE = Path(__file__).parents[3] / "docs" / "share.md"

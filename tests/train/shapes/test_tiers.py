@@ -12,12 +12,11 @@ from saemill.train.engine.step import Trainee
 from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels import hardware
-from saemill.train.terms.constraints import GradientNoise, TierGradients
+from saemill.train.terms.constraints import GradientNoise, NonNegative, TierGradients
 from saemill.train.terms.move_idle_latents import Moves, Structure, changes, choose, reallocated, weighted_loss
 from saemill.train.terms.tiers import (
     TIERS,
     Composition,
-    NonNegative,
     TieredReconstruction,
     Tiers,
     composition_l1,
@@ -26,6 +25,7 @@ from saemill.train.terms.tiers import (
     switch_name,
     tier_losses,
 )
+from saemill.train.variants.tiered import Config
 
 WEIGHTS = (0.2, 0.3, 0.5)
 SIZES = (5, 7, 8)
@@ -130,10 +130,12 @@ def test_composition_is_the_distance_of_each_row_from_its_parts(sae, rng, shapin
     shaping.assert_slopes(lambda: composition_l1(views()), sae, rng)
 
 
-def test_composition_never_falls_below_zero(sae):
-    sae.extras["composition"].C2.data[1, 1] = -0.5
-    NonNegative().after_step(sae)
-    assert float(sae.extras["composition"].C2.detach()[1, 1]) == 0.0
+def test_no_composition_ever_falls_below_zero(sae):
+    (above,) = (c for c in Config(width=12).build(4).constraints if isinstance(c, NonNegative))
+    for name in ("C2", "C3"):
+        getattr(sae.extras["composition"], name).data[1, 1] = -0.5
+    above.after_step(sae)
+    assert all(float(table.detach()[1, 1]) == 0.0 for table in sae.extras["composition"].parameters())
 
 
 def test_entries_follow_latents_that_move(rng, shaping):

@@ -6,7 +6,7 @@ import torch
 
 from saemill.train.sae.gates import JumpRelu, Relu
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.terms.constraints import BLOCK_ROWS, NonNegativeThreshold, UnitDecoder
+from saemill.train.terms.constraints import BLOCK_ROWS, NonNegative, UnitDecoder
 
 
 def test_unit_decoder_removes_what_is_parallel_and_normalises(rng):
@@ -35,5 +35,5 @@ def test_thresholds_never_fall_below_zero():
     gate = JumpRelu(3, 0.5, 0.1)
     sae = SparseAutoencoder(torch.zeros(3, 2), torch.zeros(3, 2), gate)
     gate.raw_threshold.data.copy_(torch.tensor([-1.0, 0.0, 2.0]))
-    NonNegativeThreshold().after_step(sae)
+    NonNegative(("gate.raw_threshold",)).after_step(sae)
     assert gate.raw_threshold.tolist() == [0.0, 0.0, 2.0]

@@ -20,7 +20,6 @@ from ..kernels.codes import Codes
 from ..kernels.dense_products import linear
 from ..kernels.sparse_products_with_gradients import affine, rows_of
 from ..kernels.sparse_support import index_sum
-from ..kernels.window_gram import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
 from ..step_view import View, once
@@ -118,12 +117,6 @@ def weights_by_row(weights: Tensor, links: Links) -> Tensor:
 def link_weights(by_row: Tensor, links: Links) -> Tensor:
     """[E]: the weight of each link in A = sum_l w_l A^l."""
     return rows_of(by_row.reshape(-1), links.place) * links.share
-
-
-@once
-def places_of(view: View) -> Places:
-    """The positions of the batch's rows in their windows."""
-    return Places(view.side["window"], view.side["position"], view.side["row_of"])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import Tensor
 
 from .dense_products import Product
-from .sparse_products import latent_count, latent_sum, row_sum
+from .sparse_products import latent_count, latent_sum
 from .sparse_products_with_gradients import decode_at, decode_dense, spread_latents, spread_rows, sum_rows
 from .sparse_support import Support
 
@@ -83,11 +83,6 @@ class Codes:
         """[F], each latent's values summed over rows; no gradient."""
         values = self.values.detach()
         return values.sum(0) if self.support is None else latent_sum(self.support, values)
-
-    def row_totals(self) -> Tensor:
-        """[B], each row's values summed over latents; no gradient."""
-        values = self.values.detach()
-        return values.sum(1) if self.support is None else row_sum(self.support, values)
 
 
 def codes_from_dense(acts: Tensor, support: Support | None) -> Codes:

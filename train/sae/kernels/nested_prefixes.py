@@ -67,7 +67,7 @@ class _NestedErrors(torch.autograd.Function):
 
 
 def nested_errors(
-    codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...], latents: Latents = ALL_LATENTS
+    codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...], latents: Latents
 ) -> tuple[Tensor, Tensor]:
     """Mean over rows of the squared error of each prefix [M], and the residual of the last one [B, D].
 

@@ -17,7 +17,6 @@ from .hardware import reads_at_once, runs_triton
 from .sparse_support import Support, support_from_flat, support_from_topk
 
 BLOCK = 8  # latents per block in `topk_rows`; the fastest of 4 to 32
-GROUP = 32  # latents per group in `largest_of_rows`
 SAMPLE_ROWS = 32  # rows from which `topk_batch` guesses its threshold
 
 
@@ -33,39 +32,6 @@ def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = blocked.gather(2, block[:, None, :].expand(rows, BLOCK, k)).view(rows, BLOCK * k)
     values, chosen = candidates.topk(k, dim=1, sorted=False)
     return values, (chosen // k) * blocks + block.gather(1, chosen % k)
-
-
-def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Same as `topk_rows`, with half the work but in one thread, for when other cores are busy."""
-    rows, width = pre.shape
-    if rows == 0 or not has_groups(width, k) or pre.device.type != "cpu" or pre.dtype != torch.float32:
-        return topk_rows(pre, k)
-    most = most_of_groups(pre, k)
-    if np.isnan(most).any():  # NaN counts as the largest, and no comparison finds it
-        return topk_rows(pre, k)
-    flat = torch.from_numpy(np.flatnonzero(pre.numpy() >= most[:, :1]))
-    return best_of(support_from_flat(flat, rows, width), pre.view(-1)[flat], k)
-
-
-def has_groups(width: int, k: int) -> bool:
-    """Whether a row can be divided into many more groups than k."""
-    return width % GROUP == 0 and width // GROUP >= 4 * k
-
-
-def most_of_groups(scores: Tensor, k: int) -> np.ndarray:
-    """[B, k], the k largest group maxima, the smallest first: at least k entries of a row reach it, and few more."""
-    groups = scores.shape[1] // GROUP
-    return np.partition(scores.view(-1, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
-
-
-def best_of(support: Support, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and latents [B, k] of the k largest of each row's few entries; if there are fewer, values of -inf."""
-    counts = support.offsets.diff()
-    place = torch.arange(max(int(counts.amax()), k))
-    entry = (support.offsets[:-1, None] + place).clamp_max(len(values) - 1)
-    found = torch.where(place < counts[:, None], values[entry], -torch.inf)
-    best, chosen = found.topk(k, dim=1, sorted=False)
-    return best, support.latents[entry.gather(1, chosen)].long()
 
 
 def support_of_batch(pre: Tensor, count: int) -> Support:
@@ -84,13 +50,12 @@ def support_of_batch(pre: Tensor, count: int) -> Support:
 
 def topk_batch(pre: Tensor, count: int) -> Tensor:
     """Increasing flat positions of the `count` largest positive entries of the whole batch."""
-    floor = torch.zeros((), dtype=pre.dtype, device=pre.device)
     for share in (1.4, 3.0):
         guess = _sampled_threshold(pre, int(share * count))
         flat = (pre > guess).view(-1).nonzero().view(-1)
-        if flat.numel() >= count or guess <= floor:
+        if flat.numel() >= count or guess <= 0:
             return _largest(pre, flat, count)
-    return _largest(pre, (pre > floor).view(-1).nonzero().view(-1), count)
+    return _largest(pre, (pre > 0).view(-1).nonzero().view(-1), count)
 
 
 def marked(mask: Tensor, max_share: float) -> Support | None:

@@ -1,11 +1,4 @@
-"""The sparse products with gradients.
-
-1. `affine`: pre = x W_enc^T + b_enc at the pairs of a support; the choice of pairs has no gradient.
-2. `decode_at`: x_hat = f W_dec for values f at the support.
-3. `spread_latents`, `spread_rows`, `rows_of`: a per-latent or per-row vector read at the support, and rows by index.
-4. `sum_rows`: the sum of each row's values at the support.
-5. `decode_dense`: the decoder's product without a support, at the rate of matrix units.
-6. `squared_error`: mean over rows of ||residual||^2, one pass each way.
+"""The sparse products with gradients; which pairs a support holds has no gradient.
 
 Every backward pass costs k / F of the dense one. Gradients equal autograd's for the dense formula, except that with
 the encoder's product in bfloat16 a GPU's kernels gather the batch's rows for them in bfloat16, half the bytes.

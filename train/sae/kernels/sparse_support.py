@@ -7,6 +7,7 @@ which is computed once, when first used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,6 +83,12 @@ def starts(counts: Tensor) -> Tensor:
     starts = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts
+
+
+def group_of_each(sizes: Sequence[int]) -> Tensor:
+    """int64, the group of each latent where groups of these sizes follow one another."""
+    # The total is known, so this works without values too.
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(tuple(sizes)), output_size=sum(sizes))
 
 
 def index_sum(values: Tensor, index: Tensor, size: int) -> Tensor:

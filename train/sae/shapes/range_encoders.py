@@ -35,7 +35,7 @@ class RangeEncoders(Shape):
         self.W = nn.Parameter(W_RPD.clone())
         self.embedding = nn.Parameter(torch.zeros(ranges, width)) if embeds else None
 
-    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
+    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None) -> Tensor:
         own = self.W.shape[1]
         here = range_of(self.position(side), self.context, self.ranges)
         if self.embedding is not None:

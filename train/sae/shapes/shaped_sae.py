@@ -65,7 +65,7 @@ class Shape(Part):
     def adapt(self, x: Tensor, side: Side) -> Tensor:
         return x
 
-    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
+    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None) -> Tensor:
         """Pre-activations of all latents, or of some, with gradient only to the encoders of those."""
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class ShapedAutoencoder(SparseAutoencoder):
     def encoder_input(self, x: Tensor, side: Side) -> Tensor:
         return super().encoder_input(self._adapted(x, side), side)
 
-    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor, learns: Tensor | None = None) -> Tensor | None:
+    def pre_of_latents(self, x: Tensor, side: Side, latents: Tensor, learns: Tensor | None) -> Tensor | None:
         if not self._is_dense():
             return None
         with torch.no_grad():

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from saemill.cache_schema import Store
+from saemill.evaluate.context import bfloat16_then_float32
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.stored_windows import ordinary_rows
@@ -70,7 +71,6 @@ from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
 from saemill.train.run.run_folder import RunFolder
-from saemill.train.sae.kernels import bfloat16_then_float32
 from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saemill.evaluate.context import bfloat16_then_float32
+from saemill.evaluate.context.bfloat16_then_float32 import largest_of_rows
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.core import encoding, saebench_keys
@@ -24,8 +26,6 @@ from saemill.evaluate.model.batches import Windows
 from saemill.evaluate.model.ce_and_kl import compare, kl_as_published, next_tokens, rows_of_logits
 from saemill.evaluate.model.smaller_pieces import PieceSize
 from saemill.train.sae.gates import BatchTopK, JumpRelu
-from saemill.train.sae.kernels import bfloat16_then_float32
-from saemill.train.sae.kernels.select_top_k import largest_of_rows
 
 
 def logits(rows, vocab, seed, scale=3.0):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saemill.train.sae.kernels import bfloat16_then_float32
-from saemill.train.sae.kernels.bfloat16_then_float32 import Affine, largest_products, products_above
+from saemill.evaluate.context import bfloat16_then_float32
+from saemill.evaluate.context.bfloat16_then_float32 import Affine, largest_products, products_above
 
 ROWS, WIDTH, LATENTS, K = 40, 24, 2048, 9
 
