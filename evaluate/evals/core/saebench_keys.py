@@ -132,7 +132,7 @@ def own_metrics(
         ours["massive_kept"] = {name: kept[key] for name, key in OWN_LOSSES.items()} | {"tokens": losses.massive}
         ours["ablations"] = {name: against(losses.totals(), name) for name in ablations}
         table = losses.documents.table()
-        confidence |= intervals(table, loss_statistics(), resamples)
+        confidence |= intervals(table, LOSS_STATISTICS, resamples)
         documents["losses"] = len(table["tokens"])
     return ours | {"confidence_95": confidence, "documents": documents}
 
@@ -143,10 +143,10 @@ def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
     return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {name: found[name] for name in SCORES}
 
 
-def loss_statistics() -> dict[str, Statistic]:
-    """The statistics that have intervals; scores are against zero ablation."""
-    return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()}
-
+LOSS_STATISTICS: Mapping[str, Statistic] = {
+    name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()
+}
+"""Those that have intervals; scores are against zero ablation."""
 
 BLOCK = 1024
 Advance = Callable[[int], object]  # called with the amount of work done
@@ -167,9 +167,7 @@ def weight_metrics(sae: SparseAutoencoder, advance: Advance = lambda pairs: None
     return {name: values.float().cpu() for name, values in found.items()}
 
 
-def max_cosine(
-    rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK, advance: Advance = lambda pairs: None
-) -> Tensor:
+def max_cosine(rows_FD: Tensor, others_FD: Tensor | None = None, advance: Advance = lambda pairs: None) -> Tensor:
     """The largest cosine of each row with any of `others_FD`, or by default with any other row: [F].
 
     -inf where there is no other row. By default, `advance` is called with the number of further pairs done.
@@ -177,18 +175,18 @@ def max_cosine(
     unit = functional.normalize(rows_FD, dim=1)
     if others_FD is not None:
         others = functional.normalize(others_FD, dim=1)
-        return torch.cat([linear(part, others).amax(dim=1) for part in unit.split(block)])
+        return torch.cat([linear(part, others).amax(dim=1) for part in unit.split(BLOCK)])
     best = unit.new_full((len(unit),), -torch.inf)
-    starts = range(0, len(unit), block)
+    starts = range(0, len(unit), BLOCK)
     for first in starts:
-        rows = slice(first, first + block)
-        for second in starts[first // block :]:
-            columns = slice(second, second + block)
+        rows = slice(first, first + BLOCK)
+        for second in starts[first // BLOCK :]:
+            columns = slice(second, second + BLOCK)
             cosines = linear(unit[rows], unit[columns])
             if first == second:
                 cosines.fill_diagonal_(-torch.inf)
             best[rows] = torch.maximum(best[rows], cosines.amax(dim=1))
             best[columns] = torch.maximum(best[columns], cosines.amax(dim=0))
-        count = min(block, len(unit) - first)
+        count = min(BLOCK, len(unit) - first)
         advance(count * (len(unit) - first) - count * (count + 1) // 2)
     return best
