@@ -110,6 +110,14 @@ class Context:
         """Load the model now, so that ModelMissing is raised here if it cannot be loaded."""
         _ = self.model
 
+    def why_no_model(self) -> str | None:
+        """Load the model now; why it cannot be loaded, or None."""
+        try:
+            self.require_model()
+        except ModelMissing as error:
+            return str(error)
+        return None
+
     @property
     def head(self) -> Head:
         """The model's final norm and unembedding, in float32 whatever the model runs in; nothing else is loaded.
@@ -158,10 +166,14 @@ class Context:
             return None
 
     @property
+    def name_of_model(self) -> str:
+        """As results give it; empty if neither the user nor a store names a model."""
+        return self.model_name or (self.opened.manifest.model.id if self.opened else "")
+
+    @property
     def is_pocket(self) -> bool:
         """Whether the model is the one that comes with this package: evaluations then use data made locally."""
-        name = self.model_name or (self.opened.manifest.model.id if self.opened else None)
-        return name == POCKET
+        return self.name_of_model == POCKET
 
     def takes_library(self, data: str) -> bool:
         """Whether an evaluation's setting `data` means text of this Python's standard library."""
