@@ -78,6 +78,10 @@ class LanguageModel:
     def bos(self) -> int:
         return self.tokenizer.bos_token
 
+    def token_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, after BOS."""
+        return [[self.bos, *ids] for ids in self.tokenizer.encode(texts)]
+
     @property
     def special(self) -> tuple[int, ...]:
         """Ids that stand for no text: BOS, EOS, padding and others that the tokenizer reserves."""

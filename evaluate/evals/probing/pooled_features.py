@@ -164,7 +164,7 @@ def pool_task(
     with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
 
         def read(start: int, stop: int) -> Piece:
-            rows = make_rows(model, texts[start:stop], length)
+            rows = make_rows(model, model.token_rows(texts[start:stop]), length)
             batch = run_windows(model, *rows, layers, attention)
             piece = read_piece(masked(batch, ~torch.isin(batch.tokens, special)), subjects, leaky)
             advance(stop - start)

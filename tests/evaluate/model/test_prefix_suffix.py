@@ -178,7 +178,7 @@ def test_attention_of_the_layer_above(model, whole, tokens):
 
 
 def windows_of(model, texts, attention=None):
-    return run_windows(model, *make_rows(model, texts, 4), (1,), attention)
+    return run_windows(model, *make_rows(model, model.token_rows(texts), 4), (1,), attention)
 
 
 def test_text_gets_a_bos_and_is_cut(with_words):
