@@ -112,7 +112,7 @@ def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, m
     corpus.write_text("".join(json.dumps({"text": f"virus {number} " * 20}) + "\n" for number in range(30)))
     question = {"question": "what?", "choices": ["a", "b", "c", "d"], "answer": 1}
 
-    def load_rows(name: str, _part: str, _split: str) -> list[dict[str, object]]:
+    def load_rows(name: str, _part: str) -> list[dict[str, object]]:
         return [{"text": "plain " * 40}, {"text": "short"}] * 8 if "wikitext" in name else [question] * 3
 
     monkeypatch.setattr(texts_and_exams, "load_rows", load_rows)
