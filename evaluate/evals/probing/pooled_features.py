@@ -86,6 +86,10 @@ class Features:
         np.add.at(weights, rows, 1 / len(rows))
         return torch.from_numpy(self.matrix.T @ weights).to(self.dtype)
 
+    def contrast(self, draw: Draw) -> Tensor:
+        """[F]: the mean over rows of the class minus that over the others."""
+        return self.mean(draw.rows[draw.labels == 1]) - self.mean(draw.rows[draw.labels == 0])
+
     def columns(self, draw: Draw, columns: np.ndarray) -> np.ndarray:
         """float32 [rows, columns]."""
         return self.matrix[:, columns].toarray()[draw.rows]

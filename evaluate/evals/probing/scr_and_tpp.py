@@ -42,17 +42,17 @@ Accuracies = Mapping[str, float]
 Ablated = Mapping[str, Mapping[int, Accuracies]]
 """`Ablated[class][n][probe]` is a probe's accuracy with the n strongest latents of a class switched off."""
 NewGenerator = Callable[[], torch.Generator]
-Kind = Literal["absolute", "positive"]
-"""scr takes an effect's absolute value; tpp takes the signed effects of latents that fire more on the class."""
+Kind = Literal["scr", "tpp"]
 
 
 @torch.no_grad()
 def effects(latents: Features, draw: Draw, probe: LinearProbe, W_dec: Tensor, kind: Kind) -> Tensor:
     """float32 [F], from training texts: how much more a latent fires on the class, times how much its decoder row
-    shifts the probe's logit."""
-    difference_F = latents.mean(draw.rows[draw.labels == 1]) - latents.mean(draw.rows[draw.labels == 0])
+    shifts the probe's logit. scr takes the absolute value; tpp the signed one, of latents that fire more on the
+    class."""
+    difference_F = latents.contrast(draw)
     direction_F = (probe.weight.cpu().float() @ W_dec.cpu().float().T).squeeze(0)
-    if kind == "absolute":
+    if kind == "scr":
         return (difference_F * direction_F).abs()
     return difference_F.clamp(min=0) * direction_F
 
@@ -124,7 +124,7 @@ class Setup:
     @property
     def opposites(self) -> Mapping[str, str]:
         """Where negatives come from, if not from all other classes."""
-        return BOTH_WAYS if self.kind == "absolute" else {}
+        return BOTH_WAYS if self.kind == "scr" else {}
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def official_settings(
     """The settings as results report them, with the data sets that were used."""
     loaded = {task.name.split("_scr_")[0] for task in tasks}
     names = [name for name in config.dataset_names if name in loaded]
-    is_scr = kind == "absolute"
+    is_scr = kind == "scr"
     return official_config(
         context,
         replace(config, dataset_names=tuple(names)),
@@ -263,7 +263,7 @@ def perturb_all(
     generators = {subject: seeded(settings.random_seed) for subject in subjects}
     outcomes: dict[LoadedSae, dict[str, Outcome]] = {subject: {} for subject in subjects}
     for task in tasks:
-        classes = list(OPPOSITES if kind == "absolute" else task.train)
+        classes = list(OPPOSITES if kind == "scr" else task.train)
         setup = Setup(kind, classes, settings.n_values, settings.training, settings.random_seed)
         pool = pool_task(context, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
         of_model = {subject.layers: Memo[Probed]() for subject in subjects}

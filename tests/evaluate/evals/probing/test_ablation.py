@@ -88,8 +88,8 @@ def test_effects_weigh_firing_by_direction():
     draw = Draw(np.arange(4), np.array([1, 1, 0, 0], dtype=np.int32))
     probe = fresh_probe(3, torch.float32, seeded(0))
     probe.weight.copy_(torch.tensor([[0.5, 3.0, 9.0]]))
-    assert effects(latents, draw, probe, torch.eye(3), "absolute").tolist() == pytest.approx([1.0, 3.0, 0.0])
-    assert effects(latents, draw, probe, torch.eye(3), "positive").tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert effects(latents, draw, probe, torch.eye(3), "scr").tolist() == pytest.approx([1.0, 3.0, 0.0])
+    assert effects(latents, draw, probe, torch.eye(3), "tpp").tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 
 def test_no_more_latents_are_taken_than_have_an_effect():
@@ -115,7 +115,7 @@ def test_tpp_finds_the_one_latent_of_each_class():
     parts = {p: {name: planted(rng, axes[i], 80) for i, name in enumerate("abc")} for p in ("train", "test")}
     made, subject = make_task("planted", parts), make_subject(identity_sae(width))
     pool = made.pool(subject, leaky=True)
-    setup = Setup("positive", list("abc"), (2,), PROBES, 0)
+    setup = Setup("tpp", list("abc"), (2,), PROBES, 0)
     both = perturb(pool, subject, made.task, setup, seeded(0), Memo())
     for outcome in (both.official, both.corrected):
         scores, by_class = tpp_scores(outcome.ablated, outcome.clean)
@@ -144,7 +144,7 @@ def test_scr_frees_a_probe_of_the_attribute():
         return {name: group(*each) for name, each in zip(names, members, strict=True)}
 
     made, subject = make_task("planted", {"train": groups(), "test": groups()}), make_subject(identity_sae(width))
-    setup = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0)
+    setup = Setup("scr", list(OPPOSITES), (2,), PROBES, 0)
     pool = made.pool(subject, leaky=True)
     outcome = perturb(pool, subject, made.task, setup, seeded(0), Memo()).corrected
     scores = scr_scores(outcome.ablated, outcome.clean)
@@ -188,7 +188,7 @@ def test_means_are_over_the_parts_that_have_a_score():
 def test_corrected_scores_compare_the_same_rows(official):
     """Nothing switched off must change nothing; the protocol's fresh rows make it look as if it did."""
     made = official.probing[maker.PROBING[0]]
-    setup = Setup("positive", list(made.task.train), (0,), PROBES, 0)
+    setup = Setup("tpp", list(made.task.train), (0,), PROBES, 0)
     pool = made.pool(official.subject, leaky=True)
     both = perturb(pool, official.subject, made.task, setup, seeded(42), Memo())
     assert all(by_n[0] == both.corrected.clean for by_n in both.corrected.ablated.values())
@@ -198,7 +198,7 @@ def test_corrected_scores_compare_the_same_rows(official):
 def test_both_ways_choose_latents_from_the_same_table_of_the_training_texts(official, monkeypatch):
     """Cutting it out of all texts was done for each."""
     made, pool = official.scr, official.scr.pool(official.subject, leaky=True)
-    setup, cut, of_latents = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0), [], pool.of_latents
+    setup, cut, of_latents = Setup("scr", list(OPPOSITES), (2,), PROBES, 0), [], pool.of_latents
     monkeypatch.setattr(pool, "of_latents", lambda *given: cut.append(given[1]) or of_latents(*given))
     perturb(pool, official.subject, made.task, setup, seeded(0), Memo())
     assert cut == [made.task.train, made.task.test]
