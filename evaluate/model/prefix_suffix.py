@@ -46,7 +46,7 @@ class LanguageModel:
         tokenizer: TextEncoder | None,
         eos: int | None,
         pad: int | None,
-        obstacle: str | None = None,
+        obstacle: str = "",
     ) -> None:
         register_attention()
         self.facts = ModelFacts.of(model.config)
@@ -71,7 +71,7 @@ class LanguageModel:
     @property
     def tokenizer(self) -> TextEncoder:
         if self.encoder is None:
-            raise ModelMissing(self._obstacle or "this model has no tokenizer, which evaluations on text need")
+            raise ModelMissing(self._obstacle)
         return self.encoder
 
     @property
@@ -262,19 +262,17 @@ def _room_for(folder: Path) -> Iterator[None]:
         raise
 
 
-def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
-    """A model in memory, with the tokenizer of `source` if there is one."""
-    obstacle = None
+def make_language_model(model: PreTrainedModel, folder: Path) -> LanguageModel:
+    """A model in memory, with the tokenizer of its folder if there is one."""
     try:
-        if source is not None:
-            tokenizer = load_tokenizer(source)
-            encoder = make_encoder(tokenizer, str(source))
-            return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        tokenizer = load_tokenizer(folder)
+        encoder = make_encoder(tokenizer, str(folder))
+        return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
     except HarvestError as error:  # reported when text is needed: activations need none
-        obstacle = str(error)
-    # Without a tokenizer the configuration still says which tokens are special.
-    eos = model.config.eos_token_id
-    return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id, obstacle)
+        eos = model.config.eos_token_id  # the configuration also says which tokens are special
+        return LanguageModel(
+            model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id, obstacle=str(error)
+        )
 
 
 def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:
