@@ -117,11 +117,9 @@ def measure(
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
-    found: list[Absent] = []
-    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"], found.append)
+    subjects, problems, absent = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"])
     for problem in problems:
         refuse(problem)
-    absent = list({one.folder.resolve(): one for one in found}.values())  # a run may be named twice
     for line in say_absent(absent):  # repeated with the results
         Watch().say(line)
     if words["compare"] and not words["cache"]:
