@@ -21,8 +21,9 @@ from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs
 from .bootstrap import describe_text
 from .choose_rows import Rows, choose_rows
 from .clean_and_spliced_losses import ABLATIONS, LossSums, measure_losses, splice_layer
-from .saebench_keys import latent_details, official_metrics, own_metrics, weight_metrics
+from .saebench_keys import latent_details, official_metrics, own_metrics
 from .sparsity_and_variance import Sparsity, measure_sparsity
+from .weight_metrics import weight_metrics
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""What plots and pages know about an SAE: its run's log, its settings, its outcome, and its evaluations.
-
-At the end: the files that all pages share, and how data reach their scripts.
-"""
+"""What plots and pages know about an SAE: its run's log, its settings, its outcome, and its evaluations."""
 
 from __future__ import annotations
 
@@ -33,7 +30,6 @@ from ...context.write_and_read_results import (
 from ...errors import EvalError, ResultInvalid
 
 CURVE_POINTS = 200
-FILES = Path(__file__).parent / "web_files"  # the look and the charts that pages share
 Documents = Mapping[Path, Mapping[str, Any]]
 Now = Mapping[str, Sequence[Any]]  # the weights and place that each SAE has now, by its label
 Say = Callable[[str], object]
@@ -288,12 +284,3 @@ def those_of(documents: Mapping[T, Mapping[str, Any]], now: Sequence[Any] | None
 
 def weights_and_place(document: Mapping[str, Any]) -> list[Any]:
     return [ours_in(document).get("sha256"), *places_in(document)]
-
-
-def web_file(name: str) -> str:
-    return (FILES / name).read_text(encoding="utf-8")
-
-
-def script_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON that is safe inside a script: ASCII with `<` escaped, so corpus text can neither end nor begin one."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=default).replace("<", "\\u003c")

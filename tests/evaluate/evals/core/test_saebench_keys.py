@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
-from saemill.evaluate.evals.core import encoding, saebench_keys
+from saemill.evaluate.evals.core import encoding, weight_metrics
 from saemill.evaluate.evals.core.bootstrap import DocumentSums, describe_text, intervals, resampled
 from saemill.evaluate.evals.core.choose_rows import choose_rows
-from saemill.evaluate.evals.core.saebench_keys import max_cosine, weight_metrics
 from saemill.evaluate.evals.core.sparsity_and_variance import Firing, summarise_density
 from saemill.evaluate.model import ce_and_kl
 from saemill.evaluate.model.batches import Windows
@@ -149,28 +148,28 @@ def test_the_last_token_of_a_window_predicts_nothing():
 
 @pytest.mark.parametrize("block", [1, 3, 4, 100])
 def test_the_nearest_other_row(block, monkeypatch):
-    monkeypatch.setattr(saebench_keys, "BLOCK", block)
+    monkeypatch.setattr(weight_metrics, "BLOCK", block)
     rows = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
     unit = rows / rows.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.T).fill_diagonal_(-9)
-    torch.testing.assert_close(max_cosine(rows), cosines.amax(1))
+    torch.testing.assert_close(weight_metrics.max_cosine(rows), cosines.amax(1))
 
 
 @pytest.mark.parametrize("block", [3, 5, 100])
 def test_how_far_the_cosines_of_weights_have_come_is_told(builder, block, monkeypatch):
     """Those of 262,144 latents take a core an hour."""
-    monkeypatch.setattr(saebench_keys, "BLOCK", block)
+    monkeypatch.setattr(weight_metrics, "BLOCK", block)
     of_one, of_both = [], []
-    max_cosine(builder.make_sae(width=10).W_dec, advance=of_one.append)
+    weight_metrics.max_cosine(builder.make_sae(width=10).W_dec, advance=of_one.append)
     assert sum(of_one) == 10 * 9 / 2 and len(of_one) == math.ceil(10 / block)
-    weight_metrics(builder.make_sae(width=10), of_both.append)
+    weight_metrics.weight_metrics(builder.make_sae(width=10), of_both.append)
     assert sum(of_both) == 10 * 9
 
 
 def test_a_lone_latent_has_no_neighbour(builder):
-    found = weight_metrics(builder.make_sae(width=1, k=1))
+    found = weight_metrics.weight_metrics(builder.make_sae(width=1, k=1))
     assert found["max_decoder_cosine_sim"].tolist() == [-math.inf]
-    assert saebench_keys.BLOCK > 1
+    assert weight_metrics.BLOCK > 1
 
 
 @pytest.mark.parametrize(("piece", "share"), [(24, 0.0), (24, 1.0), (24 * 5, 0.06), (1 << 20, 0.0), (1 << 20, 0.06)])
