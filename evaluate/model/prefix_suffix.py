@@ -147,12 +147,12 @@ class LanguageModel:
             logits_WV = self._unembed(out.last_hidden_state[:, -1])
             return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
 
+    @torch.inference_mode()
     def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None] | None = None) -> Tensor:
         """The residual after layer + 1, from that after `layer`; `sink` is given its attention probabilities."""
         stack = self._part(layer + 1, layer + 2, normed=False)
         sinks = {} if sink is None else {layer + 1: sink}
-        with torch.inference_mode():
-            return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks=sinks).last_hidden_state
+        return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks=sinks).last_hidden_state
 
     @torch.inference_mode()
     def complete(

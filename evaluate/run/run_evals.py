@@ -212,8 +212,6 @@ class _Attempts:
     def _save(self, item: Result | Failure) -> Row:
         """Write a result, unless an earlier one is more complete; one with other settings is kept as a copy."""
         if isinstance(item, Failure):
-            if isinstance(item.error, NotRun):
-                return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         empty = None if item.missing else name_empty_metrics(item, self._evaluation.summary)
         item = replace(
@@ -282,6 +280,8 @@ class _Attempts:
 
     def _failed(self, subject: LoadedSae, error: Exception) -> Row:
         """A row for the table; the traceback of an unexpected error is kept next to the results."""
+        if isinstance(error, NotRun):
+            return self._not_run(subject, str(error))
         if isinstance(error, (EvalError, StoreError, TrainError, HarvestError)):
             return Row(subject, self._eval_id, "failed", str(error))
         if is_out_of_memory(error):
