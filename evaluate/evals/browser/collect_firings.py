@@ -295,8 +295,6 @@ class Seen:
     @property
     def together(self) -> Table:
         """1 where a latent fires: [sampled tokens, F]."""
-        if not self._together:
-            return scipy.sparse.csr_matrix((0, self.width), dtype=np.float32)
         if len(self._together) > 1:  # joined once: an SAE is compared with many
             self._together = [scipy.sparse.vstack(self._together, format="csr")]
         return self._together[0]
