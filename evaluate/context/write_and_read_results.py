@@ -199,7 +199,7 @@ def _at(place: Any, path: str) -> Any:
     return place
 
 
-def short_name(metric: str, among: Iterable[str] = ()) -> str:
+def short_name(metric: str, among: Iterable[str]) -> str:
     """The last part of a dotted name; the whole name if another of these ends alike."""
     last = metric.rsplit(".", 1)[-1]
     return metric if any(other.rsplit(".", 1)[-1] == last for other in among if other != metric) else last
