@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -76,38 +75,34 @@ class Logits:
         return float((says_yes == draw.labels).mean())
 
 
+def logits_of(resid: Features, probes: Mapping[str, LinearProbe]) -> Logits:
+    """The logits of texts as they are."""
+    biases = torch.cat([probe.bias for probe in probes.values()]).double().cpu().numpy()
+    return Logits(resid.matrix @ weights_of(probes) + biases, list(probes), resid.spans)
+
+
+def weights_of(probes: Mapping[str, LinearProbe]) -> np.ndarray:
+    """float64 [D, P]"""
+    return torch.cat([probe.weight for probe in probes.values()]).double().cpu().numpy().T
+
+
 @dataclass(frozen=True, eq=False)
-class Ablatable:
-    """Test texts whose latents can be switched off, and the probes that read them."""
+class Probed:
+    """Probes of the model's own features, and their logits and accuracies on unchanged test texts."""
 
-    resid: Features
-    latents: Features  # of the same texts
-    W_dec: Tensor  # [F, D]
     probes: Mapping[str, LinearProbe]
+    untouched: Logits
+    clean: Accuracies
 
-    def logits(self, off: np.ndarray | None = None) -> Logits:
+    def logits_without(self, off: np.ndarray, latents: Features, W_dec: Tensor) -> Logits:
         """The logits with the latents `off` switched off: x' = decode(acts without them) + (x - decode(acts)).
 
         The decoder is linear, so this is x minus what those latents write. Probes are linear too, so a text's logit
-        falls by its mean activations times the probe's products with the decoder rows. No text is encoded twice, and no
-        ablated activation is ever computed, whatever the number of latents, classes and probes.
+        falls by its mean activations (`latents`) times the probe's products with the decoder rows. No text is encoded
+        twice, and no ablated activation is ever computed, whatever the number of latents, classes and probes.
         """
-        table = self._untouched
-        if off is not None:
-            W_dec = self.W_dec[torch.from_numpy(off)].double().cpu().numpy()
-            table = table - self.latents.matrix[:, off] @ (W_dec @ self._weights)
-        return Logits(table, list(self.probes), self.resid.spans)
-
-    @cached_property
-    def _untouched(self) -> np.ndarray:
-        """float64 [N, P]: the logits of the texts as they are."""
-        biases = torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
-        return self.resid.matrix @ self._weights + biases
-
-    @cached_property
-    def _weights(self) -> np.ndarray:
-        """float64 [D, P]"""
-        return torch.cat([probe.weight for probe in self.probes.values()]).double().cpu().numpy().T
+        written = W_dec[torch.from_numpy(off)].double().cpu().numpy() @ weights_of(self.probes)
+        return replace(self.untouched, table=self.untouched.table - latents.matrix[:, off] @ written)
 
 
 @dataclass(frozen=True)
@@ -125,14 +120,6 @@ class Setup:
     def opposites(self) -> Mapping[str, str]:
         """Where negatives come from, if not from all other classes."""
         return BOTH_WAYS if self.kind == "scr" else {}
-
-
-@dataclass(frozen=True)
-class Probed:
-    """Probes of the model's own features, and their accuracies on unchanged texts."""
-
-    probes: Mapping[str, LinearProbe]
-    clean: Accuracies
 
 
 @dataclass(frozen=True)
@@ -158,11 +145,10 @@ def perturb(
     own = seeded(setup.seed)
     official = of_model.recall("official", generator, lambda: probe_model(*resid, setup, generator))
     corrected = of_model.recall("corrected", own, lambda: probe_model(*resid, setup, own, corrected=True))
-    latents = pool.of_latents(subject, task.train)
+    latents, W_dec = pool.of_latents(subject, task.train), subject.sae.W_dec.detach()
 
     def off(probed: Probed, tests: Features, new_generator: NewGenerator) -> Perturbed:
-        ablatable = Ablatable(resid[1], tests, subject.sae.W_dec.detach(), probed.probes)
-        return Perturbed(probed.clean, switch_off(latents, ablatable, setup, new_generator))
+        return Perturbed(probed.clean, switch_off(latents, tests, W_dec, probed, setup, new_generator))
 
     return Outcome(
         off(official, pool.of_leaky_latents(subject, task.test), lambda: generator),
@@ -178,19 +164,23 @@ def probe_model(
     probes, _ = probe_every_class(
         train, test, setup.training, generator, opposites=setup.opposites, validated=corrected
     )
-    untouched = Ablatable(test, test, torch.empty(0, test.width), probes).logits()
-    return Probed(probes, accuracies(untouched, setup, seeded(setup.seed) if corrected else generator))
+    untouched = logits_of(test, probes)
+    clean = accuracies(untouched, setup, seeded(setup.seed) if corrected else generator)
+    return Probed(probes, untouched, clean)
 
 
-def switch_off(latents: Features, tests: Ablatable, setup: Setup, new_generator: NewGenerator) -> Ablated:
-    """Accuracies of all probes with each class's strongest latents off."""
+def switch_off(
+    train: Features, test: Features, W_dec: Tensor, probed: Probed, setup: Setup, new_generator: NewGenerator
+) -> Ablated:
+    """Accuracies of all probes on the test texts with each class's strongest latents off."""
     generator = new_generator()
-    draws = {name: draw_probe(latents.spans, name, generator, setup.opposites.get(name)) for name in setup.classes}
-    found = {name: effects(latents, draws[name], tests.probes[name], tests.W_dec, setup.kind) for name in draws}
-    return {
-        name: {n: accuracies(tests.logits(top_effects(of, n)), setup, new_generator()) for n in setup.n_values}
-        for name, of in found.items()
-    }
+    draws = {name: draw_probe(train.spans, name, generator, setup.opposites.get(name)) for name in setup.classes}
+    found = {name: effects(train, draws[name], probed.probes[name], W_dec, setup.kind) for name in draws}
+
+    def without(off: np.ndarray) -> Accuracies:
+        return accuracies(probed.logits_without(off, test, W_dec), setup, new_generator())
+
+    return {name: {n: without(top_effects(of, n)) for n in setup.n_values} for name, of in found.items()}
 
 
 def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict[str, float]:

@@ -11,11 +11,12 @@ from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
 from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
 from saemill.evaluate.evals.probing.pooled_features import Draw, Memo, seeded
 from saemill.evaluate.evals.probing.scr_and_tpp import (
-    Ablatable,
     Outcome,
     Perturbed,
+    Probed,
     Setup,
     effects,
+    logits_of,
     mean_scores,
     perturb,
     scr_scores,
@@ -37,11 +38,9 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
     pool = made.pool(subject, leaky=True)
     test = made.task.test
     probes = {name: fresh_probe(sae.d_in, torch.float32, seeded(i)) for i, name in enumerate(test)}
-    texts = Ablatable(
-        pool.of_model(subject.layers, test), pool.of_leaky_latents(subject, test), sae.W_dec.detach(), probes
-    )
+    probed = Probed(probes, logits_of(pool.of_model(subject.layers, test), probes), {})
     off = np.array([3, 11, 40, 7])
-    found = texts.logits(off)
+    found = probed.logits_without(off, pool.of_leaky_latents(subject, test), sae.W_dec.detach())
     for name, group in test.items():
         x = torch.stack([made.acts[text] for text in group])
         with torch.no_grad():
@@ -62,9 +61,9 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
 def test_nothing_off_is_the_probe_itself():
     features = features_of({"a": torch.randn(5, 6), "b": torch.randn(5, 6)})
     probe = fresh_probe(6, torch.float32, seeded(0))
-    texts = Ablatable(features, features, torch.eye(6), {"a": probe})
     whole = torch.from_numpy(features.matrix.toarray())
-    torch.testing.assert_close(torch.from_numpy(texts.logits().table[:, 0]).float(), probe.logits(whole))
+    found = logits_of(features, {"a": probe}).table[:, 0]
+    torch.testing.assert_close(torch.from_numpy(found).float(), probe.logits(whole))
 
 
 def test_what_all_ablations_begin_with_is_computed_once(official):
@@ -75,10 +74,10 @@ def test_what_all_ablations_begin_with_is_computed_once(official):
     assert pool.of_model(subject.layers, test) is resid
     assert pool.of_model(subject.layers, made.task.train) is not resid
     probes = {name: fresh_probe(resid.width, torch.float32, seeded(i)) for i, name in enumerate(test)}
-    texts = Ablatable(resid, pool.of_leaky_latents(subject, test), subject.sae.W_dec.detach(), probes)
-    whole = texts.logits().table.copy()
-    changed = [texts.logits(np.array([n])).table for n in range(3)]
-    assert texts.logits().table is texts.logits().table and np.array_equal(texts.logits().table, whole)
+    probed, latents = Probed(probes, logits_of(resid, probes), {}), pool.of_leaky_latents(subject, test)
+    whole = probed.untouched.table.copy()
+    changed = [probed.logits_without(np.array([n]), latents, subject.sae.W_dec.detach()).table for n in range(3)]
+    assert np.array_equal(probed.untouched.table, whole)
     assert any(not np.array_equal(table, whole) for table in changed)
 
 
