@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import UNREADABLE, HarvestError
 from ...harvest.model.architectures import NoPositions, architecture_of, require_parts
-from ...harvest.model.attention import ATTENTION, register_attention
+from ...harvest.model.attention import ATTENTION, Sinks, register_attention
 from ...harvest.model.fused_on_gpu import fuse_norms
 from ...harvest.model.hooks import kept, tapped
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, names_in_files, read_config, without_report
@@ -33,8 +33,6 @@ from .smaller_pieces import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
-
-Sinks = Mapping[int, Callable[[Tensor], None]]
 
 
 class LanguageModel:
