@@ -25,7 +25,7 @@ Revision = str | Mapping[str, str]
 
 
 def load_rows(dataset: str, name: str) -> list[dict[str, Any]]:
-    """All rows for tests. Data that only a script could read is refused."""
+    """All rows of the test split. Data that only a script could read is refused."""
     from datasets.exceptions import DatasetsError  # here: it takes seconds to import
 
     try:

@@ -101,8 +101,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[LoadedSae, str], str | None]:
     """Why some SAEs' attention fidelity can never be measured on this store, and what is missing for the others'."""
-    stored, reason, impossible = context.manifest.attention.layers, context.why_no_model(), {}
+    stored, reason = context.manifest.attention.layers, context.why_no_model()
     depth = context.manifest.model.num_layers if reason else context.model.facts.num_layers
+    impossible = {}
     for subject in subjects:
         if not subject.is_single_layer:
             impossible[subject] = "attention fidelity is only for SAEs that read and write one layer"

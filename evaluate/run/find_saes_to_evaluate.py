@@ -67,7 +67,7 @@ def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) 
 def find_all(
     targets: Iterable[str], runs: Path, layer: int | None = None, cache: str | None = None
 ) -> tuple[list[LoadedSae], list[Problem], list[Absent]]:
-    """All SAEs of all targets that can be found, the problems of the others, and those that runs no longer have.
+    """All SAEs of all targets that can be found, the problems of the others, and runs' SAEs without a folder.
 
     `layer` is for SAEs that name none; `cache` is the store that a missing run would be trained on.
     """
@@ -98,7 +98,7 @@ def find_all(
 def find_places(
     target: str, runs: Path, cache: str | None = None
 ) -> tuple[list[tuple[Path, RunFolder | None]], list[Absent]]:
-    """The SAE folders that a target means, with the run that each belongs to; and the SAEs that a run has no more."""
+    """The SAE folders that a target means, with the run that each belongs to; and a run's SAEs without a folder."""
     found = (path for path in places_of(target, runs) if is_run(path) and list_saes(path) != [path])
     if (path := next(found, None)) is not None:
         run = RunFolder(path)
