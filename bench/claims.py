@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from saemill import Store, train
 from saemill.api.run import Run
-from saemill.evaluate.evals.core.saebench_keys import max_cosine
+from saemill.evaluate.evals.core.weight_metrics import max_cosine
 from saemill.studies.tables import spread
 from saemill.train.run.run_folder import RunFolder, provenance
 from saemill.train.sae.model import SparseAutoencoder

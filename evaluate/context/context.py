@@ -19,7 +19,7 @@ from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch
 from ..errors import DataMissing, MemoryTooSmall, ModelMissing
 from ..model.prefix_suffix import LanguageModel, load_language_model
-from ..model.unembedding_head import Head, head_of, load_head
+from ..model.unembedding_head import Head, load_head
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     watch: Watch = field(default_factory=Watch)
     model_identity: str | None = None
-    """Id and revision of the loaded model; None if unknown."""
+    """Id and revision of the loaded model."""
     _massive: dict[Place, Massive] = field(default_factory=dict)
     _source: ModelSource | None = None
     _model: LanguageModel | None = None
@@ -110,13 +110,19 @@ class Context:
         """Load the model now, so that ModelMissing is raised here if it cannot be loaded."""
         _ = self.model
 
+    def why_no_model(self) -> str | None:
+        """Load the model now; why it cannot be loaded, or None."""
+        try:
+            self.require_model()
+        except ModelMissing as error:
+            return str(error)
+        return None
+
     @property
     def head(self) -> Head:
         """The model's final norm and unembedding, in float32 whatever the model runs in; nothing else is loaded.
 
         Raises ModelMissing if there are none."""
-        if self._model is not None and self._source is None:  # given in memory: there are no files
-            return head_of(self._model.model)
         return load_head(self._find_source().folder, self.device)
 
     @property
@@ -149,8 +155,7 @@ class Context:
         """A digest of the model in a folder that the user named, where no store says which model it is: the folder may
         hold another one next time. None without such a folder, or if it holds no model."""
         is_known = self.opened is not None and self.opened.manifest.model.revision is not None
-        is_in_memory = self._model is not None and self.model_identity is None
-        if self.model_name is None or is_known or is_in_memory or not Path(self.model_name).expanduser().is_dir():
+        if self.model_name is None or is_known or not Path(self.model_name).expanduser().is_dir():
             return None
         try:
             return self._find_source().revision
@@ -158,18 +163,18 @@ class Context:
             return None
 
     @property
+    def name_of_model(self) -> str:
+        """As results give it; empty if neither the user nor a store names a model."""
+        return self.model_name or (self.opened.manifest.model.id if self.opened else "")
+
+    @property
     def is_pocket(self) -> bool:
         """Whether the model is the one that comes with this package: evaluations then use data made locally."""
-        name = self.model_name or (self.opened.manifest.model.id if self.opened else None)
-        return name == POCKET
+        return self.name_of_model == POCKET
 
     def takes_library(self, data: str) -> bool:
         """Whether an evaluation's setting `data` means text of this Python's standard library."""
         return data == "stdlib" or (data == "auto" and self.is_pocket)
-
-    def use(self, model: LanguageModel) -> None:
-        """Use a model that is already in memory. Its identity is unknown, so nothing it computes is cached."""
-        self._model, self.model_identity, self._no_room = model, None, None
 
     def say(self, text: str) -> None:
         self.watch.say(text)

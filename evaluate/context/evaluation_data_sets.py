@@ -24,12 +24,12 @@ Revision = str | Mapping[str, str]
 """A revision of data: a digest or, for data sets on the hub, the commit of each."""
 
 
-def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]]:
-    """All rows of a split. Data that only a script could read is refused."""
+def load_rows(dataset: str, name: str) -> list[dict[str, Any]]:
+    """All rows of the test split. Data that only a script could read is refused."""
     from datasets.exceptions import DatasetsError  # here: it takes seconds to import
 
     try:
-        rows: Any = load_dataset(dataset, name, split=split, revision=commit_of(dataset))
+        rows: Any = load_dataset(dataset, name, split="test", revision=commit_of(dataset))
         return list(rows)
     except (*NETWORK_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
         raise _missing(dataset, name, error) from error
@@ -100,9 +100,9 @@ def library_revision() -> str:
     return f"sha256:{text_digest(stdlib_documents())}"
 
 
-def _missing(dataset: str, part: str | None, error: Exception) -> DataMissing:
+def _missing(dataset: str, part: str, error: Exception) -> DataMissing:
     return DataMissing(
-        f"data set {dataset}{f' ({part})' if part else ''} cannot be loaded ({first_line(error)}). Open "
+        f"data set {dataset} ({part}) cannot be loaded ({first_line(error)}). Open "
         f"https://huggingface.co/datasets/{dataset} and accept its terms if it asks, then `hf auth login`, and run "
         "this again with network access, or once elsewhere and copy ~/.cache/huggingface here"
     )

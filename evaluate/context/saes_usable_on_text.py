@@ -83,13 +83,8 @@ def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSp
     return replace(context.manifest.attention, layers=layers)
 
 
-def model_name_of(context: Context) -> str:
-    """The model's name as results give it."""
-    return context.model_name or (context.manifest.model.id if context.opened else "")
-
-
 def official_config(context: Context, config: Any, **fixed: Any) -> dict[str, Any]:
     """A result's settings under SAEBench's keys, along with ours; `fixed` are those that a `Config` lacks or holds in
     another form."""
     dtype = str(context.model.dtype).removeprefix("torch.")
-    return {**deciding(to_json(config)), "model_name": model_name_of(context), "llm_dtype": dtype, **fixed}
+    return {**deciding(to_json(config)), "model_name": context.name_of_model, "llm_dtype": dtype, **fixed}

@@ -170,7 +170,7 @@ def _without_details(document: dict[str, Any]) -> dict[str, Any]:
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     """A number by its dotted name: an official metric, or one under a top-level key of ours; None for no number. A
     number that really is -1 is written as -1.0 in our results; in SAEBench's own, that too means no number."""
-    value = _at(document["eval_result_metrics"], metric)
+    value = _at(document, f"eval_result_metrics.{metric}")
     if value == UNMEASURED and (isinstance(value, int) or not ours_in(document)):
         return None
     value = value if isinstance(value, (int, float)) else _at(document, metric)
@@ -199,7 +199,7 @@ def _at(place: Any, path: str) -> Any:
     return place
 
 
-def short_name(metric: str, among: Iterable[str] = ()) -> str:
+def short_name(metric: str, among: Iterable[str]) -> str:
     """The last part of a dotted name; the whole name if another of these ends alike."""
     last = metric.rsplit(".", 1)[-1]
     return metric if any(other.rsplit(".", 1)[-1] == last for other in among if other != metric) else last

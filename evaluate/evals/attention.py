@@ -23,7 +23,7 @@ from ...cache_schema.strict_json import to_json
 from ...harvest.sparsify_attention import sinks
 from ...train.data.batch import AttentionRows
 from ..context.stored_windows import TextCount, mean_of_rows, ordinary_rows, read_windows, say_if_fewer
-from ..errors import ModelMissing, NotApplicable
+from ..errors import NotApplicable
 from ..model.batches import Windows
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, Traced, attention_divergence, choose_pairs, explain, trace_pairs
@@ -101,11 +101,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[LoadedSae, str], str | None]:
     """Why some SAEs' attention fidelity can never be measured on this store, and what is missing for the others'."""
-    stored, depth, missing = context.manifest.attention.layers, context.manifest.model.num_layers, None
-    try:
-        depth = context.model.facts.num_layers
-    except ModelMissing as error:
-        missing = f"attention fidelity needs the model: {error}"
+    stored, reason = context.manifest.attention.layers, context.why_no_model()
+    depth = context.manifest.model.num_layers if reason else context.model.facts.num_layers
     impossible = {}
     for subject in subjects:
         if not subject.is_single_layer:
@@ -115,7 +112,7 @@ def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[Loa
         elif subject.layer + 1 not in stored:
             held = ", ".join(map(str, stored))
             impossible[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"
-    return impossible, missing
+    return impossible, reason and f"attention fidelity needs the model: {reason}"
 
 
 def compare_attention(

@@ -23,7 +23,7 @@ from ...train.disk.plain_form import without_signs
 from ...train.disk.sae_lens_folder import TENSORS, WEIGHTS, read_config, read_tensor
 from ...train.errors import TrainError
 from ...train.run.find_and_load_sae import list_saes, read_folder
-from .core.saebench_keys import max_cosine
+from .core.weight_metrics import max_cosine
 from .evaluation_contract import Context, Evaluation, LoadedSae, Needs, Result, remark_of
 
 

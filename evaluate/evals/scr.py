@@ -52,5 +52,5 @@ def make_result(
 
 
 EVALUATION = evaluation_of(
-    "absolute", load_pairs, make_result, ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50")
+    "scr", load_pairs, make_result, ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50")
 )

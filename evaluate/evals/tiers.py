@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
 from ..context.stored_windows import TextCount, ordinary_rows, read_windows, say_if_fewer, sums_of_codes
-from ..errors import ModelMissing
 from .evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, evenly_spread, saved_composition, tiers_of
 from .measures.splice_effects import Effect, Tracer, Tracers
@@ -143,11 +142,8 @@ def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]
         return None, None
     if context.without_tokens:
         return f"causal tracing needs tokens: {context.without_tokens}", None
-    try:
-        context.require_model()
-    except ModelMissing as error:
-        return None, f"causal tracing needs the model: {error}"
-    return None, None
+    reason = context.why_no_model()
+    return None, reason and f"causal tracing needs the model: {reason}"
 
 
 def choose_traced(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:

@@ -33,7 +33,7 @@ def make_result(
 
 
 EVALUATION = evaluation_of(
-    "positive",
+    "tpp",
     lambda source, name, settings: [source.load_task(name, *settings.sizes, settings.random_seed)],
     make_result,
     ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),

@@ -180,16 +180,12 @@ def run_windows(
 
 
 def make_rows(
-    model: LanguageModel,
-    texts: Sequence[str] | Sequence[Sequence[int]],
-    context: int,
-    padding: Literal["right", "left"] = "right",
+    model: LanguageModel, rows: Sequence[Sequence[int]], context: int, padding: Literal["right", "left"] = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and validity [W, context]."""
-    rows = [_ids_of(model, text)[:context] for text in texts]
+    """Token ids and validity [W, context] of rows that are padded or cut to this length."""
     tokens = torch.full((len(rows), context), model.pad, dtype=torch.int64)
     valid = torch.zeros(len(rows), context, dtype=torch.bool)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(ids[:context] for ids in rows):
         place = slice(0, len(row)) if padding == "right" else slice(context - len(row), context)
         tokens[number, place] = torch.tensor(row, dtype=torch.int64)
         valid[number, place] = True
@@ -230,12 +226,6 @@ def _join_attention(parts: Sequence[AttentionRows]) -> AttentionRows:
         data=torch.cat([part.data for part in parts]),
         kept_mass=torch.cat([part.kept_mass for part in parts]),
     )
-
-
-def _ids_of(model: LanguageModel, text: str | Sequence[int]) -> list[int]:
-    if isinstance(text, str):
-        return [model.bos, *model.tokenizer.encode([text])[0]]
-    return list(text)
 
 
 def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: torch.device) -> Windows:

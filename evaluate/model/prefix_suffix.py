@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import UNREADABLE, HarvestError
 from ...harvest.model.architectures import NoPositions, architecture_of, require_parts
-from ...harvest.model.attention import ATTENTION, register_attention
+from ...harvest.model.attention import ATTENTION, Sinks, register_attention
 from ...harvest.model.fused_on_gpu import fuse
 from ...harvest.model.hooks import kept, tapped
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, names_in_files, read_config, without_report
@@ -34,8 +34,6 @@ from .smaller_pieces import is_out_of_memory
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-Sinks = Mapping[int, Callable[[Tensor], None]]
-
 
 class LanguageModel:
     """A model in memory that can be cut after any layer."""
@@ -46,7 +44,7 @@ class LanguageModel:
         tokenizer: TextEncoder | None,
         eos: int | None,
         pad: int | None,
-        obstacle: str | None = None,
+        obstacle: str = "",
     ) -> None:
         register_attention()
         self.facts = ModelFacts.of(model.config)
@@ -71,12 +69,16 @@ class LanguageModel:
     @property
     def tokenizer(self) -> TextEncoder:
         if self.encoder is None:
-            raise ModelMissing(self._obstacle or "this model has no tokenizer, which evaluations on text need")
+            raise ModelMissing(self._obstacle)
         return self.encoder
 
     @property
     def bos(self) -> int:
         return self.tokenizer.bos_token
+
+    def token_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, after BOS."""
+        return [[self.bos, *ids] for ids in self.tokenizer.encode(texts)]
 
     @property
     def special(self) -> tuple[int, ...]:
@@ -143,12 +145,12 @@ class LanguageModel:
             logits_WV = self._unembed(out.last_hidden_state[:, -1])
             return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
 
+    @torch.inference_mode()
     def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None] | None = None) -> Tensor:
         """The residual after layer + 1, from that after `layer`; `sink` is given its attention probabilities."""
         stack = self._part(layer + 1, layer + 2, normed=False)
         sinks = {} if sink is None else {layer + 1: sink}
-        with torch.inference_mode():
-            return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks=sinks).last_hidden_state
+        return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks=sinks).last_hidden_state
 
     @torch.inference_mode()
     def complete(
@@ -258,19 +260,17 @@ def _room_for(folder: Path) -> Iterator[None]:
         raise
 
 
-def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
-    """A model in memory, with the tokenizer of `source` if there is one."""
-    obstacle = None
+def make_language_model(model: PreTrainedModel, folder: Path) -> LanguageModel:
+    """A model in memory, with the tokenizer of its folder if there is one."""
     try:
-        if source is not None:
-            tokenizer = load_tokenizer(source)
-            encoder = make_encoder(tokenizer, str(source))
-            return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        tokenizer = load_tokenizer(folder)
+        encoder = make_encoder(tokenizer, str(folder))
+        return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
     except HarvestError as error:  # reported when text is needed: activations need none
-        obstacle = str(error)
-    # Without a tokenizer the configuration still says which tokens are special.
-    eos = model.config.eos_token_id
-    return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id, obstacle)
+        eos = model.config.eos_token_id  # the configuration also says which tokens are special
+        return LanguageModel(
+            model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id, obstacle=str(error)
+        )
 
 
 def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:

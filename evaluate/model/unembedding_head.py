@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...harvest.errors import HarvestError
@@ -38,11 +38,6 @@ class Head:
         """Logits [N, V] of directions alone, as the norm scales them, without what the norm adds to any input."""
         x = directions_ND.to(self.unembedding.dtype)
         return matmul(self.norm(x) - self.norm(torch.zeros_like(x)), self.unembedding.T)
-
-
-def head_of(model: Any) -> Head:
-    norm: nn.Module = getattr(model.base_model, architecture_of(model.config.model_type).final_norm)
-    return Head(norm, model.get_output_embeddings().weight)
 
 
 def load_head(folder: Path, device: torch.device) -> Head:

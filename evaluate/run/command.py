@@ -117,11 +117,9 @@ def measure(
     if may_train:
         offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
     keep_large_blocks()
-    found: list[Absent] = []
-    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"], found.append)
+    subjects, problems, absent = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"])
     for problem in problems:
         refuse(problem)
-    absent = list({one.folder.resolve(): one for one in found}.values())  # a run may be named twice
     for line in say_absent(absent):  # repeated with the results
         Watch().say(line)
     if words["compare"] and not words["cache"]:
@@ -224,13 +222,14 @@ class Session:
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
         """Run what needs no store and keep earlier results from the missing one, unless --cache named it."""
-        storeless = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
-        context, rows = self.context(None), list[Row]()
-        if self.cache is None:
-            on_store = {name: config for name, config in self.configs.items() if name not in storeless}
-            rows += kept_rows(context, subjects, on_store, self.keep)
+        if self.cache is not None:
+            return [row for subject in subjects for row in self._fail(subject, error)]
+        storeless = {name: config for name, config in self.configs.items() if not evals.load(name).needs.store}
+        on_store = replace(self, configs={n: config for n, config in self.configs.items() if n not in storeless})
+        context = self.context(None)
+        rows = kept_rows(context, subjects, on_store.configs, self.keep)
         kept = {(row.subject, row.eval_id) for row in rows}
-        failed = [row for subject in subjects for row in self._fail(subject, error) if row.eval_id not in storeless]
+        failed = [row for subject in subjects for row in on_store._fail(subject, error)]
         rows += [row for row in failed if (row.subject, row.eval_id) not in kept]
         if storeless or any(row.is_good for row in rows):
             context.say(str(error))

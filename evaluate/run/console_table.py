@@ -120,7 +120,7 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception], absent: Sequ
                 "metrics": {metric: value for metric, (value, _) in numbers_of(row).items()},
                 "reach": {metric: reach for metric, (_, reach) in numbers_of(row).items()},
                 "measured_on": ours_in(row.document or {}).get("measured_on"),
-                "warnings": signs_of_no_learning(row.document or {"eval_result_metrics": {}}),
+                "warnings": signs_of_no_learning(row.document or {}),
                 "file": None if row.document is None else str(row.path),
             }
             for row in rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,34 +58,31 @@ def say_absent(absent: Iterable[Absent]) -> list[str]:
 
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
     """All SAEs of all targets, each once; raises the error of the first that cannot be found."""
-    subjects, problems = find_all(targets, runs, layer)
+    subjects, problems, _ = find_all(targets, runs, layer)
     if problems:
         raise problems[0]
     return subjects
 
 
 def find_all(
-    targets: Iterable[str],
-    runs: Path,
-    layer: int | None = None,
-    cache: str | None = None,
-    tell: Callable[[Absent], object] = lambda _: None,
-) -> tuple[list[LoadedSae], list[Problem]]:
-    """All SAEs of all targets that can be found, and the problems of the others.
+    targets: Iterable[str], runs: Path, layer: int | None = None, cache: str | None = None
+) -> tuple[list[LoadedSae], list[Problem], list[Absent]]:
+    """All SAEs of all targets that can be found, the problems of the others, and runs' SAEs without a folder.
 
-    `layer` is for SAEs that name none; `cache` is the store that a missing run would be trained on. A run's SAEs
-    without weights are passed to `tell`.
+    `layer` is for SAEs that name none; `cache` is the store that a missing run would be trained on.
     """
     found: dict[Path, LoadedSae] = {}
+    absent: dict[Path, Absent] = {}  # a run may be named twice
     homes: dict[Path, Path] = {}  # a run is the same whatever path names it
     problems: list[Problem] = []
     targets = list(targets)
     for target in targets:
         try:
-            places = find_places(target, runs, cache, tell)
+            places, lacking = find_places(target, runs, cache)
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
+        absent |= {one.folder.resolve(): one for one in lacking}
         home = runs / "hub" / target.rstrip("/").replace("/", "--") if is_on_hub(target, runs) else None
         for folder, run in places:
             try:
@@ -95,31 +92,32 @@ def find_all(
                 found.setdefault(folder.resolve(), subject if first == subject.home else replace(subject, home=first))
             except (EvalError, TrainError) as error:
                 problems.append(error)
-    return list(found.values()), problems
+    return list(found.values()), problems, list(absent.values())
 
 
 def find_places(
-    target: str, runs: Path, cache: str | None = None, tell: Callable[[Absent], object] = lambda _: None
-) -> list[tuple[Path, RunFolder | None]]:
-    """The SAE folders that a target means, and the run that each belongs to."""
+    target: str, runs: Path, cache: str | None = None
+) -> tuple[list[tuple[Path, RunFolder | None]], list[Absent]]:
+    """The SAE folders that a target means, with the run that each belongs to; and a run's SAEs without a folder."""
     found = (path for path in places_of(target, runs) if is_run(path) and list_saes(path) != [path])
     if (path := next(found, None)) is not None:
         run = RunFolder(path)
         folders = _saes_of(run)
         diverged = read_json(path / "result.json").get("diverged") or {}
         there = {folder.name for folder in folders}
-        for label in run.read_config()["saes"]:
-            if label not in there:
-                reason = diverged.get(label, "its folder is gone")
-                tell(Absent(path / label, reason, is_lost=label not in diverged))
-        return [(folder, run) for folder in folders]
+        absent = [
+            Absent(path / label, diverged.get(label, "its folder is gone"), is_lost=label not in diverged)
+            for label in run.read_config()["saes"]
+            if label not in there
+        ]
+        return [(folder, run) for folder in folders], absent
     try:
         folder = find_sae(target, runs)
     except RunMissing as error:
         raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
     parent = folder.resolve().parent
     parent = folder.parent if folder.parent.resolve() == parent else parent  # as named, except by `.` and links
-    return [(folder, RunFolder(parent) if is_run(parent) else None)]
+    return [(folder, RunFolder(parent) if is_run(parent) else None)], []
 
 
 def make_subject(

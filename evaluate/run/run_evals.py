@@ -154,14 +154,6 @@ def crash_path(subject: LoadedSae, eval_id: str) -> Path:
     return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
 
 
-def _describe_hooks(subject: LoadedSae) -> str:
-    reads, writes = subject.hooks
-    return (
-        f"it reads {reads} of layer {', '.join(map(str, subject.layers))} and rebuilds {writes}: evaluations read and "
-        "replace the residual stream after a layer"
-    )
-
-
 class _Attempts:
     """One evaluation of several SAEs, together and, after an error, one by one."""
 
@@ -170,16 +162,20 @@ class _Attempts:
         self._evaluation = evals.load(eval_id)
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
-        takes_any_hook = not self._evaluation.needs.residuals
-        unsupported = [subject for subject in subjects if not (takes_any_hook or set(subject.hooks) == {RESID})]
-        rows = [self._not_run(subject, _describe_hooks(subject)) for subject in unsupported]
-        rows += [row for subject in subjects if subject not in unsupported and (row := self._load(subject))]
-        refused = {row.subject for row in rows}
+        refused = {subject: row for subject in subjects if (row := self._refuse(subject))}
         subjects = [subject for subject in subjects if subject not in refused]
-        return rows + (self._run(subjects) if subjects else [])
+        return [*refused.values(), *(self._run(subjects) if subjects else ())]
 
-    def _load(self, subject: LoadedSae) -> Row | None:
-        """Move the weights to the device; the row of an SAE that cannot be read, or does not fit there."""
+    def _refuse(self, subject: LoadedSae) -> Row | None:
+        """Move the weights to the device; the row of an SAE on another hook, or one that cannot be read or does not fit
+        there."""
+        if self._evaluation.needs.residuals and set(subject.hooks) != {RESID}:
+            reads, writes = subject.hooks
+            reason = (
+                f"it reads {reads} of layer {', '.join(map(str, subject.layers))} and rebuilds {writes}: evaluations "
+                "read and replace the residual stream after a layer"
+            )
+            return self._not_run(subject, reason)
         device = self._context.device
         try:
             subject.to(device)
@@ -216,8 +212,6 @@ class _Attempts:
     def _save(self, item: Result | Failure) -> Row:
         """Write a result, unless an earlier one is more complete; one with other settings is kept as a copy."""
         if isinstance(item, Failure):
-            if isinstance(item.error, NotRun):
-                return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         empty = None if item.missing else name_empty_metrics(item, self._evaluation.summary)
         item = replace(
@@ -286,6 +280,8 @@ class _Attempts:
 
     def _failed(self, subject: LoadedSae, error: Exception) -> Row:
         """A row for the table; the traceback of an unexpected error is kept next to the results."""
+        if isinstance(error, NotRun):
+            return self._not_run(subject, str(error))
         if isinstance(error, (EvalError, StoreError, TrainError, HarvestError)):
             return Row(subject, self._eval_id, "failed", str(error))
         if is_out_of_memory(error):

@@ -236,7 +236,7 @@ def open_context() -> Callable[..., Context]:
 @pytest.fixture(scope="session")
 def language_model() -> Callable[..., LanguageModel]:
     def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
-        return make_language_model(Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype), None)
+        return make_language_model(Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype), folder)
 
     return load
 

@@ -120,7 +120,7 @@ def run(stored, pocket, new_builder):
         watch, configs = Watch(is_quiet=True), {name: config or settings_of(name)}
         if is_about_text(name):
             context = Context(None, model_name="pocket", watch=watch)
-            context.use(pocket(dtype))
+            context._model = pocket(dtype)
             rows = run_evals(context, subjects, configs)
         else:
             with Store.open(stored(**how).store) as store:

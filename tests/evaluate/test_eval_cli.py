@@ -251,7 +251,7 @@ def test_a_run_comes_before_a_folder_of_its_name(world, builder, monkeypatch):
     shutil.copytree("runs/run_1", "run_1")
     builder.save(builder.root / "run_1/one", builder.make_sae(width=32))
     for name in ("run_1", "run_1/one"):
-        assert find_sae(name) == find_places(name, Path("runs"))[0][0] == Path("runs/run_1/one")
+        assert find_sae(name) == find_places(name, Path("runs"))[0][0][0] == Path("runs/run_1/one")
     assert RunFolder.open("runs", "run_1").path == Path("runs/run_1")
     assert find_sae(builder.root / "run_1") == builder.root / "run_1/one"
     assert make_subject(Path("run_1/one"), None).width == 32
@@ -272,7 +272,7 @@ def test_a_config_beside_an_sae_that_is_not_ours_makes_no_run(golden, builder):
     (folder.parent / "config.json").write_text('{"model": "gpt2", "layers": [3]}')
     (subject,) = find_subjects([str(folder)], builder.root)
     assert subject.home == folder and subject.run is None
-    assert find_places(str(folder.parent), builder.root) == [(folder, None)]
+    assert find_places(str(folder.parent), builder.root) == ([(folder, None)], [])
 
 
 def test_results_of_the_hubs_saes_lie_under_the_runs(world, builder, sae_eval, monkeypatch):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -88,14 +87,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     if not fitting:
         return
     reader = Reader(model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
-    with ExitStack() as stages:
-        task = make_task(
-            reader,
-            words,
-            classes,
-            config.random_seed,
-            lambda title, total: stages.enter_context(context.watch.stage(f"absorption: {title}", total, "words")),
-        )
+    task = make_task(reader, words, classes, config.random_seed, context.watch)
     for subject in fitting:
         yield one_result(context, task, subject, config)
 

@@ -70,9 +70,9 @@ class LetterResult:
     words: int
     fraction_sum: float
     full: int
-    converged: tuple[bool, ...] = ()
+    converged: tuple[bool, ...]
     """Whether each regression that chose its latents did."""
-    fires: bool = True
+    fires: bool
     """Whether any latent does on its words: an SAE without firing latents absorbs nothing."""
 
     def to_json(self) -> dict[str, Any]:

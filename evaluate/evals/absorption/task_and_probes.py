@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ....harvest.progress import Watch
 from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable, SettingInvalid
 from ...model.logistic_regression import fitted, has_converged
@@ -202,7 +203,7 @@ def longest_prompt(words: Sequence[str], classes: WordClasses, model: LanguageMo
 def make_spots(prompts: Sequence[str], classes: WordClasses, model: LanguageModel) -> list[Spot]:
     """Where prompts are read: at the word's last token, before the rest of its line."""
     position = word_position(model, classes.template)
-    return [Spot((model.bos, *tokens), position) for tokens in model.tokenizer.encode(prompts)]
+    return [Spot(tokens, position) for tokens in model.token_rows(prompts)]
 
 
 def word_position(model: LanguageModel, template: str) -> int:
@@ -270,27 +271,21 @@ class Task:
     """By layer, the test words that its probe found, read in new prompts; without layers that found none."""
 
 
-def make_task(
-    reader: Reader,
-    words: Sequence[str],
-    classes: WordClasses,
-    seed: int,
-    stage: Callable[[str, int], Callable[[int], None]],
-) -> Task:
+def make_task(reader: Reader, words: Sequence[str], classes: WordClasses, seed: int, watch: Watch) -> Task:
     """Read all words and fit the probes."""
     draw = random.Random(seed)
     halves = split_words(words, draw)
     require_examples(halves, len(words))
     prompts = [_prompts(half, half, classes, draw) for half in halves]
-    advance = stage("words", sum(map(len, prompts)))
-    train, test = (
-        Half(
-            half,
-            torch.tensor([classes.class_of(word) for word in half], device=reader.model.device),
-            reader.read(make_spots(asked, classes, reader.model), advance),
+    with watch.stage("absorption: words", sum(map(len, prompts)), "words") as advance:
+        train, test = (
+            Half(
+                half,
+                torch.tensor([classes.class_of(word) for word in half], device=reader.model.device),
+                reader.read(make_spots(asked, classes, reader.model), advance),
+            )
+            for half, asked in zip(halves, prompts, strict=True)
         )
-        for half, asked in zip(halves, prompts, strict=True)
-    )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
     fresh, drawn = {}, draw.getstate()
     for layer, probe in probes.items():
@@ -298,9 +293,9 @@ def make_task(
         found: list[int] = probe.found.nonzero().view(-1).tolist()
         asked_again = _prompts([test.words[number] for number in found], words, classes, draw)
         fresh[layer] = make_spots(asked_again, classes, reader.model)
-    advance = stage("known words", sum(map(len, fresh.values())))
     readers = {layer: replace(reader, subjects=[s for s in reader.subjects if s.layer == layer]) for layer in probes}
-    again = {layer: readers[layer].read(spots, advance) for layer, spots in fresh.items() if spots}
+    with watch.stage("absorption: known words", sum(map(len, fresh.values())), "words") as advance:
+        again = {layer: readers[layer].read(spots, advance) for layer, spots in fresh.items() if spots}
     return Task(classes, train, test, probes, again)
 
 

@@ -24,7 +24,7 @@ from ....cache_schema.errors import StoreError
 from ....cache_schema.numbers_in_words import say_size
 from ....train.disk.atomic_files import take_lock
 from ...errors import BrowserUnwritten
-from ...output.figures.records import FILES, script_json
+from ...output.figures.page_files import FILES, script_json
 
 NAME = "browser"
 LATENT_BYTES = 4000  # of one latent on disk, about

@@ -149,9 +149,13 @@ def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` entries with the largest keys in each group, group by group, the largest first."""
     joined = ((group.astype(np.uint64) << np.uint64(32)) | ~sortable(key)).view(np.int64)
     order = torch.from_numpy(joined).sort(stable=True).indices.numpy()  # in a quarter of numpy's time
-    first = np.flatnonzero(np.diff(group[order], prepend=-1))
-    rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
-    return order[rank < count]
+    return order[ranks(group[order]) < count]
+
+
+def ranks(group: np.ndarray) -> np.ndarray:
+    """int64: the place of each entry in its group, whose entries lie side by side."""
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    return np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
 
 
 def sortable(key: np.ndarray) -> np.ndarray:
@@ -292,8 +296,6 @@ class Seen:
     @property
     def together(self) -> Table:
         """1 where a latent fires: [sampled tokens, F]."""
-        if not self._together:
-            return scipy.sparse.csr_matrix((0, self.width), dtype=np.float32)
         if len(self._together) > 1:  # joined once: an SAE is compared with many
             self._together = [scipy.sparse.vstack(self._together, format="csr")]
         return self._together[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...context.bfloat16_then_float32 import Affine, largest_products
-from .collect_firings import Table, largest
+from .collect_firings import Table, largest, ranks
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire: fewer may be chance
@@ -71,7 +71,6 @@ def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
         row, column = together.row[often], together.col[often]
         score = together.data[often] / np.sqrt(own[row + start] * their[column])
         best = largest(row, score, count)
-        row, first = row[best], np.flatnonzero(np.diff(row[best], prepend=-1))
-        rank = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
-        latents[row + start, rank], scores[row + start, rank] = column[best], score[best]
+        place = row[best] + start, ranks(row[best])
+        latents[place], scores[place] = column[best], score[best]
     return Near(latents, scores, counted)

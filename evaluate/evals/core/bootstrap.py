@@ -13,7 +13,6 @@ import numpy as np
 
 from ....cache_schema.numbers_in_words import counted
 
-RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50
 KEPT_DRAWS = 1 << 22  # 32 MB
 LEVEL = 0.95
@@ -38,8 +37,6 @@ class DocumentSums:
 
     def table(self) -> dict[str, np.ndarray]:
         """The sums of every document: [R] by name."""
-        if not self._parts:
-            return {}
         found, place = np.unique(np.concatenate([part[0] for part in self._parts]), return_inverse=True)
         names = self._parts[0][1]
         joined = {name: np.concatenate([part[1][name] for part in self._parts]) for name in names}
@@ -53,12 +50,9 @@ def describe_text(table: Sums) -> str:
     return f"{counted(int(table['tokens'].sum()), 'token')} of {counted(documents, 'document')}{few}"
 
 
-def intervals(
-    table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES
-) -> dict[str, list[float] | None]:
+def intervals(table: Sums, statistics: Mapping[str, Statistic], resamples: int) -> dict[str, list[float] | None]:
     """[low, high] of each statistic at `LEVEL`; None if documents are too few, resamples are off, or a bound is NaN."""
-    count = len(next(iter(table.values()), ()))
-    if count < FEWEST or resamples < 1:
+    if len(next(iter(table.values()))) < FEWEST or resamples < 1:
         return dict.fromkeys(statistics)
     sums = resampled(table, resamples)
     edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -67,27 +61,25 @@ def intervals(
     return {name: None if np.isnan(at).any() else [float(edge) for edge in at] for name, at in found.items()}
 
 
-def resampled(table: Sums, resamples: int, seed: int = 0) -> dict[str, np.ndarray]:
+def resampled(table: Sums, resamples: int) -> dict[str, np.ndarray]:
     """The sums [S] of each resample."""
-    values_RK = np.stack([np.asarray(column, np.float64) for column in table.values()], axis=1)
-    sums_SK = np.concatenate([drawn_SR @ values_RK for drawn_SR in draws(len(values_RK), resamples, seed)])
+    values_RK = np.stack([*table.values()], axis=1)
+    sums_SK = np.concatenate([drawn_SR @ values_RK for drawn_SR in draws(len(values_RK), resamples)])
     return dict(zip(table, sums_SK.T, strict=True))
 
 
-def draws(documents: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
+def draws(documents: int, resamples: int) -> Iterable[np.ndarray]:
     """How often each resample draws each document, some resamples at a time; the same for every SAE of a store."""
-    if documents * resamples <= KEPT_DRAWS:
-        return _kept_draws(documents, resamples, seed)
-    return _new_draws(documents, resamples, seed)
+    return (_kept_draws if documents * resamples <= KEPT_DRAWS else _new_draws)(documents, resamples)
 
 
 @lru_cache(maxsize=4)
-def _kept_draws(documents: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
-    return tuple(_new_draws(documents, resamples, seed))
+def _kept_draws(documents: int, resamples: int) -> tuple[np.ndarray, ...]:
+    return tuple(_new_draws(documents, resamples))
 
 
-def _new_draws(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(seed)
+def _new_draws(documents: int, resamples: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(0)
     shares = np.full(documents, 1 / documents)
     for start in range(0, resamples, RESAMPLES_AT_ONCE):
         size = min(RESAMPLES_AT_ONCE, resamples - start)

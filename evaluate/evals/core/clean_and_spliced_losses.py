@@ -63,7 +63,7 @@ class Baselines:
         self._rows = rows_of_logits(context.model, context.say)
         assert block.first % block.batch_windows == 0, "batches are cached by their number in the split"
         self._first = block.first // block.batch_windows
-        self._files = files_of(context, layer, block, self._ablations)
+        self._files: Files | None = files_of(context, layer, block, self._ablations)  # None: nothing can be written
 
     def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
         """The baselines of batch `number`, from the cache if they are in it, and the losses of other hidden states
@@ -120,10 +120,8 @@ def from_other_windows(resid_WTD: Tensor) -> Tensor:
     return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
 
 
-def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
-    """Where baselines are cached: a folder for each way of computing them; None if the model is unknown."""
-    if context.model_identity is None:
-        return None
+def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files:
+    """Where baselines are cached: a folder for each way of computing them."""
     massive = context.massive(layer)
     left_out = {"massive_norms": massive.multiple} if massive is not None and massive.massive else {}  # out of the mean
     name = decided_by(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ....train.sae.gates import DENSE_SHARE, BatchTopK, JumpRelu, TopK
-from ....train.sae.kernels.codes import Codes
+from ....train.sae.kernels.codes import Codes, codes_from_dense
 from ....train.sae.kernels.dense_products import linear
 from ....train.sae.kernels.select_top_k import marked
 from ....train.sae.kernels.sparse_support import support_from_topk
@@ -103,8 +103,4 @@ def encode(subject: LoadedSae, x_ND: Tensor) -> Codes:
 
 def _sparse(acts_NF: Tensor) -> Codes:
     """Codes from dense activations: their active entries, where those are few."""
-    rows, width = acts_NF.shape
-    support = marked(acts_NF != 0, DENSE_SHARE)
-    if support is None:
-        return Codes(acts_NF, None, rows, width)
-    return Codes(acts_NF[support.rows.long(), support.latents.long()], support, rows, width)
+    return codes_from_dense(acts_NF, marked(acts_NF != 0, DENSE_SHARE))

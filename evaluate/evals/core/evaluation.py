@@ -13,17 +13,17 @@ from typing import Any
 
 from ....cache_schema.numbers_in_words import counted
 from ...context.loaded_sae import layers_of
-from ...context.saes_usable_on_text import model_name_of
 from ...context.stored_windows import tell_bounds
 from ...context.write_and_read_results import INTERVALS
-from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
+from ...errors import DataMissing, NotApplicable, SettingInvalid
 from ...model.batches import count_windows
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result, remark_of
 from .bootstrap import describe_text
 from .choose_rows import Rows, choose_rows
 from .clean_and_spliced_losses import ABLATIONS, LossSums, measure_losses, splice_layer
-from .saebench_keys import latent_details, official_metrics, own_metrics, weight_metrics
+from .saebench_keys import latent_details, official_metrics, own_metrics
 from .sparsity_and_variance import Sparsity, measure_sparsity
+from .weight_metrics import weight_metrics
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         context.say(f"core: asked for batches of {asked} windows, but the {config.split} split has room for {given}")
     reasons = unspliceable(context, subjects)
     able = [subject for subject in subjects if subject not in reasons]
-    missing = missing_model(context) if able else None
+    if context.from_tokens:
+        context.require_model()  # all else needs it too
+    missing = context.why_no_model() if able else None
     sparsity = measure_sparsity(context, subjects, rows.sparsity)
     losses = {} if missing else measure_losses(context, able, rows.reconstruction, config.ablations)
     for subject in subjects:
@@ -83,17 +85,6 @@ def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[Loaded
         except NotApplicable as reason:
             reasons[subject] = str(reason)
     return reasons
-
-
-def missing_model(context: Context) -> str | None:
-    """Why the model's losses cannot be measured; None if they can. With --from-tokens, all else needs the model too."""
-    try:
-        context.require_model()
-    except ModelMissing as error:
-        if context.from_tokens:
-            raise
-        return str(error)
-    return None
 
 
 def make_result(
@@ -130,7 +121,7 @@ def measured_on(config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums
 def settings_by_saebench(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:
     """SAEBench's settings, with the values that were used."""
     return {
-        "model_name": model_name_of(context) if has_losses else context.manifest.model.id,
+        "model_name": context.name_of_model if has_losses else context.manifest.model.id,
         "llm_dtype": str(context.dtype).removeprefix("torch."),
         "batch_size_prompts": rows.sparsity.batch_windows,
         "n_eval_reconstruction_batches": rows.reconstruction.batches,

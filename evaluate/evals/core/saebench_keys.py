@@ -1,23 +1,15 @@
 """SAEBench's keys, and our own, from the sums of a core evaluation.
 
-SAEBench's keys follow its formulas exactly; our own hold what those leave out or get wrong. F latents, D width.
-
-For each latent SAEBench reports bias, norm and cosines, from the weights alone. Each pair's cosine is computed once:
-blocks above the diagonal give the maxima of both their rows and their columns.
+SAEBench's keys follow its formulas exactly; our own hold what those leave out or get wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ....train.sae.gates import Gated
-from ....train.sae.kernels.dense_products import linear
-from ....train.sae.model import SparseAutoencoder
 from .bootstrap import Statistic, intervals
 from .choose_rows import Rows
 from .clean_and_spliced_losses import LossSums
@@ -132,7 +124,7 @@ def own_metrics(
         ours["massive_kept"] = {name: kept[key] for name, key in OWN_LOSSES.items()} | {"tokens": losses.massive}
         ours["ablations"] = {name: against(losses.totals(), name) for name in ablations}
         table = losses.documents.table()
-        confidence |= intervals(table, loss_statistics(), resamples)
+        confidence |= intervals(table, LOSS_STATISTICS, resamples)
         documents["losses"] = len(table["tokens"])
     return ours | {"confidence_95": confidence, "documents": documents}
 
@@ -143,52 +135,7 @@ def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
     return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {name: found[name] for name in SCORES}
 
 
-def loss_statistics() -> dict[str, Statistic]:
-    """The statistics that have intervals; scores are against zero ablation."""
-    return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()}
-
-
-BLOCK = 1024
-Advance = Callable[[int], object]  # called with the amount of work done
-
-
-@torch.inference_mode()
-def weight_metrics(sae: SparseAutoencoder, advance: Advance = lambda pairs: None) -> dict[str, Tensor]:
-    """Measures of the weights, under SAEBench's names and in its order, each [F] on the CPU."""
-    comparable = sae.W_enc.shape == sae.W_dec.shape
-    cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
-    found = {
-        "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: the magnitudes' bias
-        "encoder_norm": sae.W_enc.norm(dim=1),
-        "encoder_decoder_cosine_sim": cosine,
-        "max_decoder_cosine_sim": max_cosine(sae.W_dec, advance=advance),
-        "max_encoder_cosine_sim": max_cosine(sae.W_enc, advance=advance),
-    }
-    return {name: values.float().cpu() for name, values in found.items()}
-
-
-def max_cosine(
-    rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK, advance: Advance = lambda pairs: None
-) -> Tensor:
-    """The largest cosine of each row with any of `others_FD`, or by default with any other row: [F].
-
-    -inf where there is no other row. By default, `advance` is called with the number of further pairs done.
-    """
-    unit = functional.normalize(rows_FD, dim=1)
-    if others_FD is not None:
-        others = functional.normalize(others_FD, dim=1)
-        return torch.cat([linear(part, others).amax(dim=1) for part in unit.split(block)])
-    best = unit.new_full((len(unit),), -torch.inf)
-    starts = range(0, len(unit), block)
-    for first in starts:
-        rows = slice(first, first + block)
-        for second in starts[first // block :]:
-            columns = slice(second, second + block)
-            cosines = linear(unit[rows], unit[columns])
-            if first == second:
-                cosines.fill_diagonal_(-torch.inf)
-            best[rows] = torch.maximum(best[rows], cosines.amax(dim=1))
-            best[columns] = torch.maximum(best[columns], cosines.amax(dim=0))
-        count = min(block, len(unit) - first)
-        advance(count * (len(unit) - first) - count * (count + 1) // 2)
-    return best
+LOSS_STATISTICS: Mapping[str, Statistic] = {
+    name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()
+}
+"""Those that have intervals; scores are against zero ablation."""

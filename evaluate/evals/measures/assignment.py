@@ -65,11 +65,10 @@ def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None
     ranges = saved(subject, RANGES)
     if ranges is not None:
         known = saved(subject, "mask.num_ranges")
-        highest = int(ranges.max()) + 1 if ranges.numel() else 0
         details = subject.metadata.get("training_architecture_details", {})
         is_found = "mask" in details and (details["mask"] not in ("hard", "soft") or details.get("scattered", False))
         source = "saved, found in training" if is_found else "saved"
-        return Assignment(ranges.long(), int(known) if known is not None else max(highest, 1), source)
+        return Assignment(ranges.long(), int(known) if known is not None else max(int(ranges.max()) + 1, 1), source)
     centre = saved(subject, "mask.centre")
     if centre is None:
         return None

@@ -149,13 +149,13 @@ ROWS_AT_ONCE = 2048  # bounds the memory for products of rows and atoms
 EXPLAINED = 0.5  # share of a row's squared length from which it counts as composed
 
 
-def fit_all(rows_RD: Tensor, atoms_AD: Tensor, iterations: int = ITERATIONS) -> Tensor:
+def fit_all(rows_RD: Tensor, atoms_AD: Tensor) -> Tensor:
     """[R, A]: argmin over C >= 0 of ||rows - C atoms||^2."""
     along, curvature = rows_RD @ atoms_AD.T, _largest_eigenvalue(atoms_AD)
     if len(atoms_AD) > atoms_AD.shape[1]:  # two thin products are cheaper than one with the Gram matrix
-        return _descend(along, lambda c: (c @ atoms_AD) @ atoms_AD.T, curvature, iterations)
+        return _descend(along, lambda c: (c @ atoms_AD) @ atoms_AD.T, curvature, ITERATIONS)
     gram = atoms_AD @ atoms_AD.T
-    return _descend(along, lambda c: c @ gram, curvature, iterations)
+    return _descend(along, lambda c: c @ gram, curvature, ITERATIONS)
 
 
 def fit_few(rows_RD: Tensor, atoms_AD: Tensor, parts: int) -> tuple[Tensor, Tensor]:

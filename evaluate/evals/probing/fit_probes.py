@@ -129,8 +129,7 @@ MAX_ITERATIONS = 1000
 
 def top_features(train: Features, draw: Draw, k: int) -> np.ndarray:
     """The k features with the largest difference of means, in ascending order."""
-    difference = (train.mean(draw.rows[draw.labels == 1]) - train.mean(draw.rows[draw.labels == 0])).abs()
-    return np.sort(torch.argsort(difference, descending=True)[:k].numpy())
+    return np.sort(torch.argsort(train.contrast(draw).abs(), descending=True)[:k].numpy())
 
 
 def sparse_accuracy(train: Features, train_draw: Draw, test: Features, test_draw: Draw, k: int) -> tuple[float, bool]:

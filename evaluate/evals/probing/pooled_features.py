@@ -86,6 +86,10 @@ class Features:
         np.add.at(weights, rows, 1 / len(rows))
         return torch.from_numpy(self.matrix.T @ weights).to(self.dtype)
 
+    def contrast(self, draw: Draw) -> Tensor:
+        """[F]: the mean over rows of the class minus that over the others."""
+        return self.mean(draw.rows[draw.labels == 1]) - self.mean(draw.rows[draw.labels == 0])
+
     def columns(self, draw: Draw, columns: np.ndarray) -> np.ndarray:
         """float32 [rows, columns]."""
         return self.matrix[:, columns].toarray()[draw.rows]
@@ -164,7 +168,7 @@ def pool_task(
     with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
 
         def read(start: int, stop: int) -> Piece:
-            rows = make_rows(model, texts[start:stop], length)
+            rows = make_rows(model, model.token_rows(texts[start:stop]), length)
             batch = run_windows(model, *rows, layers, attention)
             piece = read_piece(masked(batch, ~torch.isin(batch.tokens, special)), subjects, leaky)
             advance(stop - start)

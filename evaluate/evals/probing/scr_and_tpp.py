@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -42,17 +41,17 @@ Accuracies = Mapping[str, float]
 Ablated = Mapping[str, Mapping[int, Accuracies]]
 """`Ablated[class][n][probe]` is a probe's accuracy with the n strongest latents of a class switched off."""
 NewGenerator = Callable[[], torch.Generator]
-Kind = Literal["absolute", "positive"]
-"""scr takes an effect's absolute value; tpp takes the signed effects of latents that fire more on the class."""
+Kind = Literal["scr", "tpp"]
 
 
 @torch.no_grad()
 def effects(latents: Features, draw: Draw, probe: LinearProbe, W_dec: Tensor, kind: Kind) -> Tensor:
     """float32 [F], from training texts: how much more a latent fires on the class, times how much its decoder row
-    shifts the probe's logit."""
-    difference_F = latents.mean(draw.rows[draw.labels == 1]) - latents.mean(draw.rows[draw.labels == 0])
+    shifts the probe's logit. scr takes the absolute value; tpp the signed one, of latents that fire more on the
+    class."""
+    difference_F = latents.contrast(draw)
     direction_F = (probe.weight.cpu().float() @ W_dec.cpu().float().T).squeeze(0)
-    if kind == "absolute":
+    if kind == "scr":
         return (difference_F * direction_F).abs()
     return difference_F.clamp(min=0) * direction_F
 
@@ -76,38 +75,34 @@ class Logits:
         return float((says_yes == draw.labels).mean())
 
 
+def logits_of(resid: Features, probes: Mapping[str, LinearProbe]) -> Logits:
+    """The logits of texts as they are."""
+    biases = torch.cat([probe.bias for probe in probes.values()]).double().cpu().numpy()
+    return Logits(resid.matrix @ weights_of(probes) + biases, list(probes), resid.spans)
+
+
+def weights_of(probes: Mapping[str, LinearProbe]) -> np.ndarray:
+    """float64 [D, P]"""
+    return torch.cat([probe.weight for probe in probes.values()]).double().cpu().numpy().T
+
+
 @dataclass(frozen=True, eq=False)
-class Ablatable:
-    """Test texts whose latents can be switched off, and the probes that read them."""
+class Probed:
+    """Probes of the model's own features, and their logits and accuracies on unchanged test texts."""
 
-    resid: Features
-    latents: Features  # of the same texts
-    W_dec: Tensor  # [F, D]
     probes: Mapping[str, LinearProbe]
+    untouched: Logits
+    clean: Accuracies
 
-    def logits(self, off: np.ndarray | None = None) -> Logits:
+    def logits_without(self, off: np.ndarray, latents: Features, W_dec: Tensor) -> Logits:
         """The logits with the latents `off` switched off: x' = decode(acts without them) + (x - decode(acts)).
 
         The decoder is linear, so this is x minus what those latents write. Probes are linear too, so a text's logit
-        falls by its mean activations times the probe's products with the decoder rows. No text is encoded twice, and no
-        ablated activation is ever computed, whatever the number of latents, classes and probes.
+        falls by its mean activations (`latents`) times the probe's products with the decoder rows. No text is encoded
+        twice, and no ablated activation is ever computed, whatever the number of latents, classes and probes.
         """
-        table = self._untouched
-        if off is not None:
-            W_dec = self.W_dec[torch.from_numpy(off)].double().cpu().numpy()
-            table = table - self.latents.matrix[:, off] @ (W_dec @ self._weights)
-        return Logits(table, list(self.probes), self.resid.spans)
-
-    @cached_property
-    def _untouched(self) -> np.ndarray:
-        """float64 [N, P]: the logits of the texts as they are."""
-        biases = torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
-        return self.resid.matrix @ self._weights + biases
-
-    @cached_property
-    def _weights(self) -> np.ndarray:
-        """float64 [D, P]"""
-        return torch.cat([probe.weight for probe in self.probes.values()]).double().cpu().numpy().T
+        written = W_dec[torch.from_numpy(off)].double().cpu().numpy() @ weights_of(self.probes)
+        return replace(self.untouched, table=self.untouched.table - latents.matrix[:, off] @ written)
 
 
 @dataclass(frozen=True)
@@ -124,15 +119,7 @@ class Setup:
     @property
     def opposites(self) -> Mapping[str, str]:
         """Where negatives come from, if not from all other classes."""
-        return BOTH_WAYS if self.kind == "absolute" else {}
-
-
-@dataclass(frozen=True)
-class Probed:
-    """Probes of the model's own features, and their accuracies on unchanged texts."""
-
-    probes: Mapping[str, LinearProbe]
-    clean: Accuracies
+        return BOTH_WAYS if self.kind == "scr" else {}
 
 
 @dataclass(frozen=True)
@@ -158,11 +145,10 @@ def perturb(
     own = seeded(setup.seed)
     official = of_model.recall("official", generator, lambda: probe_model(*resid, setup, generator))
     corrected = of_model.recall("corrected", own, lambda: probe_model(*resid, setup, own, corrected=True))
-    latents = pool.of_latents(subject, task.train)
+    latents, W_dec = pool.of_latents(subject, task.train), subject.sae.W_dec.detach()
 
     def off(probed: Probed, tests: Features, new_generator: NewGenerator) -> Perturbed:
-        ablatable = Ablatable(resid[1], tests, subject.sae.W_dec.detach(), probed.probes)
-        return Perturbed(probed.clean, switch_off(latents, ablatable, setup, new_generator))
+        return Perturbed(probed.clean, switch_off(latents, tests, W_dec, probed, setup, new_generator))
 
     return Outcome(
         off(official, pool.of_leaky_latents(subject, task.test), lambda: generator),
@@ -178,19 +164,23 @@ def probe_model(
     probes, _ = probe_every_class(
         train, test, setup.training, generator, opposites=setup.opposites, validated=corrected
     )
-    untouched = Ablatable(test, test, torch.empty(0, test.width), probes).logits()
-    return Probed(probes, accuracies(untouched, setup, seeded(setup.seed) if corrected else generator))
+    untouched = logits_of(test, probes)
+    clean = accuracies(untouched, setup, seeded(setup.seed) if corrected else generator)
+    return Probed(probes, untouched, clean)
 
 
-def switch_off(latents: Features, tests: Ablatable, setup: Setup, new_generator: NewGenerator) -> Ablated:
-    """Accuracies of all probes with each class's strongest latents off."""
+def switch_off(
+    train: Features, test: Features, W_dec: Tensor, probed: Probed, setup: Setup, new_generator: NewGenerator
+) -> Ablated:
+    """Accuracies of all probes on the test texts with each class's strongest latents off."""
     generator = new_generator()
-    draws = {name: draw_probe(latents.spans, name, generator, setup.opposites.get(name)) for name in setup.classes}
-    found = {name: effects(latents, draws[name], tests.probes[name], tests.W_dec, setup.kind) for name in draws}
-    return {
-        name: {n: accuracies(tests.logits(top_effects(of, n)), setup, new_generator()) for n in setup.n_values}
-        for name, of in found.items()
-    }
+    draws = {name: draw_probe(train.spans, name, generator, setup.opposites.get(name)) for name in setup.classes}
+    found = {name: effects(train, draws[name], probed.probes[name], W_dec, setup.kind) for name in draws}
+
+    def without(off: np.ndarray) -> Accuracies:
+        return accuracies(probed.logits_without(off, test, W_dec), setup, new_generator())
+
+    return {name: {n: without(top_effects(of, n)) for n in setup.n_values} for name, of in found.items()}
 
 
 def accuracies(logits: Logits, setup: Setup, generator: torch.Generator) -> dict[str, float]:
@@ -242,7 +232,7 @@ def official_settings(
     """The settings as results report them, with the data sets that were used."""
     loaded = {task.name.split("_scr_")[0] for task in tasks}
     names = [name for name in config.dataset_names if name in loaded]
-    is_scr = kind == "absolute"
+    is_scr = kind == "scr"
     return official_config(
         context,
         replace(config, dataset_names=tuple(names)),
@@ -263,7 +253,7 @@ def perturb_all(
     generators = {subject: seeded(settings.random_seed) for subject in subjects}
     outcomes: dict[LoadedSae, dict[str, Outcome]] = {subject: {} for subject in subjects}
     for task in tasks:
-        classes = list(OPPOSITES if kind == "absolute" else task.train)
+        classes = list(OPPOSITES if kind == "scr" else task.train)
         setup = Setup(kind, classes, settings.n_values, settings.training, settings.random_seed)
         pool = pool_task(context, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
         of_model = {subject.layers: Memo[Probed]() for subject in subjects}

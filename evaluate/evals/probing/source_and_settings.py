@@ -194,5 +194,5 @@ def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[
         except DataMissing as reason:
             reasons.append(str(reason))
     if not found:
-        raise DataMissing(reasons[0] if reasons else "no data set was named: leave dataset_names empty to use all")
+        raise DataMissing(reasons[0])
     return found, "; ".join(reasons) or None

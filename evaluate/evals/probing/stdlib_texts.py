@@ -83,13 +83,13 @@ def split_lines(text: str) -> dict[Kind, list[str]]:
     }
 
 
-def cut_snippets(lines: Iterable[str], characters: int = SNIPPET_CHARACTERS) -> Iterator[str]:
+def cut_snippets(lines: Iterable[str]) -> Iterator[str]:
     """Lines joined until they are long enough; a remainder is left out."""
     held = ""
     for line in lines:
         held += line + "\n"
-        if len(held) > characters:
-            yield held[: 2 * characters].rstrip()
+        if len(held) > SNIPPET_CHARACTERS:
+            yield held[: 2 * SNIPPET_CHARACTERS].rstrip()
             held = ""
 
 

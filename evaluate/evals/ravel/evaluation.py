@@ -159,21 +159,19 @@ def known_prompts(
     context: Context, entity_class: EntityClass, attributes: Sequence[str], config: Config
 ) -> list[Prompt]:
     """Prompts that the model answers correctly; its answers to SAEBench's are cached between runs."""
-    model = context.model
+    model, name, count = context.model, entity_class.name, config.n_generated_tokens
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
-    if entity_class.name == ENTITY_CLASS:
-        first, answers = ask(context, entity_class.name, prompts, config)
+
+    def ask() -> tuple[list[int], list[str]]:
+        with context.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
+            return complete(model, prompts, count, config.llm_batch_size * GENERATION_FACTOR, advance)
+
+    if name == ENTITY_CLASS:
+        first, answers = ask()
     else:
-        name, texts = entity_class.name, [prompt.text for prompt in prompts]
-        decided = decided_by(model=model_print(model), tokens=config.n_generated_tokens, prompts=texts)
-        first, answers = remembered(config.cache, name, decided, lambda: ask(context, name, prompts, config))
+        decided = decided_by(model=model_print(model), tokens=count, prompts=[prompt.text for prompt in prompts])
+        first, answers = remembered(config.cache, name, decided, ask)
     return answered_prompts(prompts, first, answers, config.top_n_entities)
-
-
-def ask(context: Context, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
-    batch_size = config.llm_batch_size * GENERATION_FACTOR
-    with context.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
-        return complete(context.model, prompts, config.n_generated_tokens, batch_size, advance)
 
 
 def swap_attribute(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ....cache_schema.numbers_in_words import counted
 from ....cache_schema.strict_json import to_json
 from ...context.evaluation_data_sets import Revision, commits_of, library_revision
-from ...context.saes_usable_on_text import attention_of, model_name_of, split_fitting
+from ...context.saes_usable_on_text import attention_of, split_fitting
 from ...errors import NotApplicable, SettingInvalid
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exams import Exam
@@ -104,7 +104,7 @@ def load_material(context: Context, config: Config) -> Material:
     is_stdlib = context.takes_library(config.data)
     require_applicable(config, is_stdlib)
     if is_stdlib:
-        return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
+        return load_topic(context.model, context.name_of_model, config.topic, config.random_seed)
     return load_wmdp(
         context,
         config.model,

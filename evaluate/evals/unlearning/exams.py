@@ -139,8 +139,7 @@ class ChoicePaper:
     questions: Sequence[Question]
     model: LanguageModel
     batch_size: int
-    orders: int = len(ALL_ORDERS)
-    """How often the trial asks each question."""
+    orders = len(ALL_ORDERS)  # in which the trial asks each question
 
     def trial(self) -> Exam:
         """All questions, each in every order in turn."""
@@ -166,7 +165,7 @@ class TextPaper:
     rows: Tensor  # int64 [rows, T], BOS first
     special: Sequence[int]
     batch_size: int
-    orders: int = 1
+    orders = 1
 
     def trial(self) -> Exam:
         return Exam(self.name, tuple(next_token_sheets(self.rows, self.special, self.batch_size)), most_likely)

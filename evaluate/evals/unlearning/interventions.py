@@ -152,7 +152,7 @@ class SharedPasses:
     subjects: Sequence[LoadedSae]
     attention: AttentionSpec | None
     batch_size: int
-    say: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None]
 
     def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[LoadedSae, np.ndarray]:
         def count(start: int, stop: int) -> list[FiringCounts]:

@@ -59,11 +59,6 @@ def sampled_texts(texts: Sequence[str], number: int, draw: random.Random) -> lis
     return draw.sample(list(texts), min(number, len(texts)))
 
 
-def shuffled_rows(rows: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """At most `number` of the rows, in random order."""
-    return rows[torch.randperm(len(rows), generator=generator)][:number]
-
-
 def eos_text(model: LanguageModel) -> str:
     """How EOS is written in text."""
     if model.eos is None:
@@ -141,8 +136,9 @@ def make_material(
 
 
 def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: torch.Generator) -> Tensor:
+    """In random order."""
     rows = joined_rows(texts, model.tokenizer, eos_text(model), model.bos, model.pad, length)
-    return shuffled_rows(rows, len(rows), generator)
+    return rows[torch.randperm(len(rows), generator=generator)]
 
 
 WIKITEXT = "Salesforce/wikitext"
@@ -162,7 +158,7 @@ def load_wmdp(
             f"({ONLY_REPORTED} is not one of them), found {', '.join(names) or 'none'}"
         )
     forget_texts = read_corpus(corpus_file(corpus))
-    retain_texts = [row["text"] for row in load_rows(WIKITEXT, "wikitext-2-raw-v1", "test")]
+    retain_texts = [row["text"] for row in load_rows(WIKITEXT, "wikitext-2-raw-v1")]
     questions = {name: read_questions(name) for name in names}
     model = load_instructed(context, model_name)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -209,7 +205,7 @@ def data_set_of(name: str) -> str:
 
 def read_questions(name: str) -> list[Question]:
     """The test questions of WMDP, or of a subject of MMLU."""
-    rows = load_rows(data_set_of(name), name, "test")
+    rows = load_rows(data_set_of(name), name)
     subject = "biology" if name == FORGET_EXAM else name.replace("_", " ")
     return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
 

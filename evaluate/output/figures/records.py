@@ -1,7 +1,4 @@
-"""What plots and pages know about an SAE: its run's log, its settings, its outcome, and its evaluations.
-
-At the end: the files that all pages share, and how data reach their scripts.
-"""
+"""What plots and pages know about an SAE: its run's log, its settings, its outcome, and its evaluations."""
 
 from __future__ import annotations
 
@@ -33,7 +30,6 @@ from ...context.write_and_read_results import (
 from ...errors import EvalError, ResultInvalid
 
 CURVE_POINTS = 200
-FILES = Path(__file__).parent / "web_files"  # the look and the charts that pages share
 Documents = Mapping[Path, Mapping[str, Any]]
 Now = Mapping[str, Sequence[Any]]  # the weights and place that each SAE has now, by its label
 Say = Callable[[str], object]
@@ -150,22 +146,21 @@ def read_records(
     without any are left out: it has not been checked whether others compare. `now` has the weights and place that
     results must belong to, by the SAEs' labels.
     """
-    times = Counter(run.name for run in runs)
-    names = [run.name if times[run.name] == 1 else str(run.path) for run in runs]
-    pairs, known = zip(runs, names, strict=True), known or {}
-    how = len(runs) == 1, say, known, only_known, now
-    found = [record for run, name in pairs for record in _records_of(run, name, *how)]
+    times, found = Counter(run.name for run in runs), list[Record]()
+    for run in runs:
+        documents = read_documents(run.path / "evals", say, known or {}, only_known, now)
+        name = run.name if times[run.name] == 1 else str(run.path)
+        found += _records_of(run, name, documents, is_alone=len(runs) == 1)
     return [record for record in found if record.documents or not only_known]
 
 
 def _records_of(
-    run: RunFolder, name: str, is_alone: bool, say: Say, known: Documents, only_known: bool, now: Now | None
+    run: RunFolder, name: str, documents: Mapping[str, Mapping[str, Mapping[str, Any]]], *, is_alone: bool
 ) -> Iterator[Record]:
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
     members, outcomes = config.get("saes", {}), result.get("saes", {})
     logs = thinned_log(run.metrics)
-    documents = read_documents(run.path / "evals", say, known, only_known, now)
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
         yield Record(
@@ -289,12 +284,3 @@ def those_of(documents: Mapping[T, Mapping[str, Any]], now: Sequence[Any] | None
 
 def weights_and_place(document: Mapping[str, Any]) -> list[Any]:
     return [ours_in(document).get("sha256"), *places_in(document)]
-
-
-def web_file(name: str) -> str:
-    return (FILES / name).read_text(encoding="utf-8")
-
-
-def script_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON that is safe inside a script: ASCII with `<` escaped, so corpus text can neither end nor begin one."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=default).replace("<", "\\u003c")

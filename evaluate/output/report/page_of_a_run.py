@@ -17,7 +17,8 @@ from urllib.parse import quote
 from ....cache_schema.sites import RESID
 from ....train.disk.atomic_files import replace_file
 from ....train.run.run_folder import RunFolder, without_password
-from ..figures.records import Record, script_json, web_file
+from ..figures.page_files import script_json, web_file
+from ..figures.records import Record
 from .markup import Html, element, image, joined, text
 from .table_and_curves import course_of, numbers_table, training_data
 

@@ -102,7 +102,7 @@ def test_what_is_read_is_what_is_remembered(hub, monkeypatch, tmp_path):
     repository = Repository(saebench_texts.GITHUB, NEW, ("all-all/train/0.parquet",))
     monkeypatch.setattr(saebench_texts, "find_repository", lambda _: repository)
     load_facts(["city"])
-    data_sets.load_rows("cais/wmdp", "wmdp-bio", "test")
+    data_sets.load_rows("cais/wmdp", "wmdp-bio")
     saebench_texts.read_speeches(1)
     saebench_texts.read_files(1)
     *others, (parquet, files) = read

@@ -34,7 +34,7 @@ class Numbers:
 def context(world, open_context):
     made = open_context(world)
     model = Gemma2ForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16)
-    made.use(LanguageModel(model, TextEncoder(Numbers(), 2, (0, 1, 2)), eos=1, pad=0))
+    made._model = LanguageModel(model, TextEncoder(Numbers(), 2, (0, 1, 2)), eos=1, pad=0)
     return made
 
 

@@ -18,8 +18,8 @@ from saemill.evaluate.context.context import Context, find_model
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing, NotApplicable
 from saemill.evaluate.model import prefix_suffix
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
-from saemill.evaluate.model.prefix_suffix import load_language_model, make_language_model
-from saemill.evaluate.model.unembedding_head import head_of, load_head
+from saemill.evaluate.model.prefix_suffix import LanguageModel, load_language_model
+from saemill.evaluate.model.unembedding_head import Head, load_head
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.pocket import MODEL_FOLDER
 
@@ -74,7 +74,7 @@ def make_of_family(model_type):
         shape |= {"use_sliding_window": True}
     config = AutoConfig.for_model(model_type, vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
     torch.manual_seed(0)
-    return make_language_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
+    return LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None, eos=2, pad=0)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -122,10 +122,11 @@ def test_of_a_model_that_sees_the_part_that_reads_is_loaded(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     found = load_language_model(tmp_path, torch.float32, torch.device("cpu"))
-    whole = make_language_model(model, None)
+    whole = LanguageModel(model, None, eos=None, pad=None)
     assert torch.equal(found.head(found.hidden(ids)), whole.head(whole.hidden(ids)))
     rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(load_head(tmp_path, torch.device("cpu")).promotes(rows), head_of(model).promotes(rows))
+    head = Head(model.base_model.norm, model.get_output_embeddings().weight)
+    assert torch.equal(load_head(tmp_path, torch.device("cpu")).promotes(rows), head.promotes(rows))
 
 
 def test_the_prefix_stops_at_its_last_layer(model, tokens, monkeypatch):
@@ -178,7 +179,7 @@ def test_attention_of_the_layer_above(model, whole, tokens):
 
 
 def windows_of(model, texts, attention=None):
-    return run_windows(model, *make_rows(model, texts, 4), (1,), attention)
+    return run_windows(model, *make_rows(model, model.token_rows(texts), 4), (1,), attention)
 
 
 def test_text_gets_a_bos_and_is_cut(with_words):

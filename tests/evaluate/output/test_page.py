@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from saemill.evaluate import evals
 from saemill.evaluate.context.write_and_read_results import INTERVALS, first_few, heading, interval_of, lines_of_each
-from saemill.evaluate.output.figures.records import Record, read_records, web_file
+from saemill.evaluate.output.figures.page_files import web_file
+from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.figures.style import COLOURS, LINES
 from saemill.evaluate.output.report import table_and_curves
 from saemill.evaluate.output.report.markup import Html, element, text

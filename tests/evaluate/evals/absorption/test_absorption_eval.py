@@ -176,7 +176,7 @@ KNOWN = {"classes": "shape", "min_GT_probe_f1": 0.05, "min_feats_for_eval": 1}  
 def run(tiny: LanguageModel, builder, layers: tuple[int, ...] = (2, 2), **settings: object) -> list[Result | Failure]:
     """Of an SAE of each of these layers."""
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
-    context.use(tiny)
+    context._model = tiny
     saes = [
         builder.subject(builder.make_sae(k=None, seed=seed), f"sae{seed}", layers=(layer,))
         for seed, layer in enumerate(layers)

@@ -63,10 +63,10 @@ from saemill.evaluate.evals.browser.related import by_direction, by_firing
 from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
-from saemill.evaluate.model.unembedding_head import head_of, load_head
+from saemill.evaluate.model.unembedding_head import Head, load_head
 from saemill.evaluate.output.figures.records import COLUMNS, Record, read_records
 from saemill.evaluate.run.find_saes_to_evaluate import find_all
-from saemill.harvest.model.architectures import ARCHITECTURES
+from saemill.harvest.model.architectures import ARCHITECTURES, architecture_of
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
@@ -558,6 +558,12 @@ def test_where_many_fire_a_comparison_takes_tokens_from_all_over_the_text_and_sa
         near = by_firing(fires, fires, 2, is_same=True)
         assert near.tokens == tokens and set(near.latents[0].tolist()) == {1, 2}
         assert near.scores[0] == pytest.approx(0.5**0.5)
+
+
+def head_of(model):
+    """The head of a whole model in memory."""
+    norm = getattr(model.base_model, architecture_of(model.config.model_type).final_norm)
+    return Head(norm, model.get_output_embeddings().weight)
 
 
 def test_the_head_alone_says_what_the_whole_model_says(tmp_path):

@@ -14,7 +14,7 @@ from saemill.evaluate.errors import DataMissing, SettingInvalid
 from saemill.evaluate.evals.core import bootstrap, choose_rows
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.clean_and_spliced_losses import LossSums
-from saemill.evaluate.evals.core.saebench_keys import against, loss_statistics, official_losses
+from saemill.evaluate.evals.core.saebench_keys import LOSS_STATISTICS, against, official_losses
 from saemill.evaluate.model.batches import store_batches
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -216,7 +216,7 @@ def test_scores_have_one_formula():
     sums |= {"kl_sae": 4.0, "kl_zero": 64.0}
     ours = against(sums, "zero")
     assert ours == {"ce_loss": 10.0, "kl_div": 8.0, "ce_loss_score": 0.875, "kl_div_score": 0.9375}
-    found = {name: statistic(sums) for name, statistic in loss_statistics().items()}
+    found = {name: statistic(sums) for name, statistic in LOSS_STATISTICS.items()}
     assert found == {"ce_loss_with_sae": 3.0, "kl_div_with_sae": 0.5, "ce_loss_score": 0.875, "kl_div_score": 0.9375}
     losses = LossSums(published={"zero": 64.0, "sae": 4.0})
     losses.documents.add(np.zeros(1, np.int64), {name: np.array([value]) for name, value in sums.items()})

@@ -11,11 +11,12 @@ from saemill.evaluate.evals.probing.draw_classes import OPPOSITES
 from saemill.evaluate.evals.probing.fit_probes import Training, fresh_probe
 from saemill.evaluate.evals.probing.pooled_features import Draw, Memo, seeded
 from saemill.evaluate.evals.probing.scr_and_tpp import (
-    Ablatable,
     Outcome,
     Perturbed,
+    Probed,
     Setup,
     effects,
+    logits_of,
     mean_scores,
     perturb,
     scr_scores,
@@ -37,11 +38,9 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
     pool = made.pool(subject, leaky=True)
     test = made.task.test
     probes = {name: fresh_probe(sae.d_in, torch.float32, seeded(i)) for i, name in enumerate(test)}
-    texts = Ablatable(
-        pool.of_model(subject.layers, test), pool.of_leaky_latents(subject, test), sae.W_dec.detach(), probes
-    )
+    probed = Probed(probes, logits_of(pool.of_model(subject.layers, test), probes), {})
     off = np.array([3, 11, 40, 7])
-    found = texts.logits(off)
+    found = probed.logits_without(off, pool.of_leaky_latents(subject, test), sae.W_dec.detach())
     for name, group in test.items():
         x = torch.stack([made.acts[text] for text in group])
         with torch.no_grad():
@@ -62,9 +61,9 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
 def test_nothing_off_is_the_probe_itself():
     features = features_of({"a": torch.randn(5, 6), "b": torch.randn(5, 6)})
     probe = fresh_probe(6, torch.float32, seeded(0))
-    texts = Ablatable(features, features, torch.eye(6), {"a": probe})
     whole = torch.from_numpy(features.matrix.toarray())
-    torch.testing.assert_close(torch.from_numpy(texts.logits().table[:, 0]).float(), probe.logits(whole))
+    found = logits_of(features, {"a": probe}).table[:, 0]
+    torch.testing.assert_close(torch.from_numpy(found).float(), probe.logits(whole))
 
 
 def test_what_all_ablations_begin_with_is_computed_once(official):
@@ -75,10 +74,10 @@ def test_what_all_ablations_begin_with_is_computed_once(official):
     assert pool.of_model(subject.layers, test) is resid
     assert pool.of_model(subject.layers, made.task.train) is not resid
     probes = {name: fresh_probe(resid.width, torch.float32, seeded(i)) for i, name in enumerate(test)}
-    texts = Ablatable(resid, pool.of_leaky_latents(subject, test), subject.sae.W_dec.detach(), probes)
-    whole = texts.logits().table.copy()
-    changed = [texts.logits(np.array([n])).table for n in range(3)]
-    assert texts.logits().table is texts.logits().table and np.array_equal(texts.logits().table, whole)
+    probed, latents = Probed(probes, logits_of(resid, probes), {}), pool.of_leaky_latents(subject, test)
+    whole = probed.untouched.table.copy()
+    changed = [probed.logits_without(np.array([n]), latents, subject.sae.W_dec.detach()).table for n in range(3)]
+    assert np.array_equal(probed.untouched.table, whole)
     assert any(not np.array_equal(table, whole) for table in changed)
 
 
@@ -88,8 +87,8 @@ def test_effects_weigh_firing_by_direction():
     draw = Draw(np.arange(4), np.array([1, 1, 0, 0], dtype=np.int32))
     probe = fresh_probe(3, torch.float32, seeded(0))
     probe.weight.copy_(torch.tensor([[0.5, 3.0, 9.0]]))
-    assert effects(latents, draw, probe, torch.eye(3), "absolute").tolist() == pytest.approx([1.0, 3.0, 0.0])
-    assert effects(latents, draw, probe, torch.eye(3), "positive").tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert effects(latents, draw, probe, torch.eye(3), "scr").tolist() == pytest.approx([1.0, 3.0, 0.0])
+    assert effects(latents, draw, probe, torch.eye(3), "tpp").tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 
 def test_no_more_latents_are_taken_than_have_an_effect():
@@ -115,7 +114,7 @@ def test_tpp_finds_the_one_latent_of_each_class():
     parts = {p: {name: planted(rng, axes[i], 80) for i, name in enumerate("abc")} for p in ("train", "test")}
     made, subject = make_task("planted", parts), make_subject(identity_sae(width))
     pool = made.pool(subject, leaky=True)
-    setup = Setup("positive", list("abc"), (2,), PROBES, 0)
+    setup = Setup("tpp", list("abc"), (2,), PROBES, 0)
     both = perturb(pool, subject, made.task, setup, seeded(0), Memo())
     for outcome in (both.official, both.corrected):
         scores, by_class = tpp_scores(outcome.ablated, outcome.clean)
@@ -144,7 +143,7 @@ def test_scr_frees_a_probe_of_the_attribute():
         return {name: group(*each) for name, each in zip(names, members, strict=True)}
 
     made, subject = make_task("planted", {"train": groups(), "test": groups()}), make_subject(identity_sae(width))
-    setup = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0)
+    setup = Setup("scr", list(OPPOSITES), (2,), PROBES, 0)
     pool = made.pool(subject, leaky=True)
     outcome = perturb(pool, subject, made.task, setup, seeded(0), Memo()).corrected
     scores = scr_scores(outcome.ablated, outcome.clean)
@@ -188,7 +187,7 @@ def test_means_are_over_the_parts_that_have_a_score():
 def test_corrected_scores_compare_the_same_rows(official):
     """Nothing switched off must change nothing; the protocol's fresh rows make it look as if it did."""
     made = official.probing[maker.PROBING[0]]
-    setup = Setup("positive", list(made.task.train), (0,), PROBES, 0)
+    setup = Setup("tpp", list(made.task.train), (0,), PROBES, 0)
     pool = made.pool(official.subject, leaky=True)
     both = perturb(pool, official.subject, made.task, setup, seeded(42), Memo())
     assert all(by_n[0] == both.corrected.clean for by_n in both.corrected.ablated.values())
@@ -198,7 +197,7 @@ def test_corrected_scores_compare_the_same_rows(official):
 def test_both_ways_choose_latents_from_the_same_table_of_the_training_texts(official, monkeypatch):
     """Cutting it out of all texts was done for each."""
     made, pool = official.scr, official.scr.pool(official.subject, leaky=True)
-    setup, cut, of_latents = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0), [], pool.of_latents
+    setup, cut, of_latents = Setup("scr", list(OPPOSITES), (2,), PROBES, 0), [], pool.of_latents
     monkeypatch.setattr(pool, "of_latents", lambda *given: cut.append(given[1]) or of_latents(*given))
     perturb(pool, official.subject, made.task, setup, seeded(0), Memo())
     assert cut == [made.task.train, made.task.test]

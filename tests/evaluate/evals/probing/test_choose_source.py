@@ -45,8 +45,9 @@ def test_lines_are_split_into_code_and_prose():
     ]
 
 
-def test_snippets_are_long_enough_and_a_remainder_is_left_out():
-    assert list(stdlib_texts.cut_snippets(["abcd", "efgh", "ij", "kl"], 8)) == ["abcd\nefgh"]
+def test_snippets_are_long_enough_and_a_remainder_is_left_out(monkeypatch):
+    monkeypatch.setattr(stdlib_texts, "SNIPPET_CHARACTERS", 8)
+    assert list(stdlib_texts.cut_snippets(["abcd", "efgh", "ij", "kl"])) == ["abcd\nefgh"]
 
 
 @pytest.mark.parametrize("name", stdlib_texts.NAMES)

@@ -59,7 +59,7 @@ def context(world, open_context):
     """A context whose model has a tokenizer, and counts the rows that it reads."""
     made = open_context(world)
     model = Gemma2ForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16)
-    made.use(LanguageModel(model, TextEncoder(Words(), 2, (0, 1, 2)), eos=1, pad=0))
+    made._model = LanguageModel(model, TextEncoder(Words(), 2, (0, 1, 2)), eos=1, pad=0)
     return made
 
 

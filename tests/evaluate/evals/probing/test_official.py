@@ -62,7 +62,7 @@ def perturbed(official, made, setup):
 
 def test_tpp(official):
     made = official.probing[maker.PROBING[0]]
-    setup = Setup("positive", list(made.task.train), maker.N_VALUES, PROBES, SEED)
+    setup = Setup("tpp", list(made.task.train), maker.N_VALUES, PROBES, SEED)
     result = tpp.make_result(official.subject, {}, perturbed(official, made, setup), None)
     expected = official.outputs["tpp"]
     overall = {key: value for key, value in expected["results"].items() if not isinstance(value, dict)}
@@ -75,7 +75,7 @@ def test_tpp(official):
 
 
 def test_scr(official):
-    setup = Setup("absolute", list(OPPOSITES), maker.N_VALUES, PROBES, SEED)
+    setup = Setup("scr", list(OPPOSITES), maker.N_VALUES, PROBES, SEED)
     result = scr.make_result(official.subject, {}, perturbed(official, official.scr, setup), None)
     overall = {key: value for key, value in official.outputs["scr"]["results"].items() if not isinstance(value, dict)}
     assert result.metrics["scr_metrics"] == pytest.approx(overall, abs=1e-5)

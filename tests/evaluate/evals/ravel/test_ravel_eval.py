@@ -91,7 +91,7 @@ def blind_sae() -> SparseAutoencoder:
 def context(monkeypatch: pytest.MonkeyPatch) -> Context:
     monkeypatch.setattr(ravel, "load_facts", lambda names: [THINGS])
     made = Context(None, model_name="planted", watch=Watch(is_quiet=True))
-    made.use(PlantedModel())  # type: ignore[arg-type]
+    made._model = PlantedModel()  # type: ignore[assignment]
     return made
 
 

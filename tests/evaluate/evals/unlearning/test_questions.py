@@ -17,7 +17,7 @@ from saemill.evaluate.evals.unlearning.exams import (
     most_likely,
     next_token_sheets,
 )
-from saemill.evaluate.evals.unlearning.texts_and_exams import joined_rows, sampled_texts, shuffled_rows
+from saemill.evaluate.evals.unlearning.texts_and_exams import joined_rows, sampled_texts
 
 QUESTION = Question("human aging", "How old?", ("one", "two", "three", "four"), answer=2)
 
@@ -91,14 +91,11 @@ def test_a_text_that_fills_no_row_is_refused(texts, found):
         joined_rows(texts, Characters(), eos_text="|", bos=1, pad=0, length=25)
 
 
-def test_draws_use_their_own_generators():
-    state, torch_state = random.getstate(), torch.random.get_rng_state()
+def test_draws_use_their_own_generator():
+    state = random.getstate()
     texts = sampled_texts([str(i) for i in range(9)], 4, random.Random(42))
-    rows = shuffled_rows(torch.arange(9)[:, None], 4, torch.Generator().manual_seed(42))
     assert len(set(texts)) == 4
-    assert len(set(rows.view(-1).tolist())) == 4
     assert random.getstate() == state
-    assert torch.equal(torch.random.get_rng_state(), torch_state)
     random.seed(42)
     assert texts == random.sample([str(i) for i in range(9)], 4)  # the draw of a seeded global generator
     random.setstate(state)

@@ -91,7 +91,7 @@ def echo(tiny) -> LanguageModel:
 def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
     monkeypatch.setattr(texts_and_exams, "stdlib_documents", repetitive_documents)
     context = Context(None, model_name="echo", watch=Watch(is_quiet=True))
-    context.use(echo)
+    context._model = echo
     subject = builder.subject(builder.make_sae(k=None))
     config = unlearning.Config(data="stdlib", topic="email", multipliers=(5,), n_features_list=(3,))
     (result,) = unlearning.evaluate(context, [subject], config)
@@ -102,7 +102,7 @@ def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
 
 def test_a_model_that_knows_nothing_of_it_is_not_run(tiny, builder):
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
-    context.use(tiny)
+    context._model = tiny
     with pytest.raises(NotApplicable, match="correctly answers no question about what it is to forget"):
         list(unlearning.evaluate(context, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
 
@@ -112,7 +112,7 @@ def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, m
     corpus.write_text("".join(json.dumps({"text": f"virus {number} " * 20}) + "\n" for number in range(30)))
     question = {"question": "what?", "choices": ["a", "b", "c", "d"], "answer": 1}
 
-    def load_rows(name: str, _part: str, _split: str) -> list[dict[str, object]]:
+    def load_rows(name: str, _part: str) -> list[dict[str, object]]:
         return [{"text": "plain " * 40}, {"text": "short"}] * 8 if "wikitext" in name else [question] * 3
 
     monkeypatch.setattr(texts_and_exams, "load_rows", load_rows)

@@ -271,7 +271,7 @@ def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(DataMissing, match=r"cais/wmdp \(wmdp-bio\) cannot be loaded \(no route\).*accept its terms"):
-        evaluation_data_sets.load_rows("cais/wmdp", "wmdp-bio", "test")
+        evaluation_data_sets.load_rows("cais/wmdp", "wmdp-bio")
 
 
 def test_questions_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch):
@@ -286,4 +286,4 @@ def test_questions_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch):
     (bio,), (aging,) = texts_and_exams.read_questions("wmdp-bio"), texts_and_exams.read_questions("human_aging")
     assert (bio.subject, aging.subject) == ("biology", "human aging")
     assert bio.choices[bio.answer] == "d"
-    assert asked == [("cais/wmdp", "wmdp-bio", "test"), ("cais/mmlu", "human_aging", "test")]
+    assert asked == [("cais/wmdp", "wmdp-bio"), ("cais/mmlu", "human_aging")]
