@@ -24,7 +24,7 @@ def is_to_explain(prompt: str) -> bool:
 def perfect(prompt: str) -> str:
     """Explains by the list of all marked words, and names the passages that have one of them."""
     if is_to_explain(prompt):
-        return ", ".join(sorted(set(re.findall("<<(.*?)>>", prompt))))
+        return ", ".join(sorted(set(re.findall("<<(.*?)>>", "\n".join(passages_in(prompt))))))
     if "description, it is active on: " not in prompt:
         return "Yes"
     explanation = prompt.partition("description, it is active on: ")[2].partition("\n")[0]

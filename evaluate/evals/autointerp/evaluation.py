@@ -69,6 +69,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     is_default = config.total_tokens == Config().total_tokens
     windows = windows_by_split(context, ID, -(-config.total_tokens // length), config.splits, is_default)
     text = first_pass(context, subjects, windows, config)
+    if sum(words.write(token) != "" for token in text.tokens[0, :, None]) < length / 2:  # an empty tokenizer's
+        raise DataMissing("the model's tokenizer has no text for the store's tokens: give the right model with --model")
     for subject, acts in second_pass(context, subjects, windows, text, config):
         drawn, absent = draw(Drawing(acts, config), text.latents[subject].tolist())
         scored, judges, refused = ask(context, subject, judge, drawn, words, config)

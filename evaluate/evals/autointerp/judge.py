@@ -267,7 +267,10 @@ def ask_all(
                 key, question = waiting.get_nowait()
                 try:
                     done.put((key, judge.ask(question, stop)))
+                except NotTaken as error:
+                    done.put((key, error))
                 except Exception as error:  # noqa: BLE001  whatever it is, it is raised where it is waited for
+                    stop.set()
                     done.put((key, error))
 
     answers.path.parent.mkdir(parents=True, exist_ok=True)
