@@ -53,7 +53,7 @@ def read_explanation(answer: str) -> str | None:
 
 def read_numbers(answer: str) -> list[int] | None:
     """The passages that the judge names, [] for none; None if it says anything else."""
-    words = re.findall(r"[^\s,.;\[\]]+", answer.rpartition(THOUGHT)[2].lower())
+    words = re.findall(r"[^\s,;\[\]]+", answer.rpartition(THOUGHT)[2].lower().strip().removesuffix("."))
     if not words or not all(is_number(word) or word in ("and", "none") for word in words):
         return None
     return sorted({int(word) for word in words if is_number(word)})

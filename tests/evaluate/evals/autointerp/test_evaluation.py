@@ -242,6 +242,7 @@ def test_tokens_without_text_are_not_judged(make_world, text_store, open_context
         ("<think>1, 2", None),
         ("", None),
         ("passages 1 and 2", None),
+        ("1. 1. 2. 3. 4. 5.", None),  # a judge that counts
         ("9" * 5000, None),
         ("\u0663", None),
         ("-1", None),
