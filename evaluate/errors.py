@@ -75,5 +75,9 @@ class DataMissing(NotRun, FileNotFoundError):
     """A data set is neither on this machine nor reachable: the message says what to accept or download."""
 
 
+class JudgeMissing(NotRun, ConnectionError):
+    """The language model that judges explanations is not named, cannot be reached, or refuses."""
+
+
 class NotApplicable(NotRun, TypeError):
     """The question makes no sense for this SAE, or for this store."""

@@ -69,7 +69,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "evals/evaluation_contract",
         "evals/absorption evals/core evals/measures evals/probing evals/ravel evals/unlearning output/figures",
         "evals evals/browser output/plots",
-        "output/report",
+        "evals/autointerp output/report",
         "output",
         "run",
         "cli",

@@ -6,7 +6,7 @@ are neither special nor padding, nor massive in a layer that the SAE reads or wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,29 @@ def require_some(windows: int) -> None:
     """Refuse to read no windows, which would look as if the store had none."""
     if windows < 1:
         raise SettingInvalid(f"windows: expected at least 1 to be read, found {windows}")
+
+
+def windows_by_split(
+    context: Context, title: str, windows: int, splits: Sequence[str], is_default: bool
+) -> dict[str, int]:
+    """How many windows to read from each split, from one after the other. Says so if there are fewer than the user
+    asked for."""
+    require_some(windows)
+    left, found = windows, dict[str, int]()
+    for split in dict.fromkeys(splits):  # a split named twice is read once
+        found[split] = min(left, count_windows(context.store, split))
+        left -= found[split]
+    if not any(found.values()):
+        raise NotApplicable(f"the store's splits {', '.join(splits)} have no windows: harvest more text")
+    if left > 0 and not is_default:
+        has = f"{', '.join(found)} have {sum(found.values()):,}"
+        context.say(f"{title}: asked for {windows:,} windows, but {has}: all are read")
+    return {split: count for split, count in found.items() if count}
+
+
+def say_splits(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def say_if_fewer(context: Context, title: str, config: Any, split: str = "test") -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass, fields
@@ -31,10 +32,14 @@ from saemill.evaluate.run.run_evals import run_evals
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
 
+from ..free_port import free_port
+from .fake_judge import FakeJudge, serving
+
 MEASURES = (Path(evaluate.__file__).parent / "MEASURES.md").read_text()
 PAGE = (Path(evaluate.__file__).parent.parent / "docs" / "evaluate.md").read_text()
 EVALS = evals.names()
 RUN_WHOLE = ("ravel", "unlearning")
+JUDGE_PORT = free_port()
 PROBES = {"context_length": 8}
 SMALL = {
     "core": {"batch_size_prompts": 4, "resamples": 10},
@@ -44,6 +49,8 @@ SMALL = {
     "attention": {"windows": 8, "batch_windows": 8},
     "replacement": {"windows": 8, "batch_windows": 8},
     "browser": {"windows": 8, "batch_windows": 8},
+    "autointerp": {"endpoint": f"http://127.0.0.1:{JUDGE_PORT}/v1", "judge": "fake", "buffer": 1}
+    | {"act_threshold_frac": 0.5, "n_top_ex_for_generation": 3, "n_iw_sampled_ex_for_generation": 2},
     "ravel": {"num_pairs_per_attribute": 12, "num_epochs": 1, "n_generated_tokens": 2, "llm_batch_size": 4},
     "unlearning": {"retain_thresholds": (1.0,), "n_features_list": (2,), "multipliers": (1.0,)},
     "absorption": {"max_words": 120, "k_sparse_probe_num_epochs": 2, "min_GT_probe_f1": 0.1, "min_feats_for_eval": 1},
@@ -58,7 +65,7 @@ IN_SMALL = re.compile(r"_(t|u|l|k)(?=_|$)")  # of a documented name: numbers tha
 WITH_MASSIVE = ("core", "replacement")  # SAEBench's numbers count all rows; the model makes its own: tested apart
 # What a model makes of a window depends on all of its rows.
 UNTRACED, OF_MODEL = {name: {"trace_windows": 0} for name in ("attention", "tiers")}, {"attention": "fidelity"}
-REMARKED = ("scr", "tpp", "unlearning")  # so small, they say less than they seem, and say so
+REMARKED = ("autointerp", "scr", "tpp", "unlearning")  # so small, they say less than they seem, and say so
 MEASURED_ON = {
     "store": r" split, [\d,]+ tokens of ",
     "text": r", [\d,]+ ",
@@ -80,17 +87,26 @@ def is_about_text(name):
 
 
 @pytest.fixture(scope="module")
-def stored(make_world):
-    """stored(**how): a store of windows of 24 tokens."""
+def stored(make_world, world, tmp_path_factory):
+    """stored(**how): a store of windows of 24 tokens, of a model that has a tokenizer."""
+    model = shutil.copytree(world.model, tmp_path_factory.mktemp("model") / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_FOLDER / name, model)
     tokens = torch.randint(3, 50, (40, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 2
-    return cache(lambda **how: make_world(tokens=tokens, **how))
+    return cache(lambda **how: make_world(model=model, tokens=tokens, **how))
 
 
 @pytest.fixture(scope="module")
 def pocket():
     """pocket(dtype), loaded once."""
     return cache(lambda dtype: load_language_model(MODEL_FOLDER, dtype, torch.device("cpu")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def judge():
+    with serving(FakeJudge(), JUDGE_PORT):
+        yield
 
 
 @pytest.fixture(autouse=True)

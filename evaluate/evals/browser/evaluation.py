@@ -29,10 +29,9 @@ from ....train.run.run_folder import RunFolder
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.loaded_sae import attention_layers_of, layers_of
-from ...context.stored_windows import TextCount, require_some
+from ...context.stored_windows import TextCount, say_splits, windows_by_split
 from ...context.write_and_read_results import place_now
-from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SaeGone
-from ...model.batches import count_windows
+from ...errors import BrowserUnwritten, ModelMissing, ResultInvalid, SaeGone
 from ...model.unembedding_head import Head
 from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -69,7 +68,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     require_known(config.exports)
-    windows = windows_by_split(context, config)
+    if context.manifest.context > LONGEST:
+        raise NotApplicable(
+            f"the browser shows windows of at most {LONGEST:,} tokens, but the store's have "
+            f"{context.manifest.context:,}: harvest text in shorter ones"
+        )
+    is_default = config.windows == Config().windows
+    windows = windows_by_split(context, "browser", config.windows, config.splits, is_default)
     subjects, failures = readable(context, subjects)
     yield from failures
     if not subjects:
@@ -119,12 +124,10 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     for line in report_exports(home / NAME, exported_before):
         context.say(line)
     context.say(f"browser: {home / 'browser' / 'index.html'}")
-    *others, last = windows
-    splits = f"{', '.join(others)} and {last}" if others else last
     for one in shown:
         metrics = {"firing": {"tokens": one.seen.tokens, "massive_tokens": one.seen.massive, **one.shares}}
         report = {"latents": contexts(one.seen, *one.kept, tokens, words), "pattern": pattern(one.seen, tokens, words)}
-        text = TextCount(splits, sum(windows.values()), one.seen.tokens, one.seen.massive)
+        text = TextCount(say_splits(windows), sum(windows.values()), one.seen.tokens, one.seen.massive)
         yield Result(one.subject, to_json(config), metrics, unstructured=report, missing=missing, measured_on=str(text))
 
 
@@ -150,26 +153,6 @@ def require_own_store_or_none(context: Context, home: Path, subjects: Sequence[L
             f"{home / NAME} was made from the store with cache id {made_from}, on which these SAEs were trained, not "
             f"from {context.store.url}: move that folder elsewhere to build one from this store"
         )
-
-
-def windows_by_split(context: Context, config: Config) -> dict[str, int]:
-    """How many windows to read from each split."""
-    require_some(config.windows)
-    if context.manifest.context > LONGEST:
-        raise NotApplicable(
-            f"the browser shows windows of at most {LONGEST:,} tokens, but the store's have "
-            f"{context.manifest.context:,}: harvest text in shorter ones"
-        )
-    left, found = config.windows, dict[str, int]()
-    for split in dict.fromkeys(config.splits):  # a split named twice is read once
-        found[split] = min(left, count_windows(context.store, split))
-        left -= found[split]
-    if not any(found.values()):
-        raise NotApplicable(f"the store's splits {', '.join(config.splits)} have no windows: harvest more text")
-    if left > 0 and config.windows != Config().windows:
-        has = f"{', '.join(found)} have {sum(found.values()):,}"
-        context.say(f"browser: asked for {config.windows:,} windows, but {has}: all are read")
-    return {split: count for split, count in found.items() if count}
 
 
 def size_of(context: Context, subjects: Sequence[LoadedSae], windows: int) -> int:

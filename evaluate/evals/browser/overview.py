@@ -5,9 +5,10 @@ They are written with the browser, and again whenever the run is evaluated or pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ....train.disk.atomic_files import replace_file
 from ...context.write_and_read_results import INTERVALS, interval_of, places_in
@@ -30,7 +31,13 @@ def write_numbers(browser: Path, records: Sequence[Record]) -> None:
     value = {
         "columns": [[key, column.heading, column.meaning, key != SPARSITY] for key, column in COLUMNS.items()],
         "saes": {
-            one.label: {"place": places[one.name], "numbers": numbers(one), "curves": curves(one)} for one in records
+            one.label: {
+                "place": places[one.name],
+                "numbers": numbers(one),
+                "curves": curves(one),
+                "explanations": explanations(one.documents.get("autointerp", {})),
+            }
+            for one in records
         },
         "notes": notes(records, [column.evaluation for column in COLUMNS.values()]),
     }
@@ -52,6 +59,19 @@ def numbers(record: Record) -> dict[str, dict[str, float | None]]:
             low, high = (document and interval_of(document, INTERVALS, column.metric)) or (None, None)
             found[key] = {"value": value, "low": low, "high": high}
     return found
+
+
+def explanations(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What autointerp's judge wrote about latents, each with its score and its control's, and who the judge was."""
+    judge, latents = document.get("judge"), document.get("eval_result_unstructured")
+    if not isinstance(judge, Mapping) or not isinstance(latents, Mapping):  # SAEBench's own names no judge
+        return {}
+    explained = {
+        latent: [one["explanation"], one.get("score"), one.get("control_score")]
+        for latent, one in latents.items()
+        if isinstance(one, Mapping) and isinstance(one.get("explanation"), str)
+    }
+    return {"judge": ", ".join(map(str, judge.get("answered", ()))), "latents": explained}
 
 
 def curves(record: Record) -> dict[str, tuple[list[float], list[float]]]:

@@ -38,6 +38,10 @@ OFFICIAL: dict[str, dict[str, Any]] = {
     "sparse_probing_sae_probes": {"random_seed": 42, "reg_type": "l1", "binarize": False, "include_llm_baseline": True},
     "unlearning": {"random_seed": 42, "dataset_names": EXAMS, "dataset_size": 1024, "seq_len": 1024},
     "absorption": {"random_seed": 42, "prompt_template": "{word} has the first letter:"} | LETTERS,
+    "autointerp": {"random_seed": 42, "n_latents": 1000, "override_latents": None, "dead_latent_threshold": 15}
+    | {"total_tokens": 2_000_000, "buffer": 10, "act_threshold_frac": 0.01, "max_tokens_in_explanation": 30}
+    | {"n_top_ex_for_generation": 10, "n_iw_sampled_ex_for_generation": 5, "n_top_ex_for_scoring": 2}
+    | {"n_random_ex_for_scoring": 10, "n_iw_sampled_ex_for_scoring": 2},
     "ravel": {"random_seed": 42, "top_n_entities": 500, "num_pairs_per_attribute": 5000, "train_test_split": 0.7}
     | {"learning_rate": 1e-3, "num_epochs": 2, "n_generated_tokens": 6},
 }

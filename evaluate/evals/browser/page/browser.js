@@ -515,8 +515,15 @@ function title(sae, latent, found) {
     h("h1", {}, `${latent} `, found.fired[latent] > 0 && h("span", {}, chip(found.token[latent]))),
     found.fired[latent] === 0 && h("span", { class: "flag" }, "never fired here"), found.density[latent] > sae.dense && h("span", { class: "flag" }, "dense"),
     marks.map(([name, values]) => h("span", { class: "flag" }, markName(name, values[latent]))),
+    explanationOf(sae, latent),
     h("div", { class: "row-of" }, own, star, h("button", { type: "button", title: "previous (k)", "aria-label": "previous latent", on: { click: () => step(-1) } }, "\u2191"), h("button", { type: "button", title: "next (j)", "aria-label": "next latent", on: { click: () => step(1) } }, "\u2193"),
       h("button", { type: "button", title: "copy a link to this latent", on: { click: copyLink } }, "link")));
+}
+function explanationOf(sae, latent) {
+  const { judge, latents } = numbers.saes?.[sae.label]?.explanations ?? {}, [text, score, control] = latents?.[latent] ?? [];
+  if (!text) return null;
+  const scored = [typeof score === "number" && `${share(score)} of passages right`, typeof control === "number" && `${share(control)} with another latent's explanation`].filter(Boolean);
+  return h("p", { class: "explanation", id: "explanation" }, h("bdi", {}, brief(text, 300)), " ", h("span", { class: "small quiet" }, `explained by ${brief(judge, 60)}${scored.length ? `: ${scored.join(", ")}` : ""}`));
 }
 function toggleStar() {
   setNote(state.sae.label, state.latent, { star: !noteOf(state.sae.label, state.latent).star });

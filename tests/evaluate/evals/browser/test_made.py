@@ -28,7 +28,7 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import bfloat16_then_float32
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.loaded_sae import LoadedSae
-from saemill.evaluate.context.stored_windows import ordinary_rows
+from saemill.evaluate.context.stored_windows import ordinary_rows, windows_by_split
 from saemill.evaluate.context.write_and_read_results import Result, write_result
 from saemill.evaluate.errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import (
@@ -824,7 +824,7 @@ def test_a_number_of_windows_that_is_none_is_named(world, builder, open_context)
 
 
 def test_a_split_that_is_named_twice_is_read_once(world, open_context):
-    assert evaluation.windows_by_split(open_context(world), Config(windows=30, splits=("test", "test"))) == {"test": 20}
+    assert windows_by_split(open_context(world), "browser", 30, ("test", "test"), False) == {"test": 20}
 
 
 def listing(path: Path) -> dict[str, bytes]:

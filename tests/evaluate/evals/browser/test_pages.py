@@ -101,10 +101,20 @@ def site(world, new_builder):
         "saemill_metrics": {"explained_variance": 0.5, "confidence_95": {"explained_variance": [0.4, 0.6]}},
         "saemill": {"measured_on": SCRIPT},
     }
+    explained = {"explanation": f"{SCRIPT}\u202e\n{'y' * 400}", "score": 13 / 14, "control_score": 0.5}
+    autointerp = {
+        "eval_result_metrics": {},
+        "judge": {"answered": [SCRIPT]},
+        "eval_result_unstructured": {"1": explained, "2": {"explanation": "verbs"}, "3": {"score": 1.0}, "4": "odd"},
+    }
+    documents = {"core": core, "autointerp": autointerp}
     log = [{"sae": "first", "step": step, "loss": 1 / (step + 1)} for step in range(9)]
     refresh(
         home,
-        [Record("first", "run_1", "first", log=log, documents={"core": core}), Record("second", "run_1", "second")],
+        [
+            Record("first", "run_1", "first", log=log, documents=documents),
+            Record("second", "run_1", "second"),
+        ],
     )
     acts = torch.cat([subjects[0].encode(batch) * batch.keep[:, :, None] for batch in batches]).numpy()
     return SimpleNamespace(home=home, acts=acts, tokens=torch.cat([batch.tokens for batch in batches]).numpy())
@@ -157,6 +167,22 @@ def test_the_overview_sorts_and_draws(site, open_page):
     assert page.locator("#search").get_attribute("placeholder") == "number, token or text in first"
     page.locator("#search").fill("word7")
     wait(page, "location.hash === '#/sae/first' && document.querySelector('#found')?.textContent.includes('found')")
+
+
+def test_a_latent_has_the_judges_explanation_with_its_scores_as_text(site, open_page):
+    page = open_page(site.home, "#/sae/first/1")
+    page.wait_for_selector("#explanation")
+    shown = page.locator("#explanation").inner_text()
+    assert shown.startswith(SCRIPT) and shown.count("y") < 300
+    assert f"explained by {SCRIPT[:40]}" in shown
+    assert shown.endswith("92.9 % of passages right, 50 % with another latent's explanation")
+    assert page.locator("#explanation img, #explanation script").count() == 0
+    page.evaluate("location.hash = '#/sae/first/2'")
+    wait(page, "document.querySelector('#explanation')?.innerText.startsWith('verbs explained by ')")
+    for place in ("first/3", "first/4", "second/1"):
+        page.evaluate(f"location.hash = '#/sae/{place}'")
+        wait(page, f"location.hash.endsWith('{place}') && detail.dataset.latent === '{place[-1]}'")
+        assert page.locator("#explanation").count() == 0
 
 
 def test_what_the_overview_draws_anew_keeps_the_keyboard_where_it_was(site, open_page):
