@@ -31,7 +31,7 @@ from ...context.disk_cache import decided_by
 from ...context.loaded_sae import attention_layers_of, layers_of
 from ...context.stored_windows import TextCount, say_splits, windows_by_split
 from ...context.write_and_read_results import place_now
-from ...errors import BrowserUnwritten, NotApplicable, ModelMissing, ResultInvalid, SaeGone
+from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid, SaeGone
 from ...model.unembedding_head import Head
 from ...output.figures.records import read_records
 from ..evaluation_contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
