@@ -31,7 +31,7 @@ from markdown_it.token import Token
 from saemill.cache_schema.cli import main as store
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main as evaluate
-from saemill.evaluate.output.figures.records import web_file
+from saemill.evaluate.output.figures.page_files import web_file
 from saemill.harvest.cli import main as harvest
 from saemill.studies.study import main as study
 from saemill.train.cli import main as train

@@ -171,7 +171,7 @@ def test_the_command_that_is_said_at_the_end_can_train_on_the_store(hooks, comma
     said = cli.training_command(manifest, HarvestConfig(out="./a store"))
     assert said == f"sae-train {command} --cache './a store'"
     words = sae_train.make_context("sae-train", shlex.split(said)[1:]).params
-    settings = train_runs._settings({"layer": words["layer"]}, words["set"])
+    settings = train_runs._settings(words)
     ((member,),) = [
         request.members(lambda config: config.limits(manifest, 10**6), by_hook(manifest.sites))
         for request in train_runs.find_requests(words["variant"], None, None, settings, [{}])
