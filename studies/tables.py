@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..evaluate.context.write_and_read_results import heading, without_nan
 from ..evaluate.output.figures.records import SEED
+from ..evaluate.run.console_table import Column, split_to_fit
 from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file
 from .compare_and_decide import DECISIVE, Difference, Finding, compare, is_baseline, judge, methods_of, why_outside
@@ -39,8 +40,10 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     every = [line for _, lines in results for line in lines]
     parts = []
     for title, head, rows in _tables(results):
-        console.print(_table(title, head, rows))
-        ruler = ["---", "---", *("--:" for _ in head[2:])]
+        console.print(title, style="italic", markup=False)
+        for table in _fitting(head, rows, console.width):
+            console.print(table)
+        ruler = ["---", "---", *("--:" if _is_number(cell) else "---" for cell in rows[0][2:])]
         markdown = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
         parts.append(f"**{title}**\n\n{markdown}")
     remarks = [ranking(recipe, lines) for recipe, lines in results if recipe.select]
@@ -162,10 +165,21 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(head):
-        table.add_column(heading(name, head), justify="left" if number < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[Table]:
+    """The table; if its numbers would not fit into the width, several, each with the first two columns."""
+    columns = [Column(heading(name, head), cells) for name, cells in zip(head, zip(*rows, strict=True), strict=True)]
+    names, others = columns[:2], columns[2:]
+    room = width - sum(column.least_width for column in names)
+    for part in split_to_fit(others, room) if all(map(_is_number, rows[0][2:])) else [others]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in (*names, *part):
+            is_number = column in part and _is_number(column.cells[0])
+            justify, least = ("right", max(map(len, column.cells))) if is_number else ("left", None)
+            table.add_column(column.title, justify=justify, overflow="fold", min_width=least)
+        for cells in zip(*(column.cells for column in (*names, *part)), strict=True):
+            table.add_row(*cells)
+        yield table
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.lstrip("+-")[:1].isdigit()

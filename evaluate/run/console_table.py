@@ -146,7 +146,7 @@ def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: i
     prefixes = {eval_id: f"{eval_id}: " if len(columns) > 1 else "" for eval_id in columns}
     every = [Column(prefixes[eval_id] + one.title, one.cells) for eval_id, own in columns.items() for one in own]
     for eval_id, own in ({"": every} if sum(one.least_width for one in every) <= room else columns).items():
-        for number, part in enumerate(_split_to_fit(own, room)):
+        for number, part in enumerate(split_to_fit(own, room)):
             is_roomy = sum(one.width for one in part) <= room
             table = Table(box=None, pad_edge=False, header_style="bold")
             table.add_column("SAE", width=width - room, overflow="fold")
@@ -157,7 +157,7 @@ def make_tables(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], width: i
             yield "" if number or len(columns) == 1 else eval_id, table
 
 
-def _split_to_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
+def split_to_fit(columns: Sequence[Column], room: int) -> list[list[Column]]:
     """Consecutive groups of columns, each as many as fit side by side."""
     parts: list[list[Column]] = []
     for column in columns:

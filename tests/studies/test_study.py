@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -111,6 +112,17 @@ def test_an_sae_that_diverged_is_told(tmp_path):
 def test_a_missing_evaluation_is_told(tmp_path):
     (line,) = read_lines(write_run(tmp_path / "run_0"), ["core", "tiers"])
     assert line.problems == ["tiers gave no result"]
+
+
+def test_a_table_of_many_measures_is_printed_whole(tmp_path):
+    """Nothing is cut off or broken in the middle: what does not fit comes below, next to the same names."""
+    values = {f"measure_{number}": 0.8153 + number for number in range(20)}
+    lines = [Line("headline", f"an_sae_seed{seed}", values, []) for seed in range(3)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    write_tables([(recipe("headline", 3), lines)], tmp_path, console)
+    said = console.export_text()
+    assert "\u2026" not in said and all(f"{value:.4g} \u00b1 0" in said for value in values.values())
+    assert said.count("an_sae") > 3
 
 
 def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
