@@ -135,7 +135,7 @@ class Judge:
                 raise self._meaning(error) from None
         except TimeoutError:
             raise Passing(f"no answer within {self._timeout:g} seconds (autointerp.timeout)", is_there=False) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for addresses that cannot be
             reason = getattr(error, "reason", error)
             told = self._plain(str(reason) or type(reason).__name__)
             raise Passing(f"no connection ({told}): is the server running, and is the address right?", False) from None
@@ -270,8 +270,8 @@ def ask_all(
                 except NotTaken as error:
                     done.put((key, error))
                 except Exception as error:  # noqa: BLE001  whatever it is, it is raised where it is waited for
+                    done.put((key, error))  # before the others, which can only say that they were stopped
                     stop.set()
-                    done.put((key, error))
 
     answers.path.parent.mkdir(parents=True, exist_ok=True)
     with answers.path.open("ab") as file:
