@@ -241,7 +241,9 @@ def remarks(ours: Mapping[str, Any], refused: Sequence[str], drawn: int) -> Iter
     if refused:
         yield f"the judge did not take {counted(len(refused), 'question')}, such as: {refused[0]}"
     gain, error = ours["gain"], ours["gain_standard_error"]
-    if ours["latents"] and not gain > 2 * error:
+    if ours["latents"] and math.isnan(error):
+        yield "fewer than two latents have both scores: whether their explanations help is not known"
+    elif ours["latents"] and not gain > 2 * error:
         yield (
             "the judge does no better with a latent's explanation than with another's (a gain of "
             f"{gain:.3f}, standard error {error:.3f}): the score says nothing about the latents"
@@ -275,5 +277,6 @@ EVALUATION = Evaluation(
         "max_tokens_in_explanation": 1,
         "thinking_tokens": 0,
         "requests_at_once": 1,
+        "timeout": 1,
     },
 )
