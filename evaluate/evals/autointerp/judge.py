@@ -34,7 +34,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before asking again, if the 
 LONGEST_WAIT = 600.0
 MOST_BYTES = 1 << 20  # of a response
 MAY_BE_REFUSED = ("max_tokens", "temperature", "seed")  # by some servers and models
-SECRET = 12  # letters: shorter keys, such as `none`, are what servers without keys are given
+SECRET = 12  # characters: shorter keys, such as `none`, are what servers without keys are given
 BUSY = (408, 409, 425, 429)
 NOT_TAKEN = (400, 413, 422)  # by what is asked, not by who asks
 

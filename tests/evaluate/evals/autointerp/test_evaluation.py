@@ -23,6 +23,7 @@ from saemill.evaluate.evals.autointerp.evaluation import EVALUATION, Scored, der
 from saemill.evaluate.evals.autointerp.prompts import MOST_LETTERS, read_explanation, read_numbers
 from saemill.evaluate.evals.evaluation_contract import Failure
 
+from ... import fake_judge
 from ...fake_judge import NAME, failing, ignorant, is_to_explain, passages_in, perfect
 from .conftest import KEY
 
@@ -193,6 +194,16 @@ def test_a_second_call_asks_only_what_the_first_did_not(run, judge):
     more = run(n_latents=12)
     assert len([one for one in judge.prompts if is_to_explain(one)]) == 4
     assert more.extra["saemill_metrics"]["latents"] == 12
+
+
+def test_answers_of_several_judges_are_said(run, monkeypatch):
+    """As after a local server was started with another model under the same name."""
+    run()
+    monkeypatch.setattr(fake_judge, "NAME", "another")
+    assert run().remark is None, "its answers are all the first one's, as the result says"
+    more = run(n_latents=12)
+    assert more.extra["judge"]["answered"] == ["another", NAME]
+    assert f"several judges answered (another, {NAME})" in (more.remark or "")
 
 
 def test_memory_for_one_sae_at_a_time_changes_nothing(text_store, open_context, by_token, builder, config, monkeypatch):
