@@ -35,9 +35,8 @@ from .stats import is_special, measure
 
 Report = Callable[[CommitRecord], None]
 SMALLER_BATCH = (
-    "Wait for other programs on it to finish, then run this again; a smaller --batch-windows needs a new store, "
-    "because batches decide the last digits of its values, and so does a smaller --context, with whose square memory "
-    "for attention grows"
+    "Wait for other programs on it to finish, then run this again. Or start a new store, because these decide its "
+    "values: with a smaller --batch-windows, or a smaller --context, with whose square memory for attention grows"
 )
 
 

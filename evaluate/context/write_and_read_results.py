@@ -346,8 +346,8 @@ def _loaded(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an evaluation that can change a number: all but its cache folder."""
-    return {name: value for name, value in config.items() if name != "cache"}
+    """The settings of an evaluation that can change a number: all but its cache folder and how a server is asked."""
+    return {name: value for name, value in config.items() if name not in ("cache", "requests_at_once", "timeout")}
 
 
 def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

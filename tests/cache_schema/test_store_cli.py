@@ -32,7 +32,7 @@ from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main, open_console
 from saemill.cache_schema.commits import CommitRecord
 from saemill.cache_schema.encode_and_read_chunks import checksum_of
-from saemill.cache_schema.info import BUNDLED, describe, render
+from saemill.cache_schema.info import BUNDLED, describe, render, sum_by_place
 from saemill.cache_schema.stored_dtypes import STORED_AS, all_finite
 from saemill.cache_schema.verify_and_repair import digest, repair, store_digest
 
@@ -544,6 +544,13 @@ def test_sizes_say_of_which_shards_they_are_while_the_index_lags(store: Path) ->
     (store / "commits/index.json").unlink()
     assert ", of the 0 shards in the index" in " ".join(run("info", store).output.split())
     assert json.loads(run("info", store, "--json").output)["shards_indexed"] == 0
+
+
+def test_only_a_layers_attention_is_added_up() -> None:
+    sizes = {"attention/layer_3/data": 2, "attention/layer_3/indptr": 1, "attention/layer_4/data": 5}
+    scales = {"scales/resid/layer_3": 4, "scales/resid/layer_4": 4}
+    together = {"attention/layer_3": 3, "attention/layer_4": 5}
+    assert sum_by_place(sizes | scales) == together | scales
 
 
 def test_links_say_in_how_many_shards_they_were_counted(synthetic, tmp_path: Path) -> None:

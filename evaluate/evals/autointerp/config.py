@@ -17,7 +17,7 @@ class Config:
     override_latents: tuple[int, ...] | None = None
     """These latents instead."""
     dead_latent_threshold: int = 15
-    """Tokens on which a latent has to fire, and on more, to be drawn."""
+    """Only latents that fire on more tokens than this are drawn."""
     total_tokens: int = 2_000_000
     """Tokens to read, from the splits in turn."""
     splits: tuple[str, ...] = ("test", "validation", "train")

@@ -207,7 +207,7 @@ def make_result(
         {"autointerp": {"autointerp_score": mean(own), "autointerp_std_dev": deviation(own)}},
         unstructured={str(one.latent): row_of(one, passages) for one in scored},
         extra={"saemill_metrics": ours, "judge": asked},
-        remark=remark_of(*remarks(ours, refused, sum(absent.values()) + len(scored))),
+        remark=remark_of(*remarks(ours, judges, refused, sum(absent.values()) + len(scored))),
         measured_on=f"{text}; judged by {', '.join(judges) or judge.model}",
     )
 
@@ -225,7 +225,7 @@ def row_of(one: Scored, passages: int) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def remarks(ours: Mapping[str, Any], refused: Sequence[str], drawn: int) -> Iterator[str]:
+def remarks(ours: Mapping[str, Any], judges: Sequence[str], refused: Sequence[str], drawn: int) -> Iterator[str]:
     """What makes the score say less than it seems to."""
     reasons = {
         "too_rare": "fired in too few separate places",
@@ -238,10 +238,14 @@ def remarks(ours: Mapping[str, Any], refused: Sequence[str], drawn: int) -> Iter
         yield f"{ours['latents']:,} of {counted(drawn, 'latent')} have a score: {', '.join(left_out)}"
     elif not drawn:
         yield "no latent fires often enough to be explained"
+    if len(judges) > 1:
+        yield f"several judges answered ({', '.join(judges)}): without the file of answers all is asked anew"
     if refused:
         yield f"the judge did not take {counted(len(refused), 'question')}, such as: {refused[0]}"
     gain, error = ours["gain"], ours["gain_standard_error"]
-    if ours["latents"] and not gain > 2 * error:
+    if ours["latents"] and math.isnan(error):
+        yield "fewer than two latents have both scores: whether their explanations help is not known"
+    elif ours["latents"] and not gain > 2 * error:
         yield (
             "the judge does no better with a latent's explanation than with another's (a gain of "
             f"{gain:.3f}, standard error {error:.3f}): the score says nothing about the latents"
@@ -275,5 +279,6 @@ EVALUATION = Evaluation(
         "max_tokens_in_explanation": 1,
         "thinking_tokens": 0,
         "requests_at_once": 1,
+        "timeout": 1,
     },
 )

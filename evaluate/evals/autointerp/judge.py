@@ -34,7 +34,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before asking again, if the 
 LONGEST_WAIT = 600.0
 MOST_BYTES = 1 << 20  # of a response
 MAY_BE_REFUSED = ("max_tokens", "temperature", "seed")  # by some servers and models
-SECRET = 12  # letters: shorter keys, such as `none`, are what servers without keys are given
+SECRET = 12  # characters: shorter keys, such as `none`, are what servers without keys are given
 BUSY = (408, 409, 425, 429)
 NOT_TAKEN = (400, 413, 422)  # by what is asked, not by who asks
 
@@ -135,7 +135,7 @@ class Judge:
                 raise self._meaning(error) from None
         except TimeoutError:
             raise Passing(f"no answer within {self._timeout:g} seconds (autointerp.timeout)", is_there=False) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for addresses that cannot be
             reason = getattr(error, "reason", error)
             told = self._plain(str(reason) or type(reason).__name__)
             raise Passing(f"no connection ({told}): is the server running, and is the address right?", False) from None
@@ -270,8 +270,8 @@ def ask_all(
                 except NotTaken as error:
                     done.put((key, error))
                 except Exception as error:  # noqa: BLE001  whatever it is, it is raised where it is waited for
+                    done.put((key, error))  # before the others, which can only say that they were stopped
                     stop.set()
-                    done.put((key, error))
 
     answers.path.parent.mkdir(parents=True, exist_ok=True)
     with answers.path.open("ab") as file:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 MARKS = "<<", ">>"
-THOUGHT = "</think>"  # ends what a reasoning model says before its answer
+THINKING, THOUGHT = "<think>", "</think>"  # around what a reasoning model says before its answer
 MOST_LETTERS = 500  # of an explanation
 MOST_DIGITS = 4
 
@@ -45,8 +45,10 @@ def numbered(passages: Sequence[str]) -> str:
 
 
 def read_explanation(answer: str) -> str | None:
-    """The phrase on one line; None if there is none."""
+    """The phrase on one line; None if there is none, such as where the tokens ended before the reasoning did."""
     text = " ".join(answer.rpartition(THOUGHT)[2].split())
+    if text.startswith(THINKING):
+        return None
     text = re.sub(r"^the unit is active on\b[ :.]*", "", text, flags=re.IGNORECASE).strip("\"'` .")
     return text[:MOST_LETTERS] or None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....train.disk.atomic_files import replace_file
-from ...context.write_and_read_results import INTERVALS, interval_of, places_in
+from ...context.write_and_read_results import INTERVALS, interval_of, places_in, without_nan
 from ...output.figures.records import COLUMNS, Record, notes, those_of
 from ...output.figures.seeds import places_of
 from .browser_folder import NAME, as_data, read_data, saes_in
@@ -64,14 +64,15 @@ def numbers(record: Record) -> dict[str, dict[str, float | None]]:
 def explanations(document: Mapping[str, Any]) -> dict[str, Any]:
     """What autointerp's judge wrote about latents, each with its score and its control's, and who the judge was."""
     judge, latents = document.get("judge"), document.get("eval_result_unstructured")
-    if not isinstance(judge, Mapping) or not isinstance(latents, Mapping):  # SAEBench's own names no judge
+    answered = judge.get("answered") if isinstance(judge, Mapping) else None  # SAEBench's own names no judge
+    if not isinstance(answered, list) or not isinstance(latents, Mapping):
         return {}
     explained = {
-        latent: [one["explanation"], one.get("score"), one.get("control_score")]
+        latent: without_nan([one["explanation"], one.get("score"), one.get("control_score")], None)
         for latent, one in latents.items()
         if isinstance(one, Mapping) and isinstance(one.get("explanation"), str)
     }
-    return {"judge": ", ".join(map(str, judge.get("answered", ()))), "latents": explained}
+    return {"judge": ", ".join(map(str, answered)), "latents": explained}
 
 
 def curves(record: Record) -> dict[str, tuple[list[float], list[float]]]:

@@ -23,6 +23,7 @@ from saemill.evaluate.evals.autointerp.evaluation import EVALUATION, Scored, der
 from saemill.evaluate.evals.autointerp.prompts import MOST_LETTERS, read_explanation, read_numbers
 from saemill.evaluate.evals.evaluation_contract import Failure
 
+from ... import fake_judge
 from ...fake_judge import NAME, failing, ignorant, is_to_explain, passages_in, perfect
 from .conftest import KEY
 
@@ -170,6 +171,7 @@ def test_one_latent_alone_has_a_score_and_no_control(run):
     assert result.metrics["autointerp"]["autointerp_score"] == 1.0
     assert math.isnan(result.metrics["autointerp"]["autointerp_std_dev"])
     assert math.isnan(result.extra["saemill_metrics"]["control_score"])
+    assert result.remark == "fewer than two latents have both scores: whether their explanations help is not known"
     assert result.eval_config["n_latents"] is None and result.eval_config["override_latents"] == [9]
 
 
@@ -192,6 +194,16 @@ def test_a_second_call_asks_only_what_the_first_did_not(run, judge):
     more = run(n_latents=12)
     assert len([one for one in judge.prompts if is_to_explain(one)]) == 4
     assert more.extra["saemill_metrics"]["latents"] == 12
+
+
+def test_answers_of_several_judges_are_said(run, monkeypatch):
+    """As after a local server was started with another model under the same name."""
+    run()
+    monkeypatch.setattr(fake_judge, "NAME", "another")
+    assert run().remark is None, "its answers are all the first one's, as the result says"
+    more = run(n_latents=12)
+    assert more.extra["judge"]["answered"] == ["another", NAME]
+    assert f"several judges answered (another, {NAME})" in (more.remark or "")
 
 
 def test_memory_for_one_sae_at_a_time_changes_nothing(text_store, open_context, by_token, builder, config, monkeypatch):
@@ -260,6 +272,7 @@ def test_numbers_are_read_or_they_are_not(answer, numbers):
         ("The unit is active on verbs.", "verbs"),
         ("<think>hm</think> verbs", "verbs"),
         ("<think>hm</think>", None),
+        ("<think>\nOkay, the marked tokens", None),
         (" '.' ", None),
         ("x" * 10_000, "x" * MOST_LETTERS),
     ],
@@ -344,10 +357,14 @@ def test_a_stopped_command_resumes_from_its_answers(command, judge):
     judge.requests.clear()
     status, told = command(*settings(judge), "--resume")
     assert status == 0 and not judge.requests, "what is done asks nothing, not even whether the judge is there"
+    status, told = command(*settings(judge, requests_at_once=1, timeout=9), "--resume")
+    assert status == 0 and not judge.requests, "how the judge is asked decides nothing"
 
 
 def test_its_settings_are_checked(command, judge):
     status, told = command(*settings(judge, endpoint="http://10.0.0.7:8000/v1"))
     assert status == 1 and "would travel readable" in " ".join(told.split())
+    status, told = command(*settings(judge, timeout=-1))
+    assert status == 1 and "timeout" in told and not judge.requests
     assert EVALUATION.least["n_latents"] == 1 and EVALUATION.needs.store and not EVALUATION.needs.model
     assert Config().n_scoring == 14 and Config().n_top == 12 and Config().n_weighted == 7

@@ -118,6 +118,22 @@ def test_when_the_server_is_lost_nothing_that_was_answered_is(judge, client, ans
     assert len(judge.requests) == len(QUESTIONS) - 5 and len(kept.found) == len(QUESTIONS)
 
 
+def test_the_error_that_stops_all_is_the_one_that_is_said(judge, client, answers, monkeypatch):
+    """One request waits to be asked again when the key of the other is refused."""
+
+    class Slow(threading.Event):
+        def set(self):
+            was_set = self.is_set()
+            super().set()
+            if not was_set:
+                time.sleep(0.2)  # in which others notice
+
+    monkeypatch.setattr(threading, "Event", Slow)
+    judge.faults += [failing(429, Retry_After="30"), lambda handler: time.sleep(0.3) or failing(401)(handler)]
+    with pytest.raises(JudgeMissing, match="is refused"):
+        ask_all(client(), QUESTIONS[:2], answers(), 2, lambda _: None)
+
+
 def test_a_stop_takes_no_time_and_loses_no_answer(judge, client, answers):
     """Ctrl-C while some requests hang."""
     judge.faults += [lambda _: True] * 4 + [lambda _: judge.stuck.wait(60) and None] * 100
@@ -189,6 +205,9 @@ def test_a_missing_key_and_a_missing_server_are_named(judge, client, monkeypatch
     assert "Authorization" not in judge.headers[0]
     with pytest.raises(JudgeMissing, match=r"no connection \(.*refused\): is the server running"):
         client(endpoint=f"http://127.0.0.1:{free_port()}/v1").check()
+    for odd in (f"{judge.url}/\u00fc", f"http://{'a' * 70}.invalid"):
+        with pytest.raises(JudgeMissing, match="no connection .*is the address right"):
+            client(endpoint=odd).check()
     client(endpoint=f"{judge.url}/").check()
     client(endpoint=f"{judge.url}/chat/completions").check()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import math
 import re
 import shutil
 import threading
@@ -107,13 +108,15 @@ def site(world, new_builder):
         "judge": {"answered": [SCRIPT]},
         "eval_result_unstructured": {"1": explained, "2": {"explanation": "verbs"}, "3": {"score": 1.0}, "4": "odd"},
     }
+    autointerp["eval_result_unstructured"]["5"] = {"explanation": "nouns", "score": math.nan}  # JSON has none
+    odd = autointerp | {"judge": {"answered": 7}}
     documents = {"core": core, "autointerp": autointerp}
     log = [{"sae": "first", "step": step, "loss": 1 / (step + 1)} for step in range(9)]
     refresh(
         home,
         [
             Record("first", "run_1", "first", log=log, documents=documents),
-            Record("second", "run_1", "second"),
+            Record("second", "run_1", "second", documents={"autointerp": odd}),
         ],
     )
     acts = torch.cat([subjects[0].encode(batch) * batch.keep[:, :, None] for batch in batches]).numpy()
