@@ -164,7 +164,7 @@ def sum_by_place(sizes: Mapping[str, float]) -> dict[str, float]:
     """Sizes of arrays, with those of one layer's attention, `attention/layer_17/data` and others, added up."""
     sums: dict[str, float] = {}
     for path, size in sorted(sizes.items()):
-        place = path.rpartition("/")[0] if path.startswith("attention/") else path
+        place = "/".join(path.split("/")[:2]) if path.startswith("attention/") else path
         sums[place] = sums.get(place, 0) + size
     return sums
 
