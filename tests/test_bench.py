@@ -578,3 +578,13 @@ def test_a_row_has_the_clocks_of_its_measurement(bench):
     clocks = [(float(at), [1000.0 + at, 2619.0, 500.0, 60.0]) for at in range(20)]
     assert run.clocks_of({"at": [4.0, 8.0]}, clocks)["clocks"]["sm_mhz"] == 1006.0
     assert run.clocks_of({}, clocks) == {}
+
+
+def test_the_reading_of_a_store_reads_all_of_its_blocks(bench, monkeypatch):
+    reading, blocks = bench("reading"), []
+    plan, block = reading.Plan, reading.Loader.block
+    monkeypatch.setattr(reading, "LAYER", 1)
+    monkeypatch.setattr(reading, "Plan", lambda split, **sizes: plan(split, **sizes | {"batch_tokens": 4}))
+    monkeypatch.setattr(reading.Loader, "block", lambda loader, one: blocks.append(one) or block(loader, one))
+    reading.read_all(ROOT / "tests/golden/store_zstd", torch.device("cpu"), 8)
+    assert sum(piece.windows for one in blocks for piece in one.pieces) == 3

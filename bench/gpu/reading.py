@@ -55,7 +55,7 @@ def read_all(url: Path, device: torch.device, pool_tokens: int) -> None:
     with Store.open(url) as store:
         plan = Plan(measure_split(store, "train"), batch_tokens=4096, pool_tokens=pool_tokens, seed=0)
         request = Request(layers=(LAYER,), tokens=True, documents=True, split="train")
-        loader = Loader(store, plan, request, device)
+        loader = Loader(store, plan, request, device, steps=None, bounds={})
         for block in plan.blocks(0):
             loader.block(block)
         loader.close()
