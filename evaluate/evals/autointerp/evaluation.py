@@ -208,7 +208,7 @@ def make_result(
         unstructured={str(one.latent): row_of(one, passages) for one in scored},
         extra={"saemill_metrics": ours, "judge": asked},
         remark=remark_of(*remarks(ours, judges, refused, sum(absent.values()) + len(scored))),
-        measured_on=f"{text}; judged by {', '.join(judges) or judge.model}",
+        measured_on=f"{text}; {counted(ours['latents'], 'latent')}, judged by {', '.join(judges) or judge.model}",
     )
 
 

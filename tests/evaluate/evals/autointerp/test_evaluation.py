@@ -53,8 +53,8 @@ def test_a_judge_that_knows_gets_everything_right_and_its_control_less(run, judg
     assert result.extra["judge"]["answered"] == [NAME] and result.extra["judge"]["asked_for"] == "fake"
     assert result.remark is None
     assert re.fullmatch(
-        r"test, validation and train split, 4,\d+ tokens of 200 windows(, \d+ massive rows? left out)?; judged by "
-        + NAME,
+        r"test, validation and train split, 4,\d+ tokens of 200 windows(, \d+ massive rows? left out)?; "
+        rf"8 latents, judged by {NAME}",
         result.measured_on or "",
     )
     explained, scored = (
