@@ -110,14 +110,14 @@ def ask(
     used, refused = set[str](), dict[str, str]()
 
     def answer_all(title: str, questions: Mapping[Any, Question]) -> dict[Any, str]:
-        asked = [question for question in questions.values() if judge.key_of(question) not in answers.found]
-        with context.watch.stage(f"autointerp: {title} of {subject.label}", len(asked), "answers") as advance:
+        keys = {name: judge.key_of(question) for name, question in questions.items()}
+        todo = answers.lacking({key: questions[name] for name, key in keys.items()})
+        with context.watch.stage(f"autointerp: {title} of {subject.label}", len(todo), "answers") as advance:
             try:
-                refused.update(ask_all(judge, asked, answers, config.requests_at_once, advance))
+                refused.update(ask_all(judge, todo, answers, config.requests_at_once, advance))
             except JudgeMissing as error:
                 kept = f"{counted(len(answers.found), 'answer')} so far are kept: the same command asks for the rest"
                 raise JudgeMissing(f"{error}. {kept}") from None
-        keys = {name: judge.key_of(question) for name, question in questions.items()}
         found = {name: answers.found[key] for name, key in keys.items() if key in answers.found}
         used.update(answer.model for answer in found.values())
         return {name: answer.text for name, answer in found.items()}

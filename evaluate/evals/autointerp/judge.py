@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
@@ -236,6 +236,10 @@ class Answers:
                     self.found[str(one["key"])] = Answer(one["answer"], one["model"])
         self._starts_anew = bool(text) and not text.endswith(b"\n")
 
+    def lacking(self, questions: Mapping[str, Question]) -> dict[str, Question]:
+        """Those without an answer, by their digests."""
+        return {key: question for key, question in questions.items() if key not in self.found}
+
     def keep(self, file: IO[bytes], key: str, answer: Answer) -> None:
         self.found[key] = answer
         line = json.dumps({"key": key, "answer": answer.text, "model": answer.model}).encode() + b"\n"
@@ -246,15 +250,13 @@ class Answers:
 
 def ask_all(
     judge: Judge,
-    questions: Iterable[Question],
+    todo: Mapping[str, Question],
     answers: Answers,
     at_once: int,
     advance: Callable[[int], None],
 ) -> dict[str, str]:
-    """Ask what has no answer yet, several at once, and keep each answer as it arrives. Returns, by their digests, why
-    the server did not take some: those are asked again next time."""
-    todo = {judge.key_of(question): question for question in questions}
-    todo = {key: question for key, question in todo.items() if key not in answers.found}
+    """Ask questions, by their digests, several at once, and keep each answer as it arrives. Returns why the server did
+    not take some: those are asked again next time."""
     waiting: queue.SimpleQueue[tuple[str, Question]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[str, Answer | Exception]] = queue.SimpleQueue()
     stop, refused = threading.Event(), dict[str, str]()

@@ -31,9 +31,13 @@ def answers(tmp_path):
     return lambda: Answers(tmp_path / "evals" / "answers.jsonl")
 
 
+def keyed(client, questions=QUESTIONS):
+    return {client.key_of(question): question for question in questions}
+
+
 def ask_every(client, answers, at_once=3):
     kept = answers()
-    refused = ask_all(client, QUESTIONS, kept, at_once, lambda _: None)
+    refused = ask_all(client, kept.lacking(keyed(client)), kept, at_once, lambda _: None)
     return kept, refused
 
 
@@ -131,7 +135,7 @@ def test_the_error_that_stops_all_is_the_one_that_is_said(judge, client, answers
     monkeypatch.setattr(threading, "Event", Slow)
     judge.faults += [failing(429, Retry_After="30"), lambda handler: time.sleep(0.3) or failing(401)(handler)]
     with pytest.raises(JudgeMissing, match="is refused"):
-        ask_all(client(), QUESTIONS[:2], answers(), 2, lambda _: None)
+        ask_all(client(), keyed(client(), QUESTIONS[:2]), answers(), 2, lambda _: None)
 
 
 def test_a_stop_takes_no_time_and_loses_no_answer(judge, client, answers):
@@ -146,7 +150,7 @@ def test_a_stop_takes_no_time_and_loses_no_answer(judge, client, answers):
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        ask_all(client(), QUESTIONS, kept, 3, advance)
+        ask_all(client(), keyed(client()), kept, 3, advance)
     assert time.monotonic() - started < 10
     assert len(answers().found) >= 4
     threads = [thread for thread in threading.enumerate() if thread.name == "saemill-judge"]
