@@ -28,7 +28,8 @@ SERVED = {"cuda"}  # device types whose tensors go to the kernels; a test that i
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 WIDEST_ROW = 16384  # one program holds a row in registers
 GATES: dict[str, Gate] = {"SiLUActivation": "silu", "GELUTanh": "gelu tanh"}  # transformers' modules
-Fused = tuple[Callable[[Tensor], Tensor], Tensor]  # a module's forward pass by a kernel, and an input to compare it on
+Forward = Callable[[Tensor], Tensor]
+Fused = tuple[Forward, Callable[[], Tensor]]  # a module's forward pass by a kernel, and an input to compare it on
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of a norm: a few roundings
 
 
@@ -40,9 +41,9 @@ def fuse(model: nn.Module, norm: Norm) -> None:
         found = _fused_norm(module, norm) or _fused_mlp(module)
         if found is None:
             continue
-        fused, x = found
+        fused, draw = found
         if kind not in agrees:
-            agrees[kind] = _agrees(kind.__name__, partial(kind.forward, module), fused, x)
+            agrees[kind] = _agrees(kind.__name__, partial(kind.forward, module), fused, draw())
         if agrees[kind]:
             module.forward = fused
 
@@ -62,7 +63,7 @@ def _fused_norm(module: Any, norm: Norm) -> Fused | None:
 
         return kernel(x, module.weight, epsilon, norm == "rms from one")
 
-    return fused, _rows_for_norm(weight, epsilon)
+    return fused, partial(_rows_for_norm, weight, epsilon)
 
 
 def _fused_mlp(module: Any) -> Fused | None:
@@ -80,7 +81,7 @@ def _fused_mlp(module: Any) -> Fused | None:
 
         return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
 
-    return fused, _drawn(weight, 4, weight.shape[1])
+    return fused, partial(_drawn, weight, 4, weight.shape[1])
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
@@ -134,7 +135,7 @@ def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
     ) and _agrees("attention", own_probabilities, lambda x: probabilities_(x.clone(), mask, 0.5, 30.0), scores)
 
 
-def _agrees(whose: str, own: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+def _agrees(whose: str, own: Forward, fused: Forward, x: Tensor) -> bool:
     """Whether a kernel gives the model's own result up to a few roundings; warns if not."""
     try:
         with torch.no_grad():
