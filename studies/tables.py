@@ -172,10 +172,13 @@ def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
     room = width - sum(column.least_width for column in names)
     for part in split_to_fit(others, room) if all(map(_is_number, rows[0][2:])) else [others]:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in (*names, *part):
-            is_number = column in part and _is_number(column.cells[0])
-            justify, least = ("right", max(map(len, column.cells))) if is_number else ("left", None)
-            table.add_column(column.title, justify=justify, overflow="fold", min_width=least)
+        for column in names:
+            table.add_column(column.title, overflow="fold")
+        for column in part:
+            if _is_number(column.cells[0]):
+                table.add_column(column.title, justify="right", min_width=max(map(len, column.cells)))
+            else:
+                table.add_column(column.title, overflow="fold")
         for cells in zip(*(column.cells for column in (*names, *part)), strict=True):
             table.add_row(*cells)
         yield table
